@@ -1,0 +1,83 @@
+"""spinquant: rotate language models so that they survive 4-bit weights, activations and KV cache.
+
+Importing it registers `quant_method: spinquant` with transformers, so that `AutoModelForCausalLM.from_pretrained`
+loads the folders written here with their online rotations and quantizers attached.
+"""
+
+from importlib.metadata import version
+
+from spinquant.architectures import make_plan
+from spinquant.cache import QuantizedCache
+from spinquant.calibrate import load_text, token_windows
+from spinquant.checkpoint import load_model as load
+from spinquant.checkpoint import load_tokenizer, read_headers
+from spinquant.errors import (
+    ArchitectureError,
+    CheckpointError,
+    HadamardOrderError,
+    ProofError,
+    RotationError,
+    SchemeError,
+    SpinquantError,
+    TextError,
+)
+from spinquant.evaluate import Comparison, Evaluation, compare_models, evaluate
+from spinquant.formats.native import detach
+from spinquant.hadamard import hadamard_matrix, hadamard_transform
+from spinquant.module import fuse_module, plan_of
+from spinquant.online import Attachment, attach
+from spinquant.pipeline import Options, Result, quantize, quantize_folder, rotate, rotate_folder, save
+from spinquant.plan import Plan
+from spinquant.proof import prove
+from spinquant.quantize.scheme import Quantizer, Scheme, parse_scheme
+from spinquant.rotation import Hadamard, Kronecker, Orthogonal, Rotation, RotationSpec, make_rotations
+
+__version__ = version("spinquant")
+
+__all__ = [
+    "ArchitectureError",
+    "Attachment",
+    "CheckpointError",
+    "Comparison",
+    "Evaluation",
+    "Hadamard",
+    "HadamardOrderError",
+    "Kronecker",
+    "Options",
+    "Orthogonal",
+    "Plan",
+    "ProofError",
+    "QuantizedCache",
+    "Quantizer",
+    "Result",
+    "Rotation",
+    "RotationError",
+    "RotationSpec",
+    "Scheme",
+    "SchemeError",
+    "SpinquantError",
+    "TextError",
+    "__version__",
+    "attach",
+    "compare_models",
+    "detach",
+    "evaluate",
+    "fuse_module",
+    "hadamard_matrix",
+    "hadamard_transform",
+    "load",
+    "load_text",
+    "load_tokenizer",
+    "make_plan",
+    "make_rotations",
+    "parse_scheme",
+    "plan_of",
+    "prove",
+    "quantize",
+    "quantize_folder",
+    "read_headers",
+    "rotate",
+    "rotate_folder",
+    "save",
+    "token_windows",
+]

@@ -1,0 +1,37 @@
+"""Which family explains a model, and the plan that follows.
+
+One file per family; a family is a table (see `table.py`). A model that no table knows is refused by name:
+guessing would give a model that loads and talks nonsense.
+"""
+
+from typing import Any
+
+from spinquant.architectures.llama import LLAMA
+from spinquant.architectures.table import Family, Shapes, build_plan
+from spinquant.errors import ArchitectureError
+from spinquant.plan import Plan
+
+FAMILIES: tuple[Family, ...] = (LLAMA,)
+
+
+def make_plan(config: Any, shapes: Shapes) -> Plan:
+    """The plan of a model, from its config and the names and shapes of its tensors (a checkpoint's or a module's).
+
+    Raises ArchitectureError when no table knows the model_type, when the model is not a causal LM, or when a
+    tensor is not explained.
+    """
+    model_type = getattr(config, "model_type", None)
+    classes = getattr(config, "architectures", None) or []
+    if not model_type:
+        raise ArchitectureError(
+            "the config names no architecture (model_type is missing): expected the config.json of a transformers "
+            "causal LM"
+        )
+    for name in classes:
+        if not name.endswith("ForCausalLM"):
+            raise ArchitectureError(f"architecture {name!r} is not a causal LM: expected a ...ForCausalLM class")
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return build_plan(family, config, shapes)
+    known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
+    raise ArchitectureError(f"no table explains model_type {model_type!r}. Known: {known}.")

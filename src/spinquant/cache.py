@@ -1,0 +1,179 @@
+"""A KV cache that stores packed integers, so that 4-bit keys and values really take a quarter of 16-bit ones.
+
+Keys and values arrive once per token, already rotated, are quantized per head and token, and kept as int32 words
+with a scale and a zero point each. Attention gets the dequantized numbers. A layer of transformers' own
+`DynamicCache` is replaced by its packing counterpart before its first token (`pack_layer`), so `generate`,
+beam search and cropping work as they do without quantization.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from spinquant.quantize.integer import Packed, dequantize, quantize
+from spinquant.quantize.scheme import Quantizer
+
+SEQUENCE = 2  # the axis of tokens in (batch, heads, tokens, ..)
+
+
+class PackedLayer(DynamicLayer):
+    """One layer's keys and values as packed integers, (batch, heads, tokens, words)."""
+
+    is_croppable = True
+
+    def __init__(self, quantizer: Quantizer):
+        super().__init__()
+        self.quantizer = quantizer
+        self.packed: tuple[Packed, Packed] | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        empty_keys, empty_values = key_states[:, :, :0], value_states[:, :, :0]
+        self.packed = (quantize(empty_keys, self.quantizer), quantize(empty_values, self.quantizer))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.packed is not None
+        keys, values = self.packed
+        self.packed = (
+            _append(keys, quantize(key_states, self.quantizer)),
+            _append(values, quantize(value_states, self.quantizer)),
+        )
+        return dequantize(self.packed[0]), dequantize(self.packed[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the stored keys and values take."""
+        return sum(packed.nbytes for packed in self.packed or ())
+
+    def get_seq_length(self) -> int:
+        return self.packed[0].words.shape[SEQUENCE] if self.packed else 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a negative number of tokens to remove, found {tokens_to_remove}")
+        if tokens_to_remove < 0:
+            self._map(lambda t: t[:, :, :tokens_to_remove])
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda t: t[indices, ...])
+
+    def offload(self) -> None:
+        self._map(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self._map(lambda t: t.to(self.device, non_blocking=True))
+
+    def reset(self) -> None:
+        self.packed = None
+        super().reset()
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+        if self.packed is not None:
+            keys, values = self.packed
+            self.packed = (_mapped(keys, function), _mapped(values, function))
+
+
+class PackedSlidingLayer(PackedLayer):
+    """Packed keys and values of a sliding-window layer: the last `sliding_window - 1` tokens are kept."""
+
+    is_sliding = True
+
+    def __init__(self, quantizer: Quantizer, sliding_window: int):
+        super().__init__(quantizer)
+        self.sliding_window = sliding_window
+        self.cumulative_length = 0
+        self.record_past = False
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        new = key_states.shape[SEQUENCE]
+        self.cumulative_length += new
+        keys, values = super().update(key_states, value_states)
+        visible = self.sliding_window - 1 + new
+        if not self.record_past:
+            self._keep_window()
+        return keys[:, :, -visible:], values[:, :, -visible:]
+
+    def _keep_window(self) -> None:
+        kept = self.sliding_window - 1
+        self._map(lambda t: t[:, :, max(t.shape[SEQUENCE] - kept, 0) :])
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        offset = max(self.cumulative_length - self.sliding_window + 1, 0)
+        return self.cumulative_length - offset + query_length, offset
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def get_max_length(self) -> int:
+        return self.sliding_window
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.cumulative_length >= self.sliding_window and not self.record_past:
+            raise RuntimeError("crop past a full sliding window needs activate_past_recording() before the update")
+        super().crop(tokens_to_remove)
+        self.cumulative_length += min(tokens_to_remove, 0)
+        self._keep_window()
+
+
+class QuantizedCache(DynamicCache):
+    """A `DynamicCache` whose keys and values are packed integers from the first token on.
+
+    A model with a quantized KV scheme attached packs every `DynamicCache` by itself; make one of these to hold the
+    cache in your own hands and to read its size.
+    """
+
+    def __init__(self, config, quantizer: Quantizer):
+        super().__init__(config=config)
+        for layer_idx in range(len(self.layers)):
+            pack_layer(self, layer_idx, quantizer)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored keys and values."""
+        return sum(getattr(layer, "nbytes", 0) for layer in self.layers)
+
+
+def pack_layer(cache: Cache, layer_idx: int, quantizer: Quantizer) -> bool:
+    """Make an empty layer of a dynamic cache a packing one; True when the layer packs by itself from now on.
+
+    Layers of other kinds (static ones, or ones that already hold tokens) are left alone.
+    """
+    if cache.layer_class_to_replicate is DynamicLayer:
+        while len(cache.layers) <= layer_idx:
+            cache.layers.append(DynamicLayer())
+    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    if isinstance(layer, PackedLayer):
+        return True
+    if layer is None or layer.is_initialized or cache.offloading:
+        return False
+    if type(layer) is DynamicLayer:
+        cache.layers[layer_idx] = PackedLayer(quantizer)
+    elif type(layer) is DynamicSlidingWindowLayer:
+        packed = PackedSlidingLayer(quantizer, layer.sliding_window)
+        packed.record_past = layer.record_past
+        cache.layers[layer_idx] = packed
+    else:
+        return False
+    return True
+
+
+def _append(packed: Packed, new: Packed) -> Packed:
+    pairs = zip(packed.tensors(), new.tensors(), strict=True)
+    return packed.with_tensors(*(torch.cat(pair, dim=SEQUENCE) for pair in pairs))
+
+
+def _mapped(packed: Packed, function: Callable[[Tensor], Tensor]) -> Packed:
+    return packed.with_tensors(*(function(tensor) for tensor in packed.tensors()))

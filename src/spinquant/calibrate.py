@@ -1,0 +1,129 @@
+"""Text to tokens, and what a model computes on them.
+
+A text is named by a string: a file, `manual` (the Python manual that every Python carries, for work without a
+network), `wikitext`, or `dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]]` from the Hugging Face hub. The default, `auto`,
+takes wikitext when the `datasets` extra is installed and the hub answers, else the manual.
+"""
+
+import os
+import urllib.request
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spinquant.errors import TextError
+
+WIKITEXT = "dataset:Salesforce/wikitext:wikitext-2-raw-v1:test:text"
+HUB_TIMEOUT = 3.0  # seconds
+
+
+def load_text(source: str = "auto") -> tuple[str, str]:
+    """(name, text) of a source; the name says what was really read, for the record.
+
+    Raises TextError when the file or dataset cannot be read, or holds no text.
+    """
+    if source == "auto":
+        source = "wikitext" if find_spec("datasets") and hub_reachable() else "manual"
+    if source == "manual":
+        from pydoc_data.topics import topics
+
+        return "manual", "\n\n".join(topics[name] for name in sorted(topics))
+    if source == "wikitext" or source.startswith("dataset:"):
+        return _load_dataset(WIKITEXT if source == "wikitext" else source)
+    path = Path(source)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TextError(
+            f"cannot read text {source!r}: {error}. Expected a UTF-8 file, manual, wikitext, or dataset:NAME"
+        ) from None
+    if not text.strip():
+        raise TextError(f"text file {source!r} is empty")
+    return path.name, text
+
+
+def _load_dataset(source: str) -> tuple[str, str]:
+    name, config, split, column = [*source.split(":")[1:], "", "", "", ""][:4]
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise TextError(
+            f"text {source!r} needs the datasets extra (pip install 'spinquant[datasets]'), or use --text manual"
+        ) from None
+    try:
+        rows = load_dataset(name, config or None, split=split or "test")
+        text = "\n\n".join(rows[column or "text"])  # pyright: ignore
+    except Exception as error:  # the library raises many kinds, from network to parsing
+        reason = f"{type(error).__name__}: {error}"
+        raise TextError(f"cannot load {source!r}: {reason}. Offline, use --text manual") from error
+    return source, text
+
+
+def hub_reachable() -> bool:
+    """Whether the Hugging Face hub answers; False at once when the environment says offline."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
+        return False
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_TIMEOUT):
+            return True
+    except OSError:
+        return False
+
+
+def token_windows(tokenizer: Any, text: str, *, length: int, count: int | None = None) -> Tensor:
+    """The text cut into windows that do not overlap: int64, shape (windows, length), at most `count` of them.
+
+    Windows are spread evenly over the text, so that a few of them still see all of it. Every window starts with
+    the beginning-of-sequence token where the tokenizer has one, as the model saw in training. Raises TextError when
+    the text is too short for one window.
+    """
+    bos = tokenizer.bos_token_id
+    room = length if bos is None else length - 1
+    if room < 1:
+        raise TextError(f"a window of {length} tokens has no room for text")
+    # verbose=False: a text longer than the model's context is what we want here, not a mistake.
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    whole = len(ids) // room
+    if whole == 0:
+        raise TextError(f"the text has {len(ids)} tokens: too short for one window of {length}. Give a longer text.")
+    windows = ids[: whole * room].view(whole, room)
+    if count is not None and count < whole:
+        windows = windows[torch.linspace(0, whole - 1, count).round().long()]
+    if bos is None:
+        return windows
+    return torch.cat([torch.full((len(windows), 1), bos), windows], dim=1)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device that takes a model's inputs."""
+    return next(model.parameters()).device
+
+
+@contextmanager
+def captured(model: nn.Module, names: Iterable[str], *, inputs: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Within the block, the last output (or first input) of each named module, detached, in order of execution."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str):
+        def hook(module: nn.Module, args: Any, output: Any = None) -> None:
+            value = args[0] if inputs else output
+            found[name] = (value[0] if isinstance(value, tuple) else value).detach()
+
+        return hook
+
+    handles = []
+    for name in names:
+        module = model.get_submodule(name)
+        register = module.register_forward_pre_hook if inputs else module.register_forward_hook
+        handles.append(register(keep(name)))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

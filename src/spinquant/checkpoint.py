@@ -1,0 +1,283 @@
+"""Model folders: read what is there without loading it, load it carefully, write new ones whole or not at all.
+
+A folder is a Hugging Face one: config.json, safetensors shards with or without an index, tokenizer files. A hub id is
+downloaded first (only its headers, for a plan). Pickle checkpoints run code when they are loaded, so they are refused
+unless asked for, and `trust_remote_code` stays off.
+"""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from spinquant.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as a safetensors header describes it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: str
+
+
+def is_local(model: str | Path) -> bool:
+    """Whether a model is a folder here, rather than the id of one on the hub."""
+    path = Path(model)
+    return path.exists() or path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1
+
+
+def folder_of(model: str | Path) -> Path:
+    """The folder of a model; a hub id is downloaded to the hub's cache first.
+
+    Raises CheckpointError when the folder does not exist or cannot be downloaded.
+    """
+    if is_local(model):
+        folder = Path(model).expanduser()
+        if not folder.is_dir():
+            raise CheckpointError(f"model folder {str(model)!r} does not exist (or is not a folder)")
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(str(model), ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"]))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise CheckpointError(f"{str(model)!r} is no folder here, and downloading it failed: {error}") from None
+
+
+def load_config(model: str | Path) -> Any:
+    """The transformers config of a folder or hub id.
+
+    Raises CheckpointError when config.json is missing, is not JSON, or names no architecture that transformers knows.
+    """
+    if is_local(model):
+        path = folder_of(model) / "config.json"
+        if not path.is_file():
+            raise CheckpointError(f"{str(model)!r} has no config.json: expected a Hugging Face model folder")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(data, dict) or "model_type" not in data:
+            raise CheckpointError(
+                f"{path} names no architecture (no model_type): expected the config of a transformers causal LM"
+            )
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"cannot read the config of {str(model)!r}: {_first_line(error)}") from None
+
+
+def read_headers(model: str | Path) -> dict[str, TensorInfo]:
+    """Names, shapes and dtypes of all tensors, from the safetensors headers alone.
+
+    Raises CheckpointError for a missing or corrupted shard, a shard without the tensors that the index promises, or a
+    folder with pickle weights only.
+    """
+    if not is_local(model):
+        return _hub_headers(str(model))
+    folder = folder_of(model)
+    found: dict[str, TensorInfo] = {}
+    for file in weight_files(folder):
+        path = folder / file
+        try:
+            with safe_open(path, framework="pt") as shard:
+                for name in shard.keys():
+                    part = shard.get_slice(name)
+                    found[name] = TensorInfo(tuple(part.get_shape()), part.get_dtype(), file)
+        except (SafetensorError, OSError) as error:
+            reason = _first_line(error)
+            raise CheckpointError(f"{path} is corrupted or unreadable: {reason}. Download it again.") from None
+    index = folder / INDEX
+    if index.is_file():
+        promised = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        lost = sorted(name for name in promised if name not in found)
+        if lost:
+            raise CheckpointError(f"{index} promises tensor {lost[0]!r}, which {promised[lost[0]]} does not hold")
+    return found
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors shards of a folder. Raises CheckpointError when one is missing."""
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index} is not a safetensors index: {error}") from None
+        missing = [file for file in files if not (folder / file).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{folder} lacks {len(missing)} of {len(files)} weight shards, the first is {missing[0]}"
+            )
+        return files
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    if any((folder / file).is_file() for file in PICKLES):
+        raise CheckpointError(
+            f"{folder} holds pickle weights only (pytorch_model.bin), which can run code when loaded. Convert them to "
+            "safetensors, or pass --allow-pickle if you trust their origin."
+        )
+    raise CheckpointError(f"{folder} holds no weights: expected {SINGLE} or {INDEX}")
+
+
+def _hub_headers(repo: str) -> dict[str, TensorInfo]:
+    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
+
+    try:
+        metadata = get_safetensors_metadata(repo)
+    except (HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError, OSError) as error:
+        raise CheckpointError(f"cannot read the safetensors headers of {repo!r}: {_first_line(error)}") from None
+    return {
+        name: TensorInfo(tuple(info.shape), info.dtype, file)
+        for file, header in metadata.files_metadata.items()
+        for name, info in header.tensors.items()
+    }
+
+
+def load_model(
+    model: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    allow_pickle: bool = False,
+    check_values: bool = True,
+) -> Any:
+    """A causal LM in evaluation mode, from a folder or hub id; folders that spinquant wrote come with online parts.
+
+    Raises CheckpointError for anything missing, corrupted or not finite, naming it.
+    """
+    # Folders of our own format need its quantizer registered with transformers.
+    import spinquant.formats.native  # noqa: F401
+
+    load_config(model)
+    folder = folder_of(model)
+    if not allow_pickle:
+        read_headers(folder)
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": str(device)} if str(device) != "cpu" else None,
+            trust_remote_code=False,
+            use_safetensors=None if allow_pickle else True,
+            output_loading_info=True,
+        )
+    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"cannot load {str(model)!r}: {_first_line(error)}") from error
+    missing = sorted(info.get("missing_keys", ()))
+    if missing:
+        raise CheckpointError(f"{str(model)!r} lacks tensor {missing[0]!r} (and {len(missing) - 1} others)")
+    if check_values:
+        check_finite(loaded, str(model))
+    return loaded.eval()
+
+
+def check_finite(model: nn.Module, origin: str) -> None:
+    """Raise CheckpointError naming the first weight that holds NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or parameter.is_meta:
+            continue
+        # The sum of finite numbers is finite or overflows; only then every number has to be looked at.
+        if not torch.isfinite(parameter.sum()) and not torch.isfinite(parameter).all():
+            bad = int((~torch.isfinite(parameter)).sum())
+            raise CheckpointError(
+                f"tensor {name!r} of {origin!r} holds {bad} values that are NaN or infinite (shape "
+                f"{tuple(parameter.shape)}): the checkpoint is broken, download it again"
+            )
+
+
+def load_tokenizer(model: str | Path) -> Any:
+    """The tokenizer of a folder or hub id. Raises CheckpointError when there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder_of(model), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{str(model)!r} has no usable tokenizer: {_first_line(error)}") from None
+
+
+@contextmanager
+def atomic_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes `out` when the block ends well, and vanishes when it does not.
+
+    It stands beside `out`, so that the last step is one rename. Raises CheckpointError when `out` exists and `force`
+    is off, and when the disk is full.
+    """
+    out = Path(out)
+    check_free(out, force=force)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        try:
+            yield partial
+        except (OSError, SafetensorError) as error:
+            if _is_full(error):
+                raise CheckpointError(
+                    f"no space left while writing {out} ({_first_line(error)}): nothing was written. Free some space."
+                ) from error
+            raise
+        _sync(partial)
+        partial.chmod(0o755)  # mkdtemp makes it private
+        _replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_free(out: str | Path, *, force: bool = False) -> None:
+    """Raise CheckpointError when `out` exists and `force` is off: a long run should not end with this news."""
+    if Path(out).exists() and not force:
+        raise CheckpointError(f"{out} exists: choose another name, or pass --force to replace it")
+
+
+def _replace(partial: Path, out: Path) -> None:
+    if out.exists():
+        # A folder cannot be renamed onto another: the old one steps aside first, and comes back if the rename fails.
+        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+        out.replace(old / out.name)
+        try:
+            partial.replace(out)
+        except BaseException:
+            (old / out.name).replace(out)
+            raise
+        finally:
+            if out.exists():
+                shutil.rmtree(old, ignore_errors=True)
+    else:
+        partial.replace(out)
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o644)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _is_full(error: BaseException) -> bool:
+    # safetensors reports the operating system's error as text.
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    numbers = tuple(f"os error {number}" for number in full)
+    return getattr(error, "errno", None) in full or any(number in str(error) for number in numbers)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,373 @@
+"""The command line: one function per command, each of which calls one documented function of the library.
+
+Tables go to standard output, progress and notes to standard error, so that `--json` can be piped. A mistake of the
+user's gives one line and exit code 1; `--debug` shows the traceback.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+import spinquant
+from spinquant import report
+from spinquant.calibrate import load_text, token_windows
+from spinquant.checkpoint import is_local, load_config, load_model, load_tokenizer, read_headers
+from spinquant.errors import RotationError, SchemeError, SpinquantError
+from spinquant.evaluate import compare_models
+from spinquant.evaluate import evaluate as evaluate_model
+from spinquant.pipeline import Options, Stage, quantize_folder, rotate_folder
+from spinquant.plan import ROTATION_NAMES
+from spinquant.quantize.scheme import parse_scheme
+from spinquant.rotation import RotationSpec
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Rotate language models so that they survive 4-bit weights, activations and KV cache.\n\n"
+    "Add `--debug` anywhere for tracebacks.",
+)
+out_console, err_console = Console(), Console(stderr=True)
+
+ALL_ROTATIONS = ",".join(ROTATION_NAMES)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face model, or the id of one on the hub.")]
+Out = Annotated[Path, typer.Argument(help="Folder to write; it appears complete or not at all.")]
+Rotations = Annotated[str, typer.Option(help="Some of R1,R2,R3,R4, or none.")]
+Type = Annotated[
+    str,
+    typer.Option(
+        "--type",
+        help="hadamard, random-hadamard, random-matrix or auto; or one per rotation: R1=random-matrix,R4=hadamard.",
+    ),
+]
+BlockSize = Annotated[
+    str | None, typer.Option(help="Order of the rotations' blocks: one number, or one per rotation: R1=64,R4=128.")
+]
+Randomize = Annotated[bool, typer.Option(help="A rotation of its own for every layer.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Dtype = Annotated[str | None, typer.Option(help=f"Dtype to write: {', '.join(DTYPES)}; by default the source's.")]
+Text = Annotated[str, typer.Option(help="A file, manual, wikitext, dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]], or auto.")]
+Force = Annotated[bool, typer.Option(help="Replace OUT when it exists.")]
+AllowPickle = Annotated[bool, typer.Option(help="Load pickle weights too; they can run code.")]
+AllowInexact = Annotated[bool, typer.Option(help="Save even when rotating moved the logits by more than rounding.")]
+Proof = Annotated[bool, typer.Option("--proof/--no-proof", help="Try the rotations on a small model first.")]
+Device = Annotated[str, typer.Option(help="Device to work on: cpu, cuda, cuda:1, mps, ...")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Length = Annotated[int, typer.Option(help="Tokens per window.")]
+Windows = Annotated[int, typer.Option(help="Windows, spread evenly over the text; 0 for all.")]
+
+
+@app.command(epilog="Example: `spinquant plan ./llama --rotations R1,R2,R4 --block-size R4=128`")
+def plan(
+    model: Model,
+    rotations: Rotations = ALL_ROTATIONS,
+    type: Type = "random-hadamard",
+    block_size: BlockSize = None,
+    randomize: Randomize = False,
+    json_: Json = False,
+) -> None:
+    """Show which tensors each rotation touches, from the config and the safetensors headers alone."""
+    spec = _spec(rotations, type, block_size, randomize, 0)
+    shapes = {name: info.shape for name, info in read_headers(model).items()}
+    made = spinquant.make_plan(load_config(model), shapes)
+    rows = report.plan_rows(made, spec)
+    notes = report.plan_notes(made, spec)
+    if json_:
+        _print_json({"family": made.family, "rotations": rows, "notes": notes, "plan": made.to_dict()})
+    else:
+        out_console.print(report.plan_table(made, rows, spec))
+        for note in notes:
+            out_console.print(f"- {note}", highlight=False)
+    if any(row["error"] for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: `spinquant rotate ./llama ./llama-rotated --rotations R1,R2 --seed 1`")
+def rotate(
+    model: Model,
+    out: Out,
+    rotations: Rotations = "R1,R2",
+    type: Type = "random-hadamard",
+    block_size: BlockSize = None,
+    randomize: Randomize = False,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    text: Text = "auto",
+    device: Device = "cpu",
+    force: Force = False,
+    allow_pickle: AllowPickle = False,
+    allow_inexact: AllowInexact = False,
+    proof: Proof = True,
+    json_: Json = False,
+) -> None:
+    """Fuse R1 and R2 into a plain folder that transformers, vLLM and others load with nothing of ours installed."""
+    spec = _spec(rotations, type, block_size, randomize, seed)
+    with _stages() as progress:
+        result = rotate_folder(
+            model,
+            out,
+            spec,
+            dtype=_dtype(dtype),
+            text=text,
+            force=force,
+            allow_pickle=allow_pickle,
+            device=device,
+            options=Options(prove=proof, allow_inexact=allow_inexact, progress=progress),
+        )
+    _print(json_, result.record(), report.result_table(result, str(out)))
+
+
+@app.command(
+    epilog="Examples: `spinquant quantize ./llama ./llama-w4a4 --scheme W4A4KV4 --rotations R1,R2,R3,R4`, "
+    "`spinquant quantize ./llama ./llama-w4 --scheme W4g128A16 --rotations R1,R2`"
+)
+def quantize(
+    model: Model,
+    out: Out,
+    scheme: Annotated[str, typer.Option(help="W4A4KV4, W4g128A16, W8A8, KV4, ... or none for rotations alone.")],
+    rotations: Rotations = ALL_ROTATIONS,
+    method: Annotated[str, typer.Option(help="How weights are rounded: rtn.")] = "rtn",
+    type: Type = "random-hadamard",
+    block_size: BlockSize = None,
+    randomize: Randomize = False,
+    seed: Seed = 0,
+    group_size: Annotated[int | None, typer.Option(help="Weights per scale; by default a whole channel.")] = None,
+    weight_clip: Annotated[str, typer.Option(help="Clip ratio of weights, or mse to search it.")] = "mse",
+    activation_clip: Annotated[float, typer.Option(help="Clip ratio of activations.")] = 1.0,
+    symmetric_activations: Annotated[bool, typer.Option(help="Symmetric instead of asymmetric activations.")] = False,
+    kv_clip: Annotated[float, typer.Option(help="Clip ratio of keys and values.")] = 1.0,
+    lm_head: Annotated[bool, typer.Option(help="Quantize the output head too.")] = False,
+    dtype: Dtype = None,
+    text: Text = "auto",
+    device: Device = "cpu",
+    force: Force = False,
+    allow_pickle: AllowPickle = False,
+    allow_inexact: AllowInexact = False,
+    proof: Proof = True,
+    json_: Json = False,
+) -> None:
+    """Rotate and quantize into a folder that `spinquant.load`, or transformers after `import spinquant`, loads."""
+    spec = _spec(rotations, type, block_size, randomize, seed)
+    parsed = parse_scheme(
+        scheme,
+        group_size=group_size,
+        weight_clip="mse" if weight_clip == "mse" else _ratio(weight_clip),
+        activation_clip=activation_clip,
+        activation_symmetric=symmetric_activations,
+        kv_clip=kv_clip,
+        lm_head=lm_head,
+    )
+    with _stages() as progress:
+        result = quantize_folder(
+            model,
+            out,
+            parsed,
+            spec,
+            method=method,  # pyright: ignore[reportArgumentType] - checked by the function
+            dtype=_dtype(dtype),
+            text=text,
+            force=force,
+            allow_pickle=allow_pickle,
+            device=device,
+            options=Options(prove=proof, allow_inexact=allow_inexact, progress=progress),
+        )
+    _print(json_, result.record(), report.result_table(result, str(out)))
+
+
+@app.command(epilog="Example: `spinquant evaluate ./llama-w4a4 --reference ./llama --text manual --windows 16`")
+def evaluate(
+    model: Model,
+    reference: Annotated[str | None, typer.Option(help="Model to agree with: adds KL and top-1 agreement.")] = None,
+    text: Text = "auto",
+    length: Length = 1024,
+    windows: Windows = 32,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval (an extra) instead of perplexity.")] = None,
+    task_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval tasks of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples per task.")] = None,
+    allow_pickle: AllowPickle = False,
+    json_: Json = False,
+) -> None:
+    """Perplexity over windows of text, and agreement with a reference model; or tasks of lm-eval."""
+    wanted = _dtype(dtype) or "auto"
+    if tasks:
+        from spinquant.tasks import evaluate_tasks
+
+        loaded = load_model(model, dtype=wanted, device=device, allow_pickle=allow_pickle)
+        results = evaluate_tasks(loaded, load_tokenizer(model), tasks.split(","), task_path=task_path, limit=limit)
+        _print(json_, {"model": model, "results": results}, report.tasks_table(results))
+        return
+    tokens, name = _windows(model, text, length, windows)
+    loaded = load_model(model, dtype=wanted, device=device, allow_pickle=allow_pickle)
+    other = load_model(reference, dtype=wanted, device=device, allow_pickle=allow_pickle) if reference else None
+    with _stages() as progress:
+        result = evaluate_model(loaded, tokens, reference=other, progress=lambda *n: progress("evaluate", *n))
+    setup = {"model": model, "reference": reference, "text": name, "length": length, "windows": len(tokens)}
+    _print(json_, {**setup, **result.to_dict()}, report.evaluation_table(model, name, result))
+
+
+@app.command(epilog="Example: `spinquant verify ./llama ./llama-rotated`")
+def verify(
+    reference: Model,
+    other: Annotated[str, typer.Argument(help="Model to compare with it.")],
+    text: Text = "auto",
+    length: Length = 256,
+    windows: Windows = 4,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    tolerance: Annotated[float | None, typer.Option(help="Fail when a logit differs by more than this.")] = None,
+    allow_pickle: AllowPickle = False,
+    json_: Json = False,
+) -> None:
+    """Compare two saved models on real tokens: logit differences, KL, and how often they agree on the next token."""
+    wanted = _dtype(dtype) or "auto"
+    tokens, name = _windows(reference, text, length, windows)
+    first = load_model(reference, dtype=wanted, device=device, allow_pickle=allow_pickle)
+    second = load_model(other, dtype=wanted, device=device, allow_pickle=allow_pickle)
+    with _stages() as progress:
+        result = compare_models(first, second, tokens, progress=lambda *n: progress("compare", *n))
+    setup = {"reference": reference, "other": other, "text": name}
+    _print(json_, {**setup, **result.to_dict()}, report.comparison_table(reference, other, result))
+    if tolerance is not None and not result.max_abs <= tolerance:
+        err_console.print(f"logits differ by {result.max_abs:.3g}, more than {tolerance:.3g}", style="red")
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: `spinquant demo ./demo`")
+def demo(
+    out: Annotated[Path, typer.Argument(help="Folder for the page and its pictures.")] = Path("demo"),
+    model: Annotated[str | None, typer.Option(help="Another model; by default a 135M one from PyPI.")] = None,
+    text: Text = "manual",
+    length: Length = 512,
+    windows: Annotated[int, typer.Option(help="Windows per perplexity.")] = 8,
+    seed: Seed = 0,
+    scheme: Annotated[str, typer.Option(help="What to quantize to.")] = "W4A4KV4",
+    force: Force = False,
+    json_: Json = False,
+) -> None:
+    """Tell the whole story on a real model: a table, pictures that show why, and a page with both."""
+    from spinquant.demo import run_demo
+
+    with _stages() as progress:
+        result = run_demo(
+            out,
+            model=model,
+            text=text,
+            windows=windows,
+            length=length,
+            seed=seed,
+            scheme=scheme,
+            force=force,
+            progress=progress,
+        )
+    _print(json_, result.to_dict(), report.rows_table(f"perplexity, {scheme}", result.rows))
+    if not json_:
+        out_console.print(f"page: {out / 'index.html'}", highlight=False)
+
+
+def main() -> None:
+    """Entry point: turns mistakes of the user's into one line, and keeps everything else."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    transformers.utils.logging.disable_progress_bar()
+    if not debug:
+        transformers.utils.logging.set_verbosity_error()
+    try:
+        app()
+    except SpinquantError as error:
+        if debug:
+            raise
+        err_console.print("error:", style="bold red", end=" ")
+        err_console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        err_console.print("interrupted: nothing was written", style="red")
+        raise SystemExit(130) from None
+
+
+def _spec(rotations: str, kind: str, block_size: str | None, randomize: bool, seed: int) -> RotationSpec:
+    types: Any = _per_rotation(kind)
+    blocks: Any = None if block_size is None else _per_rotation(block_size)
+    try:
+        sizes = {k: int(v) for k, v in blocks.items()} if isinstance(blocks, dict) else blocks and int(blocks)
+    except ValueError:
+        raise RotationError(f"block size {block_size!r} is not a number, or R1=64,R4=128") from None
+    return RotationSpec(tuple(rotations.split(",")), types, sizes, randomize, seed)
+
+
+def _per_rotation(text: str) -> str | dict[str, str]:
+    if "=" not in text:
+        return text
+    pairs = [item.partition("=") for item in text.split(",")]
+    return {name.strip().upper(): value.strip() for name, _, value in pairs}
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise SchemeError(f"unknown dtype {name!r}: expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _ratio(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise SchemeError(f"clip ratio {text!r} is neither a number nor mse") from None
+
+
+def _windows(model: str, text: str, length: int, windows: int) -> tuple[torch.Tensor, str]:
+    if is_local(model):
+        read_headers(model)  # a broken folder should say so before a text is read
+    tokenizer = load_tokenizer(model)
+    name, content = load_text(text)
+    return token_windows(tokenizer, content, length=length, count=windows or None), name
+
+
+@contextmanager
+def _stages() -> Iterator[Stage]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err_console, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report_stage(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report_stage
+
+
+def _print(as_json: bool, data: dict[str, Any], table: Any) -> None:
+    if as_json:
+        _print_json(data)
+    else:
+        out_console.print(table)
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    print(json.dumps(data, indent=1, default=dict))
+
+
+if __name__ == "__main__":
+    main()

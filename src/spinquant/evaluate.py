@@ -1,0 +1,156 @@
+"""How good a model still is: perplexity over windows of text, and agreement with a reference model.
+
+Perplexity is exp of the mean negative log-likelihood of every predicted token, in nats, over windows that do not
+overlap. Against a reference, per token: KL(reference || model) in nats, and how often both rank the same token first.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spinquant.calibrate import device_of
+from spinquant.errors import TextError
+
+# Tokens whose log-probabilities are held in float32 at once; 128 x 150k vocabulary is 77 MB.
+SLICE = 128
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results over all predicted tokens; the last three are None without a reference.
+
+    kl in nats per token, top1 a fraction, reference_perplexity on the same tokens.
+    """
+
+    perplexity: float
+    tokens: int
+    seconds: float
+    kl: float | None = None
+    top1: float | None = None
+    reference_perplexity: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Differences of two models' logits, and of what they predict (see `Evaluation`)."""
+
+    max_abs: float
+    mean_abs: float
+    relative: float
+    kl: float
+    top1: float
+    tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+Progress = Callable[[int, int], None]
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, windows: Tensor, *, reference: nn.Module | None = None, progress: Progress | None = None
+) -> Evaluation:
+    """Perplexity on windows of tokens, int64 (windows, length), and agreement with a reference model.
+
+    `progress(done, total)` counts windows. Raises TextError for windows of fewer than two tokens.
+    """
+    _check_windows(windows)
+    start = time.perf_counter()
+    nll = kl = agree = reference_nll = 0.0
+    for done, window in enumerate(windows):
+        logits = _logits(model, window)[:-1]
+        targets = window[1:].to(logits.device)
+        others = None if reference is None else _logits(reference, window)[:-1].to(logits.device)
+        for i in range(0, len(targets), SLICE):
+            part = slice(i, i + SLICE)
+            log_p = logits[part].float().log_softmax(-1)
+            nll -= _picked(log_p, targets[part])
+            if others is not None:
+                log_q = others[part].float().log_softmax(-1)
+                reference_nll -= _picked(log_q, targets[part])
+                kl += (log_q.exp() * (log_q - log_p)).sum().item()
+                agree += (log_q.argmax(-1) == log_p.argmax(-1)).sum().item()
+        if progress:
+            progress(done + 1, len(windows))
+    tokens = windows.shape[0] * (windows.shape[1] - 1)
+    return Evaluation(
+        perplexity=_exp(nll / tokens),
+        tokens=tokens,
+        seconds=time.perf_counter() - start,
+        kl=kl / tokens if reference is not None else None,
+        top1=agree / tokens if reference is not None else None,
+        reference_perplexity=_exp(reference_nll / tokens) if reference is not None else None,
+    )
+
+
+@torch.inference_mode()
+def compare_models(
+    reference: nn.Module, other: nn.Module, windows: Tensor, *, progress: Progress | None = None
+) -> Comparison:
+    """Logit differences, KL and top-1 agreement of two models on the same windows of tokens.
+
+    Raises TextError when their vocabularies differ.
+    """
+    _check_windows(windows)
+    largest = total = squared = norm = kl = agree = 0.0
+    count = 0
+    for done, window in enumerate(windows):
+        expected, found = _logits(reference, window), _logits(other, window)
+        if expected.shape != found.shape:
+            raise TextError(
+                f"the models have vocabularies of {expected.shape[-1]} and {found.shape[-1]} tokens: their logits "
+                "cannot be compared"
+            )
+        found = found.to(expected.device)
+        for i in range(0, len(window), SLICE):
+            e, f = expected[i : i + SLICE].float(), found[i : i + SLICE].float()
+            delta = (f - e).abs()
+            # A NaN must not vanish in max(): it would make a broken model look equal.
+            largest = max(largest, delta.max().item()) if not delta.isnan().any() else math.nan
+            total += delta.sum().item()
+            squared += delta.square().sum().item()
+            norm += e.square().sum().item()
+            count += delta.numel()
+            log_q, log_p = e.log_softmax(-1), f.log_softmax(-1)
+            kl += (log_q.exp() * (log_q - log_p)).sum().item()
+            agree += (e.argmax(-1) == f.argmax(-1)).sum().item()
+        if progress:
+            progress(done + 1, len(windows))
+    tokens = windows.numel()
+    return Comparison(
+        max_abs=largest,
+        mean_abs=total / count,
+        relative=math.sqrt(squared / norm),
+        kl=kl / tokens,
+        top1=agree / tokens,
+        tokens=tokens,
+    )
+
+
+def _logits(model: nn.Module, window: Tensor) -> Tensor:
+    return model(input_ids=window.unsqueeze(0).to(device_of(model)), use_cache=False).logits[0]
+
+
+def _picked(log_probabilities: Tensor, targets: Tensor) -> float:
+    return log_probabilities.gather(-1, targets.unsqueeze(-1)).sum().item()
+
+
+def _exp(mean_nll: float) -> float:
+    return math.exp(mean_nll) if mean_nll < 700 else math.inf
+
+
+def _check_windows(windows: Tensor) -> None:
+    if windows.ndim != 2 or windows.shape[0] == 0 or windows.shape[1] < 2:
+        raise TextError(f"windows of shape {tuple(windows.shape)}: expected (windows, length) with length >= 2")

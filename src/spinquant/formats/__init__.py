@@ -1,0 +1,1 @@
+"""What is written to disk, one file per format."""

@@ -1,0 +1,60 @@
+"""The pure core: one tensor in, the fused tensor out.
+
+    T' = T, scaled along the axes that read a norm by that norm's gain,
+         then contracted along every axis that lives in a rotated space with the rotation of that space
+
+The module and stream backends, and learning, all call `transform`; there is no other place where a weight is
+rotated, and no case per layer type: embedding, input side, output side, bias, attention heads are axes.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from spinquant.plan import Plan, Span
+from spinquant.rotation import Rotation
+
+
+def transform(
+    name: str,
+    tensor: Tensor,
+    plan: Plan,
+    gains: Mapping[str, Tensor],
+    rotations: Mapping[str, Rotation],
+    *,
+    precision: torch.dtype | None = None,
+) -> Tensor:
+    """The tensor called `name` of the rotated model.
+
+    gains: the original weights of the norms, by name. rotations: by space name; a space without one stays.
+    precision: dtype of the arithmetic, by default float32 for half types and the tensor's own for others.
+    Returns the same shape, dtype and device; the input itself when nothing touches it.
+    """
+    gain = plan.gain_of_norm.get(name)
+    if gain is not None and gain.space in rotations:
+        return torch.full_like(tensor, 1.0 - gain.offset)
+    scales = [(gains[g.norm] + g.offset, dim) for g, dim in plan.gains_of.get(name, ()) if g.space in rotations]
+    axes = [axis for axis in plan.axes_of.get(name, ()) if axis.space in rotations]
+    if not scales and not axes:
+        return tensor
+    # Rounding once, at the end, keeps half-precision checkpoints as close to the original as the format allows.
+    wide = precision or torch.promote_types(tensor.dtype, torch.float32)
+    fused = tensor.to(wide)
+    for scale, dim in scales:
+        shape = [-1 if d == dim else 1 for d in range(fused.ndim)]
+        fused = fused * scale.to(fused.device, wide).view(shape)
+    for axis in axes:
+        fused = rotate_axis(fused, axis.dim, rotations[axis.space], axis.span)
+    return fused.to(tensor.dtype)
+
+
+def rotate_axis(tensor: Tensor, dim: int, rotation: Rotation, span: Span | None = None) -> Tensor:
+    """T'[.., j, ..] = sum_i T[.., i, ..] R[i, j] along one axis, or along the span of it that lives in the space."""
+    last = tensor.movedim(dim, -1)
+    if span is None:
+        return rotation.apply(last).movedim(-1, dim).contiguous()
+    periods = last.unflatten(-1, (-1, span.period)).clone()
+    part = slice(span.start, span.start + span.length)
+    periods[..., part] = rotation.apply(periods[..., part])
+    return periods.flatten(-2).movedim(-1, dim).contiguous()

@@ -1,0 +1,82 @@
+"""Backend: fuse rotations into the weights of an nn.Module, in place, one tensor at a time."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from spinquant.architectures import make_plan
+from spinquant.errors import CheckpointError
+from spinquant.fuse import transform
+from spinquant.plan import Plan
+from spinquant.rotation import Rotation
+
+
+def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a module's parameters, a tied tensor under each of its names."""
+    return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan of a loaded transformers model. Raises ArchitectureError as `make_plan` does."""
+    return make_plan(model.config, tensor_shapes(model))
+
+
+@torch.no_grad()
+def fuse_module(
+    model: nn.Module,
+    plan: Plan,
+    rotations: Mapping[str, Rotation],
+    *,
+    precision: torch.dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Fuse gains and rotations into the model's weights, in place.
+
+    Tied tensors that a rotation parts are untied, and the config says so. `progress(done, total)` counts tensors.
+    Extra memory: one copy of the largest tensor, and the untied head. Raises CheckpointError for weights that are
+    not in memory (on the meta device).
+    """
+    if not rotations:
+        return
+    if "residual" in rotations:
+        untie(model, plan)
+    parameters = dict(model.named_parameters())
+    gains = {gain.norm: parameters[gain.norm].detach().clone() for gain in plan.gains}
+    for done, (name, parameter) in enumerate(parameters.items()):
+        if parameter.is_meta:
+            raise CheckpointError(
+                f"tensor {name!r} is not in memory (meta device): load the model without offloading before rotating it"
+            )
+        fused = transform(name, parameter, plan, gains, rotations, precision=precision)
+        if fused is not parameter:
+            parameter.copy_(fused)
+        if progress:
+            progress(done + 1, len(parameters))
+
+
+def untie(model: nn.Module, plan: Plan) -> None:
+    """Give every tied tensor of the plan its own memory; the config then loads as untied."""
+    for tie in plan.ties:
+        owner, attribute = module_and_attribute(model, tie.tensor)
+        shared = getattr(owner, attribute)
+        source_owner, source_attribute = module_and_attribute(model, tie.source)
+        if shared is getattr(source_owner, source_attribute):
+            setattr(owner, attribute, nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad))
+    if plan.ties:
+        model.config.tie_word_embeddings = False
+        # transformers consults this list when it saves and when weights are tied again after loading.
+        for tie in plan.ties:
+            getattr(model, "all_tied_weights_keys", {}).pop(tie.tensor, None)
+
+
+def module_and_attribute(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """("model.norm.weight") -> (the norm module, "weight")."""
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute
+
+
+def named_tensor(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by its dotted name."""
+    owner, attribute = module_and_attribute(model, name)
+    return getattr(owner, attribute)

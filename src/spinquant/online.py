@@ -1,0 +1,214 @@
+"""Online parts: what has to happen while the model runs, attached by hooks and removed without a trace.
+
+- At the input of a linear: rotate (R4), then round to the activation grid. Linears that read the same activation
+  (q, k and v; gate and up) share the work.
+- On queries and keys (R3): queries are rotated inside transformers' attention interface, keys once, on their way
+  into the KV cache, where keys and values are also rounded and packed.
+
+Attaching returns an `Attachment`; its `remove()` (or leaving its `with` block) restores the model. The hooks sit on
+the modules, so that a part of the model run alone, as calibration does, behaves as it does inside the whole.
+"""
+
+import sys
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache
+
+from spinquant.cache import pack_layer
+from spinquant.errors import RotationError
+from spinquant.plan import Plan
+from spinquant.quantize.integer import fake_quantize
+from spinquant.quantize.scheme import Quantizer, Scheme
+from spinquant.rotation import Rotation
+
+PREFIX = "spinquant_"
+QUERY_ROTATION = "_spinquant_query_rotation"
+ATTACHMENT = "_spinquant_attachment"
+
+
+class Attachment:
+    """Everything that `attach` put on a model, and the way to take it off again."""
+
+    def __init__(self, model: nn.Module):
+        self._undo: list[Callable[[], Any]] = []
+        self._model = model
+
+    def on_remove(self, undo: Callable[[], Any]) -> None:
+        """Remember how to undo one change; changes are undone last first."""
+        self._undo.append(undo)
+
+    def remove(self) -> None:
+        """Restore the model as it was before `attach`. A second call does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> "Attachment":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+
+def attach(model: nn.Module, plan: Plan, rotations: Mapping[str, Rotation], scheme: Scheme | None = None) -> Attachment:
+    """Rotate and round at run time what the plan and the scheme ask for.
+
+    `rotations` by space name; those of online spaces must already be fused into the weights that read them.
+    Raises RotationError when online parts are attached already.
+    """
+    if getattr(model, ATTACHMENT, None) is not None:
+        raise RotationError("this model already has online parts: remove() them before attaching others")
+    scheme = scheme or Scheme()
+    attachment = Attachment(model)
+    setattr(model, ATTACHMENT, attachment)
+    attachment.on_remove(lambda: delattr(model, ATTACHMENT))
+    try:
+        _attach_inputs(model, plan, rotations, scheme, attachment)
+        _attach_attention(model, plan, rotations, scheme.kv, attachment)
+    except BaseException:
+        attachment.remove()
+        raise
+    return attachment
+
+
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """The attachment on a model, None where there is none."""
+    return getattr(model, ATTACHMENT, None)
+
+
+def _attach_inputs(
+    model: nn.Module, plan: Plan, rotations: Mapping[str, Rotation], scheme: Scheme, attachment: Attachment
+) -> None:
+    spaces = {online.module: online.space for online in plan.onlines if online.site == "input"}
+    groups = [*plan.linears]
+    if scheme.lm_head:
+        groups.append((plan.head.removesuffix(".weight"),))
+    for group in groups:
+        rotation = rotations.get(spaces.get(group[0], ""))
+        if rotation is None and scheme.activations is None:
+            continue
+        site = _InputSite(rotation, scheme.activations, readers=len(group))
+        for name in group:
+            handle = model.get_submodule(name).register_forward_pre_hook(site)
+            attachment.on_remove(handle.remove)
+
+
+class _InputSite:
+    """Rotates and rounds one activation, once for all the linears that read it."""
+
+    def __init__(self, rotation: Rotation | None, quantizer: Quantizer | None, *, readers: int):
+        self.rotation = rotation
+        self.quantizer = quantizer
+        self.readers = readers
+        self._forget()
+
+    def _forget(self) -> None:
+        self._source: weakref.ref[Tensor] | None = None
+        self._version = -1
+        self._result: Tensor | None = None
+        self._reads = 0
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0]
+        version = -1 if x.is_inference() else x._version  # inference tensors do not count their changes
+        known = self._source is not None and self._source() is x and version == self._version
+        if not known:
+            self._forget()
+            result = x if self.rotation is None else self.rotation.apply(x)
+            self._result = result if self.quantizer is None else fake_quantize(result, self.quantizer)
+            self._source, self._version = weakref.ref(x), version
+        result = self._result
+        self._reads += 1
+        if self._reads >= self.readers:
+            self._forget()  # the activation is not kept alive past its last reader
+        return (result, *args[1:])
+
+
+def _attach_attention(
+    model: nn.Module,
+    plan: Plan,
+    rotations: Mapping[str, Rotation],
+    quantizer: Quantizer | None,
+    attachment: Attachment,
+) -> None:
+    spaces = {online.module: online.space for online in plan.onlines if online.site == "query_key"}
+    rotated = {name: rotations[spaces[name]] for name in plan.attentions if spaces.get(name) in rotations}
+    implementation = _rotate_queries(model, rotated, attachment) if rotated else None
+    if not rotated and quantizer is None:
+        return
+    for name in plan.attentions:
+        hook = _KeyValueSite(rotated.get(name), quantizer, implementation)
+        handle = model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+        attachment.on_remove(handle.remove)
+
+
+def _rotate_queries(model: nn.Module, rotated: Mapping[str, Rotation], attachment: Attachment) -> str:
+    config: Any = model.config
+    base = config._attn_implementation
+    implementation = PREFIX + base
+    AttentionInterface.register(implementation, _attention_with_rotated_queries(base))
+    AttentionMaskInterface.register(implementation, AttentionMaskInterface()[base])
+    config._attn_implementation = implementation
+    attachment.on_remove(lambda: setattr(config, "_attn_implementation", base))
+    for name, rotation in rotated.items():
+        module = model.get_submodule(name)
+        setattr(module, QUERY_ROTATION, rotation)
+        attachment.on_remove(lambda module=module: delattr(module, QUERY_ROTATION))
+    return implementation
+
+
+def _attention_with_rotated_queries(base: str) -> Callable[..., Any]:
+    interface = AttentionInterface()
+
+    def attention(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Every model file has an eager function of its own, which the interface does not list.
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        function = interface.get_interface(base, eager)
+        rotation = getattr(module, QUERY_ROTATION, None)
+        return function(module, query if rotation is None else rotation.apply(query), *args, **kwargs)
+
+    return attention
+
+
+class _KeyValueSite:
+    """Pre-hook of an attention module: stands between it and its cache."""
+
+    def __init__(self, rotation: Rotation | None, quantizer: Quantizer | None, implementation: str | None):
+        self.rotation = rotation
+        self.quantizer = quantizer
+        self.implementation = implementation
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        config: Any = module.config
+        if self.rotation is not None and config._attn_implementation != self.implementation:
+            # Keys would be rotated and queries not: nonsense without an error.
+            raise RotationError(
+                f"the attention implementation was changed to {config._attn_implementation!r} while R3 is attached: "
+                "remove() the online parts, change it, and attach them again"
+            )
+        cache = _RotatingCache(kwargs.get("past_key_values"), self.rotation, self.quantizer)
+        return args, {**kwargs, "past_key_values": cache}
+
+
+class _RotatingCache:
+    """What an attention module sees as its cache: rotates keys, rounds keys and values, then stores them."""
+
+    def __init__(self, cache: Cache | None, rotation: Rotation | None, quantizer: Quantizer | None):
+        self._cache = cache
+        self._rotation = rotation
+        self._quantizer = quantizer
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        cache, quantizer = self._cache, self._quantizer
+        if self._rotation is not None:
+            keys = self._rotation.apply(keys)
+        packs = cache is not None and quantizer is not None and pack_layer(cache, layer_idx, quantizer)
+        if quantizer is not None and not packs:
+            keys, values = fake_quantize(keys, quantizer), fake_quantize(values, quantizer)
+        return (keys, values) if cache is None else cache.update(keys, values, layer_idx, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)

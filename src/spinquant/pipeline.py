@@ -1,0 +1,273 @@
+"""The whole story: prove, rotate, check, quantize, save.
+
+`rotate` and `quantize` work on a model in memory; `rotate_folder` and `quantize_folder` go from a folder or hub id to
+a new folder, which appears complete or not at all.
+"""
+
+import json
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+
+from spinquant.calibrate import load_text, token_windows
+from spinquant.checkpoint import atomic_folder, check_free, load_model, load_tokenizer
+from spinquant.errors import CheckpointError, RotationError, SchemeError
+from spinquant.formats.native import detach, distinct_rotations, mark
+from spinquant.module import fuse_module, plan_of
+from spinquant.online import attach
+from spinquant.plan import MERGEABLE, Plan
+from spinquant.proof import Deviation, check, compare, prove, snapshot
+from spinquant.quantize.rtn import round_weights
+from spinquant.quantize.scheme import Scheme, parse_scheme
+from spinquant.rotation import Rotation, RotationSpec, make_rotations
+
+METHODS = ("rtn",)
+RECORD, ROTATIONS = "spinquant.json", "spinquant_rotations.safetensors"
+SAMPLE_TOKENS = 128  # real tokens on which the fused model is compared with the original
+
+Stage = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run goes about it, apart from what it computes.
+
+    prove: try the rotations on a small model of the same architecture first. allow_inexact: save even when the
+    logits of real tokens moved by more than rounding. precision: dtype of fusing, see `fuse.transform`.
+    progress(stage, done, total): called as the work goes on.
+    """
+
+    prove: bool = True
+    allow_inexact: bool = False
+    precision: torch.dtype | None = None
+    progress: Stage | None = None
+
+    def stage(self, name: str) -> Callable[[int, int], None]:
+        """A progress function for one stage."""
+
+        def report(done: int, total: int) -> None:
+            if self.progress:
+                self.progress(name, done, total)
+
+        return report
+
+
+@dataclass(frozen=True)
+class Result:
+    """A model that was rotated, and quantized where a scheme says so, with all that is needed to repeat it.
+
+    twin and real are how far logits moved by rotating: in the small model, and on real tokens (None: not tried).
+    """
+
+    model: Any
+    plan: Plan
+    spec: RotationSpec
+    rotations: Mapping[str, Rotation]
+    scheme: Scheme | None = None
+    method: str | None = None
+    twin: Deviation | None = None
+    real: Deviation | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """Everything but the tensors, as JSON: seeds, scheme, plan, proofs, versions."""
+        kinds = distinct_rotations(self.rotations)
+        index = {id(rotation): i for i, rotation in enumerate(kinds)}
+        return {
+            "spinquant": version("spinquant"),
+            "versions": {
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+            "spec": self.spec.to_dict(),
+            "scheme": self.scheme.to_dict() if self.scheme else None,
+            "method": self.method,
+            "rotations": [rotation.describe() for rotation in kinds],
+            "spaces": {space: index[id(rotation)] for space, rotation in self.rotations.items()},
+            "proof": {
+                "twin": self.twin.to_dict() if self.twin else None,
+                "real_tokens": self.real.to_dict() if self.real else None,
+            },
+            **self.notes,
+            "plan": self.plan.to_dict(),
+        }
+
+
+def rotate(
+    model: Any, spec: RotationSpec | None = None, *, sample: Tensor | None = None, options: Options | None = None
+) -> Result:
+    """Rotate a model in memory: fuse what can be fused, attach the rest (R3, R4), and prove that nothing changed.
+
+    `sample`, int64 (batch, length), are real tokens to compare logits on. Raises ProofError, naming the first module
+    that departs, when the function changed; the model is then spoilt and must not be used.
+    """
+    spec, options = spec or RotationSpec(), options or Options()
+    plan = plan_of(model)
+    rotations = make_rotations(plan, spec)
+    twin = prove(model.config, spec) if options.prove and rotations else None
+    before = None if sample is None or not rotations else snapshot(model, plan, sample)
+    fuse_module(model, plan, rotations, precision=options.precision, progress=options.stage("rotate"))
+    if any(online.space in rotations for online in plan.onlines):
+        attach(model, plan, rotations)
+        mark(model, plan, rotations, spec, Scheme())
+    real = None
+    if before is not None:
+        real = compare(before, model, plan, rotations)
+        if not options.allow_inexact:
+            check(real, before.logits.dtype, what="this model")
+    return Result(model, plan, spec, rotations, twin=twin, real=real)
+
+
+def quantize(
+    model: Any,
+    scheme: Scheme | str,
+    spec: RotationSpec | None = None,
+    *,
+    method: Literal["rtn"] = "rtn",
+    sample: Tensor | None = None,
+    options: Options | None = None,
+) -> Result:
+    """Rotate a model in memory, then quantize its weights, activations and KV cache.
+
+    Weights are rounded in place; activations and cache are rounded at run time by hooks, which
+    `spinquant.detach(model)` removes. Raises SchemeError for a scheme that does not fit, and what `rotate` raises.
+    """
+    scheme, options = parse_scheme(scheme), options or Options()
+    if method not in METHODS:
+        raise SchemeError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
+    _check_groups(plan_of(model), model, scheme)
+    rotated = rotate(model, spec or RotationSpec(()), sample=sample, options=options)
+    detach(model)
+    round_weights(model, rotated.plan, scheme, progress=options.stage("quantize"))
+    attach(model, rotated.plan, rotated.rotations, scheme)
+    mark(model, rotated.plan, rotated.rotations, rotated.spec, scheme)
+    return Result(**{**vars(rotated), "scheme": scheme, "method": method})
+
+
+def save(result: Result, out: str | Path, tokenizer: Any = None, *, force: bool = False) -> None:
+    """Write a model, its tokenizer, and beside them the rotations and the record of how it came about.
+
+    The folder appears complete or not at all. A model without online parts and quantization is a plain Hugging Face
+    folder; any other is in our own format (see `formats/native.py`). Raises CheckpointError when `out` exists
+    and `force` is off, or the disk is full.
+    """
+    with atomic_folder(out, force=force) as folder:
+        result.model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        kinds = distinct_rotations(result.rotations)
+        tensors = {f"{i}.{k}": v.contiguous() for i, r in enumerate(kinds) for k, v in r.tensors().items()}
+        save_file(tensors, folder / ROTATIONS)
+        (folder / RECORD).write_text(json.dumps(result.record(), indent=1, default=dict) + "\n", encoding="utf-8")
+
+
+def rotate_folder(
+    model: str | Path,
+    out: str | Path,
+    spec: RotationSpec,
+    *,
+    dtype: torch.dtype | None = None,
+    text: str = "auto",
+    force: bool = False,
+    allow_pickle: bool = False,
+    device: str = "cpu",
+    options: Options | None = None,
+) -> Result:
+    """Rotate a folder or hub id into a plain folder that transformers loads with nothing of ours installed.
+
+    dtype: of the weights written, by default as in the source. Raises RotationError for rotations that need work at
+    run time (R3, R4): a plain folder cannot hold them.
+    """
+    online = [name for name in spec.rotations if name not in MERGEABLE]
+    if online:
+        raise RotationError(
+            f"{', '.join(online)} run at run time, which a plain folder cannot say. Leave them out, or write a folder "
+            "with online parts: spinquant quantize MODEL OUT --scheme none --rotations " + ",".join(spec.rotations)
+        )
+    check_free(out, force=force)
+    options = options or Options()
+    loaded, tokenizer, sample, notes = _open(model, dtype, text, allow_pickle, device)
+    _check_unquantized(loaded, model)
+    result = rotate(loaded, spec, sample=sample, options=options)
+    if dtype is not None:
+        loaded.to(dtype)
+    save(Result(**{**vars(result), "notes": notes}), out, tokenizer, force=force)
+    return result
+
+
+def quantize_folder(
+    model: str | Path,
+    out: str | Path,
+    scheme: Scheme,
+    spec: RotationSpec,
+    *,
+    method: Literal["rtn"] = "rtn",
+    dtype: torch.dtype | None = None,
+    text: str = "auto",
+    force: bool = False,
+    allow_pickle: bool = False,
+    device: str = "cpu",
+    options: Options | None = None,
+) -> Result:
+    """Rotate and quantize a folder or hub id into a folder that `spinquant.load` and transformers load.
+
+    dtype: of everything that is not quantized, and of the arithmetic; by default as in the source.
+    """
+    check_free(out, force=force)
+    options = options or Options()
+    loaded, tokenizer, sample, notes = _open(model, dtype, text, allow_pickle, device)
+    _check_unquantized(loaded, model)
+    if dtype is not None:
+        loaded.to(dtype)
+    result = quantize(loaded, scheme, spec, method=method, sample=sample, options=options)
+    save(Result(**{**vars(result), "notes": notes}), out, tokenizer, force=force)
+    return result
+
+
+def _open(
+    model: str | Path, dtype: torch.dtype | None, text: str, allow_pickle: bool, device: str
+) -> tuple[Any, Any, Tensor, dict[str, Any]]:
+    loaded = load_model(model, allow_pickle=allow_pickle, device=device)
+    if dtype is not None and dtype.itemsize > loaded.dtype.itemsize:
+        loaded.to(dtype)  # widened before rotating; narrowed after it, so that rounding happens once
+    try:
+        tokenizer = load_tokenizer(model)
+    except CheckpointError:
+        # A folder of weights alone can be rotated too; random tokens then stand in for text.
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, loaded.config.vocab_size, (1, SAMPLE_TOKENS), generator=generator)
+        return loaded, None, tokens, {"source": str(model), "sample_text": "random tokens (no tokenizer)"}
+    name, content = load_text(text)
+    sample = token_windows(tokenizer, content[:20_000], length=SAMPLE_TOKENS, count=1)
+    return loaded, tokenizer, sample, {"source": str(model), "sample_text": name}
+
+
+def _check_unquantized(loaded: Any, model: str | Path) -> None:
+    method = getattr(loaded, "quantization_method", None)
+    if method:
+        raise CheckpointError(
+            f"{str(model)!r} is quantized already ({method}): rotate and quantize the 16-bit model it came from"
+        )
+
+
+def _check_groups(plan: Plan, model: Any, scheme: Scheme) -> None:
+    # Found out now, this costs nothing; found out by the rounding, it costs a rotated model.
+    for label, quantizer in (("weight", scheme.weights), ("activation", scheme.activations)):
+        if quantizer is None or quantizer.group_size is None:
+            continue
+        for name in (name for group in plan.linears for name in group):
+            length = model.get_submodule(name).in_features
+            if length % quantizer.group_size:
+                raise SchemeError(
+                    f"{label} group size {quantizer.group_size} does not divide the {length} inputs of {name}: "
+                    "choose a group that divides every linear's input, or none"
+                )

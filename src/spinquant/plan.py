@@ -1,0 +1,170 @@
+"""A plan says where every rotation of a model goes. It is data: no tensors, no torch.
+
+The one idea: every axis of every weight tensor lives in a named *space*, or in none, and a rotation belongs to
+a space. To rotate a space is to contract each axis that lives in it with the same orthogonal matrix R, block by
+block where the axis is longer than R:
+
+    T'[.., j, ..] = sum_i T[.., i, ..] R[i, j]
+
+Reader and writer of a space then cancel, so the function of the model is unchanged. Three facts complete a
+plan: the *gains* of norms, which do not commute with R and are fused into the linears that read the norm; the
+*spans* of fused tensors, where only a part of an axis lives in a space; and the *online* sites, where a space
+has to be rotated at run time because its writer is not linear.
+
+A plan describes the whole model. Which of its spaces are rotated is said by the rotations that go with it.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Literal
+
+from spinquant.errors import RotationError
+
+ROTATION_NAMES = ("R1", "R2", "R3", "R4")
+MERGEABLE = ("R1", "R2")  # fused into weights; R3 and R4 need work at run time
+
+Site = Literal["input", "query_key"]
+
+
+@dataclass(frozen=True)
+class Space:
+    """A vector space of the model; `size` is the number of elements that one rotation mixes (a head's, for R2, R3)."""
+
+    name: str
+    rotation: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """The part of an axis that lives in a space: `length` elements from `start` in every `period` elements."""
+
+    start: int
+    length: int
+    period: int
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Axis `dim` of the tensor lives in the space."""
+
+    tensor: str
+    dim: int
+    space: str
+    span: Span | None = None
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A norm's elementwise scale, fused into axis `dim` of each reader when `space` is rotated.
+
+    The model multiplies by `offset + weight`, so the norm is left with the weight `1 - offset`.
+    """
+
+    norm: str
+    space: str
+    readers: tuple[tuple[str, int], ...]
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Online:
+    """A space that is rotated at run time: at the input of a linear, or on the queries and keys of an attention."""
+
+    module: str
+    site: Site
+    space: str
+
+
+@dataclass(frozen=True)
+class Tie:
+    """A tensor that shares the memory of `source`, and cannot once the residual space is rotated."""
+
+    tensor: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where every rotation of one model goes.
+
+    `linears` are groups of linear modules that read one activation, in order of execution: the places where
+    weights and activations are quantized. `attentions` are the modules whose keys and values are cached.
+    `refused` are rotations that the architecture rules out, with the mathematical reason.
+    """
+
+    family: str
+    spaces: tuple[Space, ...]
+    axes: tuple[Axis, ...]
+    gains: tuple[Gain, ...]
+    onlines: tuple[Online, ...]
+    ties: tuple[Tie, ...]
+    linears: tuple[tuple[str, ...], ...]
+    attentions: tuple[str, ...]
+    head: str
+    refused: tuple[tuple[str, str], ...] = ()
+
+    @cached_property
+    def space(self) -> Mapping[str, Space]:
+        """Spaces by name."""
+        return {space.name: space for space in self.spaces}
+
+    @cached_property
+    def axes_of(self) -> Mapping[str, tuple[Axis, ...]]:
+        """Axes by tensor name; a tensor that is not there lives in no space."""
+        found: defaultdict[str, list[Axis]] = defaultdict(list)
+        for axis in self.axes:
+            found[axis.tensor].append(axis)
+        return {name: tuple(axes) for name, axes in found.items()}
+
+    @cached_property
+    def gains_of(self) -> Mapping[str, tuple[tuple[Gain, int], ...]]:
+        """(gain, dim) pairs by the name of the reading tensor."""
+        found: defaultdict[str, list[tuple[Gain, int]]] = defaultdict(list)
+        for gain in self.gains:
+            for tensor, dim in gain.readers:
+                found[tensor].append((gain, dim))
+        return {name: tuple(pairs) for name, pairs in found.items()}
+
+    @cached_property
+    def gain_of_norm(self) -> Mapping[str, Gain]:
+        """Gains by the name of the norm's own tensor."""
+        return {gain.norm: gain for gain in self.gains}
+
+    def spaces_of(self, rotation: str) -> tuple[Space, ...]:
+        """The spaces that a rotation such as "R2" rotates, in order of the layers."""
+        return tuple(space for space in self.spaces if space.rotation == rotation)
+
+    def rotated(self, rotations: Iterable[str]) -> frozenset[str]:
+        """Names of the spaces that these rotations ("R1", ...) rotate.
+
+        Raises RotationError when one of them is unknown or ruled out for this model.
+        """
+        names = parse_rotation_names(rotations)
+        reasons = dict(self.refused)
+        for name in names:
+            if name in reasons:
+                raise RotationError(f"{name} is impossible for {self.family}: {reasons[name]}. Leave {name} out.")
+            if not self.spaces_of(name):
+                raise RotationError(f"{self.family} has no space that {name} could rotate. Leave {name} out.")
+        return frozenset(space.name for space in self.spaces if space.rotation in names)
+
+    def to_dict(self) -> dict:
+        """The plan as plain dicts and lists, for JSON."""
+        return asdict(self)
+
+
+def parse_rotation_names(rotations: str | Iterable[str]) -> tuple[str, ...]:
+    """("R1", "R2") from "r1,R2" or any iterable of names; the empty string or "none" means no rotation.
+
+    Raises RotationError for a name that is not R1, R2, R3 or R4.
+    """
+    items = rotations.split(",") if isinstance(rotations, str) else rotations
+    names = [item.strip().upper() for item in items]
+    names = [name for name in names if name and name != "NONE"]
+    for name in names:
+        if name not in ROTATION_NAMES:
+            raise RotationError(f"unknown rotation {name!r}: expected some of {', '.join(ROTATION_NAMES)}, or none")
+    return tuple(name for name in ROTATION_NAMES if name in names)

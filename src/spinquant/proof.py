@@ -1,0 +1,211 @@
+"""Proof that rotating changed nothing, before real weights are touched and after.
+
+Before: the plan is tried on a *twin*, the same model class from the same config shrunk to a few layers and small
+sizes, in float64, with random weights, non-zero biases and non-unit gains. Its logits, and those of greedy
+generation through a KV cache, must not move by more than rounding. After: real tokens go through the real model
+before and after it is fused, and the logits must agree to what the dtype allows. When they do not, the first module
+whose output departs is named: outputs are compared in execution order, each rotated as its space is.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM
+
+from spinquant.calibrate import captured, device_of
+from spinquant.errors import ProofError
+from spinquant.module import fuse_module, plan_of
+from spinquant.online import attach
+from spinquant.plan import Plan
+from spinquant.rotation import Rotation, RotationSpec, make_rotations
+
+# Relative error ||logits' - logits|| / ||logits|| that rounding explains; see docs/design.md for the measurement.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+TWIN_HIDDEN, TWIN_INTERMEDIATE, TWIN_VOCABULARY, TWIN_BLOCK = 48, 80, 96, 16
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far logits moved: largest and mean absolute difference, relative error, and where the departure began."""
+
+    max_abs: float
+    mean_abs: float
+    relative: float
+    module: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a model computed on some tokens: logits, and the outputs of the modules that a plan knows."""
+
+    tokens: Tensor
+    logits: Tensor
+    outputs: Mapping[str, Tensor]
+
+
+class Float64Arithmetic(TorchFunctionMode):
+    """Within it, model code that asks for float32 (norms and softmax do) gets float64.
+
+    Without it a float64 model is exact to 1e-7 only, and an error of that size could not be told from rounding.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
+@torch.no_grad()
+def snapshot(model: nn.Module, plan: Plan, tokens: Tensor) -> Snapshot:
+    """Run the tokens, (batch, length), through the model and keep what `compare` needs."""
+    names = [name for group in plan.linears for name in group]
+    embeddings = sorted({axis.tensor.removesuffix(".weight") for axis in plan.axes if axis.space == "residual"})
+    modules = dict.fromkeys([*names, *embeddings])
+    present = {name for name, _ in model.named_modules()}
+    with captured(model, [name for name in modules if name in present]) as outputs:
+        logits = model(input_ids=tokens.to(device_of(model)), use_cache=False).logits
+    return Snapshot(tokens, logits, dict(outputs))
+
+
+def compare(before: Snapshot, model: nn.Module, plan: Plan, rotations: Mapping[str, Rotation]) -> Deviation:
+    """How far the rotated model departs from the snapshot, and at which module the departure begins."""
+    after = snapshot(model, plan, before.tokens)
+    tolerance = TOLERANCE.get(after.logits.dtype, TOLERANCE[torch.float32])
+    deviation = _difference(before.logits, after.logits)
+    if deviation.relative <= tolerance:
+        return deviation
+    for name, output in before.outputs.items():
+        space = _output_space(model, plan, name)
+        expected = rotations[space].apply(output) if space is not None and space in rotations else output
+        if not _difference(expected, after.outputs[name]).relative <= tolerance:
+            return replace(deviation, module=name)
+    return replace(deviation, module=plan.head.removesuffix(".weight"))
+
+
+def _output_space(model: nn.Module, plan: Plan, name: str) -> str | None:
+    # The output axis of an embedding's weight is its last, of a linear's its first.
+    dim = 1 if isinstance(model.get_submodule(name), nn.Embedding) else 0
+    spaces = [axis.space for axis in plan.axes_of.get(f"{name}.weight", ()) if axis.dim == dim]
+    return spaces[0] if spaces else None
+
+
+def _difference(expected: Tensor, found: Tensor) -> Deviation:
+    wide = torch.promote_types(expected.dtype, torch.float32)
+    expected, found = expected.to(wide), found.to(wide)
+    delta = (found - expected).abs()
+    norm = expected.norm().item() or 1.0
+    return Deviation(delta.max().item(), delta.mean().item(), delta.norm().item() / norm)
+
+
+def check(deviation: Deviation, dtype: torch.dtype, *, what: str) -> None:
+    """Raise ProofError when logits moved by more than rounding in this dtype explains (NaN included)."""
+    tolerance = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
+    if not deviation.relative <= tolerance:
+        raise ProofError(
+            f"rotating changed {what}: logits moved by {deviation.max_abs:.3g} at most, relative error "
+            f"{deviation.relative:.3g}, where {dtype} explains {tolerance:.3g}. The first module that departs is "
+            f"{deviation.module!r}. Nothing was saved; please report this with the model's config."
+        )
+
+
+def twin_config(config: Any) -> Any:
+    """The same config with few small layers: one layer of every kind that the original has, at least two."""
+    data = copy.deepcopy(config.to_dict())
+    layers = config.num_hidden_layers
+    per_layer = {key: value for key, value in data.items() if isinstance(value, list) and len(value) == layers > 0}
+    kinds: dict[tuple[str, ...], int] = {}
+    for i in range(layers):
+        kinds.setdefault(tuple(str(value[i]) for value in per_layer.values()), i)
+    kept = sorted(kinds.values())
+    kept = kept if len(kept) > 1 else [*kept, *kept]
+    data.update({key: [value[i] for i in kept] for key, value in per_layer.items()})
+    kv_heads = min(2, getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    groups = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    data.update(
+        num_hidden_layers=len(kept),
+        num_key_value_heads=kv_heads,
+        num_attention_heads=kv_heads * min(groups, 3),
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        hidden_size=TWIN_HIDDEN,
+        intermediate_size=TWIN_INTERMEDIATE,
+        vocab_size=TWIN_VOCABULARY,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    if data.get("sliding_window"):
+        data["sliding_window"] = 6  # shorter than the tokens of the proof, so that the window matters
+    for key in ("quantization_config", "dtype", "torch_dtype"):
+        data.pop(key, None)
+    return type(config).from_dict(data)
+
+
+def make_twin(config: Any, *, seed: int = 0, attn_implementation: str = "sdpa") -> nn.Module:
+    """A float64 model of `twin_config` with random weights, non-zero biases and non-unit gains."""
+    model = AutoModelForCausalLM.from_config(
+        twin_config(config), dtype=torch.float64, attn_implementation=attn_implementation
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            if parameter.ndim > 1:
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+            else:
+                parameter.copy_(0.3 * noise + (0.0 if name.endswith("bias") else 1.0))
+    return model.eval()
+
+
+def prove(config: Any, spec: RotationSpec, *, seed: int = 0) -> Deviation:
+    """Try the rotations of a spec on the twin of a config.
+
+    Raises ProofError, naming the first module that departs, when logits (whole sequences, or token by token through
+    a KV cache) move by more than float64 rounding.
+    """
+    with Float64Arithmetic():
+        twin = make_twin(config, seed=seed)
+        plan = plan_of(twin)
+        rotations = make_rotations(plan, _twin_spec(spec))
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(0, TWIN_VOCABULARY, (2, 12), generator=generator)
+        before, generated = snapshot(twin, plan, tokens), greedy_logits(twin, tokens)
+        fuse_module(twin, plan, rotations)
+        with attach(twin, plan, rotations):
+            deviation = compare(before, twin, plan, rotations)
+            check(deviation, torch.float64, what="a small model of this architecture (before touching yours)")
+            cached = _difference(generated, greedy_logits(twin, tokens))
+            check(cached, torch.float64, what="generation through a KV cache in a small model of this architecture")
+    return deviation if deviation.relative > cached.relative else cached
+
+
+def _twin_spec(spec: RotationSpec) -> RotationSpec:
+    # The twin keeps the head's size, so R2 and R3 are tried as they are; R1 and R4 get blocks that fit its axes.
+    blocks = {name: block for name in spec.rotations if (block := spec.block_of(name)) is not None}
+    return replace(spec, block_size={name: b if name in ("R2", "R3") else TWIN_BLOCK for name, b in blocks.items()})
+
+
+@torch.no_grad()
+def greedy_logits(model: Any, tokens: Tensor, *, steps: int = 6) -> Tensor:
+    """Logits of greedy generation through the model's KV cache, (steps, batch, vocabulary)."""
+    result = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=steps,
+        do_sample=False,
+        use_cache=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return torch.stack(result.logits)

@@ -1,0 +1,176 @@
+"""Integer arithmetic: grids, codes, packing. The only place where numbers are rounded.
+
+    code = clamp(round(x / scale) + zero, 0, top)        x ~ (code - zero) * scale
+
+Symmetric quantizers have the constant zero point 2^(bits-1), so one formula serves both kinds and every code is
+an unsigned integer. Everything acts on the last axis, in groups.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spinquant.errors import SchemeError
+from spinquant.quantize.scheme import Quantizer
+
+# Elements handled at once: a block of float32 that stays in the second-level cache through all passes below.
+BLOCK = 1 << 16
+
+
+def grid(
+    x: Tensor, quantizer: Quantizer, stored: torch.dtype, *, clip: float | Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point over the last axis of x, shape (.., 1), in the dtype of x.
+
+    The scale is rounded to the dtype it is `stored` in, so that packed and merely rounded numbers are the same.
+    `clip` overrides the quantizer's ratio; a tensor broadcasts against (.., 1).
+    """
+    ratio = clip if clip is not None else quantizer.clip
+    if ratio == "mse":
+        raise SchemeError("clip 'mse' is searched for weights only: give activations and KV a ratio in (0, 1]")
+    low, high = x.aminmax(dim=-1, keepdim=True)
+    if quantizer.symmetric:
+        centre = 2 ** (quantizer.bits - 1)
+        scale = _storable(torch.maximum(high, -low) * ratio / (centre - 1), stored)
+        return scale, torch.full_like(scale, centre)
+    low, high = low.clamp(max=0) * ratio, high.clamp(min=0) * ratio
+    scale = _storable((high - low) / quantizer.top, stored)
+    return scale, (-low / scale).round_().clamp_(0, quantizer.top)
+
+
+def _storable(scale: Tensor, stored: torch.dtype) -> Tensor:
+    scale = scale.to(stored).to(scale.dtype)
+    # A group of zeros (or of numbers too small for the scale's dtype) needs no grid: any scale codes it as zero.
+    return scale.masked_fill_(scale == 0, 1.0)
+
+
+def encode(x: Tensor, scale: Tensor, zero: Tensor, quantizer: Quantizer) -> Tensor:
+    """Codes 0 .. top, still as floating point, in the dtype of x."""
+    return (x / scale).round_().add_(zero).clamp_(0, quantizer.top)
+
+
+def decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """The numbers that codes stand for, in the dtype of the scale."""
+    return (codes - zero).mul_(scale)
+
+
+def fake_quantize(x: Tensor, quantizer: Quantizer) -> Tensor:
+    """x rounded to the quantizer's grid, same shape and dtype: what a low-bit kernel would compute with.
+
+    Gradients pass straight through. Raises SchemeError when the group does not divide the last axis.
+    """
+    return _FakeQuantize.apply(x, quantizer)  # pyright: ignore[reportReturnType]
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, quantizer: Quantizer) -> Tensor:
+        group = group_of(x.shape[-1], quantizer)
+        rows = x.reshape(-1, group)
+        out = torch.empty_like(rows)
+        step = max(1, BLOCK // group)
+        for source, target in zip(rows.split(step), out.split(step), strict=True):
+            wide = source.to(_wide(x.dtype))
+            scale, zero = grid(wide, quantizer, x.dtype)
+            target.copy_(decode(encode(wide, scale, zero, quantizer), scale, zero))
+        return out.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad, None
+
+
+def group_of(length: int, quantizer: Quantizer) -> int:
+    """The group length on an axis. Raises SchemeError when it does not divide the axis."""
+    group = quantizer.group_size or length
+    if length % group:
+        raise SchemeError(f"group size {group} does not divide an axis of length {length}")
+    return group
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Quantized numbers as they are stored.
+
+    words: int32, codes packed along the last axis, 32 // bits to a word. scale: (.., groups) in the model's dtype.
+    zero: uint8 like scale, or None for symmetric quantizers. length: numbers along the last axis.
+    """
+
+    words: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    length: int
+    quantizer: Quantizer
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is stored."""
+        return sum(t.nbytes for t in (self.words, self.scale, self.zero) if t is not None)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Words, scale, and zero point where there is one."""
+        return (self.words, self.scale) if self.zero is None else (self.words, self.scale, self.zero)
+
+    def with_tensors(self, *tensors: Tensor) -> "Packed":
+        """The same layout around other tensors, in the order of `tensors()`."""
+        words, scale, *zero = tensors
+        return Packed(words, scale, zero[0] if zero else None, self.length, self.quantizer)
+
+
+def quantize(x: Tensor, quantizer: Quantizer, *, clip: Tensor | None = None) -> Packed:
+    """x as packed integers, with a scale of the dtype of x."""
+    group = group_of(x.shape[-1], quantizer)
+    groups = x.unflatten(-1, (-1, group)).to(_wide(x.dtype))
+    scale, zero = grid(groups, quantizer, x.dtype, clip=clip)
+    return quantize_on_grid(x, scale.squeeze(-1).to(x.dtype), zero.squeeze(-1), quantizer)
+
+
+def quantize_on_grid(x: Tensor, scale: Tensor, zero: Tensor | None, quantizer: Quantizer) -> Packed:
+    """x coded with a given scale and zero point, (.., groups). Exact for x that lies on that grid."""
+    wide = _wide(x.dtype)
+    groups = x.unflatten(-1, (scale.shape[-1], -1)).to(wide)
+    codes = encode(groups, _column(scale, wide), _zero_column(zero, scale, quantizer, wide), quantizer)
+    words = pack(codes.flatten(-2), quantizer.bits)
+    stored_zero = None if quantizer.symmetric or zero is None else zero.to(torch.uint8)
+    return Packed(words, scale, stored_zero, x.shape[-1], quantizer)
+
+
+def dequantize(packed: Packed) -> Tensor:
+    """The numbers, in the dtype of the scale, shape (.., length)."""
+    scale, quantizer = packed.scale, packed.quantizer
+    wide = _wide(scale.dtype)
+    codes = unpack(packed.words, quantizer.bits, packed.length).unflatten(-1, (scale.shape[-1], -1)).to(wide)
+    zero = _zero_column(packed.zero, scale, quantizer, wide)
+    return decode(codes, _column(scale, wide), zero).flatten(-2).to(scale.dtype)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes (.., n) of any dtype to int32 words (.., ceil(n / (32 // bits))), lowest bits first."""
+    per = 32 // bits
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per))
+    lanes = codes.to(torch.int32).unflatten(-1, (-1, per))
+    words = lanes[..., 0].clone()
+    for i in range(1, per):
+        words |= lanes[..., i] << (bits * i)
+    return words
+
+
+def unpack(words: Tensor, bits: int, length: int) -> Tensor:
+    """The first `length` codes of int32 words, int32, shape (.., length)."""
+    shifts = torch.arange(0, 32 // bits * bits, bits, device=words.device, dtype=torch.int32)
+    return ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)[..., :length]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _column(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return values.to(dtype).unsqueeze(-1)
+
+
+def _zero_column(zero: Tensor | None, scale: Tensor, quantizer: Quantizer, dtype: torch.dtype) -> Tensor:
+    if zero is None:
+        return torch.full_like(scale, 2 ** (quantizer.bits - 1), dtype=dtype).unsqueeze(-1)
+    return _column(zero, dtype)

@@ -1,0 +1,89 @@
+"""Round to nearest: weights to the closest point of a grid whose clip ratio is searched per group.
+
+For every channel (or group) the ratio c in (0, 1] with the least squared error sum (w - Q_c(w))^2 is taken; the
+largest weights are then clipped, and the many small ones get a finer grid.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from spinquant.errors import SchemeError
+from spinquant.module import untie
+from spinquant.plan import Plan
+from spinquant.quantize.integer import BLOCK, Packed, decode, dequantize, encode, grid, group_of, quantize
+from spinquant.quantize.scheme import Quantizer, Scheme
+
+# A finer search (80 ratios) lowers the squared error of SmolLM2's 4-bit weights by less than 0.2 %.
+CLIP_RATIOS = tuple(1 - i / 40 for i in range(24))
+
+
+def quantize_weight(weight: Tensor, quantizer: Quantizer) -> Packed:
+    """A weight (out, in) as packed integers, per output channel or group of inputs.
+
+    Raises SchemeError when the group does not divide the input side.
+    """
+    clip = search_clip(weight, quantizer) if quantizer.clip == "mse" else None
+    return quantize(weight, quantizer, clip=clip)
+
+
+def search_clip(weight: Tensor, quantizer: Quantizer) -> Tensor:
+    """The clip ratio of least squared error for each group, shape (.., groups, 1), float32 or wider."""
+    if weight.shape[-1] == 0:
+        raise SchemeError(f"a weight of shape {tuple(weight.shape)} has no input side to quantize")
+    group = group_of(weight.shape[-1], quantizer)
+    rows = weight.reshape(-1, group)
+    best = torch.empty(rows.shape[0], 1, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+    step = max(1, BLOCK // group)
+    for block, target in zip(rows.split(step), best.split(step), strict=True):
+        target.copy_(_search(block.to(best.dtype), quantizer, weight.dtype))
+    return best.view(*weight.shape[:-1], -1, 1)
+
+
+def _search(block: Tensor, quantizer: Quantizer, stored: torch.dtype) -> Tensor:
+    ratios = torch.tensor(CLIP_RATIOS, dtype=block.dtype, device=block.device)
+    errors = []
+    for ratio in CLIP_RATIOS:
+        scale, zero = grid(block, quantizer, stored, clip=ratio)
+        rounded = decode(encode(block, scale, zero, quantizer), scale, zero)
+        errors.append(rounded.sub_(block).square_().sum(dim=-1))
+    return ratios[torch.stack(errors).argmin(dim=0)].unsqueeze(-1)
+
+
+def linears_of(plan: Plan, scheme: Scheme) -> list[str]:
+    """Names of the linear modules whose weights a scheme covers, in order of execution."""
+    names = [name for group in plan.linears for name in group]
+    return [*names, plan.head.removesuffix(".weight")] if scheme.lm_head else names
+
+
+@torch.no_grad()
+def round_weights(
+    model: nn.Module, plan: Plan, scheme: Scheme, *, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Round the weights of a model to the nearest point of their grids, in place.
+
+    The grid stays with each linear (`weight_scale`, and `weight_zero` where asymmetric), so that saving packs the very
+    same numbers. A tied head that is quantized is untied first. `progress(done, total)` counts linears.
+    """
+    if scheme.weights is None:
+        return
+    if scheme.lm_head:
+        untie(model, plan)
+    names = linears_of(plan, scheme)
+    for done, name in enumerate(names):
+        linear = model.get_submodule(name)
+        try:
+            set_weight(linear, quantize_weight(linear.weight, scheme.weights))  # pyright: ignore[reportArgumentType]
+        except SchemeError as error:
+            raise SchemeError(f"{name}.weight: {error}") from None
+        if progress:
+            progress(done + 1, len(names))
+
+
+def set_weight(linear: nn.Module, packed: Packed) -> None:
+    """Put quantized numbers into a linear, with the grid they lie on."""
+    linear.weight.copy_(dequantize(packed))  # pyright: ignore[reportCallIssue]
+    linear.register_buffer("weight_scale", packed.scale, persistent=False)
+    if packed.zero is not None:
+        linear.register_buffer("weight_zero", packed.zero, persistent=False)

@@ -1,0 +1,120 @@
+"""A scheme says what is quantized and how: weights, activations, KV cache.
+
+Written in the paper's notation: `W4A8KV4` is 4-bit weights, 8-bit activations, 4-bit keys and values. Parts may be
+left out (`W4A16`, `KV4`), 16 bits mean "not quantized", and a weight group is written `W4g128A16`.
+"""
+
+import re
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from spinquant.errors import SchemeError
+
+NOTATION = re.compile(
+    r"(?:W(?P<w>\d+)(?:G(?P<wg>\d+))?)?(?:A(?P<a>\d+)(?:G(?P<ag>\d+))?)?(?:KV(?P<kv>\d+))?(?:[-_]?G(?P<group>\d+))?",
+    re.IGNORECASE,
+)
+Clip = float | Literal["mse"]
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """How numbers become integers of `bits` bits, along the last axis.
+
+    symmetric: the grid is centred on zero; otherwise it spans [min(x, 0), max(x, 0)] with an integer zero point.
+    group_size: consecutive numbers that share a scale; None for the whole axis (a channel, a token, a head).
+    clip: fraction of the range that the grid covers, or "mse" to search it per group (weights only).
+    """
+
+    bits: int
+    symmetric: bool = False
+    group_size: int | None = None
+    clip: Clip = 1.0
+
+    def __post_init__(self):
+        if not 2 <= self.bits <= 8:
+            raise SchemeError(f"{self.bits} bits cannot be quantized to: expected 2 to 8, or 16 for none")
+        if self.group_size is not None and self.group_size < 1:
+            raise SchemeError(f"group size {self.group_size} is not a positive integer")
+        if self.clip != "mse" and not 0 < self.clip <= 1:
+            raise SchemeError(f"clip ratio {self.clip!r} is outside (0, 1]")
+
+    @property
+    def top(self) -> int:
+        """The largest code; codes are 0 .. top."""
+        return 2**self.bits - 1
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Quantizers of weights, activations (per token, dynamic) and cached keys and values (per head and token).
+
+    None leaves a part at 16 bits. `lm_head` includes the output head, weights and activations.
+    """
+
+    weights: Quantizer | None = None
+    activations: Quantizer | None = None
+    kv: Quantizer | None = None
+    lm_head: bool = False
+
+    def __str__(self) -> str:
+        def part(letter: str, quantizer: Quantizer | None) -> str:
+            if quantizer is None:
+                return f"{letter}16"
+            return f"{letter}{quantizer.bits}" + (f"g{quantizer.group_size}" if quantizer.group_size else "")
+
+        return part("W", self.weights) + part("A", self.activations) + part("KV", self.kv)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Scheme":
+        """The scheme that `to_dict` came from."""
+        parts = {k: Quantizer(**data[k]) if data.get(k) else None for k in ("weights", "activations", "kv")}
+        return cls(**parts, lm_head=bool(data.get("lm_head", False)))
+
+
+def parse_scheme(
+    text: "str | Scheme",
+    *,
+    group_size: int | None = None,
+    weight_clip: Clip = "mse",
+    activation_clip: float = 1.0,
+    activation_symmetric: bool = False,
+    kv_clip: float = 1.0,
+    lm_head: bool = False,
+) -> Scheme:
+    """A scheme from notation such as W4A4KV4, W4g128A16, W8A8, KV4 or "none".
+
+    Weights are symmetric per output channel, or per `group_size` inputs; activations asymmetric per token unless
+    `activation_symmetric`; keys and values asymmetric per head and token. A `Scheme` is returned as it is.
+    Raises SchemeError for text that is not of this form.
+    """
+    if isinstance(text, Scheme):
+        return text
+    compact = re.sub(r"[\s_]", "", text)
+    match = NOTATION.fullmatch(compact)
+    if compact.lower() in ("none", "16"):
+        return Scheme(lm_head=lm_head)
+    if not compact or match is None or not any(match.group(k) for k in ("w", "a", "kv")):
+        raise SchemeError(
+            f"cannot read scheme {text!r}: expected the form W<bits>[g<group>]A<bits>KV<bits>, parts optional, such as "
+            "W4A4KV4, W4A16, W4g128A16, W8A8 or KV4"
+        )
+    weights = _quantizer(match.group("w"), symmetric=True, clip=weight_clip)
+    group = match.group("wg") or match.group("group")
+    if weights and (group or group_size):
+        weights = replace(weights, group_size=int(group) if group else group_size)
+    activations = _quantizer(match.group("a"), symmetric=activation_symmetric, clip=activation_clip)
+    if activations and match.group("ag"):
+        activations = replace(activations, group_size=int(match.group("ag")))
+    kv = _quantizer(match.group("kv"), symmetric=False, clip=kv_clip)
+    return Scheme(weights=weights, activations=activations, kv=kv, lm_head=lm_head)
+
+
+def _quantizer(bits: str | None, *, symmetric: bool, clip: Clip) -> Quantizer | None:
+    if bits is None or int(bits) in (16, 32):
+        return None
+    return Quantizer(int(bits), symmetric=symmetric, clip=clip)

@@ -1,0 +1,182 @@
+"""Results as tables for people: rich tables, made from the same dataclasses that `--json` prints."""
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from rich.table import Table
+
+from spinquant.errors import SpinquantError
+from spinquant.evaluate import Comparison, Evaluation
+from spinquant.pipeline import Result
+from spinquant.plan import MERGEABLE, Plan
+from spinquant.rotation import RotationSpec, choose
+
+NEEDS = {
+    "R1": "nothing",
+    "R2": "nothing",
+    "R3": "rotates queries and keys after RoPE",
+    "R4": "rotates the input of the linear",
+}
+
+
+def plan_rows(plan: Plan, spec: RotationSpec) -> list[dict[str, Any]]:
+    """One dict per rotation of the spec: spaces, order, construction, tensors fused, sites online, or the refusal.
+
+    `error` is None where the rotation is possible.
+    """
+    refused = dict(plan.refused)
+    rows = []
+    for name in spec.rotations:
+        spaces = plan.spaces_of(name)
+        names = {space.name for space in spaces}
+        row: dict[str, Any] = {
+            "rotation": name,
+            "spaces": [space.name for space in spaces],
+            "size": spaces[0].size if spaces else None,
+            "order": None,
+            "construction": None,
+            "fused": sorted({axis.tensor for axis in plan.axes if axis.space in names}, key=_natural),
+            "axes": sorted({_axis_label(axis.tensor, axis.dim) for axis in plan.axes if axis.space in names}),
+            "gains": sorted({gain.norm for gain in plan.gains if gain.space in names}, key=_natural),
+            "online": [f"{online.module} ({online.site})" for online in plan.onlines if online.space in names],
+            "runtime_needs": NEEDS[name],
+            "error": refused.get(name),
+        }
+        try:
+            chosen = [choose(space, spec) for space in spaces]
+            row["order"], row["construction"] = chosen[0]["order"], chosen[0]["construction"]
+        except SpinquantError as error:
+            row["error"] = row["error"] or str(error)
+        rows.append(row)
+    return rows
+
+
+def plan_table(plan: Plan, rows: Sequence[Mapping[str, Any]], spec: RotationSpec) -> Table:
+    """The rows of `plan_rows` for a terminal."""
+    table = Table(title=f"{plan.family} family, {len(plan.attentions)} layers", title_justify="left", show_lines=True)
+    for header in ("", "rotates", "with", "fused into", "at run time"):
+        table.add_column(header, overflow="fold")
+    for row in rows:
+        kinds = "a rotation of its own each" if spec.randomize else "one rotation for all"
+        many = f"{len(row['spaces'])} spaces of size {row['size']}, {kinds}"
+        rotates = f"{collapse(row['spaces'])[0]}, size {row['size']}" if len(row["spaces"]) == 1 else many
+        if row["error"]:
+            table.add_row(row["rotation"], rotates, f"[red]impossible: {row['error']}[/red]", "", "")
+            continue
+        blocks = (row["size"] or 0) // row["order"]
+        how = f"order {row['order']}" + (f", {blocks} blocks" if blocks > 1 else "") + f": {row['construction']}"
+        fused = "\n".join(row["axes"])
+        if row["gains"]:
+            fused += "\ngains fused: " + ", ".join(collapse(row["gains"]))
+        online = "\n".join(collapse(row["online"])) if row["rotation"] not in MERGEABLE else ""
+        table.add_row(row["rotation"], rotates, how, fused, online or "nothing")
+    return table
+
+
+def plan_notes(plan: Plan, spec: RotationSpec) -> list[str]:
+    """What a user should know beside the table: ties that break, and what a plain runtime would need."""
+    notes = []
+    online = [name for name in spec.rotations if name not in MERGEABLE]
+    if "R1" in spec.rotations:
+        notes += [f"{tie.tensor} shares memory with {tie.source}: R1 unties them" for tie in plan.ties]
+    if online:
+        needs = "; ".join(f"{name} {NEEDS[name]}" for name in online)
+        notes.append(f"a plain runtime cannot run {', '.join(online)} ({needs}); spinquant.load attaches that")
+    elif spec.rotations:
+        notes.append("a plain runtime needs nothing: all rotations are fused into the weights")
+    return notes
+
+
+def result_table(result: Result, out: str) -> Table:
+    """What was done to a model, and the proof that rotating changed nothing."""
+    table = Table(title=f"wrote {out}", title_justify="left", show_header=False)
+    spec = result.spec
+    table.add_row("rotations", ", ".join(spec.rotations) or "none")
+    if result.scheme is not None:
+        table.add_row("scheme", f"{result.scheme} by {result.method}")
+    if result.twin:
+        table.add_row("small model, float64", f"logits moved by {result.twin.max_abs:.1e} at most")
+    if result.real:
+        moved = f"logits moved by {result.real.max_abs:.1e} at most, {result.real.mean_abs:.1e} on average"
+        table.add_row("this model, real tokens", f"{moved}, before quantization" if result.scheme else moved)
+    table.add_row("seed", str(spec.seed))
+    return table
+
+
+def evaluation_table(name: str, text: str, evaluation: Evaluation) -> Table:
+    """Perplexity, and agreement with the reference where there is one."""
+    table = Table(title=f"{name} on {text}", title_justify="left", show_header=False)
+    table.add_row("perplexity", f"{evaluation.perplexity:.4f}")
+    if evaluation.kl is not None and evaluation.top1 is not None:
+        table.add_row("reference perplexity", f"{evaluation.reference_perplexity:.4f}")
+        table.add_row("KL to reference", f"{evaluation.kl:.3e} nats per token")
+        table.add_row("same top token", f"{100 * evaluation.top1:.2f} %")
+    table.add_row("tokens", f"{evaluation.tokens}")
+    table.add_row("speed", f"{evaluation.tokens / evaluation.seconds:.0f} tokens/s")
+    return table
+
+
+def comparison_table(reference: str, other: str, comparison: Comparison) -> Table:
+    """How far two models are apart."""
+    table = Table(title=f"{other} against {reference}", title_justify="left", show_header=False)
+    table.add_row("largest logit difference", f"{comparison.max_abs:.3e}")
+    table.add_row("mean logit difference", f"{comparison.mean_abs:.3e}")
+    table.add_row("relative error of logits", f"{comparison.relative:.3e}")
+    table.add_row("KL", f"{comparison.kl:.3e} nats per token")
+    table.add_row("same top token", f"{100 * comparison.top1:.2f} %")
+    table.add_row("tokens", f"{comparison.tokens}")
+    return table
+
+
+def tasks_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Results of lm-eval: one row per task and metric."""
+    table = Table(title="lm-eval", title_justify="left")
+    for header in ("task", "metric", "value"):
+        table.add_column(header)
+    for task, metrics in results.items():
+        for metric, value in metrics.items():
+            if isinstance(value, float):
+                table.add_row(task, metric, f"{value:.4f}")
+    return table
+
+
+def rows_table(title: str, rows: Sequence[tuple[str, float | None, float | None]]) -> Table:
+    """Perplexities of plain and rotated models, (label, plain, rotated)."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    table.add_column("plain", justify="right")
+    table.add_column("rotated", justify="right")
+    for label, plain, rotated in rows:
+        table.add_row(label, *("" if value is None else f"{value:.2f}" for value in (plain, rotated)))
+    return table
+
+
+def collapse(names: Sequence[str]) -> list[str]:
+    """Names that differ in one number only, as one name each: layers.{0-29}.mlp."""
+    patterns: dict[str, list[int]] = {}
+    for name in names:
+        match = re.search(r"\.(\d+)\.", name)
+        if match:
+            pattern = f"{name[: match.start(1)]}{{}}{name[match.end(1) :]}"
+            patterns.setdefault(pattern, []).append(int(match.group(1)))
+        else:
+            patterns.setdefault(name, [])
+    return [pattern.format("{" + _ranges(found) + "}") if found else pattern for pattern, found in patterns.items()]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    found = []
+    for _, run in groupby(enumerate(sorted(numbers)), key=lambda pair: pair[1] - pair[0]):
+        values = [value for _, value in run]
+        found.append(str(values[0]) if len(values) == 1 else f"{values[0]}-{values[-1]}")
+    return ",".join(found)
+
+
+def _axis_label(tensor: str, dim: int) -> str:
+    return f"{re.sub(r'[.][0-9]+[.]', '.*.', tensor).removeprefix('model.')} axis {dim}"
+
+
+def _natural(name: str) -> list[int | str]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,297 @@
+"""Rotations are values: they know their order and how to apply themselves to the last axis of a tensor.
+
+    apply(x)                  y[.., j] = sum_i x[.., i] R[i, j]        R orthogonal
+    apply(x, transpose=True)  the inverse
+
+An axis longer than the order is rotated block by block, so a block-diagonal rotation is the same value applied
+to a longer axis. A rotation becomes a dense matrix only where someone asks for `matrix()`.
+
+Random Hadamard rotations are D H / sqrt(n) with random signs D (QuaRot, arXiv 2404.00456); random orthogonal
+ones are Haar-distributed: the Q of a Gaussian matrix, with the signs of R's diagonal moved into Q (Mezzadri,
+arXiv math-ph/0609050), since plain QR is not uniform.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from spinquant.errors import HadamardOrderError, RotationError
+from spinquant.hadamard import construct, hadamard_factors, hadamard_transform, kronecker_transform
+from spinquant.plan import Plan, Space, parse_rotation_names
+
+TRANSFORM_TYPES = ("hadamard", "random-hadamard", "random-matrix", "auto")
+
+
+class Rotation(Protocol):
+    """An orthogonal matrix of some order."""
+
+    @property
+    def order(self) -> int: ...
+
+    def apply(self, x: Tensor, *, transpose: bool = False) -> Tensor:
+        """x R over the last axis, block by block; x R^T with `transpose`. Keeps shape, dtype and device."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What has to be saved; with `describe`, enough for `restore`."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Kind and order, as JSON."""
+        ...
+
+
+def matrix(rotation: Rotation, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The rotation as a dense (order, order) matrix."""
+    return rotation.apply(torch.eye(rotation.order, dtype=dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class Hadamard:
+    """H / sqrt(n), or D H / sqrt(n) with a diagonal D of +-1 given as `signs`, shape (n,)."""
+
+    order: int
+    signs: Tensor | None = None
+
+    def apply(self, x: Tensor, *, transpose: bool = False) -> Tensor:
+        _check_blocks(x, self.order)
+        if transpose:
+            return _flip(hadamard_transform(x, self.order, transpose=True), self.signs)
+        return hadamard_transform(_flip(x, self.signs), self.order)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {} if self.signs is None else {"signs": self.signs}
+
+    def describe(self) -> dict[str, Any]:
+        return _description("hadamard" if self.signs is None else "random-hadamard", self.order)
+
+
+@dataclass(frozen=True, eq=False)
+class Orthogonal:
+    """A dense orthogonal matrix, shape (n, n): random or learned."""
+
+    weight: Tensor
+
+    @property
+    def order(self) -> int:
+        return self.weight.shape[0]
+
+    def apply(self, x: Tensor, *, transpose: bool = False) -> Tensor:
+        _check_blocks(x, self.order)
+        return kronecker_transform(x, (self.weight,), transpose=transpose)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"weight": self.weight}
+
+    def describe(self) -> dict[str, Any]:
+        return _description("orthogonal", self.order)
+
+
+@dataclass(frozen=True, eq=False)
+class Kronecker:
+    """D (Q kron H) / sqrt(m): an orthogonal Q of an order that has no Hadamard matrix, times a Hadamard of order m."""
+
+    weight: Tensor
+    hadamard_order: int
+    signs: Tensor
+
+    @property
+    def order(self) -> int:
+        return self.weight.shape[0] * self.hadamard_order
+
+    def apply(self, x: Tensor, *, transpose: bool = False) -> Tensor:
+        _check_blocks(x, self.order)
+        factors = (self.weight, *hadamard_factors(self.hadamard_order))
+        if transpose:
+            return _flip(kronecker_transform(x, factors, transpose=True), self.signs)
+        return kronecker_transform(_flip(x, self.signs), factors)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"weight": self.weight, "signs": self.signs}
+
+    def describe(self) -> dict[str, Any]:
+        return _description("kronecker", self.order, hadamard_order=self.hadamard_order)
+
+
+def restore(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Rotation:
+    """The rotation that `describe` and `tensors` came from.
+
+    Raises RotationError for an unknown kind or missing tensors.
+    """
+    kind = description.get("kind")
+    try:
+        if kind == "hadamard":
+            return Hadamard(description["order"])
+        if kind == "random-hadamard":
+            return Hadamard(description["order"], tensors["signs"])
+        if kind == "orthogonal":
+            return Orthogonal(tensors["weight"])
+        if kind == "kronecker":
+            return Kronecker(tensors["weight"], description["hadamard_order"], tensors["signs"])
+    except KeyError as missing:
+        raise RotationError(f"a saved rotation of kind {kind!r} lacks {missing}: incomplete checkpoint") from None
+    raise RotationError(f"a saved rotation has kind {kind!r}, which this version of spinquant does not know")
+
+
+def empty_tensors(description: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors of the shapes and dtypes that `restore` needs, for a loader to fill."""
+    order, kind = description["order"], description["kind"]
+    side = order // description.get("hadamard_order", 1)
+    signs = torch.empty(order, dtype=torch.int8)
+    weight = torch.empty(side, side, dtype=torch.float64)
+    return {
+        "hadamard": {},
+        "random-hadamard": {"signs": signs},
+        "orthogonal": {"weight": weight},
+        "kronecker": {"weight": weight, "signs": signs},
+    }[kind]
+
+
+def random_signs(order: int, generator: torch.Generator) -> Tensor:
+    """Independent fair signs, int8, shape (order,)."""
+    return torch.randint(0, 2, (order,), generator=generator, dtype=torch.int8) * 2 - 1
+
+
+def random_orthogonal(order: int, generator: torch.Generator) -> Tensor:
+    """A Haar-distributed orthogonal matrix, float64, shape (order, order)."""
+    gaussian = torch.randn(order, order, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian)
+    return q * r.diagonal().sign()
+
+
+@dataclass(frozen=True)
+class RotationSpec:
+    """Which rotations a user asks for.
+
+    rotations: some of R1, R2, R3, R4.
+    transform_type: hadamard, random-hadamard, random-matrix (Haar orthogonal), or auto (random-hadamard where a
+        matrix of the order is known, else an orthogonal odd factor times a Hadamard power of two); one for all, or
+        one per rotation, as in {"R4": "hadamard"}.
+    block_size: order of the blocks, None for one block per space; one for all, or one per rotation.
+    randomize: a rotation of its own for every layer, instead of one per kind of space.
+    seed: of everything random. The same spec gives the same rotations bit for bit.
+    """
+
+    rotations: tuple[str, ...] = ("R1", "R2")
+    transform_type: str | Mapping[str, str] = "random-hadamard"
+    block_size: int | Mapping[str, int] | None = None
+    randomize: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        object.__setattr__(self, "rotations", parse_rotation_names(self.rotations))
+        chosen = self.transform_type.values() if isinstance(self.transform_type, Mapping) else [self.transform_type]
+        for name in chosen:
+            if name not in TRANSFORM_TYPES:
+                raise RotationError(f"unknown transform type {name!r}: expected one of {', '.join(TRANSFORM_TYPES)}")
+        sizes = self.block_size.values() if isinstance(self.block_size, Mapping) else [self.block_size]
+        for size in sizes:
+            if size is not None and size < 1:
+                raise RotationError(f"block size {size} is not a positive integer")
+        for option in (self.transform_type, self.block_size):
+            if isinstance(option, Mapping):
+                parse_rotation_names(option)
+
+    def type_of(self, rotation: str) -> str:
+        """Transform type for a rotation such as "R4"."""
+        if isinstance(self.transform_type, Mapping):
+            return self.transform_type.get(rotation, "random-hadamard")
+        return self.transform_type
+
+    def block_of(self, rotation: str) -> int | None:
+        """Block size for a rotation such as "R4"."""
+        if isinstance(self.block_size, Mapping):
+            return self.block_size.get(rotation)
+        return self.block_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+def choose(space: Space, spec: RotationSpec) -> dict[str, Any]:
+    """Kind, order and construction of the rotation that a spec gives a space, without making it.
+
+    Raises RotationError when the block size does not divide the space, and HadamardOrderError when no Hadamard matrix
+    of the order is known and the type does not fall back on another form.
+    """
+    order = spec.block_of(space.rotation) or space.size
+    if space.size % order:
+        divisors = [d for d in range(2, space.size + 1) if space.size % d == 0]
+        raise RotationError(
+            f"block size {order} does not divide {space.name} ({space.rotation}, size {space.size}). "
+            f"Divisors: {', '.join(map(str, divisors))}."
+        )
+    kind = spec.type_of(space.rotation)
+    if kind == "random-matrix":
+        return _description("orthogonal", order)
+    try:
+        return _description("hadamard" if kind == "hadamard" else "random-hadamard", order)
+    except HadamardOrderError as error:
+        if kind != "auto":
+            raise HadamardOrderError(f"{space.name} ({space.rotation}): {error}") from None
+        return _description("kronecker", order, hadamard_order=order & -order)
+
+
+def _description(kind: str, order: int, **more: int) -> dict[str, Any]:
+    if kind == "orthogonal":
+        construction = "dense orthogonal"
+    elif kind == "kronecker":
+        power = more["hadamard_order"]
+        construction = f"orthogonal {order // power} x {construct(power)}"
+    else:
+        construction = str(construct(order))
+    return {"kind": kind, "order": order, "construction": construction, **more}
+
+
+def make_rotations(plan: Plan, spec: RotationSpec) -> dict[str, Rotation]:
+    """A rotation for every space that the spec rotates, by the space's name.
+
+    Raises RotationError when a rotation is refused for this model, and what `choose` raises.
+    """
+    rotated = plan.rotated(spec.rotations)
+    shared: dict[tuple[str, int], Rotation] = {}
+    found: dict[str, Rotation] = {}
+    for space in plan.spaces:
+        if space.name not in rotated:
+            continue
+        if spec.randomize:
+            found[space.name] = _make(space, spec, space.name)
+        else:
+            key = (space.rotation, space.size)
+            if key not in shared:
+                shared[key] = _make(space, spec, f"{space.rotation}/{space.size}")
+            found[space.name] = shared[key]
+    return found
+
+
+def _make(space: Space, spec: RotationSpec, label: str) -> Rotation:
+    # A stream of random numbers per space: leaving one rotation out does not change the others.
+    digest = hashlib.sha256(f"{spec.seed}/{label}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    chosen = choose(space, spec)
+    order = chosen["order"]
+    if chosen["kind"] == "orthogonal":
+        return Orthogonal(random_orthogonal(order, generator))
+    if chosen["kind"] == "kronecker":
+        power = chosen["hadamard_order"]
+        return Kronecker(random_orthogonal(order // power, generator), power, random_signs(order, generator))
+    return Hadamard(order) if chosen["kind"] == "hadamard" else Hadamard(order, random_signs(order, generator))
+
+
+def _flip(x: Tensor, signs: Tensor | None) -> Tensor:
+    if signs is None:
+        return x
+    signs = signs.to(x.device, x.dtype)
+    if x.shape[-1] == signs.shape[0]:
+        return x * signs
+    return (x.unflatten(-1, (-1, signs.shape[0])) * signs).flatten(-2)
+
+
+def _check_blocks(x: Tensor, order: int) -> None:
+    if x.shape[-1] % order:
+        raise RotationError(f"a rotation of order {order} does not divide an axis of length {x.shape[-1]}")
