@@ -80,10 +80,11 @@ def token_windows(tokenizer: Any, text: str, *, length: int, count: int | None =
     """The text cut into windows that do not overlap: int64, shape (windows, length), at most `count` of them.
 
     Windows are spread evenly over the text, so that a few of them still see all of it. Every window starts with
-    the beginning-of-sequence token where the tokenizer has one, as the model saw in training. Raises TextError when
-    the text is too short for one window.
+    the beginning-of-sequence token where the tokenizer begins every text with it. Raises TextError when the text is
+    too short for one window.
     """
-    bos = tokenizer.bos_token_id
+    first = tokenizer("x")["input_ids"][0]
+    bos = first if first == tokenizer.bos_token_id else None
     room = length if bos is None else length - 1
     if room < 1:
         raise TextError(f"a window of {length} tokens has no room for text")

@@ -25,6 +25,7 @@ from spinquant.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -207,8 +208,12 @@ def check_finite(model: nn.Module, origin: str) -> None:
 
 def load_tokenizer(model: str | Path) -> Any:
     """The tokenizer of a folder or hub id. Raises CheckpointError when there is none."""
+    folder = folder_of(model)
+    if not any((folder / file).is_file() for file in TOKENIZERS):
+        # For some architectures transformers would make an empty tokenizer out of nothing.
+        raise CheckpointError(f"{str(model)!r} has no tokenizer: expected one of {', '.join(TOKENIZERS)}")
     try:
-        return AutoTokenizer.from_pretrained(folder_of(model), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{str(model)!r} has no usable tokenizer: {_first_line(error)}") from None
 

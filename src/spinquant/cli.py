@@ -22,11 +22,11 @@ from spinquant import report
 from spinquant.calibrate import load_text, token_windows
 from spinquant.checkpoint import is_local, load_config, load_model, load_tokenizer, read_headers
 from spinquant.errors import RotationError, SchemeError, SpinquantError
-from spinquant.evaluate import compare_models
-from spinquant.evaluate import evaluate as evaluate_model
+from spinquant.evaluation import compare_models
+from spinquant.evaluation import evaluate as evaluate_model
 from spinquant.pipeline import Options, Stage, quantize_folder, rotate_folder
 from spinquant.plan import ROTATION_NAMES
-from spinquant.quantize.scheme import parse_scheme
+from spinquant.quantization.scheme import parse_scheme
 from spinquant.rotation import RotationSpec
 
 app = typer.Typer(
@@ -39,6 +39,7 @@ app = typer.Typer(
 )
 out_console, err_console = Console(), Console(stderr=True)
 
+INTERRUPTED = 130  # the exit code that typer gives Ctrl-C
 ALL_ROTATIONS = ",".join(ROTATION_NAMES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -293,9 +294,10 @@ def main() -> None:
         err_console.print("error:", style="bold red", end=" ")
         err_console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        err_console.print("interrupted: nothing was written", style="red")
-        raise SystemExit(130) from None
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            err_console.print("interrupted: nothing was written", style="red")
+        raise
 
 
 def _spec(rotations: str, kind: str, block_size: str | None, randomize: bool, seed: int) -> RotationSpec:

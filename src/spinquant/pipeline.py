@@ -17,16 +17,17 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
+from spinquant.architectures import make_plan
 from spinquant.calibrate import load_text, token_windows
-from spinquant.checkpoint import atomic_folder, check_free, load_model, load_tokenizer
+from spinquant.checkpoint import atomic_folder, check_free, load_config, load_model, load_tokenizer, read_headers
 from spinquant.errors import CheckpointError, RotationError, SchemeError
 from spinquant.formats.native import detach, distinct_rotations, mark
 from spinquant.module import fuse_module, plan_of
 from spinquant.online import attach
 from spinquant.plan import MERGEABLE, Plan
 from spinquant.proof import Deviation, check, compare, prove, snapshot
-from spinquant.quantize.rtn import round_weights
-from spinquant.quantize.scheme import Scheme, parse_scheme
+from spinquant.quantization.rtn import round_weights
+from spinquant.quantization.scheme import Scheme, parse_scheme
 from spinquant.rotation import Rotation, RotationSpec, make_rotations
 
 METHODS = ("rtn",)
@@ -196,7 +197,6 @@ def rotate_folder(
     check_free(out, force=force)
     options = options or Options()
     loaded, tokenizer, sample, notes = _open(model, dtype, text, allow_pickle, device)
-    _check_unquantized(loaded, model)
     result = rotate(loaded, spec, sample=sample, options=options)
     if dtype is not None:
         loaded.to(dtype)
@@ -225,7 +225,6 @@ def quantize_folder(
     check_free(out, force=force)
     options = options or Options()
     loaded, tokenizer, sample, notes = _open(model, dtype, text, allow_pickle, device)
-    _check_unquantized(loaded, model)
     if dtype is not None:
         loaded.to(dtype)
     result = quantize(loaded, scheme, spec, method=method, sample=sample, options=options)
@@ -236,6 +235,11 @@ def quantize_folder(
 def _open(
     model: str | Path, dtype: torch.dtype | None, text: str, allow_pickle: bool, device: str
 ) -> tuple[Any, Any, Tensor, dict[str, Any]]:
+    config = load_config(model)
+    _check_unquantized(config, model)
+    if not allow_pickle:
+        # An architecture that no table explains is refused before gigabytes are loaded.
+        make_plan(config, {name: info.shape for name, info in read_headers(model).items()})
     loaded = load_model(model, allow_pickle=allow_pickle, device=device)
     if dtype is not None and dtype.itemsize > loaded.dtype.itemsize:
         loaded.to(dtype)  # widened before rotating; narrowed after it, so that rounding happens once
@@ -251,9 +255,10 @@ def _open(
     return loaded, tokenizer, sample, {"source": str(model), "sample_text": name}
 
 
-def _check_unquantized(loaded: Any, model: str | Path) -> None:
-    method = getattr(loaded, "quantization_method", None)
-    if method:
+def _check_unquantized(config: Any, model: str | Path) -> None:
+    found = getattr(config, "quantization_config", None)
+    if found:
+        method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
         raise CheckpointError(
             f"{str(model)!r} is quantized already ({method}): rotate and quantize the 16-bit model it came from"
         )

@@ -9,6 +9,7 @@ whose output departs is named: outputs are compared in execution order, each rot
 
 import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,7 +75,8 @@ def snapshot(model: nn.Module, plan: Plan, tokens: Tensor) -> Snapshot:
     embeddings = sorted({axis.tensor.removesuffix(".weight") for axis in plan.axes if axis.space == "residual"})
     modules = dict.fromkeys([*names, *embeddings])
     present = {name for name, _ in model.named_modules()}
-    with captured(model, [name for name in modules if name in present]) as outputs:
+    arithmetic = Float64Arithmetic() if model.dtype == torch.float64 else nullcontext()
+    with arithmetic, captured(model, [name for name in modules if name in present]) as outputs:
         logits = model(input_ids=tokens.to(device_of(model)), use_cache=False).logits
     return Snapshot(tokens, logits, dict(outputs))
 

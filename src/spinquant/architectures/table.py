@@ -133,28 +133,31 @@ def _axes(family: Family, config: Any, shapes: Shapes, spaces: Mapping[str, Spac
                     f"{family.name}: tensor {name!r} is missing; the config promises {len(layers)} layers of "
                     f"model_type {config.model_type!r}. The checkpoint is incomplete or not of this family."
                 )
-    axes = []
     for name, shape in shapes.items():
-        if name not in explained:
-            if any(re.fullmatch(pattern, name) for pattern in family.ignored):
-                continue
+        if name not in explained and not any(re.fullmatch(pattern, name) for pattern in family.ignored):
             raise ArchitectureError(
                 f"tensor {name!r} (shape {tuple(shape)}) is not explained by the table of {family.name!r}: "
                 "rotating around it could change the model. Known families are listed in docs/design.md."
             )
-        living = explained[name]
-        if len(living) != len(shape):
+    return tuple(
+        axis
+        for name, living in explained.items()  # in the order of the table, whatever the order of the file
+        if name in shapes
+        for axis in _axes_of_tensor(family, name, shapes[name], living, spaces)
+    )
+
+
+def _axes_of_tensor(
+    family: Family, name: str, shape: Sequence[int], living: Sequence[str | None], spaces: Mapping[str, Space]
+) -> list[Axis]:
+    if len(living) != len(shape):
+        raise ArchitectureError(f"tensor {name!r} has shape {tuple(shape)}: {family.name} expects {len(living)} axes")
+    axes = [Axis(name, dim, space) for dim, space in enumerate(living) if space is not None]
+    for axis in axes:
+        size, length = spaces[axis.space].size, shape[axis.dim]
+        if length % size or (axis.space == "residual" and length != size):
             raise ArchitectureError(
-                f"tensor {name!r} has shape {tuple(shape)}: {family.name} expects {len(living)} axes"
+                f"axis {axis.dim} of {name!r} has length {length}, which does not fit the space {axis.space!r} of "
+                f"size {size} that the config promises"
             )
-        for dim, space in enumerate(living):
-            if space is None:
-                continue
-            size = spaces[space].size
-            if shape[dim] % size or (space == "residual" and shape[dim] != size):
-                raise ArchitectureError(
-                    f"axis {dim} of {name!r} has length {shape[dim]}, which does not fit the space {space!r} of "
-                    f"size {size} that the config promises"
-                )
-            axes.append(Axis(name, dim, space))
-    return tuple(axes)
+    return axes

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from spinquant.errors import SchemeError
 from spinquant.module import untie
 from spinquant.plan import Plan
-from spinquant.quantize.integer import BLOCK, Packed, decode, dequantize, encode, grid, group_of, quantize
-from spinquant.quantize.scheme import Quantizer, Scheme
+from spinquant.quantization.integer import BLOCK, Packed, decode, dequantize, encode, grid, group_of, quantize
+from spinquant.quantization.scheme import Quantizer, Scheme
 
 # A finer search (80 ratios) lowers the squared error of SmolLM2's 4-bit weights by less than 0.2 %.
 CLIP_RATIOS = tuple(1 - i / 40 for i in range(24))

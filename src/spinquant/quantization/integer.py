@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spinquant.errors import SchemeError
-from spinquant.quantize.scheme import Quantizer
+from spinquant.quantization.scheme import Quantizer
 
 # Elements handled at once: a block of float32 that stays in the second-level cache through all passes below.
 BLOCK = 1 << 16

@@ -1,7 +1,7 @@
 """A scheme says what is quantized and how: weights, activations, KV cache.
 
 Written in the paper's notation: `W4A8KV4` is 4-bit weights, 8-bit activations, 4-bit keys and values. Parts may be
-left out (`W4A16`, `KV4`), 16 bits mean "not quantized", and a weight group is written `W4g128A16`.
+left out (`W4A16`, `KV4`), 16 bits mean "not quantized", and a weight group is written `W4g128A16` or `W4A16_g128`.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any, Literal
 from spinquant.errors import SchemeError
 
 NOTATION = re.compile(
-    r"(?:W(?P<w>\d+)(?:G(?P<wg>\d+))?)?(?:A(?P<a>\d+)(?:G(?P<ag>\d+))?)?(?:KV(?P<kv>\d+))?(?:[-_]?G(?P<group>\d+))?",
+    r"(?:W(?P<w>\d+)(?:G(?P<wg>\d+))?)?(?:A(?P<a>\d+)(?:G(?P<ag>\d+))?)?(?:KV(?P<kv>\d+))?(?:[-_]G(?P<group>\d+))?",
     re.IGNORECASE,
 )
 Clip = float | Literal["mse"]
@@ -94,7 +94,7 @@ def parse_scheme(
     """
     if isinstance(text, Scheme):
         return text
-    compact = re.sub(r"[\s_]", "", text)
+    compact = re.sub(r"\s", "", text)
     match = NOTATION.fullmatch(compact)
     if compact.lower() in ("none", "16"):
         return Scheme(lm_head=lm_head)

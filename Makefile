@@ -1,0 +1,33 @@
+# `make demo` and `make test` need Python 3.11+ and nothing else: everything goes into a virtual environment here.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/spinquant demo demo --force
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# Against llm-compressor, which gets an environment of its own (it pins other versions).
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/hadamard_transform.py
+	$(BIN)/python benchmarks/evaluate_overhead.py
+	$(BIN)/python benchmarks/fuse.py
+
+$(VENV)/.installed: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo

@@ -1,0 +1,78 @@
+"""What the code promises about itself: imports point one way, the public names are what __all__ says."""
+
+import ast
+from pathlib import Path
+
+import spinquant
+
+SOURCE = Path(spinquant.__file__).parent
+
+# Lowest first; a module imports from lower or equal layers only.
+LAYERS = [
+    {"errors"},
+    {"plan", "galois", "hadamard_bases", "kronecker", "hadamard", "quantization.scheme"},
+    {"rotation", "quantization.integer"},
+    {"fuse", "architectures", "architectures.table", "architectures.llama"},
+    {"module", "cache", "calibrate", "quantization", "quantization.rtn", "online"},
+    {"proof", "evaluation", "formats", "formats.native", "checkpoint", "tasks"},
+    {"pipeline", "demo_model"},
+    {"plots", "report", "demo"},
+    {"cli"},
+]
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in SOURCE.rglob("*.py"):
+        name = ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+        if name:
+            found[name] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of this package that a file imports anywhere."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "spinquant":
+            module = (node.module or "").removeprefix("spinquant").lstrip(".")
+            names |= {module} if module else {alias.name for alias in node.names if alias.name in modules()}
+        elif isinstance(node, ast.Import):
+            names |= {a.name.removeprefix("spinquant.") for a in node.names if a.name.startswith("spinquant.")}
+    return names
+
+
+def test_every_module_has_a_layer_and_imports_downwards():
+    level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    assert set(modules()) == set(level)
+    for name, path in modules().items():
+        for imported in imports(path):
+            assert level[imported] <= level[name], f"{name} imports {imported}"
+
+
+def test_the_plan_needs_no_torch():
+    for name in ("plan", "architectures", "architectures.table", "architectures.llama", "quantization.scheme"):
+        assert "torch" not in modules()[name].read_text().replace("no torch", ""), name
+
+
+def test_public_names_are_what_all_says():
+    public = {name for name in vars(spinquant) if not name.startswith("_")} - set(modules()) - {"version"}
+    public -= {name.split(".")[0] for name in modules()}
+    assert public <= set(spinquant.__all__)
+    assert sorted(spinquant.__all__) == spinquant.__all__
+    assert all(hasattr(spinquant, name) for name in spinquant.__all__)
+
+
+def test_public_names_have_docstrings():
+    for name in spinquant.__all__:
+        thing = getattr(spinquant, name)
+        if callable(thing):
+            assert (thing.__doc__ or "").strip(), name
+
+
+def test_hooks_and_registrations_are_where_they_belong():
+    for name, path in modules().items():
+        text = path.read_text()
+        if name not in ("online", "calibrate"):
+            assert "register_forward" not in text, name
+        assert "import *" not in text, name

@@ -1,0 +1,89 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import CONFIGS, logits, tiny_model, tokens
+from spinquant import Options, ProofError, RotationSpec, SchemeError, parse_scheme, quantize, rotate, rotate_folder
+from spinquant.architectures import llama
+from spinquant.formats.native import detach
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rotate_keeps_the_function_and_says_so(name):
+    model, ids = tiny_model(name, dtype=torch.float32), tokens()
+    before = logits(model, ids)
+    result = rotate(model, RotationSpec("R1,R2,R3,R4"), sample=ids)
+    assert torch.allclose(logits(model, ids), before, atol=1e-3)
+    assert result.twin is not None and result.twin.relative < 1e-9
+    assert result.real is not None and result.real.relative < 1e-4
+
+
+def test_quantize_with_enough_bits_is_close_and_with_few_is_not():
+    ids = tokens()
+    reference = logits(tiny_model("llama", dtype=torch.float32), ids)
+    errors = []
+    for scheme in ("W8A8KV8", "W4A4KV4", "W2A2KV2"):
+        model = tiny_model("llama", dtype=torch.float32)
+        quantize(model, scheme, RotationSpec("R1,R2,R3,R4"))
+        errors.append(((logits(model, ids) - reference).norm() / reference.norm()).item())
+    assert errors[0] < 0.1 < errors[1] < errors[2]
+
+
+def test_rotating_helps_where_channels_are_huge():
+    """What the method is for: outlier channels in the residual stream and the MLP."""
+    ids, errors = tokens(), []
+    for rotations in ("none", "R1,R2,R3,R4"):
+        model = tiny_model("mistral", dtype=torch.float32)
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.input_layernorm.weight[5] *= 30
+                layer.mlp.up_proj.weight[7] *= 30
+        reference = logits(model, ids)
+        quantize(model, "A6KV6", RotationSpec(rotations))
+        errors.append(((logits(model, ids) - reference).norm() / reference.norm()).item())
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_saving_is_refused_when_the_function_changed(folder, tmp_path, monkeypatch):
+    """A wrong table must be stopped by the twin, and by real tokens where the twin is skipped."""
+    gains = {k: v for k, v in llama.LLAMA.gains.items() if "post_attention" not in k}
+    monkeypatch.setattr("spinquant.architectures.FAMILIES", (replace(llama.LLAMA, gains=gains),))
+    out = tmp_path / "out"
+    with pytest.raises(ProofError, match="small model"):
+        rotate_folder(folder, out, RotationSpec("R1"), text="manual")
+    with pytest.raises(ProofError, match=r"this model.*gate_proj"):
+        rotate_folder(folder, out, RotationSpec("R1"), text="manual", options=Options(prove=False))
+    assert not out.exists()
+    options = Options(prove=False, allow_inexact=True)
+    rotate_folder(folder, out, RotationSpec("R1"), text="manual", options=options)
+    assert out.exists()
+
+
+def test_a_scheme_that_does_not_fit_is_refused_before_anything_is_touched():
+    model = tiny_model("llama", dtype=torch.float32)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for scheme in ("W4g32A16", "A4g32"):
+        with pytest.raises(SchemeError, match="q_proj"):
+            quantize(model, scheme, RotationSpec("R1"))
+    with pytest.raises(SchemeError, match="magic"):
+        quantize(model, "W4A4", method="magic")
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_detach_and_quantize_again():
+    model, ids = tiny_model("llama", dtype=torch.float32), tokens()
+    quantize(model, "A4KV4", RotationSpec("R1,R2"))
+    first = logits(model, ids)
+    detach(model)
+    quantize(model, "A4KV4", RotationSpec(()))
+    assert torch.equal(logits(model, ids), first)
+
+
+def test_progress_names_its_stages():
+    seen = []
+    options = Options(progress=lambda stage, done, total: seen.append((stage, done, total)))
+    quantize(tiny_model("llama", dtype=torch.float32), parse_scheme("W4A4"), RotationSpec("R1"), options=options)
+    stages = list(dict.fromkeys(stage for stage, _, _ in seen))
+    assert stages == ["rotate", "quantize"]
+    assert all(any(s == stage and done == total for s, done, total in seen) for stage in stages)
