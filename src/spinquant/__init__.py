@@ -21,7 +21,7 @@ from spinquant.errors import (
     SpinquantError,
     TextError,
 )
-from spinquant.evaluate import Comparison, Evaluation, compare_models, evaluate
+from spinquant.evaluation import Comparison, Evaluation, compare_models, evaluate
 from spinquant.formats.native import detach
 from spinquant.hadamard import hadamard_matrix, hadamard_transform
 from spinquant.module import fuse_module, plan_of
@@ -29,7 +29,7 @@ from spinquant.online import Attachment, attach
 from spinquant.pipeline import Options, Result, quantize, quantize_folder, rotate, rotate_folder, save
 from spinquant.plan import Plan
 from spinquant.proof import prove
-from spinquant.quantize.scheme import Quantizer, Scheme, parse_scheme
+from spinquant.quantization.scheme import Quantizer, Scheme, parse_scheme
 from spinquant.rotation import Hadamard, Kronecker, Orthogonal, Rotation, RotationSpec, make_rotations
 
 __version__ = version("spinquant")

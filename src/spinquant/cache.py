@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from spinquant.quantize.integer import Packed, dequantize, quantize
-from spinquant.quantize.scheme import Quantizer
+from spinquant.quantization.integer import Packed, dequantize, quantize
+from spinquant.quantization.scheme import Quantizer
 
 SEQUENCE = 2  # the axis of tokens in (batch, heads, tokens, ..)
 

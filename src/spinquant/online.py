@@ -21,8 +21,8 @@ from transformers.cache_utils import Cache
 from spinquant.cache import pack_layer
 from spinquant.errors import RotationError
 from spinquant.plan import Plan
-from spinquant.quantize.integer import fake_quantize
-from spinquant.quantize.scheme import Quantizer, Scheme
+from spinquant.quantization.integer import fake_quantize
+from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.rotation import Rotation
 
 PREFIX = "spinquant_"

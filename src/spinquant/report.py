@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from spinquant.errors import SpinquantError
-from spinquant.evaluate import Comparison, Evaluation
+from spinquant.evaluation import Comparison, Evaluation
 from spinquant.pipeline import Result
 from spinquant.plan import MERGEABLE, Plan
 from spinquant.rotation import RotationSpec, choose

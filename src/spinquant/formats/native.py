@@ -21,9 +21,9 @@ from spinquant.errors import CheckpointError
 from spinquant.module import plan_of
 from spinquant.online import attach, attachment_of
 from spinquant.plan import Plan
-from spinquant.quantize.integer import Packed, dequantize, quantize_on_grid
-from spinquant.quantize.rtn import linears_of
-from spinquant.quantize.scheme import Quantizer, Scheme
+from spinquant.quantization.integer import Packed, dequantize, quantize_on_grid
+from spinquant.quantization.rtn import linears_of
+from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.rotation import Rotation, RotationSpec, empty_tensors, restore
 
 METHOD = "spinquant"
