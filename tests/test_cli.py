@@ -45,7 +45,7 @@ def test_plan(run, folder):
     data = json.loads(out)
     assert [row["rotation"] for row in data["rotations"]] == ["R1", "R4"]
     assert data["rotations"][1]["online"] == [f"model.layers.{i}.mlp.down_proj (input)" for i in range(3)]
-    assert "lm_head.weight" in data["rotations"][0]["fused"]
+    assert "lm_head.weight" in [axis["tensor"] for axis in data["rotations"][0]["axes"]]
 
 
 def test_plan_reads_headers_only(run, folder):

@@ -16,7 +16,7 @@ LAYERS = [
     {"module", "cache", "calibrate", "quantization", "quantization.rtn", "online"},
     {"proof", "evaluation", "formats", "formats.native", "checkpoint", "tasks"},
     {"pipeline", "demo_model"},
-    {"plots", "report", "demo"},
+    {"plots", "report", "demo", "demo_page"},
     {"cli"},
 ]
 

@@ -157,7 +157,7 @@ def pack_layer(cache: Cache, layer_idx: int, quantizer: Quantizer) -> bool:
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
     if isinstance(layer, PackedLayer):
         return True
-    if layer is None or layer.is_initialized or cache.offloading:
+    if not isinstance(layer, DynamicLayer) or layer.is_initialized or cache.offloading:
         return False
     if type(layer) is DynamicLayer:
         cache.layers[layer_idx] = PackedLayer(quantizer)

@@ -174,7 +174,7 @@ def load_model(
     if not allow_pickle:
         read_headers(folder)
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        result: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             device_map={"": str(device)} if str(device) != "cpu" else None,
@@ -182,6 +182,7 @@ def load_model(
             use_safetensors=None if allow_pickle else True,
             output_loading_info=True,
         )
+        loaded, info = result
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"cannot load {str(model)!r}: {_first_line(error)}") from error
     missing = sorted(info.get("missing_keys", ()))

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,7 +87,8 @@ def plan(
     rows = report.plan_rows(made, spec)
     notes = report.plan_notes(made, spec)
     if json_:
-        _print_json({"family": made.family, "rotations": rows, "notes": notes, "plan": made.to_dict()})
+        plain = [{**row, "axes": [asdict(axis) for axis in row["axes"]]} for row in rows]
+        _print_json({"family": made.family, "rotations": plain, "notes": notes, "plan": made.to_dict()})
     else:
         out_console.print(report.plan_table(made, rows, spec))
         for note in notes:

@@ -1,6 +1,7 @@
 """Backend: fuse rotations into the weights of an nn.Module, in place, one tensor at a time."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ def fuse_module(
             progress(done + 1, len(parameters))
 
 
-def untie(model: nn.Module, plan: Plan) -> None:
+def untie(model: Any, plan: Plan) -> None:
     """Give every tied tensor of the plan its own memory; the config then loads as untied."""
     for tie in plan.ties:
         owner, attribute = module_and_attribute(model, tie.tensor)

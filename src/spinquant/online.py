@@ -166,7 +166,7 @@ def _attention_with_rotated_queries(base: str) -> Callable[..., Any]:
     def attention(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
         # Every model file has an eager function of its own, which the interface does not list.
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        function = interface.get_interface(base, eager)
+        function = interface.get_interface(base, eager)  # pyright: ignore[reportArgumentType]
         rotation = getattr(module, QUERY_ROTATION, None)
         return function(module, query if rotation is None else rotation.apply(query), *args, **kwargs)
 

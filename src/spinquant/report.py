@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from spinquant.errors import SpinquantError
@@ -37,9 +38,8 @@ def plan_rows(plan: Plan, spec: RotationSpec) -> list[dict[str, Any]]:
             "size": spaces[0].size if spaces else None,
             "order": None,
             "construction": None,
-            "fused": sorted({axis.tensor for axis in plan.axes if axis.space in names}, key=_natural),
-            "axes": sorted({_axis_label(axis.tensor, axis.dim) for axis in plan.axes if axis.space in names}),
-            "gains": sorted({gain.norm for gain in plan.gains if gain.space in names}, key=_natural),
+            "axes": [axis for axis in plan.axes if axis.space in names],
+            "gains": [gain.norm for gain in plan.gains if gain.space in names],
             "online": [f"{online.module} ({online.site})" for online in plan.onlines if online.space in names],
             "runtime_needs": NEEDS[name],
             "error": refused.get(name),
@@ -55,23 +55,32 @@ def plan_rows(plan: Plan, spec: RotationSpec) -> list[dict[str, Any]]:
 
 def plan_table(plan: Plan, rows: Sequence[Mapping[str, Any]], spec: RotationSpec) -> Table:
     """The rows of `plan_rows` for a terminal."""
-    table = Table(title=f"{plan.family} family, {len(plan.attentions)} layers", title_justify="left", show_lines=True)
-    for header in ("", "rotates", "with", "fused into", "at run time"):
-        table.add_column(header, overflow="fold")
+    title = f"{plan.family} family, {len(plan.attentions)} layers"
+    table = Table(title=title, title_justify="left", show_header=False, box=SIMPLE)
+    table.add_column(style="bold")
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
     for row in rows:
-        kinds = "a rotation of its own each" if spec.randomize else "one rotation for all"
-        many = f"{len(row['spaces'])} spaces of size {row['size']}, {kinds}"
-        rotates = f"{collapse(row['spaces'])[0]}, size {row['size']}" if len(row["spaces"]) == 1 else many
+        kinds = "each with a rotation of its own" if spec.randomize else "all with one rotation"
+        single = len(row["spaces"]) == 1
+        table.add_row(
+            row["rotation"],
+            "rotates",
+            f"{', '.join(collapse(row['spaces']))}: size {row['size']}" + ("" if single else f", {kinds}"),
+        )
         if row["error"]:
-            table.add_row(row["rotation"], rotates, f"[red]impossible: {row['error']}[/red]", "", "")
+            table.add_row("", "impossible", f"[red]{row['error']}[/red]", end_section=True)
             continue
-        blocks = (row["size"] or 0) // row["order"]
-        how = f"order {row['order']}" + (f", {blocks} blocks" if blocks > 1 else "") + f": {row['construction']}"
-        fused = "\n".join(row["axes"])
+        blocks = row["size"] // row["order"]
+        with_ = f"order {row['order']}" + (f", {blocks} blocks" if blocks > 1 else "") + f": {row['construction']}"
+        table.add_row("", "with", with_)
+        for dim in sorted({axis.dim for axis in row["axes"]}):
+            names = collapse([axis.tensor for axis in row["axes"] if axis.dim == dim])
+            table.add_row("", f"fused, axis {dim}", ", ".join(names))
         if row["gains"]:
-            fused += "\ngains fused: " + ", ".join(collapse(row["gains"]))
-        online = "\n".join(collapse(row["online"])) if row["rotation"] not in MERGEABLE else ""
-        table.add_row(row["rotation"], rotates, how, fused, online or "nothing")
+            table.add_row("", "gains fused", ", ".join(collapse(row["gains"])))
+        online = collapse(row["online"]) if row["rotation"] not in MERGEABLE else []
+        table.add_row("", "at run time", ", ".join(online) or "nothing", end_section=True)
     return table
 
 
@@ -172,11 +181,3 @@ def _ranges(numbers: Sequence[int]) -> str:
         values = [value for _, value in run]
         found.append(str(values[0]) if len(values) == 1 else f"{values[0]}-{values[-1]}")
     return ",".join(found)
-
-
-def _axis_label(tensor: str, dim: int) -> str:
-    return f"{re.sub(r'[.][0-9]+[.]', '.*.', tensor).removeprefix('model.')} axis {dim}"
-
-
-def _natural(name: str) -> list[int | str]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spinquant.errors import CheckpointError
@@ -31,7 +32,6 @@ FORMAT_VERSION = 1
 BANK = "spinquant_rotations"
 
 
-@register_quantization_config(METHOD)
 class SpinQuantConfig(QuantizationConfigMixin):
     """The `quantization_config` of a folder.
 
@@ -86,12 +86,11 @@ class RotationBank(nn.Module):
             self.add_module(str(i), slot)
 
 
-@register_quantizer(METHOD)
 class SpinQuantizer(HfQuantizer):
     """What transformers calls while it loads and saves one of our folders."""
 
     requires_calibration = True
-    quantization_config: SpinQuantConfig
+    quantization_config: SpinQuantConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, quantization_config: SpinQuantConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
@@ -142,6 +141,11 @@ class SpinQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+# Called rather than used as decorators, which have no types.
+register_quantization_config(METHOD)(SpinQuantConfig)
+register_quantizer(METHOD)(SpinQuantizer)
 
 
 def mark(model: Any, plan: Plan, rotations: Mapping[str, Rotation], spec: RotationSpec, scheme: Scheme) -> None:
