@@ -51,7 +51,7 @@ def transform(
 
 def rotate_axis(tensor: Tensor, dim: int, rotation: Rotation, span: Span | None = None) -> Tensor:
     """T'[.., j, ..] = sum_i T[.., i, ..] R[i, j] along one axis, or along the span of it that lives in the space."""
-    last = tensor.movedim(dim, -1).contiguous()
+    last = tensor.movedim(dim, -1)
     if span is None:
         return rotation.apply(last).movedim(-1, dim).contiguous()
     periods = last.unflatten(-1, (-1, span.period)).clone()

@@ -13,7 +13,7 @@ arXiv math-ph/0609050), since plain QR is not uniform.
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,7 @@ from spinquant.errors import HadamardOrderError, RotationError
 from spinquant.hadamard import construct, hadamard_factors, hadamard_transform, kronecker_transform
 from spinquant.plan import Plan, Space, parse_rotation_names
 
+Memo = dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]]
 TRANSFORM_TYPES = ("hadamard", "random-hadamard", "random-matrix", "auto")
 
 
@@ -56,12 +57,16 @@ class Hadamard:
 
     order: int
     signs: Tensor | None = None
+    _memo: Memo = field(default_factory=dict, repr=False)
 
     def apply(self, x: Tensor, *, transpose: bool = False) -> Tensor:
         _check_blocks(x, self.order)
+        if self.signs is None:
+            return hadamard_transform(x, self.order, transpose=transpose)
+        (signs,) = _like(x, (self.signs,), x.dtype, self._memo)
         if transpose:
-            return _flip(hadamard_transform(x, self.order, transpose=True), self.signs)
-        return hadamard_transform(_flip(x, self.signs), self.order)
+            return _flip(hadamard_transform(x, self.order, transpose=True), signs)
+        return hadamard_transform(_flip(x, signs), self.order)
 
     def tensors(self) -> dict[str, Tensor]:
         return {} if self.signs is None else {"signs": self.signs}
@@ -75,6 +80,7 @@ class Orthogonal:
     """A dense orthogonal matrix, shape (n, n): random or learned."""
 
     weight: Tensor
+    _memo: Memo = field(default_factory=dict, repr=False)
 
     @property
     def order(self) -> int:
@@ -82,7 +88,7 @@ class Orthogonal:
 
     def apply(self, x: Tensor, *, transpose: bool = False) -> Tensor:
         _check_blocks(x, self.order)
-        return kronecker_transform(x, (self.weight,), transpose=transpose)
+        return kronecker_transform(x, _like(x, (self.weight,), _wide(x), self._memo), transpose=transpose)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"weight": self.weight}
@@ -98,6 +104,7 @@ class Kronecker:
     weight: Tensor
     hadamard_order: int
     signs: Tensor
+    _memo: Memo = field(default_factory=dict, repr=False)
 
     @property
     def order(self) -> int:
@@ -105,10 +112,11 @@ class Kronecker:
 
     def apply(self, x: Tensor, *, transpose: bool = False) -> Tensor:
         _check_blocks(x, self.order)
-        factors = (self.weight, *hadamard_factors(self.hadamard_order))
+        stored = (self.signs, self.weight, *hadamard_factors(self.hadamard_order))
+        signs, *factors = _like(x, stored, _wide(x), self._memo)
         if transpose:
-            return _flip(kronecker_transform(x, factors, transpose=True), self.signs)
-        return kronecker_transform(_flip(x, self.signs), factors)
+            return _flip(kronecker_transform(x, factors, transpose=True), signs.to(x.dtype))
+        return kronecker_transform(_flip(x, signs.to(x.dtype)), factors)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"weight": self.weight, "signs": self.signs}
@@ -283,13 +291,24 @@ def _make(space: Space, spec: RotationSpec, label: str) -> Rotation:
     return Hadamard(order) if chosen["kind"] == "hadamard" else Hadamard(order, random_signs(order, generator))
 
 
-def _flip(x: Tensor, signs: Tensor | None) -> Tensor:
-    if signs is None:
-        return x
-    signs = signs.to(x.device, x.dtype)
+def _flip(x: Tensor, signs: Tensor) -> Tensor:
     if x.shape[-1] == signs.shape[0]:
         return x * signs
     return (x.unflatten(-1, (-1, signs.shape[0])) * signs).flatten(-2)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _like(x: Tensor, stored: tuple[Tensor, ...], dtype: torch.dtype, memo: Memo) -> tuple[Tensor, ...]:
+    """The stored tensors on the device of x; remembered, since an online rotation is applied at every step."""
+    key = (x.device, dtype)
+    if key not in memo:
+        # Outside inference mode, or the first use under it would spoil later ones with gradients.
+        with torch.inference_mode(False):
+            memo[key] = tuple(tensor.to(x.device, dtype) for tensor in stored)
+    return memo[key]
 
 
 def _check_blocks(x: Tensor, order: int) -> None:

@@ -18,8 +18,8 @@ def evaluate_tasks(
         from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
         from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
         from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise TextError("tasks need the lm-eval extra: pip install 'spinquant[lm-eval]'") from None
+    except ImportError as error:
+        raise TextError(f"tasks need the lm-eval extra ({error}): pip install 'spinquant[lm-eval]'") from None
     manager = TaskManager(include_path=str(task_path) if task_path else None)
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
