@@ -120,6 +120,7 @@ def plot(rows: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller tensors, fewer rounds, no growth curve")
+    parser.add_argument("--orders", type=int, nargs="+", metavar="N", help="these orders only")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="how the cost grows with n (needs matplotlib)")
     options = parser.parse_args()
@@ -129,7 +130,7 @@ def main() -> None:
     print(", ".join(f"{key}: {value}" for key, value in machine.items()), f"\n{megabytes} MB per tensor\n")
     table = []
     growth = () if options.quick and not options.plot else GROWTH
-    for order in dict.fromkeys((*ORDERS, *growth)):
+    for order in dict.fromkeys(options.orders or (*ORDERS, *growth)):
         for name, dtype in DTYPES.items():
             row = {"order": order, "dtype": name, "construction": str(construct(order))}
             row["factors"] = " x ".join(str(len(factor)) for factor in hadamard_factors(order))

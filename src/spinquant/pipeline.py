@@ -145,7 +145,7 @@ def quantize(
     scheme, options = parse_scheme(scheme), options or Options()
     if method not in METHODS:
         raise SchemeError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
-    _check_groups(plan_of(model), model, scheme)
+    check_groups(plan_of(model), model, scheme)
     rotated = rotate(model, spec or RotationSpec(()), sample=sample, options=options)
     detach(model)
     round_weights(model, rotated.plan, scheme, progress=options.stage("quantize"))
@@ -264,7 +264,8 @@ def _check_unquantized(config: Any, model: str | Path) -> None:
         )
 
 
-def _check_groups(plan: Plan, model: Any, scheme: Scheme) -> None:
+def check_groups(plan: Plan, model: Any, scheme: Scheme) -> None:
+    """Raise SchemeError when a group size of the scheme does not divide the input of a linear that it covers."""
     # Found out now, this costs nothing; found out by the rounding, it costs a rotated model.
     for label, quantizer in (("weight", scheme.weights), ("activation", scheme.activations)):
         if quantizer is None or quantizer.group_size is None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spinquant.errors import SchemeError
 from spinquant.module import untie
 from spinquant.plan import Plan
-from spinquant.quantization.integer import BLOCK, Packed, decode, dequantize, encode, grid, group_of, quantize
+from spinquant.quantization.integer import BLOCK, Packed, decode, dequantize, encode, extremes, grid_of_range, group_of, quantize
 from spinquant.quantization.scheme import Quantizer, Scheme
 
 # A finer search (80 ratios) lowers the squared error of SmolLM2's 4-bit weights by less than 0.2 %.
@@ -43,9 +43,10 @@ def search_clip(weight: Tensor, quantizer: Quantizer) -> Tensor:
 
 def _search(block: Tensor, quantizer: Quantizer, stored: torch.dtype) -> Tensor:
     ratios = torch.tensor(CLIP_RATIOS, dtype=block.dtype, device=block.device)
+    low, high = extremes(block)
     errors = []
     for ratio in CLIP_RATIOS:
-        scale, zero = grid(block, quantizer, stored, clip=ratio)
+        scale, zero = grid_of_range(low, high, quantizer, stored, ratio)
         rounded = decode(encode(block, scale, zero, quantizer), scale, zero)
         errors.append(rounded.sub_(block).square_().sum(dim=-1))
     return ratios[torch.stack(errors).argmin(dim=0)].unsqueeze(-1)
