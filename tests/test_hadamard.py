@@ -117,6 +117,14 @@ def test_docs_list_what_is_not_covered():
     assert [int(n) for n in line[1].split(",")] == missing
 
 
+def test_docs_table_of_model_dimensions():
+    rows = re.findall(r"^\| (\d+) \| (\w[^|]* \d+) \|$", DOCS.read_text().split("## Dimensions")[1], re.MULTILINE)
+    assert len(rows) > 10
+    for order, construction in rows:
+        # The order of the factors is a matter of speed, not of the construction.
+        assert sorted(construction.split(" x ")) == sorted(str(construct(int(order))).split(" x ")), order
+
+
 @pytest.mark.parametrize("order", [1, 2, 8, 12, 24, 64, 92, 116, 144, 148, 172, 184, 512, 896, 1024, 2048, 2752])
 @pytest.mark.parametrize("transpose", [False, True])
 def test_transform_is_the_dense_product_in_every_block(order: int, transpose: bool):

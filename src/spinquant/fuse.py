@@ -15,6 +15,9 @@ from torch import Tensor
 from spinquant.plan import Plan, Span
 from spinquant.rotation import Rotation
 
+# Elements fused at once. Larger slices spend their time on page faults of new memory.
+SLICE = 1 << 20
+
 
 def transform(
     name: str,
@@ -47,6 +50,30 @@ def transform(
     for axis in axes:
         fused = rotate_axis(fused, axis.dim, rotations[axis.space], axis.span)
     return fused.to(tensor.dtype)
+
+
+def transform_in_place(
+    name: str,
+    tensor: Tensor,
+    plan: Plan,
+    gains: Mapping[str, Tensor],
+    rotations: Mapping[str, Rotation],
+    *,
+    precision: torch.dtype | None = None,
+) -> None:
+    """`transform`, written over the tensor slice by slice along an axis that nothing touches, where there is one.
+
+    An embedding of gigabytes then needs megabytes of working memory, which stay in cache.
+    """
+    touched = {dim for g, dim in plan.gains_of.get(name, ()) if g.space in rotations}
+    touched |= {axis.dim for axis in plan.axes_of.get(name, ()) if axis.space in rotations}
+    free = [dim for dim in range(tensor.ndim) if dim not in touched]
+    if not touched and name not in plan.gain_of_norm:
+        return
+    dim = free[0] if free else 0
+    step = max(1, SLICE * tensor.shape[dim] // max(1, tensor.numel())) if free else tensor.shape[dim]
+    for part in tensor.split(step, dim):
+        part.copy_(transform(name, part, plan, gains, rotations, precision=precision))
 
 
 def rotate_axis(tensor: Tensor, dim: int, rotation: Rotation, span: Span | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from spinquant.architectures import make_plan
 from spinquant.errors import CheckpointError
-from spinquant.fuse import transform
+from spinquant.fuse import transform_in_place
 from spinquant.plan import Plan
 from spinquant.rotation import Rotation
 
@@ -35,7 +35,7 @@ def fuse_module(
     """Fuse gains and rotations into the model's weights, in place.
 
     Tied tensors that a rotation parts are untied, and the config says so. `progress(done, total)` counts tensors.
-    Extra memory: one copy of the largest tensor, and the untied head. Raises CheckpointError for weights that are
+    Extra memory: the untied head, and a few copies of the largest linear of a layer. Raises CheckpointError for weights that are
     not in memory (on the meta device).
     """
     if not rotations:
@@ -49,9 +49,7 @@ def fuse_module(
             raise CheckpointError(
                 f"tensor {name!r} is not in memory (meta device): load the model without offloading before rotating it"
             )
-        fused = transform(name, parameter, plan, gains, rotations, precision=precision)
-        if fused is not parameter:
-            parameter.copy_(fused)
+        transform_in_place(name, parameter, plan, gains, rotations, precision=precision)
         if progress:
             progress(done + 1, len(parameters))
 
