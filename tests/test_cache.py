@@ -4,7 +4,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from conftest import tiny_model
-from spinquant import QuantizedCache
+from spinquant import QuantizedCache, SchemeError
 from spinquant.cache import PackedLayer, PackedSlidingLayer, pack_layer
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.scheme import Quantizer
@@ -113,6 +113,28 @@ def test_layers_that_hold_tokens_are_left_alone():
     assert type(cache.layers[0]) is DynamicLayer
     assert pack_layer(cache, 1, QUANTIZER) is True
     assert isinstance(cache.layers[1], PackedLayer)
+
+
+def test_a_cache_for_another_scheme_is_refused():
+    cache = QuantizedCache(tiny_model("llama").config, Quantizer(8))
+    with pytest.raises(SchemeError, match="bits=8"):
+        pack_layer(cache, 0, QUANTIZER)
+
+
+def test_code_that_reads_layers_sees_the_numbers():
+    layer = PackedLayer(QUANTIZER)
+    assert layer.keys is None
+    keys, values = layer.update(*states(5))
+    assert torch.equal(layer.keys, keys)
+    assert torch.equal(layer.values, values)
+
+
+def test_cropping_more_than_there_is_leaves_nothing():
+    layer = PackedSlidingLayer(QUANTIZER, 8)
+    layer.update(*states(3))
+    layer.crop(-5)
+    assert layer.get_seq_length() == 0
+    assert layer.get_mask_sizes(1) == (1, 0)
 
 
 def test_a_cache_of_ones_own_tells_its_size():

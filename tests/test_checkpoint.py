@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import tiny_model
 from spinquant import CheckpointError, load, load_tokenizer, read_headers
-from spinquant.checkpoint import atomic_folder, load_config
+from spinquant.checkpoint import atomic_folder, check_free, load_config
 
 
 def test_headers_are_what_is_in_the_files(folder):
@@ -73,6 +74,11 @@ def damage(folder, kind: str) -> str:
         del tensors["model.layers.1.mlp.up_proj.weight"]
         save_file(tensors, weights, metadata={"format": "pt"})
         return "model.layers.1.mlp.up_proj.weight"
+    if kind == "wrong shape":
+        tensors = load_file(weights)
+        tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(80, 47)
+        save_file(tensors, weights, metadata={"format": "pt"})
+        return "model.layers.0.mlp.up_proj.weight"
     tensors = load_file(weights)
     tensors["model.layers.2.self_attn.k_proj.weight"][3, 4] = float("nan" if kind == "nan" else "inf")
     save_file(tensors, weights, metadata={"format": "pt"})
@@ -91,6 +97,7 @@ DAMAGES = [
     "pickle",
     "lost shard",
     "lost tensor",
+    "wrong shape",
     "nan",
     "inf",
 ]
@@ -139,9 +146,78 @@ def test_a_failed_run_leaves_nothing(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_force_replaces_models_only(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("1")
+    with pytest.raises(CheckpointError, match="no model folder"), atomic_folder(out, force=True):
+        pass
+    assert (out / "thesis.txt").exists()
+
+
+def test_the_source_of_a_run_is_never_replaced(folder, tmp_path):
+    for out in (folder, folder.parent, folder / ".." / "model"):
+        with pytest.raises(CheckpointError, match="choose another folder"):
+            check_free(out, force=True, source=folder)
+    check_free(folder / "rotated", source=folder)
+
+
+def test_a_folder_that_appears_during_the_run_is_kept(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(CheckpointError, match="--force"), atomic_folder(out):
+        out.mkdir()
+        (out / "precious").write_text("1")
+    assert (out / "precious").exists()
+
+
+def test_an_interrupted_replacement_keeps_the_old_folder(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    replace, calls = Path.replace, []
+
+    def interrupted(self, target):
+        calls.append(target)
+        result = replace(self, target)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(out, force=True) as partial:
+        (partial / "config.json").write_text("new")
+    assert (out / "config.json").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("place", ["file/out", "dangling/out"])
+def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "file" / "nowhere")
+    with pytest.raises(CheckpointError, match="cannot write"):
+        check_free(tmp_path / place)
+
+
+def test_files_are_as_private_as_the_umask_says(tmp_path):
+    old = os.umask(0o077)
+    try:
+        with atomic_folder(tmp_path / "out") as partial:
+            (partial / "a").write_text("1")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "out" / "a").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_device_that_is_not_there_is_refused(folder):
+    with pytest.raises(CheckpointError, match="cuda:77"):
+        load(folder, device="cuda:77")
+
+
 def test_an_existing_folder_is_kept_unless_forced(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
+    (out / "config.json").write_text("1")
     (out / "old").write_text("1")
     with pytest.raises(CheckpointError, match="--force"), atomic_folder(out):
         pass
@@ -159,7 +235,8 @@ import resource, signal, sys
 import spinquant
 from spinquant.pipeline import rotate_folder
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing past the limit is an error, as on a full disk
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+limit = int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 try:
     rotate_folder(sys.argv[1], sys.argv[2], spinquant.RotationSpec("R1"), text="manual")
 except spinquant.CheckpointError as error:
@@ -167,11 +244,15 @@ except spinquant.CheckpointError as error:
 """
 
 
-def test_a_full_disk_is_an_error_and_leaves_nothing(folder, tmp_path):
+@pytest.mark.parametrize("limit", [20_000, 300_000])  # full while writing the weights, and after them
+def test_a_full_disk_is_an_error_and_leaves_nothing(folder, tmp_path, limit):
+    if limit == 300_000:  # a tokenizer larger than the weights
+        vocabulary = json.loads((folder / "tokenizer.json").read_text())
+        vocabulary["model"]["vocab"].update({f"word{i}": 256 + i for i in range(30_000)})
+        (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
     out = tmp_path / "out"
-    run = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(folder), str(out)], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", FULL_DISK, str(folder), str(out), str(limit)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "refused: no space left" in run.stdout, run.stdout + run.stderr
     assert not out.exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
@@ -179,18 +260,17 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(folder, tmp_path):
 
 INTERRUPTED = """
 import sys, time
-from spinquant.checkpoint import atomic_folder
+from pathlib import Path
+import transformers
 from spinquant.cli import main
-import spinquant.cli as cli
 
-def slow(model, out, *rest, **options):
-    with atomic_folder(out) as partial:
-        (partial / "half").write_text("written")
-        print("writing", flush=True)
-        time.sleep(60)
+def slow(self, folder, *rest, **options):  # the weights are written by now, the tokenizer hangs
+    assert (Path(folder) / "model.safetensors").exists()
+    print("writing", flush=True)
+    time.sleep(60)
 
-cli.rotate_folder = slow
-sys.argv = ["spinquant", "rotate", sys.argv[1], sys.argv[2]]
+transformers.PreTrainedTokenizerBase.save_pretrained = slow
+sys.argv = ["spinquant", "rotate", sys.argv[1], sys.argv[2], "--text", "manual"]
 main()
 """
 

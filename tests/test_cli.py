@@ -83,6 +83,22 @@ def test_rotate_then_verify(run, folder, tmp_path):
     assert run("rotate", folder, out, "--text", "manual", "--force")[0] == 0
 
 
+def test_pickle_weights_are_evaluated_when_asked(run, folder):
+    torch.save(load(folder).state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    options = ("--text", "manual", "--length", "32", "--windows", "1")
+    assert run("evaluate", folder, *options)[0] == 1
+    assert run("evaluate", folder, *options, "--allow-pickle")[0] == 0
+    assert run("verify", folder, folder, *options, "--allow-pickle")[0] == 0
+
+
+def test_plan_of_a_quantized_folder_says_so(run, folder, tmp_path):
+    assert run("quantize", folder, tmp_path / "out", "--scheme", "W4A4", "--text", "manual")[0] == 0
+    code, _, errors = run("plan", tmp_path / "out")
+    assert code == 1
+    assert "quantized already" in errors
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_rotate_writes_the_dtype_asked_for(run, folder, tmp_path, dtype):
     assert run("rotate", folder, tmp_path / "out", "--dtype", dtype, "--text", "manual")[0] == 0
@@ -126,6 +142,10 @@ MISTAKES = {
     "text too short": (["evaluate", "{model}", "--text", "{short}"], "too short"),
     "missing text": (["evaluate", "{model}", "--text", "/nowhere.txt"], "nowhere.txt"),
     "missing reference": (["verify", "{model}", "/nowhere"], "nowhere"),
+    "half a mapping": (["rotate", "{model}", "{out}", "--type", "R1=hadamard,random-matrix"], "random-matrix"),
+    "negative windows": (["evaluate", "{model}", "--text", "manual", "--windows", "-1"], "-1"),
+    "unknown device": (["verify", "{model}", "{model}", "--text", "manual", "--device", "cuda:9"], "cuda:9"),
+    "output over the source": (["rotate", "{model}", "{model}", "--force"], "choose another"),
     "unknown clip": (["quantize", "{model}", "{out}", "--scheme", "W4", "--weight-clip", "tight"], "tight"),
 }
 
@@ -143,6 +163,7 @@ def test_a_mistake_gives_one_clear_error(run, folder, tmp_path, mistake):
     assert errors.strip().startswith("error:")
     assert len(errors.strip().splitlines()) == 1
     assert not out.exists()
+    assert (folder / "config.json").exists()
     assert not list(tmp_path.glob(".*"))
 
 

@@ -97,10 +97,11 @@ def test_an_existing_folder_is_kept_unless_forced(folder, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("mine")
+    (out / "demo.json").write_text("{}")
     seen = []
     with pytest.raises(CheckpointError, match="exists"):
         run_demo(out, model=folder, windows=1, length=8, progress=lambda *stage: seen.append(stage))
-    assert [path.name for path in out.iterdir()] == ["mine"] and not seen
+    assert sorted(path.name for path in out.iterdir()) == ["demo.json", "mine"] and not seen
     result = run_demo(out, model=folder, windows=1, length=8, scheme="A8", force=True)
     assert [row[0] for row in result.rows] == ["16-bit", "A8"]
     assert not (out / "mine").exists()

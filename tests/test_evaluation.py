@@ -60,8 +60,17 @@ def test_comparison_of_logits():
 
 
 def test_vocabularies_must_agree():
-    with pytest.raises(TextError, match="3 and 4"):
-        compare_models(Constant(torch.zeros(3)), Constant(torch.zeros(4)), tokens() % 3)
+    for compare in (compare_models, lambda a, b, ids: evaluate(a, ids, reference=b)):
+        with pytest.raises(TextError, match=r"\d and \d tokens"):
+            compare(Constant(torch.zeros(3)), Constant(torch.zeros(4)), tokens() % 3)
+    with pytest.raises(TextError, match="300"):
+        evaluate(tiny_model("llama"), torch.full((1, 4), 300))
+
+
+def test_float64_models_are_compared_in_float64():
+    a = torch.zeros(3, dtype=torch.float64)
+    b = a + torch.tensor([0, 0, 1e-12], dtype=torch.float64)
+    assert compare_models(Constant(a + 1), Constant(b + 1), tokens() % 3).max_abs == pytest.approx(1e-12, rel=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 1), (4,)])
@@ -75,6 +84,8 @@ def test_windows_tile_the_text():
     text = "abcdefghij" * 10
     windows = token_windows(tokenizer, text, length=20)
     assert tokenizer.decode(windows.flatten()) == text
+    with pytest.raises(TextError, match="-1 windows"):
+        token_windows(tokenizer, text, length=20, count=-1)
     few = token_windows(tokenizer, text, length=20, count=3)
     assert [row.tolist() for row in few] == [windows[i].tolist() for i in (0, 2, 4)]
 

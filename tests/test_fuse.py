@@ -140,10 +140,26 @@ def test_half_precision_is_rounded_once():
 
 
 def test_weights_that_are_not_in_memory_are_refused():
-    model = tiny_model("llama").to("meta")
-    plan = plan_of(model)
-    with pytest.raises(CheckpointError, match="meta"):
+    model = tiny_model("llama-tied")
+    plan, before = plan_of(model), logits(model, tokens())
+    linear = model.model.layers[2].mlp.up_proj
+    weight, bias = linear.weight, linear.bias
+    linear.to("meta")
+    with pytest.raises(CheckpointError, match=r"layers\.2\.mlp\.up_proj\.weight.*meta"):
         fuse_module(model, plan, make_rotations(plan, RotationSpec("R1")))
+    linear.weight, linear.bias = weight, bias
+    assert torch.equal(logits(model, tokens()), before)  # nothing was changed before the refusal
+    assert model.config.tie_word_embeddings is True
+
+
+def test_slices_are_fused_as_the_whole(monkeypatch):
+    whole, sliced = tiny_model("qwen2"), tiny_model("qwen2")
+    for model, size in ((whole, 1 << 30), (sliced, 100)):
+        monkeypatch.setattr("spinquant.fuse.SLICE", size)
+        plan = plan_of(model)
+        fuse_module(model, plan, make_rotations(plan, RotationSpec("R1,R2,R4")))
+    for (name, a), b in zip(whole.named_parameters(), sliced.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-13), name
 
 
 def test_progress_counts_to_the_end():

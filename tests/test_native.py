@@ -79,7 +79,8 @@ def test_transformers_refuses_it_without_spinquant(scheme, tmp_path):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode != 0
     assert "loaded" not in run.stdout
-    assert "spinquant" in run.stderr
+    assert "MISMATCH" in run.stderr and "down_proj.weight" in run.stderr
+    assert "Unknown quantization type, got spinquant" in run.stderr
 
 
 def test_packed_weights_take_the_bits_they_should(tmp_path):
@@ -111,24 +112,57 @@ def test_a_rotated_folder_without_online_parts_is_plain(tmp_path):
 
 def test_the_record_and_rotations_repeat_the_run(tmp_path):
     result, out = saved(tmp_path, spec=RotationSpec("R1,R2,R3,R4", randomize=True, seed=5))
-    record = json.loads((out / "spinquant.json").read_text())
+    record = json.loads((out / "spinquant" / "record.json").read_text())
     assert record["spec"]["seed"] == 5
     assert record["scheme"]["weights"]["bits"] == 4
     assert record["proof"]["twin"]["relative"] < 1e-9
-    tensors = load_file(out / "spinquant_rotations.safetensors")
+    tensors = load_file(out / "spinquant" / "rotations.safetensors")
     for space, index in record["spaces"].items():
         parts = {k.removeprefix(f"{index}."): v for k, v in tensors.items() if k.startswith(f"{index}.")}
         again = restore(record["rotations"][index], parts)
         assert torch.equal(matrix(again), matrix(result.rotations[space]))
 
 
-def test_detach_leaves_a_plain_model(tmp_path):
-    result, _ = saved(tmp_path, scheme="W4A4KV4", spec=RotationSpec("R1,R2"))
+@pytest.mark.parametrize("loaded", [False, True])
+def test_detach_leaves_a_plain_model_that_computes_the_same(loaded, tmp_path):
+    """R4 is fused into down_proj: taking its hook off alone would leave nonsense."""
+    before = logits(tiny_model("llama", dtype=torch.float32), tokens())
+    result, out = saved(tmp_path, scheme="none")
+    model = load(out) if loaded else result.model
+    detach(model)
+    assert torch.allclose(logits(model, tokens()), before, atol=1e-3)
+    model.save_pretrained(tmp_path / "plain")
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert torch.equal(logits(load(tmp_path / "plain"), tokens()), logits(model, tokens()))
+    if not loaded:
+        with pytest.raises(CheckpointError, match="removed"):
+            save(result, tmp_path / "again")
+
+
+def test_detach_forgets_the_grids(tmp_path):
+    result, _ = saved(tmp_path)
     detach(result.model)
-    result.model.save_pretrained(tmp_path / "plain")
-    config = json.loads((tmp_path / "plain" / "config.json").read_text())
-    assert "quantization_config" not in config
-    assert torch.equal(logits(load(tmp_path / "plain"), tokens()), logits(result.model, tokens()))
+    assert not [name for name, _ in result.model.named_buffers() if "weight_" in name]
+
+
+def test_a_scheme_of_nothing_without_online_rotations_is_a_plain_folder(tmp_path):
+    _, out = saved(tmp_path, scheme="none", spec=RotationSpec("R1,R2"))
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrowing_the_dtype_keeps_the_last_bit(dtype, folder, tmp_path):
+    """The rotary frequencies must stay wide, as they are after loading."""
+    spec = RotationSpec("R1,R2,R3,R4")
+    result = spinquant.quantize_folder(folder, tmp_path / "out", parse_scheme("W8A8"), spec, dtype=dtype, text="manual")
+    ids = tokens(1, 200)
+    assert torch.equal(logits(load(tmp_path / "out"), ids), logits(result.model, ids))
+
+
+def test_nothing_but_weights_lies_beside_the_weights(tmp_path):
+    """Runtimes load every safetensors file of a folder as weights."""
+    _, out = saved(tmp_path)
+    assert [path.name for path in out.glob("*.safetensors")] == ["model.safetensors"]
 
 
 def test_weights_changed_after_quantizing_are_not_saved(tmp_path):

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -6,6 +8,7 @@ from transformers import DynamicCache, StaticCache
 from conftest import CONFIGS, logits, tiny_model, tokens
 from spinquant import RotationError, RotationSpec, attach, fuse_module, make_rotations, parse_scheme, plan_of
 from spinquant.calibrate import captured
+from spinquant.online import attachment_of
 from spinquant.proof import Float64Arithmetic, greedy_logits
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.scheme import Quantizer, Scheme
@@ -88,6 +91,47 @@ def test_a_new_activation_in_the_same_memory_is_not_mistaken_for_the_old():
         x.mul_(-3)
         assert torch.equal(linear(x), linear(x.clone()))
         assert not torch.equal(linear(x), first)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_change_in_place_is_seen(mode):
+    model = tiny_model("llama", dtype=torch.float32)
+    attach(model, plan_of(model), {}, SCHEME)
+    linear = model.model.layers[0].self_attn.q_proj
+    with mode():
+        x = torch.randn(1, 4, 48)
+        linear(x)
+        x.mul_(-3)
+        assert torch.equal(linear(x), linear(x.clone()))
+
+
+def test_gradients_are_not_lost_to_an_earlier_pass_without_them():
+    model = tiny_model("llama", dtype=torch.float32)
+    attach(model, plan_of(model), {}, SCHEME)
+    attention, x = model.model.layers[0].self_attn, torch.randn(1, 4, 48, requires_grad=True)
+    with torch.no_grad():
+        attention.q_proj(x)
+    attention.k_proj(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_a_copy_has_an_attachment_of_its_own():
+    model, plan, made = fused()
+    attach(model, plan, made, SCHEME)
+    ids = tokens()
+    before = logits(model, ids)
+    twin = copy.deepcopy(model)
+    attachment_of(twin).remove()
+    assert hooks_of(twin) == 0
+    assert torch.equal(logits(model, ids), before)
+
+
+def test_r3_under_flash_attention_is_refused():
+    model, plan, made = fused()
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(RotationError, match="flash_attention_2"):
+        attach(model, plan, made)
+    assert hooks_of(model) == 0
 
 
 def test_the_input_of_down_proj_is_rotated_then_rounded():

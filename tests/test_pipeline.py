@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from conftest import CONFIGS, logits, tiny_model, tokens
-from spinquant import Options, ProofError, RotationSpec, SchemeError, parse_scheme, quantize, rotate, rotate_folder
+from spinquant import (
+    Options,
+    ProofError,
+    RotationError,
+    RotationSpec,
+    SchemeError,
+    parse_scheme,
+    quantize,
+    rotate,
+    rotate_folder,
+)
 from spinquant.architectures import llama
 from spinquant.formats.native import detach
 
@@ -78,6 +88,34 @@ def test_detach_and_quantize_again():
     detach(model)
     quantize(model, "A4KV4", RotationSpec(()))
     assert torch.equal(logits(model, ids), first)
+
+
+@pytest.mark.parametrize("again", ["rotate", "quantize"])
+@pytest.mark.parametrize("rotations", ["R3", "R4"])
+def test_a_second_time_is_refused_before_anything_changes(rotations, again):
+    """The first run's online rotations would be lost, and the model talk nonsense."""
+    model, ids = tiny_model("llama", dtype=torch.float32), tokens()
+    rotate(model, RotationSpec(rotations))
+    before = logits(model, ids)
+    with pytest.raises(RotationError, match="already"):
+        rotate(model, RotationSpec("R1,R4")) if again == "rotate" else quantize(model, "A8")
+    assert torch.equal(logits(model, ids), before)
+
+
+def test_training_mode_is_no_departure():
+    model = tiny_model("llama", dtype=torch.float32)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model.train()
+    rotate(model, RotationSpec("R1,R2"), sample=tokens())
+    assert model.training
+
+
+def test_the_global_random_state_is_left_alone():
+    model = tiny_model("llama", dtype=torch.float32)
+    before = torch.get_rng_state()
+    rotate(model, RotationSpec("R1,R2,R3,R4", seed=3))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_progress_names_its_stages():

@@ -14,7 +14,7 @@ from spinquant.proof import Float64Arithmetic, check, compare, make_twin, snapsh
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("kind", ["hadamard", "random-hadamard", "random-matrix", "auto"])
 def test_the_twin_proves_every_family(name, kind):
-    deviation = prove(CONFIGS[name](), RotationSpec("R1,R2,R3,R4", kind, randomize=True))
+    deviation = prove(CONFIGS[name](), RotationSpec("R1,R2,R3,R4", kind, randomize=kind != "hadamard"))
     assert deviation.relative < 1e-12
 
 

@@ -57,6 +57,15 @@ def test_unreadable_schemes_are_refused(text):
         parse_scheme(text)
 
 
+def test_options_that_would_do_nothing_are_refused():
+    with pytest.raises(SchemeError, match="several group sizes"):
+        parse_scheme("W4g64A16", group_size=128)
+    with pytest.raises(SchemeError, match="does not quantize weights"):
+        parse_scheme("A8", group_size=64)
+    with pytest.raises(SchemeError, match="group size 0"):
+        parse_scheme("W4A16", group_size=0)
+
+
 @pytest.mark.parametrize("options", [{"clip": 0.0}, {"clip": 1.5}, {"group_size": 0}, {"bits": 1}])
 def test_bad_quantizers_are_refused(options):
     with pytest.raises(SchemeError):

@@ -64,8 +64,10 @@ def test_a_rotation_refuses_an_axis_it_does_not_divide():
         Hadamard(48).apply(torch.zeros(2, 50))
 
 
-@pytest.mark.parametrize("kind", ["hadamard", "random-hadamard", "random-matrix", "auto"])
-@pytest.mark.parametrize("randomize", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "randomize"),
+    [("hadamard", False), *((k, r) for k in ("random-hadamard", "random-matrix", "auto") for r in (False, True))],
+)
 def test_the_same_seed_repeats_bit_for_bit(kind, randomize):
     plan = plan_of(tiny_model("llama"))
     spec = RotationSpec("R1,R2,R3,R4", kind, randomize=randomize, seed=3)
@@ -126,6 +128,11 @@ def test_bad_options_are_refused():
         RotationSpec("R1", block_size=-4)
     with pytest.raises(RotationError, match="R9"):
         RotationSpec("R1", {"R9": "hadamard"})
+    with pytest.raises(RotationError, match="R4, which is not rotated"):
+        RotationSpec("R1", block_size={"R4": 8})
+    with pytest.raises(RotationError, match="randomize does nothing"):
+        RotationSpec("R1,R4", "hadamard", randomize=True)
+    assert RotationSpec("R4", {"r4": "hadamard"}).type_of("R4") == "hadamard"
 
 
 def test_haar_matrices_are_not_biased():

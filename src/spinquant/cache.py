@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from spinquant.errors import SchemeError
 from spinquant.quantization.integer import Packed, dequantize, quantize
 from spinquant.quantization.scheme import Quantizer
 
@@ -24,9 +25,27 @@ class PackedLayer(DynamicLayer):
     is_croppable = True
 
     def __init__(self, quantizer: Quantizer):
+        self.packed: tuple[Packed, Packed] | None = None
         super().__init__()
         self.quantizer = quantizer
-        self.packed: tuple[Packed, Packed] | None = None
+
+    @property
+    def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The dequantized keys, for code that reads a cache's layers itself."""
+        return dequantize(self.packed[0]) if self.packed else None
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        """The base class initialises keys and values; there is nothing to store."""
+
+    @property
+    def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The dequantized values."""
+        return dequantize(self.packed[1]) if self.packed else None
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        """As for the keys."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -124,7 +143,7 @@ class PackedSlidingLayer(PackedLayer):
         if self.cumulative_length >= self.sliding_window and not self.record_past:
             raise RuntimeError("crop past a full sliding window needs activate_past_recording() before the update")
         super().crop(tokens_to_remove)
-        self.cumulative_length += min(tokens_to_remove, 0)
+        self.cumulative_length = max(self.cumulative_length + min(tokens_to_remove, 0), 0)
         self._keep_window()
 
 
@@ -156,6 +175,8 @@ def pack_layer(cache: Cache, layer_idx: int, quantizer: Quantizer) -> bool:
             cache.layers.append(DynamicLayer())
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
     if isinstance(layer, PackedLayer):
+        if layer.quantizer != quantizer:
+            raise SchemeError(f"the cache packs with {layer.quantizer}, and the model's scheme says {quantizer}")
         return True
     if not isinstance(layer, DynamicLayer) or layer.is_initialized or cache.offloading:
         return False

@@ -86,6 +86,8 @@ def token_windows(tokenizer: Any, text: str, *, length: int, count: int | None =
     first = tokenizer("x")["input_ids"][0]
     bos = first if first == tokenizer.bos_token_id else None
     room = length if bos is None else length - 1
+    if count is not None and count < 1:
+        raise TextError(f"{count} windows: expected at least one, or none given for all")
     if room < 1:
         raise TextError(f"a window of {length} tokens has no room for text")
     # verbose=False: a text longer than the model's context is what we want here, not a mistake.

@@ -26,6 +26,7 @@ from spinquant.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+OURS = ("config.json", "demo.json")  # what marks a folder that --force may replace
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -44,7 +45,7 @@ def is_local(model: str | Path) -> bool:
     return path.exists() or path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1
 
 
-def folder_of(model: str | Path) -> Path:
+def folder_of(model: str | Path, *, allow_pickle: bool = False) -> Path:
     """The folder of a model; a hub id is downloaded to the hub's cache first.
 
     Raises CheckpointError when the folder does not exist or cannot be downloaded.
@@ -55,12 +56,13 @@ def folder_of(model: str | Path) -> Path:
             raise CheckpointError(f"model folder {str(model)!r} does not exist (or is not a folder)")
         return folder
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
+    skipped = ["*.gguf", "*.onnx", *([] if allow_pickle else ["*.bin", "*.pt", "*.pth"])]
     try:
-        return Path(snapshot_download(str(model), ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"]))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise CheckpointError(f"{str(model)!r} is no folder here, and downloading it failed: {error}") from None
+        return Path(snapshot_download(str(model), ignore_patterns=skipped))
+    except Exception as error:  # the hub's client raises many kinds, from its own to those of the network library
+        reason = _first_line(error)
+        raise CheckpointError(f"{str(model)!r} is no folder here, and downloading it failed: {reason}") from None
 
 
 def load_config(model: str | Path) -> Any:
@@ -81,8 +83,9 @@ def load_config(model: str | Path) -> Any:
                 f"{path} names no architecture (no model_type): expected the config of a transformers causal LM"
             )
     try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        place = folder_of(model) if is_local(model) else model
+        return AutoConfig.from_pretrained(place, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise CheckpointError(f"cannot read the config of {str(model)!r}: {_first_line(error)}") from None
 
 
@@ -121,7 +124,7 @@ def weight_files(folder: Path) -> list[str]:
     if index.is_file():
         try:
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index} is not a safetensors index: {error}") from None
         missing = [file for file in files if not (folder / file).is_file()]
         if missing:
@@ -134,18 +137,17 @@ def weight_files(folder: Path) -> list[str]:
     if any((folder / file).is_file() for file in PICKLES):
         raise CheckpointError(
             f"{folder} holds pickle weights only (pytorch_model.bin), which can run code when loaded. Convert them to "
-            "safetensors, or pass --allow-pickle if you trust their origin."
+            "safetensors, or, where a command has the option, pass --allow-pickle if you trust their origin."
         )
     raise CheckpointError(f"{folder} holds no weights: expected {SINGLE} or {INDEX}")
 
 
 def _hub_headers(repo: str) -> dict[str, TensorInfo]:
     from huggingface_hub import get_safetensors_metadata
-    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
 
     try:
         metadata = get_safetensors_metadata(repo)
-    except (HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError, OSError) as error:
+    except Exception as error:  # the hub's client raises many kinds, from its own to those of the network library
         raise CheckpointError(f"cannot read the safetensors headers of {repo!r}: {_first_line(error)}") from None
     return {
         name: TensorInfo(tuple(info.shape), info.dtype, file)
@@ -169,28 +171,41 @@ def load_model(
     # Folders of our own format need its quantizer registered with transformers.
     import spinquant.formats.native  # noqa: F401
 
+    check_device(device)
     load_config(model)
-    folder = folder_of(model)
+    folder = folder_of(model, allow_pickle=allow_pickle)
     if not allow_pickle:
         read_headers(folder)
     try:
         result: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            device_map={"": str(device)} if str(device) != "cpu" else None,
             trust_remote_code=False,
             use_safetensors=None if allow_pickle else True,
+            ignore_mismatched_sizes=True,  # so that they can be named below
             output_loading_info=True,
         )
         loaded, info = result
-    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise CheckpointError(f"cannot load {str(model)!r}: {_first_line(error)}") from error
+    for name, found, expected in sorted(info.get("mismatched_keys", ())):
+        raise CheckpointError(
+            f"tensor {name!r} of {str(model)!r} has shape {tuple(found)}, and the config promises {tuple(expected)}"
+        )
     missing = sorted(info.get("missing_keys", ()))
     if missing:
         raise CheckpointError(f"{str(model)!r} lacks tensor {missing[0]!r} (and {len(missing) - 1} others)")
     if check_values:
         check_finite(loaded, str(model))
-    return loaded.eval()
+    return loaded.eval().to(device)
+
+
+def check_device(device: torch.device | str) -> None:
+    """Raise CheckpointError when torch cannot use a device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CheckpointError(f"device {str(device)!r} cannot be used here: {_first_line(error)}") from None
 
 
 def check_finite(model: nn.Module, origin: str) -> None:
@@ -228,51 +243,72 @@ def atomic_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
     """
     out = Path(out)
     check_free(out, force=force)
-    out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
         try:
             yield partial
-        except (OSError, SafetensorError) as error:
+            _sync(partial)
+        except Exception as error:  # a full disk is an OSError, a SafetensorError, or the tokenizer's plain Exception
             if _is_full(error):
                 raise CheckpointError(
                     f"no space left while writing {out} ({_first_line(error)}): nothing was written. Free some space."
                 ) from error
             raise
-        _sync(partial)
-        partial.chmod(0o755)  # mkdtemp makes it private
+        check_free(out, force=force)  # it may have appeared during a long run
         _replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_free(out: str | Path, *, force: bool = False) -> None:
-    """Raise CheckpointError when `out` exists and `force` is off: a long run should not end with this news."""
-    if Path(out).exists() and not force:
+def check_free(out: str | Path, *, force: bool = False, source: str | Path | None = None) -> None:
+    """Raise CheckpointError when `out` cannot be written: a long run should not end with this news.
+
+    An existing folder is replaced with `force` alone, only when it is empty or holds a model or a demo, and never when
+    it is, or contains, the `source` of the run. Makes the parent folder of `out`.
+    """
+    out = Path(out)
+    if source is not None and Path(source).exists():
+        place = Path(source).resolve()
+        if out.resolve() == place or out.resolve() in place.parents:
+            raise CheckpointError(f"{out} holds the model {source} that this run reads: choose another folder")
+    if out.exists() and not force:
         raise CheckpointError(f"{out} exists: choose another name, or pass --force to replace it")
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or any((out / f).exists() for f in OURS))):
+        raise CheckpointError(f"{out} is no model folder of ours to replace (it has no {' or '.join(OURS)}): remove it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"cannot write {out}: {_first_line(error)}") from None
 
 
 def _replace(partial: Path, out: Path) -> None:
-    if out.exists():
-        # A folder cannot be renamed onto another: the old one steps aside first, and comes back if the rename fails.
-        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-        out.replace(old / out.name)
-        try:
-            partial.replace(out)
-        except BaseException:
-            (old / out.name).replace(out)
-            raise
-        finally:
-            if out.exists():
-                shutil.rmtree(old, ignore_errors=True)
-    else:
+    if not out.exists():
         partial.replace(out)
+        return
+    # A folder cannot be renamed onto another: the old one steps aside first, and comes back if anything fails.
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+    try:
+        out.replace(old / out.name)
+        partial.replace(out)
+    except BaseException:
+        if not out.exists() and (old / out.name).exists():
+            (old / out.name).replace(out)
+        raise
+    finally:
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:
+    # mkdtemp makes folders private, and safetensors files too: give them what the user's umask allows.
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)
     for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
         if path.is_file():
-            path.chmod(0o644)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
 

@@ -5,6 +5,7 @@ user's gives one line and exit code 1; `--debug` shows the traceback.
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from spinquant.checkpoint import is_local, load_config, load_model, load_tokeniz
 from spinquant.errors import RotationError, SchemeError, SpinquantError
 from spinquant.evaluation import compare_models
 from spinquant.evaluation import evaluate as evaluate_model
-from spinquant.pipeline import Options, Stage, quantize_folder, rotate_folder
+from spinquant.pipeline import Options, Stage, check_unquantized, quantize_folder, rotate_folder
 from spinquant.plan import ROTATION_NAMES
 from spinquant.quantization.scheme import parse_scheme
 from spinquant.rotation import RotationSpec
@@ -82,8 +83,9 @@ def plan(
 ) -> None:
     """Show which tensors each rotation touches, from the config and the safetensors headers alone."""
     spec = _spec(rotations, type, block_size, randomize, 0)
-    shapes = {name: info.shape for name, info in read_headers(model).items()}
-    made = spinquant.make_plan(load_config(model), shapes)
+    config = load_config(model)
+    check_unquantized(config, model)
+    made = spinquant.make_plan(config, {name: info.shape for name, info in read_headers(model).items()})
     rows = report.plan_rows(made, spec)
     notes = report.plan_notes(made, spec)
     if json_:
@@ -213,7 +215,7 @@ def evaluate(
         results = evaluate_tasks(loaded, load_tokenizer(model), tasks.split(","), task_path=task_path, limit=limit)
         _print(json_, {"model": model, "results": results}, report.tasks_table(results))
         return
-    tokens, name = _windows(model, text, length, windows)
+    tokens, name = _windows(model, text, length, windows, allow_pickle)
     loaded = load_model(model, dtype=wanted, device=device, allow_pickle=allow_pickle)
     other = load_model(reference, dtype=wanted, device=device, allow_pickle=allow_pickle) if reference else None
     with _stages() as progress:
@@ -237,7 +239,7 @@ def verify(
 ) -> None:
     """Compare two saved models on real tokens: logit differences, KL, and how often they agree on the next token."""
     wanted = _dtype(dtype) or "auto"
-    tokens, name = _windows(reference, text, length, windows)
+    tokens, name = _windows(reference, text, length, windows, allow_pickle)
     first = load_model(reference, dtype=wanted, device=device, allow_pickle=allow_pickle)
     second = load_model(other, dtype=wanted, device=device, allow_pickle=allow_pickle)
     with _stages() as progress:
@@ -316,6 +318,11 @@ def _per_rotation(text: str) -> str | dict[str, str]:
     if "=" not in text:
         return text
     pairs = [item.partition("=") for item in text.split(",")]
+    for name, equals, value in pairs:
+        if not equals or not value:
+            raise RotationError(
+                f"cannot read {name!r} in {text!r}: expected one value, or one per rotation as in R1=..,R4=.."
+            )
     return {name.strip().upper(): value.strip() for name, _, value in pairs}
 
 
@@ -334,8 +341,8 @@ def _ratio(text: str) -> float:
         raise SchemeError(f"clip ratio {text!r} is neither a number nor mse") from None
 
 
-def _windows(model: str, text: str, length: int, windows: int) -> tuple[torch.Tensor, str]:
-    if is_local(model):
+def _windows(model: str, text: str, length: int, windows: int, allow_pickle: bool) -> tuple[torch.Tensor, str]:
+    if is_local(model) and not allow_pickle:
         read_headers(model)  # a broken folder should say so before a text is read
     tokenizer = load_tokenizer(model)
     name, content = load_text(text)
@@ -370,7 +377,16 @@ def _print(as_json: bool, data: dict[str, Any], table: Any) -> None:
 
 
 def _print_json(data: dict[str, Any]) -> None:
-    print(json.dumps(data, indent=1, default=dict))
+    print(json.dumps(_finite(data), indent=1, default=dict))
+
+
+def _finite(data: Any) -> Any:
+    """The same data with null where a number is not finite, which JSON cannot say."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 if __name__ == "__main__":

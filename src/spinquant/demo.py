@@ -25,7 +25,7 @@ from spinquant.demo_model import demo_model
 from spinquant.demo_page import Activation, DemoResult, page
 from spinquant.errors import SchemeError
 from spinquant.evaluation import evaluate
-from spinquant.formats.native import detach
+from spinquant.formats.native import unmark
 from spinquant.module import plan_of
 from spinquant.online import attach
 from spinquant.pipeline import SAMPLE_TOKENS, Options, check_groups, rotate
@@ -98,7 +98,7 @@ def run_demo(
     weight_before = loaded.get_submodule(weight).weight.detach().clone()
     rotated = rotate(loaded, spec, sample=tokens[:1, :SAMPLE_TOKENS], options=Options(prove=False, progress=progress))
     assert rotated.real is not None  # there is a sample
-    detach(loaded)
+    unmark(loaded)  # the variants attach what they need
     after = _measure(loaded, plan, rotated.rotations, variants, tokens, _stage(progress, "rotated"))
     weight_after = loaded.get_submodule(weight).weight.detach()
 

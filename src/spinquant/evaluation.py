@@ -73,12 +73,14 @@ def evaluate(
         logits = _logits(model, window)[:-1]
         targets = window[1:].to(logits.device)
         others = None if reference is None else _logits(reference, window)[:-1].to(logits.device)
+        if others is not None:
+            _check_vocabularies(others, logits)
         for i in range(0, len(targets), SLICE):
             part = slice(i, i + SLICE)
-            log_p = logits[part].float().log_softmax(-1)
+            log_p = _wide(logits[part]).log_softmax(-1)
             nll -= _picked(log_p, targets[part])
             if others is not None:
-                log_q = others[part].float().log_softmax(-1)
+                log_q = _wide(others[part]).log_softmax(-1)
                 reference_nll -= _picked(log_q, targets[part])
                 kl += (log_q.exp() * (log_q - log_p)).sum().item()
                 agree += (log_q.argmax(-1) == log_p.argmax(-1)).sum().item()
@@ -108,14 +110,10 @@ def compare_models(
     count = 0
     for done, window in enumerate(windows):
         expected, found = _logits(reference, window), _logits(other, window)
-        if expected.shape != found.shape:
-            raise TextError(
-                f"the models have vocabularies of {expected.shape[-1]} and {found.shape[-1]} tokens: their logits "
-                "cannot be compared"
-            )
+        _check_vocabularies(expected, found)
         found = found.to(expected.device)
         for i in range(0, len(window), SLICE):
-            e, f = expected[i : i + SLICE].float(), found[i : i + SLICE].float()
+            e, f = _wide(expected[i : i + SLICE]), _wide(found[i : i + SLICE])
             delta = (f - e).abs()
             # A NaN must not vanish in max(): it would make a broken model look equal.
             largest = max(largest, delta.max().item()) if not delta.isnan().any() else math.nan
@@ -139,7 +137,21 @@ def compare_models(
     )
 
 
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _check_vocabularies(first: Tensor, second: Tensor) -> None:
+    if first.shape != second.shape:
+        raise TextError(
+            f"the models have vocabularies of {first.shape[-1]} and {second.shape[-1]} tokens: they cannot be compared"
+        )
+
+
 def _logits(model: nn.Module, window: Tensor) -> Tensor:
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if size is not None and int(window.max()) >= size:
+        raise TextError(f"the text has token {int(window.max())}, and a model knows {size}: wrong tokenizer or model")
     return model(input_ids=window.unsqueeze(0).to(device_of(model)), use_cache=False).logits[0]
 
 

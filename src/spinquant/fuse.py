@@ -76,12 +76,17 @@ def transform_in_place(
         part.copy_(transform(name, part, plan, gains, rotations, precision=precision))
 
 
-def rotate_axis(tensor: Tensor, dim: int, rotation: Rotation, span: Span | None = None) -> Tensor:
-    """T'[.., j, ..] = sum_i T[.., i, ..] R[i, j] along one axis, or along the span of it that lives in the space."""
+def rotate_axis(
+    tensor: Tensor, dim: int, rotation: Rotation, span: Span | None = None, *, transpose: bool = False
+) -> Tensor:
+    """T'[.., j, ..] = sum_i T[.., i, ..] R[i, j] along one axis, or along the span of it that lives in the space.
+
+    `transpose` takes the rotation back.
+    """
     last = tensor.movedim(dim, -1)
     if span is None:
-        return rotation.apply(last).movedim(-1, dim).contiguous()
+        return rotation.apply(last, transpose=transpose).movedim(-1, dim).contiguous()
     periods = last.unflatten(-1, (-1, span.period)).clone()
     part = slice(span.start, span.start + span.length)
-    periods[..., part] = rotation.apply(periods[..., part])
+    periods[..., part] = rotation.apply(periods[..., part], transpose=transpose)
     return periods.flatten(-2).movedim(-1, dim).contiguous()

@@ -35,20 +35,21 @@ def fuse_module(
     """Fuse gains and rotations into the model's weights, in place.
 
     Tied tensors that a rotation parts are untied, and the config says so. `progress(done, total)` counts tensors.
-    Extra memory: the untied head, and a few copies of the largest linear of a layer. Raises CheckpointError for weights that are
-    not in memory (on the meta device).
+    Extra memory: the untied head, and a few copies of the largest linear of a layer. Raises CheckpointError, before
+    anything is changed, for weights that are not in memory (on the meta device).
     """
     if not rotations:
         return
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise CheckpointError(
+                f"tensor {name!r} is not in memory (meta device): load the model without offloading before rotating it"
+            )
     if "residual" in rotations:
         untie(model, plan)
     parameters = dict(model.named_parameters())
     gains = {gain.norm: parameters[gain.norm].detach().clone() for gain in plan.gains}
     for done, (name, parameter) in enumerate(parameters.items()):
-        if parameter.is_meta:
-            raise CheckpointError(
-                f"tensor {name!r} is not in memory (meta device): load the model without offloading before rotating it"
-            )
         transform_in_place(name, parameter, plan, gains, rotations, precision=precision)
         if progress:
             progress(done + 1, len(parameters))

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
@@ -26,25 +27,40 @@ from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.rotation import Rotation
 
 PREFIX = "spinquant_"
+ATTENTIONS = ("sdpa", "eager", "flex_attention")
 QUERY_ROTATION = "_spinquant_query_rotation"
 ATTACHMENT = "_spinquant_attachment"
 
 
 class Attachment:
-    """Everything that `attach` put on a model, and the way to take it off again."""
+    """Everything that `attach` put on a model, and the way to take it off again.
 
-    def __init__(self, model: nn.Module):
-        self._undo: list[Callable[[], Any]] = []
-        self._model = model
+    Changes are kept as data, not as closures, so that a deep copy of the model has an attachment of its own.
+    """
 
-    def on_remove(self, undo: Callable[[], Any]) -> None:
-        """Remember how to undo one change; changes are undone last first."""
-        self._undo.append(undo)
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+        self._attributes: list[tuple[Any, str, bool, Any]] = []
+
+    def hook(self, handle: Any) -> None:
+        """Remember a hook's handle."""
+        self._handles.append(handle)
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute, and remember what it was."""
+        self._attributes.append((owner, name, hasattr(owner, name), getattr(owner, name, None)))
+        setattr(owner, name, value)
 
     def remove(self) -> None:
         """Restore the model as it was before `attach`. A second call does nothing."""
-        while self._undo:
-            self._undo.pop()()
+        while self._handles:
+            self._handles.pop().remove()
+        while self._attributes:
+            owner, name, existed, value = self._attributes.pop()
+            if existed:
+                setattr(owner, name, value)
+            else:
+                delattr(owner, name)
 
     def __enter__(self) -> "Attachment":
         return self
@@ -62,9 +78,8 @@ def attach(model: nn.Module, plan: Plan, rotations: Mapping[str, Rotation], sche
     if getattr(model, ATTACHMENT, None) is not None:
         raise RotationError("this model already has online parts: remove() them before attaching others")
     scheme = scheme or Scheme()
-    attachment = Attachment(model)
-    setattr(model, ATTACHMENT, attachment)
-    attachment.on_remove(lambda: delattr(model, ATTACHMENT))
+    attachment = Attachment()
+    attachment.set(model, ATTACHMENT, attachment)
     try:
         _attach_inputs(model, plan, rotations, scheme, attachment)
         _attach_attention(model, plan, rotations, scheme.kv, attachment)
@@ -92,8 +107,7 @@ def _attach_inputs(
             continue
         site = _InputSite(rotation, scheme.activations, readers=len(group))
         for name in group:
-            handle = model.get_submodule(name).register_forward_pre_hook(site)
-            attachment.on_remove(handle.remove)
+            attachment.hook(model.get_submodule(name).register_forward_pre_hook(site))
 
 
 class _InputSite:
@@ -108,21 +122,28 @@ class _InputSite:
     def _forget(self) -> None:
         self._source: weakref.ref[Tensor] | None = None
         self._version = -1
+        self._with_grad = False
         self._result: Tensor | None = None
-        self._reads = 0
+        self._read_by: set[int] = set()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]
         version = -1 if x.is_inference() else x._version  # inference tensors do not count their changes
-        known = self._source is not None and self._source() is x and version == self._version
+        known = (
+            self._source is not None
+            and self._source() is x
+            and version == self._version
+            and torch.is_grad_enabled() == self._with_grad
+            and id(module) not in self._read_by  # a second read is a new pass, maybe after a change in place
+        )
         if not known:
             self._forget()
             result = x if self.rotation is None else self.rotation.apply(x)
             self._result = result if self.quantizer is None else fake_quantize(result, self.quantizer)
-            self._source, self._version = weakref.ref(x), version
+            self._source, self._version, self._with_grad = weakref.ref(x), version, torch.is_grad_enabled()
         result = self._result
-        self._reads += 1
-        if self._reads >= self.readers:
+        self._read_by.add(id(module))
+        if len(self._read_by) >= self.readers:
             self._forget()  # the activation is not kept alive past its last reader
         return (result, *args[1:])
 
@@ -141,22 +162,24 @@ def _attach_attention(
         return
     for name in plan.attentions:
         hook = _KeyValueSite(rotated.get(name), quantizer, implementation)
-        handle = model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
-        attachment.on_remove(handle.remove)
+        attachment.hook(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
 
 
 def _rotate_queries(model: nn.Module, rotated: Mapping[str, Rotation], attachment: Attachment) -> str:
     config: Any = model.config
     base = config._attn_implementation
+    if base not in ATTENTIONS:
+        # Flash attention looks its kernel up by the implementation's name, which is ours while R3 is attached.
+        raise RotationError(
+            f"R3 cannot run under attention implementation {base!r}: load the model with attn_implementation='sdpa' "
+            f"(supported: {', '.join(ATTENTIONS)}), or leave R3 out"
+        )
     implementation = PREFIX + base
     AttentionInterface.register(implementation, _attention_with_rotated_queries(base))
     AttentionMaskInterface.register(implementation, AttentionMaskInterface()[base])
-    config._attn_implementation = implementation
-    attachment.on_remove(lambda: setattr(config, "_attn_implementation", base))
+    attachment.set(config, "_attn_implementation", implementation)
     for name, rotation in rotated.items():
-        module = model.get_submodule(name)
-        setattr(module, QUERY_ROTATION, rotation)
-        attachment.on_remove(lambda module=module: delattr(module, QUERY_ROTATION))
+        attachment.set(model.get_submodule(name), QUERY_ROTATION, rotation)
     return implementation
 
 

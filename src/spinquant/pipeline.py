@@ -7,7 +7,7 @@ a new folder, which appears complete or not at all.
 import json
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +19,17 @@ from torch import Tensor
 
 from spinquant.architectures import make_plan
 from spinquant.calibrate import load_text, token_windows
-from spinquant.checkpoint import atomic_folder, check_free, load_config, load_model, load_tokenizer, read_headers
+from spinquant.checkpoint import (
+    atomic_folder,
+    check_finite,
+    check_free,
+    load_config,
+    load_model,
+    load_tokenizer,
+    read_headers,
+)
 from spinquant.errors import CheckpointError, RotationError, SchemeError
-from spinquant.formats.native import detach, distinct_rotations, mark
+from spinquant.formats.native import distinct_rotations, is_marked, mark, unmark
 from spinquant.module import fuse_module, plan_of
 from spinquant.online import attach
 from spinquant.plan import MERGEABLE, Plan
@@ -31,7 +39,7 @@ from spinquant.quantization.scheme import Scheme, parse_scheme
 from spinquant.rotation import Rotation, RotationSpec, make_rotations
 
 METHODS = ("rtn",)
-RECORD, ROTATIONS = "spinquant.json", "spinquant_rotations.safetensors"
+BESIDE, RECORD, ROTATIONS = "spinquant", "record.json", "rotations.safetensors"
 SAMPLE_TOKENS = 128  # real tokens on which the fused model is compared with the original
 
 Stage = Callable[[str, int, int], None]
@@ -112,12 +120,13 @@ def rotate(
     that departs, when the function changed; the model is then spoilt and must not be used.
     """
     spec, options = spec or RotationSpec(), options or Options()
+    _check_fresh(model)
     plan = plan_of(model)
     rotations = make_rotations(plan, spec)
     twin = prove(model.config, spec) if options.prove and rotations else None
     before = None if sample is None or not rotations else snapshot(model, plan, sample)
     fuse_module(model, plan, rotations, precision=options.precision, progress=options.stage("rotate"))
-    if any(online.space in rotations for online in plan.onlines):
+    if _online(plan, rotations):
         attach(model, plan, rotations)
         mark(model, plan, rotations, spec, Scheme())
     real = None
@@ -140,18 +149,21 @@ def quantize(
     """Rotate a model in memory, then quantize its weights, activations and KV cache.
 
     Weights are rounded in place; activations and cache are rounded at run time by hooks, which
-    `spinquant.detach(model)` removes. Raises SchemeError for a scheme that does not fit, and what `rotate` raises.
+    `spinquant.detach(model)` removes. Raises RotationError for a model that has been through this before, SchemeError
+    for a scheme that does not fit, and what `rotate` raises.
     """
     scheme, options = parse_scheme(scheme), options or Options()
     if method not in METHODS:
         raise SchemeError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
+    _check_fresh(model)
     check_groups(plan_of(model), model, scheme)
     rotated = rotate(model, spec or RotationSpec(()), sample=sample, options=options)
-    detach(model)
+    unmark(model)
     round_weights(model, rotated.plan, scheme, progress=options.stage("quantize"))
-    attach(model, rotated.plan, rotated.rotations, scheme)
-    mark(model, rotated.plan, rotated.rotations, rotated.spec, scheme)
-    return Result(**{**vars(rotated), "scheme": scheme, "method": method})
+    if scheme.weights or scheme.activations or scheme.kv or _online(rotated.plan, rotated.rotations):
+        attach(model, rotated.plan, rotated.rotations, scheme)
+        mark(model, rotated.plan, rotated.rotations, rotated.spec, scheme)
+    return replace(rotated, scheme=scheme, method=method)
 
 
 def save(result: Result, out: str | Path, tokenizer: Any = None, *, force: bool = False) -> None:
@@ -159,16 +171,25 @@ def save(result: Result, out: str | Path, tokenizer: Any = None, *, force: bool 
 
     The folder appears complete or not at all. A model without online parts and quantization is a plain Hugging Face
     folder; any other is in our own format (see `formats/native.py`). Raises CheckpointError when `out` exists
-    and `force` is off, or the disk is full.
+    and `force` is off, the disk is full, a weight is not finite, or the online parts were removed from the model.
     """
+    if _online(result.plan, result.rotations) and not is_marked(result.model):
+        raise CheckpointError(
+            "the online rotations were removed from this model: what is left is not what the result describes. Save "
+            "the model with its own save_pretrained, or rotate it again"
+        )
+    check_finite(result.model, "the model to be saved")
     with atomic_folder(out, force=force) as folder:
         result.model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         kinds = distinct_rotations(result.rotations)
         tensors = {f"{i}.{k}": v.contiguous() for i, r in enumerate(kinds) for k, v in r.tensors().items()}
-        save_file(tensors, folder / ROTATIONS)
-        (folder / RECORD).write_text(json.dumps(result.record(), indent=1, default=dict) + "\n", encoding="utf-8")
+        # In a folder of their own: runtimes load every safetensors file that lies beside the weights.
+        (folder / BESIDE).mkdir()
+        save_file(tensors, folder / BESIDE / ROTATIONS)
+        record = json.dumps(result.record(), indent=1, default=dict)
+        (folder / BESIDE / RECORD).write_text(record + "\n", encoding="utf-8")
 
 
 def rotate_folder(
@@ -194,13 +215,13 @@ def rotate_folder(
             f"{', '.join(online)} run at run time, which a plain folder cannot say. Leave them out, or write a folder "
             "with online parts: spinquant quantize MODEL OUT --scheme none --rotations " + ",".join(spec.rotations)
         )
-    check_free(out, force=force)
+    check_free(out, force=force, source=model)
     options = options or Options()
     loaded, tokenizer, sample, notes = _open(model, dtype, text, allow_pickle, device)
     result = rotate(loaded, spec, sample=sample, options=options)
     if dtype is not None:
-        loaded.to(dtype)
-    save(Result(**{**vars(result), "notes": notes}), out, tokenizer, force=force)
+        _cast(loaded, dtype)
+    save(replace(result, notes=notes), out, tokenizer, force=force)
     return result
 
 
@@ -222,13 +243,13 @@ def quantize_folder(
 
     dtype: of everything that is not quantized, and of the arithmetic; by default as in the source.
     """
-    check_free(out, force=force)
+    check_free(out, force=force, source=model)
     options = options or Options()
     loaded, tokenizer, sample, notes = _open(model, dtype, text, allow_pickle, device)
     if dtype is not None:
-        loaded.to(dtype)
+        _cast(loaded, dtype)
     result = quantize(loaded, scheme, spec, method=method, sample=sample, options=options)
-    save(Result(**{**vars(result), "notes": notes}), out, tokenizer, force=force)
+    save(replace(result, notes=notes), out, tokenizer, force=force)
     return result
 
 
@@ -236,13 +257,13 @@ def _open(
     model: str | Path, dtype: torch.dtype | None, text: str, allow_pickle: bool, device: str
 ) -> tuple[Any, Any, Tensor, dict[str, Any]]:
     config = load_config(model)
-    _check_unquantized(config, model)
+    check_unquantized(config, model)
     if not allow_pickle:
         # An architecture that no table explains is refused before gigabytes are loaded.
         make_plan(config, {name: info.shape for name, info in read_headers(model).items()})
     loaded = load_model(model, allow_pickle=allow_pickle, device=device)
     if dtype is not None and dtype.itemsize > loaded.dtype.itemsize:
-        loaded.to(dtype)  # widened before rotating; narrowed after it, so that rounding happens once
+        _cast(loaded, dtype)  # widened before anything is rounded
     try:
         tokenizer = load_tokenizer(model)
     except CheckpointError:
@@ -255,7 +276,27 @@ def _open(
     return loaded, tokenizer, sample, {"source": str(model), "sample_text": name}
 
 
-def _check_unquantized(config: Any, model: str | Path) -> None:
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    # Parameters alone: a narrowed rotary frequency would spoil long contexts, and is wide again after loading.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+
+
+def _online(plan: Plan, rotations: Mapping[str, Rotation]) -> bool:
+    return any(online.space in rotations for online in plan.onlines)
+
+
+def _check_fresh(model: Any) -> None:
+    if is_marked(model):
+        raise RotationError(
+            "this model is rotated or quantized already: doing it again would lose its online rotations. Load the "
+            "original, or make it plain first with spinquant.detach(model)"
+        )
+
+
+def check_unquantized(config: Any, model: str | Path) -> None:
+    """Raise CheckpointError when a config says that the model is quantized."""
     found = getattr(config, "quantization_config", None)
     if found:
         method = found.get("quant_method") if isinstance(found, dict) else found.quant_method

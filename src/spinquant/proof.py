@@ -74,9 +74,11 @@ def snapshot(model: nn.Module, plan: Plan, tokens: Tensor) -> Snapshot:
     embeddings = sorted({axis.tensor.removesuffix(".weight") for axis in plan.axes if axis.space == "residual"})
     modules = dict.fromkeys([*names, *embeddings])
     present = {name for name, _ in model.named_modules()}
+    training, _ = model.training, model.eval()  # dropout would look like a departure
     arithmetic = Float64Arithmetic() if model.dtype == torch.float64 else nullcontext()
     with arithmetic, captured(model, [name for name in modules if name in present]) as outputs:
         logits = model(input_ids=tokens.to(device_of(model)), use_cache=False).logits
+    model.train(training)
     return Snapshot(tokens, logits, dict(outputs))
 
 
@@ -114,10 +116,11 @@ def check(deviation: Deviation, dtype: torch.dtype, *, what: str) -> None:
     """Raise ProofError when logits moved by more than rounding in this dtype explains (NaN included)."""
     tolerance = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
     if not deviation.relative <= tolerance:
+        where = f"The first module that departs is {deviation.module!r}. " if deviation.module else ""
         raise ProofError(
             f"rotating changed {what}: logits moved by {deviation.max_abs:.3g} at most, relative error "
-            f"{deviation.relative:.3g}, where {dtype} explains {tolerance:.3g}. The first module that departs is "
-            f"{deviation.module!r}. Nothing was saved; please report this with the model's config."
+            f"{deviation.relative:.3g}, where {dtype} explains {tolerance:.3g}. {where}Nothing was saved; "
+            "please report this with the model's config."
         )
 
 
@@ -175,7 +178,7 @@ def prove(config: Any, spec: RotationSpec, *, seed: int = 0) -> Deviation:
     Raises ProofError, naming the first module that departs, when logits (whole sequences, or token by token through
     a KV cache) move by more than float64 rounding.
     """
-    with Float64Arithmetic():
+    with Float64Arithmetic(), torch.random.fork_rng(devices=[]):  # a model's initialisation draws from the global state
         twin = make_twin(config, seed=seed)
         plan = plan_of(twin)
         rotations = make_rotations(plan, _twin_spec(spec))

@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from rich.box import SIMPLE
+from rich.markup import escape
 from rich.table import Table
 
 from spinquant.errors import SpinquantError
@@ -69,7 +70,7 @@ def plan_table(plan: Plan, rows: Sequence[Mapping[str, Any]], spec: RotationSpec
             f"{', '.join(collapse(row['spaces']))}: size {row['size']}" + ("" if single else f", {kinds}"),
         )
         if row["error"]:
-            table.add_row("", "impossible", f"[red]{row['error']}[/red]", end_section=True)
+            table.add_row("", "impossible", f"[red]{escape(row['error'])}[/red]", end_section=True)
             continue
         blocks = row["size"] // row["order"]
         with_ = f"order {row['order']}" + (f", {blocks} blocks" if blocks > 1 else "") + f": {row['construction']}"
@@ -100,7 +101,7 @@ def plan_notes(plan: Plan, spec: RotationSpec) -> list[str]:
 
 def result_table(result: Result, out: str) -> Table:
     """What was done to a model, and the proof that rotating changed nothing."""
-    table = Table(title=f"wrote {out}", title_justify="left", show_header=False)
+    table = Table(title=escape(f"wrote {out}"), title_justify="left", show_header=False)
     spec = result.spec
     table.add_row("rotations", ", ".join(spec.rotations) or "none")
     if result.scheme is not None:
@@ -116,7 +117,7 @@ def result_table(result: Result, out: str) -> Table:
 
 def evaluation_table(name: str, text: str, evaluation: Evaluation) -> Table:
     """Perplexity, and agreement with the reference where there is one."""
-    table = Table(title=f"{name} on {text}", title_justify="left", show_header=False)
+    table = Table(title=escape(f"{name} on {text}"), title_justify="left", show_header=False)
     table.add_row("perplexity", f"{evaluation.perplexity:.4f}")
     if evaluation.kl is not None and evaluation.top1 is not None:
         table.add_row("reference perplexity", f"{evaluation.reference_perplexity:.4f}")
@@ -129,7 +130,7 @@ def evaluation_table(name: str, text: str, evaluation: Evaluation) -> Table:
 
 def comparison_table(reference: str, other: str, comparison: Comparison) -> Table:
     """How far two models are apart."""
-    table = Table(title=f"{other} against {reference}", title_justify="left", show_header=False)
+    table = Table(title=escape(f"{other} against {reference}"), title_justify="left", show_header=False)
     table.add_row("largest logit difference", f"{comparison.max_abs:.3e}")
     table.add_row("mean logit difference", f"{comparison.mean_abs:.3e}")
     table.add_row("relative error of logits", f"{comparison.relative:.3e}")

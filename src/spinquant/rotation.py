@@ -200,9 +200,16 @@ class RotationSpec:
         for size in sizes:
             if size is not None and size < 1:
                 raise RotationError(f"block size {size} is not a positive integer")
-        for option in (self.transform_type, self.block_size):
+        for field_name in ("transform_type", "block_size"):
+            option = getattr(self, field_name)
             if isinstance(option, Mapping):
-                parse_rotation_names(option)
+                unused = set(parse_rotation_names(option)) - set(self.rotations)
+                if unused:
+                    raise RotationError(f"{field_name} is given for {sorted(unused)[0]}, which is not rotated")
+                object.__setattr__(self, field_name, {name.strip().upper(): v for name, v in option.items()})
+        per_layer = [name for name in self.rotations if name != "R1"]
+        if self.randomize and per_layer and all(self.type_of(name) == "hadamard" for name in per_layer):
+            raise RotationError("randomize does nothing to type hadamard, which is not random: use random-hadamard")
 
     def type_of(self, rotation: str) -> str:
         """Transform type for a rotation such as "R4"."""

@@ -19,7 +19,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spinquant.errors import CheckpointError
-from spinquant.module import plan_of
+from spinquant.fuse import rotate_axis
+from spinquant.module import named_tensor, plan_of
 from spinquant.online import attach, attachment_of
 from spinquant.plan import Plan
 from spinquant.quantization.integer import Packed, dequantize, quantize_on_grid
@@ -159,13 +160,38 @@ def mark(model: Any, plan: Plan, rotations: Mapping[str, Rotation], spec: Rotati
     model.config.quantization_config = quantizer.quantization_config
 
 
-def detach(model: Any) -> None:
-    """Remove online rotations and quantizers from a model, so that it is a plain one; its weights stay rounded."""
+def unmark(model: Any) -> None:
+    """Remove hooks and format from a model whose fused online rotations will be attached again."""
     attachment = attachment_of(model)
     if attachment is not None:
         attachment.remove()
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
+
+
+@torch.no_grad()
+def detach(model: Any) -> None:
+    """Make a rotated or quantized model a plain one: no hooks, no quantizers of activations and cache.
+
+    Online rotations that are fused into weights (R4) are taken back out of them; R1, R2 and rounded weights stay.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, SpinQuantizer):
+        for axis in quantizer.plan.axes:
+            if axis.space in quantizer.rotations:
+                weight, rotation = named_tensor(model, axis.tensor), quantizer.rotations[axis.space]
+                weight.copy_(rotate_axis(weight, axis.dim, rotation, axis.span, transpose=True))
+        for name in linears_of(quantizer.plan, quantizer.scheme):
+            linear = model.get_submodule(name)
+            for buffer in ("weight_scale", "weight_zero"):
+                linear._buffers.pop(buffer, None)
+                linear._non_persistent_buffers_set.discard(buffer)
+    unmark(model)
+
+
+def is_marked(model: Any) -> bool:
+    """Whether a model is rotated online or quantized by this library."""
+    return attachment_of(model) is not None or getattr(model, "hf_quantizer", None) is not None
 
 
 def _expect_packed(linear: nn.Module, quantizer: Quantizer | None) -> None:

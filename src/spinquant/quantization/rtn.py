@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from spinquant.errors import SchemeError
 from spinquant.module import untie
 from spinquant.plan import Plan
-from spinquant.quantization.integer import BLOCK, Packed, decode, dequantize, encode, extremes, grid_of_range, group_of, quantize
+from spinquant.quantization.integer import (
+    BLOCK,
+    Packed,
+    decode,
+    dequantize,
+    encode,
+    extremes,
+    grid_of_range,
+    group_of,
+    quantize,
+)
 from spinquant.quantization.scheme import Quantizer, Scheme
 
 # A finer search (80 ratios) lowers the squared error of SmolLM2's 4-bit weights by less than 0.2 %.

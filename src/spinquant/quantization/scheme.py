@@ -104,9 +104,13 @@ def parse_scheme(
             "W4A4KV4, W4A16, W4g128A16, W8A8 or KV4"
         )
     weights = _quantizer(match.group("w"), symmetric=True, clip=weight_clip)
-    group = match.group("wg") or match.group("group")
-    if weights and (group or group_size):
-        weights = replace(weights, group_size=int(group) if group else group_size)
+    groups = {int(g) for g in (match.group("wg"), match.group("group"), group_size) if g is not None}
+    if len(groups) > 1:
+        raise SchemeError(f"scheme {text!r} and the options give several group sizes: {sorted(groups)}")
+    if groups and not weights:
+        raise SchemeError(f"scheme {text!r} does not quantize weights, so it takes no group size for them")
+    if weights and groups:
+        weights = replace(weights, group_size=groups.pop())
     activations = _quantizer(match.group("a"), symmetric=activation_symmetric, clip=activation_clip)
     if activations and match.group("ag"):
         activations = replace(activations, group_size=int(match.group("ag")))
