@@ -60,12 +60,24 @@ def construct(order: int) -> Construction:
         raise _impossible(order, "none of the constructions known here reaches this order")
     rest = order // math.prod(bases)
     factors = [(_base_name(base) or "", base) for base in bases]
+    if len(bases) > 1 and 1 < rest < 16:
+        return Construction(order, _shared_out(factors, rest))
     if rest > 1 or not bases:
         # Behind small bases the power of two can be split to suit them; before large ones (11008: 64 x 172)
         # it takes 8 % less time.
         behind = max(bases, default=1) <= 64
         factors.insert(len(factors) if behind else 0, ("Sylvester", rest))
     return Construction(order, tuple(factors))
+
+
+def _shared_out(bases: list[tuple[str, int]], power_of_two: int) -> tuple[tuple[str, int], ...]:
+    """Give a small power of two to the smallest bases: 24 x 24 takes 0.75 of the time of 12 x 48."""
+    shares = [1] * len(bases)
+    for _ in range(power_of_two.bit_length() - 1):
+        smallest = min(range(len(bases)), key=lambda i: bases[i][1] * shares[i])
+        shares[smallest] *= 2
+    pairs = zip(bases, shares, strict=True)
+    return tuple(factor for base, share in pairs for factor in (base, ("Sylvester", share)) if factor[1] > 1)
 
 
 def hadamard_matrix(order: int) -> Tensor:
