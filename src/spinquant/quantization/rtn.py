@@ -25,7 +25,7 @@ from spinquant.quantization.integer import (
 )
 from spinquant.quantization.scheme import Quantizer, Scheme
 
-# A finer search (80 ratios) lowers the squared error of SmolLM2's 4-bit weights by less than 0.2 %.
+# From no clipping down to 0.425 of the range, which an outlier in a row of weights may call for.
 CLIP_RATIOS = tuple(1 - i / 40 for i in range(24))
 
 
