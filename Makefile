@@ -14,7 +14,7 @@ test: $(VENV)/.installed
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # Against llm-compressor, which gets an environment of its own (it pins other versions).
 bench: $(VENV)/.installed
