@@ -167,3 +167,16 @@ def test_progress_counts_to_the_end():
     plan = plan_of(model)
     fuse_module(model, plan, make_rotations(plan, RotationSpec("R1")), progress=lambda *n: seen.append(n))
     assert seen[-1][0] == seen[-1][1] == len(seen)
+
+
+def test_precision_is_the_dtype_of_the_arithmetic():
+    """float32 weights fused in float64 are the exact result, rounded once."""
+    model = tiny_model("llama", dtype=torch.float32)
+    plan = plan_of(model)
+    rotations = make_rotations(plan, RotationSpec("R1,R2,R4"))
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    exact = {name: weight.double() for name, weight in weights.items()}
+    name = "model.layers.0.mlp.down_proj.weight"
+    expected = transform(name, exact[name], plan, exact, rotations).float()
+    assert torch.equal(transform(name, weights[name], plan, weights, rotations, precision=torch.float64), expected)
+    assert not torch.equal(transform(name, weights[name], plan, weights, rotations), expected)

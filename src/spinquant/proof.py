@@ -74,11 +74,14 @@ def snapshot(model: nn.Module, plan: Plan, tokens: Tensor) -> Snapshot:
     embeddings = sorted({axis.tensor.removesuffix(".weight") for axis in plan.axes if axis.space == "residual"})
     modules = dict.fromkeys([*names, *embeddings])
     present = {name for name, _ in model.named_modules()}
-    training, _ = model.training, model.eval()  # dropout would look like a departure
+    training = model.training
+    model.eval()  # dropout would look like a departure
     arithmetic = Float64Arithmetic() if model.dtype == torch.float64 else nullcontext()
-    with arithmetic, captured(model, [name for name in modules if name in present]) as outputs:
-        logits = model(input_ids=tokens.to(device_of(model)), use_cache=False).logits
-    model.train(training)
+    try:
+        with arithmetic, captured(model, [name for name in modules if name in present]) as outputs:
+            logits = model(input_ids=tokens.to(device_of(model)), use_cache=False).logits
+    finally:
+        model.train(training)
     return Snapshot(tokens, logits, dict(outputs))
 
 

@@ -137,7 +137,7 @@ def _axes(family: Family, config: Any, shapes: Shapes, spaces: Mapping[str, Spac
         if name not in explained and not any(re.fullmatch(pattern, name) for pattern in family.ignored):
             raise ArchitectureError(
                 f"tensor {name!r} (shape {tuple(shape)}) is not explained by the table of {family.name!r}: "
-                "rotating around it could change the model. Known families are listed in docs/design.md."
+                "rotating around it could change the model. The table knows the tensors of transformers' own classes."
             )
     return tuple(
         axis
