@@ -114,6 +114,9 @@ def test_a_span_rotates_its_part_only():
     expected = x.view(3, 4).clone()
     expected[:, 1:3] = expected[:, 1:3] @ q
     assert torch.allclose(found, expected)
+    column = x.T.contiguous()
+    rotation, span = Orthogonal(q), Span(start=1, length=2, period=4)
+    assert torch.equal(rotate_axis(column, 0, rotation, span, out=column).view(3, 4), found)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])

@@ -1,12 +1,14 @@
 """Laws of the Hadamard matrices and of the transform: orthogonality, agreement with dense products, linearity."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from scipy.linalg import hadamard as scipy_hadamard
 
+from spinquant import kronecker
 from spinquant.errors import HadamardOrderError, RotationError
 from spinquant.hadamard import (
     Construction,
@@ -236,3 +238,30 @@ def test_order_must_divide_the_last_axis(shape: tuple[int, ...]):
 def test_integers_are_refused():
     with pytest.raises(RotationError, match="int64"):
         hadamard_transform(torch.ones(4, dtype=torch.int64), 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", [4, 64, 92, 172])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_any_axis_is_the_last_axis_moved(order, dtype, transpose, monkeypatch):
+    """Also where a row is longer than a chunk, and written over itself."""
+    monkeypatch.setattr(kronecker, "_CHUNK", order * 20)
+    for shape, dim in [((2 * order, 50), 0), ((3, order, 2, 9), 1), ((3, order, 7), -2)]:
+        x = random(*shape).to(dtype)
+        expected = hadamard_transform(x.movedim(dim, -1).contiguous(), order, transpose=transpose).movedim(-1, dim)
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+        found = hadamard_transform(x, order, transpose=transpose, dim=dim)
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+        assert hadamard_transform(x, order, transpose=transpose, dim=dim, out=x) is x
+        assert torch.equal(x, found)
+
+
+def test_threads_and_modes_share_no_working_memory():
+    inputs = [random(64, 344) for _ in range(4)]
+    expected = [x @ dense(344) for x in inputs]
+    with torch.inference_mode():
+        hadamard_transform(inputs[0], 344)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            for found, right in zip(pool.map(lambda x: hadamard_transform(x, 344), inputs), expected, strict=True):
+                torch.testing.assert_close(found, right, rtol=0, atol=1e-12)

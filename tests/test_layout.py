@@ -9,7 +9,7 @@ SOURCE = Path(spinquant.__file__).parent
 
 # Lowest first; a module imports from lower or equal layers only.
 LAYERS = [
-    {"errors"},
+    {"errors", "workspace"},
     {"plan", "galois", "hadamard_bases", "kronecker", "hadamard", "quantization.scheme"},
     {"rotation", "quantization.integer"},
     {"fuse", "architectures", "architectures.table", "architectures.llama"},

@@ -41,6 +41,12 @@ def test_apply_is_the_dense_product_block_by_block(kind, blocks):
     dense = torch.block_diag(*[matrix(rotation)] * blocks)
     assert torch.allclose(rotation.apply(x), x @ dense, atol=1e-12)
     assert torch.allclose(rotation.apply(x, transpose=True), x @ dense.T, atol=1e-12)
+    for transpose, y in [(False, x @ dense), (True, x @ dense.T)]:
+        stacked = torch.stack([x.T, -x.T])
+        expected = torch.stack([y.T, -y.T])
+        assert torch.allclose(rotation.apply(stacked, transpose=transpose, dim=1), expected, atol=1e-12)
+        assert rotation.apply(stacked, transpose=transpose, dim=-2, out=stacked) is stacked
+        assert torch.allclose(stacked, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ROTATIONS)

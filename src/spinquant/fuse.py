@@ -14,8 +14,9 @@ from torch import Tensor
 
 from spinquant.plan import Plan, Span
 from spinquant.rotation import Rotation
+from spinquant.workspace import workspace
 
-# Elements fused at once. Larger slices spend their time on page faults of new memory.
+# Elements fused at once, which then stay in cache.
 SLICE = 1 << 20
 
 
@@ -27,11 +28,13 @@ def transform(
     rotations: Mapping[str, Rotation],
     *,
     precision: torch.dtype | None = None,
+    work: Tensor | None = None,
 ) -> Tensor:
     """The tensor called `name` of the rotated model.
 
     gains: the original weights of the norms, by name. rotations: by space name; a space without one stays.
     precision: dtype of the arithmetic, by default float32 for half types and the tensor's own for others.
+    work: working memory that the result may share, contiguous, of the tensor's shape and the dtype of the arithmetic.
     Returns the same shape, dtype and device; the input itself when nothing touches it.
     """
     gain = plan.gain_of_norm.get(name)
@@ -42,13 +45,13 @@ def transform(
     if not scales and not axes:
         return tensor
     # Rounding once, at the end, keeps half-precision checkpoints as close to the original as the format allows.
-    wide = precision or torch.promote_types(tensor.dtype, torch.float32)
-    fused = tensor.to(wide)
+    wide = _wide(tensor, precision)
+    fused = tensor if tensor.dtype == wide else tensor.to(wide) if work is None else work.copy_(tensor)
     for scale, dim in scales:
         shape = [-1 if d == dim else 1 for d in range(fused.ndim)]
-        fused = fused * scale.to(fused.device, wide).view(shape)
+        fused = torch.mul(fused, scale.to(fused.device, wide).view(shape), out=work)
     for axis in axes:
-        fused = rotate_axis(fused, axis.dim, rotations[axis.space], axis.span)
+        fused = rotate_axis(fused, axis.dim, rotations[axis.space], axis.span, out=work)
     return fused.to(tensor.dtype)
 
 
@@ -73,20 +76,31 @@ def transform_in_place(
     dim = free[0] if free else 0
     step = max(1, SLICE * tensor.shape[dim] // max(1, tensor.numel())) if free else tensor.shape[dim]
     for part in tensor.split(step, dim):
-        part.copy_(transform(name, part, plan, gains, rotations, precision=precision))
+        work = workspace(2, tuple(part.shape), _wide(part, precision), part)
+        part.copy_(transform(name, part, plan, gains, rotations, precision=precision, work=work))
+
+
+def _wide(tensor: Tensor, precision: torch.dtype | None) -> torch.dtype:
+    return precision or torch.promote_types(tensor.dtype, torch.float32)
 
 
 def rotate_axis(
-    tensor: Tensor, dim: int, rotation: Rotation, span: Span | None = None, *, transpose: bool = False
+    tensor: Tensor,
+    dim: int,
+    rotation: Rotation,
+    span: Span | None = None,
+    *,
+    transpose: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """T'[.., j, ..] = sum_i T[.., i, ..] R[i, j] along one axis, or along the span of it that lives in the space.
 
-    `transpose` takes the rotation back.
+    `transpose` takes the rotation back. out: contiguous, for the result; may be the tensor itself.
     """
-    last = tensor.movedim(dim, -1)
     if span is None:
-        return rotation.apply(last, transpose=transpose).movedim(-1, dim).contiguous()
-    periods = last.unflatten(-1, (-1, span.period)).clone()
-    part = slice(span.start, span.start + span.length)
-    periods[..., part] = rotation.apply(periods[..., part], transpose=transpose)
-    return periods.flatten(-2).movedim(-1, dim).contiguous()
+        return rotation.apply(tensor, transpose=transpose, dim=dim, out=out)
+    result = tensor.clone(memory_format=torch.contiguous_format) if out is None else out.copy_(tensor)
+    periods = result.unflatten(dim, (-1, span.period))
+    part = periods.narrow(dim + 1, span.start, span.length)
+    part.copy_(rotation.apply(part.contiguous(), transpose=transpose, dim=dim + 1))
+    return result

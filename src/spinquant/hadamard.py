@@ -114,10 +114,12 @@ def _factors(order: int, dtype: torch.dtype, device: torch.device) -> tuple[Tens
         return tuple(factor.to(device, dtype) for factor in hadamard_factors(order))
 
 
-def hadamard_transform(x: Tensor, order: int, *, transpose: bool = False, out: Tensor | None = None) -> Tensor:
-    """Return x H / sqrt(order) over the last axis, or x H^T / sqrt(order); see `kronecker_transform`."""
+def hadamard_transform(
+    x: Tensor, order: int, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None
+) -> Tensor:
+    """Return x H / sqrt(order) along an axis, or x H^T / sqrt(order); see `kronecker_transform`."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return kronecker_transform(x, _factors(order, dtype, x.device), transpose=transpose, out=out)
+    return kronecker_transform(x, _factors(order, dtype, x.device), transpose=transpose, dim=dim, out=out)
 
 
 @lru_cache(maxsize=1024)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from spinquant.errors import RotationError
+from spinquant.workspace import workspace
 
 # Elements per chunk. Measured with 32 MiB of L3: 2^18 is up to 20 % slower (calls), 2^21 up to twice (cache).
 _CHUNK = 1 << 20
@@ -28,20 +29,20 @@ _Step = Callable[[Tensor, Tensor], object]
 
 
 def kronecker_transform(
-    x: Tensor, factors: Sequence[Tensor], *, transpose: bool = False, out: Tensor | None = None
+    x: Tensor, factors: Sequence[Tensor], *, transpose: bool = False, dim: int = -1, out: Tensor | None = None
 ) -> Tensor:
-    """Return x R for R = F1 kron F2 kron ..., or x R^T.
+    """Return x contracted with R = F1 kron F2 kron ... along an axis, or with R^T.
 
-    The last axis is transformed block by block where it is longer than R. Differentiable with respect to x
-    alone. Half types are computed in float32. `out` is contiguous, like x, and may be x itself; it saves the
-    pages of a new tensor, which cost as much as the arithmetic. Raises RotationError where R does not divide
-    the last axis.
+    The axis is transformed block by block where it is longer than R. Differentiable with respect to x alone. Half
+    types are computed in float32. `out` is contiguous, like x, and may be x itself; it saves the pages of a new
+    tensor, which cost as much as the arithmetic. Raises RotationError where R does not divide the axis.
     """
     order = math.prod(factor.shape[0] for factor in factors)
-    if x.dim() == 0 or order == 0 or x.shape[-1] % order:
+    if x.dim() == 0 or order == 0 or x.shape[dim] % order:
+        axis = "last axis" if dim == -1 else f"axis {dim}"
         raise RotationError(
-            f"a rotation of order {order} cannot be applied to a tensor of shape {tuple(x.shape)}: its last "
-            "axis must be a multiple of the order; choose a block size that divides it"
+            f"a rotation of order {order} cannot be applied to a tensor of shape {tuple(x.shape)}: its {axis} "
+            "must be a multiple of the order; choose a block size that divides it"
         )
     if not x.dtype.is_floating_point:
         raise RotationError(f"only floating-point tensors can be rotated, not {x.dtype}: convert it first")
@@ -52,61 +53,86 @@ def kronecker_transform(
             f"found shape {tuple(out.shape)} and {out.dtype}"
         )
     if differentiated:
-        return _Transform.apply(x, tuple(factors), transpose)  # pyright: ignore[reportReturnType]
-    return _apply(x, factors, transpose, out)
+        return _Transform.apply(x, tuple(factors), transpose, dim)  # pyright: ignore[reportReturnType]
+    return _apply(x, factors, transpose, dim, out)
 
 
 class _Transform(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, factors: tuple[Tensor, ...], transpose: bool) -> Tensor:
-        ctx.factors, ctx.transpose = factors, transpose
-        return _apply(x, factors, transpose)
+    def forward(ctx, x: Tensor, factors: tuple[Tensor, ...], transpose: bool, dim: int) -> Tensor:
+        ctx.factors, ctx.transpose, ctx.dim = factors, transpose, dim
+        return _apply(x, factors, transpose, dim)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return kronecker_transform(grad, ctx.factors, transpose=not ctx.transpose), None, None
+        back = kronecker_transform(grad, ctx.factors, transpose=not ctx.transpose, dim=ctx.dim)
+        return back, None, None, None
 
 
 @torch.no_grad()
-def _apply(x: Tensor, factors: Sequence[Tensor], transpose: bool, out: Tensor | None = None) -> Tensor:
-    order = math.prod(factor.shape[0] for factor in factors)
+def _apply(x: Tensor, factors: Sequence[Tensor], transpose: bool, dim: int, out: Tensor | None = None) -> Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    steps = _steps(factors, dtype, x.device, transpose)
-    if x.dtype != dtype:
-        steps = [_copy, *steps, _copy]
-    elif len(steps) == 1 and out is not None:  # a single product cannot write where it reads
-        steps = [_copy, *steps]
-
-    rows = x.reshape(-1, order)
-    result = (torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out).view(-1, order)
-    chunk = max(1, _CHUNK // order) if x.device.type == "cpu" else max(1, len(rows))
-    buffers = [torch.empty(min(chunk, len(rows)) * order, dtype=dtype, device=x.device) for _ in range(2)]
-    for start in range(0, len(rows), chunk):
-        source = rows[start : start + chunk].reshape(-1)  # copies a chunk where x is a transposed view
-        final = result[start : start + chunk].view(-1)
-        for i, step in enumerate(steps):
-            target = final if i == len(steps) - 1 else buffers[i % 2][: source.numel()]
-            step(source, target)
-            source = target
-    return result.view(x.shape)
-
-
-def _copy(source: Tensor, target: Tensor) -> None:
-    target.copy_(source)
+    order = math.prod(factor.shape[0] for factor in factors)
+    width = math.prod(x.shape[dim:][1:])
+    result = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    if not x.numel():
+        return result
+    rows, results = x.reshape(-1, order, width), result.view(-1, order, width)
+    parts = [_prepare(factor.T if transpose else factor, dtype, x.device) for factor in reversed(factors)]
+    on_cpu = x.device.type == "cpu"
+    # A chunk is some whole rows, or some columns of one row where a row is longer than a chunk.
+    count = max(1, _CHUNK // (order * width)) if on_cpu else len(rows)
+    columns = min(width, max(16, _CHUNK // order)) if on_cpu else width
+    for start in range(0, len(rows), count):
+        for left in range(0, width, columns):
+            source = rows[start : start + count, :, left : left + columns]
+            target = results[start : start + count, :, left : left + columns]
+            _apply_chunk(source, target, _steps(parts, source.shape[-1]), dtype)
+    return result
 
 
-def _steps(factors: Sequence[Tensor], dtype: torch.dtype, device: torch.device, transpose: bool) -> list[_Step]:
-    """Return the steps for the factors, last first: the last one reads x where it is contiguous."""
-    steps: list[_Step] = []
-    width = 1  # the product of the orders of the factors behind this one
-    for factor in reversed(factors):
-        factor = (factor.T if transpose else factor).to(device=device, dtype=dtype)
-        run = (len(factor) - 4) // 2 if len(factor) >= _SPLIT_FROM and device.type == "cpu" else 0
-        if run and _exchangeable(factor, run):
-            steps += _split_steps(factor, run, width)
+def _apply_chunk(source: Tensor, target: Tensor, steps: list[_Step], dtype: torch.dtype) -> None:
+    """Take one chunk through the steps, in two buffers used in turn; the last step writes where it can."""
+    flat = source.numel()
+    buffers = [workspace(slot, (flat,), dtype, source) for slot in range(2)]
+    turn = 0
+    direct = target.is_contiguous() and target.dtype == dtype
+    # A single product cannot write where it reads.
+    if source.dtype == dtype and source.is_contiguous() and not (direct and len(steps) == 1):
+        current = source.view(-1)
+    else:
+        buffers[0].view(source.shape).copy_(source)
+        current, turn = buffers[0], 1
+    for step in steps[:-1] if direct else steps:
+        step(current, buffers[turn])
+        current, turn = buffers[turn], 1 - turn
+    if direct:
+        steps[-1](current, target.view(-1))
+    else:
+        target.copy_(current.view(target.shape))
+
+
+def _prepare(factor: Tensor, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Return the factor alone, or the two halves it splits into where that pays."""
+    factor = factor.to(device=device, dtype=dtype)
+    run = (len(factor) - 4) // 2 if len(factor) >= _SPLIT_FROM and device.type == "cpu" else 0
+    if not run or not _exchangeable(factor, run):
+        return (factor,)
+    odd = (factor[:run, :run] - factor[:run, run : 2 * run]) / 2
+    even = factor[run:, run:].clone()
+    even[:run, :run] = (factor[:run, :run] + factor[:run, run : 2 * run]) / 2
+    return odd, even
+
+
+def _steps(parts: Sequence[tuple[Tensor, ...]], width: int) -> list[_Step]:
+    """Return the steps for the prepared factors, last factor first. width: elements behind the axis."""
+    steps: list[_Step] = []  # `width` grows by the orders of the factors behind
+    for part in parts:
+        if len(part) == 1:
+            steps.append(_dense_step(part[0], width))
         else:
-            steps.append(_dense_step(factor, width))
-        width *= len(factor)
+            steps += _split_steps(part[0], part[1], width)
+        width *= sum(len(matrix) for matrix in part)
     return steps
 
 
@@ -138,12 +164,9 @@ def _exchangeable(factor: Tensor, run: int) -> bool:
     )
 
 
-def _split_steps(factor: Tensor, run: int, width: int) -> list[_Step]:
+def _split_steps(odd: Tensor, even: Tensor, width: int) -> list[_Step]:
     """Differences of the two runs only meet differences, sums (with the remaining indices) only sums."""
-    order = len(factor)
-    odd = (factor[:run, :run] - factor[:run, run : 2 * run]) / 2
-    even = factor[run:, run:].clone()
-    even[:run, :run] = (factor[:run, :run] + factor[:run, run : 2 * run]) / 2
+    run, order = len(odd), len(odd) + len(even)
 
     def whole(flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return flat.view(-1, order, width).split([run, run, order - 2 * run], 1)  # pyright: ignore[reportReturnType]

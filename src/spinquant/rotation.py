@@ -1,4 +1,4 @@
-"""Rotations are values: they know their order and how to apply themselves to the last axis of a tensor.
+"""Rotations are values: they know their order and how to apply themselves to an axis of a tensor, by default the last.
 
     apply(x)                  y[.., j] = sum_i x[.., i] R[i, j]        R orthogonal
     apply(x, transpose=True)  the inverse
@@ -33,8 +33,11 @@ class Rotation(Protocol):
     @property
     def order(self) -> int: ...
 
-    def apply(self, x: Tensor, *, transpose: bool = False) -> Tensor:
-        """x R over the last axis, block by block; x R^T with `transpose`. Keeps shape, dtype and device."""
+    def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
+        """x R along an axis, block by block; x R^T with `transpose`. Keeps shape, dtype and device.
+
+        out: contiguous, for the result; may be x. Without gradients only.
+        """
         ...
 
     def tensors(self) -> dict[str, Tensor]:
@@ -59,14 +62,14 @@ class Hadamard:
     signs: Tensor | None = None
     _memo: Memo = field(default_factory=dict, repr=False)
 
-    def apply(self, x: Tensor, *, transpose: bool = False) -> Tensor:
-        _check_blocks(x, self.order)
+    def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
+        _check_blocks(x, self.order, dim)
         if self.signs is None:
-            return hadamard_transform(x, self.order, transpose=transpose)
+            return hadamard_transform(x, self.order, transpose=transpose, dim=dim, out=out)
         (signs,) = _like(x, (self.signs,), x.dtype, self._memo)
         if transpose:
-            return _flip(hadamard_transform(x, self.order, transpose=True), signs)
-        return hadamard_transform(_flip(x, signs), self.order)
+            return _flip(hadamard_transform(x, self.order, transpose=True, dim=dim, out=out), signs, dim, out)
+        return hadamard_transform(_flip(x, signs, dim, out), self.order, dim=dim, out=out)
 
     def tensors(self) -> dict[str, Tensor]:
         return {} if self.signs is None else {"signs": self.signs}
@@ -86,9 +89,10 @@ class Orthogonal:
     def order(self) -> int:
         return self.weight.shape[0]
 
-    def apply(self, x: Tensor, *, transpose: bool = False) -> Tensor:
-        _check_blocks(x, self.order)
-        return kronecker_transform(x, _like(x, (self.weight,), _wide(x), self._memo), transpose=transpose)
+    def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
+        _check_blocks(x, self.order, dim)
+        factors = _like(x, (self.weight,), _wide(x), self._memo)
+        return kronecker_transform(x, factors, transpose=transpose, dim=dim, out=out)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"weight": self.weight}
@@ -110,13 +114,14 @@ class Kronecker:
     def order(self) -> int:
         return self.weight.shape[0] * self.hadamard_order
 
-    def apply(self, x: Tensor, *, transpose: bool = False) -> Tensor:
-        _check_blocks(x, self.order)
+    def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
+        _check_blocks(x, self.order, dim)
         stored = (self.signs, self.weight, *hadamard_factors(self.hadamard_order))
         signs, *factors = _like(x, stored, _wide(x), self._memo)
+        signs = signs.to(x.dtype)
         if transpose:
-            return _flip(kronecker_transform(x, factors, transpose=True), signs.to(x.dtype))
-        return kronecker_transform(_flip(x, signs.to(x.dtype)), factors)
+            return _flip(kronecker_transform(x, factors, transpose=True, dim=dim, out=out), signs, dim, out)
+        return kronecker_transform(_flip(x, signs, dim, out), factors, dim=dim, out=out)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"weight": self.weight, "signs": self.signs}
@@ -298,10 +303,13 @@ def _make(space: Space, spec: RotationSpec, label: str) -> Rotation:
     return Hadamard(order) if chosen["kind"] == "hadamard" else Hadamard(order, random_signs(order, generator))
 
 
-def _flip(x: Tensor, signs: Tensor) -> Tensor:
-    if x.shape[-1] == signs.shape[0]:
-        return x * signs
-    return (x.unflatten(-1, (-1, signs.shape[0])) * signs).flatten(-2)
+def _flip(x: Tensor, signs: Tensor, dim: int, out: Tensor | None) -> Tensor:
+    blocks = x.unflatten(dim, (-1, len(signs)))
+    signs = signs.view(-1, *[1] * len(x.shape[dim:][1:]))
+    if out is None:
+        return (blocks * signs).reshape(x.shape)
+    torch.mul(blocks, signs, out=out.view(blocks.shape))
+    return out
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -318,6 +326,6 @@ def _like(x: Tensor, stored: tuple[Tensor, ...], dtype: torch.dtype, memo: Memo)
     return memo[key]
 
 
-def _check_blocks(x: Tensor, order: int) -> None:
-    if x.shape[-1] % order:
-        raise RotationError(f"a rotation of order {order} does not divide an axis of length {x.shape[-1]}")
+def _check_blocks(x: Tensor, order: int, dim: int) -> None:
+    if x.shape[dim] % order:
+        raise RotationError(f"a rotation of order {order} does not divide an axis of length {x.shape[dim]}")
