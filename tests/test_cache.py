@@ -51,7 +51,7 @@ def test_four_bits_take_about_a_quarter_of_sixteen():
 @pytest.mark.parametrize("window", [3, 6, 50])
 @pytest.mark.parametrize("lengths", [(4, 1, 1, 1), (9, 2), (1, 1, 1)])
 def test_sliding_layers_show_what_the_plain_ones_show(window, lengths):
-    packed, plain = PackedSlidingLayer(QUANTIZER, window), DynamicSlidingWindowLayer(window)
+    packed, plain = PackedSlidingLayer(window, QUANTIZER), DynamicSlidingWindowLayer(window)
     for i, length in enumerate(lengths):
         assert packed.get_mask_sizes(length) == plain.get_mask_sizes(length)
         keys, values = states(length, seed=i)
@@ -91,7 +91,7 @@ def test_changes_of_the_cache_act_as_on_a_plain_one(change):
 
 
 def test_a_sliding_layer_rolls_back_when_it_records_the_past():
-    packed, plain = PackedSlidingLayer(QUANTIZER, 4), DynamicSlidingWindowLayer(4)
+    packed, plain = PackedSlidingLayer(4, QUANTIZER), DynamicSlidingWindowLayer(4)
     for layer in (packed, plain):
         layer.activate_past_recording()
     for step, length in enumerate((6, 3)):
@@ -130,7 +130,7 @@ def test_code_that_reads_layers_sees_the_numbers():
 
 
 def test_cropping_more_than_there_is_leaves_nothing():
-    layer = PackedSlidingLayer(QUANTIZER, 8)
+    layer = PackedSlidingLayer(8, QUANTIZER)
     layer.update(*states(3))
     layer.crop(-5)
     assert layer.get_seq_length() == 0

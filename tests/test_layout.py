@@ -11,10 +11,11 @@ SOURCE = Path(spinquant.__file__).parent
 LAYERS = [
     {"errors", "workspace"},
     {"plan", "galois", "hadamard_bases", "kronecker", "hadamard", "quantization.scheme"},
-    {"rotation", "quantization.integer"},
+    {"rotation", "quantization.integer", "quantization.progress"},
     {"fuse", "architectures", "architectures.table", "architectures.llama"},
     {"module", "cache", "calibrate", "quantization", "quantization.rtn", "online"},
-    {"proof", "evaluation", "formats", "formats.native", "checkpoint", "tasks"},
+    {"blocks", "quantization.gptq", "quantization.clip"},
+    {"proof", "evaluation", "formats", "formats.native", "checkpoint", "tasks", "quantization.blockwise"},
     {"pipeline", "demo_model"},
     {"plots", "report", "demo", "demo_page"},
     {"cli"},

@@ -8,11 +8,12 @@ from importlib.metadata import version
 
 from spinquant.architectures import make_plan
 from spinquant.cache import QuantizedCache
-from spinquant.calibrate import load_text, token_windows
+from spinquant.calibrate import CalibrationText, calibration_tokens, load_text, token_windows
 from spinquant.checkpoint import load_model as load
 from spinquant.checkpoint import load_tokenizer, read_headers
 from spinquant.errors import (
     ArchitectureError,
+    CalibrationError,
     CheckpointError,
     HadamardOrderError,
     ProofError,
@@ -29,7 +30,9 @@ from spinquant.online import Attachment, attach
 from spinquant.pipeline import Options, Result, quantize, quantize_folder, rotate, rotate_folder, save
 from spinquant.plan import Plan
 from spinquant.proof import prove
-from spinquant.quantization.scheme import Quantizer, Scheme, parse_scheme
+from spinquant.quantization.blockwise import Calibration
+from spinquant.quantization.gptq import GPTQOptions, Moments, gptq
+from spinquant.quantization.scheme import Clips, Quantizer, Scheme, parse_scheme
 from spinquant.rotation import Hadamard, Kronecker, Orthogonal, Rotation, RotationSpec, make_rotations
 
 __version__ = version("spinquant")
@@ -37,12 +40,18 @@ __version__ = version("spinquant")
 __all__ = [
     "ArchitectureError",
     "Attachment",
+    "Calibration",
+    "CalibrationError",
+    "CalibrationText",
     "CheckpointError",
+    "Clips",
     "Comparison",
     "Evaluation",
+    "GPTQOptions",
     "Hadamard",
     "HadamardOrderError",
     "Kronecker",
+    "Moments",
     "Options",
     "Orthogonal",
     "Plan",
@@ -59,10 +68,12 @@ __all__ = [
     "TextError",
     "__version__",
     "attach",
+    "calibration_tokens",
     "compare_models",
     "detach",
     "evaluate",
     "fuse_module",
+    "gptq",
     "hadamard_matrix",
     "hadamard_transform",
     "load",

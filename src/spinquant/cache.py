@@ -7,6 +7,7 @@ beam search and cropping work as they do without quantization.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,14 +21,17 @@ SEQUENCE = 2  # the axis of tokens in (batch, heads, tokens, ..)
 
 
 class PackedLayer(DynamicLayer):
-    """One layer's keys and values as packed integers, (batch, heads, tokens, words)."""
+    """One layer's keys and values as packed integers, (batch, heads, tokens, words).
+
+    value_quantizer: where values are quantized in another way than keys.
+    """
 
     is_croppable = True
 
-    def __init__(self, quantizer: Quantizer):
+    def __init__(self, quantizer: Quantizer, value_quantizer: Quantizer | None = None):
         self.packed: tuple[Packed, Packed] | None = None
         super().__init__()
-        self.quantizer = quantizer
+        self.quantizers = (quantizer, value_quantizer or quantizer)
 
     @property
     def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -49,18 +53,17 @@ class PackedLayer(DynamicLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        empty_keys, empty_values = key_states[:, :, :0], value_states[:, :, :0]
-        self.packed = (quantize(empty_keys, self.quantizer), quantize(empty_values, self.quantizer))
+        self.packed = self._quantize(key_states[:, :, :0], value_states[:, :, :0])
+
+    def _quantize(self, keys: Tensor, values: Tensor) -> tuple[Packed, Packed]:
+        return quantize(keys, self.quantizers[0]), quantize(values, self.quantizers[1])
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.packed is not None
-        keys, values = self.packed
-        self.packed = (
-            _append(keys, quantize(key_states, self.quantizer)),
-            _append(values, quantize(value_states, self.quantizer)),
-        )
+        new = self._quantize(key_states, value_states)
+        self.packed = (_append(self.packed[0], new[0]), _append(self.packed[1], new[1]))
         return dequantize(self.packed[0]), dequantize(self.packed[1])
 
     @property
@@ -107,8 +110,8 @@ class PackedSlidingLayer(PackedLayer):
 
     is_sliding = True
 
-    def __init__(self, quantizer: Quantizer, sliding_window: int):
-        super().__init__(quantizer)
+    def __init__(self, sliding_window: int, quantizer: Quantizer, value_quantizer: Quantizer | None = None):
+        super().__init__(quantizer, value_quantizer)
         self.sliding_window = sliding_window
         self.cumulative_length = 0
         self.record_past = False
@@ -165,7 +168,7 @@ class QuantizedCache(DynamicCache):
         return sum(getattr(layer, "nbytes", 0) for layer in self.layers)
 
 
-def pack_layer(cache: Cache, layer_idx: int, quantizer: Quantizer) -> bool:
+def pack_layer(cache: Cache, layer_idx: int, quantizer: Quantizer, value_quantizer: Quantizer | None = None) -> bool:
     """Make an empty layer of a dynamic cache a packing one; True when the layer packs by itself from now on.
 
     Layers of other kinds (static ones, or ones that already hold tokens) are left alone.
@@ -175,20 +178,31 @@ def pack_layer(cache: Cache, layer_idx: int, quantizer: Quantizer) -> bool:
             cache.layers.append(DynamicLayer())
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
     if isinstance(layer, PackedLayer):
-        if layer.quantizer != quantizer:
-            raise SchemeError(f"the cache packs with {layer.quantizer}, and the model's scheme says {quantizer}")
+        _agree(layer, (quantizer, value_quantizer or quantizer))
         return True
     if not isinstance(layer, DynamicLayer) or layer.is_initialized or cache.offloading:
         return False
     if type(layer) is DynamicLayer:
-        cache.layers[layer_idx] = PackedLayer(quantizer)
+        cache.layers[layer_idx] = PackedLayer(quantizer, value_quantizer)
     elif type(layer) is DynamicSlidingWindowLayer:
-        packed = PackedSlidingLayer(quantizer, layer.sliding_window)
+        packed = PackedSlidingLayer(layer.sliding_window, quantizer, value_quantizer)
         packed.record_past = layer.record_past
         cache.layers[layer_idx] = packed
     else:
         return False
     return True
+
+
+def _agree(layer: PackedLayer, wanted: tuple[Quantizer, Quantizer]) -> None:
+    if layer.quantizers == wanted:
+        return
+    # A cache made by hand knows the scheme, not the clip ratios that were searched layer by layer.
+    if not layer.is_initialized and all(
+        replace(found, clip=other.clip) == other for found, other in zip(layer.quantizers, wanted, strict=True)
+    ):
+        layer.quantizers = wanted
+        return
+    raise SchemeError(f"the cache packs with {layer.quantizers}, and the model's scheme says {wanted}")
 
 
 def _append(packed: Packed, new: Packed) -> Packed:

@@ -7,8 +7,9 @@ takes wikitext when the `datasets` extra is installed and the hub answers, else 
 
 import os
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from spinquant.errors import TextError
 
 WIKITEXT = "dataset:Salesforce/wikitext:wikitext-2-raw-v1:test:text"
 HUB_TIMEOUT = 3.0  # seconds
+GENERATED_AT_ONCE = 16  # samples
 
 
 def load_text(source: str = "auto") -> tuple[str, str]:
@@ -103,20 +105,100 @@ def token_windows(tokenizer: Any, text: str, *, length: int, count: int | None =
     return torch.cat([torch.full((len(windows), 1), bos), windows], dim=1)
 
 
+@dataclass(frozen=True)
+class CalibrationText:
+    """Which text a model is calibrated on: at most `samples` windows of `length` tokens, from a text as in `load_text`.
+
+    `generated` text is sampled from the model itself, with `seed`; so is `auto` where there is no tokenizer.
+    """
+
+    text: str = "auto"
+    samples: int = 128
+    length: int = 512
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.samples < 1 or self.length < 2:
+            raise TextError(f"{self.samples} samples of {self.length} tokens: expected at least 1 sample of 2 tokens")
+
+
+def calibration_tokens(
+    model: Any, tokenizer: Any, source: CalibrationText, *, progress: Callable[[int, int], None] | None = None
+) -> tuple[str, Tensor]:
+    """(name, tokens) of a calibration text; int64 (samples, length).
+
+    Raises TextError when the text cannot be read, is shorter than one sample, or needs a tokenizer that is not there.
+    """
+    if source.text == "generated" or (tokenizer is None and source.text == "auto"):
+        return "generated", generate_tokens(model, source, progress=progress)
+    if tokenizer is None:
+        raise TextError(f"the model has no tokenizer to read {source.text!r} with: use text the model generates itself")
+    name, text = load_text(source.text)
+    return name, token_windows(tokenizer, text, length=source.length, count=source.samples)
+
+
+@torch.no_grad()
+def generate_tokens(
+    model: Any, source: CalibrationText, *, progress: Callable[[int, int], None] | None = None
+) -> Tensor:
+    """Text sampled from a model at temperature one, int64 (samples, length): every sample starts with another token.
+
+    The beginning-of-sequence token comes first where the config has one. The same seed gives the same text.
+    """
+    config = model.config.get_text_config()
+    device = device_of(model)
+    with torch.random.fork_rng():
+        torch.manual_seed(source.seed)
+        first = torch.randint(0, config.vocab_size, (source.samples, 1))
+        if isinstance(config.bos_token_id, int):
+            first = torch.cat([torch.full_like(first, config.bos_token_id), first], dim=1)
+        found = []
+        for start in range(0, source.samples, GENERATED_AT_ONCE):
+            begun = first[start : start + GENERATED_AT_ONCE].to(device)
+            found.append(
+                model.generate(
+                    begun,
+                    attention_mask=torch.ones_like(begun),
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    min_length=source.length,
+                    max_length=source.length,
+                    pad_token_id=config.pad_token_id or 0,
+                ).cpu()
+            )
+            if progress:
+                progress(min(start + GENERATED_AT_ONCE, source.samples), source.samples)
+    return torch.cat(found)[:, : source.length]
+
+
 def device_of(model: nn.Module) -> torch.device:
     """The device that takes a model's inputs."""
     return next(model.parameters()).device
 
 
+class _Stop(Exception):
+    """Everything that was wanted is captured."""
+
+
 @contextmanager
-def captured(model: nn.Module, names: Iterable[str], *, inputs: bool = False) -> Iterator[dict[str, Tensor]]:
-    """Within the block, the last output (or first input) of each named module, detached, in order of execution."""
+def captured(
+    model: nn.Module, names: Iterable[str], *, inputs: bool = False, stop: bool = False
+) -> Iterator[dict[str, Tensor]]:
+    """Within the block, the last output (or first input) of each named module, detached, in order of execution.
+
+    stop: the block is left as soon as the last of the names, in the order given, is captured.
+    """
     found: dict[str, Tensor] = {}
+    names = list(names)
 
     def keep(name: str):
         def hook(module: nn.Module, args: Any, output: Any = None) -> None:
             value = args[0] if inputs else output
             found[name] = (value[0] if isinstance(value, tuple) else value).detach()
+            if stop and name == names[-1]:
+                raise _Stop
 
         return hook
 
@@ -127,6 +209,31 @@ def captured(model: nn.Module, names: Iterable[str], *, inputs: bool = False) ->
         handles.append(register(keep(name)))
     try:
         yield found
+    except _Stop:
+        pass
     finally:
         for handle in handles:
             handle.remove()
+
+
+@dataclass
+class Call:
+    """The arguments of a module's last call, as its caller gave them."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def captured_call(module: nn.Module) -> Iterator[Call]:
+    """Within the block, how the module was called last, before other hooks changed anything."""
+    call = Call()
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call.args, call.kwargs = args, dict(kwargs)
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+    try:
+        yield call
+    finally:
+        handle.remove()

@@ -21,13 +21,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import spinquant
 from spinquant import report
-from spinquant.calibrate import load_text, token_windows
+from spinquant.calibrate import CalibrationText, load_text, token_windows
 from spinquant.checkpoint import is_local, load_config, load_model, load_tokenizer, read_headers
 from spinquant.errors import RotationError, SchemeError, SpinquantError
 from spinquant.evaluation import compare_models
 from spinquant.evaluation import evaluate as evaluate_model
 from spinquant.pipeline import Options, Stage, check_unquantized, quantize_folder, rotate_folder
 from spinquant.plan import ROTATION_NAMES
+from spinquant.quantization.blockwise import Calibration
+from spinquant.quantization.gptq import GPTQOptions
 from spinquant.quantization.scheme import parse_scheme
 from spinquant.rotation import RotationSpec
 
@@ -136,14 +138,25 @@ def rotate(
 
 @app.command(
     epilog="Examples: `spinquant quantize ./llama ./llama-w4a4 --scheme W4A4KV4 --rotations R1,R2,R3,R4`, "
-    "`spinquant quantize ./llama ./llama-w4 --scheme W4g128A16 --rotations R1,R2`"
+    "`spinquant quantize ./llama ./llama-w4 --scheme W4g128A16 --rotations R1,R2 --method gptq`, "
+    "`spinquant quantize ./llama ./llama-w4a8 --scheme W4A8KV8 --method gptq --clips --calibration ./text.txt`"
 )
 def quantize(
     model: Model,
     out: Out,
     scheme: Annotated[str, typer.Option(help="W4A4KV4, W4g128A16, W8A8, KV4, ... or none for rotations alone.")],
     rotations: Rotations = ALL_ROTATIONS,
-    method: Annotated[str, typer.Option(help="How weights are rounded: rtn.")] = "rtn",
+    method: Annotated[str, typer.Option(help="How weights are rounded: rtn, gptq, or gptaq (asymmetric).")] = "rtn",
+    clips: Annotated[bool, typer.Option("--clips", help="Search clip ratios of activations and KV per layer.")] = False,
+    calibration: Annotated[
+        str, typer.Option(help="Text to calibrate on: as --text, or generated (by the model itself).")
+    ] = "auto",
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
+    sample_length: Annotated[int, typer.Option(help="Tokens per calibration sample.")] = 512,
+    damping: Annotated[float, typer.Option(help="GPTQ: share of the mean diagonal added to it.")] = 0.01,
+    act_order: Annotated[bool, typer.Option(help="GPTQ: columns of large inputs first.")] = False,
+    sequential: Annotated[bool, typer.Option(help="GPTQ: one linear after the other inside a block.")] = False,
+    exact_inputs: Annotated[bool, typer.Option(help="Calibrate on activations and KV that are not rounded.")] = False,
     type: Type = "random-hadamard",
     block_size: BlockSize = None,
     randomize: Randomize = False,
@@ -181,6 +194,10 @@ def quantize(
             parsed,
             spec,
             method=method,  # pyright: ignore[reportArgumentType] - checked by the function
+            calibration=Calibration(
+                GPTQOptions(damping, act_order), clips=clips, round_inputs=not exact_inputs, sequential=sequential
+            ),
+            calibration_text=CalibrationText(calibration, samples, sample_length, seed),
             dtype=_dtype(dtype),
             text=text,
             force=force,
@@ -300,7 +317,7 @@ def main() -> None:
         raise SystemExit(1) from None
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            err_console.print("interrupted: nothing was written", style="red")
+            err_console.print("interrupted: no folder was written; blocks that were calibrated are kept", style="red")
         raise
 
 

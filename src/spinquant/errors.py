@@ -36,3 +36,7 @@ class ProofError(SpinquantError):
 
 class TextError(SpinquantError):
     """A text cannot be read, or is too short."""
+
+
+class CalibrationError(SpinquantError):
+    """Calibration text, or what a model computes on it, that cannot be used."""

@@ -11,7 +11,8 @@ the modules, so that a part of the model run alone, as calibration does, behaves
 
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from spinquant.cache import pack_layer
 from spinquant.errors import RotationError
 from spinquant.plan import Plan
 from spinquant.quantization.integer import fake_quantize
-from spinquant.quantization.scheme import Quantizer, Scheme
+from spinquant.quantization.scheme import Clips, Quantizer, Scheme, with_clip
 from spinquant.rotation import Rotation
 
 PREFIX = "spinquant_"
@@ -35,10 +36,13 @@ ATTACHMENT = "_spinquant_attachment"
 class Attachment:
     """Everything that `attach` put on a model, and the way to take it off again.
 
+    inputs: the sites by the first of the linears that read the activation. keys_values: by attention module.
     Changes are kept as data, not as closures, so that a deep copy of the model has an attachment of its own.
     """
 
     def __init__(self) -> None:
+        self.inputs: dict[str, InputSite] = {}
+        self.keys_values: dict[str, KeyValueSite] = {}
         self._handles: list[Any] = []
         self._attributes: list[tuple[Any, str, bool, Any]] = []
 
@@ -62,6 +66,18 @@ class Attachment:
             else:
                 delattr(owner, name)
 
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Within the block nothing is rounded; rotations stay."""
+        sites: list[InputSite | KeyValueSite] = [*self.inputs.values(), *self.keys_values.values()]
+        for site in sites:
+            site.rounds = False
+        try:
+            yield
+        finally:
+            for site in sites:
+                site.rounds = True
+
     def __enter__(self) -> "Attachment":
         return self
 
@@ -69,20 +85,27 @@ class Attachment:
         self.remove()
 
 
-def attach(model: nn.Module, plan: Plan, rotations: Mapping[str, Rotation], scheme: Scheme | None = None) -> Attachment:
+def attach(
+    model: nn.Module,
+    plan: Plan,
+    rotations: Mapping[str, Rotation],
+    scheme: Scheme | None = None,
+    clips: Clips | None = None,
+) -> Attachment:
     """Rotate and round at run time what the plan and the scheme ask for.
 
-    `rotations` by space name; those of online spaces must already be fused into the weights that read them.
+    `rotations` by space name; those of online spaces must already be fused into the weights that read them. `clips`
+    take the place of the scheme's clip ratios where they name one.
     Raises RotationError when online parts are attached already.
     """
     if getattr(model, ATTACHMENT, None) is not None:
         raise RotationError("this model already has online parts: remove() them before attaching others")
-    scheme = scheme or Scheme()
+    scheme, clips = scheme or Scheme(), clips or Clips()
     attachment = Attachment()
     attachment.set(model, ATTACHMENT, attachment)
     try:
-        _attach_inputs(model, plan, rotations, scheme, attachment)
-        _attach_attention(model, plan, rotations, scheme.kv, attachment)
+        _attach_inputs(model, plan, rotations, scheme, clips, attachment)
+        _attach_attention(model, plan, rotations, scheme.kv, clips, attachment)
     except BaseException:
         attachment.remove()
         raise
@@ -95,7 +118,12 @@ def attachment_of(model: nn.Module) -> Attachment | None:
 
 
 def _attach_inputs(
-    model: nn.Module, plan: Plan, rotations: Mapping[str, Rotation], scheme: Scheme, attachment: Attachment
+    model: nn.Module,
+    plan: Plan,
+    rotations: Mapping[str, Rotation],
+    scheme: Scheme,
+    clips: Clips,
+    attachment: Attachment,
 ) -> None:
     spaces = {online.module: online.space for online in plan.onlines if online.site == "input"}
     groups = [*plan.linears]
@@ -105,24 +133,26 @@ def _attach_inputs(
         rotation = rotations.get(spaces.get(group[0], ""))
         if rotation is None and scheme.activations is None:
             continue
-        site = _InputSite(rotation, scheme.activations, readers=len(group))
+        quantizer = with_clip(scheme.activations, clips.inputs.get(group[0]))
+        site = attachment.inputs[group[0]] = InputSite(rotation, quantizer, readers=len(group))
         for name in group:
             attachment.hook(model.get_submodule(name).register_forward_pre_hook(site))
 
 
-class _InputSite:
-    """Rotates and rounds one activation, once for all the linears that read it."""
+class InputSite:
+    """Rotates and rounds one activation, once for all the linears that read it. `rounds` switches rounding."""
 
     def __init__(self, rotation: Rotation | None, quantizer: Quantizer | None, *, readers: int):
         self.rotation = rotation
         self.quantizer = quantizer
+        self.rounds = True
         self.readers = readers
         self._forget()
 
     def _forget(self) -> None:
         self._source: weakref.ref[Tensor] | None = None
         self._version = -1
-        self._with_grad = False
+        self._setting: tuple[bool, bool, Quantizer | None] | None = None
         self._result: Tensor | None = None
         self._read_by: set[int] = set()
 
@@ -133,14 +163,16 @@ class _InputSite:
             self._source is not None
             and self._source() is x
             and version == self._version
-            and torch.is_grad_enabled() == self._with_grad
+            and (torch.is_grad_enabled(), self.rounds, self.quantizer) == self._setting
             and id(module) not in self._read_by  # a second read is a new pass, maybe after a change in place
         )
         if not known:
             self._forget()
             result = x if self.rotation is None else self.rotation.apply(x)
-            self._result = result if self.quantizer is None else fake_quantize(result, self.quantizer)
-            self._source, self._version, self._with_grad = weakref.ref(x), version, torch.is_grad_enabled()
+            quantizer = self.quantizer if self.rounds else None
+            self._result = result if quantizer is None else fake_quantize(result, quantizer)
+            self._source, self._version = weakref.ref(x), version
+            self._setting = (torch.is_grad_enabled(), self.rounds, self.quantizer)
         result = self._result
         self._read_by.add(id(module))
         if len(self._read_by) >= self.readers:
@@ -153,6 +185,7 @@ def _attach_attention(
     plan: Plan,
     rotations: Mapping[str, Rotation],
     quantizer: Quantizer | None,
+    clips: Clips,
     attachment: Attachment,
 ) -> None:
     spaces = {online.module: online.space for online in plan.onlines if online.site == "query_key"}
@@ -161,8 +194,9 @@ def _attach_attention(
     if not rotated and quantizer is None:
         return
     for name in plan.attentions:
-        hook = _KeyValueSite(rotated.get(name), quantizer, implementation)
-        attachment.hook(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
+        keys, values = (with_clip(quantizer, ratios.get(name)) for ratios in (clips.keys, clips.values))
+        site = attachment.keys_values[name] = KeyValueSite(rotated.get(name), keys, values, implementation)
+        attachment.hook(model.get_submodule(name).register_forward_pre_hook(site, with_kwargs=True))
 
 
 def _rotate_queries(model: nn.Module, rotated: Mapping[str, Rotation], attachment: Attachment) -> str:
@@ -196,12 +230,16 @@ def _attention_with_rotated_queries(base: str) -> Callable[..., Any]:
     return attention
 
 
-class _KeyValueSite:
-    """Pre-hook of an attention module: stands between it and its cache."""
+class KeyValueSite:
+    """Pre-hook of an attention module: stands between it and its cache. `rounds` switches rounding."""
 
-    def __init__(self, rotation: Rotation | None, quantizer: Quantizer | None, implementation: str | None):
+    def __init__(
+        self, rotation: Rotation | None, keys: Quantizer | None, values: Quantizer | None, implementation: str | None
+    ):
         self.rotation = rotation
-        self.quantizer = quantizer
+        self.keys = keys
+        self.values = values
+        self.rounds = True
         self.implementation = implementation
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
@@ -212,25 +250,24 @@ class _KeyValueSite:
                 f"the attention implementation was changed to {config._attn_implementation!r} while R3 is attached: "
                 "remove() the online parts, change it, and attach them again"
             )
-        cache = _RotatingCache(kwargs.get("past_key_values"), self.rotation, self.quantizer)
+        cache = _RotatingCache(kwargs.get("past_key_values"), self)
         return args, {**kwargs, "past_key_values": cache}
 
 
 class _RotatingCache:
     """What an attention module sees as its cache: rotates keys, rounds keys and values, then stores them."""
 
-    def __init__(self, cache: Cache | None, rotation: Rotation | None, quantizer: Quantizer | None):
+    def __init__(self, cache: Cache | None, site: KeyValueSite):
         self._cache = cache
-        self._rotation = rotation
-        self._quantizer = quantizer
+        self._site = site
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        cache, quantizer = self._cache, self._quantizer
-        if self._rotation is not None:
-            keys = self._rotation.apply(keys)
-        packs = cache is not None and quantizer is not None and pack_layer(cache, layer_idx, quantizer)
-        if quantizer is not None and not packs:
-            keys, values = fake_quantize(keys, quantizer), fake_quantize(values, quantizer)
+        cache, site = self._cache, self._site
+        if site.rotation is not None:
+            keys = site.rotation.apply(keys)
+        if site.keys is not None and site.values is not None and site.rounds:
+            if cache is None or not pack_layer(cache, layer_idx, site.keys, site.values):
+                keys, values = fake_quantize(keys, site.keys), fake_quantize(values, site.values)
         return (keys, values) if cache is None else cache.update(keys, values, layer_idx, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import transformers
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spinquant.architectures import make_plan
-from spinquant.calibrate import load_text, token_windows
+from spinquant.calibrate import CalibrationText, calibration_tokens, load_text, token_windows
 from spinquant.checkpoint import (
     atomic_folder,
     check_finite,
@@ -28,18 +28,22 @@ from spinquant.checkpoint import (
     load_tokenizer,
     read_headers,
 )
-from spinquant.errors import CheckpointError, RotationError, SchemeError
+from spinquant.errors import CalibrationError, CheckpointError, RotationError, SchemeError
 from spinquant.formats.native import distinct_rotations, is_marked, mark, unmark
 from spinquant.module import fuse_module, plan_of
 from spinquant.online import attach
 from spinquant.plan import MERGEABLE, Plan
 from spinquant.proof import Deviation, check, compare, prove, snapshot
+from spinquant.quantization.blockwise import Calibration, quantize_blocks
+from spinquant.quantization.progress import BlockStore, digest
 from spinquant.quantization.rtn import round_weights
-from spinquant.quantization.scheme import Scheme, parse_scheme
+from spinquant.quantization.scheme import Clips, Scheme, parse_scheme
 from spinquant.rotation import Rotation, RotationSpec, make_rotations
 
-METHODS = ("rtn",)
+Method = Literal["rtn", "gptq", "gptaq"]
+METHODS = get_args(Method)
 BESIDE, RECORD, ROTATIONS = "spinquant", "record.json", "rotations.safetensors"
+ASYMMETRY = 1.0  # of method gptaq where nothing else is said
 SAMPLE_TOKENS = 128  # real tokens on which the fused model is compared with the original
 
 Stage = Callable[[str, int, int], None]
@@ -82,6 +86,8 @@ class Result:
     rotations: Mapping[str, Rotation]
     scheme: Scheme | None = None
     method: str | None = None
+    calibration: Calibration | None = None
+    clips: Clips = field(default_factory=Clips)
     twin: Deviation | None = None
     real: Deviation | None = None
     notes: dict[str, Any] = field(default_factory=dict)
@@ -100,6 +106,8 @@ class Result:
             "spec": self.spec.to_dict(),
             "scheme": self.scheme.to_dict() if self.scheme else None,
             "method": self.method,
+            "calibration": self.calibration.to_dict() if self.calibration else None,
+            "clips": self.clips.to_dict() if self.clips else None,
             "rotations": [rotation.describe() for rotation in kinds],
             "spaces": {space: index[id(rotation)] for space, rotation in self.rotations.items()},
             "proof": {
@@ -142,28 +150,70 @@ def quantize(
     scheme: Scheme | str,
     spec: RotationSpec | None = None,
     *,
-    method: Literal["rtn"] = "rtn",
+    method: Method = "rtn",
+    tokens: Tensor | None = None,
+    calibration: Calibration | None = None,
     sample: Tensor | None = None,
+    store: BlockStore | None = None,
     options: Options | None = None,
 ) -> Result:
     """Rotate a model in memory, then quantize its weights, activations and KV cache.
 
-    Weights are rounded in place; activations and cache are rounded at run time by hooks, which
-    `spinquant.detach(model)` removes. Raises RotationError for a model that has been through this before, SchemeError
-    for a scheme that does not fit, and what `rotate` raises.
+    Weights are rounded in place: to nearest (rtn), by GPTQ, or by GPTQ with the asymmetric target (gptaq). All but
+    plain rtn work on calibration `tokens`, int64 (samples, length). Activations and cache are rounded at run time by
+    hooks, which `spinquant.detach(model)` removes. Raises RotationError for a model that has been through this before,
+    SchemeError for a scheme that does not fit, CalibrationError for tokens that are missing or do not serve, and what
+    `rotate` raises.
     """
     scheme, options = parse_scheme(scheme), options or Options()
-    if method not in METHODS:
-        raise SchemeError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
+    calibration = _calibration(method, scheme, calibration)
+    if calibration is not None and (tokens is None or tokens.numel() == 0):
+        raise CalibrationError(f"{method} works on calibration tokens, int64 (samples, length), and none were given")
     _check_fresh(model)
     check_groups(plan_of(model), model, scheme)
     rotated = rotate(model, spec or RotationSpec(()), sample=sample, options=options)
     unmark(model)
-    round_weights(model, rotated.plan, scheme, progress=options.stage("quantize"))
+    clips = Clips()
+    if calibration is None:
+        round_weights(model, rotated.plan, scheme, progress=options.stage("quantize"))
+    else:
+        assert tokens is not None
+        clips = quantize_blocks(
+            model,
+            rotated.plan,
+            rotated.rotations,
+            scheme,
+            tokens,
+            calibration,
+            error_feedback=method != "rtn",
+            store=store,
+            progress=options.stage("calibrate"),
+        )
     if scheme.weights or scheme.activations or scheme.kv or _online(rotated.plan, rotated.rotations):
-        attach(model, rotated.plan, rotated.rotations, scheme)
-        mark(model, rotated.plan, rotated.rotations, rotated.spec, scheme)
-    return replace(rotated, scheme=scheme, method=method)
+        attach(model, rotated.plan, rotated.rotations, scheme, clips)
+        mark(model, rotated.plan, rotated.rotations, rotated.spec, scheme, clips)
+    return replace(rotated, scheme=scheme, method=method, calibration=calibration, clips=clips)
+
+
+def _calibration(method: str, scheme: Scheme, calibration: Calibration | None) -> Calibration | None:
+    """The calibration that a method needs; None for plain rounding."""
+    if method not in METHODS:
+        raise SchemeError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
+    calibration = calibration or Calibration()
+    searched = calibration.clips
+    if searched and scheme.activations is None and scheme.kv is None:
+        raise SchemeError(
+            f"scheme {scheme} rounds neither activations nor the KV cache: there is no clip ratio to search"
+        )
+    if method == "rtn" and not searched:
+        return None
+    if method != "rtn" and scheme.weights is None:
+        raise SchemeError(f"method {method} rounds weights, and scheme {scheme} leaves them at 16 bits: use method rtn")
+    if method == "gptaq" and not calibration.gptq.asymmetry:
+        return replace(calibration, gptq=replace(calibration.gptq, asymmetry=ASYMMETRY))
+    if method != "gptaq" and calibration.gptq.asymmetry:
+        raise CalibrationError(f"asymmetry belongs to method gptaq, and the method is {method}")
+    return calibration
 
 
 def save(result: Result, out: str | Path, tokenizer: Any = None, *, force: bool = False) -> None:
@@ -231,7 +281,9 @@ def quantize_folder(
     scheme: Scheme,
     spec: RotationSpec,
     *,
-    method: Literal["rtn"] = "rtn",
+    method: Method = "rtn",
+    calibration: Calibration | None = None,
+    calibration_text: CalibrationText | None = None,
     dtype: torch.dtype | None = None,
     text: str = "auto",
     force: bool = False,
@@ -241,15 +293,37 @@ def quantize_folder(
 ) -> Result:
     """Rotate and quantize a folder or hub id into a folder that `spinquant.load` and transformers load.
 
-    dtype: of everything that is not quantized, and of the arithmetic; by default as in the source.
+    dtype: of everything that is not quantized, and of the arithmetic; by default as in the source. Finished blocks of a
+    calibration are kept beside `out` until it is written, so that the same call goes on where another was stopped.
     """
     check_free(out, force=force, source=model)
     options = options or Options()
+    calibrated = _calibration(method, scheme, calibration) is not None
     loaded, tokenizer, sample, notes = _open(model, dtype, text, allow_pickle, device)
     if dtype is not None:
         _cast(loaded, dtype)
-    result = quantize(loaded, scheme, spec, method=method, sample=sample, options=options)
-    save(replace(result, notes=notes), out, tokenizer, force=force)
+    tokens, store = None, None
+    if calibrated:
+        source = calibration_text or CalibrationText()
+        name, tokens = calibration_tokens(loaded, tokenizer, source, progress=options.stage("generate text"))
+        notes["calibration_text"] = {"text": name, "samples": tokens.shape[0], "length": tokens.shape[1]}
+        settings = [version("spinquant"), str(model), scheme, spec, method, calibration, loaded.dtype, digest(tokens)]
+        store = BlockStore(Path(out).parent / f".{Path(out).name}.calibration", json.dumps([str(s) for s in settings]))
+    result = quantize(
+        loaded,
+        scheme,
+        spec,
+        method=method,
+        tokens=tokens,
+        calibration=calibration,
+        sample=sample,
+        store=store,
+        options=options,
+    )
+    result = replace(result, notes=notes)
+    save(result, out, tokenizer, force=force)
+    if store is not None:
+        store.remove()
     return result
 
 

@@ -91,7 +91,8 @@ class Plan:
     """Where every rotation of one model goes.
 
     `linears` are groups of linear modules that read one activation, in order of execution: the places where
-    weights and activations are quantized. `attentions` are the modules whose keys and values are cached.
+    weights and activations are quantized. `attentions` are the modules whose keys and values are cached. `blocks` are
+    the decoder layers, each of which reads the output of the one before.
     `refused` are rotations that the architecture rules out, with the mathematical reason.
     """
 
@@ -103,6 +104,7 @@ class Plan:
     ties: tuple[Tie, ...]
     linears: tuple[tuple[str, ...], ...]
     attentions: tuple[str, ...]
+    blocks: tuple[str, ...]
     head: str
     refused: tuple[tuple[str, str], ...] = ()
 

@@ -60,6 +60,7 @@ LLAMA = Family(
         (f"{_MLP}.down_proj",),
     ),
     attention=_ATTENTION,
+    block="model.layers.{i}",
     embedding="model.embed_tokens.weight",
     head="lm_head.weight",
     # Checkpoints of old transformers store the rotary frequencies, which are computed from the config.

@@ -35,6 +35,7 @@ class Family:
     onlines: Mapping[str, tuple[Site, str]]
     linears: tuple[tuple[str, ...], ...]
     attention: str
+    block: str
     embedding: str
     head: str
     refused: tuple[tuple[str, str], ...] = ()
@@ -82,6 +83,7 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
         ties=ties,
         linears=linears,
         attentions=tuple(family.attention.format(i=i) for i in layers),
+        blocks=tuple(family.block.format(i=i) for i in layers),
         head=family.head,
         refused=family.refused,
     )

@@ -25,11 +25,11 @@ from spinquant.online import attach, attachment_of
 from spinquant.plan import Plan
 from spinquant.quantization.integer import Packed, dequantize, quantize_on_grid
 from spinquant.quantization.rtn import linears_of
-from spinquant.quantization.scheme import Quantizer, Scheme
+from spinquant.quantization.scheme import Clips, Quantizer, Scheme
 from spinquant.rotation import Rotation, RotationSpec, empty_tensors, restore
 
 METHOD = "spinquant"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: clip ratios of single places
 BANK = "spinquant_rotations"
 
 
@@ -46,6 +46,7 @@ class SpinQuantConfig(QuantizationConfigMixin):
         spec: dict[str, Any],
         rotations: list[dict[str, Any]],
         spaces: dict[str, int],
+        clips: dict[str, dict[str, float]] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
     ):
@@ -60,14 +61,18 @@ class SpinQuantConfig(QuantizationConfigMixin):
         self.spec = spec
         self.rotations = rotations
         self.spaces = spaces
+        self.clips = clips or {}
 
 
-def make_config(plan: Plan, rotations: Mapping[str, Rotation], spec: RotationSpec, scheme: Scheme) -> SpinQuantConfig:
+def make_config(
+    plan: Plan, rotations: Mapping[str, Rotation], spec: RotationSpec, scheme: Scheme, clips: Clips | None = None
+) -> SpinQuantConfig:
     """The config of a model with these rotations; only the online ones are needed to run it."""
     distinct = distinct_rotations({online.space: rotations.get(online.space) for online in plan.onlines})
     index = {id(rotation): i for i, rotation in enumerate(distinct)}
     spaces = {o.space: index[id(rotations[o.space])] for o in plan.onlines if o.space in rotations}
-    return SpinQuantConfig(scheme.to_dict(), spec.to_dict(), [r.describe() for r in distinct], spaces)
+    found = clips.to_dict() if clips else None
+    return SpinQuantConfig(scheme.to_dict(), spec.to_dict(), [r.describe() for r in distinct], spaces, found)
 
 
 def distinct_rotations(rotations: Mapping[str, Rotation | None]) -> list[Rotation]:
@@ -116,7 +121,7 @@ class SpinQuantizer(HfQuantizer):
         self.rotations = {space: found[i] for space, i in config.spaces.items()}
         for name in linears_of(self.plan, self.scheme):
             _unpack(model.get_submodule(name), self.scheme.weights)
-        attach(model, self.plan, self.rotations, self.scheme)
+        attach(model, self.plan, self.rotations, self.scheme, Clips.from_dict(config.clips))
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -149,9 +154,16 @@ register_quantization_config(METHOD)(SpinQuantConfig)
 register_quantizer(METHOD)(SpinQuantizer)
 
 
-def mark(model: Any, plan: Plan, rotations: Mapping[str, Rotation], spec: RotationSpec, scheme: Scheme) -> None:
+def mark(
+    model: Any,
+    plan: Plan,
+    rotations: Mapping[str, Rotation],
+    spec: RotationSpec,
+    scheme: Scheme,
+    clips: Clips | None = None,
+) -> None:
     """Make `save_pretrained` of a model that was rotated and quantized in memory write this format."""
-    quantizer = SpinQuantizer(make_config(plan, rotations, spec, scheme), pre_quantized=True)
+    quantizer = SpinQuantizer(make_config(plan, rotations, spec, scheme, clips), pre_quantized=True)
     quantizer.plan = plan
     quantizer.rotations = {o.space: rotations[o.space] for o in plan.onlines if o.space in rotations}
     model.hf_quantizer = quantizer

@@ -130,6 +130,10 @@ class Packed:
         words, scale, *zero = tensors
         return Packed(words, scale, zero[0] if zero else None, self.length, self.quantizer)
 
+    def to(self, device: torch.device) -> "Packed":
+        """The same on another device."""
+        return self.with_tensors(*(tensor.to(device) for tensor in self.tensors()))
+
 
 def quantize(x: Tensor, quantizer: Quantizer, *, clip: Tensor | None = None) -> Packed:
     """x as packed integers, with a scale of the dtype of x."""

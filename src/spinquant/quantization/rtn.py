@@ -38,27 +38,37 @@ def quantize_weight(weight: Tensor, quantizer: Quantizer) -> Packed:
     return quantize(weight, quantizer, clip=clip)
 
 
-def search_clip(weight: Tensor, quantizer: Quantizer) -> Tensor:
-    """The clip ratio of least squared error for each group, shape (.., groups, 1), float32 or wider."""
+def search_clip(
+    weight: Tensor, quantizer: Quantizer, *, stored: torch.dtype | None = None, importance: Tensor | None = None
+) -> Tensor:
+    """The clip ratio of least squared error for each group, shape (.., groups, 1), float32 or wider.
+
+    stored: dtype of the scales, by default the weight's. importance: of the error at each input, (in,), default equal.
+    """
     if weight.shape[-1] == 0:
         raise SchemeError(f"a weight of shape {tuple(weight.shape)} has no input side to quantize")
     group = group_of(weight.shape[-1], quantizer)
     rows = weight.reshape(-1, group)
     best = torch.empty(rows.shape[0], 1, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
     step = max(1, BLOCK // group)
-    for block, target in zip(rows.split(step), best.split(step), strict=True):
-        target.copy_(_search(block.to(best.dtype), quantizer, weight.dtype))
+    for start in range(0, len(rows), step):
+        block, target = rows[start : start + step].to(best.dtype), best[start : start + step]
+        share = None
+        if importance is not None:  # row r holds group r modulo the number of groups
+            groups = importance.to(best).view(-1, group)
+            share = groups[torch.arange(start, start + len(block), device=groups.device) % len(groups)]
+        target.copy_(_search(block, quantizer, stored or weight.dtype, share))
     return best.view(*weight.shape[:-1], -1, 1)
 
 
-def _search(block: Tensor, quantizer: Quantizer, stored: torch.dtype) -> Tensor:
+def _search(block: Tensor, quantizer: Quantizer, stored: torch.dtype, share: Tensor | None) -> Tensor:
     ratios = torch.tensor(CLIP_RATIOS, dtype=block.dtype, device=block.device)
     low, high = extremes(block)
     errors = []
     for ratio in CLIP_RATIOS:
         scale, zero = grid_of_range(low, high, quantizer, stored, ratio)
-        rounded = decode(encode(block, scale, zero, quantizer), scale, zero)
-        errors.append(rounded.sub_(block).square_().sum(dim=-1))
+        error = decode(encode(block, scale, zero, quantizer), scale, zero).sub_(block).square_()
+        errors.append((error if share is None else error.mul_(share)).sum(dim=-1))
     return ratios[torch.stack(errors).argmin(dim=0)].unsqueeze(-1)
 
 

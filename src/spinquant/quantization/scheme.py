@@ -5,7 +5,8 @@ left out (`W4A16`, `KV4`), 16 bits mean "not quantized", and a weight group is w
 """
 
 import re
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from spinquant.errors import SchemeError
@@ -74,6 +75,35 @@ class Scheme:
         """The scheme that `to_dict` came from."""
         parts = {k: Quantizer(**data[k]) if data.get(k) else None for k in ("weights", "activations", "kv")}
         return cls(**parts, lm_head=bool(data.get("lm_head", False)))
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Clip ratios found for single places, which take precedence over the scheme's.
+
+    inputs: by the first of the linears that read an activation. keys, values: by attention module.
+    """
+
+    inputs: Mapping[str, float] = field(default_factory=dict)
+    keys: Mapping[str, float] = field(default_factory=dict)
+    values: Mapping[str, float] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.inputs or self.keys or self.values)
+
+    def to_dict(self) -> dict[str, dict[str, float]]:
+        """As JSON."""
+        return {"inputs": dict(self.inputs), "keys": dict(self.keys), "values": dict(self.values)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Mapping[str, float]]) -> "Clips":
+        """The clips that `to_dict` came from."""
+        return cls(**{name: dict(data.get(name, {})) for name in ("inputs", "keys", "values")})
+
+
+def with_clip(quantizer: Quantizer | None, ratio: float | None) -> Quantizer | None:
+    """The quantizer with another clip ratio; as it is where there is none."""
+    return quantizer if quantizer is None or ratio is None else replace(quantizer, clip=ratio)
 
 
 def parse_scheme(

@@ -1,0 +1,118 @@
+"""Walk a model decoder block by decoder block, so that one block at a time is at work.
+
+A block is called with hidden states and keyword arguments (positions, masks) that the model makes. They are learned by
+running the model with every block replaced by one that passes hidden states on: embeddings and masks are computed, the
+blocks' weights are not touched. Samples have the same length, so one set of arguments serves all of them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spinquant.calibrate import captured, device_of
+from spinquant.errors import CalibrationError
+
+
+@dataclass(frozen=True)
+class BlockCalls:
+    """What blocks are called with: hidden states before the first, (1, length, width) each, and arguments by block."""
+
+    hidden: list[Tensor]
+    arguments: Mapping[str, Mapping[str, Any]]
+
+
+@torch.no_grad()
+def block_calls(model: Any, blocks: Sequence[str], tokens: Tensor) -> BlockCalls:
+    """Learn what the blocks are called with for each row of `tokens`, int64 (samples, length)."""
+    hidden: list[Tensor] = []
+    arguments: dict[str, Mapping[str, Any]] = {}
+
+    def keep(name: str, states: Tensor, others: Mapping[str, Any]) -> Tensor:
+        if name == blocks[0]:
+            hidden.append(states.detach().clone())
+        arguments.setdefault(name, dict(others))
+        return states
+
+    with _replaced(model, blocks, keep):
+        for row in tokens.split(1):
+            model.base_model(row.to(device_of(model)), use_cache=False)
+    return BlockCalls(hidden, arguments)
+
+
+@torch.no_grad()
+def run_block(block: nn.Module, states: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """The block's output for hidden states (batch, length, width)."""
+    device = device_of(block)
+    moved = {name: _to(value, device) for name, value in arguments.items()}
+    output = block(states.to(device), **moved)
+    return output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def after_blocks(model: Any, blocks: Sequence[str], states: Tensor) -> Tensor:
+    """What the model makes of the last block's output, (batch, length, width), before its head."""
+    names = set(blocks)
+    with _replaced(model, blocks, lambda name, hidden, others: states if name in names else hidden):
+        placeholder = torch.zeros(states.shape[:2], dtype=torch.int64, device=device_of(model))
+        return model.base_model(placeholder, use_cache=False).last_hidden_state
+
+
+@contextmanager
+def _replaced(
+    model: nn.Module, blocks: Sequence[str], function: Callable[[str, Tensor, Mapping[str, Any]], Tensor]
+) -> Iterator[None]:
+    """Within the block, every decoder block returns function(name, hidden states, keyword arguments)."""
+
+    def stand_in(name: str) -> Callable[..., Tensor]:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if args:
+                raise CalibrationError(
+                    f"{name} is called with {len(args) + 1} positional arguments: expected hidden states alone, and "
+                    "the rest by name, as transformers 5 calls its decoder layers"
+                )
+            return function(name, hidden_states, kwargs)
+
+        return forward
+
+    modules = {name: model.get_submodule(name) for name in blocks}
+    before = {name: module.__dict__.get("forward") for name, module in modules.items()}
+    try:
+        for name, module in modules.items():
+            module.forward = stand_in(name)
+        yield
+    finally:
+        for name, module in modules.items():
+            forward = before[name]
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = forward
+
+
+def check_finite_output(
+    block: nn.Module, name: str, states: Tensor, arguments: Mapping[str, Any], output: Tensor
+) -> None:
+    """Raise CalibrationError, naming the first module inside the block, when its output is not finite."""
+    if output.isfinite().all():
+        return
+    if not states.isfinite().all():
+        raise CalibrationError(f"the input of {name} is not finite (NaN or Inf): the module before it spoilt it")
+    inside = [child for child, module in block.named_modules() if child and not any(True for _ in module.children())]
+    with captured(block, inside) as outputs:
+        run_block(block, states, arguments)
+    guilty = next((child for child in outputs if not outputs[child].isfinite().all()), None)
+    where = f"{name}.{guilty}" if guilty else name
+    raise CalibrationError(
+        f"the output of {where} is not finite (NaN or Inf) on the calibration text: the weights are damaged, or "
+        f"overflow {output.dtype}; try --dtype bfloat16 or float32"
+    )
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return tuple(_to(item, device) for item in value) if isinstance(value, tuple) else value

@@ -1,0 +1,304 @@
+"""Quantize with calibration text, one decoder block at a time.
+
+The inputs of a block are the outputs of the quantized blocks before it. In each block the clip ratios of activations,
+keys and values are searched where that is asked for, the weights are rounded (GPTQ, or to nearest), and the outputs
+of the rounded block become the inputs of the next. For the asymmetric target a second stream of hidden states goes
+through the unquantized blocks.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spinquant.blocks import BlockCalls, after_blocks, block_calls, check_finite_output, run_block
+from spinquant.calibrate import captured, captured_call, device_of
+from spinquant.errors import CalibrationError, SchemeError
+from spinquant.module import untie
+from spinquant.online import Attachment, attach
+from spinquant.plan import Plan
+from spinquant.quantization.clip import best_ratio, search_input_clip
+from spinquant.quantization.gptq import GPTQOptions, Moments, gptq
+from spinquant.quantization.integer import Packed, fake_quantize
+from spinquant.quantization.progress import BlockStore
+from spinquant.quantization.rtn import quantize_weight, set_weight
+from spinquant.quantization.scheme import Clips, Quantizer, Scheme
+from spinquant.rotation import Rotation
+
+# Clip ratios of activations are searched on so many tokens, taken from so many samples; those of the cache on whole
+# samples, since attention needs all of its tokens.
+CLIP_TOKENS, CLIP_INPUT_SAMPLES, CLIP_CACHE_SAMPLES = 1024, 8, 2
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How a model is calibrated.
+
+    clips: search clip ratios of activations, keys and values. round_inputs: activations and KV cache are rounded while
+    calibrating, as they will be. sequential: inside a block, a linear is calibrated on what the rounded linears before
+    it give. device: to work on, one block at a time; by default where the model is.
+    """
+
+    gptq: GPTQOptions = field(default_factory=GPTQOptions)
+    clips: bool = False
+    round_inputs: bool = True
+    sequential: bool = False
+    device: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def quantize_blocks(
+    model: Any,
+    plan: Plan,
+    rotations: Mapping[str, Rotation],
+    scheme: Scheme,
+    tokens: Tensor,
+    calibration: Calibration,
+    *,
+    error_feedback: bool = True,
+    store: BlockStore | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Clips:
+    """Quantize the weights of a rotated model in place, on tokens, int64 (samples, length); the clip ratios found.
+
+    error_feedback: GPTQ, else round to nearest. store: where finished blocks are kept, so that a run that was killed
+    goes on. The model must have no online parts attached. Raises CalibrationError, naming the module, for activations
+    that are not finite and for a second moment that is singular.
+    """
+    if scheme.lm_head and scheme.weights is not None:
+        untie(model, plan)
+    attachment = attach(model, plan, rotations, scheme)
+    try:
+        walk = _Walk(model, plan, scheme, tokens, calibration, attachment, error_feedback)
+        total = len(plan.blocks)
+        for done, name in enumerate(plan.blocks):
+            finished = store.load(name) if store else None
+            walk.block(name, finished)
+            if store and finished is None:
+                store.save(name, walk.packed, walk.clips)
+            if progress:
+                progress(done + 1, total)
+        walk.head()
+        return walk.clips
+    finally:
+        attachment.remove()
+
+
+class _Walk:
+    """The hidden states on their way through the model."""
+
+    def __init__(
+        self,
+        model: Any,
+        plan: Plan,
+        scheme: Scheme,
+        tokens: Tensor,
+        calibration: Calibration,
+        attachment: Attachment,
+        error_feedback: bool,
+    ):
+        self.model, self.plan, self.scheme = model, plan, scheme
+        self.calibration, self.attachment = calibration, attachment
+        self.options = calibration.gptq if error_feedback and scheme.weights is not None else None
+        calls: BlockCalls = block_calls(model, plan.blocks, tokens)
+        self.arguments = calls.arguments
+        self.states = calls.hidden
+        asymmetric = self.options is not None and self.options.asymmetry > 0
+        self.exact = [state.clone() for state in calls.hidden] if asymmetric else None
+        self.clips = Clips({}, {}, {})
+        self.packed: dict[str, Packed] = {}
+
+    def block(self, name: str, finished: "tuple[Mapping[str, Packed], Clips] | None") -> None:
+        """Quantize one block, or take over what a run before has found, and move the states through it."""
+        block = self.model.get_submodule(name)
+        home = device_of(block)
+        block.to(self.calibration.device or home)
+        groups = [group for group in self.plan.linears if group[0].startswith(f"{name}.")]
+        try:
+            self.packed = {}
+            if finished is not None:
+                self._advance_exact(name, block)
+                self._take_over(*finished)
+            else:
+                if self.calibration.clips:
+                    self._search_clips(name, block, groups)
+                self._round_block(name, block, groups)
+            for i, state in enumerate(self.states):
+                output = self._run(block, state, name)
+                check_finite_output(block, name, state, self.arguments[name], output)
+                self.states[i] = output.to(state.device)
+        finally:
+            block.to(home)
+
+    def head(self) -> None:
+        """Quantize the output head where the scheme says so."""
+        if not self.scheme.lm_head or self.scheme.weights is None:
+            return
+        name = self.plan.head.removesuffix(".weight")
+        head = self.model.get_submodule(name)
+        moments = Moments()
+        for i, state in enumerate(self.states if self.options is not None else ()):
+            x = after_blocks(self.model, self.plan.blocks, state)
+            exact = None if self.exact is None else after_blocks(self.model, self.plan.blocks, self.exact[i])
+            moments.add(self._rounded(x, name), exact)
+        self._round_group((name,), head.weight.device, moments)
+
+    def _rounded(self, x: Tensor, name: str) -> Tensor:
+        site = self.attachment.inputs.get(name)
+        if site is None or site.quantizer is None or not self.calibration.round_inputs:
+            return x
+        return fake_quantize(x, site.quantizer)
+
+    def _run(self, block: nn.Module, state: Tensor, name: str) -> Tensor:
+        with nullcontext() if self.calibration.round_inputs else self.attachment.exact():
+            return run_block(block, state, self.arguments[name])
+
+    def _advance_exact(self, name: str, block: nn.Module) -> None:
+        """Move the exact states through the block, whose weights are still whole."""
+        if self.exact is None:
+            return
+        with self.attachment.exact():
+            self.exact = [run_block(block, s, self.arguments[name]).to(s.device) for s in self.exact]
+
+    def _take_over(self, packed: Mapping[str, Packed], clips: Clips) -> None:
+        for linear, weight in packed.items():
+            module = self.model.get_submodule(linear)
+            set_weight(module, weight.to(module.weight.device))
+        self._set_clips(clips)
+
+    def _set_clips(self, clips: Clips) -> None:
+        for name, ratio in clips.inputs.items():
+            site = self.attachment.inputs[name]
+            site.quantizer = replace(_present(site.quantizer), clip=ratio)
+        for name, site in self.attachment.keys_values.items():
+            if name in clips.keys:
+                site.keys = replace(_present(site.keys), clip=clips.keys[name])
+                site.values = replace(_present(site.values), clip=clips.values[name])
+        both = ((getattr(self.clips, part), getattr(clips, part)) for part in ("inputs", "keys", "values"))
+        self.clips = Clips(*({**old, **new} for old, new in both))
+
+    def _round_block(self, name: str, block: nn.Module, groups: Sequence[tuple[str, ...]]) -> None:
+        if self.scheme.weights is None:
+            self._advance_exact(name, block)
+            return
+        if self.options is None:
+            for group in groups:
+                self._round_group(group, device_of(block), None)
+            return
+        whole = {n: self.model.get_submodule(n).weight.data.clone() for group in groups for n in group}
+        before = self.exact
+        self._advance_exact(name, block)
+        for stage in [[group] for group in groups] if self.calibration.sequential else [list(groups)]:
+            moments = {group: Moments() for group in stage}
+            for i, state in enumerate(self.states):
+                exact = None if before is None else self._exact_inputs(block, name, stage, before[i], whole)
+                inputs = self._inputs(block, name, stage, state, rounded=self.calibration.round_inputs)
+                for group in stage:
+                    if group[0] in inputs:  # an expert may get no token of a sample
+                        moments[group].add(inputs[group[0]], None if exact is None else exact[group[0]])
+            for group in stage:
+                self._round_group(group, device_of(block), moments[group])
+
+    def _inputs(
+        self, block: nn.Module, name: str, groups: Sequence[tuple[str, ...]], state: Tensor, *, rounded: bool
+    ) -> dict[str, Tensor]:
+        """Inputs of the groups, by the first linear of each."""
+        with nullcontext() if rounded else self.attachment.exact():
+            with captured(self.model, [group[0] for group in groups], inputs=True, stop=True) as found:
+                run_block(block, state, self.arguments[name])
+        return found
+
+    def _exact_inputs(
+        self,
+        block: nn.Module,
+        name: str,
+        groups: Sequence[tuple[str, ...]],
+        state: Tensor,
+        whole: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        linears = {linear: self.model.get_submodule(linear) for linear in whole}
+        rounded = {linear: module.weight.data for linear, module in linears.items()}
+        try:
+            for linear, module in linears.items():
+                module.weight.data = whole[linear]
+            return self._inputs(block, name, groups, state, rounded=False)
+        finally:
+            for linear, module in linears.items():
+                module.weight.data = rounded[linear]
+
+    def _round_group(self, group: tuple[str, ...], device: torch.device, moments: Moments | None) -> None:
+        """Round the linears that read one activation, as one weight: rows do not influence each other."""
+        quantizer = _present(self.scheme.weights)
+        modules = [self.model.get_submodule(name) for name in group]
+        stacked = torch.cat([module.weight.detach().to(device) for module in modules])
+        try:
+            if moments is None or self.options is None:
+                packed = quantize_weight(stacked, quantizer)
+            else:
+                packed = gptq(stacked, moments, quantizer, self.options)
+        except (CalibrationError, SchemeError) as error:
+            raise type(error)(f"{', '.join(group)}: {error}") from None
+        sizes = [len(module.weight) for module in modules]
+        parts = zip(*(tensor.split(sizes) for tensor in packed.tensors()), strict=True)
+        for name, module, tensors in zip(group, modules, parts, strict=True):
+            # Clones: parts of one tensor would keep all of it alive, and could not be saved.
+            self.packed[name] = packed.with_tensors(*(t.clone().to(module.weight.device) for t in tensors))
+            set_weight(module, self.packed[name])
+
+    def _search_clips(self, name: str, block: nn.Module, groups: Sequence[tuple[str, ...]]) -> None:
+        if self.scheme.activations is not None:
+            found: dict[str, list[Tensor]] = {}
+            share = max(1, len(self.states) // CLIP_INPUT_SAMPLES)
+            states = self.states[::share]
+            step = max(1, len(states) * states[0].shape[1] // CLIP_TOKENS)
+            for state in states:
+                for first, x in self._inputs(block, name, groups, state, rounded=False).items():
+                    found.setdefault(first, []).append(x.flatten(0, -2)[::step])
+            ratios = {}
+            for group in groups:
+                if group[0] in found:
+                    weight = torch.cat([self.model.get_submodule(n).weight.detach() for n in group])
+                    x = torch.cat(found[group[0]])
+                    ratios[group[0]] = search_input_clip(x, weight, _present(self.scheme.activations))
+            self._set_clips(Clips(ratios, {}, {}))
+        if self.scheme.kv is not None:
+            for attention in (a for a in self.plan.attentions if a.startswith(f"{name}.")):
+                share = max(1, len(self.states) // CLIP_CACHE_SAMPLES)
+                self._search_kv_clips(name, block, attention, self.states[::share][:CLIP_CACHE_SAMPLES])
+
+    def _search_kv_clips(self, name: str, block: nn.Module, attention: str, states: Sequence[Tensor]) -> None:
+        module, site = self.model.get_submodule(attention), self.attachment.keys_values[attention]
+        calls = []
+        with self.attachment.exact():
+            for state in states:
+                with captured_call(module) as call:
+                    run_block(block, state, self.arguments[name])
+                calls.append((call, _first(module(*call.args, **call.kwargs))))
+
+        def error(keys: Quantizer, values: Quantizer) -> float:
+            site.keys, site.values = keys, values
+            with self.attachment.exact():
+                site.rounds = True
+                outputs = [(_first(module(*call.args, **call.kwargs)), exact) for call, exact in calls]
+            return sum(float((output - exact).square().sum()) for output, exact in outputs)
+
+        quantizer = _present(self.scheme.kv)
+        keys = best_ratio(lambda ratio: error(replace(quantizer, clip=ratio), quantizer))
+        values = best_ratio(lambda ratio: error(replace(quantizer, clip=keys), replace(quantizer, clip=ratio)))
+        self._set_clips(Clips({}, {attention: keys}, {attention: values}))
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _present(quantizer: Quantizer | None) -> Quantizer:
+    assert quantizer is not None
+    return quantizer

@@ -1,0 +1,179 @@
+"""GPTQ: round a weight column by column, each time moving the remaining columns to make up for the error.
+
+With x the inputs of a linear on calibration text, the rounded Q should keep the outputs: least ||(Q - W) X||^2. The
+columns are taken in order; the error of column j, divided by U[j, j], is taken out of the later columns along row j of
+U, the upper Cholesky factor of (X X^T)^-1 (Frantar et al., arXiv 2210.17323).
+
+The asymmetric target (GPTAQ, arXiv 2504.02692) asks for the outputs W X~ of the unquantized model on its own inputs
+X~, where the quantized model only has X. Since
+
+    ||Q X - W X~||^2 = ||(Q - W*) X||^2 + const,     W* = W + W (X~ - X) X^T (X X^T)^-1
+
+it is the same problem around the moved weight W*.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spinquant.errors import CalibrationError
+from spinquant.quantization.integer import Packed, decode, encode, grid, group_of, quantize_on_grid
+from spinquant.quantization.rtn import search_clip
+from spinquant.quantization.scheme import Quantizer
+
+# Columns whose errors are taken out of the rest of the weight at once, by one product.
+BLOCK_COLUMNS = 128
+
+
+@dataclass(frozen=True)
+class GPTQOptions:
+    """How GPTQ goes about it.
+
+    damping: share of the mean of the diagonal that is added to it. act_order: columns of large inputs first, with the
+    grids of the groups fixed beforehand. asymmetry: how much of the way from W to the asymmetric target W* is gone, 0
+    for plain GPTQ.
+    """
+
+    damping: float = 0.01
+    act_order: bool = False
+    asymmetry: float = 0.0
+
+    def __post_init__(self):
+        if not self.damping >= 0:
+            raise CalibrationError(f"damping {self.damping} is negative: expected a small number such as 0.01")
+        if not 0 <= self.asymmetry <= 1:
+            raise CalibrationError(f"asymmetry {self.asymmetry} is outside [0, 1]")
+
+
+class Moments:
+    """Second moments of the inputs of a linear, summed over tokens, on the inputs' device.
+
+    square: sum of x x^T, (in, in). cross: sum of (x~ - x) x^T, or None where no x~ was given. Both in float32, or in
+    float64 for such inputs.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.square: Tensor | None = None
+        self.cross: Tensor | None = None
+
+    def add(self, x: Tensor, exact: Tensor | None = None) -> None:
+        """Count inputs x of shape (.., in), and the same inputs in the unquantized model."""
+        rows = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
+        if self.square is None:
+            self.square = rows.new_zeros(rows.shape[1], rows.shape[1])
+        self.square.addmm_(rows.T, rows)
+        self.tokens += len(rows)
+        if exact is None:
+            return
+        if self.cross is None:
+            self.cross = torch.zeros_like(self.square)
+        self.cross.addmm_((exact.reshape(rows.shape).to(rows.dtype) - rows).T, rows)
+
+
+@torch.no_grad()
+def gptq(weight: Tensor, moments: Moments, quantizer: Quantizer, options: GPTQOptions | None = None) -> Packed:
+    """A weight (out, in) as packed integers that keep the linear's outputs on the calibration inputs.
+
+    Inputs that were always zero are rounded to nearest. Raises CalibrationError when the second moment is not positive
+    definite even with the damping, or is not finite.
+    """
+    options = options or GPTQOptions()
+    square, root = _factors(weight, moments, options.damping)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    work = weight.to(wide)
+    if options.asymmetry and moments.cross is not None:
+        # W C H^-1, by the triangular factors of H.
+        cross = moments.cross.to(root) / moments.tokens
+        moved = torch.cholesky_solve((work.to(root) @ cross).T, root).T
+        work = work + (options.asymmetry * moved).to(wide)
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True).to(wide)
+    importance = square.diagonal().to(wide)
+    if options.act_order:
+        order = importance.argsort(descending=True, stable=True)
+        reordered = square[order][:, order]
+        root = torch.linalg.cholesky(reordered)
+        upper = torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True).to(wide)
+    else:
+        order = torch.arange(weight.shape[1], device=weight.device)
+    rounded, scale, zero = _round_columns(work, upper, order, importance, quantizer, weight.dtype, options.act_order)
+    return quantize_on_grid(rounded.to(weight.dtype), scale.to(weight.dtype), zero, quantizer)
+
+
+def _factors(weight: Tensor, moments: Moments, damping: float) -> tuple[Tensor, Tensor]:
+    """The damped second moment and its lower Cholesky factor, float64: half the digits are lost in the inverse."""
+    if moments.square is None or moments.tokens == 0:
+        raise CalibrationError("no calibration token reached it: give more text, or leave it out of the quantization")
+    square = moments.square.to(weight.device, torch.float64) / moments.tokens
+    if not square.isfinite().all():
+        raise CalibrationError("its inputs are not finite on the calibration text")
+    diagonal = square.diagonal()
+    mean = diagonal.mean()
+    # Alone and of average size, a dead input is rounded to nearest and takes no part in the rest.
+    diagonal[diagonal == 0] = mean if mean > 0 else 1.0
+    diagonal += damping * diagonal.mean()
+    root, failed = torch.linalg.cholesky_ex(square)
+    if failed:
+        raise CalibrationError(
+            f"the second moment of its inputs is singular ({moments.tokens} tokens for {len(square)} inputs, damping "
+            f"{damping}): give more calibration tokens, or more damping"
+        )
+    return square, root
+
+
+def _round_columns(
+    work: Tensor,
+    upper: Tensor,
+    order: Tensor,
+    importance: Tensor,
+    quantizer: Quantizer,
+    stored: torch.dtype,
+    fixed_grids: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rounded weight, scales (out, groups), zero points (out, groups). `upper` is in the order of the columns."""
+    columns = work.shape[1]
+    group = group_of(columns, quantizer)
+    scales, zeros = (work.new_empty(work.shape[0], columns // group) for _ in range(2))
+    for g in range(columns // group if fixed_grids or group == columns else 0):
+        part = slice(g * group, (g + 1) * group)
+        scales[:, g : g + 1], zeros[:, g : g + 1] = _grid(work[:, part], quantizer, stored, importance[part])
+    moving = work[:, order].contiguous()
+    rounded = torch.empty_like(moving)
+    groups = (order // group).tolist()
+    for start in range(0, columns, BLOCK_COLUMNS):
+        end = min(start + BLOCK_COLUMNS, columns)
+        # Columns are rows here: one column of the weight is then one run of memory.
+        block, corner = moving[:, start:end].T.contiguous(), upper[start:end, start:end]
+        errors = torch.empty_like(block)
+        for j in range(end - start):
+            g = groups[start + j]
+            if not fixed_grids and group < columns and (start + j) % group == 0:
+                rest = torch.cat([block[j:].T, _pending(moving, errors[:j], upper, start, end, start + j + group)], 1)
+                part = rest[:, :group]
+                scales[:, g : g + 1], zeros[:, g : g + 1] = _grid(
+                    part, quantizer, stored, importance[start + j : start + j + group]
+                )
+            column, scale, zero = block[j], scales[:, g], zeros[:, g]
+            nearest = decode(encode(column, scale, zero, quantizer), scale, zero)
+            rounded[:, start + j] = nearest
+            torch.sub(column, nearest, out=errors[j]).div_(corner[j, j])
+            block[j + 1 :].addr_(corner[j, j + 1 :], errors[j], alpha=-1)
+        moving[:, end:].addmm_(errors.T, upper[start:end, end:], alpha=-1)
+    back = torch.empty_like(rounded)
+    back[:, order] = rounded
+    return back, scales, zeros
+
+
+def _pending(moving: Tensor, errors: Tensor, upper: Tensor, start: int, end: int, until: int) -> Tensor:
+    """Columns behind the block that belong to a group beginning inside it, with the block's errors so far taken out."""
+    if until <= end:
+        return moving[:, :0]
+    return moving[:, end:until] - errors.T @ upper[start : start + len(errors), end:until]
+
+
+def _grid(part: Tensor, quantizer: Quantizer, stored: torch.dtype, importance: Tensor) -> tuple[Tensor, Tensor]:
+    clip = None
+    if quantizer.clip == "mse":
+        clip = search_clip(part, quantizer, stored=stored, importance=importance).view(-1, 1)
+    return grid(part, quantizer, stored, clip=clip)

@@ -1,0 +1,330 @@
+"""Laws of GPTQ and of quantizing block by block."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import CONFIGS, logits, tiny_model, tokens
+from spinquant import (
+    Calibration,
+    CalibrationError,
+    GPTQOptions,
+    Options,
+    RotationSpec,
+    Scheme,
+    SchemeError,
+    attach,
+    detach,
+    fuse_module,
+    make_rotations,
+    parse_scheme,
+    plan_of,
+    quantize,
+)
+from spinquant.blocks import after_blocks, block_calls, run_block
+from spinquant.calibrate import CalibrationText, calibration_tokens, captured
+from spinquant.proof import Float64Arithmetic
+from spinquant.quantization.blockwise import quantize_blocks
+from spinquant.quantization.clip import search_input_clip
+from spinquant.quantization.gptq import BLOCK_COLUMNS, Moments, gptq
+from spinquant.quantization.integer import decode, dequantize, encode, fake_quantize, grid
+from spinquant.quantization.progress import BlockStore
+from spinquant.quantization.rtn import quantize_weight
+from spinquant.quantization.scheme import Clips, Quantizer
+
+FAST = Options(prove=False)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(tokens_, width, seed=0):
+    return random(tokens_, width, seed=seed) @ (random(width, width, seed=seed + 1) / width**0.5 + torch.eye(width))
+
+
+def moments_of(x, exact=None):
+    moments = Moments()
+    half = len(x) // 2
+    moments.add(x[:half], None if exact is None else exact[:half])
+    moments.add(x[half:], None if exact is None else exact[half:])
+    return moments
+
+
+def by_definition(weight, x, quantizer, damping):
+    """Column by column: round, then the least-squares best of the remaining columns, solved anew each time."""
+    square = x.T @ x / len(x)
+    square = square + damping * square.diagonal().mean() * torch.eye(len(square), dtype=x.dtype)
+    scale, zero = grid(weight, quantizer, weight.dtype)
+    work, out = weight.clone(), torch.empty_like(weight)
+    for j in range(weight.shape[1]):
+        out[:, j] = decode(encode(work[:, j : j + 1], scale, zero, quantizer), scale, zero)[:, 0]
+        error = out[:, j] - work[:, j]
+        rest = square[j + 1 :, j + 1 :]
+        if len(rest):
+            work[:, j + 1 :] -= error[:, None] * torch.linalg.solve(rest, square[j + 1 :, j])
+    return out
+
+
+@pytest.mark.parametrize("quantizer", [Quantizer(4, symmetric=True), Quantizer(3)])
+@pytest.mark.parametrize("columns", [20, BLOCK_COLUMNS + 9])
+def test_it_is_the_greedy_least_squares_solution(quantizer, columns):
+    weight, x = random(6, columns, seed=3), correlated(400, columns)
+    found = dequantize(gptq(weight, moments_of(x), quantizer, GPTQOptions(damping=0.01)))
+    torch.testing.assert_close(found, by_definition(weight, x, quantizer, 0.01), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("options", [GPTQOptions(), GPTQOptions(act_order=True)])
+@pytest.mark.parametrize("group", [None, 16, 48])
+def test_outputs_are_kept_better_than_by_rounding_to_nearest(group, options):
+    weight, x = random(24, 288, seed=3), correlated(2000, 288)
+    quantizer = Quantizer(3, symmetric=True, group_size=group, clip="mse")
+
+    def error(packed):
+        return ((dequantize(packed) - weight) @ x.T).norm()
+
+    assert error(gptq(weight, moments_of(x), quantizer, options)) < 0.85 * error(quantize_weight(weight, quantizer))
+
+
+@pytest.mark.parametrize("group", [None, 48])
+def test_rows_do_not_influence_each_other(group):
+    weight, x = random(10, 288, seed=3), correlated(1000, 288)
+    quantizer, moments = Quantizer(4, symmetric=True, group_size=group, clip="mse"), moments_of(x)
+    whole, part = gptq(weight, moments, quantizer), gptq(weight[3:5], moments, quantizer)
+    assert torch.equal(whole.words[3:5], part.words) and torch.allclose(whole.scale[3:5], part.scale)
+
+
+def test_inputs_without_correlation_are_rounded_to_nearest():
+    x = torch.eye(32, dtype=torch.float64).repeat(4, 1) * 3
+    weight, quantizer = random(8, 32, seed=1), Quantizer(4, symmetric=True, clip="mse")
+    for options in (GPTQOptions(), GPTQOptions(act_order=True)):
+        found = gptq(weight, moments_of(x), quantizer, options)
+        assert torch.equal(dequantize(found), dequantize(quantize_weight(weight, quantizer)))
+
+
+def test_dead_inputs_are_rounded_to_nearest_and_disturb_nothing():
+    weight, x = random(8, 40, seed=1), correlated(500, 40)
+    x[:, [3, 17]] = 0
+    quantizer = Quantizer(4, symmetric=True)
+    found = dequantize(gptq(weight, moments_of(x), quantizer))
+    nearest = dequantize(quantize_weight(weight, quantizer))
+    assert torch.equal(found[:, [3, 17]], nearest[:, [3, 17]])
+    living = [i for i in range(40) if i not in (3, 17)]
+    assert not torch.equal(found[:, living], nearest[:, living])
+
+
+def test_asymmetric_target_is_the_other_models_output():
+    """With fine grids the solution is the least-squares fit of W X~ by Q X, not W."""
+    weight, exact = random(8, 40, seed=1), correlated(3000, 40)
+    x = 0.8 * exact + 0.3 * random(3000, 40, seed=9)
+    quantizer = Quantizer(8, symmetric=True)
+    fitted = torch.linalg.lstsq(x, exact @ weight.T).solution.T
+    found = dequantize(gptq(weight, moments_of(x, exact), quantizer, GPTQOptions(damping=0, asymmetry=1.0)))
+    plain = dequantize(gptq(weight, moments_of(x, exact), quantizer))
+    assert (found - fitted).norm() < 0.02 * fitted.norm()
+    assert (plain - fitted).norm() > 0.1 * fitted.norm()
+    error = ((found @ x.T) - (weight @ exact.T)).norm()
+    assert error < 0.97 * ((plain @ x.T) - (weight @ exact.T)).norm()
+
+
+def test_moments_it_cannot_use_are_refused():
+    weight, quantizer = random(4, 40), Quantizer(4)
+    with pytest.raises(CalibrationError, match="singular"):
+        gptq(weight, moments_of(random(8, 40)), quantizer, GPTQOptions(damping=0))
+    with pytest.raises(CalibrationError, match="not finite"):
+        gptq(weight, moments_of(random(80, 40) / 0), quantizer)
+    with pytest.raises(CalibrationError, match="no calibration token"):
+        gptq(weight, Moments(), quantizer)
+    for bad in ({"damping": -1.0}, {"asymmetry": 2.0}):
+        with pytest.raises(CalibrationError):
+            GPTQOptions(**bad)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_blocks_one_by_one_are_the_model(name):
+    model, ids = tiny_model(name), tokens()
+    plan = plan_of(model)
+    before = logits(model, ids)
+    with Float64Arithmetic():
+        calls = block_calls(model, plan.blocks, ids)
+        found = []
+        for state in calls.hidden:
+            for block in plan.blocks:
+                state = run_block(model.get_submodule(block), state, calls.arguments[block])
+            found.append(model.lm_head(after_blocks(model, plan.blocks, state)))
+    scaling = getattr(model.config, "logits_scaling", 1.0)
+    assert torch.allclose(torch.cat(found) / scaling, before, atol=1e-9)
+    assert torch.equal(logits(model, ids), before)
+
+
+def rotated(name="llama", rotations="R1,R2,R3,R4"):
+    model = tiny_model(name)
+    plan = plan_of(model)
+    made = make_rotations(plan, RotationSpec(rotations))
+    fuse_module(model, plan, made)
+    return model, plan, made
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("asymmetry", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_every_linear_is_rounded_on_the_inputs_it_will_see(name, asymmetry, sequential):
+    """The law that ties the walk to `gptq`: redone by hand for one linear of the second block."""
+    scheme = parse_scheme("W3A6KV6")
+    options = GPTQOptions(asymmetry=asymmetry)
+    model, plan, made = rotated(name)
+    ids = tokens(6, 20)
+    target = "model.layers.1.mlp.down_proj"
+    original = model.get_submodule(target).weight.detach().clone()
+    with attach(model, plan, made), captured(model, [target], inputs=True) as seen:
+        exact = [seen[target] for row in ids.split(1) if logits(model, row) is not None]
+    with Float64Arithmetic():
+        quantize_blocks(model, plan, made, scheme, ids, Calibration(options, sequential=sequential))
+    # The blocks before as they were quantized; of the second, what comes before down_proj only when sequential.
+    if not sequential:
+        whole, _, _ = rotated(name)
+        for linear in (n for group in plan.linears for n in group if n.startswith("model.layers.1.")):
+            model.get_submodule(linear).weight.data = whole.get_submodule(linear).weight.data
+    with attach(model, plan, made, scheme), captured(model, [target], inputs=True) as seen:
+        inputs = [seen[target] for row in ids.split(1) if logits(model, row) is not None]
+    moments = Moments()
+    for x, x_exact in zip(inputs, exact, strict=True):
+        moments.add(x, x_exact if asymmetry else None)
+    expected = dequantize(gptq(original, moments, scheme.weights, options))
+    redone, plan, made = rotated(name)
+    with Float64Arithmetic():
+        quantize_blocks(redone, plan, made, scheme, ids, Calibration(options, sequential=sequential))
+    assert (redone.get_submodule(target).weight - expected).abs().max() < 1e-9
+
+
+def kl(reference, other):
+    return torch.nn.functional.kl_div(
+        other.log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="sum"
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_calibrated_models_are_closer_to_the_original(name):
+    ids, scheme = tokens(24, 24), parse_scheme("W3A6KV6")
+    reference = logits(tiny_model(name), ids)
+    errors = {}
+    for method in ("rtn", "gptq", "gptaq"):
+        model = tiny_model(name)
+        given = None if method == "rtn" else ids
+        quantize(model, scheme, RotationSpec("R1,R2,R3,R4"), method=method, tokens=given, options=FAST)
+        errors[method] = float((logits(model, ids) - reference).square().sum())
+    assert errors["gptaq"] < errors["gptq"] < 0.95 * errors["rtn"]
+
+
+def test_clip_search_finds_the_best_ratio_and_attaches_it():
+    x, weight, quantizer = random(500, 32), random(8, 32, seed=2), Quantizer(3)
+    x[0] *= 30
+    x[:, 0] *= 4
+    ratio = search_input_clip(x, weight, quantizer)
+    assert ratio == search_input_clip(x, torch.cat([weight] * 8), quantizer), "tall and wide weights agree"
+
+    def error(c):
+        return ((fake_quantize(x, replace(quantizer, clip=c)) - x) @ weight.T).norm()
+
+    assert ratio < 1
+    assert error(ratio) == min(error(1 - i / 40) for i in range(17))
+    model, ids, scheme = tiny_model("llama"), tokens(6, 24), parse_scheme("W8A4KV3")
+    calibration = Calibration(clips=True)
+    result = quantize(model, scheme, RotationSpec("R1,R3"), tokens=ids, calibration=calibration, options=FAST)
+    assert len(result.clips.inputs) == 3 * 4 and len(result.clips.keys) == len(result.clips.values) == 3
+    assert all(0 < c <= 1 for part in result.clips.to_dict().values() for c in part.values())
+    assert min(result.clips.inputs.values()) < 1
+    clipped = logits(model, ids)
+    assert torch.equal(logits(model, ids, use_cache=True), clipped)
+    detach(model)
+    with attach(model, result.plan, result.rotations, replace(scheme, weights=None)):
+        assert not torch.equal(logits(model, ids), clipped)
+    with attach(model, result.plan, result.rotations, replace(scheme, weights=None), result.clips):
+        assert torch.allclose(logits(model, ids), clipped)
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path):
+    ids, scheme = tokens(6, 20), parse_scheme("W4A4KV4")
+    calibration = Calibration(GPTQOptions(asymmetry=0.5), clips=True)
+    whole, plan, made = rotated()
+    clips = quantize_blocks(whole, plan, made, scheme, ids, calibration)
+    expected = {name: parameter.clone() for name, parameter in whole.named_parameters()}
+
+    class Killed(Exception):
+        pass
+
+    def kill(done, total):
+        if done == 2:
+            raise Killed
+
+    model, plan, made = rotated()
+    with pytest.raises(Killed):
+        store = BlockStore(tmp_path / "store", "a")
+        quantize_blocks(model, plan, made, scheme, ids, calibration, store=store, progress=kill)
+    assert len(list((tmp_path / "store").glob("*.safetensors"))) == 2
+    model, plan, made = rotated()
+    store = BlockStore(tmp_path / "store", "a")
+    assert store.load(plan.blocks[1]) is not None and store.load(plan.blocks[2]) is None
+    found = quantize_blocks(model, plan, made, scheme, ids, calibration, store=store)
+    assert found.to_dict() == clips.to_dict()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+    BlockStore(tmp_path / "store", "b")
+    assert not (tmp_path / "store").exists()
+
+
+def test_activations_that_are_not_finite_are_named():
+    model, plan, made = rotated()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 3] = float("inf")
+    with pytest.raises(CalibrationError, match=r"model\.layers\.1\.mlp\.(up_proj|down_proj)"):
+        quantize_blocks(model, plan, made, Scheme(kv=Quantizer(4)), tokens(), Calibration())
+    assert not any(module._forward_pre_hooks for module in model.modules()), "nothing stays attached"
+
+
+def test_the_head_is_calibrated_where_the_scheme_covers_it():
+    ids = tokens(24, 24)
+    reference = logits(tiny_model("qwen3"), ids)
+    errors = {}
+    for method in ("rtn", "gptq"):
+        model = tiny_model("qwen3")
+        scheme = parse_scheme("W3A16", lm_head=True)
+        quantize(model, scheme, RotationSpec("R1"), method=method, tokens=ids, options=FAST)
+        assert model.lm_head.weight is not model.model.embed_tokens.weight
+        errors[method] = float((logits(model, ids) - reference).square().sum())
+    assert errors["gptq"] < 0.8 * errors["rtn"]
+
+
+def test_what_calibration_needs_is_checked_first():
+    model = tiny_model("llama")
+    with pytest.raises(CalibrationError, match="tokens"):
+        quantize(model, "W4A16", method="gptq", options=FAST)
+    with pytest.raises(SchemeError, match="16 bits"):
+        quantize(model, "KV4", method="gptq", tokens=tokens(), options=FAST)
+    with pytest.raises(SchemeError, match="clip"):
+        quantize(model, "W4A16", tokens=tokens(), calibration=Calibration(clips=True), options=FAST)
+    with pytest.raises(CalibrationError, match="asymmetry"):
+        options = Calibration(GPTQOptions(asymmetry=1.0))
+        quantize(model, "W4A16", method="gptq", tokens=tokens(), calibration=options, options=FAST)
+    assert torch.equal(logits(model, tokens()), logits(tiny_model("llama"), tokens()))
+
+
+def test_text_of_the_models_own():
+    model = tiny_model("llama")
+    source = CalibrationText("generated", samples=20, length=9, seed=4)
+    done = []
+    name, found = calibration_tokens(model, None, source, progress=lambda *n: done.append(n))
+    assert name == "generated" and found.shape == (20, 9) and done[-1] == (20, 20)
+    assert torch.equal(found, calibration_tokens(model, None, replace(source, text="auto"))[1])
+    assert not torch.equal(found, calibration_tokens(model, None, replace(source, seed=5))[1])
+    # Sampled from the model: its own text is more likely under it than random tokens.
+    likely = [
+        logits(model, t).log_softmax(-1)[:, :-1].gather(-1, t[:, 1:, None]).mean() for t in (found, tokens(20, 9))
+    ]
+    assert likely[0] > likely[1] + 0.2
+
+
+def test_clips_as_json():
+    clips = Clips({"a": 0.9}, {"b": 0.8}, {"b": 0.7})
+    assert Clips.from_dict(clips.to_dict()) == clips and clips and not Clips()
