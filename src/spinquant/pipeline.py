@@ -43,7 +43,6 @@ from spinquant.rotation import Rotation, RotationSpec, make_rotations
 Method = Literal["rtn", "gptq", "gptaq"]
 METHODS = get_args(Method)
 BESIDE, RECORD, ROTATIONS = "spinquant", "record.json", "rotations.safetensors"
-ASYMMETRY = 1.0  # of method gptaq where nothing else is said
 SAMPLE_TOKENS = 128  # real tokens on which the fused model is compared with the original
 
 Stage = Callable[[str, int, int], None]
@@ -210,7 +209,7 @@ def _calibration(method: str, scheme: Scheme, calibration: Calibration | None) -
     if method != "rtn" and scheme.weights is None:
         raise SchemeError(f"method {method} rounds weights, and scheme {scheme} leaves them at 16 bits: use method rtn")
     if method == "gptaq" and not calibration.gptq.asymmetry:
-        return replace(calibration, gptq=replace(calibration.gptq, asymmetry=ASYMMETRY))
+        return replace(calibration, gptq=replace(calibration.gptq, asymmetry="auto"))
     if method != "gptaq" and calibration.gptq.asymmetry:
         raise CalibrationError(f"asymmetry belongs to method gptaq, and the method is {method}")
     return calibration
