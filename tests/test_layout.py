@@ -15,7 +15,10 @@ LAYERS = [
     {"fuse", "architectures", "architectures.table", "architectures.llama"},
     {"module", "cache", "calibrate", "quantization", "quantization.rtn", "online"},
     {"proof", "evaluation", "formats", "formats.native", "checkpoint", "tasks"},
+    {"mappings", "learnable"},
+    {"transform_config"},
     {"pipeline", "demo_model"},
+    {"modifier", "llmcompressor"},
     {"plots", "report", "demo", "demo_page"},
     {"cli"},
 ]

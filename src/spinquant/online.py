@@ -89,6 +89,15 @@ def attach(model: nn.Module, plan: Plan, rotations: Mapping[str, Rotation], sche
     return attachment
 
 
+def before_forward(model: nn.Module, action: Callable[[], object]) -> Any:
+    """Call `action` before every forward pass of the model; returns the handle that ends it."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        action()
+
+    return model.register_forward_pre_hook(hook)
+
+
 def attachment_of(model: nn.Module) -> Attachment | None:
     """The attachment on a model, None where there is none."""
     return getattr(model, ATTACHMENT, None)

@@ -36,7 +36,7 @@ from spinquant.plan import MERGEABLE, Plan
 from spinquant.proof import Deviation, check, compare, prove, snapshot
 from spinquant.quantization.rtn import round_weights
 from spinquant.quantization.scheme import Scheme, parse_scheme
-from spinquant.rotation import Rotation, RotationSpec, make_rotations
+from spinquant.rotation import Rotation, RotationSpec, in_precision, make_rotations
 
 METHODS = ("rtn",)
 BESIDE, RECORD, ROTATIONS = "spinquant", "record.json", "rotations.safetensors"
@@ -50,7 +50,8 @@ class Options:
     """How a run goes about it, apart from what it computes.
 
     prove: try the rotations on a small model of the same architecture first. allow_inexact: save even when the
-    logits of real tokens moved by more than rounding. precision: dtype of fusing, see `fuse.transform`.
+    logits of real tokens moved by more than rounding. precision: dtype of fusing (see `fuse.transform`) and of online
+    rotations, by default the wider of the tensor's own and float32.
     progress(stage, done, total): called as the work goes on.
     """
 
@@ -120,21 +121,39 @@ def rotate(
     that departs, when the function changed; the model is then spoilt and must not be used.
     """
     spec, options = spec or RotationSpec(), options or Options()
-    _check_fresh(model)
+    check_fresh(model)
     plan = plan_of(model)
     rotations = make_rotations(plan, spec)
     twin = prove(model.config, spec) if options.prove and rotations else None
     before = None if sample is None or not rotations else snapshot(model, plan, sample)
-    fuse_module(model, plan, rotations, precision=options.precision, progress=options.stage("rotate"))
-    if _online(plan, rotations):
-        attach(model, plan, rotations)
-        mark(model, plan, rotations, spec, Scheme())
+    install(model, plan, rotations, spec, options=options)
     real = None
     if before is not None:
         real = compare(before, model, plan, rotations)
         if not options.allow_inexact:
             check(real, before.logits.dtype, what="this model")
     return Result(model, plan, spec, rotations, twin=twin, real=real)
+
+
+def install(
+    model: Any,
+    plan: Plan,
+    rotations: Mapping[str, Rotation],
+    spec: RotationSpec,
+    *,
+    online: Mapping[str, Rotation] | None = None,
+    options: Options | None = None,
+) -> None:
+    """Put rotations into a model: fuse what can be fused, attach the rest, and mark it for `save_pretrained`.
+
+    online: what the rotations are at run time, by default the same in the precision of the options.
+    """
+    options = options or Options()
+    fuse_module(model, plan, rotations, precision=options.precision, progress=options.stage("rotate"))
+    if _online(plan, rotations):
+        online = in_precision(rotations, options.precision) if online is None else online
+        attach(model, plan, online)
+        mark(model, plan, online, spec, Scheme())
 
 
 def quantize(
@@ -155,14 +174,15 @@ def quantize(
     scheme, options = parse_scheme(scheme), options or Options()
     if method not in METHODS:
         raise SchemeError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
-    _check_fresh(model)
+    check_fresh(model)
     check_groups(plan_of(model), model, scheme)
     rotated = rotate(model, spec or RotationSpec(()), sample=sample, options=options)
     unmark(model)
     round_weights(model, rotated.plan, scheme, progress=options.stage("quantize"))
     if scheme.weights or scheme.activations or scheme.kv or _online(rotated.plan, rotated.rotations):
-        attach(model, rotated.plan, rotated.rotations, scheme)
-        mark(model, rotated.plan, rotated.rotations, rotated.spec, scheme)
+        online = in_precision(rotated.rotations, options.precision)
+        attach(model, rotated.plan, online, scheme)
+        mark(model, rotated.plan, online, rotated.spec, scheme)
     return replace(rotated, scheme=scheme, method=method)
 
 
@@ -287,7 +307,8 @@ def _online(plan: Plan, rotations: Mapping[str, Rotation]) -> bool:
     return any(online.space in rotations for online in plan.onlines)
 
 
-def _check_fresh(model: Any) -> None:
+def check_fresh(model: Any) -> None:
+    """Raise RotationError for a model that this library has rotated online or quantized."""
     if is_marked(model):
         raise RotationError(
             "this model is rotated or quantized already: doing it again would lose its online rotations. Load the "

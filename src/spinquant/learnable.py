@@ -1,0 +1,185 @@
+"""Rotations as trainable parameters of a model: its forward pass sees rotated weights, gradients reach the rotations.
+
+    R = R0 (I + A/2)^-1 (I - A/2)        A = L - L^T, L the strict lower triangle of the parameter, zero at the start
+
+A Cayley map of a skew A is orthogonal whatever A is, so any optimizer keeps R orthogonal, without a retraction. The
+matrix I + A/2 is normal with eigenvalues 1 + i t, hence well conditioned as long as A is of moderate size.
+
+Weights stay as they were, frozen, under a parametrization that calls `fuse.transform`; `unlearn` takes it all off
+again, and what was learned is then fused by `fuse_module` as any other rotation is.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from spinquant.errors import CheckpointError
+from spinquant.fuse import transform
+from spinquant.module import check_in_memory, module_and_attribute, named_tensor, untie
+from spinquant.online import attach, attachment_of, before_forward
+from spinquant.plan import Plan
+from spinquant.rotation import Orthogonal, Rotation, matrix
+
+LEARNED = "spinquant_learned"
+
+
+class LearnableRotation(nn.Module):
+    """A rotation whose matrix is trained. `skew`, shape (n, n): its strict lower triangle is the parameter L."""
+
+    def __init__(self, start: Rotation, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.start: Tensor
+        self.register_buffer("start", matrix(start).to(device, dtype))
+        self.skew = nn.Parameter(torch.zeros_like(self.start))
+        self._known: tuple[tuple[Any, ...], Tensor] | None = None
+
+    @property
+    def order(self) -> int:
+        """Rows of the matrix."""
+        return self.start.shape[0]
+
+    def matrix(self) -> Tensor:
+        """R, (n, n); remembered until the parameter changes or `forget` is called."""
+        key = (self.skew._version, self.skew.data_ptr(), self.skew.dtype, torch.is_grad_enabled())
+        if self._known is None or self._known[0] != key:
+            lower = self.skew.tril(-1)
+            half = (lower - lower.T) / 2
+            one = torch.eye(self.order, dtype=half.dtype, device=half.device)
+            self._known = (key, self.start @ torch.linalg.solve(one + half, one - half))
+        return self._known[1]
+
+    def forget(self) -> None:
+        """Compute the matrix anew at the next use: a graph serves one backward pass."""
+        self._known = None
+
+    def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
+        """As `Rotation.apply`, with gradients for the matrix too."""
+        r = self.matrix()
+        blocks = x.movedim(dim, -1).to(r.dtype).unflatten(-1, (-1, self.order))
+        y = (blocks @ (r.T if transpose else r)).flatten(-2).movedim(-1, dim).to(x.dtype)
+        return y if out is None else out.copy_(y)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Of the rotation as it is now."""
+        return self.frozen().tensors()
+
+    def describe(self) -> dict[str, Any]:
+        """Of the rotation as it is now."""
+        return self.frozen().describe()
+
+    def frozen(self) -> Orthogonal:
+        """The rotation as it is now, as a value."""
+        self.forget()
+        with torch.no_grad():
+            found = Orthogonal(self.matrix().detach().double().cpu())
+        self.forget()
+        return found
+
+
+class _Rotated(nn.Module):
+    """Parametrization of one tensor. What it holds is kept from torch, or every tensor would list the rotations again."""
+
+    def __init__(self, name: str, plan: Plan, gains: Mapping[str, Tensor], rotations: Mapping[str, Any], dtype):
+        super().__init__()
+        self._how = (name, plan, gains, rotations, dtype)
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        name, plan, gains, rotations, dtype = self._how
+        return transform(name, tensor, plan, gains, rotations, precision=dtype)
+
+
+@dataclass(frozen=True)
+class Learning:
+    """A model whose rotations are being learned, and what is needed to undo that.
+
+    rotations: as they are now, by space. norms: the weights of fused norms, by name. trained: names of the parameters
+    that required gradients before. save: what `save_pretrained` was replaced by before, None where it was not.
+    """
+
+    model: Any
+    plan: Plan
+    rotations: Mapping[str, Any]
+    norms: Mapping[str, Tensor]
+    trained: tuple[str, ...]
+    save: Any
+
+
+def learn(
+    model: Any,
+    plan: Plan,
+    rotations: Mapping[str, Rotation],
+    names: Mapping[str, str],
+    *,
+    online: Mapping[str, Rotation],
+    precision: torch.dtype,
+) -> Learning:
+    """Rotate a model so that the rotations of the spaces in `names` are trainable parameters of it.
+
+    names: by space, what the rotation is called in the model's module `spinquant_learned`. online: what fixed rotations
+    are at run time. precision: of the learned rotations and the arithmetic. The model's own parameters are frozen, and
+    saving it is refused, until `unlearn`.
+    """
+    check_in_memory(model)
+    if "residual" in rotations:
+        untie(model, plan)
+    device = next(model.parameters()).device
+    learned = nn.ModuleDict()
+    current: dict[str, Any] = dict(rotations)
+    for space, name in names.items():
+        if name not in learned:
+            learned[name] = LearnableRotation(rotations[space], precision, device)
+        current[space] = learned[name]
+    parameters = dict(model.named_parameters())
+    gains = {gain.norm: parameters[gain.norm].detach().clone() for gain in plan.gains}
+    trained = tuple(name for name, parameter in parameters.items() if parameter.requires_grad)
+    model.requires_grad_(False)
+    norms: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if name in gains and plan.gain_of_norm[name].space in rotations:
+                norms[name] = gains[name]
+                parameter.copy_(transform(name, parameter, plan, gains, current))
+            elif any(axis.space in rotations for axis in plan.axes_of.get(name, ())):
+                owner, attribute = module_and_attribute(model, name)
+                parametrize.register_parametrization(owner, attribute, _Rotated(name, plan, gains, current, precision))
+    model.add_module(LEARNED, learned)
+    attachment = attach(model, plan, {space: current[space] if space in names else online[space] for space in current})
+    for rotation in learned.values():
+        attachment.hook(before_forward(model, rotation.forget))  # pyright: ignore[reportArgumentType, reportCallIssue]
+    save = model.__dict__.get("save_pretrained")
+    model.save_pretrained = _refuse_saving
+    return Learning(model, plan, current, norms, trained, save)
+
+
+@torch.no_grad()
+def unlearn(learning: Learning) -> dict[str, Rotation]:
+    """Give the model its own weights back, and return the rotations as they are now, by space."""
+    model = learning.model
+    found: dict[int, Rotation] = {}
+    for rotation in learning.rotations.values():
+        found[id(rotation)] = rotation.frozen() if isinstance(rotation, LearnableRotation) else rotation
+    attachment = attachment_of(model)
+    if attachment is not None:
+        attachment.remove()
+    if learning.save is None:
+        del model.save_pretrained
+    else:
+        model.save_pretrained = learning.save
+    for module in list(model.modules()):
+        for name in list(getattr(module, "parametrizations", ())):
+            if isinstance(module.parametrizations[name][0], _Rotated):
+                parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+    delattr(model, LEARNED)
+    for name, weight in learning.norms.items():
+        named_tensor(model, name).copy_(weight)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in learning.trained)
+    return {space: found[id(rotation)] for space, rotation in learning.rotations.items()}
+
+
+def _refuse_saving(*args: Any, **kwargs: Any) -> None:
+    raise CheckpointError("the rotations of this model are being learned: finalize the modifier before saving the model")
