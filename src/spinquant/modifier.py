@@ -141,7 +141,9 @@ class SpinQuantModifier(BaseModel):
         """Let llm-compressor, if it is in use, know this class as one of its modifiers."""
         super().model_post_init(context)
         if f"{PEER}.modifiers" in sys.modules:
-            import spinquant.llmcompressor  # noqa: F401
+            from spinquant import llmcompressor
+
+            llmcompressor.adopt(self)
 
     @property
     def initialized(self) -> bool:
