@@ -16,7 +16,7 @@ LAYERS = [
     {"module", "cache", "calibrate", "quantization", "quantization.rtn", "online"},
     {"proof", "evaluation", "formats", "formats.native", "checkpoint", "tasks"},
     {"mappings", "learnable"},
-    {"transform_config"},
+    {"mapped_plan", "transform_config"},
     {"pipeline", "demo_model"},
     {"modifier", "llmcompressor"},
     {"plots", "report", "demo", "demo_page"},

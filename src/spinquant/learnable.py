@@ -37,18 +37,13 @@ class LearnableRotation(nn.Module):
         self.skew = nn.Parameter(torch.zeros_like(self.start))
         self._known: tuple[tuple[Any, ...], Tensor] | None = None
 
-    @property
-    def order(self) -> int:
-        """Rows of the matrix."""
-        return self.start.shape[0]
-
     def matrix(self) -> Tensor:
         """R, (n, n); remembered until the parameter changes or `forget` is called."""
         key = (self.skew._version, self.skew.data_ptr(), self.skew.dtype, torch.is_grad_enabled())
         if self._known is None or self._known[0] != key:
             lower = self.skew.tril(-1)
             half = (lower - lower.T) / 2
-            one = torch.eye(self.order, dtype=half.dtype, device=half.device)
+            one = torch.eye(len(half), dtype=half.dtype, device=half.device)
             self._known = (key, self.start @ torch.linalg.solve(one + half, one - half))
         return self._known[1]
 
@@ -56,9 +51,21 @@ class LearnableRotation(nn.Module):
         """Compute the matrix anew at the next use: a graph serves one backward pass."""
         self._known = None
 
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """The value of a rotation that is being learned; no module, or whatever holds it would list its parameter again."""
+
+    module: LearnableRotation
+
+    @property
+    def order(self) -> int:
+        """Rows of the matrix."""
+        return len(self.module.skew)
+
     def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
         """As `Rotation.apply`, with gradients for the matrix too."""
-        r = self.matrix()
+        r = self.module.matrix()
         blocks = x.movedim(dim, -1).to(r.dtype).unflatten(-1, (-1, self.order))
         y = (blocks @ (r.T if transpose else r)).flatten(-2).movedim(-1, dim).to(x.dtype)
         return y if out is None else out.copy_(y)
@@ -71,19 +78,16 @@ class LearnableRotation(nn.Module):
         """Of the rotation as it is now."""
         return self.frozen().describe()
 
+    @torch.no_grad()
     def frozen(self) -> Orthogonal:
-        """The rotation as it is now, as a value."""
-        self.forget()
-        with torch.no_grad():
-            found = Orthogonal(self.matrix().detach().double().cpu())
-        self.forget()
-        return found
+        """The rotation as it is now, as a value that stays."""
+        return Orthogonal(self.module.matrix().double().cpu().clone())
 
 
 class _Rotated(nn.Module):
-    """Parametrization of one tensor. What it holds is kept from torch, or every tensor would list the rotations again."""
+    """Parametrization of one tensor."""
 
-    def __init__(self, name: str, plan: Plan, gains: Mapping[str, Tensor], rotations: Mapping[str, Any], dtype):
+    def __init__(self, name: str, plan: Plan, gains: Mapping[str, Tensor], rotations: Mapping[str, Rotation], dtype):
         super().__init__()
         self._how = (name, plan, gains, rotations, dtype)
 
@@ -102,7 +106,7 @@ class Learning:
 
     model: Any
     plan: Plan
-    rotations: Mapping[str, Any]
+    rotations: Mapping[str, Rotation]
     norms: Mapping[str, Tensor]
     trained: tuple[str, ...]
     save: Any
@@ -127,11 +131,11 @@ def learn(
     if "residual" in rotations:
         untie(model, plan)
     device = next(model.parameters()).device
-    learned = nn.ModuleDict()
-    current: dict[str, Any] = dict(rotations)
+    current: dict[str, Rotation] = dict(rotations)
+    learned: dict[str, Learned] = {}
     for space, name in names.items():
         if name not in learned:
-            learned[name] = LearnableRotation(rotations[space], precision, device)
+            learned[name] = Learned(LearnableRotation(rotations[space], precision, device))
         current[space] = learned[name]
     parameters = dict(model.named_parameters())
     gains = {gain.norm: parameters[gain.norm].detach().clone() for gain in plan.gains}
@@ -146,10 +150,10 @@ def learn(
             elif any(axis.space in rotations for axis in plan.axes_of.get(name, ())):
                 owner, attribute = module_and_attribute(model, name)
                 parametrize.register_parametrization(owner, attribute, _Rotated(name, plan, gains, current, precision))
-    model.add_module(LEARNED, learned)
+    model.add_module(LEARNED, nn.ModuleDict({name: rotation.module for name, rotation in learned.items()}))
     attachment = attach(model, plan, {space: current[space] if space in names else online[space] for space in current})
     for rotation in learned.values():
-        attachment.hook(before_forward(model, rotation.forget))  # pyright: ignore[reportArgumentType, reportCallIssue]
+        attachment.hook(before_forward(model, rotation.module.forget))
     save = model.__dict__.get("save_pretrained")
     model.save_pretrained = _refuse_saving
     return Learning(model, plan, current, norms, trained, save)
@@ -161,7 +165,7 @@ def unlearn(learning: Learning) -> dict[str, Rotation]:
     model = learning.model
     found: dict[int, Rotation] = {}
     for rotation in learning.rotations.values():
-        found[id(rotation)] = rotation.frozen() if isinstance(rotation, LearnableRotation) else rotation
+        found[id(rotation)] = rotation.frozen() if isinstance(rotation, Learned) else rotation
     attachment = attachment_of(model)
     if attachment is not None:
         attachment.remove()
@@ -182,4 +186,6 @@ def unlearn(learning: Learning) -> dict[str, Rotation]:
 
 
 def _refuse_saving(*args: Any, **kwargs: Any) -> None:
-    raise CheckpointError("the rotations of this model are being learned: finalize the modifier before saving the model")
+    raise CheckpointError(
+        "the rotations of this model are being learned: finalize the modifier before saving the model"
+    )

@@ -45,7 +45,7 @@ ModifierFactory.register(SpinQuantModifier.__name__, SpinQuantModifier)
 
 
 def adopt(plain: modifier.SpinQuantModifier) -> None:
-    """Make a modifier an instance of the class above: llm-compressor asks for its base class, virtual ones are refused."""
+    """Make a modifier an instance of the class above: what llm-compressor asks for cannot be registered virtually."""
     object.__setattr__(plain, "__class__", SpinQuantModifier)
     for name, private in SpinQuantModifier.__private_attributes__.items():
         plain.__pydantic_private__.setdefault(name, private.get_default())  # pyright: ignore[reportOptionalMemberAccess]

@@ -18,18 +18,17 @@ from torch import nn
 
 from spinquant.errors import ArchitectureError, RotationError
 from spinquant.learnable import Learning, learn, unlearn
+from spinquant.mapped_plan import held_against, plan_from_mappings
 from spinquant.mappings import (
     NormMapping,
     SpinQuantMapping,
     complete_mapping,
     complete_norms,
-    held_against,
     infer_mapping,
     infer_norm_mappings,
-    plan_from_mappings,
 )
 from spinquant.module import check_in_memory, plan_of
-from spinquant.online import ATTENTIONS
+from spinquant.online import ATTENTIONS, check_implementation
 from spinquant.pipeline import Options, Result, check_fresh, install
 from spinquant.plan import ROTATION_NAMES, Plan, parse_rotation_names
 from spinquant.proof import TWIN_BLOCK, Deviation, prove, twin_spec
@@ -159,7 +158,9 @@ class SpinQuantModifier(BaseModel):
     def result(self) -> Result:
         """The rotated model, for `spinquant.save`. Raises RotationError before the rotations are fused."""
         if self._result is None:
-            raise RotationError("there is no result yet: the rotations are not fused. Run the modifier to its end first")
+            raise RotationError(
+                "there is no result yet: the rotations are not fused. Run the modifier to its end first"
+            )
         return self._result
 
     def apply(self, model: Any, train: Callable[[Any], object] | None = None) -> Result:
@@ -194,7 +195,9 @@ class SpinQuantModifier(BaseModel):
     def finalize(self, state: Any, **kwargs: Any) -> None:
         """`on_finalize`, once, after `initialize`."""
         if self.finalized_ or not self.initialized_:
-            raise RotationError(f"this modifier {'has been finalized already' if self.finalized_ else 'has no model yet'}")
+            raise RotationError(
+                f"this modifier {'has been finalized already' if self.finalized_ else 'has no model yet'}"
+            )
         self.finalized_ = self.on_finalize(state, **kwargs)
 
     def on_initialize(self, state: Any, **kwargs: Any) -> bool:
@@ -367,14 +370,9 @@ def _table_of(model: Any) -> tuple[Plan | None, str]:
 def _check_attention(model: Any, plan: Plan, rotations: Mapping[str, Rotation], state: Any) -> None:
     if not any(online.site == "query_key" and online.space in rotations for online in plan.onlines):
         return
-    found = model.config._attn_implementation
     # compressed-tensors looks the function up in transformers' list, where eager is not.
-    supported = [name for name in ATTENTIONS if name != "eager"] if _in_llm_compressor(state) else [*ATTENTIONS]
-    if found not in supported:
-        raise RotationError(
-            f"R3 cannot run under attention implementation {found!r}: load the model with attn_implementation='sdpa' "
-            f"(supported: {', '.join(supported)}), or leave R3 out"
-        )
+    supported = [name for name in ATTENTIONS if not (name == "eager" and _in_llm_compressor(state))]
+    check_implementation(model.config._attn_implementation, supported)
 
 
 def _check_unquantized(model: Any, plan: Plan) -> None:
@@ -394,4 +392,3 @@ def _small(config: TransformConfig) -> TransformConfig:
         if scheme.head_dim is not None and not heads:
             scheme.head_dim = min(scheme.head_dim, TWIN_BLOCK)
     return small
-

@@ -11,7 +11,7 @@ and the other way round with R^T, since R is orthogonal. A config can say things
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -19,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from torch import nn
 
 from spinquant.errors import RotationError
-from spinquant.mappings import SpinQuantMapping, matching, vars_of
+from spinquant.mappings import SpinQuantMapping, matching
 from spinquant.plan import Axis, Online, Plan, Space
 from spinquant.rotation import Orthogonal, Rotation, RotationSpec, make_rotation, matrix
 
@@ -77,7 +77,7 @@ class TransformConfig(BaseModel):
 
 
 def transform_config(mapping: SpinQuantMapping, rotations: Sequence[str], **scheme: Any) -> TransformConfig:
-    """The config that says R1 to R4 by a complete mapping. scheme: fields of every TransformScheme, head_dim included."""
+    """The config that says R1 to R4 by a complete mapping. scheme: fields of every group, head_dim included."""
     m: Any = mapping
     places = {
         "R1": [
@@ -133,7 +133,9 @@ def translate(model: nn.Module, base: Plan, config: TransformConfig, *, seed: in
     by_space: defaultdict[str, dict[tuple[str, str], Touch]] = defaultdict(dict)
     for place, space in spaces.items():
         by_space[space][place] = touches[place]
-    found = {space.name: _whole(model, plan, space, by_space[space.name]) for space in plan.spaces if by_space[space.name]}
+    found = {
+        space.name: _whole(model, plan, space, by_space[space.name]) for space in plan.spaces if by_space[space.name]
+    }
     rotations = _rotations(plan, config, found, seed)
     return Translation(_regrouped(plan, rotations), rotations, {space: touch.group for space, touch in found.items()})
 
@@ -162,7 +164,8 @@ def _touches(model: nn.Module, config: TransformConfig) -> Touches:
 def _private_spaces(model: nn.Module, base: Plan, touches: Touches) -> tuple[Plan, dict[tuple[str, str], str]]:
     """The plan with a space for every linear whose input is rotated at run time, and those spaces by place."""
     known = {online.module: online.space for online in base.onlines if online.site == "input"}
-    fields, places = vars_of(base), {}
+    spaces, axes, onlines = list(base.spaces), list(base.axes), list(base.onlines)
+    places: dict[tuple[str, str], str] = {}
     for (module, location), touch in touches.items():
         if location != "input":
             continue
@@ -180,11 +183,11 @@ def _private_spaces(model: nn.Module, base: Plan, touches: Touches) -> tuple[Pla
         space = known.get(module)
         if space is None:
             space = f"{module}.input"
-            fields["spaces"] += (Space(space, touch.group, linear.in_features),)
-            fields["axes"] += (Axis(f"{module}.weight", 1, space),)
-            fields["onlines"] += (Online(module, "input", space),)
+            spaces.append(Space(space, touch.group, linear.in_features))
+            axes.append(Axis(f"{module}.weight", 1, space))
+            onlines.append(Online(module, "input", space))
         places[module, "input"] = places[module, "weight_input"] = space
-    return Plan(**fields), places
+    return replace(base, spaces=tuple(spaces), axes=tuple(axes), onlines=tuple(onlines)), places
 
 
 def _space_of(model: nn.Module, plan: Plan, module: str, location: str, touch: Touch) -> str:
@@ -224,10 +227,13 @@ def _whole(model: nn.Module, plan: Plan, space: Space, touched: dict[tuple[str, 
         for name in ("q_attn", "k_cache") if location == "query_key" else (location,):
             other = touched.get((module, name))
             if other != touch:
-                how = "is not" if other is None else f"is rotated otherwise (by {other.group!r}, or the other way round)"
+                how = (
+                    "is not" if other is None else f"is rotated otherwise (by {other.group!r}, or the other way round)"
+                )
                 raise RotationError(
-                    f"transform_config {touch.group!r}: {place[1]} of {place[0]!r} is rotated, and {name} of {module!r} "
-                    f"{how}, though both live in the space {space.name!r}: the function of the model would change"
+                    f"transform_config {touch.group!r}: {place[1]} of {place[0]!r} is rotated, and {name} of "
+                    f"{module!r} {how}, though both live in the space {space.name!r}: the function of the model would "
+                    "change"
                 )
     return touch
 
@@ -262,4 +268,4 @@ def _regrouped(plan: Plan, rotations: Mapping[str, Rotation]) -> Plan:
     for group in plan.linears:
         kinds = dict.fromkeys(online.get(name) for name in group)
         groups += [tuple(name for name in group if online.get(name) == kind) for kind in kinds]
-    return Plan(**{**vars_of(plan), "linears": tuple(groups)})
+    return replace(plan, linears=tuple(groups))

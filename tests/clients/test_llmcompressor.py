@@ -7,9 +7,10 @@ import json
 
 import pytest
 import torch
-from conftest import byte_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
+
+from conftest import byte_tokenizer
 
 pytest.importorskip("llmcompressor", reason="needs llm-compressor: make test-llmcompressor")
 pytestmark = [
