@@ -26,7 +26,7 @@ def peakedness(weight):
 
 def main():
     folder = demo_model()
-    name, text = spinquant.load_text("builtin")
+    name, text = spinquant.load_text("manual")
     tokens = spinquant.token_windows(spinquant.load_tokenizer(folder), text, length=128, count=1)
     print(f"{folder.name}, tokens of {name}")
 
@@ -43,7 +43,6 @@ def main():
     def train(model):
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
         for step in range(6):
-            model.spinquant_learned["R2"].forget()  # a forward pass of the whole model would do this
             loss = torch.stack([peakedness(value.weight) for value in values]).mean()
             optimizer.zero_grad()
             loss.backward()
