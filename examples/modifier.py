@@ -1,6 +1,6 @@
 """SpinQuantModifier on a real model, offline once the demo model is there: apply, learn, a config of one's own.
 
-    python examples/modifier.py
+python examples/modifier.py
 """
 
 import torch

@@ -21,11 +21,12 @@ from spinquant import (
     rotate,
     save,
 )
+from spinquant.learnable import LearnableRotation, Learned
 from spinquant.mapped_plan import plan_from_mappings
 from spinquant.mappings import NormMapping, infer_mapping, infer_norm_mappings
 from spinquant.plan import Plan
 from spinquant.proof import Float64Arithmetic
-from spinquant.rotation import InPrecision, Orthogonal, matrix, restore
+from spinquant.rotation import Hadamard, InPrecision, Orthogonal, matrix, restore
 
 ALL = "R1,R2,R3,R4"
 TYPES = ["hadamard", "random-hadamard", "random-matrix"]
@@ -236,6 +237,21 @@ def test_gradients_accumulate_and_parts_can_be_frozen():
     modifier.finalize(state)
     assert "save_pretrained" not in vars(model)
     assert not model.model.norm.weight.requires_grad and model.lm_head.weight.requires_grad
+
+
+def test_a_rotation_that_is_learned_is_a_rotation():
+    """Applied along any axis, block by block, forth and back, as the value that it freezes to is."""
+    module = LearnableRotation(Hadamard(4), torch.float64, torch.device("cpu"))
+    with torch.no_grad():
+        module.skew.normal_(generator=torch.Generator().manual_seed(0))
+    learned, x = Learned(module), torch.randn(8, 12, dtype=torch.float64)
+    frozen = restore(learned.describe(), learned.tensors())
+    assert learned.order == frozen.order == 4 and not torch.allclose(matrix(frozen), matrix(Hadamard(4)))
+    for dim in (0, 1, -1):
+        for transpose in (False, True):
+            found = learned.apply(x, dim=dim, transpose=transpose)
+            assert torch.allclose(found, frozen.apply(x, dim=dim, transpose=transpose))
+        assert torch.allclose(learned.apply(found, dim=dim), x)
 
 
 def test_unlearned_rotations_are_those_of_rotate():

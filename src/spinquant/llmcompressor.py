@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from compressed_tensors import TRANSFORM_CONFIG_NAME  # pyright: ignore[reportMissingImports]
 from compressed_tensors.offload import (  # pyright: ignore[reportMissingImports]
+    OffloadCache,
     disable_onloading,
     get_offloaded_device,
 )
@@ -30,6 +31,7 @@ from llmcompressor.modifiers import Modifier, ModifierFactory  # pyright: ignore
 from torch import nn
 
 from spinquant import modifier
+from spinquant.errors import RotationError
 from spinquant.module import fuse_module
 from spinquant.plan import Plan
 from spinquant.rotation import Hadamard, Rotation, matrix
@@ -49,6 +51,17 @@ def adopt(plain: modifier.SpinQuantModifier) -> None:
     object.__setattr__(plain, "__class__", SpinQuantModifier)
     for name, private in SpinQuantModifier.__private_attributes__.items():
         plain.__pydantic_private__.setdefault(name, private.get_default())  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def check_in_place(model: nn.Module) -> None:
+    """Raise RotationError for weights that lie on one device and are computed with on another."""
+    for name, module in model.named_modules():
+        kept: Any = module._parameters
+        if isinstance(kept, OffloadCache) and torch.device(kept.onload_device) != torch.device(kept.offload_device):
+            raise RotationError(
+                f"the weights of {name} are offloaded to {kept.offload_device}, and rotations that are learned need "
+                "them in place: learn with a model that fits the device, or without offloading"
+            )
 
 
 def install_compressed(

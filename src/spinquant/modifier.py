@@ -170,13 +170,14 @@ class SpinQuantModifier(BaseModel):
         the function of the model, and what the lifecycle's methods raise.
         """
         state = SimpleNamespace(model=model)
-        self.initialize(state)
-        if (train is not None) != bool(self._ready().learned()):
-            self.initialized_, self._work = False, None
+        config = self.transform_config
+        learns = any(s.requires_grad for s in config.config_groups.values()) if config else self.learnable
+        if (train is not None) != learns:
             raise RotationError(
                 "`train` is called while rotations are being learned: give it together with learnable=True, or call "
                 "initialize, on_start and finalize around your own training"
             )
+        self.initialize(state)
         self.on_start(state)
         if train is not None:
             train(model)
@@ -236,7 +237,8 @@ class SpinQuantModifier(BaseModel):
         touched = {plan.space[space].rotation for space in rotations}
         spec = RotationSpec(tuple(name for name in ROTATION_NAMES if name in touched), "auto", seed=self.seed)
         # A table has been held against the mapping: the table is what has to be proved.
-        twin = prove(model.config, spec, planner=try_out if table is None else None) if rotations else None
+        planner = try_out if table is None else None
+        twin = prove(model.config, spec, planner=planner) if spec.rotations or (planner and rotations) else None
         self._work = Work(plan, rotations, config, group_of, twin)
         self.mappings, self.norm_mappings, self.transform_config = mapping, norms, config
         return True
@@ -251,6 +253,10 @@ class SpinQuantModifier(BaseModel):
             return
         if learned := work.learned():
             _check_unquantized(model, work.plan)
+            if _in_llm_compressor(state):
+                from spinquant.llmcompressor import check_in_place
+
+                check_in_place(model)
             online, dtype = work.online(), self.precision
             self._learning = learn(model, work.plan, work.rotations, learned, online=online, precision=dtype)
         else:

@@ -17,6 +17,7 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),  # theirs, of other libraries' deprecations
 ]
 
+from compressed_tensors.offload import set_onload_device  # noqa: E402
 from compressed_tensors.transform import TransformConfig  # noqa: E402
 from compressed_tensors.utils import match_named_modules  # noqa: E402
 from datasets import Dataset  # noqa: E402
@@ -251,6 +252,15 @@ def test_learning_beside_a_quantizer_is_refused(folder):
     recipe = [SpinQuantModifier(learnable=True), QuantizationModifier(targets="Linear", scheme="W8A16")]
     with pytest.raises(RotationError, match="about to be quantized"):
         oneshot(model=load(folder), recipe=recipe)
+
+
+def test_learning_with_offloaded_weights_is_refused():
+    model = make_model()
+    state, modifier = State(model=model), SpinQuantModifier(learnable=True)
+    modifier.on_initialize(state)
+    set_onload_device(model, "meta")
+    with pytest.raises(RotationError, match="are offloaded to cpu"):
+        modifier.on_calibration_start(state, None)
 
 
 def test_eager_attention_is_refused_before_anything_changes(folder):
