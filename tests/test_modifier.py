@@ -18,6 +18,7 @@ from spinquant import (
     load,
     make_rotations,
     plan_of,
+    quantize,
     rotate,
     save,
 )
@@ -25,7 +26,7 @@ from spinquant.learnable import LearnableRotation, Learned
 from spinquant.mapped_plan import plan_from_mappings
 from spinquant.mappings import NormMapping, infer_mapping, infer_norm_mappings
 from spinquant.plan import Plan
-from spinquant.proof import Float64Arithmetic
+from spinquant.proof import TOLERANCE, Float64Arithmetic
 from spinquant.rotation import Hadamard, InPrecision, Orthogonal, matrix, restore
 
 ALL = "R1,R2,R3,R4"
@@ -60,6 +61,7 @@ def unchanged(model, act):
         {"rotations": ALL, "transform_type": "random-hadamard", "randomize": True, "seed": 1},
         {"rotations": ("R2", "r3"), "transform_block_size": 8},
         {"rotations": ALL, "transform_type": "random-hadamard", "transform_block_size": 4, "precision": "float32"},
+        {"rotations": "R3,R4", "precision": "bfloat16"},
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -137,6 +139,14 @@ def test_precision_is_that_of_online_rotations_too():
 def test_saved_folders_load_bit_for_bit(tmp_path, precision):
     model, ids = tiny_model("llama", dtype=torch.float32), tokens()
     result = SpinQuantModifier(rotations=ALL, transform_type="random-hadamard", precision=precision).apply(model)
+    save(result, tmp_path / "out")
+    assert torch.equal(logits(load(tmp_path / "out"), ids), logits(model, ids))
+
+
+def test_quantized_models_rotate_in_the_precision_too(tmp_path):
+    model, ids = tiny_model("llama", dtype=torch.float32), tokens()
+    result = quantize(model, "W8A8", RotationSpec(ALL), options=Options(precision=torch.bfloat16))
+    assert {r["precision"] for r in model.config.quantization_config.rotations} == {"bfloat16"}
     save(result, tmp_path / "out")
     assert torch.equal(logits(load(tmp_path / "out"), ids), logits(model, ids))
 
@@ -267,6 +277,25 @@ def test_unlearned_rotations_are_those_of_rotate():
     assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-12) for name in a)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_learned_in_low_precision_is_orthogonal(dtype):
+    model, ids = tiny_model("llama", dtype=dtype), tokens()
+    before = logits(model, ids).float()
+
+    def train(model):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss_of(model, ids).backward()
+            optimizer.step()
+
+    result = SpinQuantModifier(rotations=ALL, learnable=True, precision=dtype).apply(model, train)
+    for rotation in result.rotations.values():
+        r = matrix(rotation)
+        assert (r @ r.T - torch.eye(len(r), dtype=r.dtype)).abs().max() < 1e-12
+    assert (logits(model, ids).float() - before).norm() < TOLERANCE[dtype] * before.norm()
+
+
 def test_one_group_can_be_learned():
     first = SpinQuantModifier(rotations="R1,R2")
     first.apply(tiny_model("llama"))
@@ -384,6 +413,13 @@ def test_mappings_that_do_not_fit_are_refused(mappings, message):
         ([{"norm": "model.embed_tokens", "linears": ["lm_head"]}], "'lm_head' is matched for 'model.embed_tokens' and"),
         ([{"norm": "re:model.(norm|embed_tokens)$", "linears": ["lm_head"]}], "as near to"),
         ([{"norm": "lm_head"}], "is no norm"),
+        (
+            [
+                {"norm": "re:.*input_layernorm$", "linears": ["re:.*(gate|up)_proj$"]},
+                {"norm": "re:.*post_attention_layernorm$", "linears": ["re:.*(q|k|v)_proj$"]},
+            ],
+            "R1 is impossible .* are not those that read it",
+        ),
     ],
 )
 def test_norm_mappings_that_do_not_fit_are_refused(norms, message):
@@ -461,6 +497,17 @@ def test_configs_of_the_users_own(groups, learnable):
         with torch.no_grad():
             keys = [m(input_ids=ids).past_key_values.layers[0].keys for m in (plain, model)]
         assert torch.allclose(result.rotations["layers.0.query_key"].apply(keys[0]), keys[1], atol=1e-9)
+
+
+def test_precision_of_a_group_is_that_of_its_online_rotation():
+    found = []
+    for precision in ("float32", "bfloat16"):
+        config = config_of(a=[([O_PROJ], "input", False), ([O_PROJ], "weight_input", True)])
+        config["config_groups"]["a"]["precision"] = precision
+        model, plain = tiny_model("llama", dtype=torch.float32), tiny_model("llama", dtype=torch.float32)
+        SpinQuantModifier(transform_config=config).apply(model)
+        found.append((logits(model, tokens()) - logits(plain, tokens())).norm())
+    assert 1e-6 < found[1] and found[0] < 1e-2 * found[1]
 
 
 def test_inverse_is_the_transpose():

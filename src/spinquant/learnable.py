@@ -27,13 +27,23 @@ from spinquant.rotation import Orthogonal, Rotation, matrix
 LEARNED = "spinquant_learned"
 
 
+def cayley(start: Tensor, skew: Tensor) -> Tensor:
+    """R0 (I + A/2)^-1 (I - A/2), where the strict lower triangle of `skew` gives A; all (n, n)."""
+    lower = skew.tril(-1)
+    half = (lower - lower.T) / 2
+    one = torch.eye(len(half), dtype=half.dtype, device=half.device)
+    return start @ torch.linalg.solve(one + half, one - half)
+
+
 class LearnableRotation(nn.Module):
     """A rotation whose matrix is trained. `skew`, shape (n, n): its strict lower triangle is the parameter L."""
 
-    def __init__(self, start: Rotation, dtype: torch.dtype, device: torch.device):
+    def __init__(self, initial: Rotation, dtype: torch.dtype, device: torch.device):
         super().__init__()
+        dtype = torch.promote_types(dtype, torch.float32)  # half types have no solver, and would not stay orthogonal
+        self.initial = initial
         self.start: Tensor
-        self.register_buffer("start", matrix(start).to(device, dtype))
+        self.register_buffer("start", matrix(initial).to(device, dtype))
         self.skew = nn.Parameter(torch.zeros_like(self.start))
         self._known: tuple[tuple[Any, ...], Tensor] | None = None
 
@@ -41,10 +51,7 @@ class LearnableRotation(nn.Module):
         """R, (n, n); remembered until the parameter changes or `forget` is called."""
         key = (self.skew._version, self.skew.data_ptr(), self.skew.dtype, torch.is_grad_enabled())
         if self._known is None or self._known[0] != key:
-            lower = self.skew.tril(-1)
-            half = (lower - lower.T) / 2
-            one = torch.eye(len(half), dtype=half.dtype, device=half.device)
-            self._known = (key, self.start @ torch.linalg.solve(one + half, one - half))
+            self._known = (key, cayley(self.start, self.skew))
         return self._known[1]
 
     def forget(self) -> None:
@@ -80,8 +87,8 @@ class Learned:
 
     @torch.no_grad()
     def frozen(self) -> Orthogonal:
-        """The rotation as it is now, as a value that stays."""
-        return Orthogonal(self.module.matrix().double().cpu().clone())
+        """The rotation as it is now, as a value that stays; orthogonal in float64 whatever it was learned in."""
+        return Orthogonal(cayley(matrix(self.module.initial), self.module.skew.double().cpu()))
 
 
 class _Rotated(nn.Module):

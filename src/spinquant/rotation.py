@@ -142,7 +142,9 @@ class InPrecision:
         return self.rotation.order
 
     def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
-        y = self.rotation.apply(x.to(self.dtype), transpose=transpose, dim=dim).to(x.dtype)
+        # Half types are rounded to before and after; sums are float32, as everywhere.
+        rounded = x.to(self.dtype).to(torch.promote_types(self.dtype, torch.float32))
+        y = self.rotation.apply(rounded, transpose=transpose, dim=dim).to(self.dtype).to(x.dtype)
         return y if out is None else out.copy_(y)
 
     def tensors(self) -> dict[str, Tensor]:
