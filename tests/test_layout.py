@@ -18,6 +18,7 @@ LAYERS = [
     {"mappings", "learnable"},
     {"mapped_plan", "transform_config"},
     {"pipeline", "demo_model"},
+    {"preparation"},
     {"modifier", "llmcompressor"},
     {"plots", "report", "demo", "demo_page"},
     {"cli"},

@@ -7,8 +7,8 @@ in use already.
 """
 
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Literal, cast
 
@@ -16,60 +16,18 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 from torch import nn
 
-from spinquant.errors import ArchitectureError, RotationError
+from spinquant.errors import RotationError
 from spinquant.learnable import Learning, learn, unlearn
-from spinquant.mapped_plan import held_against, plan_from_mappings
-from spinquant.mappings import (
-    NormMapping,
-    SpinQuantMapping,
-    complete_mapping,
-    complete_norms,
-    infer_mapping,
-    infer_norm_mappings,
-)
-from spinquant.module import check_in_memory, plan_of
-from spinquant.online import ATTENTIONS, check_implementation
-from spinquant.pipeline import Options, Result, check_fresh, install
-from spinquant.plan import ROTATION_NAMES, Plan, parse_rotation_names
-from spinquant.proof import TWIN_BLOCK, Deviation, prove, twin_spec
-from spinquant.rotation import InPrecision, Rotation, RotationSpec, make_rotations
-from spinquant.transform_config import TorchDtype, TransformConfig, TransformType, transform_config, translate
+from spinquant.mappings import NormMapping, SpinQuantMapping
+from spinquant.online import ATTENTIONS
+from spinquant.pipeline import Options, Result, install
+from spinquant.plan import Plan, parse_rotation_names
+from spinquant.preparation import Wanted, Work, prepare
+from spinquant.rotation import RotationSpec
+from spinquant.transform_config import TorchDtype, TransformConfig, TransformType
 
 RotationName = Literal["R1", "R2", "R3", "R4"]
 PEER = "llmcompressor"
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a modifier is going to do to a model, found and proved before anything is changed.
-
-    config: the groups of transforms. group_of: the group that the rotation of a space belongs to.
-    """
-
-    plan: Plan
-    rotations: Mapping[str, Rotation]
-    config: TransformConfig
-    group_of: Mapping[str, str]
-    twin: Deviation | None
-
-    def online(self) -> dict[str, Rotation]:
-        """The rotations as they are at run time, in the precision of their groups; what was shared is shared."""
-        made: dict[tuple[int, torch.dtype], Rotation] = {}
-        found: dict[str, Rotation] = {}
-        for space, rotation in self.rotations.items():
-            dtype = self.config.config_groups[self.group_of[space]].precision
-            found[space] = made.setdefault((id(rotation), dtype), InPrecision(rotation, dtype))
-        return found
-
-    def learned(self) -> dict[str, str]:
-        """By space, what a rotation that is trained is called: its group, or the space where a group has several."""
-        found: dict[str, str] = {}
-        for group, scheme in self.config.config_groups.items():
-            spaces = [space for space in self.group_of if self.group_of[space] == group and scheme.requires_grad]
-            shared = len({id(self.rotations[space]) for space in spaces}) == 1
-            # Names of modules have no dots.
-            found.update({space: (group if shared else space).replace(".", "_") for space in spaces})
-        return found
 
 
 class SpinQuantModifier(BaseModel):
@@ -207,40 +165,22 @@ class SpinQuantModifier(BaseModel):
         Raises ArchitectureError for a model that neither a table nor complete mappings explain, RotationError for
         mappings and configs that do not fit, ProofError when they would change the function of the model.
         """
-        model = _model_of(state)
-        check_fresh(model)
-        check_in_memory(model)
-        table, reason = _table_of(model)
-        own = self.mappings is not None or self.norm_mappings is not None
-        if table is not None and not own:
-            mapping, norms, base = infer_mapping(table), infer_norm_mappings(table), table
-        else:
-            mapping = complete_mapping(self.mappings, table, reason)
-            norms = complete_norms(model, self.norm_mappings, table, reason)
-            base = plan_from_mappings(model, mapping, norms)
-            base = base if table is None else held_against(base, table)
-        config = self.transform_config or transform_config(
-            mapping,
-            self.rotations,
-            type=self.transform_type,
-            randomize=self.randomize,
-            requires_grad=self.learnable,
-            precision=self.precision,
-            head_dim=self.transform_block_size,
+        attentions = [name for name in ATTENTIONS if not (name == "eager" and _in_llm_compressor(state))]
+        work = prepare(
+            _model_of(state),
+            Wanted(
+                self._spec(),
+                self.learnable,
+                self.precision,
+                self.mappings,
+                self.norm_mappings,
+                self.transform_config,
+                # compressed-tensors looks the function up in transformers' list, where eager is not.
+                attentions,
+            ),
         )
-        plan, rotations, group_of = self._rotations(model, base, config)
-        _check_attention(model, plan, rotations, state)
-
-        def try_out(twin: Any) -> tuple[Plan, Mapping[str, Rotation]]:
-            return self._rotations(twin, plan_from_mappings(twin, mapping, norms), _small(config), small=True)[:2]
-
-        touched = {plan.space[space].rotation for space in rotations}
-        spec = RotationSpec(tuple(name for name in ROTATION_NAMES if name in touched), "auto", seed=self.seed)
-        # A table has been held against the mapping: the table is what has to be proved.
-        planner = try_out if table is None else None
-        twin = prove(model.config, spec, planner=planner) if spec.rotations or (planner and rotations) else None
-        self._work = Work(plan, rotations, config, group_of, twin)
-        self.mappings, self.norm_mappings, self.transform_config = mapping, norms, config
+        self._work, self.mappings, self.norm_mappings = work, work.mappings, work.norm_mappings
+        self.transform_config = work.config
         return True
 
     def on_start(self, state: Any, event: Any = None, **kwargs: Any) -> None:
@@ -327,16 +267,6 @@ class SpinQuantModifier(BaseModel):
             tuple(self.rotations), self.transform_type, self.transform_block_size, self.randomize, self.seed
         )
 
-    def _rotations(
-        self, model: Any, base: Plan, config: TransformConfig, *, small: bool = False
-    ) -> tuple[Plan, Mapping[str, Rotation], Mapping[str, str]]:
-        """The plan, the rotations by space, and the group of the config that each belongs to."""
-        if self.transform_config is not None:
-            translation = translate(model, base, config, seed=self.seed)
-            return translation.plan, translation.rotations, translation.group_of
-        rotations = make_rotations(base, twin_spec(self._spec()) if small else self._spec())
-        return base, rotations, {space: base.space[space].rotation for space in rotations}
-
     def _ready(self) -> Work:
         if self._work is None:
             raise RotationError("this modifier has no model yet: call initialize or on_initialize first")
@@ -366,21 +296,6 @@ def _in_llm_compressor(state: Any) -> bool:
     return type(state).__module__.partition(".")[0] == PEER
 
 
-def _table_of(model: Any) -> tuple[Plan | None, str]:
-    try:
-        return plan_of(model), ""
-    except ArchitectureError as error:
-        return None, str(error)
-
-
-def _check_attention(model: Any, plan: Plan, rotations: Mapping[str, Rotation], state: Any) -> None:
-    if not any(online.site == "query_key" and online.space in rotations for online in plan.onlines):
-        return
-    # compressed-tensors looks the function up in transformers' list, where eager is not.
-    supported = [name for name in ATTENTIONS if not (name == "eager" and _in_llm_compressor(state))]
-    check_implementation(model.config._attn_implementation, supported)
-
-
 def _check_unquantized(model: Any, plan: Plan) -> None:
     for name in (name for group in plan.linears for name in group):
         if getattr(model.get_submodule(name), "quantization_scheme", None) is not None:
@@ -388,13 +303,3 @@ def _check_unquantized(model: Any, plan: Plan) -> None:
                 f"{name} is about to be quantized while its rotation is learned, and what the quantizer writes would "
                 "be lost: learn the rotations in a run of their own, finalize, then quantize"
             )
-
-
-def _small(config: TransformConfig) -> TransformConfig:
-    """A config for the twin, whose heads are those of the model and whose other sizes are multiples of a block."""
-    small = config.model_copy(deep=True)
-    for scheme in small.config_groups.values():
-        heads = any(args.location in ("q_attn", "k_cache") for args in scheme.apply)
-        if scheme.head_dim is not None and not heads:
-            scheme.head_dim = min(scheme.head_dim, TWIN_BLOCK)
-    return small
