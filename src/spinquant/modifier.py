@@ -165,20 +165,11 @@ class SpinQuantModifier(BaseModel):
         Raises ArchitectureError for a model that neither a table nor complete mappings explain, RotationError for
         mappings and configs that do not fit, ProofError when they would change the function of the model.
         """
+        # compressed-tensors looks the function up in transformers' list, where eager is not.
         attentions = [name for name in ATTENTIONS if not (name == "eager" and _in_llm_compressor(state))]
-        work = prepare(
-            _model_of(state),
-            Wanted(
-                self._spec(),
-                self.learnable,
-                self.precision,
-                self.mappings,
-                self.norm_mappings,
-                self.transform_config,
-                # compressed-tensors looks the function up in transformers' list, where eager is not.
-                attentions,
-            ),
-        )
+        given = (self.mappings, self.norm_mappings, self.transform_config)
+        wanted = Wanted(self._spec(), self.learnable, self.precision, *given, attentions=attentions)
+        work = prepare(_model_of(state), wanted)
         self._work, self.mappings, self.norm_mappings = work, work.mappings, work.norm_mappings
         self.transform_config = work.config
         return True
