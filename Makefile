@@ -3,13 +3,23 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-llmcompressor check bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/spinquant demo demo --force
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# SpinQuantModifier beside llm-compressor's own modifiers, in an environment with the versions that it pins.
+test-llmcompressor: $(VENV)-llmcompressor/.installed
+	HF_HUB_OFFLINE=1 $(VENV)-llmcompressor/bin/python -m pytest tests/clients/test_llmcompressor.py
+
+$(VENV)-llmcompressor/.installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 pytest "llmcompressor>=0.14,<0.15"
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -30,4 +40,4 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) $(VENV)-llmcompressor demo

@@ -16,7 +16,11 @@ LAYERS = [
     {"module", "cache", "calibrate", "quantization", "quantization.rtn", "online"},
     {"blocks", "quantization.gptq", "quantization.clip"},
     {"proof", "evaluation", "formats", "formats.native", "checkpoint", "tasks", "quantization.blockwise"},
+    {"mappings", "learnable"},
+    {"mapped_plan", "transform_config"},
     {"pipeline", "demo_model"},
+    {"preparation"},
+    {"modifier", "llmcompressor"},
     {"plots", "report", "demo", "demo_page"},
     {"cli"},
 ]

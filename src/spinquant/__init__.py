@@ -25,6 +25,8 @@ from spinquant.errors import (
 from spinquant.evaluation import Comparison, Evaluation, compare_models, evaluate
 from spinquant.formats.native import detach
 from spinquant.hadamard import hadamard_matrix, hadamard_transform
+from spinquant.mappings import NormMapping, SpinQuantMapping
+from spinquant.modifier import SpinQuantModifier
 from spinquant.module import fuse_module, plan_of
 from spinquant.online import Attachment, attach
 from spinquant.pipeline import Options, Result, quantize, quantize_folder, rotate, rotate_folder, save
@@ -52,6 +54,7 @@ __all__ = [
     "HadamardOrderError",
     "Kronecker",
     "Moments",
+    "NormMapping",
     "Options",
     "Orthogonal",
     "Plan",
@@ -64,6 +67,8 @@ __all__ = [
     "RotationSpec",
     "Scheme",
     "SchemeError",
+    "SpinQuantMapping",
+    "SpinQuantModifier",
     "SpinquantError",
     "TextError",
     "__version__",

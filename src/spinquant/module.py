@@ -40,11 +40,7 @@ def fuse_module(
     """
     if not rotations:
         return
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise CheckpointError(
-                f"tensor {name!r} is not in memory (meta device): load the model without offloading before rotating it"
-            )
+    check_in_memory(model)
     if "residual" in rotations:
         untie(model, plan)
     parameters = dict(model.named_parameters())
@@ -53,6 +49,15 @@ def fuse_module(
         transform_in_place(name, parameter, plan, gains, rotations, precision=precision)
         if progress:
             progress(done + 1, len(parameters))
+
+
+def check_in_memory(model: nn.Module) -> None:
+    """Raise CheckpointError for weights on the meta device."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise CheckpointError(
+                f"tensor {name!r} is not in memory (meta device): load the model without offloading before rotating it"
+            )
 
 
 def untie(model: Any, plan: Plan) -> None:

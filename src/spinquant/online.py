@@ -11,7 +11,7 @@ the modules, so that a part of the model run alone, as calibration does, behaves
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -112,6 +112,15 @@ def attach(
     return attachment
 
 
+def before_forward(model: nn.Module, action: Callable[[], object]) -> Any:
+    """Call `action` before every forward pass of the model; returns the handle that ends it."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        action()
+
+    return model.register_forward_pre_hook(hook)
+
+
 def attachment_of(model: nn.Module) -> Attachment | None:
     """The attachment on a model, None where there is none."""
     return getattr(model, ATTACHMENT, None)
@@ -126,14 +135,14 @@ def _attach_inputs(
     attachment: Attachment,
 ) -> None:
     spaces = {online.module: online.space for online in plan.onlines if online.site == "input"}
-    groups = [*plan.linears]
-    if scheme.lm_head:
-        groups.append((plan.head.removesuffix(".weight"),))
-    for group in groups:
+    head = (plan.head.removesuffix(".weight"),)
+    # The head is no linear of the plan: what it reads is rounded where the scheme says so, rotated where the plan does.
+    for group in (*plan.linears, head):
         rotation = rotations.get(spaces.get(group[0], ""))
-        if rotation is None and scheme.activations is None:
+        activations = scheme.activations if group != head or scheme.lm_head else None
+        if rotation is None and activations is None:
             continue
-        quantizer = with_clip(scheme.activations, clips.inputs.get(group[0]))
+        quantizer = with_clip(activations, clips.inputs.get(group[0]))
         site = attachment.inputs[group[0]] = InputSite(rotation, quantizer, readers=len(group))
         for name in group:
             attachment.hook(model.get_submodule(name).register_forward_pre_hook(site))
@@ -199,15 +208,20 @@ def _attach_attention(
         attachment.hook(model.get_submodule(name).register_forward_pre_hook(site, with_kwargs=True))
 
 
+def check_implementation(found: str, supported: Sequence[str] = ATTENTIONS) -> None:
+    """Raise RotationError for an attention implementation under which R3 cannot run."""
+    if found not in supported:
+        # Flash attention looks its kernel up by the implementation's name, which is ours while R3 is attached.
+        raise RotationError(
+            f"R3 cannot run under attention implementation {found!r}: load the model with attn_implementation='sdpa' "
+            f"(supported: {', '.join(supported)}), or leave R3 out"
+        )
+
+
 def _rotate_queries(model: nn.Module, rotated: Mapping[str, Rotation], attachment: Attachment) -> str:
     config: Any = model.config
     base = config._attn_implementation
-    if base not in ATTENTIONS:
-        # Flash attention looks its kernel up by the implementation's name, which is ours while R3 is attached.
-        raise RotationError(
-            f"R3 cannot run under attention implementation {base!r}: load the model with attn_implementation='sdpa' "
-            f"(supported: {', '.join(ATTENTIONS)}), or leave R3 out"
-        )
+    check_implementation(base)
     implementation = PREFIX + base
     AttentionInterface.register(implementation, _attention_with_rotated_queries(base))
     AttentionMaskInterface.register(implementation, AttentionMaskInterface()[base])

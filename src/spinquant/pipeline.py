@@ -38,7 +38,7 @@ from spinquant.quantization.blockwise import Calibration, quantize_blocks
 from spinquant.quantization.progress import BlockStore, digest
 from spinquant.quantization.rtn import round_weights
 from spinquant.quantization.scheme import Clips, Scheme, parse_scheme
-from spinquant.rotation import Rotation, RotationSpec, make_rotations
+from spinquant.rotation import Rotation, RotationSpec, in_precision, make_rotations
 
 Method = Literal["rtn", "gptq", "gptaq"]
 METHODS = get_args(Method)
@@ -53,7 +53,8 @@ class Options:
     """How a run goes about it, apart from what it computes.
 
     prove: try the rotations on a small model of the same architecture first. allow_inexact: save even when the
-    logits of real tokens moved by more than rounding. precision: dtype of fusing, see `fuse.transform`.
+    logits of real tokens moved by more than rounding. precision: dtype of fusing (see `fuse.transform`) and of online
+    rotations, by default the wider of the tensor's own and float32.
     progress(stage, done, total): called as the work goes on.
     """
 
@@ -127,21 +128,39 @@ def rotate(
     that departs, when the function changed; the model is then spoilt and must not be used.
     """
     spec, options = spec or RotationSpec(), options or Options()
-    _check_fresh(model)
+    check_fresh(model)
     plan = plan_of(model)
     rotations = make_rotations(plan, spec)
     twin = prove(model.config, spec) if options.prove and rotations else None
     before = None if sample is None or not rotations else snapshot(model, plan, sample)
-    fuse_module(model, plan, rotations, precision=options.precision, progress=options.stage("rotate"))
-    if _online(plan, rotations):
-        attach(model, plan, rotations)
-        mark(model, plan, rotations, spec, Scheme())
+    install(model, plan, rotations, spec, options=options)
     real = None
     if before is not None:
         real = compare(before, model, plan, rotations)
         if not options.allow_inexact:
             check(real, before.logits.dtype, what="this model")
     return Result(model, plan, spec, rotations, twin=twin, real=real)
+
+
+def install(
+    model: Any,
+    plan: Plan,
+    rotations: Mapping[str, Rotation],
+    spec: RotationSpec,
+    *,
+    online: Mapping[str, Rotation] | None = None,
+    options: Options | None = None,
+) -> None:
+    """Put rotations into a model: fuse what can be fused, attach the rest, and mark it for `save_pretrained`.
+
+    online: what the rotations are at run time, by default the same in the precision of the options.
+    """
+    options = options or Options()
+    fuse_module(model, plan, rotations, precision=options.precision, progress=options.stage("rotate"))
+    if _online(plan, rotations):
+        online = in_precision(rotations, options.precision) if online is None else online
+        attach(model, plan, online)
+        mark(model, plan, online, spec, Scheme())
 
 
 def quantize(
@@ -168,10 +187,11 @@ def quantize(
     calibration = _calibration(method, scheme, calibration)
     if calibration is not None and (tokens is None or tokens.numel() == 0):
         raise CalibrationError(f"{method} works on calibration tokens, int64 (samples, length), and none were given")
-    _check_fresh(model)
+    check_fresh(model)
     check_groups(plan_of(model), model, scheme)
     rotated = rotate(model, spec or RotationSpec(()), sample=sample, options=options)
     unmark(model)
+    online = in_precision(rotated.rotations, options.precision)
     clips = Clips()
     if calibration is None:
         round_weights(model, rotated.plan, scheme, progress=options.stage("quantize"))
@@ -180,7 +200,7 @@ def quantize(
         clips = quantize_blocks(
             model,
             rotated.plan,
-            rotated.rotations,
+            online,
             scheme,
             tokens,
             calibration,
@@ -189,8 +209,8 @@ def quantize(
             progress=options.stage("calibrate"),
         )
     if scheme.weights or scheme.activations or scheme.kv or _online(rotated.plan, rotated.rotations):
-        attach(model, rotated.plan, rotated.rotations, scheme, clips)
-        mark(model, rotated.plan, rotated.rotations, rotated.spec, scheme, clips)
+        attach(model, rotated.plan, online, scheme, clips)
+        mark(model, rotated.plan, online, rotated.spec, scheme, clips)
     return replace(rotated, scheme=scheme, method=method, calibration=calibration, clips=clips)
 
 
@@ -360,7 +380,8 @@ def _online(plan: Plan, rotations: Mapping[str, Rotation]) -> bool:
     return any(online.space in rotations for online in plan.onlines)
 
 
-def _check_fresh(model: Any) -> None:
+def check_fresh(model: Any) -> None:
+    """Raise RotationError for a model that this library has rotated online or quantized."""
     if is_marked(model):
         raise RotationError(
             "this model is rotated or quantized already: doing it again would lose its online rotations. Load the "

@@ -8,7 +8,7 @@ whose output departs is named: outputs are compared in execution order, each rot
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -175,16 +175,22 @@ def make_twin(config: Any, *, seed: int = 0, attn_implementation: str = "sdpa") 
     return model.eval()
 
 
-def prove(config: Any, spec: RotationSpec, *, seed: int = 0) -> Deviation:
-    """Try the rotations of a spec on the twin of a config.
+Planner = Callable[[Any], tuple[Plan, Mapping[str, Rotation]]]
+
+
+def prove(config: Any, spec: RotationSpec, *, seed: int = 0, planner: Planner | None = None) -> Deviation:
+    """Try the rotations of a spec on the twin of a config; or a plan and rotations, as `planner(twin)` gives them.
 
     Raises ProofError, naming the first module that departs, when logits (whole sequences, or token by token through
     a KV cache) move by more than float64 rounding.
     """
     with Float64Arithmetic(), torch.random.fork_rng(devices=[]):  # a model's initialisation draws from the global state
         twin = make_twin(config, seed=seed)
-        plan = plan_of(twin)
-        rotations = make_rotations(plan, _twin_spec(spec))
+        if planner is None:
+            plan = plan_of(twin)
+            rotations = make_rotations(plan, twin_spec(spec))
+        else:
+            plan, rotations = planner(twin)
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(0, TWIN_VOCABULARY, (2, 12), generator=generator)
         before, generated = snapshot(twin, plan, tokens), greedy_logits(twin, tokens)
@@ -197,8 +203,8 @@ def prove(config: Any, spec: RotationSpec, *, seed: int = 0) -> Deviation:
     return deviation if deviation.relative > cached.relative else cached
 
 
-def _twin_spec(spec: RotationSpec) -> RotationSpec:
-    # The twin keeps the head's size, so R2 and R3 are tried as they are; R1 and R4 get blocks that fit its axes.
+def twin_spec(spec: RotationSpec) -> RotationSpec:
+    """The spec for a twin, which keeps the head's size: R2 and R3 as they are, R1 and R4 with blocks that fit."""
     blocks = {name: block for name in spec.rotations if (block := spec.block_of(name)) is not None}
     return replace(spec, block_size={name: b if name in ("R2", "R3") else TWIN_BLOCK for name, b in blocks.items()})
 

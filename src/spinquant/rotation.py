@@ -130,11 +130,46 @@ class Kronecker:
         return _description("kronecker", self.order, hadamard_order=self.hadamard_order)
 
 
+@dataclass(frozen=True, eq=False)
+class InPrecision:
+    """A rotation whose arithmetic is done in a dtype of its own, whatever the dtype of what it rotates."""
+
+    rotation: Rotation
+    dtype: torch.dtype
+
+    @property
+    def order(self) -> int:
+        return self.rotation.order
+
+    def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
+        # Half types are rounded to before and after; sums are float32, as everywhere.
+        rounded = x.to(self.dtype).to(torch.promote_types(self.dtype, torch.float32))
+        y = self.rotation.apply(rounded, transpose=transpose, dim=dim).to(self.dtype).to(x.dtype)
+        return y if out is None else out.copy_(y)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.rotation.tensors()
+
+    def describe(self) -> dict[str, Any]:
+        return {**self.rotation.describe(), "precision": str(self.dtype).removeprefix("torch.")}
+
+
+def in_precision(rotations: Mapping[str, Rotation], dtype: torch.dtype | None) -> dict[str, Rotation]:
+    """The rotations, computing in the dtype; what was shared is shared again. None leaves them as they are."""
+    if dtype is None:
+        return dict(rotations)
+    wrapped = {id(rotation): InPrecision(rotation, dtype) for rotation in rotations.values()}
+    return {space: wrapped[id(rotation)] for space, rotation in rotations.items()}
+
+
 def restore(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Rotation:
     """The rotation that `describe` and `tensors` came from.
 
     Raises RotationError for an unknown kind or missing tensors.
     """
+    if "precision" in description:
+        rest = {key: value for key, value in description.items() if key != "precision"}
+        return InPrecision(restore(rest, tensors), getattr(torch, description["precision"]))
     kind = description.get("kind")
     try:
         if kind == "hadamard":
@@ -280,16 +315,17 @@ def make_rotations(plan: Plan, spec: RotationSpec) -> dict[str, Rotation]:
         if space.name not in rotated:
             continue
         if spec.randomize:
-            found[space.name] = _make(space, spec, space.name)
+            found[space.name] = make_rotation(space, spec, space.name)
         else:
             key = (space.rotation, space.size)
             if key not in shared:
-                shared[key] = _make(space, spec, f"{space.rotation}/{space.size}")
+                shared[key] = make_rotation(space, spec, f"{space.rotation}/{space.size}")
             found[space.name] = shared[key]
     return found
 
 
-def _make(space: Space, spec: RotationSpec, label: str) -> Rotation:
+def make_rotation(space: Space, spec: RotationSpec, label: str) -> Rotation:
+    """The rotation that a spec gives one space; the label names its stream of random numbers. Raises as `choose`."""
     # A stream of random numbers per space: leaving one rotation out does not change the others.
     digest = hashlib.sha256(f"{spec.seed}/{label}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

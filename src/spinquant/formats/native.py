@@ -126,6 +126,7 @@ class SpinQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state dict with packed weights and the online rotations, for `save_pretrained`."""
+        self._check_known(model)
         state = model.state_dict()
         for name in linears_of(self.plan, self.scheme):
             weight = state[f"{name}.weight"]
@@ -140,6 +141,16 @@ class SpinQuantizer(HfQuantizer):
             for name, tensor in self.rotations[space].tensors().items():
                 state[f"{BANK}.{i}.{name}"] = tensor
         return state, {}
+
+    def _check_known(self, model: Any) -> None:
+        # What a folder does not say is taken from the table when it is loaded: other online rotations would be dropped.
+        known = plan_of(model).onlines
+        for online in self.plan.onlines:
+            if online.space in self.rotations and online not in known:
+                raise CheckpointError(
+                    f"{online.module} is rotated at run time by a plan of your own, which this folder format cannot "
+                    "say: save it through llm-compressor, or spinquant.detach(model) first"
+                )
 
     def is_serializable(self) -> bool:
         return True

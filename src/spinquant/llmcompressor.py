@@ -1,0 +1,145 @@
+"""SpinQuantModifier inside llm-compressor: known to its recipes, saved in its format. Needs llm-compressor 0.14.
+
+Importing this module makes `SpinQuantModifier` one of llm-compressor's modifiers, in Python recipes and, by that name,
+in YAML recipes. It is imported by itself when a modifier is made while llm-compressor is loaded; a script that has
+YAML recipes alone imports it.
+
+Weights are fused by this library. Online rotations run as compressed-tensors' own transforms, with our matrices in
+them, so that its hooks, tracing and `save_pretrained(save_compressed=True)` work: the folder then carries
+`transform_config`, and matrices H such as `model.layers.0.mlp.down_proj.R4_input.weight`, applied as x H / sqrt(n).
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from compressed_tensors import TRANSFORM_CONFIG_NAME  # pyright: ignore[reportMissingImports]
+from compressed_tensors.offload import (  # pyright: ignore[reportMissingImports]
+    OffloadCache,
+    disable_onloading,
+    get_offloaded_device,
+)
+from compressed_tensors.transform import (  # pyright: ignore[reportMissingImports]
+    HadamardFactory,
+    HadamardTransform,
+    TransformArgs,
+    TransformConfig,
+    TransformScheme,
+    apply_transform_config,
+)
+from llmcompressor.modifiers import Modifier, ModifierFactory  # pyright: ignore[reportMissingImports]
+from torch import nn
+
+from spinquant import modifier
+from spinquant.errors import RotationError
+from spinquant.module import fuse_module
+from spinquant.plan import Plan
+from spinquant.rotation import Hadamard, Rotation, matrix
+from spinquant.transform_config import TransformConfig as Groups
+from spinquant.transform_config import TransformScheme as Scheme
+
+
+class SpinQuantModifier(modifier.SpinQuantModifier, Modifier):  # pyright: ignore[reportUntypedBaseClass]
+    """`spinquant.SpinQuantModifier`, which llm-compressor takes for one of its own; fields and methods are the same."""
+
+
+ModifierFactory.register(SpinQuantModifier.__name__, SpinQuantModifier)
+
+
+def adopt(plain: modifier.SpinQuantModifier) -> None:
+    """Make a modifier an instance of the class above: what llm-compressor asks for cannot be registered virtually."""
+    object.__setattr__(plain, "__class__", SpinQuantModifier)
+    for name, private in SpinQuantModifier.__private_attributes__.items():
+        plain.__pydantic_private__.setdefault(name, private.get_default())  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def check_in_place(model: nn.Module) -> None:
+    """Raise RotationError for weights that lie on one device and are computed with on another."""
+    for name, module in model.named_modules():
+        kept: Any = module._parameters
+        if isinstance(kept, OffloadCache) and torch.device(kept.onload_device) != torch.device(kept.offload_device):
+            raise RotationError(
+                f"the weights of {name} are offloaded to {kept.offload_device}, and rotations that are learned need "
+                "them in place: learn with a model that fits the device, or without offloading"
+            )
+
+
+def install_compressed(
+    model: Any,
+    plan: Plan,
+    rotations: Mapping[str, Rotation],
+    group_of: Mapping[str, str],
+    config: Groups,
+    precision: torch.dtype,
+) -> None:
+    """Fuse rotations into a model and attach online ones as transforms of compressed-tensors.
+
+    group_of: by space, the group of the config; its precision is that of the transform. Weights that are offloaded are
+    fused where they lie. The model's `transform_config` says what was done, as its saved folder will.
+    """
+    with disable_onloading():
+        fuse_module(model, plan, rotations, precision=precision)
+    saved = TransformConfig(config_groups={})
+    for group, scheme in config.config_groups.items():
+        here = {o.module: rotations[o.space] for o in plan.onlines if group_of.get(o.space) == group}
+        for name, part, modules in _saved_groups(group, scheme, here):
+            saved.config_groups[name] = part
+            online = part.model_copy(update={"apply": [args for args in part.apply if args.is_online()]})
+            rotated = {model.get_submodule(module): here[module] for module in modules}
+            _Factory(name, online, rotated).apply_to_model(model, use_tqdm=False)
+    before = getattr(model, TRANSFORM_CONFIG_NAME, None)
+    # With no group it declares what the transforms share as tied, for save_pretrained, and nothing else.
+    apply_transform_config(model, TransformConfig(config_groups={}))
+    if before is not None:
+        before.merge(saved)
+    setattr(model, TRANSFORM_CONFIG_NAME, saved if before is None else before)
+
+
+def _saved_groups(
+    group: str, scheme: Scheme, rotations: Mapping[str, Rotation]
+) -> Iterator[tuple[str, TransformScheme, list[str]]]:
+    """A group as a reader of the folder has to understand it: name, scheme, modules that it rotates at run time.
+
+    A reader makes the matrix of type hadamard by itself, as Sylvester does; any other it reads from the folder, and
+    divides by sqrt(n) under the type random-hadamard alone: so that is what every other online matrix is saved as. It
+    keeps one matrix per group: where layers have their own, every matrix is a group.
+    """
+    whole = TransformScheme.model_validate({**scheme.model_dump(), "requires_grad": False})
+    distinct = list({id(rotation): rotation for rotation in rotations.values()}.values())
+    if not distinct:
+        yield group, whole, []
+    for i, rotation in enumerate(distinct):
+        modules = [name for name, own in rotations.items() if own is rotation]
+        part = whole.model_copy(deep=True)
+        if not _is_sylvester(rotation):
+            part.type, part.randomize = "random-hadamard", False
+        for args in part.apply:
+            # The matrix that is saved is the one that is applied, whichever way round the group had it.
+            args.inverse = args.location == "weight_input"
+        if len(distinct) > 1:
+            part.apply = [args for args in part.apply if args.location != "weight_output"]
+            for args in part.apply:
+                args.targets, args.ignore = modules, []
+        yield group if len(distinct) == 1 else f"{group}_{i}", part, modules
+
+
+def _is_sylvester(rotation: Rotation) -> bool:
+    return isinstance(rotation, Hadamard) and rotation.signs is None and not rotation.order & (rotation.order - 1)
+
+
+class _Factory(HadamardFactory):
+    """compressed-tensors' factory with our matrices: one parameter for all modules that share a rotation."""
+
+    def __init__(self, name: str, scheme: TransformScheme, rotations: Mapping[nn.Module, Rotation]):
+        super().__init__(name, scheme)
+        self.rotations = rotations
+        self.parameters: dict[tuple[int, torch.device], nn.Parameter] = {}
+
+    def create_transform(self, module: nn.Module, args: TransformArgs) -> HadamardTransform:
+        rotation, device = self.rotations[module], get_offloaded_device(module)
+        if (id(rotation), device) not in self.parameters:
+            weight = matrix(rotation) * rotation.order**0.5
+            weight = weight.to(device, self.scheme.precision).contiguous()
+            self.parameters[id(rotation), device] = nn.Parameter(weight, requires_grad=False)
+        args = args.model_copy(update={"inverse": False})  # the rotation is the one that is applied
+        return HadamardTransform(self.parameters[id(rotation), device], None, self.scheme, args, type(module))

@@ -1,0 +1,296 @@
+"""SpinQuantModifier: the recipe object that llm-compressor's users know, on the functions of this library.
+
+A thin facade: mappings and transform configs become a plan and its rotations (`mappings.py`, `transform_config.py`),
+which `pipeline.install` puts into the model; `learnable.py` keeps them trainable until the end. It works alone, and
+in llm-compressor's recipes beside its own modifiers (`llmcompressor.py`), which is never imported here unless it is
+in use already.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, Literal, cast
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from torch import nn
+
+from spinquant.errors import RotationError
+from spinquant.learnable import Learning, learn, unlearn
+from spinquant.mappings import NormMapping, SpinQuantMapping
+from spinquant.online import ATTENTIONS
+from spinquant.pipeline import Options, Result, install
+from spinquant.plan import Plan, parse_rotation_names
+from spinquant.preparation import Wanted, Work, prepare
+from spinquant.rotation import RotationSpec
+from spinquant.transform_config import TorchDtype, TransformConfig, TransformType
+
+RotationName = Literal["R1", "R2", "R3", "R4"]
+PEER = "llmcompressor"
+
+
+class SpinQuantModifier(BaseModel):
+    """Rotate a model with R1 to R4, alone or in a recipe of llm-compressor; all fields are by keyword.
+
+    rotations: any of R1, R2, R3, R4, in any case. transform_type: hadamard, random-hadamard or random-matrix (Haar
+        orthogonal), of any order that `docs/hadamard.md` knows.
+    randomize: a rotation of its own for every layer. seed: of everything random.
+    learnable: the rotations are parameters of the model, and train with any optimizer, until `finalize` fuses them.
+    precision: dtype of fusing and of online rotations. transform_block_size: order of the blocks of every rotation.
+    mappings, norm_mappings: targets of the modules; what is left out is inferred.
+    transform_config: used in place of what the fields above say about rotations; made by `on_initialize` if None.
+
+    Raises pydantic's ValidationError for fields that cannot be; the methods raise subclasses of SpinquantError.
+    """
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    requires_calibration_data: bool = False
+    index: int | None = None
+    group: str | None = None
+    start: float | None = None
+    end: float | None = None
+    update: float | None = None
+    initialized_: bool = False
+    finalized_: bool = False
+    started_: bool = False
+    ended_: bool = False
+
+    rotations: list[RotationName] = Field(default_factory=lambda: cast(list[RotationName], ["R1", "R2"]))
+    transform_type: TransformType = "hadamard"
+    randomize: bool = False
+    learnable: bool = False
+    precision: TorchDtype = torch.float64
+    transform_block_size: int | None = Field(default=None, gt=0)
+    mappings: SpinQuantMapping | None = Field(default=None, repr=False)
+    norm_mappings: list[NormMapping] | None = Field(default=None, repr=False)
+    transform_config: TransformConfig | None = Field(default=None, repr=False)
+    seed: int = 0
+
+    _work: Work | None = PrivateAttr(None)
+    _learning: Learning | None = PrivateAttr(None)
+    _done: bool = PrivateAttr(False)
+    _result: Result | None = PrivateAttr(None)
+
+    @field_validator("rotations", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return list(parse_rotation_names(value))
+
+    @field_validator("mappings", "transform_config", mode="before")
+    @classmethod
+    def _as_data(cls, value: Any) -> Any:
+        # The same structures of llm-compressor and compressed-tensors are accepted as they are.
+        return value.model_dump() if isinstance(value, BaseModel) else value
+
+    @field_validator("norm_mappings", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return [v.model_dump() if isinstance(v, BaseModel) else v for v in value] if value is not None else None
+
+    @model_validator(mode="after")
+    def _possible(self) -> "SpinQuantModifier":
+        self._spec()
+        return self
+
+    def model_post_init(self, context: Any) -> None:
+        """Let llm-compressor, if it is in use, know this class as one of its modifiers."""
+        super().model_post_init(context)
+        if f"{PEER}.modifiers" in sys.modules:
+            from spinquant import llmcompressor
+
+            llmcompressor.adopt(self)
+
+    @property
+    def initialized(self) -> bool:
+        """Whether `initialize` has succeeded."""
+        return self.initialized_
+
+    @property
+    def finalized(self) -> bool:
+        """Whether `finalize` has succeeded."""
+        return self.finalized_
+
+    @property
+    def result(self) -> Result:
+        """The rotated model, for `spinquant.save`. Raises RotationError before the rotations are fused."""
+        if self._result is None:
+            raise RotationError(
+                "there is no result yet: the rotations are not fused. Run the modifier to its end first"
+            )
+        return self._result
+
+    def apply(self, model: Any, train: Callable[[Any], object] | None = None) -> Result:
+        """The whole lifecycle on one model; `train(model)` is called while learnable rotations are its parameters.
+
+        Raises RotationError when `train` and `learnable` do not go together, ProofError when rotating would change
+        the function of the model, and what the lifecycle's methods raise.
+        """
+        state = SimpleNamespace(model=model)
+        config = self.transform_config
+        learns = any(s.requires_grad for s in config.config_groups.values()) if config else self.learnable
+        if (train is not None) != learns:
+            raise RotationError(
+                "`train` is called while rotations are being learned: give it together with learnable=True, or call "
+                "initialize, on_start and finalize around your own training"
+            )
+        self.initialize(state)
+        self.on_start(state)
+        if train is not None:
+            train(model)
+        self.on_end(state)
+        self.finalize(state)
+        return self.result
+
+    def initialize(self, state: Any, **kwargs: Any) -> None:
+        """`on_initialize`, once; and `on_start`, where the field `start` is 0 or less."""
+        if self.initialized_ or self.finalized_:
+            raise RotationError("this modifier has been initialized already: make one for every model")
+        self.initialized_ = self.on_initialize(state, **kwargs)
+        if self.start is not None and self.start <= 0 and (self.end is None or self.end > 0):
+            self.on_start(state, **kwargs)
+
+    def finalize(self, state: Any, **kwargs: Any) -> None:
+        """`on_finalize`, once, after `initialize`."""
+        if self.finalized_ or not self.initialized_:
+            raise RotationError(
+                f"this modifier {'has been finalized already' if self.finalized_ else 'has no model yet'}"
+            )
+        self.finalized_ = self.on_finalize(state, **kwargs)
+
+    def on_initialize(self, state: Any, **kwargs: Any) -> bool:
+        """Infer mappings, make the transform config, and prove it all; the model is not changed.
+
+        Raises ArchitectureError for a model that neither a table nor complete mappings explain, RotationError for
+        mappings and configs that do not fit, ProofError when they would change the function of the model.
+        """
+        # compressed-tensors looks the function up in transformers' list, where eager is not.
+        attentions = [name for name in ATTENTIONS if not (name == "eager" and _in_llm_compressor(state))]
+        given = (self.mappings, self.norm_mappings, self.transform_config)
+        wanted = Wanted(self._spec(), self.learnable, self.precision, *given, attentions=attentions)
+        work = prepare(_model_of(state), wanted)
+        self._work, self.mappings, self.norm_mappings = work, work.mappings, work.norm_mappings
+        self.transform_config = work.config
+        return True
+
+    def on_start(self, state: Any, event: Any = None, **kwargs: Any) -> None:
+        """Fuse norms and mergeable rotations and attach online ones; or make them parameters, where they are learned.
+
+        A second call does nothing. Embeddings are not centred: under an RMSNorm that changes the function.
+        """
+        work, model = self._ready(), _model_of(state)
+        if self._done:
+            return
+        if learned := work.learned():
+            _check_unquantized(model, work.plan)
+            if _in_llm_compressor(state):
+                from spinquant.llmcompressor import check_in_place
+
+                check_in_place(model)
+            online, dtype = work.online(), self.precision
+            self._learning = learn(model, work.plan, work.rotations, learned, online=online, precision=dtype)
+        else:
+            self._install(state, model, work)
+        self._done = self.started_ = True
+
+    def on_calibration_start(self, state: Any, event: Any = None, **kwargs: Any) -> None:
+        """`on_start`, as llm-compressor 0.14 calls it."""
+        self.on_start(state, event, **kwargs)
+
+    def on_event(self, state: Any, event: Any = None, **kwargs: Any) -> None:
+        """Called with every event; rotating needs none of them."""
+
+    def on_update(self, state: Any, event: Any = None, **kwargs: Any) -> None:
+        """Called at every batch; the optimizer does the learning."""
+
+    def on_sequential_epoch_end(self, state: Any, event: Any = None, modules: Any = None, **kwargs: Any) -> None:
+        """Called after each block of a calibration; rotations are in place before the first."""
+
+    def on_calibration_end(self, state: Any, event: Any = None, **kwargs: Any) -> None:
+        """`on_end`, as llm-compressor 0.14 calls it."""
+        self.on_end(state, event, **kwargs)
+
+    def on_end(self, state: Any, event: Any = None, **kwargs: Any) -> None:
+        """The last event before `finalize`; learned rotations stay parameters until then."""
+        self.ended_ = True
+
+    def on_finalize(self, state: Any, **kwargs: Any) -> bool:
+        """Fuse what was learned. Raises RotationError when `on_start` was never called."""
+        if not self._done:
+            raise RotationError("finalized before it was started: the model is not rotated. Call on_start first")
+        if self._learning is not None:
+            learned, self._learning = unlearn(self._learning), None
+            self._install(state, _model_of(state), replace(self._ready(), rotations=learned))
+        return True
+
+    def update_event(self, state: Any, event: Any, **kwargs: Any) -> None:
+        """Call the method that an event is for: calibration events by their type, batches by `start` and `end`."""
+        if not self.initialized_ or self.finalized_:
+            raise RotationError("an event reached this modifier before it was initialized, or after it was finalized")
+        kind = getattr(event.type_, "value", event.type_)
+        self.on_event(state, event, **kwargs)
+        if kind == "calibration_start":
+            self.on_calibration_start(state, event, **kwargs)
+        elif kind == "sequential_epoch_end":
+            self.on_sequential_epoch_end(state, event, **kwargs)
+        elif kind == "calibration_end":
+            self.on_calibration_end(state, event, **kwargs)
+        else:
+            if kind == "batch_start" and not self.started_ and self.should_start(event):
+                self.on_start(state, event, **kwargs)
+            elif kind == "batch_end" and not self.ended_ and self.should_end(event):
+                self.on_end(state, event, **kwargs)
+            if self.started_:
+                self.on_update(state, event, **kwargs)
+
+    def should_start(self, event: Any) -> bool:
+        """Whether a training event lies between `start` and `end`."""
+        now = event.current_index
+        return self.start is not None and self.start <= now and (self.end is None or now < self.end)
+
+    def should_end(self, event: Any) -> bool:
+        """Whether a training event lies at `end` or after it."""
+        return self.end is not None and event.current_index >= self.end
+
+    def _spec(self) -> RotationSpec:
+        return RotationSpec(
+            tuple(self.rotations), self.transform_type, self.transform_block_size, self.randomize, self.seed
+        )
+
+    def _ready(self) -> Work:
+        if self._work is None:
+            raise RotationError("this modifier has no model yet: call initialize or on_initialize first")
+        return self._work
+
+    def _install(self, state: Any, model: Any, work: Work) -> None:
+        if _in_llm_compressor(state):
+            from spinquant.llmcompressor import install_compressed
+
+            install_compressed(model, work.plan, work.rotations, work.group_of, work.config, self.precision)
+        else:
+            options = Options(precision=self.precision)
+            install(model, work.plan, work.rotations, self._spec(), online=work.online(), options=options)
+        notes = {"transform_config": work.config.model_dump()}
+        self._result = Result(model, work.plan, self._spec(), work.rotations, twin=work.twin, notes=notes)
+
+
+def _model_of(state: Any) -> Any:
+    # A causal LM has a `.model` too, which is not the whole.
+    model = state if isinstance(state, nn.Module) else getattr(state, "model", None)
+    if not isinstance(model, nn.Module):
+        raise RotationError(f"the state has no model: its `.model` is {type(model).__name__}, expected an nn.Module")
+    return model
+
+
+def _in_llm_compressor(state: Any) -> bool:
+    return type(state).__module__.partition(".")[0] == PEER
+
+
+def _check_unquantized(model: Any, plan: Plan) -> None:
+    for name in (name for group in plan.linears for name in group):
+        if getattr(model.get_submodule(name), "quantization_scheme", None) is not None:
+            raise RotationError(
+                f"{name} is about to be quantized while its rotation is learned, and what the quantizer writes would "
+                "be lost: learn the rotations in a run of their own, finalize, then quantize"
+            )

@@ -1,0 +1,151 @@
+"""What a modifier is going to do to a model: found, checked and proved before anything is changed.
+
+The plan is the table's, or what mappings make of it, or what complete mappings say where no table knows the model;
+the rotations are those of a spec, or what a transform config says. Either way a twin tries it first.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from spinquant.errors import ArchitectureError
+from spinquant.mapped_plan import held_against, plan_from_mappings
+from spinquant.mappings import (
+    NormMapping,
+    SpinQuantMapping,
+    complete_mapping,
+    complete_norms,
+    infer_mapping,
+    infer_norm_mappings,
+)
+from spinquant.module import check_in_memory, plan_of
+from spinquant.online import ATTENTIONS, check_implementation
+from spinquant.pipeline import check_fresh
+from spinquant.plan import ROTATION_NAMES, Plan
+from spinquant.proof import TWIN_BLOCK, Deviation, prove, twin_spec
+from spinquant.rotation import InPrecision, Rotation, RotationSpec, make_rotations
+from spinquant.transform_config import TransformConfig, transform_config, translate
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a user asks for. config: in place of the spec, `learnable` and `precision`; mappings: None to infer them.
+
+    attentions: implementations under which R3 can run.
+    """
+
+    spec: RotationSpec
+    learnable: bool
+    precision: torch.dtype
+    mappings: SpinQuantMapping | None = None
+    norm_mappings: Sequence[NormMapping] | None = None
+    config: TransformConfig | None = None
+    attentions: Sequence[str] = ATTENTIONS
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a modifier is going to do to a model, found and proved before anything is changed.
+
+    config: the groups of transforms. group_of: the group that the rotation of a space belongs to. mappings and
+    norm_mappings are complete.
+    """
+
+    plan: Plan
+    rotations: Mapping[str, Rotation]
+    config: TransformConfig
+    group_of: Mapping[str, str]
+    mappings: SpinQuantMapping
+    norm_mappings: list[NormMapping]
+    twin: Deviation | None
+
+    def online(self) -> dict[str, Rotation]:
+        """The rotations as they are at run time, in the precision of their groups; what was shared is shared."""
+        made: dict[tuple[int, torch.dtype], Rotation] = {}
+        found: dict[str, Rotation] = {}
+        for space, rotation in self.rotations.items():
+            dtype = self.config.config_groups[self.group_of[space]].precision
+            found[space] = made.setdefault((id(rotation), dtype), InPrecision(rotation, dtype))
+        return found
+
+    def learned(self) -> dict[str, str]:
+        """By space, what a rotation that is trained is called: its group, or the space where a group has several."""
+        found: dict[str, str] = {}
+        for group, scheme in self.config.config_groups.items():
+            spaces = [space for space in self.group_of if self.group_of[space] == group and scheme.requires_grad]
+            shared = len({id(self.rotations[space]) for space in spaces}) == 1
+            # Names of modules have no dots.
+            found.update({space: (group if shared else space).replace(".", "_") for space in spaces})
+        return found
+
+
+def prepare(model: Any, wanted: Wanted) -> Work:
+    """Find a plan and rotations for a model, and prove them; the model is not changed.
+
+    Raises ArchitectureError for a model that neither a table nor complete mappings explain, RotationError for mappings
+    and configs that do not fit, ProofError when they would change the function of the model.
+    """
+    check_fresh(model)
+    check_in_memory(model)
+    table, reason = _table_of(model)
+    if table is not None and wanted.mappings is None and wanted.norm_mappings is None:
+        mapping, norms, base = infer_mapping(table), infer_norm_mappings(table), table
+    else:
+        mapping = complete_mapping(wanted.mappings, table, reason)
+        norms = complete_norms(model, wanted.norm_mappings, table, reason)
+        base = plan_from_mappings(model, mapping, norms)
+        base = base if table is None else held_against(base, table)
+    spec = wanted.spec
+    config = wanted.config or transform_config(
+        mapping,
+        spec.rotations,
+        type=spec.transform_type,
+        randomize=spec.randomize,
+        requires_grad=wanted.learnable,
+        precision=wanted.precision,
+        head_dim=spec.block_size,
+    )
+    plan, rotations, group_of = _rotations(model, base, wanted.config, spec)
+    if any(online.site == "query_key" and online.space in rotations for online in plan.onlines):
+        check_implementation(model.config._attn_implementation, wanted.attentions)
+
+    def try_out(twin: Any) -> tuple[Plan, Mapping[str, Rotation]]:
+        small = wanted.config and _small(wanted.config)
+        return _rotations(twin, plan_from_mappings(twin, mapping, norms), small, twin_spec(spec))[:2]
+
+    touched = {plan.space[space].rotation for space in rotations}
+    proved = RotationSpec(tuple(name for name in ROTATION_NAMES if name in touched), "auto", seed=spec.seed)
+    # A mapping has been held against the table, where there is one: the table is what has to be proved.
+    planner = try_out if table is None else None
+    twin = prove(model.config, proved, planner=planner) if proved.rotations or (planner and rotations) else None
+    return Work(plan, rotations, config, group_of, mapping, norms, twin)
+
+
+def _rotations(
+    model: Any, base: Plan, config: TransformConfig | None, spec: RotationSpec
+) -> tuple[Plan, Mapping[str, Rotation], Mapping[str, str]]:
+    """The plan, the rotations by space, and the group that each belongs to."""
+    if config is not None:
+        translation = translate(model, base, config, seed=spec.seed)
+        return translation.plan, translation.rotations, translation.group_of
+    rotations = make_rotations(base, spec)
+    return base, rotations, {space: base.space[space].rotation for space in rotations}
+
+
+def _table_of(model: Any) -> tuple[Plan | None, str]:
+    try:
+        return plan_of(model), ""
+    except ArchitectureError as error:
+        return None, str(error)
+
+
+def _small(config: TransformConfig) -> TransformConfig:
+    """A config for the twin, whose heads are those of the model and whose other sizes are multiples of a block."""
+    small = config.model_copy(deep=True)
+    for scheme in small.config_groups.values():
+        heads = any(args.location in ("q_attn", "k_cache") for args in scheme.apply)
+        if scheme.head_dim is not None and not heads:
+            scheme.head_dim = min(scheme.head_dim, TWIN_BLOCK)
+    return small

@@ -1,0 +1,271 @@
+"""Transform configs of compressed-tensors: made from roles, and turned into a plan and its rotations.
+
+A config is a set of named groups; each says which kind of matrix, of which order, is applied where: to the input or
+output side of weights, at run time to the input of linears, to queries and keys. With y = x W^T and a group's matrix R
+
+    weight_output: R^T W      weight_input, inverse: W R      input: x R      q_attn, k_cache: q R, k R
+
+and the other way round with R^T, since R is orthogonal. A config can say things that change the function of a model
+(a writer rotated and its reader not); those are refused by name, so what is left is a plan.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator
+from torch import nn
+
+from spinquant.errors import RotationError
+from spinquant.mappings import SpinQuantMapping, matching
+from spinquant.plan import Axis, Online, Plan, Space
+from spinquant.rotation import Orthogonal, Rotation, RotationSpec, make_rotation, matrix
+
+Location = Literal["input", "weight_input", "weight_output", "output", "k_cache", "q_attn"]
+TransformType = Literal["hadamard", "random-hadamard", "random-matrix"]
+
+
+def _dtype(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    found = getattr(torch, value.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"{value!r} is no floating-point dtype of torch: expected one such as 'float32'")
+    return found
+
+
+TorchDtype = Annotated[torch.dtype, BeforeValidator(_dtype), PlainSerializer(str)]
+
+
+class TransformArgs(BaseModel):
+    """Where one matrix is applied, and which way round."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    targets: list[str]
+    location: Location
+    inverse: bool = False
+    ignore: list[str] = Field(default_factory=list)
+
+    @field_validator("targets", "ignore", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class TransformScheme(BaseModel):
+    """A kind of matrix and the places it is applied to. head_dim: its order, None for the whole axis."""
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    type: TransformType
+    apply: list[TransformArgs] = Field(default_factory=list)
+    randomize: bool = False
+    requires_grad: bool = False
+    head_dim: int | None = Field(default=None, gt=0)
+    precision: TorchDtype = torch.float32
+
+
+class TransformConfig(BaseModel):
+    """Groups by name; validates as compressed-tensors' own TransformConfig, and the other way round."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    config_groups: dict[str, TransformScheme]
+
+
+def transform_config(mapping: SpinQuantMapping, rotations: Sequence[str], **scheme: Any) -> TransformConfig:
+    """The config that says R1 to R4 by a complete mapping. scheme: fields of every group, head_dim included."""
+    m: Any = mapping
+    places = {
+        "R1": [
+            ([m.embedding, m.attn_o, *m.mlp_out], "weight_output", False),
+            ([m.attn_q, m.attn_k, m.attn_v, *m.mlp_in, m.lm_head], "weight_input", True),
+        ],
+        "R2": [([m.attn_v], "weight_output", False), ([m.attn_o], "weight_input", True)],
+        "R3": [([m.attn], "q_attn", False), ([m.attn], "k_cache", False)],
+        "R4": [([*m.mlp_out], "input", False), ([*m.mlp_out], "weight_input", True)],
+    }
+    groups: dict[str, TransformScheme] = {}
+    for name in rotations:
+        # A matrix of the whole axis would mix the heads.
+        order = scheme["head_dim"] or (m.attn_head_dim if name in ("R2", "R3") else None)
+        args = [TransformArgs(targets=t, location=where, inverse=i) for t, where, i in places[name]]  # pyright: ignore
+        groups[name] = TransformScheme(**{**scheme, "head_dim": order}, apply=args)
+    return TransformConfig(config_groups=groups)
+
+
+@dataclass(frozen=True)
+class Touch:
+    """One side of one module, rotated by a group; `straight` is R as in the formulas above, otherwise R^T."""
+
+    group: str
+    straight: bool
+
+
+Touches = dict[tuple[str, str], Touch]
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A plan, its rotations by space, and the group that each space belongs to."""
+
+    plan: Plan
+    rotations: Mapping[str, Rotation]
+    group_of: Mapping[str, str]
+
+
+def translate(model: nn.Module, base: Plan, config: TransformConfig, *, seed: int) -> Translation:
+    """What a config does to a model that `base` explains.
+
+    Raises RotationError, naming group and module, for targets that match nothing, sides that are rotated twice, spaces
+    that are rotated in part, and locations that no plan can express.
+    """
+    touches = _touches(model, config)
+    plan, spaces = _private_spaces(model, base, touches)
+    for (module, location), touch in touches.items():
+        if location in ("weight_input", "weight_output") and (module, location) not in spaces:
+            spaces[module, location] = _space_of(model, plan, module, location, touch)
+        elif location in ("q_attn", "k_cache"):
+            spaces[module, location] = _query_key_space(plan, module, touches, touch)
+    by_space: defaultdict[str, dict[tuple[str, str], Touch]] = defaultdict(dict)
+    for place, space in spaces.items():
+        by_space[space][place] = touches[place]
+    found = {
+        space.name: _whole(model, plan, space, by_space[space.name]) for space in plan.spaces if by_space[space.name]
+    }
+    rotations = _rotations(plan, config, found, seed)
+    return Translation(_regrouped(plan, rotations), rotations, {space: touch.group for space, touch in found.items()})
+
+
+def _touches(model: nn.Module, config: TransformConfig) -> Touches:
+    found: Touches = {}
+    for group, scheme in config.config_groups.items():
+        for args in scheme.apply:
+            for module in matching(model, args.targets, f"transform_config {group!r}, {args.location}", args.ignore):
+                place = (module, args.location)
+                if place in found:
+                    raise RotationError(
+                        f"transform_config: {args.location} of {module!r} is rotated by {found[place].group!r} and by "
+                        f"{group!r}: one rotation per place, leave one out"
+                    )
+                if args.location == "output":
+                    raise RotationError(
+                        f"transform_config {group!r}: location 'output' of {module!r} cannot be expressed: rotations "
+                        "run at the input of linears and on queries and keys. Rotate weight_output instead, or the "
+                        "input of the modules that read it"
+                    )
+                found[place] = Touch(group, args.inverse == (args.location == "weight_input"))
+    return found
+
+
+def _private_spaces(model: nn.Module, base: Plan, touches: Touches) -> tuple[Plan, dict[tuple[str, str], str]]:
+    """The plan with a space for every linear whose input is rotated at run time, and those spaces by place."""
+    known = {online.module: online.space for online in base.onlines if online.site == "input"}
+    spaces, axes, onlines = list(base.spaces), list(base.axes), list(base.onlines)
+    places: dict[tuple[str, str], str] = {}
+    for (module, location), touch in touches.items():
+        if location != "input":
+            continue
+        linear = model.get_submodule(module)
+        if not isinstance(linear, nn.Linear):
+            raise RotationError(
+                f"transform_config {touch.group!r}: {module!r} is a {type(linear).__name__}; rotations run at the "
+                "input of an nn.Linear"
+            )
+        if touches.get((module, "weight_input")) != touch:
+            raise RotationError(
+                f"transform_config {touch.group!r}: the input of {module!r} is rotated at run time and its weight does "
+                "not take that back: add the location weight_input for it, with the opposite inverse, in the same group"
+            )
+        space = known.get(module)
+        if space is None:
+            space = f"{module}.input"
+            spaces.append(Space(space, touch.group, linear.in_features))
+            axes.append(Axis(f"{module}.weight", 1, space))
+            onlines.append(Online(module, "input", space))
+        places[module, "input"] = places[module, "weight_input"] = space
+    return replace(base, spaces=tuple(spaces), axes=tuple(axes), onlines=tuple(onlines)), places
+
+
+def _space_of(model: nn.Module, plan: Plan, module: str, location: str, touch: Touch) -> str:
+    written = isinstance(model.get_submodule(module), nn.Embedding)
+    dim = {"weight_output": 1} if written else {"weight_output": 0, "weight_input": 1}
+    for axis in plan.axes_of.get(f"{module}.weight", ()):
+        if axis.dim == dim.get(location):
+            return axis.space
+    raise RotationError(
+        f"transform_config {touch.group!r}: {location} of {module!r} lies in no space that {plan.family} can rotate: "
+        "nothing would take the rotation back"
+    )
+
+
+def _query_key_space(plan: Plan, module: str, touches: Touches, touch: Touch) -> str:
+    if touches.get((module, "q_attn")) != touches.get((module, "k_cache")):
+        raise RotationError(
+            f"transform_config {touch.group!r}: queries and keys of {module!r} are not rotated alike: give q_attn and "
+            "k_cache for it in one group, with the same inverse"
+        )
+    for online in plan.onlines:
+        if online.site == "query_key" and online.module == module:
+            return online.space
+    raise RotationError(f"transform_config {touch.group!r}: {module!r} is no attention that {plan.family} knows")
+
+
+def _whole(model: nn.Module, plan: Plan, space: Space, touched: dict[tuple[str, str], Touch]) -> Touch:
+    """The one touch of a space. Raises RotationError when a part of the space is left alone, or rotated otherwise."""
+    needed = [(online.module, online.site) for online in plan.onlines if online.space == space.name]
+    for axis in plan.axes:
+        if axis.space == space.name and axis.tensor.endswith(".weight"):
+            module = axis.tensor.removesuffix(".weight")
+            written = axis.dim == 0 or isinstance(model.get_submodule(module), nn.Embedding)
+            needed.append((module, "weight_output" if written else "weight_input"))
+    place, touch = next(iter(touched.items()))
+    for module, location in needed:
+        for name in ("q_attn", "k_cache") if location == "query_key" else (location,):
+            other = touched.get((module, name))
+            if other != touch:
+                how = (
+                    "is not" if other is None else f"is rotated otherwise (by {other.group!r}, or the other way round)"
+                )
+                raise RotationError(
+                    f"transform_config {touch.group!r}: {place[1]} of {place[0]!r} is rotated, and {name} of "
+                    f"{module!r} {how}, though both live in the space {space.name!r}: the function of the model would "
+                    "change"
+                )
+    return touch
+
+
+def _rotations(plan: Plan, config: TransformConfig, found: Mapping[str, Touch], seed: int) -> dict[str, Rotation]:
+    made: dict[tuple[str, bool], Rotation] = {}
+    rotations: dict[str, Rotation] = {}
+    for space in plan.spaces:
+        if space.name not in found:
+            continue
+        touch = found[space.name]
+        scheme = config.config_groups[touch.group]
+        if scheme.randomize and scheme.type == "hadamard" and space.name != "residual":
+            raise RotationError(
+                f"transform_config {touch.group!r}: randomize does nothing to type hadamard: use random-hadamard"
+            )
+        spec = RotationSpec((), scheme.type, scheme.head_dim, scheme.randomize, seed)
+        # The streams of random numbers that `make_rotations` draws from, where the group is called R1, R2, R3 or R4.
+        label = space.name if scheme.randomize else f"{touch.group}/{space.size}"
+        if (label, True) not in made:
+            made[label, True] = make_rotation(space, spec, label)
+        if not touch.straight and (label, False) not in made:
+            made[label, False] = Orthogonal(matrix(made[label, True]).T.contiguous())
+        rotations[space.name] = made[label, touch.straight]
+    return rotations
+
+
+def _regrouped(plan: Plan, rotations: Mapping[str, Rotation]) -> Plan:
+    """Linears that read one activation share its rotation; those that rotate it differently are groups of their own."""
+    online = {o.module: id(rotations[o.space]) for o in plan.onlines if o.site == "input" and o.space in rotations}
+    groups = []
+    for group in plan.linears:
+        kinds = dict.fromkeys(online.get(name) for name in group)
+        groups += [tuple(name for name in group if online.get(name) == kind) for kind in kinds]
+    return replace(plan, linears=tuple(groups))
