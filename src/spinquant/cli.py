@@ -155,6 +155,9 @@ def quantize(
     sample_length: Annotated[int, typer.Option(help="Tokens per calibration sample.")] = 512,
     damping: Annotated[float, typer.Option(help="GPTQ: share of the mean diagonal added to it.")] = 0.01,
     act_order: Annotated[bool, typer.Option(help="GPTQ: columns of large inputs first.")] = False,
+    asymmetry: Annotated[
+        float | None, typer.Option(help="GPTAQ: share of the way to the unquantized model's outputs; 0.25 by default.")
+    ] = None,
     sequential: Annotated[bool, typer.Option(help="GPTQ: one linear after the other inside a block.")] = False,
     exact_inputs: Annotated[bool, typer.Option(help="Calibrate on activations and KV that are not rounded.")] = False,
     type: Type = "random-hadamard",
@@ -195,7 +198,10 @@ def quantize(
             spec,
             method=method,  # pyright: ignore[reportArgumentType] - checked by the function
             calibration=Calibration(
-                GPTQOptions(damping, act_order), clips=clips, round_inputs=not exact_inputs, sequential=sequential
+                GPTQOptions(damping, act_order, asymmetry or 0.0),
+                clips=clips,
+                round_inputs=not exact_inputs,
+                sequential=sequential,
             ),
             calibration_text=CalibrationText(calibration, samples, sample_length, seed),
             dtype=_dtype(dtype),

@@ -43,6 +43,7 @@ from spinquant.rotation import Rotation, RotationSpec, in_precision, make_rotati
 Method = Literal["rtn", "gptq", "gptaq"]
 METHODS = get_args(Method)
 BESIDE, RECORD, ROTATIONS = "spinquant", "record.json", "rotations.safetensors"
+ASYMMETRY = 0.25  # of method gptaq where nothing else is said; measured in quantization/gptq.py
 SAMPLE_TOKENS = 128  # real tokens on which the fused model is compared with the original
 
 Stage = Callable[[str, int, int], None]
@@ -229,7 +230,7 @@ def _calibration(method: str, scheme: Scheme, calibration: Calibration | None) -
     if method != "rtn" and scheme.weights is None:
         raise SchemeError(f"method {method} rounds weights, and scheme {scheme} leaves them at 16 bits: use method rtn")
     if method == "gptaq" and not calibration.gptq.asymmetry:
-        return replace(calibration, gptq=replace(calibration.gptq, asymmetry="auto"))
+        return replace(calibration, gptq=replace(calibration.gptq, asymmetry=ASYMMETRY))
     if method != "gptaq" and calibration.gptq.asymmetry:
         raise CalibrationError(f"asymmetry belongs to method gptaq, and the method is {method}")
     return calibration

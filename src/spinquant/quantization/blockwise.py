@@ -110,7 +110,7 @@ class _Walk:
         calls: BlockCalls = block_calls(model, plan.blocks, tokens)
         self.arguments = calls.arguments
         self.states = calls.hidden
-        asymmetric = self.options is not None and bool(self.options.asymmetry)
+        asymmetric = self.options is not None and self.options.asymmetry > 0
         self.exact = [state.clone() for state in calls.hidden] if asymmetric else None
         self.clips = Clips({}, {}, {})
         self.packed: dict[str, Packed] = {}
