@@ -151,9 +151,19 @@ def quantize(
     group_size: Annotated[int | None, typer.Option(help="Weights per scale; by default a whole channel.")] = None,
     weight_clip: Annotated[str, typer.Option(help="Clip ratio of weights, or mse to search it.")] = "mse",
     activation_clip: Annotated[float, typer.Option(help="Clip ratio of activations.")] = 1.0,
-    symmetric_activations: Annotated[bool, typer.Option(help="Symmetric instead of asymmetric activations.")] = False,
+    symmetric_activations: Annotated[
+        bool | None,
+        typer.Option(
+            "--symmetric-activations/--asymmetric-activations",
+            help="Grid of activations: by default asymmetric, and symmetric for compressed-tensors.",
+            show_default=False,
+        ),
+    ] = None,
     kv_clip: Annotated[float, typer.Option(help="Clip ratio of keys and values.")] = 1.0,
     lm_head: Annotated[bool, typer.Option(help="Quantize the output head too.")] = False,
+    format: Annotated[
+        str, typer.Option(help="Of the folder: native, compressed-tensors (an extra; vLLM), or hf (16 bits, plain).")
+    ] = "native",
     dtype: Dtype = None,
     text: Text = "auto",
     device: Device = "cpu",
@@ -163,14 +173,17 @@ def quantize(
     proof: Proof = True,
     json_: Json = False,
 ) -> None:
-    """Rotate and quantize into a folder that `spinquant.load`, or transformers after `import spinquant`, loads."""
+    """Rotate and quantize into a folder that `spinquant.load`, or transformers after `import spinquant`, loads.
+
+    With `--format compressed-tensors`, into one that vLLM serves.
+    """
     spec = _spec(rotations, type, block_size, randomize, seed)
     parsed = parse_scheme(
         scheme,
         group_size=group_size,
         weight_clip="mse" if weight_clip == "mse" else _ratio(weight_clip),
         activation_clip=activation_clip,
-        activation_symmetric=symmetric_activations,
+        activation_symmetric=format == "compressed-tensors" if symmetric_activations is None else symmetric_activations,
         kv_clip=kv_clip,
         lm_head=lm_head,
     )
@@ -187,6 +200,7 @@ def quantize(
             allow_pickle=allow_pickle,
             device=device,
             options=Options(prove=proof, allow_inexact=allow_inexact, progress=progress),
+            format=format,  # pyright: ignore[reportArgumentType] - checked by the function
         )
     _print(json_, result.record(), report.result_table(result, str(out)))
 
