@@ -35,6 +35,7 @@ from spinquant.errors import CheckpointError, RotationError, SchemeError
 from spinquant.formats.compressed_config import check_scheme
 from spinquant.formats.compressed_tensors import write_compressed
 from spinquant.formats.native import distinct_rotations, is_marked, mark, unmark
+from spinquant.formats.runtimes import check_runtime, runtime_of
 from spinquant.module import fuse_module, plan_of
 from spinquant.online import attach
 from spinquant.plan import MERGEABLE, Plan
@@ -277,12 +278,15 @@ def quantize_folder(
     device: str = "cpu",
     options: Options | None = None,
     format: Format = "native",
+    runtime: str | None = None,
 ) -> Result:
     """Rotate and quantize a folder or hub id into a folder that `spinquant.load` and transformers load.
 
     dtype: of everything that is not quantized, and of the arithmetic; by default as in the source. format: of the folder,
-    see `check_format`, which is asked before any work.
+    see `check_format`, which is asked before any work. runtime: refuse what it does not run, see `formats/runtimes.py`.
     """
+    if runtime is not None:
+        _check_for(runtime, format, scheme, spec, None if allow_pickle else model)
     check_format(format, scheme, spec)
     check_free(out, force=force, source=model)
     options = options or Options()
@@ -292,6 +296,17 @@ def quantize_folder(
     result = quantize(loaded, scheme, spec, method=method, sample=sample, options=options)
     save(replace(result, notes=notes), out, tokenizer, force=force, format=format)
     return result
+
+
+def _check_for(runtime: str, format: str, scheme: Scheme, spec: RotationSpec, model: str | Path | None) -> None:
+    """Raise SchemeError or RotationError for what a runtime does not load or run."""
+    reads = runtime_of(runtime).format
+    if format not in ("hf", reads):
+        raise SchemeError(f"{runtime} reads {reads or 'no'} folders of ours, not {format}: leave --format out")
+    check_runtime(runtime, scheme, spec)  # before the model is looked at, which may be on the hub
+    if model is not None:
+        shapes = {name: info.shape for name, info in read_headers(model).items()}
+        check_runtime(runtime, scheme, spec, make_plan(load_config(model), shapes))
 
 
 def _open(

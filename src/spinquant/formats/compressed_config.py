@@ -23,7 +23,7 @@ from spinquant.rotation import Hadamard, Rotation, RotationSpec
 INSTALL = "compressed-tensors is not installed: pip install 'spinquant[compressed-tensors]'"
 # The same word that transformers expects, but with online rotations, which it would silently leave out: it then refuses
 # the folder and shows this text. vLLM does not read it.
-REFUSAL = "compressed, with online rotations (transform_config) that transformers would leave out: serve it with vLLM"
+REFUSAL = "online rotations: serve it with vLLM"
 
 
 def check_scheme(scheme: Scheme, spec: RotationSpec) -> None:
