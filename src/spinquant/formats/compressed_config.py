@@ -21,8 +21,8 @@ from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.rotation import Hadamard, Rotation, RotationSpec
 
 INSTALL = "compressed-tensors is not installed: pip install 'spinquant[compressed-tensors]'"
-# The same word that transformers expects, but with online rotations, which it would silently leave out: it then refuses
-# the folder and shows this text. vLLM does not read it.
+# Stands where transformers expects "compressed" in folders with online rotations, which it would silently leave out: it
+# refuses the folder and shows this text. vLLM does not read it.
 REFUSAL = "online rotations: serve it with vLLM"
 
 
@@ -118,8 +118,10 @@ def quantization_config(
     from compressed_tensors.quantization import QuantizationConfig
 
     transforms = transform_config(plan, rotations)
+    if scheme.weights is None:
+        described.targets = []  # a group of nothing: without any, transformers would not look at the status below
     made = QuantizationConfig(
-        config_groups={"group_0": described} if scheme.weights else {},
+        config_groups={"group_0": described},
         format=format_of(scheme),
         quantization_status="compressed",  # pyright: ignore[reportArgumentType]
         ignore=list(ignore),
