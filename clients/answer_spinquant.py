@@ -2,8 +2,8 @@
 
 python answer_spinquant.py FOLDER QUESTIONS.json ANSWERS.json
 
-`moved` are the log-probabilities after the embeddings were moved by one part in a million: how far answers differ that are
-the same but for rounding.
+`moved` are the log-probabilities after the embeddings were moved by one part in a million: how far answers differ that
+are the same but for rounding.
 """
 
 import json

@@ -3,9 +3,10 @@
 python clients/run.py            everything
 python clients/run.py vllm       the cases of one client
 
-For every case a folder is written by our command line, the client answers (greedy tokens of three prompts, log-probabilities
-of the tokens of a text), `spinquant.load` answers the same, and the two are compared. Environments and folders are kept in
-.clients/ and made again only when what they depend on changed. Exit code 1 when anything disagrees.
+For every case a folder is written by our command line, the client answers (greedy tokens of three prompts,
+log-probabilities of the tokens of a text), `spinquant.load` answers the same, and the two are compared. Environments
+and folders are kept in .clients/ and made again only when what they depend on changed. Exit code 1 when anything
+disagrees.
 """
 
 import hashlib
@@ -40,11 +41,11 @@ UNWANTED = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}
 class Case:
     """A folder, a client, and how closely they have to agree.
 
-    tolerance: of log-probabilities; None where activations are rounded at run time. There the least difference in the last bit
-    moves some number to the next code, every later layer makes more of it, and answers differ by as much as rounding itself
-    does: what is compared is perplexity (2 %) and the size of the difference, against that to the same model with its
-    embeddings moved by one part in a million. needs: CPU features, by their name in /proc/cpuinfo. refused: a word of the
-    error that the client must raise.
+    tolerance: of log-probabilities; None where activations are rounded at run time. There the least difference in the
+    last bit moves some number to the next code, every later layer makes more of it, and answers differ by as much as
+    rounding itself does: what is compared is perplexity (2 %) and the size of the difference, against that to the same
+    model with its embeddings moved by one part in a million. needs: CPU features, by their name in /proc/cpuinfo.
+    refused: a word of the error that the client must raise.
     """
 
     client: str
@@ -219,7 +220,7 @@ def export(arguments: tuple[str, ...], model: Path) -> Path:
 
 
 def as_eight_bits(folder: Path) -> Path:
-    """The same folder with its seven-bit codes, stored in bytes, declared as eight bits, which vLLM has a kernel for."""
+    """The same folder with its seven-bit codes, stored in bytes, declared as eight bits: vLLM has a kernel for that."""
     copy = folder.with_name(f"{folder.name}-as-w8")
     copy.mkdir(exist_ok=True)
     for path in folder.iterdir():

@@ -12,7 +12,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from conftest import CONFIGS, logits, tiny_model, tokens
-from spinquant import CheckpointError, Options, RotationError, RotationSpec, SchemeError, load, parse_scheme, quantize, save
+from spinquant import (
+    CheckpointError,
+    Options,
+    RotationError,
+    RotationSpec,
+    SchemeError,
+    load,
+    parse_scheme,
+    quantize,
+    save,
+)
 from spinquant.formats.compressed_config import REFUSAL
 from spinquant.formats.native import detach
 from spinquant.quantization.rtn import linears_of
@@ -119,7 +129,11 @@ def test_the_config_says_what_vllm_reads(tmp_path):
     assert found["quant_method"] == "compressed-tensors" and found["format"] == "pack-quantized"
     group = found["config_groups"]["group_0"]
     assert group["targets"] == ["Linear"] and found["ignore"] == ["lm_head"]
-    assert (group["weights"]["num_bits"], group["weights"]["group_size"], group["weights"]["strategy"]) == (4, 16, "group")
+    assert (group["weights"]["num_bits"], group["weights"]["group_size"], group["weights"]["strategy"]) == (
+        4,
+        16,
+        "group",
+    )
     transforms = TransformConfig.model_validate(found["transform_config"]).config_groups
     assert [a.location for a in transforms["R4"].apply] == ["input", "weight_input"]
     assert [a.inverse for a in transforms["R4"].apply] == [False, True]

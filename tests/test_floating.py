@@ -1,5 +1,7 @@
 """Floating formats: against torch's own float8, the published list of E2M1, and the laws that all quantizers share."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -40,7 +42,7 @@ def test_the_nearest_number_is_the_nearest(kind):
 
 
 def test_ties_go_to_the_even_code():
-    middles = torch.tensor([(a + b) / 2 for a, b in zip(E2M1, E2M1[1:], strict=False)])
+    middles = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(E2M1)])
     assert (to_bits(nearest(middles, "mxfp4"), "mxfp4") % 2 == 0).all()
 
 
@@ -63,9 +65,11 @@ def test_the_error_is_what_the_mantissa_leaves(quantizer):
     error = (fake_quantize(x, quantizer).view_as(groups) - groups).abs()
     # Half a step: 2^-4 of the number for E4M3, 2^-2 for E2M1, and half the smallest step near zero. Scales that are
     # rounded (nvfp4 by 2^-4, mxfp4 down to 6/7) clip the largest numbers.
-    share, small, clipped = {"fp8": (2**-4, 2**-18, 0), "nvfp4": (2**-2, 1 / 22, 2**-4), "mxfp4": (2**-2, 1 / 7, 1 / 7)}[
-        quantizer.kind
-    ]
+    share, small, clipped = {
+        "fp8": (2**-4, 2**-18, 0),
+        "nvfp4": (2**-2, 1 / 22, 2**-4),
+        "mxfp4": (2**-2, 1 / 7, 1 / 7),
+    }[quantizer.kind]
     assert (error <= groups.abs() * share + peak * max(small, clipped)).all()
 
 

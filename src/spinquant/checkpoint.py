@@ -172,7 +172,6 @@ def load_model(
     """
     # Folders of our own format need its quantizer registered with transformers.
     import spinquant.formats.native  # noqa: F401
-
     from spinquant.formats.compressed_reader import is_compressed, load_compressed
 
     check_device(device)

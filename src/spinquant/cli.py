@@ -72,7 +72,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 Length = Annotated[int, typer.Option(help="Tokens per window.")]
 Runtime = Annotated[
     str | None,
-    typer.Option(help=f"Refuse what a runtime does not run, before any work: {', '.join(RUNTIMES)}.", show_default=False),
+    typer.Option(
+        help=f"Refuse what a runtime does not run, before any work: {', '.join(RUNTIMES)}.", show_default=False
+    ),
 ]
 Windows = Annotated[int, typer.Option(help="Windows, spread evenly over the text; 0 for all.")]
 

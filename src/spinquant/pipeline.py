@@ -224,7 +224,7 @@ def check_format(format: str, scheme: Scheme, spec: RotationSpec) -> None:
         check_scheme(scheme, spec)
         if scheme.weights is None and not online:
             raise SchemeError(
-                "nothing is quantized and nothing rotated online, so there is nothing to say in compressed-tensors: use "
+                "nothing is quantized and nothing rotated online, so compressed-tensors has nothing to say: use "
                 "--format hf"
             )
     elif format != "native":
@@ -282,8 +282,9 @@ def quantize_folder(
 ) -> Result:
     """Rotate and quantize a folder or hub id into a folder that `spinquant.load` and transformers load.
 
-    dtype: of everything that is not quantized, and of the arithmetic; by default as in the source. format: of the folder,
-    see `check_format`, which is asked before any work. runtime: refuse what it does not run, see `formats/runtimes.py`.
+    dtype: of everything that is not quantized, and of the arithmetic; by default as in the source. format: of the
+    folder, see `check_format`, which is asked before any work. runtime: refuse what it does not run, see
+    `formats/runtimes.py`.
     """
     if runtime is not None:
         _check_for(runtime, format, scheme, spec, None if allow_pickle else model)

@@ -1,8 +1,8 @@
 """vLLM plugin: online rotations where vLLM alone cannot run them. Loaded by vLLM itself (`vllm.general_plugins`).
 
-vLLM reads `transform_config`, but on a CPU its transform module asks for a CUDA kernel or for a weight layout that is never
-made; a linear with a bias is refused under a transform; and transforms of queries and keys (R3) are not read at all. What
-is replaced, and nothing else:
+vLLM reads `transform_config`, but on a CPU its transform module asks for a CUDA kernel or for a weight layout that is
+never made; a linear with a bias is refused under a transform; and transforms of queries and keys (R3) are not read at
+all. What is replaced, and nothing else:
 
     HadamardTransform.forward, .process_weights_after_loading    on a CPU: the fast transform of this library
     CompressedTensorsLinearTransformMethod.apply                 passes the bias on
@@ -13,6 +13,7 @@ All of them are reached only by folders with a `transform_config`. `register` re
 
 import math
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -34,12 +35,12 @@ def register() -> Callable[[], None]:
 
     A second call before that changes nothing.
     """
-    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
-    from vllm.model_executor.layers.quantization.compressed_tensors.transform.linear import (
-        CompressedTensorsLinearTransformMethod,
-    )
-    from vllm.model_executor.layers.quantization.compressed_tensors.transform.module import HadamardTransform
-    from vllm.platforms import current_platform
+    # vLLM is not there when this file is checked: it is no dependency, but what loads it.
+    base = "vllm.model_executor.layers.quantization.compressed_tensors"
+    config = import_module(f"{base}.compressed_tensors").CompressedTensorsConfig
+    method = import_module(f"{base}.transform.linear").CompressedTensorsLinearTransformMethod
+    transform = import_module(f"{base}.transform.module").HadamardTransform
+    platform = import_module("vllm.platforms").current_platform
 
     saved: list[tuple[Any, str, Any]] = []
 
@@ -52,11 +53,11 @@ def register() -> Callable[[], None]:
         saved.append((owner, name, original))
         setattr(owner, name, replacement)
 
-    if current_platform.is_cpu():
-        replace(HadamardTransform, "process_weights_after_loading", _process_weights)
-        replace(HadamardTransform, "forward", _forward)
-    replace(CompressedTensorsLinearTransformMethod, "apply", _apply)
-    replace(CompressedTensorsConfig, "get_quant_method", _get_quant_method)
+    if platform.is_cpu():
+        replace(transform, "process_weights_after_loading", _process_weights)
+        replace(transform, "forward", _forward)
+    replace(method, "apply", _apply)
+    replace(config, "get_quant_method", _get_quant_method)
 
     def undo() -> None:
         while saved:
@@ -76,7 +77,7 @@ def rotation_of(stored: Tensor) -> Rotation:
     try:
         hadamard = hadamard_matrix(n).to(torch.float32)
         signs = (wide * hadamard).sum(dim=1) / n
-        if torch.equal(signs.unsqueeze(1) * hadamard, wide):
+        if (signs.abs() == 1).all() and torch.equal(signs.unsqueeze(1) * hadamard, wide):
             return Hadamard(n, signs.to(torch.int8))
     except HadamardOrderError:
         pass  # no Hadamard matrix of this order: it can only be a dense one
@@ -84,8 +85,8 @@ def rotation_of(stored: Tensor) -> Rotation:
     error = float((orthogonal @ orthogonal.T - torch.eye(n)).abs().max())
     if not error < TOLERANCE:
         raise RotationError(
-            f"a transform of order {n} is not sqrt(n) times an orthogonal matrix (off by {error:.1e}): it was not loaded, "
-            "or it is no rotation"
+            f"a transform of order {n} is not sqrt(n) times an orthogonal matrix (off by {error:.1e}): it was not "
+            "loaded, or it is no rotation"
         )
     return Orthogonal(orthogonal)
 
@@ -162,7 +163,7 @@ def query_key_order(config: Any, name: str, layer: torch.nn.Module) -> int | Non
             if args.location in SITES and is_match(name, layer, args.targets, args.ignore):
                 if scheme.type != "hadamard" or scheme.head_dim is None:
                     raise RotationError(
-                        f"{name}: queries and keys can be rotated by type hadamard with a head_dim only, not {scheme.type!r}"
+                        f"{name}: queries and keys are rotated by type hadamard with a head_dim only, not {scheme.type!r}"
                     )
                 orders[args.location] = scheme.head_dim
     if not orders:

@@ -45,18 +45,22 @@ def check_scheme(scheme: Scheme, spec: RotationSpec) -> None:
             "MXFP4 or FP8_DYNAMIC"
         )
     elif weights is not None and activations.kind != weights.kind:
-        raise SchemeError(f"{scheme}: weights ({weights.kind}) and activations ({activations.kind}) must be of one kind")
+        raise SchemeError(
+            f"{scheme}: weights ({weights.kind}) and activations ({activations.kind}) must be of one kind"
+        )
     if activations is not None and activations.clip != 1.0:
         raise SchemeError(
-            f"{scheme}: runtimes cover the whole range of an activation, so a clip ratio of {activations.clip} cannot be "
+            f"{scheme}: runtimes cover the whole range of an activation, so clip ratio {activations.clip} cannot be "
             "written. Leave --activation-clip at 1, or write --format native"
         )
     if weights is not None and weights.kind == "fp8" and weights.group_size is not None:
-        raise SchemeError(f"{scheme}: fp8 weights have a scale per output channel in compressed-tensors: drop the group")
+        raise SchemeError(
+            f"{scheme}: fp8 weights have a scale per output channel in compressed-tensors: drop the group"
+        )
     if "R3" in spec.rotations and spec.type_of("R3") != "hadamard":
         raise RotationError(
-            "R3 can be written for compressed-tensors as a plain Hadamard transform only, since runtimes load no matrix "
-            "for it: use --type R3=hadamard, or leave R3 out"
+            "R3 can be written for compressed-tensors as a plain Hadamard transform only, since runtimes load no "
+            "matrix for it: use --type R3=hadamard, or leave R3 out"
         )
 
 

@@ -1,9 +1,9 @@
 """Reading compressed-tensors folders that spinquant wrote: the same numbers, with online rotations attached.
 
 What a runtime serves can then be compared with what this library computes. Rotations come from the record beside the
-weights, which keeps them in a form with a fast transform; the matrices that runtimes multiply with must agree with them.
-A folder without such a record, or whose config says anything else than we would write, is refused: it may need something
-at run time that we do not know.
+weights, which keeps them in a form with a fast transform; the matrices that runtimes multiply with must agree with
+them. A folder without such a record, or whose config says anything else than we would write, is refused: it may need
+something at run time that we do not know.
 """
 
 import json
@@ -67,7 +67,9 @@ def load_compressed(folder: Path, *, dtype: torch.dtype | str = "auto") -> Any:
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
-            raise CheckpointError(f"{folder}: {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[0]} and maybe more")
+            raise CheckpointError(
+                f"{folder}: {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[0]} and maybe more"
+            )
     for name, buffers in grids.items():
         for key, tensor in buffers.items():
             model.get_submodule(name).register_buffer(key, tensor, persistent=False)

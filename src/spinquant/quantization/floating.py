@@ -16,7 +16,8 @@ from spinquant.quantization.scheme import Kind
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 LARGEST = {"fp8": 448.0, "nvfp4": 6.0, "mxfp4": 6.0}
 _FP8 = torch.float8_e4m3fn
-# Scales of E4M3 keep their precision over 2^14 from the largest; a factor 2 is left for the choice of the tensor's power.
+# Scales of E4M3 keep their precision over 2^14 from the largest; a factor 2 is left for the choice of the tensor's
+# power.
 _REACH = 2.0**-13
 
 

@@ -41,7 +41,8 @@ class Quantizer:
     symmetric: the grid is centred on zero; otherwise it spans [min(x, 0), max(x, 0)] with an integer zero point.
     group_size: consecutive numbers that share a scale; None for the whole axis (a channel, a token, a head).
     clip: fraction of the range that the grid covers, or "mse" to search it per group (weights only).
-    kind: int, or a floating format: fp8 (E4M3), nvfp4 (E2M1, an E4M3 scale per 16), mxfp4 (E2M1, a power of two per 32).
+    kind: int, or a floating format: fp8 (E4M3), nvfp4 (E2M1, an E4M3 scale per 16), mxfp4 (E2M1, a power of two per
+    32).
     """
 
     bits: int
