@@ -1,7 +1,7 @@
 """Real clients against `spinquant.load`: each installed in an environment of its own, each asked the same questions.
 
 python clients/run.py            everything
-python clients/run.py vllm       the cases of one client
+python clients/run.py vllm       the cases of one client, or one case: "vllm W8A8"
 
 For every case a folder is written by our command line, the client answers (greedy tokens of three prompts,
 log-probabilities of the tokens of a text), `spinquant.load` answers the same, and the two are compared. Environments
@@ -104,9 +104,9 @@ def main(wanted: list[str]) -> int:
     flags = cpu_flags()
     failures = 0
     for case in CASES:
-        if wanted and case.client not in wanted:
-            continue
         title = f"{case.client} {case.name}"
+        if wanted and not {case.client, title} & set(wanted):
+            continue
         missing = [flag for flag in case.needs if flag not in flags]
         if missing:
             print(f"SKIP  {title}: this CPU has no {', '.join(missing)}", flush=True)

@@ -163,7 +163,7 @@ def query_key_order(config: Any, name: str, layer: torch.nn.Module) -> int | Non
             if args.location in SITES and is_match(name, layer, args.targets, args.ignore):
                 if scheme.type != "hadamard" or scheme.head_dim is None:
                     raise RotationError(
-                        f"{name}: queries and keys are rotated by type hadamard with a head_dim only, not {scheme.type!r}"
+                        f"{name}: queries and keys need type hadamard with a head_dim, not {scheme.type!r}"
                     )
                 orders[args.location] = scheme.head_dim
     if not orders:
