@@ -34,6 +34,7 @@ ONLINE = RotationSpec("R1,R2,R4", seed=1)
 # Groups divide 48 (hidden), 96 (heads) and 80 (intermediate).
 SCHEMES = ["W4A16", "W4g16A16", "W3A16", "W5A16", "W8A16", "W8A8", "W4A8", "WFP8A16", "FP8_DYNAMIC", "NVFP4A16"]
 ASYMMETRIC = Scheme(weights=Quantizer(4, group_size=16))
+ASYMMETRIC_ACTIVATIONS = Scheme(weights=Quantizer(8, symmetric=True), activations=Quantizer(8))
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}  # MXFP4 has groups of 32
 
 
@@ -79,7 +80,7 @@ def test_loading_gives_the_same_logits_to_the_last_bit(name, tmp_path):
     assert torch.equal(logits(load(out), tokens()), logits(result.model, tokens()))
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES, ASYMMETRIC, "none"], ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, ASYMMETRIC, ASYMMETRIC_ACTIVATIONS, "none"], ids=str)
 def test_schemes_load_to_the_last_bit(scheme, tmp_path):
     result, out = written(tmp_path, scheme=scheme, spec=ONLINE, dtype=torch.bfloat16)
     again = load(out)
@@ -93,11 +94,14 @@ def test_groups_of_thirty_two(scheme, tmp_path):
     assert torch.equal(logits(load(out), tokens()), logits(result.model, tokens()))
 
 
-@pytest.mark.parametrize("scheme", [*(f"W{bits}A16" for bits in range(2, 9)), *SCHEMES[1:], "MXFP4", "MXFP4A16"])
+ALONE = [*(f"W{bits}A16" for bits in range(2, 9)), *SCHEMES[1:], "MXFP4", "MXFP4A16", ASYMMETRIC_ACTIVATIONS]
+
+
+@pytest.mark.parametrize("scheme", ALONE, ids=str)
 def test_transformers_computes_the_same_with_compressed_tensors_alone(scheme, tmp_path):
     # The library unpacks four-bit floats to bfloat16, whatever the model.
-    dtype = torch.bfloat16 if "FP4" in scheme else torch.float32
-    result, out = written(tmp_path, wide_model(dtype) if "MX" in scheme else "llama", scheme, dtype=dtype)
+    dtype = torch.bfloat16 if "FP4" in str(scheme) else torch.float32
+    result, out = written(tmp_path, wide_model(dtype) if "MX" in str(scheme) else "llama", scheme, dtype=dtype)
     theirs = logits(AutoModelForCausalLM.from_pretrained(out), tokens())
     ours = logits(result.model, tokens())
     if result.scheme.activations is None:

@@ -78,7 +78,8 @@ def test_scales_are_what_their_formats_store():
     power = scale_of(peak, "mxfp4")
     assert torch.equal(torch.frexp(power).mantissa, torch.full_like(power, 0.5))
     assert ((peak / power < 7) & (peak / power >= 3.5)).all()
-    scale = within_reach(scale_of(torch.cat([peak, peak * 1e-9]), "nvfp4"))
+    peaks = torch.cat([peak, peak * 1e-9])
+    scale = within_reach(scale_of(peaks, "nvfp4"), peaks)
     stored = scale / tensor_factor(scale)
     assert torch.equal(stored.to(torch.float8_e4m3fn).float(), stored)
 
@@ -88,6 +89,14 @@ def test_zeros_stay_zeros_and_tokens_apart(quantizer):
     assert torch.equal(fake_quantize(torch.zeros(2, 64), quantizer), torch.zeros(2, 64))
     x = sample(6, 64)
     assert torch.equal(fake_quantize(x, quantizer)[2], fake_quantize(x[2], quantizer))
+
+
+def test_groups_of_zeros_do_not_coarsen_the_others():
+    """A group of zeros has no scale of its own; it must not raise the reach of small ones."""
+    x = sample(4, 64) * 1e-6
+    alone = dequantize(quantize(x, NVFP4))
+    x = torch.cat([x, torch.zeros(1, 64)])
+    assert torch.equal(dequantize(quantize(x, NVFP4)), torch.cat([alone, torch.zeros(1, 64)]))
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: q.kind)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from conftest import tiny_model
-from spinquant import RotationError, RotationSpec, SchemeError, parse_scheme, plan_of
+from spinquant import Quantizer, RotationError, RotationSpec, Scheme, SchemeError, parse_scheme, plan_of
 from spinquant.formats.runtimes import RUNTIMES, Claim, check_runtime, format_for, runtime_rows, scheme_name
 from test_cli import run  # noqa: F401 - a fixture
 
@@ -118,6 +118,7 @@ def test_plain_rotations_need_no_format():
 def test_names_leave_out_what_does_not_matter_to_a_kernel():
     names = {"W4g128A16": "W4A16", "W8A8": "W8A8", "FP8_DYNAMIC": "WFP8AFP8", "KV4": "KV4", "none": "none"}
     assert {text: scheme_name(parse_scheme(text)) for text in names} == names
+    assert scheme_name(Scheme(weights=Quantizer(4, group_size=16))) == "W4A16_ASYM"
 
 
 def test_plan_tells_what_a_runtime_runs(run, folder):  # noqa: F811

@@ -205,7 +205,9 @@ def scheme_name(scheme: Scheme) -> str:
             parts.append("A16" if letter == "A" and scheme.weights else "")
         else:
             parts.append(f"{letter}{quantizer.bits if quantizer.kind == 'int' else quantizer.kind.upper()}")
-    return "".join(parts) or "none"
+    # transformers loads no zero points of groups (compressed-tensors 0.19), and no other runtime was tried with them.
+    asymmetric = scheme.weights is not None and not scheme.weights.symmetric
+    return ("".join(parts) or "none") + ("_ASYM" if asymmetric else "")
 
 
 def runtime_rows(

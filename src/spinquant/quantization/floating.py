@@ -38,9 +38,13 @@ def _four_bits(x: Tensor) -> Tensor:
     return torch.ldexp((mantissa * 16).round() / 16, exponent)
 
 
-def within_reach(scale: Tensor) -> Tensor:
-    """Scales of one tensor, the smallest raised so that all of them are E4M3 numbers times one power of two."""
-    return scale.clamp(min=scale.amax() * _REACH)
+def within_reach(scale: Tensor, peak: Tensor) -> Tensor:
+    """Scales of one tensor, the smallest raised so that all of them are E4M3 numbers times one power of two.
+
+    peak: the largest magnitude of each group; where it is zero, any scale will do.
+    """
+    largest = scale.where(peak > 0, 0).amax()
+    return scale.clamp(largest * _REACH, largest) if largest > 0 else scale
 
 
 def tensor_factor(scale: Tensor) -> Tensor:

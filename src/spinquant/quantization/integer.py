@@ -144,7 +144,7 @@ def quantize(x: Tensor, quantizer: Quantizer, *, clip: Tensor | None = None) -> 
     groups = x.unflatten(-1, (-1, group)).to(_wide(x.dtype))
     scale, zero = grid(groups, quantizer, x.dtype, clip=clip)
     if quantizer.kind == "nvfp4":
-        scale = within_reach(scale)
+        scale = within_reach(scale, groups.abs().amax(dim=-1, keepdim=True))
     return quantize_on_grid(x, scale.squeeze(-1).to(x.dtype), zero.squeeze(-1), quantizer)
 
 
