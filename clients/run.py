@@ -45,7 +45,8 @@ class Case:
     last bit moves some number to the next code, every later layer makes more of it, and answers differ by as much as
     rounding itself does: what is compared is perplexity (2 %) and the size of the difference, against that to the same
     model with its embeddings moved by one part in a million. needs: CPU features, by their name in /proc/cpuinfo.
-    refused: a word of the error that the client must raise.
+    refused: a word of the error that the client must raise. attentions: how many must rotate queries and keys (R3), which
+    logits do not show.
     """
 
     client: str
@@ -55,6 +56,7 @@ class Case:
     dtype: str = "float32"
     needs: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    attentions: int = 0
     refused: str = ""
 
 
@@ -70,7 +72,7 @@ CASES = (
     Case("vllm", "R1+R2", PLAIN),
     Case("vllm", "R1+R2+R4", _export("none", "R1,R2,R4", *BLOCKS)),
     Case("vllm", "R1+R2+R4 random of 1536", _export("none", "R1,R2,R4")),
-    Case("vllm", "R1+R2+R3+R4", _export("none", "R1,R2,R3,R4", "--type", "R3=hadamard")),
+    Case("vllm", "R1+R2+R3+R4", _export("none", "R1,R2,R3,R4", "--type", "R3=hadamard"), attentions=30),
     Case("vllm", "W8A8", _export("W8A8", "R1,R2"), None, needs=("avx512_vnni",)),
     Case("vllm", "W8A8 of codes to 63", REDUCED, None, needs=("avx512f",)),
     Case("vllm", "W4A8+R4", _export("W4A8", "R1,R2,R4"), None, needs=("avx512f",)),
@@ -170,6 +172,8 @@ def compare(case: Case, theirs: dict, ours: dict) -> str:
         f"{same} of {total} greedy tokens, {len(differences)} log-probabilities: largest difference {worst:.1e}, mean "
         f"{mean:.1e}; perplexity {first:.4f}, ours {second:.4f}"
     )
+    if theirs.get("rotated_attentions", 0) != case.attentions:
+        raise ClientError(f"{figures}; R3 ran in {theirs['rotated_attentions']} attentions, not in {case.attentions}")
     if case.tolerance is not None:
         if same != total or not worst <= case.tolerance:
             raise ClientError(f"{figures}; expected the same tokens, and differences up to {case.tolerance:.0e}")
