@@ -45,8 +45,8 @@ class Case:
     last bit moves some number to the next code, every later layer makes more of it, and answers differ by as much as
     rounding itself does: what is compared is perplexity (2 %) and the size of the difference, against that to the same
     model with its embeddings moved by one part in a million. needs: CPU features, by their name in /proc/cpuinfo.
-    refused: a word of the error that the client must raise. attentions: how many must rotate queries and keys (R3), which
-    logits do not show.
+    refused: a word of the error that the client must raise. attentions: how many of them must rotate queries and keys
+    (R3), which logits do not show.
     """
 
     client: str
