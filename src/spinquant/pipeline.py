@@ -32,7 +32,7 @@ from spinquant.checkpoint import (
     read_headers,
 )
 from spinquant.errors import CheckpointError, RotationError, SchemeError
-from spinquant.formats.compressed_config import check_scheme
+from spinquant.formats.compressed_config import check_scheme, quantization_scheme
 from spinquant.formats.compressed_tensors import write_compressed
 from spinquant.formats.native import distinct_rotations, is_marked, mark, unmark
 from spinquant.formats.runtimes import check_runtime, runtime_of
@@ -222,6 +222,7 @@ def check_format(format: str, scheme: Scheme, spec: RotationSpec) -> None:
             )
     elif format == "compressed-tensors":
         check_scheme(scheme, spec)
+        quantization_scheme(scheme)  # raises where the library is missing
         if scheme.weights is None and not online:
             raise SchemeError(
                 "nothing is quantized and nothing rotated online, so compressed-tensors has nothing to say: use "
