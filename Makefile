@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-llmcompressor check bench clean
+.PHONY: demo test test-llmcompressor test-clients check bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/spinquant demo demo --force
@@ -31,6 +31,11 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/hadamard_transform.py
 	$(BIN)/python benchmarks/evaluate_overhead.py
 	$(BIN)/python benchmarks/fuse.py
+
+# vLLM (3.4 GB), transformers with compressed-tensors, and CTranslate2, each in an environment of its own under .clients/.
+# CLIENTS="vllm ctranslate2" runs some of them.
+test-clients: $(VENV)/.installed
+	$(BIN)/python clients/run.py $(CLIENTS)
 
 $(VENV)/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'

@@ -28,7 +28,7 @@ from spinquant.proof import Float64Arithmetic
 from spinquant.quantization.blockwise import quantize_blocks
 from spinquant.quantization.clip import search_input_clip
 from spinquant.quantization.gptq import BLOCK_COLUMNS, Moments, gptq
-from spinquant.quantization.integer import decode, dequantize, encode, fake_quantize, grid
+from spinquant.quantization.integer import decode, dequantize, encode, fake_quantize, grid, quantize_on_grid
 from spinquant.quantization.progress import BlockStore
 from spinquant.quantization.rtn import quantize_weight
 from spinquant.quantization.scheme import Clips, Quantizer
@@ -85,6 +85,20 @@ def test_outputs_are_kept_better_than_by_rounding_to_nearest(group, options):
         return ((dequantize(packed) - weight) @ x.T).norm()
 
     assert error(gptq(weight, moments_of(x), quantizer, options)) < 0.85 * error(quantize_weight(weight, quantizer))
+
+
+@pytest.mark.parametrize("kind", ["fp8", "nvfp4", "mxfp4"])
+def test_floating_formats_are_rounded_with_error_feedback_too(kind):
+    weight, x = random(24, 288, seed=3), correlated(2000, 288)
+    quantizer = parse_scheme(f"W{kind}A16").weights
+    found, nearest = gptq(weight, moments_of(x), quantizer), quantize_weight(weight, quantizer)
+
+    def error(packed):
+        return ((dequantize(packed) - weight) @ x.T).norm()
+
+    assert error(found) < 0.9 * error(nearest)
+    again = quantize_on_grid(dequantize(found), found.scale, found.zero, quantizer)
+    assert torch.equal(again.words, found.words)
 
 
 @pytest.mark.parametrize("group", [None, 48])

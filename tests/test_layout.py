@@ -11,11 +11,23 @@ SOURCE = Path(spinquant.__file__).parent
 LAYERS = [
     {"errors", "workspace"},
     {"plan", "galois", "hadamard_bases", "kronecker", "hadamard", "quantization.scheme"},
-    {"rotation", "quantization.integer", "quantization.progress"},
+    {"rotation", "quantization.floating", "quantization.integer", "quantization.progress"},
     {"fuse", "architectures", "architectures.table", "architectures.llama"},
-    {"module", "cache", "calibrate", "quantization", "quantization.rtn", "online"},
+    {"module", "cache", "calibrate", "quantization", "quantization.rtn", "online", "vllm_plugin"},
     {"blocks", "quantization.gptq", "quantization.clip"},
-    {"proof", "evaluation", "formats", "formats.native", "checkpoint", "tasks", "quantization.blockwise"},
+    {
+        "proof",
+        "evaluation",
+        "formats",
+        "formats.native",
+        "formats.compressed_config",
+        "formats.compressed_reader",
+        "formats.compressed_tensors",
+        "formats.runtimes",
+        "checkpoint",
+        "tasks",
+        "quantization.blockwise",
+    },
     {"mappings", "learnable"},
     {"mapped_plan", "transform_config"},
     {"pipeline", "demo_model"},
@@ -60,6 +72,15 @@ def test_the_plan_needs_no_torch():
         assert "torch" not in modules()[name].read_text().replace("no torch", ""), name
 
 
+def test_the_core_needs_no_runtime():
+    """vLLM and compressed-tensors are extras: nothing imports them before they are needed."""
+    for name, path in modules().items():
+        for node in ast.parse(path.read_text()).body:
+            imported = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {i.split(".")[0] for i in imported} & {"vllm", "compressed_tensors"}, name
+
+
 def test_public_names_are_what_all_says():
     public = {name for name in vars(spinquant) if not name.startswith("_")} - set(modules()) - {"version"}
     public -= {name.split(".")[0] for name in modules()}
@@ -78,6 +99,6 @@ def test_public_names_have_docstrings():
 def test_hooks_and_registrations_are_where_they_belong():
     for name, path in modules().items():
         text = path.read_text()
-        if name not in ("online", "calibrate"):
+        if name not in ("online", "calibrate", "vllm_plugin"):
             assert "register_forward" not in text, name
         assert "import *" not in text, name

@@ -27,6 +27,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 OURS = ("config.json", "demo.json")  # what marks a folder that --force may replace
+# Beside the weights, in a folder of their own: how they came about.
+BESIDE, RECORD, ROTATIONS = "spinquant", "record.json", "rotations.safetensors"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -170,12 +172,18 @@ def load_model(
     """
     # Folders of our own format need its quantizer registered with transformers.
     import spinquant.formats.native  # noqa: F401
+    from spinquant.formats.compressed_reader import is_compressed, load_compressed
 
     check_device(device)
-    load_config(model)
+    config = load_config(model)
     folder = folder_of(model, allow_pickle=allow_pickle)
     if not allow_pickle:
         read_headers(folder)
+    if is_compressed(config):
+        loaded = load_compressed(folder, dtype=dtype)
+        if check_values:
+            check_finite(loaded, str(model))
+        return loaded.to(device)
     try:
         result: Any = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -26,6 +26,7 @@ from spinquant.checkpoint import is_local, load_config, load_model, load_tokeniz
 from spinquant.errors import RotationError, SchemeError, SpinquantError
 from spinquant.evaluation import compare_models
 from spinquant.evaluation import evaluate as evaluate_model
+from spinquant.formats.runtimes import RUNTIMES, format_for, runtime_rows
 from spinquant.pipeline import Options, Stage, check_unquantized, quantize_folder, rotate_folder
 from spinquant.plan import ROTATION_NAMES
 from spinquant.quantization.blockwise import Calibration
@@ -71,33 +72,54 @@ Proof = Annotated[bool, typer.Option("--proof/--no-proof", help="Try the rotatio
 Device = Annotated[str, typer.Option(help="Device to work on: cpu, cuda, cuda:1, mps, ...")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Length = Annotated[int, typer.Option(help="Tokens per window.")]
+Runtime = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Refuse what a runtime does not run, before any work: {', '.join(RUNTIMES)}.", show_default=False
+    ),
+]
 Windows = Annotated[int, typer.Option(help="Windows, spread evenly over the text; 0 for all.")]
 
 
-@app.command(epilog="Example: `spinquant plan ./llama --rotations R1,R2,R4 --block-size R4=128`")
+@app.command(
+    epilog="Examples: `spinquant plan ./llama --rotations R1,R2,R4 --block-size R4=128`, "
+    "`spinquant plan ./llama --runtime vllm --scheme W8A8`"
+)
 def plan(
     model: Model,
     rotations: Rotations = ALL_ROTATIONS,
     type: Type = "random-hadamard",
     block_size: BlockSize = None,
     randomize: Randomize = False,
+    runtime: Runtime = None,
+    scheme: Annotated[str | None, typer.Option(help="What a runtime is to run: W8A8, W4A16, ...")] = None,
     json_: Json = False,
 ) -> None:
-    """Show which tensors each rotation touches, from the config and the safetensors headers alone."""
+    """Show which tensors each rotation touches, from the config and the safetensors headers alone.
+
+    With --runtime, also what that runtime runs, why, and what would work instead.
+    """
+    if scheme is not None and runtime is None:
+        raise SchemeError("--scheme says what a runtime is to run: give --runtime too")
+    wanted = parse_scheme(scheme) if scheme is not None else None
     spec = _spec(rotations, type, block_size, randomize, 0)
     config = load_config(model)
     check_unquantized(config, model)
     made = spinquant.make_plan(config, {name: info.shape for name, info in read_headers(model).items()})
     rows = report.plan_rows(made, spec)
     notes = report.plan_notes(made, spec)
+    claims = runtime_rows(runtime, spec, wanted, made) if runtime else []
     if json_:
         plain = [{**row, "axes": [asdict(axis) for axis in row["axes"]]} for row in rows]
-        _print_json({"family": made.family, "rotations": plain, "notes": notes, "plan": made.to_dict()})
+        data: dict[str, Any] = {"family": made.family, "rotations": plain, "notes": notes}
+        _print_json({**data, "runtime": claims or None, "plan": made.to_dict()})
     else:
         out_console.print(report.plan_table(made, rows, spec))
+        if runtime:
+            out_console.print(report.runtime_table(runtime, claims))
         for note in notes:
             out_console.print(f"- {note}", highlight=False)
-    if any(row["error"] for row in rows):
+    if any(row["error"] for row in rows) or not all(claim["runs"] for claim in claims):
         raise typer.Exit(1)
 
 
@@ -167,9 +189,21 @@ def quantize(
     group_size: Annotated[int | None, typer.Option(help="Weights per scale; by default a whole channel.")] = None,
     weight_clip: Annotated[str, typer.Option(help="Clip ratio of weights, or mse to search it.")] = "mse",
     activation_clip: Annotated[float, typer.Option(help="Clip ratio of activations.")] = 1.0,
-    symmetric_activations: Annotated[bool, typer.Option(help="Symmetric instead of asymmetric activations.")] = False,
+    symmetric_activations: Annotated[
+        bool | None,
+        typer.Option(
+            "--symmetric-activations/--asymmetric-activations",
+            help="Grid of activations: by default asymmetric, and symmetric for compressed-tensors.",
+            show_default=False,
+        ),
+    ] = None,
     kv_clip: Annotated[float, typer.Option(help="Clip ratio of keys and values.")] = 1.0,
     lm_head: Annotated[bool, typer.Option(help="Quantize the output head too.")] = False,
+    format: Annotated[
+        str | None,
+        typer.Option(help="Of the folder: native, compressed-tensors (an extra; vLLM), or hf (16 bits, plain)."),
+    ] = None,
+    runtime: Runtime = None,
     dtype: Dtype = None,
     text: Text = "auto",
     device: Device = "cpu",
@@ -179,14 +213,19 @@ def quantize(
     proof: Proof = True,
     json_: Json = False,
 ) -> None:
-    """Rotate and quantize into a folder that `spinquant.load`, or transformers after `import spinquant`, loads."""
+    """Rotate and quantize into a folder that `spinquant.load`, or transformers after `import spinquant`, loads.
+
+    With `--format compressed-tensors`, into one that vLLM serves.
+    """
     spec = _spec(rotations, type, block_size, randomize, seed)
+    if format is None:
+        format = format_for(runtime, parse_scheme(scheme), spec) if runtime else "native"
     parsed = parse_scheme(
         scheme,
         group_size=group_size,
         weight_clip="mse" if weight_clip == "mse" else _ratio(weight_clip),
         activation_clip=activation_clip,
-        activation_symmetric=symmetric_activations,
+        activation_symmetric=format == "compressed-tensors" if symmetric_activations is None else symmetric_activations,
         kv_clip=kv_clip,
         lm_head=lm_head,
     )
@@ -210,6 +249,8 @@ def quantize(
             allow_pickle=allow_pickle,
             device=device,
             options=Options(prove=proof, allow_inexact=allow_inexact, progress=progress),
+            runtime=runtime,
+            format=format,  # pyright: ignore[reportArgumentType] - checked by the function
         )
     _print(json_, result.record(), report.result_table(result, str(out)))
 

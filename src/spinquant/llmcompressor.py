@@ -133,7 +133,7 @@ class _Factory(HadamardFactory):
     def __init__(self, name: str, scheme: TransformScheme, rotations: Mapping[nn.Module, Rotation]):
         super().__init__(name, scheme)
         self.rotations = rotations
-        self.parameters: dict[tuple[int, torch.device], nn.Parameter] = {}
+        self.parameters: dict[tuple[int, Any], nn.Parameter] = {}
 
     def create_transform(self, module: nn.Module, args: TransformArgs) -> HadamardTransform:
         rotation, device = self.rotations[module], get_offloaded_device(module)

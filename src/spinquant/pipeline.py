@@ -20,6 +20,9 @@ from torch import Tensor
 from spinquant.architectures import make_plan
 from spinquant.calibrate import CalibrationText, calibration_tokens, load_text, token_windows
 from spinquant.checkpoint import (
+    BESIDE,
+    RECORD,
+    ROTATIONS,
     atomic_folder,
     check_finite,
     check_free,
@@ -29,7 +32,10 @@ from spinquant.checkpoint import (
     read_headers,
 )
 from spinquant.errors import CalibrationError, CheckpointError, RotationError, SchemeError
+from spinquant.formats.compressed_config import check_scheme, quantization_scheme
+from spinquant.formats.compressed_tensors import write_compressed
 from spinquant.formats.native import distinct_rotations, is_marked, mark, unmark
+from spinquant.formats.runtimes import check_runtime, runtime_of
 from spinquant.module import fuse_module, plan_of
 from spinquant.online import attach
 from spinquant.plan import MERGEABLE, Plan
@@ -42,7 +48,7 @@ from spinquant.rotation import Rotation, RotationSpec, in_precision, make_rotati
 
 Method = Literal["rtn", "gptq", "gptaq"]
 METHODS = get_args(Method)
-BESIDE, RECORD, ROTATIONS = "spinquant", "record.json", "rotations.safetensors"
+Format = Literal["native", "compressed-tensors", "hf"]
 ASYMMETRY = 0.25  # of method gptaq where nothing else is said; measured in quantization/gptq.py
 SAMPLE_TOKENS = 128  # real tokens on which the fused model is compared with the original
 
@@ -236,13 +242,17 @@ def _calibration(method: str, scheme: Scheme, calibration: Calibration | None) -
     return calibration
 
 
-def save(result: Result, out: str | Path, tokenizer: Any = None, *, force: bool = False) -> None:
+def save(
+    result: Result, out: str | Path, tokenizer: Any = None, *, force: bool = False, format: Format = "native"
+) -> None:
     """Write a model, its tokenizer, and beside them the rotations and the record of how it came about.
 
     The folder appears complete or not at all. A model without online parts and quantization is a plain Hugging Face
-    folder; any other is in our own format (see `formats/native.py`). Raises CheckpointError when `out` exists
-    and `force` is off, the disk is full, a weight is not finite, or the online parts were removed from the model.
+    folder; any other is in our own format (see `formats/native.py`), or in that of compressed-tensors. Raises
+    CheckpointError when `out` exists and `force` is off, the disk is full, a weight is not finite, or the online parts
+    were removed from the model; SchemeError and RotationError for what the format cannot hold.
     """
+    check_format(format, result.scheme or Scheme(), result.spec)
     if _online(result.plan, result.rotations) and not is_marked(result.model):
         raise CheckpointError(
             "the online rotations were removed from this model: what is left is not what the result describes. Save "
@@ -250,7 +260,11 @@ def save(result: Result, out: str | Path, tokenizer: Any = None, *, force: bool 
         )
     check_finite(result.model, "the model to be saved")
     with atomic_folder(out, force=force) as folder:
-        result.model.save_pretrained(folder)
+        if format == "compressed-tensors":
+            online = {o.space: result.rotations[o.space] for o in result.plan.onlines if o.space in result.rotations}
+            write_compressed(result.model, result.plan, online, result.scheme or Scheme(), folder)
+        else:
+            result.model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         kinds = distinct_rotations(result.rotations)
@@ -260,6 +274,32 @@ def save(result: Result, out: str | Path, tokenizer: Any = None, *, force: bool 
         save_file(tensors, folder / BESIDE / ROTATIONS)
         record = json.dumps(result.record(), indent=1, default=dict)
         (folder / BESIDE / RECORD).write_text(record + "\n", encoding="utf-8")
+
+
+def check_format(format: str, scheme: Scheme, spec: RotationSpec) -> None:
+    """Raise SchemeError or RotationError, saying what would work, for what a format of folders cannot hold."""
+    online = [name for name in spec.rotations if name not in MERGEABLE]
+    if format == "hf":
+        if scheme != Scheme(lm_head=scheme.lm_head):
+            raise SchemeError(
+                f"format hf is a plain 16-bit folder, which cannot hold {scheme}: use --scheme none, or --format "
+                "compressed-tensors or native"
+            )
+        if online:
+            raise RotationError(
+                f"{', '.join(online)} run at run time, which a plain folder cannot say. Leave them out, or write "
+                "--format native or compressed-tensors"
+            )
+    elif format == "compressed-tensors":
+        check_scheme(scheme, spec)
+        quantization_scheme(scheme)  # raises where the library is missing
+        if scheme.weights is None and not online:
+            raise SchemeError(
+                "nothing is quantized and nothing rotated online, so compressed-tensors has nothing to say: use "
+                "--format hf"
+            )
+    elif format != "native":
+        raise SchemeError(f"unknown format {format!r}: expected native, compressed-tensors or hf")
 
 
 def rotate_folder(
@@ -310,12 +350,20 @@ def quantize_folder(
     allow_pickle: bool = False,
     device: str = "cpu",
     options: Options | None = None,
+    format: Format = "native",
+    runtime: str | None = None,
 ) -> Result:
     """Rotate and quantize a folder or hub id into a folder that `spinquant.load` and transformers load.
 
-    dtype: of everything that is not quantized, and of the arithmetic; by default as in the source. Finished blocks of a
-    calibration are kept beside `out` until it is written, so that the same call goes on where another was stopped.
+    dtype: of everything that is not quantized, and of the arithmetic; by default as in the source. format: of the
+    folder, see `check_format`, which is asked before any work. runtime: refuse what it does not run, see
+    `formats/runtimes.py`.
+    Finished blocks of a calibration are kept beside `out` until it is written, so that the same call goes on where
+    another was stopped.
     """
+    if runtime is not None:
+        _check_for(runtime, format, scheme, spec, None if allow_pickle else model)
+    check_format(format, scheme, spec)
     check_free(out, force=force, source=model)
     options = options or Options()
     calibrated = _calibration(method, scheme, calibration) is not None
@@ -341,10 +389,21 @@ def quantize_folder(
         options=options,
     )
     result = replace(result, notes=notes)
-    save(result, out, tokenizer, force=force)
+    save(result, out, tokenizer, force=force, format=format)
     if store is not None:
         store.remove()
     return result
+
+
+def _check_for(runtime: str, format: str, scheme: Scheme, spec: RotationSpec, model: str | Path | None) -> None:
+    """Raise SchemeError or RotationError for what a runtime does not load or run."""
+    reads = runtime_of(runtime).format
+    if format not in ("hf", reads):
+        raise SchemeError(f"{runtime} reads {reads or 'no'} folders of ours, not {format}: leave --format out")
+    check_runtime(runtime, scheme, spec)  # before the model is looked at, which may be on the hub
+    if model is not None:
+        shapes = {name: info.shape for name, info in read_headers(model).items()}
+        check_runtime(runtime, scheme, spec, make_plan(load_config(model), shapes))
 
 
 def _open(

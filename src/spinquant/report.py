@@ -11,6 +11,7 @@ from rich.table import Table
 
 from spinquant.errors import SpinquantError
 from spinquant.evaluation import Comparison, Evaluation
+from spinquant.formats.runtimes import RUNTIMES
 from spinquant.pipeline import Result
 from spinquant.plan import MERGEABLE, Plan
 from spinquant.rotation import RotationSpec, choose
@@ -97,6 +98,16 @@ def plan_notes(plan: Plan, spec: RotationSpec) -> list[str]:
     elif spec.rotations:
         notes.append("a plain runtime needs nothing: all rotations are fused into the weights")
     return notes
+
+
+def runtime_table(name: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The rows of `runtime_rows` for a terminal."""
+    table = Table(title=f"runtime {name}: {RUNTIMES[name].title}", title_justify="left", box=SIMPLE)
+    for header in ("", "runs", "why", "instead"):
+        table.add_column(header, overflow="fold")
+    for row in rows:
+        table.add_row(row["what"], "yes" if row["runs"] else "[red]no[/red]", escape(row["why"]), row["instead"] or "")
+    return table
 
 
 def result_table(result: Result, out: str) -> Table:

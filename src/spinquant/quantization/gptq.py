@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from spinquant.errors import CalibrationError
+from spinquant.quantization.floating import within_reach
 from spinquant.quantization.integer import Packed, decode, encode, grid, group_of, quantize_on_grid
 from spinquant.quantization.rtn import search_clip
 from spinquant.quantization.scheme import Quantizer
@@ -100,7 +101,8 @@ def gptq(weight: Tensor, moments: Moments, quantizer: Quantizer, options: GPTQOp
         upper = torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True).to(wide)
     else:
         order = torch.arange(weight.shape[1], device=weight.device)
-    rounded, scale, zero = _round_columns(work, upper, order, importance, quantizer, weight.dtype, options.act_order)
+    fixed = options.act_order or quantizer.kind == "nvfp4"
+    rounded, scale, zero = _round_columns(work, upper, order, importance, quantizer, weight.dtype, fixed)
     return quantize_on_grid(rounded.to(weight.dtype), scale.to(weight.dtype), zero, quantizer)
 
 
@@ -141,6 +143,8 @@ def _round_columns(
     for g in range(columns // group if fixed_grids or group == columns else 0):
         part = slice(g * group, (g + 1) * group)
         scales[:, g : g + 1], zeros[:, g : g + 1] = _grid(work[:, part], quantizer, stored, importance[part])
+    if quantizer.kind == "nvfp4":  # the scales of one tensor depend on each other
+        scales = within_reach(scales, work.unflatten(-1, (-1, group)).abs().amax(dim=-1))
     moving = work[:, order].contiguous()
     rounded = torch.empty_like(moving)
     groups = (order // group).tolist()

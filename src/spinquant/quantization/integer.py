@@ -1,9 +1,10 @@
-"""Integer arithmetic: grids, codes, packing. The only place where numbers are rounded.
+"""Integer arithmetic: grids, codes, packing. With `floating.py` the only place where numbers are rounded.
 
     code = clamp(round(x / scale) + zero, 0, top)        x ~ (code - zero) * scale
 
 Symmetric quantizers have the constant zero point 2^(bits-1), so one formula serves both kinds and every code is
-an unsigned integer. Everything acts on the last axis, in groups.
+an unsigned integer. A floating format has the zero point 0, and its codes are the numbers of the format, so `decode`
+is the same formula; only where codes are packed do they become integers. Everything acts on the last axis, in groups.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spinquant.errors import SchemeError
+from spinquant.quantization.floating import from_bits, nearest, scale_of, to_bits, within_reach
 from spinquant.quantization.scheme import Quantizer
 
 # Elements handled at once, so that all passes below find them in cache. Measured on two cores with 1 MiB of
@@ -43,6 +45,9 @@ def grid_of_range(
     low: Tensor, high: Tensor, quantizer: Quantizer, stored: torch.dtype, ratio: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point for numbers between low and high, of which `ratio` is covered."""
+    if quantizer.kind != "int":
+        scale = _storable(scale_of(torch.maximum(high, -low) * ratio, quantizer.kind), stored)
+        return scale, torch.zeros_like(scale)
     if quantizer.symmetric:
         centre = 2 ** (quantizer.bits - 1)
         scale = _storable(torch.maximum(high, -low) * ratio / (centre - 1), stored)
@@ -59,7 +64,9 @@ def _storable(scale: Tensor, stored: torch.dtype) -> Tensor:
 
 
 def encode(x: Tensor, scale: Tensor, zero: Tensor, quantizer: Quantizer) -> Tensor:
-    """Codes 0 .. top, still as floating point, in the dtype of x."""
+    """Codes 0 .. top, still as floating point, in the dtype of x; the numbers of a floating format themselves."""
+    if quantizer.kind != "int":
+        return nearest(x / scale, quantizer.kind)
     return (x / scale).round_().add_(zero).clamp_(0, quantizer.top)
 
 
@@ -140,6 +147,8 @@ def quantize(x: Tensor, quantizer: Quantizer, *, clip: Tensor | None = None) -> 
     group = group_of(x.shape[-1], quantizer)
     groups = x.unflatten(-1, (-1, group)).to(_wide(x.dtype))
     scale, zero = grid(groups, quantizer, x.dtype, clip=clip)
+    if quantizer.kind == "nvfp4":
+        scale = within_reach(scale, groups.abs().amax(dim=-1, keepdim=True))
     return quantize_on_grid(x, scale.squeeze(-1).to(x.dtype), zero.squeeze(-1), quantizer)
 
 
@@ -148,6 +157,8 @@ def quantize_on_grid(x: Tensor, scale: Tensor, zero: Tensor | None, quantizer: Q
     wide = _wide(x.dtype)
     groups = x.unflatten(-1, (scale.shape[-1], -1)).to(wide)
     codes = encode(groups, _column(scale, wide), _zero_column(zero, scale, quantizer, wide), quantizer)
+    if quantizer.kind != "int":
+        codes = to_bits(codes, quantizer.kind)
     words = pack(codes.flatten(-2), quantizer.bits)
     stored_zero = None if quantizer.symmetric or zero is None else zero.to(torch.uint8)
     return Packed(words, scale, stored_zero, x.shape[-1], quantizer)
@@ -157,7 +168,8 @@ def dequantize(packed: Packed) -> Tensor:
     """The numbers, in the dtype of the scale, shape (.., length)."""
     scale, quantizer = packed.scale, packed.quantizer
     wide = _wide(scale.dtype)
-    codes = unpack(packed.words, quantizer.bits, packed.length).unflatten(-1, (scale.shape[-1], -1)).to(wide)
+    bits = unpack(packed.words, quantizer.bits, packed.length).unflatten(-1, (scale.shape[-1], -1))
+    codes = bits.to(wide) if quantizer.kind == "int" else from_bits(bits, quantizer.kind).to(wide)
     zero = _zero_column(packed.zero, scale, quantizer, wide)
     return decode(codes, _column(scale, wide), zero).flatten(-2).to(scale.dtype)
 
@@ -189,5 +201,6 @@ def _column(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _zero_column(zero: Tensor | None, scale: Tensor, quantizer: Quantizer, dtype: torch.dtype) -> Tensor:
     if zero is None:
-        return torch.full_like(scale, 2 ** (quantizer.bits - 1), dtype=dtype).unsqueeze(-1)
+        centre = 2 ** (quantizer.bits - 1) if quantizer.kind == "int" else 0
+        return torch.full_like(scale, centre, dtype=dtype).unsqueeze(-1)
     return _column(zero, dtype)

