@@ -80,7 +80,7 @@ def test_unknown_architectures_are_refused_by_name():
 
 def test_a_refused_rotation_says_why_and_the_others_work():
     space = Space("residual", "R1", 4), Space("layers.0.value", "R2", 2)
-    plan = Plan("toy", space, (), (), (), (), (), (), "head", refused=(("R1", "a norm follows the block"),))
+    plan = Plan("toy", space, (), (), (), (), (), (), (), "head", refused=(("R1", "a norm follows the block"),))
     with pytest.raises(RotationError, match="a norm follows the block"):
         plan.rotated(["R1"])
     assert plan.rotated(["R2"]) == {"layers.0.value"}
