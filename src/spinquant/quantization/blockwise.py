@@ -6,8 +6,8 @@ of the rounded block become the inputs of the next. For the asymmetric target a 
 through the unquantized blocks.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -192,46 +192,55 @@ class _Walk:
             for group in groups:
                 self._round_group(group, device_of(block), None)
             return
+        # The weights as they are now, for the unquantized states.
         whole = {n: self.model.get_submodule(n).weight.data.clone() for group in groups for n in group}
-        before = self.exact
-        self._advance_exact(name, block)
-        for stage in [[group] for group in groups] if self.calibration.sequential else [list(groups)]:
+        before = None if self.exact is None else list(self.exact)
+        stages = [[group] for group in groups] if self.calibration.sequential else [list(groups)]
+        for number, stage in enumerate(stages):
             moments = {group: Moments() for group in stage}
             for i, state in enumerate(self.states):
-                exact = None if before is None else self._exact_inputs(block, name, stage, before[i], whole)
-                inputs = self._inputs(block, name, stage, state, rounded=self.calibration.round_inputs)
+                exact: Mapping[str, Tensor] = {}
+                if before is not None and self.exact is not None:
+                    with self._weights(whole):
+                        # The first time to the end of the block, for the states that the next block will need.
+                        exact, output = self._inputs(block, name, stage, before[i], rounded=False, stop=number > 0)
+                    self.exact[i] = self.exact[i] if output is None else output.to(before[i].device)
+                inputs, _ = self._inputs(block, name, stage, state, rounded=self.calibration.round_inputs)
                 for group in stage:
                     if group[0] in inputs:  # an expert may get no token of a sample
-                        moments[group].add(inputs[group[0]], None if exact is None else exact[group[0]])
+                        moments[group].add(inputs[group[0]], exact.get(group[0]))
             for group in stage:
                 self._round_group(group, device_of(block), moments[group])
 
     def _inputs(
-        self, block: nn.Module, name: str, groups: Sequence[tuple[str, ...]], state: Tensor, *, rounded: bool
-    ) -> dict[str, Tensor]:
-        """Inputs of the groups, by the first linear of each."""
-        with nullcontext() if rounded else self.attachment.exact():
-            with captured(self.model, [group[0] for group in groups], inputs=True, stop=True) as found:
-                run_block(block, state, self.arguments[name])
-        return found
-
-    def _exact_inputs(
         self,
         block: nn.Module,
         name: str,
         groups: Sequence[tuple[str, ...]],
         state: Tensor,
-        whole: Mapping[str, Tensor],
-    ) -> dict[str, Tensor]:
-        linears = {linear: self.model.get_submodule(linear) for linear in whole}
-        rounded = {linear: module.weight.data for linear, module in linears.items()}
+        *,
+        rounded: bool,
+        stop: bool = True,
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Inputs of the groups, by the first linear of each; and the block's output, None where it was not finished."""
+        output = None
+        with nullcontext() if rounded else self.attachment.exact():
+            with captured(self.model, [group[0] for group in groups], inputs=True, stop=stop) as found:
+                output = run_block(block, state, self.arguments[name])
+        return found, output
+
+    @contextmanager
+    def _weights(self, wanted: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within the block, linears have these weights."""
+        linears = {linear: self.model.get_submodule(linear) for linear in wanted}
+        usual = {linear: module.weight.data for linear, module in linears.items()}
         try:
             for linear, module in linears.items():
-                module.weight.data = whole[linear]
-            return self._inputs(block, name, groups, state, rounded=False)
+                module.weight.data = wanted[linear]
+            yield
         finally:
             for linear, module in linears.items():
-                module.weight.data = rounded[linear]
+                module.weight.data = usual[linear]
 
     def _round_group(self, group: tuple[str, ...], device: torch.device, moments: Moments | None) -> None:
         """Round the linears that read one activation, as one weight: rows do not influence each other."""
@@ -259,7 +268,7 @@ class _Walk:
             states = self.states[::share]
             step = max(1, len(states) * states[0].shape[1] // CLIP_TOKENS)
             for state in states:
-                for first, x in self._inputs(block, name, groups, state, rounded=False).items():
+                for first, x in self._inputs(block, name, groups, state, rounded=False)[0].items():
                     found.setdefault(first, []).append(x.flatten(0, -2)[::step])
             ratios = {}
             for group in groups:
