@@ -259,7 +259,9 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(folder, tmp_path, limit):
 
 
 INTERRUPTED = """
-import sys, time
+import signal, sys, time
+# A shell's background jobs, and so whatever they start, have it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 import transformers
 from spinquant.cli import main
