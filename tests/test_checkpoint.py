@@ -233,7 +233,7 @@ def test_an_existing_folder_is_kept_unless_forced(tmp_path):
 FULL_DISK = """
 import resource, signal, sys
 import spinquant
-from spinquant.pipeline import rotate_folder
+from spinquant.folders import rotate_folder
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing past the limit is an error, as on a full disk
 limit = int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

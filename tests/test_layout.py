@@ -31,9 +31,10 @@ LAYERS = [
     {"mappings", "learnable"},
     {"mapped_plan", "transform_config"},
     {"pipeline", "demo_model"},
-    {"preparation"},
+    {"preparation", "folders"},
     {"modifier", "llmcompressor"},
     {"plots", "report", "demo", "demo_page"},
+    {"cli_options"},
     {"cli"},
 ]
 

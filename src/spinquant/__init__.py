@@ -23,13 +23,14 @@ from spinquant.errors import (
     TextError,
 )
 from spinquant.evaluation import Comparison, Evaluation, compare_models, evaluate
+from spinquant.folders import quantize_folder, rotate_folder, save
 from spinquant.formats.native import detach
 from spinquant.hadamard import hadamard_matrix, hadamard_transform
 from spinquant.mappings import NormMapping, SpinQuantMapping
 from spinquant.modifier import SpinQuantModifier
 from spinquant.module import fuse_module, plan_of
 from spinquant.online import Attachment, attach
-from spinquant.pipeline import Options, Result, quantize, quantize_folder, rotate, rotate_folder, save
+from spinquant.pipeline import Options, Result, quantize, rotate
 from spinquant.plan import Plan
 from spinquant.proof import prove
 from spinquant.quantization.blockwise import Calibration

@@ -55,8 +55,7 @@ def run_block(block: nn.Module, states: Tensor, arguments: Mapping[str, Any]) ->
 @torch.no_grad()
 def after_blocks(model: Any, blocks: Sequence[str], states: Tensor) -> Tensor:
     """What the model makes of the last block's output, (batch, length, width), before its head."""
-    names = set(blocks)
-    with _replaced(model, blocks, lambda name, hidden, others: states if name in names else hidden):
+    with _replaced(model, blocks, lambda name, hidden, others: states):
         placeholder = torch.zeros(states.shape[:2], dtype=torch.int64, device=device_of(model))
         return model.base_model(placeholder, use_cache=False).last_hidden_state
 

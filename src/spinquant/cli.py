@@ -23,16 +23,39 @@ import spinquant
 from spinquant import report
 from spinquant.calibrate import CalibrationText, load_text, token_windows
 from spinquant.checkpoint import is_local, load_config, load_model, load_tokenizer, read_headers
-from spinquant.errors import RotationError, SchemeError, SpinquantError
+from spinquant.cli_options import (
+    ALL_ROTATIONS,
+    AllowInexact,
+    AllowPickle,
+    BlockSize,
+    Device,
+    Dtype,
+    Force,
+    Json,
+    Length,
+    Model,
+    Out,
+    Proof,
+    Randomize,
+    Rotations,
+    Runtime,
+    Seed,
+    Text,
+    Type,
+    Windows,
+    parse_dtype,
+    parse_ratio,
+    parse_spec,
+)
+from spinquant.errors import SchemeError, SpinquantError
 from spinquant.evaluation import compare_models
 from spinquant.evaluation import evaluate as evaluate_model
-from spinquant.formats.runtimes import RUNTIMES, format_for, runtime_rows
-from spinquant.pipeline import Options, Stage, check_unquantized, quantize_folder, rotate_folder
-from spinquant.plan import ROTATION_NAMES
+from spinquant.folders import check_unquantized, quantize_folder, rotate_folder
+from spinquant.formats.runtimes import format_for, runtime_rows
+from spinquant.pipeline import Options, Stage
 from spinquant.quantization.blockwise import Calibration
 from spinquant.quantization.gptq import GPTQOptions
 from spinquant.quantization.scheme import parse_scheme
-from spinquant.rotation import RotationSpec
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,40 +68,6 @@ app = typer.Typer(
 out_console, err_console = Console(), Console(stderr=True)
 
 INTERRUPTED = 130  # the exit code that typer gives Ctrl-C
-ALL_ROTATIONS = ",".join(ROTATION_NAMES)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
-Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face model, or the id of one on the hub.")]
-Out = Annotated[Path, typer.Argument(help="Folder to write; it appears complete or not at all.")]
-Rotations = Annotated[str, typer.Option(help="Some of R1,R2,R3,R4, or none.")]
-Type = Annotated[
-    str,
-    typer.Option(
-        "--type",
-        help="hadamard, random-hadamard, random-matrix or auto; or one per rotation: R1=random-matrix,R4=hadamard.",
-    ),
-]
-BlockSize = Annotated[
-    str | None, typer.Option(help="Order of the rotations' blocks: one number, or one per rotation: R1=64,R4=128.")
-]
-Randomize = Annotated[bool, typer.Option(help="A rotation of its own for every layer.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Dtype = Annotated[str | None, typer.Option(help=f"Dtype to write: {', '.join(DTYPES)}; by default the source's.")]
-Text = Annotated[str, typer.Option(help="A file, manual, wikitext, dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]], or auto.")]
-Force = Annotated[bool, typer.Option(help="Replace OUT when it exists.")]
-AllowPickle = Annotated[bool, typer.Option(help="Load pickle weights too; they can run code.")]
-AllowInexact = Annotated[bool, typer.Option(help="Save even when rotating moved the logits by more than rounding.")]
-Proof = Annotated[bool, typer.Option("--proof/--no-proof", help="Try the rotations on a small model first.")]
-Device = Annotated[str, typer.Option(help="Device to work on: cpu, cuda, cuda:1, mps, ...")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Length = Annotated[int, typer.Option(help="Tokens per window.")]
-Runtime = Annotated[
-    str | None,
-    typer.Option(
-        help=f"Refuse what a runtime does not run, before any work: {', '.join(RUNTIMES)}.", show_default=False
-    ),
-]
-Windows = Annotated[int, typer.Option(help="Windows, spread evenly over the text; 0 for all.")]
 
 
 @app.command(
@@ -102,7 +91,7 @@ def plan(
     if scheme is not None and runtime is None:
         raise SchemeError("--scheme says what a runtime is to run: give --runtime too")
     wanted = parse_scheme(scheme) if scheme is not None else None
-    spec = _spec(rotations, type, block_size, randomize, 0)
+    spec = parse_spec(rotations, type, block_size, randomize, 0)
     config = load_config(model)
     check_unquantized(config, model)
     made = spinquant.make_plan(config, {name: info.shape for name, info in read_headers(model).items()})
@@ -142,13 +131,13 @@ def rotate(
     json_: Json = False,
 ) -> None:
     """Fuse R1 and R2 into a plain folder that transformers, vLLM and others load with nothing of ours installed."""
-    spec = _spec(rotations, type, block_size, randomize, seed)
+    spec = parse_spec(rotations, type, block_size, randomize, seed)
     with _stages() as progress:
         result = rotate_folder(
             model,
             out,
             spec,
-            dtype=_dtype(dtype),
+            dtype=parse_dtype(dtype),
             text=text,
             force=force,
             allow_pickle=allow_pickle,
@@ -171,10 +160,10 @@ def quantize(
     method: Annotated[str, typer.Option(help="How weights are rounded: rtn, gptq, or gptaq (asymmetric).")] = "rtn",
     clips: Annotated[bool, typer.Option("--clips", help="Search clip ratios of activations and KV per layer.")] = False,
     calibration: Annotated[
-        str, typer.Option(help="Text to calibrate on: as --text, or generated (by the model itself).")
-    ] = "auto",
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
-    sample_length: Annotated[int, typer.Option(help="Tokens per calibration sample.")] = 512,
+        str | None, typer.Option(help="Text to calibrate on: as --text, or generated (by the model itself).")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration samples; 128 by default.")] = None,
+    sample_length: Annotated[int | None, typer.Option(help="Tokens per calibration sample; 512 by default.")] = None,
     damping: Annotated[float, typer.Option(help="GPTQ: share of the mean diagonal added to it.")] = 0.01,
     act_order: Annotated[bool, typer.Option(help="GPTQ: columns of large inputs first.")] = False,
     asymmetry: Annotated[
@@ -217,18 +206,20 @@ def quantize(
 
     With `--format compressed-tensors`, into one that vLLM serves.
     """
-    spec = _spec(rotations, type, block_size, randomize, seed)
+    spec = parse_spec(rotations, type, block_size, randomize, seed)
     if format is None:
         format = format_for(runtime, parse_scheme(scheme), spec) if runtime else "native"
     parsed = parse_scheme(
         scheme,
         group_size=group_size,
-        weight_clip="mse" if weight_clip == "mse" else _ratio(weight_clip),
+        weight_clip=parse_ratio(weight_clip),
         activation_clip=activation_clip,
         activation_symmetric=format == "compressed-tensors" if symmetric_activations is None else symmetric_activations,
         kv_clip=kv_clip,
         lm_head=lm_head,
     )
+    about = {"text": calibration, "samples": samples, "length": sample_length}
+    chosen: dict[str, Any] = {name: value for name, value in about.items() if value is not None}
     with _stages() as progress:
         result = quantize_folder(
             model,
@@ -237,13 +228,13 @@ def quantize(
             spec,
             method=method,  # pyright: ignore[reportArgumentType] - checked by the function
             calibration=Calibration(
-                GPTQOptions(damping, act_order, asymmetry or 0.0),
+                GPTQOptions(damping, act_order, asymmetry),
                 clips=clips,
                 round_inputs=not exact_inputs,
                 sequential=sequential,
             ),
-            calibration_text=CalibrationText(calibration, samples, sample_length, seed),
-            dtype=_dtype(dtype),
+            calibration_text=CalibrationText(**chosen, seed=seed) if chosen else None,
+            dtype=parse_dtype(dtype),
             text=text,
             force=force,
             allow_pickle=allow_pickle,
@@ -271,7 +262,7 @@ def evaluate(
     json_: Json = False,
 ) -> None:
     """Perplexity over windows of text, and agreement with a reference model; or tasks of lm-eval."""
-    wanted = _dtype(dtype) or "auto"
+    wanted = parse_dtype(dtype) or "auto"
     if tasks:
         from spinquant.tasks import evaluate_tasks
 
@@ -302,7 +293,7 @@ def verify(
     json_: Json = False,
 ) -> None:
     """Compare two saved models on real tokens: logit differences, KL, and how often they agree on the next token."""
-    wanted = _dtype(dtype) or "auto"
+    wanted = parse_dtype(dtype) or "auto"
     tokens, name = _windows(reference, text, length, windows, allow_pickle)
     first = load_model(reference, dtype=wanted, device=device, allow_pickle=allow_pickle)
     second = load_model(other, dtype=wanted, device=device, allow_pickle=allow_pickle)
@@ -364,45 +355,10 @@ def main() -> None:
         raise SystemExit(1) from None
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            err_console.print("interrupted: no folder was written; blocks that were calibrated are kept", style="red")
-        raise
-
-
-def _spec(rotations: str, kind: str, block_size: str | None, randomize: bool, seed: int) -> RotationSpec:
-    types: Any = _per_rotation(kind)
-    blocks: Any = None if block_size is None else _per_rotation(block_size)
-    try:
-        sizes = {k: int(v) for k, v in blocks.items()} if isinstance(blocks, dict) else blocks and int(blocks)
-    except ValueError:
-        raise RotationError(f"block size {block_size!r} is not a number, or R1=64,R4=128") from None
-    return RotationSpec(tuple(rotations.split(",")), types, sizes, randomize, seed)
-
-
-def _per_rotation(text: str) -> str | dict[str, str]:
-    if "=" not in text:
-        return text
-    pairs = [item.partition("=") for item in text.split(",")]
-    for name, equals, value in pairs:
-        if not equals or not value:
-            raise RotationError(
-                f"cannot read {name!r} in {text!r}: expected one value, or one per rotation as in R1=..,R4=.."
+            err_console.print(
+                "interrupted: no folder was written; a calibration goes on when it is started again", style="red"
             )
-    return {name.strip().upper(): value.strip() for name, _, value in pairs}
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    if name is None:
-        return None
-    if name not in DTYPES:
-        raise SchemeError(f"unknown dtype {name!r}: expected one of {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def _ratio(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise SchemeError(f"clip ratio {text!r} is neither a number nor mse") from None
+        raise
 
 
 def _windows(model: str, text: str, length: int, windows: int, allow_pickle: bool) -> tuple[torch.Tensor, str]:

@@ -25,10 +25,11 @@ from spinquant.demo_model import demo_model
 from spinquant.demo_page import Activation, DemoResult, page
 from spinquant.errors import SchemeError
 from spinquant.evaluation import evaluate
+from spinquant.folders import SAMPLE_TOKENS
 from spinquant.formats.native import unmark
 from spinquant.module import plan_of
 from spinquant.online import attach
-from spinquant.pipeline import SAMPLE_TOKENS, Options, check_groups, rotate
+from spinquant.pipeline import Options, check_groups, rotate
 from spinquant.plan import ROTATION_NAMES, Plan
 from spinquant.plots import (
     plot_activations,

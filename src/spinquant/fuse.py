@@ -7,7 +7,7 @@ The module and stream backends, and learning, all call `transform`; there is no 
 rotated, and no case per layer type: embedding, input side, output side, bias, attention heads are axes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -55,29 +55,25 @@ def transform(
     return fused.to(tensor.dtype)
 
 
-def transform_in_place(
-    name: str,
-    tensor: Tensor,
-    plan: Plan,
-    gains: Mapping[str, Tensor],
-    rotations: Mapping[str, Rotation],
-    *,
-    precision: torch.dtype | None = None,
-) -> None:
-    """`transform`, written over the tensor slice by slice along an axis that nothing touches, where there is one.
+def slices(name: str, tensor: Tensor, plan: Plan, rotations: Mapping[str, Rotation]) -> Sequence[Tensor]:
+    """Views that make up the tensor, each of which `transform` takes by itself; none where it changes nothing.
 
-    An embedding of gigabytes then needs megabytes of working memory, which stay in cache.
+    They are cut along an axis that nothing touches, where there is one: an embedding of gigabytes then needs megabytes
+    of working memory, which stay in cache.
     """
     touched = {dim for g, dim in plan.gains_of.get(name, ()) if g.space in rotations}
     touched |= {axis.dim for axis in plan.axes_of.get(name, ()) if axis.space in rotations}
-    free = [dim for dim in range(tensor.ndim) if dim not in touched]
     if not touched and name not in plan.gain_of_norm:
-        return
-    dim = free[0] if free else 0
-    step = max(1, SLICE * tensor.shape[dim] // max(1, tensor.numel())) if free else tensor.shape[dim]
-    for part in tensor.split(step, dim):
-        work = workspace(2, tuple(part.shape), _wide(part, precision), part)
-        part.copy_(transform(name, part, plan, gains, rotations, precision=precision, work=work))
+        return ()
+    free = [dim for dim in range(tensor.ndim) if dim not in touched]
+    if not free:
+        return (tensor,)
+    return tensor.split(max(1, SLICE * tensor.shape[free[0]] // max(1, tensor.numel())), free[0])
+
+
+def working_memory(tensor: Tensor, precision: torch.dtype | None) -> Tensor:
+    """What `transform` takes as `work` for a tensor; the next call gives the same memory."""
+    return workspace(2, tuple(tensor.shape), _wide(tensor, precision), tensor)
 
 
 def _wide(tensor: Tensor, precision: torch.dtype | None) -> torch.dtype:

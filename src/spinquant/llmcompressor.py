@@ -32,9 +32,12 @@ from torch import nn
 
 from spinquant import modifier
 from spinquant.errors import RotationError
+from spinquant.formats.compressed_config import is_sylvester
+from spinquant.formats.compressed_tensors import unnormalised
+from spinquant.formats.native import distinct_rotations
 from spinquant.module import fuse_module
 from spinquant.plan import Plan
-from spinquant.rotation import Hadamard, Rotation, matrix
+from spinquant.rotation import Rotation
 from spinquant.transform_config import TransformConfig as Groups
 from spinquant.transform_config import TransformScheme as Scheme
 
@@ -105,13 +108,13 @@ def _saved_groups(
     keeps one matrix per group: where layers have their own, every matrix is a group.
     """
     whole = TransformScheme.model_validate({**scheme.model_dump(), "requires_grad": False})
-    distinct = list({id(rotation): rotation for rotation in rotations.values()}.values())
+    distinct = distinct_rotations(rotations)
     if not distinct:
         yield group, whole, []
     for i, rotation in enumerate(distinct):
         modules = [name for name, own in rotations.items() if own is rotation]
         part = whole.model_copy(deep=True)
-        if not _is_sylvester(rotation):
+        if not is_sylvester(rotation):
             part.type, part.randomize = "random-hadamard", False
         for args in part.apply:
             # The matrix that is saved is the one that is applied, whichever way round the group had it.
@@ -121,10 +124,6 @@ def _saved_groups(
             for args in part.apply:
                 args.targets, args.ignore = modules, []
         yield group if len(distinct) == 1 else f"{group}_{i}", part, modules
-
-
-def _is_sylvester(rotation: Rotation) -> bool:
-    return isinstance(rotation, Hadamard) and rotation.signs is None and not rotation.order & (rotation.order - 1)
 
 
 class _Factory(HadamardFactory):
@@ -138,8 +137,7 @@ class _Factory(HadamardFactory):
     def create_transform(self, module: nn.Module, args: TransformArgs) -> HadamardTransform:
         rotation, device = self.rotations[module], get_offloaded_device(module)
         if (id(rotation), device) not in self.parameters:
-            weight = matrix(rotation) * rotation.order**0.5
-            weight = weight.to(device, self.scheme.precision).contiguous()
+            weight = unnormalised(rotation).to(device, self.scheme.precision).contiguous()
             self.parameters[id(rotation), device] = nn.Parameter(weight, requires_grad=False)
         args = args.model_copy(update={"inverse": False})  # the rotation is the one that is applied
         return HadamardTransform(self.parameters[id(rotation), device], None, self.scheme, args, type(module))

@@ -154,6 +154,11 @@ class InPrecision:
         return {**self.rotation.describe(), "precision": str(self.dtype).removeprefix("torch.")}
 
 
+def online_part(plan: Plan, rotations: Mapping[str, Rotation]) -> dict[str, Rotation]:
+    """Those of the rotations that are applied at run time, by space."""
+    return {online.space: rotations[online.space] for online in plan.onlines if online.space in rotations}
+
+
 def in_precision(rotations: Mapping[str, Rotation], dtype: torch.dtype | None) -> dict[str, Rotation]:
     """The rotations, computing in the dtype; what was shared is shared again. None leaves them as they are."""
     if dtype is None:

@@ -63,9 +63,14 @@ def compressed_state(model: Any, plan: Plan, rotations: Mapping[str, Rotation], 
     return state
 
 
+def unnormalised(rotation: Rotation) -> Tensor:
+    """W of a rotation x W / sqrt(n), as the library and vLLM keep it: (n, n), float64."""
+    return matrix(rotation) * math.sqrt(rotation.order)
+
+
 def transform_matrix(rotation: Rotation, dtype: torch.dtype) -> Tensor:
     """The unnormalised matrix of a rotation, (n, n): in the dtype where that is exact, else in float32."""
-    whole = matrix(rotation) * math.sqrt(rotation.order)
+    whole = unnormalised(rotation)
     # Entries of +-1 are exact in any dtype; a runtime narrows others to the model's when it loads them.
     signs = whole.round()
     exact = bool((signs.abs() == 1).all()) and torch.allclose(whole, signs)

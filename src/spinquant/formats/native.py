@@ -26,7 +26,7 @@ from spinquant.plan import Plan
 from spinquant.quantization.integer import Packed, dequantize, quantize_on_grid
 from spinquant.quantization.rtn import linears_of
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme
-from spinquant.rotation import Rotation, RotationSpec, empty_tensors, restore
+from spinquant.rotation import Rotation, RotationSpec, empty_tensors, online_part, restore
 
 METHOD = "spinquant"
 FORMAT_VERSION = 2  # 2: clip ratios of single places
@@ -68,16 +68,17 @@ def make_config(
     plan: Plan, rotations: Mapping[str, Rotation], spec: RotationSpec, scheme: Scheme, clips: Clips | None = None
 ) -> SpinQuantConfig:
     """The config of a model with these rotations; only the online ones are needed to run it."""
-    distinct = distinct_rotations({online.space: rotations.get(online.space) for online in plan.onlines})
+    online = online_part(plan, rotations)
+    distinct = distinct_rotations(online)
     index = {id(rotation): i for i, rotation in enumerate(distinct)}
-    spaces = {o.space: index[id(rotations[o.space])] for o in plan.onlines if o.space in rotations}
+    spaces = {space: index[id(rotation)] for space, rotation in online.items()}
     found = clips.to_dict() if clips else None
     return SpinQuantConfig(scheme.to_dict(), spec.to_dict(), [r.describe() for r in distinct], spaces, found)
 
 
-def distinct_rotations(rotations: Mapping[str, Rotation | None]) -> list[Rotation]:
+def distinct_rotations(rotations: Mapping[str, Rotation]) -> list[Rotation]:
     """The rotations without repetitions, in order of first use."""
-    return list({id(r): r for r in rotations.values() if r is not None}.values())
+    return list({id(r): r for r in rotations.values()}.values())
 
 
 class RotationBank(nn.Module):
@@ -176,7 +177,7 @@ def mark(
     """Make `save_pretrained` of a model that was rotated and quantized in memory write this format."""
     quantizer = SpinQuantizer(make_config(plan, rotations, spec, scheme, clips), pre_quantized=True)
     quantizer.plan = plan
-    quantizer.rotations = {o.space: rotations[o.space] for o in plan.onlines if o.space in rotations}
+    quantizer.rotations = online_part(plan, rotations)
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = METHOD

@@ -110,7 +110,7 @@ class _Walk:
         calls: BlockCalls = block_calls(model, plan.blocks, tokens)
         self.arguments = calls.arguments
         self.states = calls.hidden
-        asymmetric = self.options is not None and self.options.asymmetry > 0
+        asymmetric = self.options is not None and bool(self.options.asymmetry)
         self.exact = [state.clone() for state in calls.hidden] if asymmetric else None
         self.clips = Clips({}, {}, {})
         self.packed: dict[str, Packed] = {}
@@ -193,7 +193,8 @@ class _Walk:
                 self._round_group(group, device_of(block), None)
             return
         # The weights as they are now, for the unquantized states.
-        whole = {n: self.model.get_submodule(n).weight.data.clone() for group in groups for n in group}
+        linears = [n for group in groups for n in group] if self.exact is not None else []
+        whole = {n: self.model.get_submodule(n).weight.data.clone() for n in linears}
         before = None if self.exact is None else list(self.exact)
         stages = [[group] for group in groups] if self.calibration.sequential else [list(groups)]
         for number, stage in enumerate(stages):

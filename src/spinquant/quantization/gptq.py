@@ -35,18 +35,18 @@ class GPTQOptions:
     """How GPTQ goes about it.
 
     damping: share of the mean of the diagonal that is added to it. act_order: columns of large inputs first, with the
-    grids of the groups fixed beforehand. asymmetry: how much of the way from W to the asymmetric target W* is gone, 0
-    for plain GPTQ.
+    grids of the groups fixed beforehand. asymmetry: how much of the way from W to the asymmetric target W* is gone;
+    None is 0 for gptq, and what the pipeline's method says.
     """
 
     damping: float = 0.01
     act_order: bool = False
-    asymmetry: float = 0.0
+    asymmetry: float | None = None
 
     def __post_init__(self):
         if not self.damping >= 0:
             raise CalibrationError(f"damping {self.damping} is negative: expected a small number such as 0.01")
-        if not 0 <= self.asymmetry <= 1:
+        if self.asymmetry is not None and not 0 <= self.asymmetry <= 1:
             raise CalibrationError(f"asymmetry {self.asymmetry} is outside [0, 1]")
 
 

@@ -1,0 +1,90 @@
+"""Options that several commands share, and how their texts are read."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from spinquant.errors import RotationError, SchemeError
+from spinquant.formats.runtimes import RUNTIMES
+from spinquant.plan import ROTATION_NAMES
+from spinquant.quantization.scheme import Clip
+from spinquant.rotation import RotationSpec
+
+ALL_ROTATIONS = ",".join(ROTATION_NAMES)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face model, or the id of one on the hub.")]
+Out = Annotated[Path, typer.Argument(help="Folder to write; it appears complete or not at all.")]
+Rotations = Annotated[str, typer.Option(help="Some of R1,R2,R3,R4, or none.")]
+Type = Annotated[
+    str,
+    typer.Option(
+        "--type",
+        help="hadamard, random-hadamard, random-matrix or auto; or one per rotation: R1=random-matrix,R4=hadamard.",
+    ),
+]
+BlockSize = Annotated[
+    str | None, typer.Option(help="Order of the rotations' blocks: one number, or one per rotation: R1=64,R4=128.")
+]
+Randomize = Annotated[bool, typer.Option(help="A rotation of its own for every layer.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Dtype = Annotated[str | None, typer.Option(help=f"Dtype to write: {', '.join(DTYPES)}; by default the source's.")]
+Text = Annotated[str, typer.Option(help="A file, manual, wikitext, dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]], or auto.")]
+Force = Annotated[bool, typer.Option(help="Replace OUT when it exists.")]
+AllowPickle = Annotated[bool, typer.Option(help="Load pickle weights too; they can run code.")]
+AllowInexact = Annotated[bool, typer.Option(help="Save even when rotating moved the logits by more than rounding.")]
+Proof = Annotated[bool, typer.Option("--proof/--no-proof", help="Try the rotations on a small model first.")]
+Device = Annotated[str, typer.Option(help="Device to work on: cpu, cuda, cuda:1, mps, ...")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Length = Annotated[int, typer.Option(help="Tokens per window.")]
+Runtime = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Refuse what a runtime does not run, before any work: {', '.join(RUNTIMES)}.", show_default=False
+    ),
+]
+Windows = Annotated[int, typer.Option(help="Windows, spread evenly over the text; 0 for all.")]
+
+
+def parse_spec(rotations: str, kind: str, block_size: str | None, randomize: bool, seed: int) -> RotationSpec:
+    """The spec that the options say. Raises RotationError for what cannot be read."""
+    types: Any = _per_rotation(kind)
+    blocks: Any = None if block_size is None else _per_rotation(block_size)
+    try:
+        sizes = {k: int(v) for k, v in blocks.items()} if isinstance(blocks, dict) else blocks and int(blocks)
+    except ValueError:
+        raise RotationError(f"block size {block_size!r} is not a number, or R1=64,R4=128") from None
+    return RotationSpec(tuple(rotations.split(",")), types, sizes, randomize, seed)
+
+
+def _per_rotation(text: str) -> str | dict[str, str]:
+    if "=" not in text:
+        return text
+    pairs = [item.partition("=") for item in text.split(",")]
+    for name, equals, value in pairs:
+        if not equals or not value:
+            raise RotationError(
+                f"cannot read {name!r} in {text!r}: expected one value, or one per rotation as in R1=..,R4=.."
+            )
+    return {name.strip().upper(): value.strip() for name, _, value in pairs}
+
+
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    """A dtype by name. Raises SchemeError for an unknown one."""
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise SchemeError(f"unknown dtype {name!r}: expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def parse_ratio(text: str) -> Clip:
+    """A clip ratio, or mse. Raises SchemeError for anything else."""
+    if text == "mse":
+        return "mse"
+    try:
+        return float(text)
+    except ValueError:
+        raise SchemeError(f"clip ratio {text!r} is neither a number nor mse") from None

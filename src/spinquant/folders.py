@@ -1,0 +1,261 @@
+"""From a folder or hub id to a new folder, which appears complete or not at all."""
+
+import hashlib
+import json
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from spinquant.architectures import make_plan
+from spinquant.calibrate import CalibrationText, calibration_tokens, load_text, token_windows
+from spinquant.checkpoint import (
+    BESIDE,
+    RECORD,
+    ROTATIONS,
+    atomic_folder,
+    check_finite,
+    check_free,
+    folder_of,
+    load_config,
+    load_model,
+    load_tokenizer,
+    read_headers,
+)
+from spinquant.errors import CalibrationError, CheckpointError, RotationError, SchemeError
+from spinquant.formats.compressed_config import check_scheme, quantization_scheme
+from spinquant.formats.compressed_tensors import write_compressed
+from spinquant.formats.native import distinct_rotations, is_marked
+from spinquant.formats.runtimes import check_runtime, runtime_of
+from spinquant.pipeline import Method, Options, Result, check_calibration, quantize, rotate
+from spinquant.plan import MERGEABLE
+from spinquant.quantization.blockwise import Calibration
+from spinquant.quantization.progress import BlockStore, digest
+from spinquant.quantization.scheme import Scheme
+from spinquant.rotation import RotationSpec, online_part
+
+Format = Literal["native", "compressed-tensors", "hf"]
+SAMPLE_TOKENS = 128  # real tokens on which the fused model is compared with the original
+
+
+def save(
+    result: Result, out: str | Path, tokenizer: Any = None, *, force: bool = False, format: Format = "native"
+) -> None:
+    """Write a model, its tokenizer, and beside them the rotations and the record of how it came about.
+
+    The folder appears complete or not at all. A model without online parts and quantization is a plain Hugging Face
+    folder; any other is in our own format (see `formats/native.py`), or in that of compressed-tensors. Raises
+    CheckpointError when `out` exists and `force` is off, the disk is full, a weight is not finite, or the online parts
+    were removed from the model; SchemeError and RotationError for what the format cannot hold.
+    """
+    check_format(format, result.scheme or Scheme(), result.spec, clips=bool(result.clips))
+    online = online_part(result.plan, result.rotations)
+    if online and not is_marked(result.model):
+        raise CheckpointError(
+            "the online rotations were removed from this model: what is left is not what the result describes. Save "
+            "the model with its own save_pretrained, or rotate it again"
+        )
+    check_finite(result.model, "the model to be saved")
+    with atomic_folder(out, force=force) as folder:
+        if format == "compressed-tensors":
+            write_compressed(result.model, result.plan, online, result.scheme or Scheme(), folder)
+        else:
+            result.model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        kinds = distinct_rotations(result.rotations)
+        tensors = {f"{i}.{k}": v.contiguous() for i, r in enumerate(kinds) for k, v in r.tensors().items()}
+        # In a folder of their own: runtimes load every safetensors file that lies beside the weights.
+        (folder / BESIDE).mkdir()
+        save_file(tensors, folder / BESIDE / ROTATIONS)
+        record = json.dumps(result.record(), indent=1, default=dict)
+        (folder / BESIDE / RECORD).write_text(record + "\n", encoding="utf-8")
+
+
+def check_format(format: str, scheme: Scheme, spec: RotationSpec, *, clips: bool = False) -> None:
+    """Raise SchemeError or RotationError, saying what would work, for what a format of folders cannot hold.
+
+    clips: clip ratios of activations and cache are searched.
+    """
+    online = [name for name in spec.rotations if name not in MERGEABLE]
+    if format == "hf":
+        if scheme != Scheme(lm_head=scheme.lm_head):
+            raise SchemeError(
+                f"format hf is a plain 16-bit folder, which cannot hold {scheme}: use --scheme none, or --format "
+                "compressed-tensors or native"
+            )
+        if online:
+            raise RotationError(
+                f"{', '.join(online)} run at run time, which a plain folder cannot say. Leave them out, or write a "
+                "folder with online parts: spinquant quantize MODEL OUT --scheme none --rotations "
+                + ",".join(spec.rotations)
+            )
+    elif format == "compressed-tensors":
+        check_scheme(scheme, spec)
+        if clips:
+            raise SchemeError(
+                "runtimes cover the whole range of an activation, so searched clip ratios cannot be written for "
+                "compressed-tensors. Leave --clips out, or write --format native"
+            )
+        quantization_scheme(scheme)  # raises where the library is missing
+        if scheme.weights is None and not online:
+            raise SchemeError(
+                "nothing is quantized and nothing rotated online, so compressed-tensors has nothing to say: use "
+                "--format hf"
+            )
+    elif format != "native":
+        raise SchemeError(f"unknown format {format!r}: expected native, compressed-tensors or hf")
+
+
+def rotate_folder(
+    model: str | Path,
+    out: str | Path,
+    spec: RotationSpec,
+    *,
+    dtype: torch.dtype | None = None,
+    text: str = "auto",
+    force: bool = False,
+    allow_pickle: bool = False,
+    device: str = "cpu",
+    options: Options | None = None,
+) -> Result:
+    """Rotate a folder or hub id into a plain folder that transformers loads with nothing of ours installed.
+
+    dtype: of the weights written, by default as in the source. Raises RotationError for rotations that need work at
+    run time (R3, R4): a plain folder cannot hold them.
+    """
+    check_format("hf", Scheme(), spec)
+    check_free(out, force=force, source=model)
+    options = options or Options()
+    loaded, tokenizer, sample, notes = _open(model, dtype, text, allow_pickle, device)
+    result = rotate(loaded, spec, sample=sample, options=options)
+    if dtype is not None:
+        _cast(loaded, dtype)
+    save(replace(result, notes=notes), out, tokenizer, force=force)
+    return result
+
+
+def quantize_folder(
+    model: str | Path,
+    out: str | Path,
+    scheme: Scheme,
+    spec: RotationSpec,
+    *,
+    method: Method = "rtn",
+    calibration: Calibration | None = None,
+    calibration_text: CalibrationText | None = None,
+    dtype: torch.dtype | None = None,
+    text: str = "auto",
+    force: bool = False,
+    allow_pickle: bool = False,
+    device: str = "cpu",
+    options: Options | None = None,
+    format: Format = "native",
+    runtime: str | None = None,
+) -> Result:
+    """Rotate and quantize a folder or hub id into a folder that `spinquant.load` and transformers load.
+
+    dtype: of everything that is not quantized, and of the arithmetic; by default as in the source. format: of the
+    folder, see `check_format`, which is asked before any work. runtime: refuse what it does not run, see
+    `formats/runtimes.py`.
+    Finished blocks of a calibration are kept beside `out` until it is written, so that the same call goes on where
+    another was stopped.
+    """
+    if runtime is not None:
+        _check_for(runtime, format, scheme, spec, None if allow_pickle else model)
+    calibrated = check_calibration(method, scheme, calibration)
+    if calibrated is None and calibration_text is not None:
+        raise CalibrationError(
+            f"a calibration text is given, and method {method} without --clips reads none: leave it out"
+        )
+    check_format(format, scheme, spec, clips=calibrated is not None and calibrated.clips)
+    check_free(out, force=force, source=model)
+    options = options or Options()
+    loaded, tokenizer, sample, notes = _open(model, dtype, text, allow_pickle, device)
+    if dtype is not None:
+        _cast(loaded, dtype)
+    tokens, store = None, None
+    if calibrated is not None:
+        source = calibration_text or CalibrationText(seed=spec.seed)
+        name, tokens = calibration_tokens(loaded, tokenizer, source, progress=options.stage("generate text"))
+        notes["calibration_text"] = {"text": name, "samples": tokens.shape[0], "length": tokens.shape[1]}
+        settings = [version("spinquant"), scheme, spec, method, calibrated, options.precision, loaded.dtype]
+        settings += [digest(tokens), weights_digest(model)]
+        store = BlockStore(Path(out).parent / f".{Path(out).name}.calibration", json.dumps([str(s) for s in settings]))
+    result = quantize(
+        loaded,
+        scheme,
+        spec,
+        method=method,
+        tokens=tokens,
+        calibration=calibration,
+        sample=sample,
+        store=store,
+        options=options,
+    )
+    result = replace(result, notes=notes)
+    save(result, out, tokenizer, force=force, format=format)
+    if store is not None:
+        store.remove()
+    return result
+
+
+def _check_for(runtime: str, format: str, scheme: Scheme, spec: RotationSpec, model: str | Path | None) -> None:
+    """Raise SchemeError or RotationError for what a runtime does not load or run."""
+    reads = runtime_of(runtime).format
+    if format not in ("hf", reads):
+        raise SchemeError(f"{runtime} reads {reads or 'no'} folders of ours, not {format}: leave --format out")
+    check_runtime(runtime, scheme, spec)  # before the model is looked at, which may be on the hub
+    if model is not None:
+        shapes = {name: info.shape for name, info in read_headers(model).items()}
+        check_runtime(runtime, scheme, spec, make_plan(load_config(model), shapes))
+
+
+def _open(
+    model: str | Path, dtype: torch.dtype | None, text: str, allow_pickle: bool, device: str
+) -> tuple[Any, Any, Tensor, dict[str, Any]]:
+    config = load_config(model)
+    check_unquantized(config, model)
+    if not allow_pickle:
+        # An architecture that no table explains is refused before gigabytes are loaded.
+        make_plan(config, {name: info.shape for name, info in read_headers(model).items()})
+    loaded = load_model(model, allow_pickle=allow_pickle, device=device)
+    if dtype is not None and dtype.itemsize > loaded.dtype.itemsize:
+        _cast(loaded, dtype)  # widened before anything is rounded
+    try:
+        tokenizer = load_tokenizer(model)
+    except CheckpointError:
+        # A folder of weights alone can be rotated too; random tokens then stand in for text.
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, loaded.config.vocab_size, (1, SAMPLE_TOKENS), generator=generator)
+        return loaded, None, tokens, {"source": str(model), "sample_text": "random tokens (no tokenizer)"}
+    name, content = load_text(text)
+    sample = token_windows(tokenizer, content[:20_000], length=SAMPLE_TOKENS, count=1)
+    return loaded, tokenizer, sample, {"source": str(model), "sample_text": name}
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    # Parameters alone: a narrowed rotary frequency would spoil long contexts, and is wide again after loading.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+
+
+def check_unquantized(config: Any, model: str | Path) -> None:
+    """Raise CheckpointError when a config says that the model is quantized."""
+    found = getattr(config, "quantization_config", None)
+    if found:
+        method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+        raise CheckpointError(
+            f"{str(model)!r} is quantized already ({method}): rotate and quantize the 16-bit model it came from"
+        )
+
+
+def weights_digest(model: str | Path) -> str:
+    """A short name for the files of a model folder as they are now: names, sizes and times."""
+    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder_of(model).iterdir() if p.is_file()]
+    return hashlib.sha256(json.dumps(sorted(files)).encode()).hexdigest()[:16]
