@@ -127,6 +127,21 @@ def test_the_same_seed_writes_the_same_bytes(run, folder, tmp_path):
     assert files[0] == files[1] != files[2]
 
 
+def test_an_asymmetry_of_zero_is_gptq(run, folder, tmp_path):
+    weights = {}
+    for name, more in {
+        "gptq": ["--method", "gptq"],
+        "zero": ["--method", "gptaq", "--asymmetry", "0"],
+        "default": ["--method", "gptaq"],
+    }.items():
+        command = ["quantize", folder, tmp_path / name, "--scheme", "W4A4", "--text", "manual", "--no-proof", *more]
+        code, _, errors = run(*command, "--calibration", "manual", "--samples", "4", "--sample-length", "16")
+        assert code == 0, errors
+        weights[name] = load(tmp_path / name).get_submodule("model.layers.2.mlp.down_proj").weight
+    assert torch.equal(weights["gptq"], weights["zero"])
+    assert not torch.equal(weights["gptq"], weights["default"])
+
+
 MISTAKES = {
     "no folder": (["rotate", "/nowhere/at/all", "{out}"], "does not exist"),
     "unknown rotation": (["rotate", "{model}", "{out}", "--rotations", "R1,R5"], "R5"),
@@ -146,6 +161,19 @@ MISTAKES = {
     "negative windows": (["evaluate", "{model}", "--text", "manual", "--windows", "-1"], "-1"),
     "unknown device": (["verify", "{model}", "{model}", "--text", "manual", "--device", "cuda:9"], "cuda:9"),
     "output over the source": (["rotate", "{model}", "{model}", "--force"], "choose another"),
+    "clips that no runtime knows": (
+        ["quantize", "{model}", "{out}", "--scheme", "W4A4", "--rotations", "R1", "--clips"]
+        + ["--format", "compressed-tensors"],
+        "clip ratios",
+    ),
+    "calibration that nobody reads": (
+        ["quantize", "{model}", "{out}", "--scheme", "W4A4", "--samples", "4"],
+        "leave it out",
+    ),
+    "an option of another method": (
+        ["quantize", "{model}", "{out}", "--scheme", "W4A4", "--act-order"],
+        "the method is rtn",
+    ),
     "unknown clip": (["quantize", "{model}", "{out}", "--scheme", "W4", "--weight-clip", "tight"], "tight"),
 }
 

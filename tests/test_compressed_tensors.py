@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import CONFIGS, logits, tiny_model, tokens
 from spinquant import (
+    Calibration,
     CheckpointError,
     Options,
     RotationError,
@@ -86,6 +87,25 @@ def test_schemes_load_to_the_last_bit(scheme, tmp_path):
     again = load(out)
     assert again.dtype == torch.bfloat16
     assert torch.equal(logits(again, tokens()), logits(result.model, tokens()))
+
+
+@pytest.mark.parametrize("method", ["gptq", "gptaq"])
+@pytest.mark.parametrize("scheme", ["W4g16A16", "W4A8", "NVFP4A16"])
+def test_calibrated_weights_load_to_the_last_bit(scheme, method, tmp_path):
+    model, ids = tiny_model("llama", dtype=torch.float32), tokens(6, 20)
+    parsed = parse_scheme(scheme, activation_symmetric=True)
+    result = quantize(model, parsed, ONLINE, method=method, tokens=ids, options=FAST)
+    save(result, tmp_path / "out", format="compressed-tensors")
+    assert torch.equal(logits(load(tmp_path / "out"), ids), logits(model, ids))
+
+
+def test_clip_ratios_that_the_format_cannot_hold_are_refused(tmp_path):
+    model, ids = tiny_model("llama", dtype=torch.float32), tokens(6, 20)
+    scheme = parse_scheme("W4A4", activation_symmetric=True)
+    result = quantize(model, scheme, FUSED, tokens=ids, calibration=Calibration(clips=True), options=FAST)
+    with pytest.raises(SchemeError, match="clip ratios"):
+        save(result, tmp_path / "out", format="compressed-tensors")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("scheme", ["MXFP4", "MXFP4A16"])

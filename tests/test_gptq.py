@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from conftest import CONFIGS, logits, tiny_model, tokens
 from spinquant import (
@@ -21,6 +22,7 @@ from spinquant import (
     parse_scheme,
     plan_of,
     quantize,
+    quantize_folder,
 )
 from spinquant.blocks import after_blocks, block_calls, run_block
 from spinquant.calibrate import CalibrationText, calibration_tokens, captured
@@ -284,8 +286,52 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     assert found.to_dict() == clips.to_dict()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, expected[name]), name
+    # Finished blocks are used, not calibrated again: what was put in their place is in the model.
+    packed, kept = store.load(plan.blocks[0]) or pytest.fail("block 0 was not kept")
+    linear, weight = next(iter(packed.items()))
+    store.save(plan.blocks[0], {**packed, linear: replace(weight, words=weight.words.flip(0))}, kept)
+    model, plan, made = rotated()
+    quantize_blocks(model, plan, made, scheme, ids, calibration, store=store)
+    assert not torch.equal(model.get_submodule(linear).weight, expected[f"{linear}.weight"])
     BlockStore(tmp_path / "store", "b")
     assert not (tmp_path / "store").exists()
+
+
+def test_folders_resume_for_the_same_weights_alone(folder, tmp_path):
+    """Settings, tokens or weights that differ start anew; the same ones go on."""
+    options = Options(prove=False)
+    fast = {"method": "gptq", "calibration_text": CalibrationText("manual", 4, 16), "text": "manual"}
+    store, spec = tmp_path / ".out.calibration", RotationSpec("R1")
+
+    def run(kill_after=None, **changes):
+        seen = []
+
+        def progress(stage, done, total):
+            if stage == "calibrate":
+                seen.append(store.exists() and len(list(store.glob("*.safetensors"))))
+                if done == kill_after:
+                    raise KeyboardInterrupt
+
+        chosen = replace(options, progress=progress)
+        scheme = parse_scheme("W4A16", weight_clip=changes.pop("clip", "mse"))
+        quantize_folder(folder, tmp_path / "out", scheme, spec, **{**fast, **changes}, force=True, options=chosen)
+        return seen
+
+    def killed(**changes):
+        with pytest.raises(KeyboardInterrupt):
+            run(kill_after=2, **changes)
+        return len(list(store.glob("*.safetensors")))
+
+    assert killed() == 2
+    assert run()[0] == 2 and not store.exists(), "goes on, and leaves nothing"
+    for change in ({"clip": 0.9}, {"calibration_text": CalibrationText("manual", 5, 16)}, {"method": "gptaq"}):
+        killed()
+        assert run(**change)[0] == 1, change
+    killed()
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert run()[0] == 1
 
 
 def test_activations_that_are_not_finite_are_named():
@@ -321,6 +367,15 @@ def test_what_calibration_needs_is_checked_first():
     with pytest.raises(CalibrationError, match="asymmetry"):
         options = Calibration(GPTQOptions(asymmetry=1.0))
         quantize(model, "W4A16", method="gptq", tokens=tokens(), calibration=options, options=FAST)
+    idle = (
+        Calibration(GPTQOptions(damping=0.1)),
+        Calibration(GPTQOptions(act_order=True)),
+        Calibration(sequential=True),
+        Calibration(round_inputs=False),
+    )
+    for calibration in idle:
+        with pytest.raises(CalibrationError, match="rtn"):
+            quantize(model, "W4A4", tokens=tokens(), calibration=calibration, options=FAST)
     assert torch.equal(logits(model, tokens()), logits(tiny_model("llama"), tokens()))
 
 

@@ -185,7 +185,7 @@ def quantize_folder(
         notes["calibration_text"] = {"text": name, "samples": tokens.shape[0], "length": tokens.shape[1]}
         settings = [version("spinquant"), scheme, spec, method, calibrated, options.precision, loaded.dtype]
         settings += [digest(tokens), weights_digest(model)]
-        store = BlockStore(Path(out).parent / f".{Path(out).name}.calibration", json.dumps([str(s) for s in settings]))
+        store = BlockStore(Path(out).parent / f".{Path(out).name}.calibration", json.dumps([repr(s) for s in settings]))
     result = quantize(
         loaded,
         scheme,
