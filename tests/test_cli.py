@@ -162,8 +162,7 @@ MISTAKES = {
     "unknown device": (["verify", "{model}", "{model}", "--text", "manual", "--device", "cuda:9"], "cuda:9"),
     "output over the source": (["rotate", "{model}", "{model}", "--force"], "choose another"),
     "clips that no runtime knows": (
-        ["quantize", "{model}", "{out}", "--scheme", "W4A4", "--rotations", "R1", "--clips"]
-        + ["--format", "compressed-tensors"],
+        ["quantize", "{model}", "{out}", "--scheme=W4A4", "--rotations=R1", "--clips", "--format=compressed-tensors"],
         "clip ratios",
     ),
     "calibration that nobody reads": (

@@ -2,11 +2,13 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from compressed_tensors.transform import TransformConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from conftest import CONFIGS, logits, tiny_model, tokens
 from spinquant import (
     Calibration,
+    CalibrationError,
     CheckpointError,
     Options,
     RotationError,
@@ -24,8 +27,10 @@ from spinquant import (
     quantize,
     save,
 )
-from spinquant.formats.compressed_config import REFUSAL
+from spinquant.calibrate import captured
+from spinquant.formats.compressed_config import REFUSAL, as_stored
 from spinquant.formats.native import detach
+from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.rtn import linears_of
 from spinquant.quantization.scheme import Quantizer, Scheme
 
@@ -97,6 +102,82 @@ def test_calibrated_weights_load_to_the_last_bit(scheme, method, tmp_path):
     result = quantize(model, parsed, ONLINE, method=method, tokens=ids, options=FAST)
     save(result, tmp_path / "out", format="compressed-tensors")
     assert torch.equal(logits(load(tmp_path / "out"), ids), logits(model, ids))
+
+
+STATIC = ["NVFP4", "WFP8AFP8KVFP8", "W4A16KVFP8", "NVFP4KVFP8", "KVFP8"]
+
+
+def calibrated(tmp_path, scheme, spec=FUSED, dtype=torch.float32, **options):
+    model, ids = tiny_model("llama", dtype=dtype), tokens(6, 20)
+    parsed = as_stored(parse_scheme(scheme, activation_symmetric=True, **options))
+    result = quantize(model, parsed, spec, tokens=ids, options=FAST)
+    save(result, tmp_path / "out", format="compressed-tensors")
+    return result, tmp_path / "out"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", STATIC)
+def test_static_ranges_load_to_the_last_bit(scheme, dtype, tmp_path):
+    result, out = calibrated(tmp_path, scheme, ONLINE, dtype)
+    ids = tokens(3, 30, seed=8)
+    assert torch.equal(logits(load(out), ids), logits(result.model, ids))
+    save(result, tmp_path / "native")
+    assert torch.equal(logits(load(tmp_path / "native"), ids), logits(result.model, ids))
+
+
+@pytest.mark.parametrize("scheme", STATIC)
+def test_transformers_computes_the_same_with_static_ranges(scheme, tmp_path):
+    """With compressed-tensors alone; tokens whose activations leave the calibrated range are among them."""
+    dtype = torch.bfloat16 if "NVFP4" in scheme else torch.float32
+    result, out = calibrated(tmp_path, scheme, dtype=dtype)
+    ids = tokens(3, 30, seed=8)
+    theirs, ours = logits(AutoModelForCausalLM.from_pretrained(out), ids), logits(result.model, ids)
+    rounding = (ours - logits(detached_activations(result), ids)).norm()
+    assert rounding > 0
+    # A number that lies between two codes may fall to the other one, and every later layer makes more of it.
+    assert (theirs - ours).norm() < (1.5 if "NVFP4" in scheme else 0.3) * rounding
+    if scheme in ("W4A16KVFP8", "KVFP8"):
+        torch.testing.assert_close(theirs, ours)
+
+
+def test_the_library_rounds_activations_as_we_do(tmp_path):
+    """Numbers in and out of the calibrated range, and groups down to where scales run out of exponent."""
+    result, out = calibrated(tmp_path, "NVFP4", dtype=torch.bfloat16)
+    theirs = AutoModelForCausalLM.from_pretrained(out)
+    name = "model.layers.1.mlp.down_proj"
+    linear, quantizer = theirs.get_submodule(name), result.scheme.activations
+    quantizer = replace(quantizer, peak=result.clips.inputs[name])
+    x = torch.randn(64, 80, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 2, 64)[:, None]
+    found = forward_quantize(linear, x, "input", linear.quantization_scheme.input_activations)
+    torch.testing.assert_close(found, fake_quantize(x, quantizer), rtol=1e-6, atol=0)
+
+
+def test_static_ranges_are_the_largest_magnitudes_of_the_calibration_text(tmp_path):
+    result, out = calibrated(tmp_path, "W4A16KVFP8", ONLINE)
+    stored = load_file(out / "model.safetensors")
+    model = detached_activations(result)
+    values = "model.layers.0.self_attn.v_proj"
+    with captured(model, [values]) as seen:
+        logits(model, tokens(6, 20))
+    found = stored["model.layers.0.self_attn.v_scale"]
+    torch.testing.assert_close(found, seen[values].abs().amax().reshape(1) / 448)
+    assert result.clips.values["model.layers.0.self_attn"] != result.clips.keys["model.layers.0.self_attn"]
+    spoil(out, lambda tensors: tensors.update({"model.layers.0.self_attn.v_scale": found * 2}))
+    with pytest.raises(CheckpointError, match="v_scale"):
+        load(out)
+
+
+def test_static_ranges_need_tokens():
+    model = tiny_model("llama", dtype=torch.float32)
+    with pytest.raises(CalibrationError, match="tokens"):
+        quantize(model, as_stored(parse_scheme("NVFP4")), FUSED, options=FAST)
+    with pytest.raises(SchemeError, match="calibration"):
+        fake_quantize(torch.ones(2, 16), Quantizer(4, True, 16, kind="nvfp4", static=True))
+    for wrong in ({"bits": 4}, {"bits": 8, "symmetric": True, "kind": "fp8", "group_size": 16}):
+        with pytest.raises(SchemeError, match="static"):
+            Quantizer(**wrong, static=True)
+    with pytest.raises(SchemeError, match="peak"):
+        Quantizer(8, True, kind="fp8", peak=3.0)
 
 
 def test_clip_ratios_that_the_format_cannot_hold_are_refused(tmp_path):
@@ -207,7 +288,8 @@ REFUSED = {
     "W4A4KV4": (FUSED, SchemeError, "KV"),
     "A8": (FUSED, SchemeError, "W8"),
     "W4A8g16": (FUSED, SchemeError, "per token"),
-    "NVFP4": (FUSED, SchemeError, "NVFP4A16"),
+    "NVFP4": (FUSED, SchemeError, "static"),
+    "W8A8KVFP8": (FUSED, SchemeError, "static"),
     "W4AFP8": (FUSED, SchemeError, "one kind"),
     "WFP8g16A16": (FUSED, SchemeError, "drop the group"),
     "none": (FUSED, SchemeError, "hf"),

@@ -9,7 +9,7 @@ import pytest
 
 from conftest import tiny_model
 from spinquant import Quantizer, RotationError, RotationSpec, Scheme, SchemeError, parse_scheme, plan_of
-from spinquant.formats.runtimes import RUNTIMES, Claim, check_runtime, format_for, runtime_rows, scheme_name
+from spinquant.formats.runtimes import RUNTIMES, Claim, check_runtime, format_for, runtime_rows, scheme_names
 from test_cli import run  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +61,9 @@ def test_the_page_says_what_the_data_says():
     assert markdown() in PAGE.read_text(encoding="utf-8")
 
 
+SHORT = ("--calibration", "manual", "--samples", "4", "--sample-length", "16")
+
+
 @pytest.mark.parametrize("name", RUNTIMES)
 def test_what_a_runtime_lists_it_accepts_and_the_rest_it_refuses(name):
     runtime = RUNTIMES[name]
@@ -70,7 +73,7 @@ def test_what_a_runtime_lists_it_accepts_and_the_rest_it_refuses(name):
         return
     for scheme in [*runtime.schemes, "W4A4KV4"]:
         parsed = parse_scheme("W4A4KV4" if scheme == "any" else scheme)
-        if scheme_name(parsed) in runtime.schemes or "any" in runtime.schemes:
+        if set(scheme_names(parsed)) <= {*runtime.schemes, "none"} or "any" in runtime.schemes:
             check_runtime(name, parsed, RotationSpec("R1,R2"))
         else:
             with pytest.raises(SchemeError, match="Instead: "):
@@ -116,9 +119,16 @@ def test_plain_rotations_need_no_format():
 
 
 def test_names_leave_out_what_does_not_matter_to_a_kernel():
-    names = {"W4g128A16": "W4A16", "W8A8": "W8A8", "FP8_DYNAMIC": "WFP8AFP8", "KV4": "KV4", "none": "none"}
-    assert {text: scheme_name(parse_scheme(text)) for text in names} == names
-    assert scheme_name(Scheme(weights=Quantizer(4, group_size=16))) == "W4A16_ASYM"
+    names = {
+        "W4g128A16": ("W4A16",),
+        "W8A8": ("W8A8",),
+        "FP8_DYNAMIC": ("WFP8AFP8",),
+        "KV4": ("none", "KV4"),
+        "NVFP4KVFP8": ("WNVFP4ANVFP4", "KVFP8"),
+        "none": ("none",),
+    }
+    assert {text: scheme_names(parse_scheme(text)) for text in names} == names
+    assert scheme_names(Scheme(weights=Quantizer(4, group_size=16))) == ("W4A16_ASYM",)
 
 
 def test_plan_tells_what_a_runtime_runs(run, folder):  # noqa: F811
@@ -138,6 +148,8 @@ def test_plan_tells_what_a_runtime_runs(run, folder):  # noqa: F811
     [
         (["--scheme", "W4A4", "--runtime", "vllm-cpu", "--rotations", "R1"], "vllm-cpu runs"),
         (["--scheme", "W8A8", "--runtime", "vllm-cpu"], "--rotations R1,R2"),
+        (["--scheme", "W8A8KVFP8", "--runtime", "vllm-cpu", "--rotations", "R1"], "does not run KVFP8"),
+        (["--scheme", "W8A8KV8", "--format", "compressed-tensors", "--rotations", "R1"], "KVFP8"),
         (["--scheme", "W8A8", "--runtime", "ctranslate2", "--rotations", "R1"], "--format hf"),
         (["--scheme", "none", "--runtime", "executorch"], "writes no folder"),
         (["--scheme", "W8A8", "--runtime", "tensorrt"], "unknown runtime"),
@@ -159,6 +171,7 @@ def test_quantize_for_a_runtime_writes_its_format(run, folder, tmp_path):  # noq
         ("a", ("--scheme", "W8A8", "--runtime", "vllm-cpu", "--rotations", "R1,R2"), "compressed-tensors"),
         ("b", ("--scheme", "none", "--format", "hf", "--rotations", "R1,R2"), None),
         ("c", ("--scheme", "W4A4", "--runtime", "spinquant"), "spinquant"),
+        ("d", ("--scheme", "NVFP4KVFP8", "--runtime", "vllm", "--rotations", "R1", *SHORT), "compressed-tensors"),
     ):
         code, _, errors = run("quantize", folder, tmp_path / name, *arguments, "--text", "manual", "--no-proof")
         assert code == 0, errors

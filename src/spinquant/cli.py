@@ -51,6 +51,7 @@ from spinquant.errors import SchemeError, SpinquantError
 from spinquant.evaluation import compare_models
 from spinquant.evaluation import evaluate as evaluate_model
 from spinquant.folders import check_unquantized, quantize_folder, rotate_folder
+from spinquant.formats.compressed_config import as_stored
 from spinquant.formats.runtimes import format_for, runtime_rows
 from spinquant.pipeline import Options, Stage
 from spinquant.quantization.blockwise import Calibration
@@ -218,6 +219,8 @@ def quantize(
         kv_clip=kv_clip,
         lm_head=lm_head,
     )
+    if format == "compressed-tensors":
+        parsed = as_stored(parsed)
     about = {"text": calibration, "samples": samples, "length": sample_length}
     chosen: dict[str, Any] = {name: value for name, value in about.items() if value is not None}
     with _stages() as progress:

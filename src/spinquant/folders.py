@@ -52,7 +52,8 @@ def save(
     CheckpointError when `out` exists and `force` is off, the disk is full, a weight is not finite, or the online parts
     were removed from the model; SchemeError and RotationError for what the format cannot hold.
     """
-    check_format(format, result.scheme or Scheme(), result.spec, clips=bool(result.clips))
+    searched = result.calibration is not None and result.calibration.clips
+    check_format(format, result.scheme or Scheme(), result.spec, clips=searched)
     online = online_part(result.plan, result.rotations)
     if online and not is_marked(result.model):
         raise CheckpointError(
@@ -62,7 +63,7 @@ def save(
     check_finite(result.model, "the model to be saved")
     with atomic_folder(out, force=force) as folder:
         if format == "compressed-tensors":
-            write_compressed(result.model, result.plan, online, result.scheme or Scheme(), folder)
+            write_compressed(result.model, result.plan, online, result.scheme or Scheme(), result.clips, folder)
         else:
             result.model.save_pretrained(folder)
         if tokenizer is not None:
@@ -102,7 +103,7 @@ def check_format(format: str, scheme: Scheme, spec: RotationSpec, *, clips: bool
                 "compressed-tensors. Leave --clips out, or write --format native"
             )
         quantization_scheme(scheme)  # raises where the library is missing
-        if scheme.weights is None and not online:
+        if scheme.weights is None and scheme.kv is None and not online:
             raise SchemeError(
                 "nothing is quantized and nothing rotated online, so compressed-tensors has nothing to say: use "
                 "--format hf"

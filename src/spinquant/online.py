@@ -245,7 +245,10 @@ def _attention_with_rotated_queries(base: str) -> Callable[..., Any]:
 
 
 class KeyValueSite:
-    """Pre-hook of an attention module: stands between it and its cache. `rounds` switches rounding."""
+    """Pre-hook of an attention module: stands between it and its cache.
+
+    `rounds` switches rounding; `peaks`, when set, follow the largest magnitude of keys and of values.
+    """
 
     def __init__(
         self, rotation: Rotation | None, keys: Quantizer | None, values: Quantizer | None, implementation: str | None
@@ -254,6 +257,7 @@ class KeyValueSite:
         self.keys = keys
         self.values = values
         self.rounds = True
+        self.peaks: tuple[float, float] | None = None  # largest magnitudes seen, where they are being watched
         self.implementation = implementation
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
@@ -279,6 +283,9 @@ class _RotatingCache:
         cache, site = self._cache, self._site
         if site.rotation is not None:
             keys = site.rotation.apply(keys)
+        if site.peaks is not None:
+            found = float(keys.abs().amax()), float(values.abs().amax())
+            site.peaks = max(site.peaks[0], found[0]), max(site.peaks[1], found[1])
         if site.keys is not None and site.values is not None and site.rounds:
             if cache is None or not pack_layer(cache, layer_idx, site.keys, site.values):
                 keys, values = fake_quantize(keys, site.keys), fake_quantize(values, site.values)

@@ -20,7 +20,7 @@ from spinquant.quantization.blockwise import Calibration, quantize_blocks
 from spinquant.quantization.gptq import GPTQOptions
 from spinquant.quantization.progress import BlockStore
 from spinquant.quantization.rtn import round_weights
-from spinquant.quantization.scheme import Clips, Scheme, parse_scheme
+from spinquant.quantization.scheme import Clips, Scheme, parse_scheme, static_parts
 from spinquant.rotation import Rotation, RotationSpec, in_precision, make_rotations, online_part
 
 Method = Literal["rtn", "gptq", "gptaq"]
@@ -204,15 +204,18 @@ def check_calibration(method: str, scheme: Scheme, calibration: Calibration | No
     if method not in METHODS:
         raise SchemeError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
     calibration = calibration or Calibration()
-    if calibration.clips and scheme.activations is None and scheme.kv is None:
+    ranges = {"activations": scheme.activations, "kv": scheme.kv}
+    static = static_parts(scheme)
+    if calibration.clips and all(ranges[part] is None for part in ranges if part not in static):
         raise SchemeError(
-            f"scheme {scheme} rounds neither activations nor the KV cache: there is no clip ratio to search"
+            f"scheme {scheme} rounds neither activations nor the KV cache in ranges of their own: there is no clip "
+            "ratio to search"
         )
     if method == "rtn" and (calibration.gptq != GPTQOptions() or calibration.sequential):
         raise CalibrationError(
             "damping, act-order, asymmetry and sequential are options of gptq and gptaq, and the method is rtn"
         )
-    if method == "rtn" and not calibration.clips:
+    if method == "rtn" and not calibration.clips and not static:
         if not calibration.round_inputs:
             raise CalibrationError("exact inputs are an option of calibration, and plain rtn is not calibrated")
         return None

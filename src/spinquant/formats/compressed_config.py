@@ -11,13 +11,15 @@ its inverse fused into the weight that reads it:
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from spinquant.errors import RotationError, SchemeError
 from spinquant.plan import Plan
-from spinquant.quantization.scheme import Quantizer, Scheme
+from spinquant.quantization.floating import LARGEST, tensor_factor
+from spinquant.quantization.scheme import Clips, Quantizer, Scheme, static_parts
 from spinquant.rotation import Hadamard, Rotation, RotationSpec
 
 INSTALL = "compressed-tensors is not installed: pip install 'spinquant[compressed-tensors]'"
@@ -29,9 +31,10 @@ REFUSAL = "online rotations: serve it with vLLM"
 def check_scheme(scheme: Scheme, spec: RotationSpec) -> None:
     """Raise SchemeError or RotationError, saying what would work, for what compressed-tensors cannot hold."""
     weights, activations = scheme.weights, scheme.activations
-    if scheme.kv is not None:
+    if scheme.kv is not None and not (scheme.kv.kind == "fp8" and scheme.kv.static):
         raise SchemeError(
-            f"{scheme}: compressed-tensors has no dynamic integer KV cache. Leave KV out, or write --format native"
+            f"{scheme}: a KV cache of compressed-tensors has numbers of FP8 in a static range per attention. Write "
+            "KVFP8 (static), leave KV out, or write --format native"
         )
     if activations is not None and weights is None:
         raise SchemeError(f"{scheme}: compressed-tensors quantizes activations of quantized weights only: add W8")
@@ -39,11 +42,10 @@ def check_scheme(scheme: Scheme, spec: RotationSpec) -> None:
         pass
     elif activations.kind == "int" and activations.group_size is not None:
         raise SchemeError(f"{scheme}: compressed-tensors quantizes integer activations per token: drop their group")
-    elif activations.kind == "nvfp4":
-        raise SchemeError(
-            f"{scheme}: NVFP4 activations need a calibrated factor per linear, which is not made here. Use NVFP4A16, "
-            "MXFP4 or FP8_DYNAMIC"
-        )
+    elif activations.kind == "nvfp4" and not activations.static:
+        raise SchemeError(f"{scheme}: NVFP4 activations of compressed-tensors have a static factor per linear")
+    elif activations.kind == "fp8" and activations.static:
+        raise SchemeError(f"{scheme}: FP8 activations are written with a scale per token: not static")
     elif weights is not None and activations.kind != weights.kind:
         raise SchemeError(
             f"{scheme}: weights ({weights.kind}) and activations ({activations.kind}) must be of one kind"
@@ -62,6 +64,16 @@ def check_scheme(scheme: Scheme, spec: RotationSpec) -> None:
             "R3 can be written for compressed-tensors as a plain Hadamard transform only, since runtimes load no "
             "matrix for it: use --type R3=hadamard, or leave R3 out"
         )
+
+
+def as_stored(scheme: Scheme) -> Scheme:
+    """The scheme with static ranges where compressed-tensors has no others: NVFP4 activations, an FP8 cache."""
+    activations, kv = scheme.activations, scheme.kv
+    if activations is not None and activations.kind == "nvfp4":
+        activations = replace(activations, static=True)
+    if kv is not None and kv.kind == "fp8":
+        kv = replace(kv, static=True)
+    return replace(scheme, activations=activations, kv=kv)
 
 
 def format_of(scheme: Scheme) -> str:
@@ -97,11 +109,12 @@ def _arguments(quantizer: Quantizer | None, *, dynamic: bool) -> Any:
         return None
     group = quantizer.group_size
     whole = "token" if dynamic else "channel"
+    local = "local" if quantizer.static else dynamic  # a scale per group of each token, a factor per tensor
     options: dict[str, Any] = {
         "num_bits": quantizer.bits,
         "type": "int" if quantizer.kind == "int" else "float",
         "symmetric": quantizer.symmetric,
-        "dynamic": dynamic,
+        "dynamic": local,
         "group_size": group,
         "strategy": whole if group is None else "tensor_group" if quantizer.kind == "nvfp4" else "group",
         "observer": None,
@@ -111,6 +124,31 @@ def _arguments(quantizer: Quantizer | None, *, dynamic: bool) -> Any:
     if quantizer.kind == "mxfp4":
         options["scale_dtype"] = torch.uint8
     return QuantizationArgs(**options)
+
+
+def _cache_arguments() -> Any:
+    from compressed_tensors.quantization import QuantizationArgs
+
+    options: dict[str, Any] = {"num_bits": 8, "type": "float", "strategy": "tensor", "observer": None}
+    return QuantizationArgs(**options, symmetric=True, dynamic=False)
+
+
+def stored_ranges(plan: Plan, scheme: Scheme, clips: Clips) -> dict[str, torch.Tensor]:
+    """Tensors of the static ranges, float32 (1,): k_scale and v_scale of attentions, input_global_scale of linears.
+
+    A scale is a peak divided by the largest number of FP8; a global scale is what a scale is multiplied with before it
+    is stored as an FP8 number, hence the inverse of `floating.tensor_factor`.
+    """
+    found: dict[str, torch.Tensor] = {}
+    if "kv" in static_parts(scheme):
+        for letter, peaks in (("k", clips.keys), ("v", clips.values)):
+            found |= {f"{a}.{letter}_scale": torch.tensor([peaks[a] / LARGEST["fp8"]]) for a in plan.attentions}
+    if "activations" in static_parts(scheme):
+        head = (plan.head.removesuffix(".weight"),)
+        for group in (*plan.linears, *([head] if scheme.lm_head else [])):
+            factor = tensor_factor(torch.tensor([clips.inputs[group[0]] / LARGEST["nvfp4"]]))
+            found |= {f"{name}.input_global_scale": (1 / factor).reshape(1) for name in group}
+    return found
 
 
 def quantization_config(
@@ -129,6 +167,7 @@ def quantization_config(
         format=format_of(scheme),
         quantization_status="compressed",  # pyright: ignore[reportArgumentType]
         ignore=list(ignore),
+        kv_cache_scheme=_cache_arguments() if scheme.kv is not None else None,
     ).model_dump(mode="json")
     if transforms["config_groups"]:
         made["quantization_status"] = REFUSAL

@@ -19,14 +19,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from spinquant.checkpoint import BESIDE, RECORD, ROTATIONS, weight_files
 from spinquant.errors import CheckpointError, SpinquantError
-from spinquant.formats.compressed_config import format_of, quantization_config, quantization_scheme
+from spinquant.formats.compressed_config import format_of, quantization_config, quantization_scheme, stored_ranges
 from spinquant.formats.compressed_tensors import stored_transforms, transform_matrix
 from spinquant.formats.native import mark
 from spinquant.module import plan_of
 from spinquant.online import attach
 from spinquant.plan import Plan
 from spinquant.quantization.rtn import linears_of
-from spinquant.quantization.scheme import Quantizer, Scheme
+from spinquant.quantization.scheme import Clips, Quantizer, Scheme
 from spinquant.rotation import Rotation, RotationSpec, restore
 
 METHOD = "compressed-tensors"
@@ -61,6 +61,8 @@ def load_compressed(folder: Path, *, dtype: torch.dtype | str = "auto") -> Any:
     for file in weight_files(folder):
         stored |= load_file(folder / file)
     _take_transforms(plan, online, stored, config.dtype, folder)
+    clips = Clips.from_dict(record.get("clips") or {})
+    _take_ranges(stored_ranges(plan, scheme, clips), stored, folder)
     grids = _decompress(plan, scheme, stored, config.dtype) if scheme.weights else {}
     model, info = type(skeleton).from_pretrained(
         None, config=config, state_dict=stored, dtype=config.dtype, output_loading_info=True
@@ -73,8 +75,8 @@ def load_compressed(folder: Path, *, dtype: torch.dtype | str = "auto") -> Any:
     for name, buffers in grids.items():
         for key, tensor in buffers.items():
             model.get_submodule(name).register_buffer(key, tensor, persistent=False)
-    attach(model, plan, online, scheme)
-    mark(model, plan, online, RotationSpec(**record["spec"]), scheme)
+    attach(model, plan, online, scheme, clips)
+    mark(model, plan, online, RotationSpec(**record["spec"]), scheme, clips)
     return model.eval()
 
 
@@ -120,6 +122,17 @@ def _take_transforms(
             raise CheckpointError(f"{folder} lacks the online rotation {name!r}: incomplete checkpoint")
         if not torch.equal(found, transform_matrix(rotation, dtype)):
             raise CheckpointError(f"{folder}: tensor {name!r} is not the rotation that its record describes")
+
+
+def _take_ranges(ranges: Mapping[str, Tensor], stored: dict[str, Tensor], folder: Path) -> None:
+    """Remove the tensors of static ranges; they must be those of the record."""
+    for name, expected in ranges.items():
+        found = stored.pop(name, None)
+        if found is None or not torch.equal(found, expected):
+            raise CheckpointError(
+                f"{folder}: tensor {name!r} is {'missing' if found is None else found.tolist()}, and its record says "
+                f"{expected.tolist()}"
+            )
 
 
 def _decompress(

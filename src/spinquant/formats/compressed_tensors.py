@@ -19,21 +19,25 @@ from spinquant.formats.compressed_config import (
     format_of,
     quantization_config,
     quantization_scheme,
+    stored_ranges,
     transform_groups,
 )
 from spinquant.plan import Plan
 from spinquant.quantization.floating import tensor_factor
 from spinquant.quantization.rtn import linears_of
-from spinquant.quantization.scheme import Quantizer, Scheme
+from spinquant.quantization.scheme import Clips, Quantizer, Scheme
 from spinquant.rotation import Rotation, matrix
 
 
-def write_compressed(model: Any, plan: Plan, rotations: Mapping[str, Rotation], scheme: Scheme, folder: Path) -> None:
+def write_compressed(
+    model: Any, plan: Plan, rotations: Mapping[str, Rotation], scheme: Scheme, clips: Clips, folder: Path
+) -> None:
     """Write the weights and config of a rotated and quantized model into a folder; the model stays as it is.
 
+    clips: the peaks of static quantizers.
     Raises CheckpointError for a weight that does not lie on its grid, and SchemeError when the library is missing.
     """
-    state = compressed_state(model, plan, rotations, scheme)
+    state = compressed_state(model, plan, rotations, scheme) | stored_ranges(plan, scheme, clips)
     covered = set(linears_of(plan, scheme)) if scheme.weights else set()
     ignore = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in covered]
     described = quantization_config(plan, rotations, scheme, ignore=ignore)

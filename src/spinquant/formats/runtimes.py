@@ -11,7 +11,7 @@ from typing import Any
 
 from spinquant.errors import RotationError, SchemeError
 from spinquant.plan import MERGEABLE, ROTATION_NAMES, Plan
-from spinquant.quantization.scheme import Scheme
+from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.rotation import RotationSpec
 
 
@@ -62,6 +62,7 @@ _VLLM = "vLLM 0.32, model_executor/layers/quantization/compressed_tensors"
 _FUSED = "tests/test_native.py::test_a_rotated_folder_without_online_parts_is_plain"
 _NATIVE = "tests/test_native.py::test_loading_gives_the_same_logits_to_the_last_bit"
 _READ = "tests/test_compressed_tensors.py::test_transformers_computes_the_same_with_compressed_tensors_alone"
+_STATIC = "tests/test_compressed_tensors.py::test_transformers_computes_the_same_with_static_ranges"
 _PLAIN_ONLY = "it reads plain 16-bit folders and quantizes by itself: write R1 and R2 alone (--format hf)"
 
 
@@ -116,6 +117,7 @@ RUNTIMES: Mapping[str, Runtime] = {
             **{f"W{bits}A16": _runs(_READ) for bits in range(2, 9)},
             **{name: _runs(_READ) for name in ("W8A8", "W4A8", "WFP8A16", "WFP8AFP8", "WNVFP4A16")},
             **{name: _runs(_READ) for name in ("WMXFP4A16", "WMXFP4AMXFP4")},
+            **{name: _runs(_STATIC) for name in ("WNVFP4ANVFP4", "KVFP8")},
         },
         "compressed-tensors has no words for it: use --runtime spinquant",
     ),
@@ -134,6 +136,8 @@ RUNTIMES: Mapping[str, Runtime] = {
             "none": _cited(True, f"{_VLLM}/transform"),
             **{name: _cited(True, _GPU) for name in ("W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W7A16", "W8A16")},
             **{name: _cited(True, _GPU) for name in ("W8A8", "WFP8A16", "WFP8AFP8", "WNVFP4A16", "WMXFP4AMXFP4")},
+            "WNVFP4ANVFP4": _cited(True, f"{_VLLM}/schemes/compressed_tensors_w4a4_nvfp4.py; not run here"),
+            "KVFP8": _cited(True, f"{_VLLM}/compressed_tensors.py, validate_kv_cache_scheme; not run here"),
         },
         "vLLM has no kernel for it in compressed-tensors (W4A8 of int8 codes has one on CPUs alone)",
         biased=False,
@@ -197,23 +201,24 @@ RUNTIMES: Mapping[str, Runtime] = {
 }
 
 
-def scheme_name(scheme: Scheme) -> str:
-    """The name under which runtimes list a scheme: without groups, and without parts that are not quantized."""
-    parts = []
-    for letter, quantizer in (("W", scheme.weights), ("A", scheme.activations), ("KV", scheme.kv)):
+def scheme_names(scheme: Scheme) -> tuple[str, ...]:
+    """The names under which runtimes list a scheme, without groups: that of its linears ("none"), and of its cache."""
+
+    def part(letter: str, quantizer: Quantizer | None) -> str:
         if quantizer is None:
-            parts.append("A16" if letter == "A" and scheme.weights else "")
-        else:
-            parts.append(f"{letter}{quantizer.bits if quantizer.kind == 'int' else quantizer.kind.upper()}")
+            return "A16" if letter == "A" and scheme.weights else ""
+        return f"{letter}{quantizer.bits if quantizer.kind == 'int' else quantizer.kind.upper()}"
+
     # transformers loads no zero points of groups (compressed-tensors 0.19), and no other runtime was tried with them.
     asymmetric = scheme.weights is not None and not scheme.weights.symmetric
-    return ("".join(parts) or "none") + ("_ASYM" if asymmetric else "")
+    linears = part("W", scheme.weights) + part("A", scheme.activations) + ("_ASYM" if asymmetric else "")
+    return (linears or "none", *([part("KV", scheme.kv)] if scheme.kv else []))
 
 
 def runtime_rows(
     name: str, spec: RotationSpec, scheme: Scheme | None = None, plan: Plan | None = None
 ) -> list[dict[str, Any]]:
-    """One dict per rotation and one for the scheme: whether the runtime runs it, why, and what to do instead."""
+    """One dict per rotation and part of the scheme: whether the runtime runs it, why, and what to do instead."""
     runtime = runtime_of(name)
     rows = []
     for rotation in spec.rotations:
@@ -232,8 +237,7 @@ def runtime_rows(
                 "instead": instead,
             }
         )
-    if scheme is not None:
-        listed = scheme_name(scheme)
+    for listed in scheme_names(scheme) if scheme is not None else ():
         claim = runtime.schemes.get(listed) or runtime.schemes.get("any") or Claim(False, cites=runtime.otherwise)
         known = ", ".join(runtime.schemes) or "nothing"
         rows.append(
@@ -288,7 +292,7 @@ def format_for(name: str, scheme: Scheme, spec: RotationSpec) -> str:
     runtime = runtime_of(name)
     if runtime.format is None:
         raise SchemeError(f"spinquant writes no folder for {runtime.title}: {runtime.how}")
-    plain = scheme_name(scheme) == "none" and all(rotation in MERGEABLE for rotation in spec.rotations)
+    plain = scheme_names(scheme) == ("none",) and all(rotation in MERGEABLE for rotation in spec.rotations)
     return "hf" if plain else runtime.format
 
 

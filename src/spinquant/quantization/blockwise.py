@@ -25,7 +25,7 @@ from spinquant.quantization.gptq import GPTQOptions, Moments, gptq
 from spinquant.quantization.integer import Packed, fake_quantize
 from spinquant.quantization.progress import BlockStore
 from spinquant.quantization.rtn import quantize_weight, set_weight
-from spinquant.quantization.scheme import Clips, Quantizer, Scheme
+from spinquant.quantization.scheme import Clips, Quantizer, Scheme, static_parts, with_clip
 from spinquant.rotation import Rotation
 
 # Clip ratios of activations are searched on so many tokens, taken from so many samples; those of the cache on whole
@@ -127,9 +127,13 @@ class _Walk:
                 self._advance_exact(name, block)
                 self._take_over(*finished)
             else:
+                if static_parts(self.scheme):
+                    self._find_peaks(name, block, groups)
                 if self.calibration.clips:
                     self._search_clips(name, block, groups)
                 self._round_block(name, block, groups)
+                if static_parts(self.scheme):
+                    self._find_peaks(name, block, groups)  # once more, as the rounded weights have them
             for i, state in enumerate(self.states):
                 output = self._run(block, state, name)
                 check_finite_output(block, name, state, self.arguments[name], output)
@@ -144,6 +148,9 @@ class _Walk:
         name = self.plan.head.removesuffix(".weight")
         head = self.model.get_submodule(name)
         moments = Moments()
+        if "activations" in static_parts(self.scheme):
+            last = (after_blocks(self.model, self.plan.blocks, state) for state in self.states)
+            self._set_clips(Clips({name: max(float(x.abs().amax()) for x in last) or 1.0}, {}, {}))
         for i, state in enumerate(self.states if self.options is not None else ()):
             x = after_blocks(self.model, self.plan.blocks, state)
             exact = None if self.exact is None else after_blocks(self.model, self.plan.blocks, self.exact[i])
@@ -176,11 +183,11 @@ class _Walk:
     def _set_clips(self, clips: Clips) -> None:
         for name, ratio in clips.inputs.items():
             site = self.attachment.inputs[name]
-            site.quantizer = replace(_present(site.quantizer), clip=ratio)
+            site.quantizer = with_clip(site.quantizer, ratio)
         for name, site in self.attachment.keys_values.items():
             if name in clips.keys:
-                site.keys = replace(_present(site.keys), clip=clips.keys[name])
-                site.values = replace(_present(site.values), clip=clips.values[name])
+                site.keys = with_clip(site.keys, clips.keys[name])
+                site.values = with_clip(site.values, clips.values[name])
         both = ((getattr(self.clips, part), getattr(clips, part)) for part in ("inputs", "keys", "values"))
         self.clips = Clips(*({**old, **new} for old, new in both))
 
@@ -262,8 +269,27 @@ class _Walk:
             self.packed[name] = packed.with_tensors(*(t.clone().to(module.weight.device) for t in tensors))
             set_weight(module, self.packed[name])
 
+    def _find_peaks(self, name: str, block: nn.Module, groups: Sequence[tuple[str, ...]]) -> None:
+        """The ranges of static quantizers: the largest magnitudes on the calibration text."""
+        parts = static_parts(self.scheme)
+        sites = {n: s for n, s in self.attachment.keys_values.items() if "kv" in parts and n.startswith(f"{name}.")}
+        inputs: dict[str, float] = {}
+        for site in sites.values():
+            site.peaks = 0.0, 0.0
+        for state in self.states:
+            found, _ = self._inputs(block, name, groups, state, rounded=False, stop=False)
+            for first, x in found.items() if "activations" in parts else ():
+                inputs[first] = max(inputs.get(first, 0.0), float(x.abs().amax()))
+        peaks = {n: site.peaks or (0.0, 0.0) for n, site in sites.items()}
+        for site in sites.values():
+            site.peaks = None
+        # Where everything was zero, any range will do.
+        keys, values = ({n: pair[i] or 1.0 for n, pair in peaks.items()} for i in (0, 1))
+        self._set_clips(Clips({n: peak or 1.0 for n, peak in inputs.items()}, keys, values))
+
     def _search_clips(self, name: str, block: nn.Module, groups: Sequence[tuple[str, ...]]) -> None:
-        if self.scheme.activations is not None:
+        static = static_parts(self.scheme)
+        if self.scheme.activations is not None and "activations" not in static:
             found: dict[str, list[Tensor]] = {}
             share = max(1, len(self.states) // CLIP_INPUT_SAMPLES)
             states = self.states[::share]
@@ -278,7 +304,7 @@ class _Walk:
                     x = torch.cat(found[group[0]])
                     ratios[group[0]] = search_input_clip(x, weight, _present(self.scheme.activations))
             self._set_clips(Clips(ratios, {}, {}))
-        if self.scheme.kv is not None:
+        if self.scheme.kv is not None and "kv" not in static:
             for attention in (a for a in self.plan.attentions if a.startswith(f"{name}.")):
                 share = max(1, len(self.states) // CLIP_CACHE_SAMPLES)
                 self._search_kv_clips(name, block, attention, self.states[::share][:CLIP_CACHE_SAMPLES])

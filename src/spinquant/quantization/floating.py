@@ -32,6 +32,21 @@ def scale_of(peak: Tensor, kind: Kind) -> Tensor:
     return _four_bits(scale) if kind == "nvfp4" else scale
 
 
+def static_scale_of(peak: Tensor, kind: Kind, largest: float) -> Tensor:
+    """The scale of a group, where `largest` is the largest magnitude of the whole tensor.
+
+    fp8 has one scale per tensor; those of nvfp4 are E4M3 numbers times one power of two, and a group whose scale is too
+    small for one becomes zero, as it does in runtimes.
+    """
+    scale = torch.full_like(peak, largest / LARGEST[kind])
+    if kind == "fp8":
+        return scale
+    factor = tensor_factor(scale)
+    top = LARGEST["fp8"]
+    rounded = (peak / LARGEST[kind] / factor).clamp(max=top).to(_FP8).to(peak.dtype)
+    return torch.where(rounded == 0, top, rounded) * factor
+
+
 def _four_bits(x: Tensor) -> Tensor:
     """x rounded to the four significant bits of E4M3, of any magnitude."""
     mantissa, exponent = torch.frexp(x)

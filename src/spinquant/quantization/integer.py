@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spinquant.errors import SchemeError
-from spinquant.quantization.floating import from_bits, nearest, scale_of, to_bits, within_reach
+from spinquant.quantization.floating import from_bits, nearest, scale_of, static_scale_of, to_bits, within_reach
 from spinquant.quantization.scheme import Quantizer
 
 # Elements handled at once, so that all passes below find them in cache. Measured on two cores with 1 MiB of
@@ -46,7 +46,14 @@ def grid_of_range(
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point for numbers between low and high, of which `ratio` is covered."""
     if quantizer.kind != "int":
-        scale = _storable(scale_of(torch.maximum(high, -low) * ratio, quantizer.kind), stored)
+        peak = torch.maximum(high, -low) * ratio
+        if not quantizer.static:
+            scale = scale_of(peak, quantizer.kind)
+        elif quantizer.peak is None:
+            raise SchemeError(f"the range of static {quantizer.kind} is not known yet: it is found by calibration")
+        else:
+            scale = static_scale_of(peak, quantizer.kind, quantizer.peak)
+        scale = _storable(scale, stored)
         return scale, torch.zeros_like(scale)
     if quantizer.symmetric:
         centre = 2 ** (quantizer.bits - 1)

@@ -3,7 +3,8 @@
 Written in the paper's notation: `W4A8KV4` is 4-bit weights, 8-bit activations, 4-bit keys and values. Parts may be
 left out (`W4A16`, `KV4`), 16 bits mean "not quantized", and a weight group is written `W4g128A16` or `W4A16_g128`.
 Floating formats stand where bits do: `WFP8AFP8`, `WMXFP4A16`. The names that compressed-tensors gives to schemes this
-notation has no other word for (`FP8_DYNAMIC`, `NVFP4A16`, ...) are read too.
+notation has no other word for (`FP8_DYNAMIC`, `NVFP4A16`, ...) are read too, with or without a cache behind them
+(`NVFP4KVFP8`).
 """
 
 import re
@@ -15,7 +16,7 @@ from spinquant.errors import SchemeError
 
 _BITS = r"\d+|FP8|NVFP4|MXFP4"
 NOTATION = re.compile(
-    rf"(?:W(?P<w>{_BITS})(?:G(?P<wg>\d+))?)?(?:A(?P<a>{_BITS})(?:G(?P<ag>\d+))?)?(?:KV(?P<kv>\d+))?"
+    rf"(?:W(?P<w>{_BITS})(?:G(?P<wg>\d+))?)?(?:A(?P<a>{_BITS})(?:G(?P<ag>\d+))?)?(?:KV(?P<kv>\d+|FP8))?"
     r"(?:[-_]G(?P<group>\d+))?",
     re.IGNORECASE,
 )
@@ -44,6 +45,8 @@ class Quantizer:
     clip: fraction of the range that the grid covers, or "mse" to search it per group (weights only).
     kind: int, or a floating format: fp8 (E4M3), nvfp4 (E2M1, an E4M3 scale per 16), mxfp4 (E2M1, a power of two per
     32).
+    static: the range is not that of the numbers at hand but one found by calibration, of the whole tensor: the scale of
+    fp8, the factor of nvfp4's scales. peak: that range, the largest magnitude; None before calibration.
     """
 
     bits: int
@@ -51,8 +54,14 @@ class Quantizer:
     group_size: int | None = None
     clip: Clip = 1.0
     kind: Kind = "int"
+    static: bool = False
+    peak: float | None = None
 
     def __post_init__(self):
+        if self.static and (self.kind not in ("fp8", "nvfp4") or (self.kind == "fp8" and self.group_size is not None)):
+            raise SchemeError(f"a static range is for fp8 without groups and for nvfp4: found {self.kind}")
+        if self.peak is not None and not (self.static and 0 < self.peak < float("inf")):
+            raise SchemeError(f"peak {self.peak!r}: expected a positive number, of a static quantizer")
         if self.kind in FLOATING:
             bits, group = FLOATING[self.kind]
             if self.bits != bits or not self.symmetric or group not in (None, self.group_size):
@@ -112,7 +121,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Clips:
-    """Clip ratios found for single places, which take precedence over the scheme's.
+    """Clip ratios found for single places, which take precedence over the scheme's; for static quantizers the peak.
 
     inputs: by the first of the linears that read an activation. keys, values: by attention module.
     """
@@ -134,9 +143,17 @@ class Clips:
         return cls(**{name: dict(data.get(name, {})) for name in ("inputs", "keys", "values")})
 
 
-def with_clip(quantizer: Quantizer | None, ratio: float | None) -> Quantizer | None:
-    """The quantizer with another clip ratio; as it is where there is none."""
-    return quantizer if quantizer is None or ratio is None else replace(quantizer, clip=ratio)
+def with_clip(quantizer: Quantizer | None, found: float | None) -> Quantizer | None:
+    """The quantizer with another clip ratio, or a static one with another peak; as it is where none was found."""
+    if quantizer is None or found is None:
+        return quantizer
+    return replace(quantizer, peak=found) if quantizer.static else replace(quantizer, clip=found)
+
+
+def static_parts(scheme: Scheme) -> tuple[str, ...]:
+    """What of a scheme has static ranges: "activations", "kv"."""
+    parts = {"activations": scheme.activations, "kv": scheme.kv}
+    return tuple(name for name, quantizer in parts.items() if quantizer is not None and quantizer.static)
 
 
 def parse_scheme(
@@ -158,7 +175,8 @@ def parse_scheme(
     if isinstance(text, Scheme):
         return text
     compact = re.sub(r"\s", "", text)
-    compact = PRESETS.get(compact.upper(), compact)
+    name, *cache = re.split(r"(?=KV)", compact, maxsplit=1, flags=re.IGNORECASE)
+    compact = "".join((PRESETS.get(name.upper(), name), *cache))
     match = NOTATION.fullmatch(compact)
     if compact.lower() in ("none", "16"):
         return Scheme(lm_head=lm_head)
