@@ -40,3 +40,7 @@ class TextError(SpinquantError):
 
 class CalibrationError(SpinquantError):
     """Calibration text, or what a model computes on it, that cannot be used."""
+
+
+class LearningError(SpinquantError):
+    """Rotations cannot be learned as asked, or their learning went astray."""

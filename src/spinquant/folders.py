@@ -29,14 +29,14 @@ from spinquant.checkpoint import (
 from spinquant.errors import CalibrationError, CheckpointError, RotationError, SchemeError
 from spinquant.formats.compressed_config import check_scheme, quantization_scheme
 from spinquant.formats.compressed_tensors import write_compressed
-from spinquant.formats.native import distinct_rotations, is_marked
+from spinquant.formats.native import is_marked
 from spinquant.formats.runtimes import check_runtime, runtime_of
 from spinquant.pipeline import Method, Options, Result, check_calibration, quantize, rotate
 from spinquant.plan import MERGEABLE
 from spinquant.quantization.blockwise import Calibration
 from spinquant.quantization.progress import BlockStore, digest
 from spinquant.quantization.scheme import Scheme
-from spinquant.rotation import RotationSpec, online_part
+from spinquant.rotation import RotationSpec, online_part, to_save
 
 Format = Literal["native", "compressed-tensors", "hf"]
 SAMPLE_TOKENS = 128  # real tokens on which the fused model is compared with the original
@@ -68,8 +68,7 @@ def save(
             result.model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        kinds = distinct_rotations(result.rotations)
-        tensors = {f"{i}.{k}": v.contiguous() for i, r in enumerate(kinds) for k, v in r.tensors().items()}
+        _, tensors = to_save(result.rotations)
         # In a folder of their own: runtimes load every safetensors file that lies beside the weights.
         (folder / BESIDE).mkdir()
         save_file(tensors, folder / BESIDE / ROTATIONS)

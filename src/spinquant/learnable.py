@@ -19,20 +19,13 @@ from torch.nn.utils import parametrize
 
 from spinquant.errors import CheckpointError
 from spinquant.fuse import transform
+from spinquant.learning.cayley import cayley
 from spinquant.module import check_in_memory, module_and_attribute, named_tensor, untie
 from spinquant.online import attach, attachment_of, before_forward
 from spinquant.plan import Plan
 from spinquant.rotation import Orthogonal, Rotation, matrix
 
 LEARNED = "spinquant_learned"
-
-
-def cayley(start: Tensor, skew: Tensor) -> Tensor:
-    """R0 (I + A/2)^-1 (I - A/2), where the strict lower triangle of `skew` gives A; all (n, n)."""
-    lower = skew.tril(-1)
-    half = (lower - lower.T) / 2
-    one = torch.eye(len(half), dtype=half.dtype, device=half.device)
-    return start @ torch.linalg.solve(one + half, one - half)
 
 
 class LearnableRotation(nn.Module):

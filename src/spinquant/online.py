@@ -22,8 +22,9 @@ from transformers.cache_utils import Cache
 
 from spinquant.cache import pack_layer
 from spinquant.errors import RotationError
-from spinquant.plan import Plan
+from spinquant.plan import Plan, Space
 from spinquant.quantization.integer import fake_quantize
+from spinquant.quantization.rotated import Turn, round_rotated
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme, with_clip
 from spinquant.rotation import Rotation
 
@@ -91,11 +92,14 @@ def attach(
     rotations: Mapping[str, Rotation],
     scheme: Scheme | None = None,
     clips: Clips | None = None,
+    *,
+    around: bool = False,
 ) -> Attachment:
     """Rotate and round at run time what the plan and the scheme ask for.
 
     `rotations` by space name; those of online spaces must already be fused into the weights that read them. `clips`
     take the place of the scheme's clip ratios where they name one.
+    around: the model is not rotated at all, and rounds what a rotated one would round: see `quantization/rotated.py`.
     Raises RotationError when online parts are attached already.
     """
     if getattr(model, ATTACHMENT, None) is not None:
@@ -104,8 +108,11 @@ def attach(
     attachment = Attachment()
     attachment.set(model, ATTACHMENT, attachment)
     try:
-        _attach_inputs(model, plan, rotations, scheme, clips, attachment)
-        _attach_attention(model, plan, rotations, scheme.kv, clips, attachment)
+        if around:
+            _attach_around(model, plan, rotations, scheme, clips, attachment)
+        else:
+            _attach_inputs(model, plan, rotations, scheme, clips, attachment)
+            _attach_attention(model, plan, rotations, scheme.kv, clips, attachment)
     except BaseException:
         attachment.remove()
         raise
@@ -148,10 +155,45 @@ def _attach_inputs(
             attachment.hook(model.get_submodule(name).register_forward_pre_hook(site))
 
 
-class InputSite:
-    """Rotates and rounds one activation, once for all the linears that read it. `rounds` switches rounding."""
+def _attach_around(
+    model: nn.Module,
+    plan: Plan,
+    rotations: Mapping[str, Rotation],
+    scheme: Scheme,
+    clips: Clips,
+    attachment: Attachment,
+) -> None:
+    def rotation_of(space: Space | None) -> Rotation | None:
+        return rotations.get(space.name) if space is not None else None
 
-    def __init__(self, rotation: Rotation | None, quantizer: Quantizer | None, *, readers: int):
+    head = (plan.head.removesuffix(".weight"),)
+    for group in (*plan.linears, *([head] if scheme.lm_head else [])):
+        if scheme.activations is not None:
+            quantizer = with_clip(scheme.activations, clips.inputs.get(group[0]))
+            rotation = rotation_of(plan.read_by(group[0]))
+            site = attachment.inputs[group[0]] = InputSite(rotation, quantizer, readers=len(group), around=True)
+            for name in group:
+                attachment.hook(model.get_submodule(name).register_forward_pre_hook(site))
+    spaces = {online.module: plan.space[online.space] for online in plan.onlines if online.site == "query_key"}
+    for name in plan.attentions if scheme.kv is not None else ():
+        keys, values = (with_clip(scheme.kv, ratios.get(name)) for ratios in (clips.keys, clips.values))
+        around = rotation_of(spaces.get(name)), rotation_of(plan.values_of(name))
+        site = attachment.keys_values[name] = KeyValueSite(None, keys, values, None, around=around)
+        attachment.hook(model.get_submodule(name).register_forward_pre_hook(site, with_kwargs=True))
+
+
+def _rounded(x: Tensor, rotation: Rotation | None, quantizer: Quantizer) -> Tensor:
+    return round_rotated(x, () if rotation is None else (Turn(rotation),), quantizer)
+
+
+class InputSite:
+    """Rotates and rounds one activation, once for all the linears that read it. `rounds` switches rounding.
+
+    around: what is rounded is rotated before and rotated back after.
+    """
+
+    def __init__(self, rotation: Rotation | None, quantizer: Quantizer | None, *, readers: int, around: bool = False):
+        self.around = around
         self.rotation = rotation
         self.quantizer = quantizer
         self.rounds = True
@@ -177,9 +219,8 @@ class InputSite:
         )
         if not known:
             self._forget()
-            result = x if self.rotation is None else self.rotation.apply(x)
             quantizer = self.quantizer if self.rounds else None
-            self._result = result if quantizer is None else fake_quantize(result, quantizer)
+            self._result = self._compute(x, quantizer)
             self._source, self._version = weakref.ref(x), version
             self._setting = (torch.is_grad_enabled(), self.rounds, self.quantizer)
         result = self._result
@@ -187,6 +228,12 @@ class InputSite:
         if len(self._read_by) >= self.readers:
             self._forget()  # the activation is not kept alive past its last reader
         return (result, *args[1:])
+
+    def _compute(self, x: Tensor, quantizer: Quantizer | None) -> Tensor:
+        if self.around:
+            return x if quantizer is None else _rounded(x, self.rotation, quantizer)
+        result = x if self.rotation is None else self.rotation.apply(x)
+        return result if quantizer is None else fake_quantize(result, quantizer)
 
 
 def _attach_attention(
@@ -247,17 +294,25 @@ def _attention_with_rotated_queries(base: str) -> Callable[..., Any]:
 class KeyValueSite:
     """Pre-hook of an attention module: stands between it and its cache.
 
-    `rounds` switches rounding; `peaks`, when set, follow the largest magnitude of keys and of values.
+    `rounds` switches rounding; `watch`, when set, is shown keys and values before they are rounded. around: rotations
+    of keys and of values in which they are rounded, and rotated back after; None where nothing of the kind is done.
     """
 
     def __init__(
-        self, rotation: Rotation | None, keys: Quantizer | None, values: Quantizer | None, implementation: str | None
+        self,
+        rotation: Rotation | None,
+        keys: Quantizer | None,
+        values: Quantizer | None,
+        implementation: str | None,
+        *,
+        around: tuple[Rotation | None, Rotation | None] | None = None,
     ):
+        self.around = around
         self.rotation = rotation
         self.keys = keys
         self.values = values
         self.rounds = True
-        self.peaks: tuple[float, float] | None = None  # largest magnitudes seen, where they are being watched
+        self.watch: Callable[[Tensor, Tensor], object] | None = None
         self.implementation = implementation
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
@@ -283,11 +338,12 @@ class _RotatingCache:
         cache, site = self._cache, self._site
         if site.rotation is not None:
             keys = site.rotation.apply(keys)
-        if site.peaks is not None:
-            found = float(keys.abs().amax()), float(values.abs().amax())
-            site.peaks = max(site.peaks[0], found[0]), max(site.peaks[1], found[1])
+        if site.watch is not None:
+            site.watch(keys, values)
         if site.keys is not None and site.values is not None and site.rounds:
-            if cache is None or not pack_layer(cache, layer_idx, site.keys, site.values):
+            if site.around is not None:
+                keys, values = _rounded(keys, site.around[0], site.keys), _rounded(values, site.around[1], site.values)
+            elif cache is None or not pack_layer(cache, layer_idx, site.keys, site.values):
                 keys, values = fake_quantize(keys, site.keys), fake_quantize(values, site.values)
         return (keys, values) if cache is None else cache.update(keys, values, layer_idx, *args, **kwargs)
 

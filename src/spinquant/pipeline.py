@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from spinquant.errors import CalibrationError, RotationError, SchemeError
-from spinquant.formats.native import distinct_rotations, is_marked, mark, unmark
+from spinquant.formats.native import is_marked, mark, unmark
 from spinquant.module import fuse_module, plan_of
 from spinquant.online import attach
 from spinquant.plan import Plan
@@ -21,7 +21,7 @@ from spinquant.quantization.gptq import GPTQOptions
 from spinquant.quantization.progress import BlockStore
 from spinquant.quantization.rtn import round_weights
 from spinquant.quantization.scheme import Clips, Scheme, parse_scheme, static_parts
-from spinquant.rotation import Rotation, RotationSpec, in_precision, make_rotations, online_part
+from spinquant.rotation import Rotation, RotationSpec, in_precision, make_rotations, online_part, to_save
 
 Method = Literal["rtn", "gptq", "gptaq"]
 METHODS = get_args(Method)
@@ -76,8 +76,6 @@ class Result:
 
     def record(self) -> dict[str, Any]:
         """Everything but the tensors, as JSON: seeds, scheme, plan, proofs, versions."""
-        kinds = distinct_rotations(self.rotations)
-        index = {id(rotation): i for i, rotation in enumerate(kinds)}
         return {
             "spinquant": version("spinquant"),
             "versions": {
@@ -90,8 +88,7 @@ class Result:
             "method": self.method,
             "calibration": self.calibration.to_dict() if self.calibration else None,
             "clips": self.clips.to_dict() if self.clips else None,
-            "rotations": [rotation.describe() for rotation in kinds],
-            "spaces": {space: index[id(rotation)] for space, rotation in self.rotations.items()},
+            **to_save(self.rotations)[0],
             "proof": {
                 "twin": self.twin.to_dict() if self.twin else None,
                 "real_tokens": self.real.to_dict() if self.real else None,

@@ -135,6 +135,16 @@ class Plan:
         """Gains by the name of the norm's own tensor."""
         return {gain.norm: gain for gain in self.gains}
 
+    def read_by(self, linear: str) -> Space | None:
+        """The space that the input of a linear module lives in; None where it lives in none."""
+        found = [axis.space for axis in self.axes_of.get(f"{linear}.weight", ()) if axis.dim == 1]
+        return self.space[found[0]] if found else None
+
+    def values_of(self, attention: str) -> Space | None:
+        """The space that the values of an attention module live in: that of the linear that reads its output."""
+        inside = (self.read_by(name) for group in self.linears for name in group if name.startswith(f"{attention}."))
+        return next((space for space in inside if space is not None and space.rotation == "R2"), None)
+
     def spaces_of(self, rotation: str) -> tuple[Space, ...]:
         """The spaces that a rotation such as "R2" rotates, in order of the layers."""
         return tuple(space for space in self.spaces if space.rotation == rotation)

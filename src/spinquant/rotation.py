@@ -63,7 +63,7 @@ class Hadamard:
     _memo: Memo = field(default_factory=dict, repr=False)
 
     def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
-        _check_blocks(x, self.order, dim)
+        check_blocks(x, self.order, dim)
         if self.signs is None:
             return hadamard_transform(x, self.order, transpose=transpose, dim=dim, out=out)
         (signs,) = _like(x, (self.signs,), x.dtype, self._memo)
@@ -90,7 +90,7 @@ class Orthogonal:
         return self.weight.shape[0]
 
     def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
-        _check_blocks(x, self.order, dim)
+        check_blocks(x, self.order, dim)
         factors = _like(x, (self.weight,), _wide(x), self._memo)
         return kronecker_transform(x, factors, transpose=transpose, dim=dim, out=out)
 
@@ -115,7 +115,7 @@ class Kronecker:
         return self.weight.shape[0] * self.hadamard_order
 
     def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
-        _check_blocks(x, self.order, dim)
+        check_blocks(x, self.order, dim)
         stored = (self.signs, self.weight, *hadamard_factors(self.hadamard_order))
         signs, *factors = _like(x, stored, _wide(x), self._memo)
         signs = signs.to(x.dtype)
@@ -165,6 +165,32 @@ def in_precision(rotations: Mapping[str, Rotation], dtype: torch.dtype | None) -
         return dict(rotations)
     wrapped = {id(rotation): InPrecision(rotation, dtype) for rotation in rotations.values()}
     return {space: wrapped[id(rotation)] for space, rotation in rotations.items()}
+
+
+def to_save(rotations: Mapping[str, Rotation]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(description, tensors) of rotations by space, each kept once however many spaces share it; see `saved`."""
+    kinds = list({id(rotation): rotation for rotation in rotations.values()}.values())
+    index = {id(rotation): i for i, rotation in enumerate(kinds)}
+    about = {
+        "rotations": [rotation.describe() for rotation in kinds],
+        "spaces": {space: index[id(rotation)] for space, rotation in rotations.items()},
+    }
+    return about, {f"{i}.{k}": v.contiguous() for i, kind in enumerate(kinds) for k, v in kind.tensors().items()}
+
+
+def saved(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Rotation]:
+    """The rotations that `to_save` described, by space.
+
+    Raises RotationError for a description that is incomplete.
+    """
+    try:
+        kinds = [
+            restore(described, {k.removeprefix(f"{i}."): v for k, v in tensors.items() if k.startswith(f"{i}.")})
+            for i, described in enumerate(about["rotations"])
+        ]
+        return {space: kinds[i] for space, i in about["spaces"].items()}
+    except (KeyError, TypeError, IndexError) as error:
+        raise RotationError(f"the description of saved rotations is incomplete: {error!r}") from None
 
 
 def restore(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Rotation:
@@ -367,6 +393,7 @@ def _like(x: Tensor, stored: tuple[Tensor, ...], dtype: torch.dtype, memo: Memo)
     return memo[key]
 
 
-def _check_blocks(x: Tensor, order: int, dim: int) -> None:
+def check_blocks(x: Tensor, order: int, dim: int) -> None:
+    """Raise RotationError when an axis is not made of whole blocks."""
     if x.shape[dim] % order:
         raise RotationError(f"a rotation of order {order} does not divide an axis of length {x.shape[dim]}")

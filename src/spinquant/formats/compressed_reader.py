@@ -27,7 +27,7 @@ from spinquant.online import attach
 from spinquant.plan import Plan
 from spinquant.quantization.rtn import linears_of
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme
-from spinquant.rotation import Rotation, RotationSpec, restore
+from spinquant.rotation import Rotation, RotationSpec, saved
 
 METHOD = "compressed-tensors"
 
@@ -91,15 +91,9 @@ def _read_record(folder: Path) -> tuple[dict[str, Any], dict[str, Rotation]]:
             "what it needs at run time is not known here: load it with vLLM or transformers"
         ) from None
     try:
-        kinds = [
-            restore(described, {k.removeprefix(f"{i}."): v for k, v in tensors.items() if k.startswith(f"{i}.")})
-            for i, described in enumerate(record["rotations"])
-        ]
-        return record, {space: kinds[i] for space, i in record["spaces"].items()}
-    except (KeyError, TypeError, IndexError) as error:
-        raise CheckpointError(f"{folder / BESIDE / RECORD} is incomplete: {error!r}") from None
+        return record, saved(record, tensors)
     except SpinquantError as error:
-        raise CheckpointError(f"{folder}: {error}") from None
+        raise CheckpointError(f"{folder / BESIDE / RECORD}: {error}") from None
 
 
 def _check_config(found: Mapping[str, Any], expected: Mapping[str, Any], folder: Path) -> None:

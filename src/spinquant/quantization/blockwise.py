@@ -274,18 +274,26 @@ class _Walk:
         parts = static_parts(self.scheme)
         sites = {n: s for n, s in self.attachment.keys_values.items() if "kv" in parts and n.startswith(f"{name}.")}
         inputs: dict[str, float] = {}
-        for site in sites.values():
-            site.peaks = 0.0, 0.0
+        keys: dict[str, float] = {}
+        values: dict[str, float] = {}
+
+        def follow(attention: str) -> Callable[[Tensor, Tensor], None]:
+            def watch(k: Tensor, v: Tensor) -> None:
+                keys[attention] = max(keys.get(attention, 0.0), float(k.abs().amax()))
+                values[attention] = max(values.get(attention, 0.0), float(v.abs().amax()))
+
+            return watch
+
+        for attention, site in sites.items():
+            site.watch = follow(attention)
         for state in self.states:
             found, _ = self._inputs(block, name, groups, state, rounded=False, stop=False)
             for first, x in found.items() if "activations" in parts else ():
                 inputs[first] = max(inputs.get(first, 0.0), float(x.abs().amax()))
-        peaks = {n: site.peaks or (0.0, 0.0) for n, site in sites.items()}
         for site in sites.values():
-            site.peaks = None
+            site.watch = None
         # Where everything was zero, any range will do.
-        keys, values = ({n: pair[i] or 1.0 for n, pair in peaks.items()} for i in (0, 1))
-        self._set_clips(Clips({n: peak or 1.0 for n, peak in inputs.items()}, keys, values))
+        self._set_clips(Clips(*({n: peak or 1.0 for n, peak in found.items()} for found in (inputs, keys, values))))
 
     def _search_clips(self, name: str, block: nn.Module, groups: Sequence[tuple[str, ...]]) -> None:
         static = static_parts(self.scheme)

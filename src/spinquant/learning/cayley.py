@@ -1,0 +1,96 @@
+"""Descent on the orthogonal group, by steps that are rotations themselves.
+
+    R <- R (I + A/2)^-1 (I - A/2)          A skew
+
+A Cayley map of a skew A is orthogonal whatever A is, so no step leaves the group but by rounding, which one Newton step
+of the polar decomposition takes back. I + A/2 is normal with eigenvalues 1 + i t, hence well conditioned as long as A
+is of moderate size. The derivative at A = 0 is dR = -R A, so a loss is learned about A alone: its gradient G gives the
+skew (G - G^T) / 2, and the step goes against it. A step has the length that the learning rate says, ||A|| = lr,
+whatever the gradient's own. The reference (arXiv 2405.16406) clips gradients to norm one, which comes to the same.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Optimizer = Literal["sgd", "adam"]
+OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "adam")
+BETAS, EPSILON = (0.9, 0.95), 1e-8
+
+
+def cayley(start: Tensor, skew: Tensor) -> Tensor:
+    """R0 (I + A/2)^-1 (I - A/2), where the strict lower triangle of `skew` gives A; all (n, n)."""
+    lower = skew.tril(-1)
+    half = (lower - lower.T) / 2
+    one = torch.eye(len(half), dtype=half.dtype, device=half.device)
+    return start @ torch.linalg.solve(one + half, one - half)
+
+
+def orthogonality_error(r: Tensor) -> float:
+    """The largest entry of |R^T R - I|."""
+    one = torch.eye(len(r), dtype=r.dtype, device=r.device)
+    return float((r.T @ r - one).abs().max())
+
+
+def nearer(r: Tensor) -> Tensor:
+    """One Newton step towards the nearest orthogonal matrix: the error is squared."""
+    return 1.5 * r - 0.5 * r @ (r.T @ r)
+
+
+@dataclass
+class Descent:
+    """Matrices on their way downhill, float32 or float64, changed in place, and what the optimizer remembers of them.
+
+    adam: moments of the skew gradient, entry by entry, give the direction; sgd: the gradient itself, with `momentum`.
+    Moments need no transport, since a skew matrix means the same wherever R is.
+    """
+
+    matrices: Mapping[str, Tensor]
+    optimizer: Optimizer = "sgd"
+    momentum: float = 0.0
+    steps: int = 0
+    first: dict[str, Tensor] = field(default_factory=dict)
+    second: dict[str, Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def step(self, gradients: Mapping[str, Tensor], lr: float) -> None:
+        """One step of length lr for every matrix, from the gradients of the loss with respect to A, (n, n)."""
+        self.steps += 1
+        for name, r in self.matrices.items():
+            direction = self._direction(name, (gradients[name] - gradients[name].T) / 2)
+            length = direction.norm()
+            if length > 0:
+                # Against the gradient; the strict lower triangle stands for the whole.
+                r.copy_(nearer(cayley(r, direction * (-lr / length))))
+
+    def _direction(self, name: str, skew: Tensor) -> Tensor:
+        if self.optimizer == "sgd" and not self.momentum:
+            return skew
+        first = self.first.setdefault(name, torch.zeros_like(skew))
+        if self.optimizer == "sgd":
+            return first.mul_(self.momentum).add_(skew)
+        second = self.second.setdefault(name, torch.zeros_like(skew))
+        first.lerp_(skew, 1 - BETAS[0])
+        second.lerp_(skew.square(), 1 - BETAS[1])
+        mean = first / (1 - BETAS[0] ** self.steps)
+        return mean / ((second / (1 - BETAS[1] ** self.steps)).sqrt() + EPSILON)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a file has to keep, by name."""
+        parts = {"matrix": self.matrices, "first": self.first, "second": self.second}
+        return {f"{part}/{name}": tensor for part, held in parts.items() for name, tensor in held.items()}
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
+        """Take up what `tensors` gave after so many steps."""
+        self.steps = steps
+        for key, tensor in tensors.items():
+            part, _, name = key.partition("/")
+            if part == "matrix":
+                self.matrices[name].copy_(tensor)
+            else:
+                held = self.first if part == "first" else self.second
+                held[name] = tensor.to(self.matrices[name].device)

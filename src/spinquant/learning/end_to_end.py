@@ -1,0 +1,242 @@
+"""Learning through the quantized network (SpinQuant, arXiv 2405.16406): Cayley descent on the loss itself.
+
+The model's weights are frozen and stay as they are (`network.py`); gradients pass straight through rounding to the
+rotations. The loss is next-token cross-entropy, or KL to the 16-bit model on its most likely tokens. Steps have
+decreasing lengths; the tokens of each come from a stream that the seed alone decides, so that a run can be taken up at
+any step. Under torch.distributed every process takes its share of a step's samples and gradients are averaged: several
+processes make the steps of one.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from spinquant.calibrate import device_of
+from spinquant.errors import LearningError
+from spinquant.learning.cayley import OPTIMIZERS, Descent, Optimizer, orthogonality_error
+from spinquant.learning.local import cosine
+from spinquant.learning.network import learning_scheme, rounding
+from spinquant.learning.state import StateFile
+from spinquant.online import Attachment
+from spinquant.plan import Plan
+from spinquant.quantization.rotated import Moving
+from spinquant.quantization.scheme import Scheme
+from spinquant.rotation import Rotation, matrix
+
+Loss = Literal["cross-entropy", "kl"]
+Schedule = Literal["cosine", "linear", "constant"]
+LOSSES, SCHEDULES = get_args(Loss), get_args(Schedule)
+ORTHOGONAL = 1e-5  # how far R^T R may be from the identity at any step
+
+
+@dataclass(frozen=True)
+class EndToEndOptions:
+    """How rotations are learned through the network.
+
+    batch: samples of a step; micro_batch: of one pass, by default all that a process has of a step. lr: length of a
+    step, ||A||. top_tokens: of the 16-bit model, that KL is taken over. range_gradient: see `quantization/rotated.py`;
+    without it gradients are the paper's. weights: round weights too, anew at every step.
+    checkpointing: keep the inputs of decoder blocks alone, and compute the rest again on the way back.
+    """
+
+    loss: Loss = "kl"
+    steps: int = 100
+    batch: int = 8
+    micro_batch: int | None = None
+    lr: float = 1.0
+    schedule: Schedule = "cosine"
+    optimizer: Optimizer = "sgd"
+    momentum: float = 0.0
+    top_tokens: int = 256
+    range_gradient: bool = True
+    weights: bool = False
+    checkpointing: bool = False
+    save_every: int = 5
+
+    def __post_init__(self):
+        for name, value, known in (
+            ("loss", self.loss, LOSSES),
+            ("schedule", self.schedule, SCHEDULES),
+            ("optimizer", self.optimizer, OPTIMIZERS),
+        ):
+            if value not in known:
+                raise LearningError(f"unknown {name} {value!r}: expected one of {', '.join(known)}")
+        counts = (self.steps, self.batch, self.micro_batch or 1, self.top_tokens, self.save_every)
+        if min(counts) < 1 or not self.lr > 0 or not 0 <= self.momentum < 1:
+            raise LearningError(
+                "steps, batch, micro_batch, top_tokens, save_every and lr must be positive, momentum in [0, 1)"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+    def length_of(self, step: int) -> float:
+        """Length of a step."""
+        ways = {"cosine": cosine(step, self.steps), "linear": 1 - step / self.steps, "constant": 1.0}
+        return self.lr * ways[self.schedule]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step came to: mean loss per token in nats, the worst |R^T R - I|, tokens of all processes per second."""
+
+    number: int
+    loss: float
+    orthogonality: float
+    tokens_per_second: float
+
+
+def learn_end_to_end(
+    model: Any,
+    plan: Plan,
+    rotations: Mapping[str, Rotation],
+    learned: Mapping[str, str],
+    scheme: Scheme,
+    tokens: Tensor,
+    options: EndToEndOptions,
+    *,
+    seed: int = 0,
+    state: StateFile | None = None,
+    report: Callable[[Step], None] | None = None,
+) -> tuple[dict[str, Rotation], list[Step]]:
+    """Rotations by space, of which those in `learned` are learned, and the steps that led there.
+
+    learned: the name of a rotation by space; spaces that share one name share one rotation. tokens: int64 (samples,
+    length). Gains must be fused. state: where to keep the run, and take it up. Raises LearningError when the loss is
+    not finite, a rotation leaves the group, or a batch cannot be shared among the processes.
+    """
+    device = device_of(model)
+    wide = torch.promote_types(model.dtype, torch.float32)
+    starts = {name: matrix(rotations[space], wide).to(device) for space, name in learned.items()}
+    moving = {n: Moving.starting(start, range_gradient=options.range_gradient) for n, start in starts.items()}
+    used: dict[str, Rotation] = {
+        space: moving[learned[space]] if space in learned else r for space, r in rotations.items()
+    }
+    descent = Descent({name: m.weight for name, m in moving.items()}, options.optimizer, options.momentum)
+    history: list[Step] = []
+    if state is not None and (kept := state.load()) is not None:
+        descent.restore(kept.tensors, kept.step)
+        history = [Step(**step) for step in kept.history]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    try:
+        with (
+            rounding(model, plan, used, learning_scheme(scheme, weights=options.weights)) as attachment,
+            _checkpointing(model, plan, options.checkpointing),
+        ):
+            for number in range(len(history), options.steps):
+                start = time.perf_counter()
+                rows = _rows_of(number, len(tokens), options.batch, seed)
+                loss = _gradients(model, attachment, moving, tokens[rows], options)
+                gradients = {name: m.skew.grad for name, m in moving.items()}
+                descent.step({n: g for n, g in gradients.items() if g is not None}, options.length_of(number))
+                for m in moving.values():
+                    m.skew.grad = None
+                error = max(orthogonality_error(m.weight) for m in moving.values())
+                if not error < ORTHOGONAL:
+                    raise LearningError(
+                        f"after step {number + 1} a rotation is off the orthogonal group by {error:.1e}"
+                    )
+                seconds = time.perf_counter() - start
+                history.append(Step(number + 1, loss, error, len(rows) * tokens.shape[1] / seconds))
+                if state is not None and ((number + 1) % options.save_every == 0 or number + 1 == options.steps):
+                    state.save(descent.tensors(), number + 1, [asdict(step) for step in history])
+                if report:
+                    report(history[-1])
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+    return {
+        space: moving[learned[space]].frozen() if space in learned else r for space, r in rotations.items()
+    }, history
+
+
+def _rows_of(step: int, samples: int, batch: int, seed: int) -> Tensor:
+    """Indices of the samples of a step: the stream is one permutation of all samples after another."""
+    first, last = step * batch, (step + 1) * batch
+    parts = []
+    for epoch in range(first // samples, (last - 1) // samples + 1):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        parts.append(torch.randperm(samples, generator=generator))
+    stream, offset = torch.cat(parts), first // samples * samples
+    return stream[first - offset : last - offset]
+
+
+def _gradients(
+    model: Any, attachment: Attachment, moving: Mapping[str, Moving], rows: Tensor, options: EndToEndOptions
+) -> float:
+    """Leave the gradients of the mean loss of all rows with the rotations; returns that loss."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if len(rows) % world:
+        raise LearningError(f"a batch of {len(rows)} samples cannot be shared among {world} processes")
+    own = rows[rank::world].to(device_of(model))
+    total = torch.zeros((), device=own.device, dtype=torch.float64)
+    for part in own.split(options.micro_batch or len(own)):
+        loss = _loss(model, attachment, part, options) * (len(part) / len(rows))
+        loss.backward()
+        total += loss.detach()
+    if world > 1:
+        dist.all_reduce(total)
+        for m in moving.values():
+            dist.all_reduce(m.skew.grad)
+    if not total.isfinite():
+        raise LearningError(
+            f"the loss is {float(total)}: the model or its tokens are damaged, or {model.dtype} overflows"
+        )
+    return float(total)
+
+
+def _loss(model: Any, attachment: Attachment, rows: Tensor, options: EndToEndOptions) -> Tensor:
+    """Mean over the predicted tokens of some rows."""
+    if options.loss == "cross-entropy":
+        logits = _wide(model(input_ids=rows, use_cache=False).logits[:, :-1])
+        return nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+    with torch.no_grad(), attachment.exact():
+        exact = _wide(model(input_ids=rows, use_cache=False).logits[:, :-1])
+    top = exact.topk(min(options.top_tokens, exact.shape[-1]), dim=-1)
+    target, rest = _with_rest(exact, top)
+    logits = _wide(model(input_ids=rows, use_cache=False).logits[:, :-1])
+    found, found_rest = _with_rest(logits, top)
+    divergence = (target.exp() * (target - found)).sum(-1) + rest.exp() * (rest - found_rest)
+    return divergence.mean()
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _with_rest(logits: Tensor, top: Any) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the top tokens, and of all others together."""
+    everything = logits.logsumexp(-1, keepdim=True)
+    found = logits.gather(-1, top.indices) - everything
+    rest = torch.log1p(-found.exp().sum(-1).clamp(max=1 - 1e-6))
+    return found, rest
+
+
+@contextmanager
+def _checkpointing(model: Any, plan: Plan, wanted: bool) -> Iterator[None]:
+    """Within the block decoder blocks are computed again on the way back, if wanted."""
+    if not wanted:
+        yield
+        return
+    blocks = [model.get_submodule(name) for name in plan.blocks]
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    # transformers checkpoints modules in training alone; their children stay as they are, so nothing drops out. The
+    # embedding's output has no gradient, which is fine without reentry.
+    before = [block.training for block in blocks]
+    try:
+        for block in blocks:
+            block.training = True
+        yield
+    finally:
+        for block, training in zip(blocks, before, strict=True):
+            block.training = training
+        model.activation_checkpointing_disable()

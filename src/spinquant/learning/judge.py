@@ -1,0 +1,138 @@
+"""How good rotations are: what the quantized network makes of text that nothing was learned from.
+
+Every candidate is judged as it will be used, with clip ratios, one for all activations and one for the cache, that suit
+it. Score: KL(16 bits || quantized) per token in nats, and perplexity. Candidates take turns on every window, so that
+the 16-bit model runs once per window for all of them.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spinquant.calibrate import device_of
+from spinquant.learning.network import rounding
+from spinquant.plan import Plan
+from spinquant.quantization.scheme import Quantizer, Scheme
+from spinquant.rotation import Rotation
+
+RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+SLICE = 256  # tokens whose log-probabilities are held at once
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Rotations by space, and the clip ratios they are judged with."""
+
+    rotations: Mapping[str, Rotation]
+    activation_clip: float = 1.0
+    kv_clip: float = 1.0
+
+    def scheme(self, scheme: Scheme) -> Scheme:
+        """The scheme with these clip ratios."""
+        pairs = (scheme.activations, self.activation_clip), (scheme.kv, self.kv_clip)
+        activations, kv = (_clipped(quantizer, ratio) for quantizer, ratio in pairs)
+        return replace(scheme, activations=activations, kv=kv)
+
+
+def _clipped(quantizer: Quantizer | None, ratio: float) -> Quantizer | None:
+    return None if quantizer is None else replace(quantizer, clip=ratio)
+
+
+@dataclass(frozen=True)
+class Score:
+    """kl in nats per token and perplexity, both over `tokens` predicted tokens."""
+
+    kl: float
+    perplexity: float
+    tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def judge(
+    model: nn.Module,
+    plan: Plan,
+    candidates: Mapping[str, Candidate],
+    scheme: Scheme,
+    windows: Tensor,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Score]:
+    """Scores of all candidates on windows of tokens, int64 (windows, length); the 16-bit model's is called "16-bit"."""
+    sums = {name: [0.0, 0.0] for name in (*candidates, "16-bit")}
+    for done, window in enumerate(windows):
+        row = window.unsqueeze(0).to(device_of(model))
+        exact = _log_probabilities(model, row)
+        sums["16-bit"][1] += _surprise(exact, row)
+        for name, candidate in candidates.items():
+            with rounding(model, plan, candidate.rotations, candidate.scheme(scheme)):
+                found = _log_probabilities(model, row)
+            sums[name][0] += _divergence(exact, found)
+            sums[name][1] += _surprise(found, row)
+        if progress:
+            progress(done + 1, len(windows))
+    tokens = windows.shape[0] * (windows.shape[1] - 1)
+    return {name: Score(kl / tokens, _exp(nll / tokens), tokens) for name, (kl, nll) in sums.items()}
+
+
+@torch.no_grad()
+def with_clips(
+    model: nn.Module, plan: Plan, rotations: Mapping[str, Rotation], scheme: Scheme, windows: Tensor
+) -> Candidate:
+    """The candidate with the clip ratios of least KL on some windows: first of activations, then of the cache."""
+    best = Candidate(rotations)
+    exact = [_log_probabilities(model, w.unsqueeze(0).to(device_of(model))) for w in windows]
+    tried: dict[tuple[float, float], float] = {}
+
+    def error(candidate: Candidate) -> float:
+        key = (candidate.activation_clip, candidate.kv_clip)
+        if key not in tried:
+            with rounding(model, plan, rotations, candidate.scheme(scheme)):
+                tried[key] = sum(
+                    _divergence(e, _log_probabilities(model, w.unsqueeze(0).to(device_of(model))))
+                    for e, w in zip(exact, windows, strict=True)
+                )
+        return tried[key]
+
+    for part, quantizer in (("activation_clip", scheme.activations), ("kv_clip", scheme.kv)):
+        if quantizer is not None:
+            best = _first_minimum([replace(best, **{part: ratio}) for ratio in RATIOS], error)
+    return best
+
+
+def _first_minimum(candidates: Sequence[Candidate], error: Callable[[Candidate], float]) -> Candidate:
+    """The best before errors have grown twice in a row: they have one valley, but for noise."""
+    best, lowest, worse = candidates[0], error(candidates[0]), 0
+    for candidate in candidates[1:]:
+        found = error(candidate)
+        worse = worse + 1 if found >= lowest else 0
+        if found < lowest:
+            best, lowest = candidate, found
+        if worse == 2:
+            break
+    return best
+
+
+def _log_probabilities(model: nn.Module, row: Tensor) -> Tensor:
+    logits = model(input_ids=row, use_cache=False).logits[0]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def _divergence(exact: Tensor, found: Tensor) -> float:
+    parts = zip(exact[:-1].split(SLICE), found[:-1].split(SLICE), strict=True)
+    return sum(float((e.exp() * (e - f)).sum()) for e, f in parts)
+
+
+def _surprise(found: Tensor, row: Tensor) -> float:
+    return -float(found[:-1].gather(-1, row[0, 1:, None]).sum())
+
+
+def _exp(mean: float) -> float:
+    return math.exp(mean) if mean < 700 else math.inf

@@ -1,0 +1,88 @@
+"""The quantized network in rotated coordinates: a model that stays as it is, and rounds what a rotated one would round.
+
+With weights at 16 bits the function of a rotated network depends on its rotations at the quantizers alone, so nothing
+has to be rotated when a rotation changes: activations and cache are rounded by Q(x R) R^T where they pass. Gains of
+norms have to be in the weights, which is done once.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from spinquant.module import fuse_module
+from spinquant.online import Attachment, attach
+from spinquant.plan import Plan
+from spinquant.quantization.clip import best_ratio
+from spinquant.quantization.integer import fake_quantize
+from spinquant.quantization.rotated import Turn, round_rotated, turned
+from spinquant.quantization.rtn import linears_of
+from spinquant.quantization.scheme import Clips, Quantizer, Scheme
+from spinquant.rotation import Hadamard, Rotation
+
+
+def fuse_gains(model: Any, plan: Plan, rotations: Mapping[str, Rotation]) -> None:
+    """Fuse gains as rotating would, in place; the function stays. Tied heads are untied."""
+    if "residual" in rotations:
+        fuse_module(model, plan, {"residual": Hadamard(1)})
+
+
+def learning_scheme(scheme: Scheme, *, weights: bool) -> Scheme:
+    """What is rounded while learning: no weights unless asked for, and ranges of the numbers at hand."""
+    activations, kv = (q and replace(q, static=False, peak=None) for q in (scheme.activations, scheme.kv))
+    return replace(scheme, activations=activations, kv=kv, weights=scheme.weights if weights else None)
+
+
+@contextmanager
+def rounding(
+    model: nn.Module,
+    plan: Plan,
+    rotations: Mapping[str, Rotation],
+    scheme: Scheme,
+    clips: Clips | None = None,
+) -> Iterator[Attachment]:
+    """Within the block the model rounds like one that is rotated and quantized; gains must be fused.
+
+    Gradients reach rotations that are `Moving`, and pass straight through the rounding.
+    """
+    rounded: list[nn.Module] = []
+    attachment = attach(model, plan, rotations, scheme, clips, around=True)
+    try:
+        if scheme.weights is not None:
+            for name in linears_of(plan, scheme):
+                module = model.get_submodule(name)
+                axes = [axis for axis in plan.axes_of.get(f"{name}.weight", ()) if axis.space in rotations]
+                turns = tuple(Turn(rotations[axis.space], axis.dim, axis.span) for axis in axes)
+                way = _Rounded(turns, _settled(module.weight, turns, scheme.weights))  # pyright: ignore
+                parametrize.register_parametrization(module, "weight", way)
+                rounded.append(module)
+        yield attachment
+    finally:
+        for module in rounded:
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+        attachment.remove()
+
+
+class _Rounded(nn.Module):
+    """Parametrization of a weight."""
+
+    def __init__(self, turns: tuple[Turn, ...], quantizer: Quantizer):
+        super().__init__()
+        self._how = (turns, quantizer)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return round_rotated(weight, *self._how)
+
+
+@torch.no_grad()
+def _settled(weight: Tensor, turns: tuple[Turn, ...], quantizer: Quantizer) -> Quantizer:
+    """The quantizer with one clip ratio for the tensor, the best now, where it is to be searched."""
+    if quantizer.clip != "mse":
+        return quantizer
+    z = turned(weight.detach().float(), turns)
+    ratio = best_ratio(lambda c: float((fake_quantize(z, replace(quantizer, clip=c)) - z).square().sum()))
+    return replace(quantizer, clip=ratio)

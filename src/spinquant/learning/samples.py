@@ -1,0 +1,159 @@
+"""Activations that quantizers will see, sampled block by block: what local learning learns from.
+
+A site is a place where numbers are rounded and the space they live in: the inputs of linears, keys, values. Rows are
+kept as the quantizer sees them, whole tokens or heads, on the CPU, in float32.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from spinquant.blocks import after_blocks, block_calls, check_finite_output, run_block
+from spinquant.calibrate import captured, device_of
+from spinquant.online import Attachment, attach
+from spinquant.plan import Plan, Space
+from spinquant.quantization.scheme import Quantizer, Scheme
+
+Weighting = Literal["uniform", "massive"]
+WEIGHTINGS = get_args(Weighting)
+MASSIVE = 20.0  # a row whose largest number is so many times its root mean square carries a massive activation
+
+
+@dataclass(frozen=True)
+class Site:
+    """Rows, (rows, width), that live in a space and are rounded by a quantizer; width a multiple of the space's size.
+
+    name: the linear that reads the activation, or the attention's keys or values.
+    """
+
+    name: str
+    space: str
+    quantizer: Quantizer
+    rows: Tensor
+
+    def weights(self, weighting: Weighting, factor: float) -> Tensor:
+        """What each row counts, (rows,): one, or `factor` for rows with a massive activation."""
+        if weighting == "uniform":
+            return torch.ones(len(self.rows))
+        rms = self.rows.square().mean(-1).sqrt()
+        return torch.where(self.rows.abs().amax(-1) > MASSIVE * rms, factor, 1.0)
+
+
+@dataclass
+class _Gathered:
+    rows: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def add(self, name: str, x: Tensor, count: int, generator: torch.Generator) -> None:
+        flat = x.reshape(-1, x.shape[-1])
+        chosen = torch.randperm(len(flat), generator=generator)[:count].to(flat.device)
+        self.rows.setdefault(name, []).append(flat[chosen].to("cpu", torch.float32))
+
+
+@torch.no_grad()
+def collect(
+    model: Any,
+    plan: Plan,
+    spaces: Sequence[str],
+    scheme: Scheme,
+    tokens: Tensor,
+    *,
+    rows: int,
+    generator: torch.Generator,
+    device: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Site]:
+    """About `rows` rows of every site whose space is among `spaces`, from tokens, int64 (samples, length).
+
+    Nothing is rounded meanwhile; gains must be fused. One decoder block at a time is on `device`.
+    """
+    attachment = attach(model, plan, {}, scheme, around=True)
+    gathered = _Gathered()
+    wanted = _sites(plan, spaces, scheme)
+    share = max(1, rows // len(tokens))
+    try:
+        with attachment.exact():
+            calls = block_calls(model, plan.blocks, tokens)
+            states = calls.hidden
+            for done, name in enumerate(plan.blocks):
+                block = model.get_submodule(name)
+                home = device_of(block)
+                block.to(device or home)
+                try:
+                    inside = [site for site in wanted if site.startswith(f"{name}.")]
+                    arguments = calls.arguments[name]
+                    states = _through(
+                        model, block, name, arguments, states, inside, attachment, gathered, share, generator
+                    )
+                finally:
+                    block.to(home)
+                if progress:
+                    progress(done + 1, len(plan.blocks))
+            head = plan.head.removesuffix(".weight")
+            for state in states if head in wanted else ():
+                gathered.add(head, after_blocks(model, plan.blocks, state), share, generator)
+    finally:
+        attachment.remove()
+    return [
+        Site(name, space.name, quantizer, torch.cat(gathered.rows[name]))
+        for name, (space, quantizer) in wanted.items()
+        if name in gathered.rows
+    ]
+
+
+def _sites(plan: Plan, spaces: Sequence[str], scheme: Scheme) -> dict[str, tuple[Space, Quantizer]]:
+    """By name: the first linear of a group, or an attention's keys or values."""
+    found: dict[str, tuple[Space, Quantizer]] = {}
+    head = (plan.head.removesuffix(".weight"),)
+    for group in (*plan.linears, *([head] if scheme.lm_head else [])):
+        space = plan.read_by(group[0])
+        if scheme.activations is not None and space is not None and space.name in spaces:
+            found[group[0]] = space, scheme.activations
+    if scheme.kv is not None:
+        keys = {online.module: plan.space[online.space] for online in plan.onlines if online.site == "query_key"}
+        for attention in plan.attentions:
+            for part, space in (("keys", keys.get(attention)), ("values", plan.values_of(attention))):
+                if space is not None and space.name in spaces:
+                    found[f"{attention}.{part}"] = space, scheme.kv
+    return found
+
+
+def _through(
+    model: nn.Module,
+    block: nn.Module,
+    name: str,
+    arguments: Mapping[str, Any],
+    states: list[Tensor],
+    inside: Sequence[str],
+    attachment: Attachment,
+    gathered: _Gathered,
+    share: int,
+    generator: torch.Generator,
+) -> list[Tensor]:
+    """Outputs of a block, its sites sampled on the way."""
+    attentions = {site.rpartition(".")[0] for site in inside if site.endswith((".keys", ".values"))}
+
+    def watch(attention: str) -> Callable[[Tensor, Tensor], None]:
+        def seen(keys: Tensor, values: Tensor) -> None:
+            for part, x in (("keys", keys), ("values", values)):
+                if f"{attention}.{part}" in inside:
+                    gathered.add(f"{attention}.{part}", x, share, generator)
+
+        return seen
+
+    for attention in attentions:
+        attachment.keys_values[attention].watch = watch(attention)
+    linears = [site for site in inside if not site.endswith((".keys", ".values"))]
+    outputs = []
+    for state in states:
+        with captured(model, linears, inputs=True) as found:
+            output = run_block(block, state, arguments)
+        check_finite_output(block, name, state, arguments, output)
+        for linear, x in found.items():
+            gathered.add(linear, x, share, generator)
+        outputs.append(output.to(state.device))
+    for attention in attentions:
+        attachment.keys_values[attention].watch = None
+    return outputs

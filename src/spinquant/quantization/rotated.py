@@ -1,0 +1,166 @@
+"""Rounding in rotated coordinates, on tensors that stay as they are: what a rotated model rounds, without rotating it.
+
+    y = Q(x R) R^T = x + e R^T            e = Q(z) - z, z = x R
+
+With gradients straight through Q, y moves with x as if nothing was rounded. When R moves to R (I - A), with A skew, the
+loss moves by <A, e^T g R>, where g is its gradient at y: one product of errors and gradients for each rotation, and
+no derivative of the rounding itself.
+
+That gradient (the one of arXiv 2405.16406) does not know that a rotation changes the size of errors: a step is the
+same for all numbers of a token, so errors have no direction, and on average e^T g R is symmetric, which no A sees. What
+a rotation can do is to make the range of a token small. So e is also taken as s times a residue that stays, where s,
+the step, goes with the range: the largest and smallest number of a group then have the gradient
+
+    p = +-(sum of e g R over the group) / range        and A has  - z^T p  besides
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spinquant.plan import Span
+from spinquant.quantization.integer import fake_quantize, group_of
+from spinquant.quantization.scheme import Quantizer
+from spinquant.rotation import Orthogonal, Rotation, check_blocks
+
+
+@dataclass(frozen=True, eq=False)
+class Moving:
+    """A dense rotation that is being learned: weight, (n, n), changes in place; skew is the leaf that takes gradients.
+
+    The gradient of `skew` is that of the loss with respect to A, where the rotation is `weight` (I - A) and A is zero.
+    range_gradient: with the part that comes through the range of a group.
+    """
+
+    weight: Tensor
+    skew: Tensor
+    range_gradient: bool = True
+
+    @classmethod
+    def starting(cls, weight: Tensor, *, range_gradient: bool = True) -> "Moving":
+        """A rotation that starts at a matrix, which is copied."""
+        return cls(weight.clone(), torch.zeros_like(weight).requires_grad_(), range_gradient)
+
+    @property
+    def order(self) -> int:
+        """Rows of the matrix."""
+        return len(self.weight)
+
+    def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
+        """As `Rotation.apply`; no gradients reach the rotation this way."""
+        check_blocks(x, self.order, dim)
+        r = self.weight.T if transpose else self.weight
+        y = (x.movedim(dim, -1).to(r.dtype).unflatten(-1, (-1, self.order)) @ r).flatten(-2).movedim(-1, dim)
+        return y.to(x.dtype) if out is None else out.copy_(y)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Of the rotation as it is now."""
+        return self.frozen().tensors()
+
+    def describe(self) -> dict[str, Any]:
+        """Of the rotation as it is now."""
+        return self.frozen().describe()
+
+    def frozen(self) -> Orthogonal:
+        """The rotation as it is now, as a value that stays: the nearest orthogonal matrix in float64."""
+        u, _, v = torch.linalg.svd(self.weight.detach().double().cpu())
+        return Orthogonal(u @ v)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An axis of a tensor and the rotation of the space that it, or a span of it, lives in."""
+
+    rotation: Rotation
+    dim: int = -1
+    span: Span | None = None
+
+
+def round_rotated(x: Tensor, turns: Sequence[Turn], quantizer: Quantizer) -> Tensor:
+    """x with what a rotated model would round rounded: same shape and dtype; gradients as above.
+
+    Numbers are rounded along the last axis, after all turns.
+    """
+    skews = [turn.rotation.skew for turn in turns if isinstance(turn.rotation, Moving)]
+    return _RoundRotated.apply(x, tuple(turns), quantizer, *skews)  # pyright: ignore[reportReturnType]
+
+
+class _RoundRotated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, turns: tuple[Turn, ...], quantizer: Quantizer, *skews: Tensor) -> Tensor:
+        z = turned(x.to(torch.promote_types(x.dtype, torch.float32)), turns)
+        error = fake_quantize(z, quantizer).sub_(z)
+        if any(ctx.needs_input_grad[3:]):
+            ctx.turns, ctx.quantizer = turns, quantizer
+            ctx.save_for_backward(error.to(x.dtype), z.to(x.dtype))
+        return x + turned(error, turns[::-1], transpose=True).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not any(ctx.needs_input_grad[3:]):
+            return grad, None, None, *[None] * len(ctx.needs_input_grad[3:])
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        error, z = (saved.to(wide) for saved in ctx.saved_tensors)
+        moved = turned(grad.to(wide), ctx.turns)
+        moving = [turn for turn in ctx.turns if isinstance(turn.rotation, Moving)]
+        gradients = [_rows(error, turn).T @ _rows(moved, turn) for turn in moving]
+        if any(turn.rotation.range_gradient for turn in moving):
+            ends = _at_the_ends(error, moved, z, ctx.quantizer)
+            for turn, gradient in zip(moving, gradients, strict=True):
+                if turn.rotation.range_gradient:
+                    _subtract(gradient, _rows(z, turn), _rows(ends, turn))
+        return grad, None, None, *(g.to(t.rotation.skew.dtype) for g, t in zip(gradients, moving, strict=True))
+
+
+def _at_the_ends(error: Tensor, moved: Tensor, z: Tensor, quantizer: Quantizer) -> Tensor:
+    """The gradient of the loss at the numbers that set a group's range, zero at all others; the shape of z."""
+    group = group_of(z.shape[-1], quantizer)
+    groups = z.unflatten(-1, (-1, group))
+    slope = (error * moved).unflatten(-1, (-1, group)).sum(-1, keepdim=True)  # by the logarithm of the range
+    ends = torch.zeros_like(groups)
+    if quantizer.kind != "int" or quantizer.symmetric:
+        peak, at = groups.abs().max(-1, keepdim=True)
+        signs = groups.gather(-1, at).sign()
+        return ends.scatter_(-1, at, signs * slope / peak.clamp(min=torch.finfo(z.dtype).tiny)).flatten(-2)
+    high, at_high = groups.max(-1, keepdim=True)
+    low, at_low = groups.min(-1, keepdim=True)
+    pull = slope / (high.clamp(min=0) - low.clamp(max=0)).clamp(min=torch.finfo(z.dtype).tiny)
+    # A range starts or ends at zero where all numbers are on one side of it.
+    ends.scatter_add_(-1, at_high, torch.where(high > 0, pull, 0.0))
+    ends.scatter_add_(-1, at_low, torch.where(low < 0, -pull, 0.0))
+    return ends.flatten(-2)
+
+
+def _subtract(gradient: Tensor, z: Tensor, ends: Tensor) -> None:
+    """gradient -= z^T ends, where few rows have more than a number or two that is not zero."""
+    at, column = ends.nonzero(as_tuple=True)
+    if len(at) < len(ends) * ends.shape[1] // 8:
+        gradient.T.index_add_(0, column, z[at] * ends[at, column].unsqueeze(-1), alpha=-1)
+    else:
+        gradient.sub_(z.T @ ends)
+
+
+def turned(x: Tensor, turns: Sequence[Turn], *, transpose: bool = False) -> Tensor:
+    """x rotated along its axes; `transpose` takes rotations back, when turns are given in reverse."""
+    for turn in turns:
+        if turn.span is None:
+            x = turn.rotation.apply(x, transpose=transpose, dim=turn.dim)
+        else:
+            x = x.clone()
+            part = _part(x, turn.dim, turn.span)
+            part.copy_(turn.rotation.apply(part.contiguous(), transpose=transpose, dim=-1))
+    return x
+
+
+def _part(x: Tensor, dim: int, span: Span) -> Tensor:
+    """A view of the span's elements, moved last: (.., periods, length)."""
+    return x.movedim(dim, -1).unflatten(-1, (-1, span.period)).narrow(-1, span.start, span.length)
+
+
+def _rows(x: Tensor, turn: Turn) -> Tensor:
+    """What one rotation turns, as rows of its order."""
+    part = x.movedim(turn.dim, -1) if turn.span is None else _part(x, turn.dim, turn.span)
+    return part.reshape(-1, turn.rotation.order)

@@ -1,0 +1,325 @@
+"""Laws of learning rotations."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import CONFIGS, logits, tiny_model, tokens
+from spinquant import LearningError, RotationSpec, attach, fuse_module, make_rotations, parse_scheme, plan_of
+from spinquant.learnable import learn as learn_parameters
+from spinquant.learning.cayley import Descent, cayley, nearer, orthogonality_error
+from spinquant.learning.end_to_end import EndToEndOptions, learn_end_to_end
+from spinquant.learning.local import LocalOptions, learn_locally, rounding_errors
+from spinquant.learning.network import fuse_gains, learning_scheme, rounding
+from spinquant.learning.samples import Site, collect
+from spinquant.online import attachment_of
+from spinquant.proof import Float64Arithmetic
+from spinquant.quantization.integer import fake_quantize
+from spinquant.quantization.rotated import Moving, Turn, round_rotated
+from spinquant.quantization.rtn import round_weights
+from spinquant.quantization.scheme import Quantizer
+from spinquant.rotation import Orthogonal, matrix, random_orthogonal
+
+ALL = "R1,R2,R3,R4"
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def orthogonal(order, seed=0):
+    return random_orthogonal(order, torch.Generator().manual_seed(seed))
+
+
+# Descent
+
+
+def test_a_step_has_its_length_and_stays_on_the_group():
+    r = orthogonal(12)
+    skew = random(12, 12, seed=1)
+    moved = cayley(r, skew * 0.3)
+    assert orthogonality_error(moved) < 1e-13
+    for length in (1e-4, 0.1, 3.0):
+        descent = Descent({"r": r.clone()})
+        descent.step({"r": skew}, length)
+        step = torch.linalg.solve(
+            torch.eye(12) + r.T @ descent.matrices["r"], torch.eye(12) - r.T @ descent.matrices["r"]
+        )
+        assert torch.isclose((2 * step).norm(), torch.tensor(length, dtype=torch.float64), rtol=1e-6)
+        assert orthogonality_error(descent.matrices["r"]) < 1e-13
+    noisy = r + 1e-4 * random(12, 12, seed=2)
+    assert orthogonality_error(nearer(noisy)) < 20 * orthogonality_error(noisy) ** 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("optimizer", "momentum"), [("sgd", 0.0), ("sgd", 0.9), ("adam", 0.0)])
+def test_descent_finds_a_rotation_and_never_leaves_the_group(optimizer, momentum, dtype):
+    goal, start = orthogonal(16, 1).to(dtype), orthogonal(16, 2).to(dtype)
+    goal[0] *= goal.det() * start.det()  # Cayley steps do not change the sign of the determinant
+    descent = Descent({"r": start.clone()}, optimizer, momentum)
+    r = descent.matrices["r"]
+    distance = (r - goal).norm()
+    for step in range(300):
+        descent.step({"r": -r.T @ (r - goal)}, 0.6 * (1 - step / 300))
+        assert orthogonality_error(r) < (1e-5 if dtype == torch.float32 else 1e-12)
+    assert (r - goal).norm() < 0.02 * distance
+
+
+# Rounding in rotated coordinates
+
+
+@pytest.mark.parametrize("quantizer", [Quantizer(3), Quantizer(4, symmetric=True, clip=0.8)])
+def test_gradients_are_those_of_the_rotated_network(quantizer):
+    """Against autograd through the rotated input and the rotated weight, with the same straight-through rounding."""
+    x, weight, start = random(7, 24).requires_grad_(), random(5, 24, seed=1), orthogonal(8, 3)
+    target = random(7, 5, seed=4)
+    skew = torch.zeros(8, 8, dtype=torch.float64, requires_grad=True)
+    blocks = torch.block_diag(*[cayley(start, skew)] * 3)
+    y = fake_quantize(x @ blocks, quantizer) @ (weight @ blocks).T
+    loss = (y - target).square().sum()
+    expected = torch.autograd.grad(loss, (x, skew))
+    moving = Moving.starting(start, range_gradient=False)
+    found = round_rotated(x, (Turn(moving),), quantizer) @ weight.T
+    torch.testing.assert_close(found, y)
+    gradients = torch.autograd.grad((found - target).square().sum(), (x, moving.skew))
+    torch.testing.assert_close(gradients[0], expected[0])
+    torch.testing.assert_close((gradients[1] - gradients[1].T).tril(-1), expected[1])
+    assert expected[1].norm() > 0.1
+
+
+def quantized(name, spec, scheme):
+    """A rotated and quantized model, and the plain one that rounds as if it were."""
+    ids, model, plain = tokens(), tiny_model(name), tiny_model(name)
+    plan = plan_of(model)
+    made = make_rotations(plan, spec)
+    fuse_module(model, plan, made)
+    round_weights(model, plan, scheme)
+    attach(model, plan, made, scheme)
+    fuse_gains(plain, plan, made)
+    return ids, plan, made, model, plain
+
+
+@pytest.mark.parametrize("scheme", ["A4KV4", "W4A4KV4", "A6"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_that_is_not_rotated_rounds_like_one_that_is(name, scheme):
+    scheme = parse_scheme(scheme, weight_clip=0.9)
+    ids, plan, made, model, plain = quantized(name, RotationSpec(ALL, randomize=True), scheme)
+    before = logits(plain, ids)
+    with Float64Arithmetic(), rounding(plain, plan, made, scheme):
+        assert torch.allclose(logits(plain, ids), logits(model, ids), atol=1e-9)
+        assert not torch.allclose(logits(plain, ids), before, atol=1e-2)
+    assert torch.equal(logits(plain, ids), before), "nothing stays behind"
+
+
+@pytest.mark.parametrize("quantizer", [Quantizer(3), Quantizer(4, symmetric=True), Quantizer(3, group_size=8)])
+def test_gradients_through_the_range(quantizer):
+    """Against autograd with errors that are the step, a function of the range, times a residue that is not."""
+    x, start, target = random(7, 24), orthogonal(8, 3), random(7, 24, seed=4)
+    skew = torch.zeros(8, 8, dtype=torch.float64, requires_grad=True)
+    blocks = torch.block_diag(*[cayley(start, skew)] * 3)
+    z = x @ blocks
+    groups = z.unflatten(-1, (-1, quantizer.group_size or 24))
+    high, low = groups.amax(-1, keepdim=True), groups.amin(-1, keepdim=True)
+    span = torch.maximum(high, -low) if quantizer.symmetric else high.clamp(min=0) - low.clamp(max=0)
+    residue = ((fake_quantize(z, quantizer) - z).unflatten(-1, (-1, groups.shape[-1])) / span).detach()
+    y = (x @ blocks + (residue * span).flatten(-2)) @ blocks.T
+    (expected,) = torch.autograd.grad((y - target).square().sum(), skew)
+    moving = Moving.starting(start)
+    found = round_rotated(x, (Turn(moving),), quantizer)
+    torch.testing.assert_close(found, y)
+    (gradient,) = torch.autograd.grad((found - target).square().sum(), moving.skew)
+    torch.testing.assert_close((gradient - gradient.T).tril(-1), expected)
+
+
+def next_token_loss(model, ids):
+    """Without a cache: a packed one passes no gradients."""
+    found = model(ids, use_cache=False).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(found.flatten(0, 1), ids[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_the_whole_network_s_gradients_are_those_of_trainable_parameters(name):
+    """`learnable.py` rotates every weight under autograd; here none is rotated."""
+    scheme, ids = parse_scheme("A4KV4"), tokens()
+    model, plain = tiny_model(name), tiny_model(name)
+    plan = plan_of(model)
+    made = make_rotations(plan, RotationSpec("R1,R2,R4", "random-matrix", {"R4": 16}))
+    names = {"residual": "R1", "layers.0.value": "a", "layers.1.value": "b", "layers.2.value": "b"}
+    slow = learn_parameters(model, plan, made, names, online=made, precision=torch.float64)
+    attachment_of(model).remove()
+    attach(model, plan, slow.rotations, scheme)
+    fuse_gains(plain, plan, made)
+    plain.requires_grad_(False)
+    moving = {n: Moving.starting(matrix(made[s]), range_gradient=False) for s, n in names.items()}
+    used = {space: moving[names[space]] if space in names else r for space, r in made.items()}
+    with Float64Arithmetic():
+        loss = next_token_loss(model, ids)
+        loss.backward()
+        with rounding(plain, plan, used, scheme):
+            found = next_token_loss(plain, ids)
+            found.backward()
+    assert torch.isclose(loss, found, atol=1e-10)
+    for name_, rotation in moving.items():
+        expected = model.spinquant_learned[name_].skew.grad
+        gradient = rotation.skew.grad
+        torch.testing.assert_close((gradient - gradient.T).tril(-1), expected, atol=1e-9, rtol=1e-6)
+        assert expected.norm() > 1e-4
+
+
+def test_rounded_weights_have_gradients_too():
+    """Both sides of a weight are rotated: against autograd through the rotated and rounded weight."""
+    weight, x, quantizer = random(12, 16), random(9, 16, seed=1), Quantizer(3, symmetric=True)
+    left, right = orthogonal(6, 2), orthogonal(8, 3)
+    skews = [torch.zeros(n, n, dtype=torch.float64, requires_grad=True) for n in (6, 8)]
+    a = torch.block_diag(*[cayley(left, skews[0])] * 2)
+    b = torch.block_diag(*[cayley(right, skews[1])] * 2)
+    y = (x @ b) @ fake_quantize(a.T @ weight @ b, quantizer).T @ a.T
+    expected = torch.autograd.grad(y.square().sum(), skews)
+    moving = [Moving.starting(r, range_gradient=False) for r in (left, right)]
+    found = x @ round_rotated(weight, (Turn(moving[0], 0), Turn(moving[1], 1)), quantizer).T
+    torch.testing.assert_close(found, y)
+    gradients = torch.autograd.grad(found.square().sum(), [m.skew for m in moving])
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close((gradient - gradient.T).tril(-1), wanted)
+
+
+# Local learning
+
+
+def peaked(rows, width, seed=0):
+    """Activations with a few large directions that no random rotation knows."""
+    directions = orthogonal(width, seed + 1)
+    return (random(rows, width, seed=seed) * torch.logspace(1.5, -1, width)) @ directions
+
+
+@pytest.mark.parametrize("objective", ["error", "whip", "kurtosis"])
+@pytest.mark.parametrize("solver", ["cayley", "qr"])
+def test_local_learning_lowers_the_error_of_rounding_on_other_rows(solver, objective):
+    sites = [Site("a", "residual", Quantizer(4), peaked(600, 32).float())]
+    other = [replace(sites[0], rows=peaked(2000, 32)[600:].float())]
+    start = {"residual": Orthogonal(orthogonal(32, 5))}
+    lr = {"cayley": 0.3, "qr": 0.05}[solver]
+    options = LocalOptions(objective, solver, steps=150, lr=lr, batch=256)
+    losses = []
+    learned = learn_locally(
+        sites, start, options, generator=torch.Generator(), report=lambda space, step, loss: losses.append(loss)
+    )
+    before, after = rounding_errors(other, start)["a"], rounding_errors(other, learned)["a"]
+    assert after < 0.93 * before
+    assert len(losses) == 150 and sum(losses[-10:]) < sum(losses[:10])
+    assert orthogonality_error(matrix(learned["residual"])) < 1e-12
+    assert torch.equal(
+        matrix(learn_locally(sites, start, options, generator=torch.Generator())["residual"]),
+        matrix(learned["residual"]),
+    )
+
+
+def test_procrustes_never_raises_the_error_it_lowers():
+    sites = [Site("a", "residual", Quantizer(4), peaked(600, 32).float())]
+    losses = []
+    options = LocalOptions(solver="procrustes", steps=20)
+    start = {"residual": Orthogonal(orthogonal(32, 5))}
+    learn_locally(sites, start, options, generator=torch.Generator(), report=lambda *a: losses.append(a[2]))
+    assert losses[-1] < 0.99 * losses[0]
+
+
+def test_massive_rows_count_as_much_as_the_user_says():
+    rows = peaked(400, 512).float() / 30
+    rows[:4, 7] = 3000.0
+    site = Site("a", "residual", Quantizer(4), rows)
+    assert site.weights("massive", 5.0).tolist()[:6] == [5, 5, 5, 5, 1, 1]
+    assert site.weights("uniform", 5.0).unique().tolist() == [1]
+
+
+def test_sites_are_what_the_quantizers_see():
+    model, ids = tiny_model("llama"), tokens(4, 20)
+    plan = plan_of(model)
+    made = make_rotations(plan, RotationSpec(ALL))
+    fuse_gains(model, plan, made)
+    scheme = parse_scheme("A4KV4")
+    found = collect(model, plan, list(made), scheme, ids, rows=80, generator=torch.Generator())
+    sites = {site.name: site for site in found}
+    assert len(sites) == 3 * (4 + 2)
+    assert sites["model.layers.1.mlp.down_proj"].rows.shape == (80, 80)
+    assert sites["model.layers.1.self_attn.keys"].rows.shape == (80, 16)
+    # Every row is an activation of the plain run.
+    name = "model.layers.2.mlp.up_proj"
+    from spinquant.calibrate import captured
+
+    group = sites["model.layers.2.mlp.gate_proj"]
+    with captured(model, [name], inputs=True) as seen:
+        logits(model, ids)
+    everything = seen[name].flatten(0, 1).float()
+    assert all((everything - row).abs().amax(-1).min() < 1e-5 for row in group.rows[:20])
+
+
+# End to end
+
+
+def prepared(name="llama", spec=None, dtype=torch.float32):
+    model = tiny_model(name, dtype=dtype)
+    with torch.no_grad():  # two strong directions: a random rotation spreads them, and leaves something to be learned
+        directions = random(2, 48, seed=7).to(dtype)
+        model.model.embed_tokens.weight += random(256, 2, seed=8).to(dtype) @ directions
+    plan = plan_of(model)
+    made = make_rotations(plan, spec or RotationSpec("R1,R2", seed=3))
+    fuse_gains(model, plan, made)
+    names = {s.name: "R1" if s.rotation == "R1" else s.name for s in plan.spaces if s.rotation in ("R1", "R2")}
+    return model, plan, made, names
+
+
+SCHEME = parse_scheme("A4KV4")
+FAST = EndToEndOptions(steps=12, batch=4, lr=0.3, save_every=5)
+
+
+def run(options=FAST, *, ids=None, spec=None, scheme=SCHEME, dtype=torch.float32, **more):
+    model, plan, made, names = prepared(spec=spec, dtype=dtype)
+    ids = tokens(16, 24) if ids is None else ids
+    learned, history = learn_end_to_end(model, plan, made, names, scheme, ids, options, **more)
+    assert all(p.requires_grad for p in model.parameters()) and not any(m._forward_pre_hooks for m in model.modules())
+    return {space: matrix(r) for space, r in learned.items()}, history
+
+
+def kl_of(rotations, ids):
+    model, plan, made, _ = prepared()
+    exact = logits(model, ids).log_softmax(-1)
+    with rounding(model, plan, rotations or made, SCHEME):
+        found = logits(model, ids).log_softmax(-1)
+    return float((exact.exp() * (exact - found)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("loss", ["kl", "cross-entropy"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_learning_end_to_end_lowers_the_loss(loss, optimizer):
+    options = replace(FAST, steps=40, batch=16, lr=0.6, loss=loss, optimizer=optimizer)
+    ids = tokens(16, 24)
+    learned, history = run(options, ids=ids)
+    assert all(step.orthogonality < 1e-5 for step in history)
+    assert sum(s.loss for s in history[-5:]) < sum(s.loss for s in history[:5])
+    if loss == "kl":
+        rotations = {space: Orthogonal(r) for space, r in learned.items()}
+        assert kl_of(rotations, ids) < 0.9 * kl_of(None, ids)
+
+
+@pytest.mark.parametrize("change", [{"micro_batch": 1}, {"checkpointing": True}])
+def test_how_a_step_is_computed_does_not_change_it(change):
+    plain, changed = run(dtype=torch.float64)[0], run(replace(FAST, **change), dtype=torch.float64)[0]
+    for space, r in plain.items():
+        torch.testing.assert_close(changed[space], r, atol=1e-9, rtol=0)
+
+
+def test_weights_are_rounded_while_learning_when_asked():
+    learned, _ = run(replace(FAST, steps=3, weights=True), scheme=parse_scheme("W3A4"))
+    other, _ = run(replace(FAST, steps=3), scheme=parse_scheme("W3A4"))
+    assert not torch.allclose(learned["residual"], other["residual"], atol=1e-3)
+    assert learning_scheme(parse_scheme("W3A4"), weights=False).weights is None
+
+
+def test_what_cannot_be_learned_is_refused():
+    for bad in ({"loss": "mse"}, {"schedule": "warm"}, {"steps": 0}, {"momentum": 1.0}):
+        with pytest.raises(LearningError):
+            replace(FAST, **bad)
+    for bad in ({"objective": "l1"}, {"solver": "newton"}, {"weighting": "some"}, {"rows": 0}):
+        with pytest.raises(LearningError):
+            LocalOptions(**bad)
