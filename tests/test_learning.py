@@ -1,5 +1,6 @@
 """Laws of learning rotations."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -202,15 +203,13 @@ def test_local_learning_lowers_the_error_of_rounding_on_other_rows(solver, objec
     lr = {"cayley": 0.3, "qr": 0.05}[solver]
     options = LocalOptions(objective, solver, steps=150, lr=lr, batch=256)
     losses = []
-    learned = learn_locally(
-        sites, start, options, generator=torch.Generator(), report=lambda space, step, loss: losses.append(loss)
-    )
+    learned = learn_locally(sites, start, options, report=lambda space, step, loss: losses.append(loss))
     before, after = rounding_errors(other, start)["a"], rounding_errors(other, learned)["a"]
     assert after < 0.93 * before
     assert len(losses) == 150 and sum(losses[-10:]) < sum(losses[:10])
     assert orthogonality_error(matrix(learned["residual"])) < 1e-12
     assert torch.equal(
-        matrix(learn_locally(sites, start, options, generator=torch.Generator())["residual"]),
+        matrix(learn_locally(sites, start, options)["residual"]),
         matrix(learned["residual"]),
     )
 
@@ -220,7 +219,7 @@ def test_procrustes_never_raises_the_error_it_lowers():
     losses = []
     options = LocalOptions(solver="procrustes", steps=20)
     start = {"residual": Orthogonal(orthogonal(32, 5))}
-    learn_locally(sites, start, options, generator=torch.Generator(), report=lambda *a: losses.append(a[2]))
+    learn_locally(sites, start, options, report=lambda *a: losses.append(a[2]))
     assert losses[-1] < 0.99 * losses[0]
 
 
@@ -304,7 +303,11 @@ def test_learning_end_to_end_lowers_the_loss(loss, optimizer):
 
 @pytest.mark.parametrize("change", [{"micro_batch": 1}, {"checkpointing": True}])
 def test_how_a_step_is_computed_does_not_change_it(change):
-    plain, changed = run(dtype=torch.float64)[0], run(replace(FAST, **change), dtype=torch.float64)[0]
+    # No 4-bit cache here: it makes numbers equal, and a tie for the largest has no one gradient.
+    short = replace(FAST, steps=4)
+    with nullcontext() if "checkpointing" in change else Float64Arithmetic():  # which recomputing would not see
+        plain = run(short, scheme=parse_scheme("A4"), dtype=torch.float64)[0]
+        changed = run(replace(short, **change), scheme=parse_scheme("A4"), dtype=torch.float64)[0]
     for space, r in plain.items():
         torch.testing.assert_close(changed[space], r, atol=1e-9, rtol=0)
 

@@ -27,6 +27,8 @@ from spinquant.evaluation import Comparison, Evaluation, compare_models, evaluat
 from spinquant.folders import quantize_folder, rotate_folder, save
 from spinquant.formats.native import detach
 from spinquant.hadamard import hadamard_matrix, hadamard_transform
+from spinquant.learning.folder import learn_folder, read_learned
+from spinquant.learning.learn import LearnedRotations, LearnOptions, learn
 from spinquant.mappings import NormMapping, SpinQuantMapping
 from spinquant.modifier import SpinQuantModifier
 from spinquant.module import fuse_module, plan_of
@@ -55,6 +57,8 @@ __all__ = [
     "Hadamard",
     "HadamardOrderError",
     "Kronecker",
+    "LearnOptions",
+    "LearnedRotations",
     "LearningError",
     "Moments",
     "NormMapping",
@@ -84,6 +88,8 @@ __all__ = [
     "gptq",
     "hadamard_matrix",
     "hadamard_transform",
+    "learn",
+    "learn_folder",
     "load",
     "load_text",
     "load_tokenizer",
@@ -95,6 +101,7 @@ __all__ = [
     "quantize",
     "quantize_folder",
     "read_headers",
+    "read_learned",
     "rotate",
     "rotate_folder",
     "save",

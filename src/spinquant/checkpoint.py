@@ -6,6 +6,7 @@ unless asked for, and `trust_remote_code` stays off.
 """
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ from spinquant.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-OURS = ("config.json", "demo.json")  # what marks a folder that --force may replace
+OURS = ("config.json", "demo.json", "learned.json")  # what marks a folder that --force may replace
 # Beside the weights, in a folder of their own: how they came about.
 BESIDE, RECORD, ROTATIONS = "spinquant", "record.json", "rotations.safetensors"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -331,3 +332,9 @@ def _is_full(error: BaseException) -> bool:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def weights_digest(model: str | Path) -> str:
+    """A short name for the files of a model folder as they are now: names, sizes and times."""
+    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder_of(model).iterdir() if p.is_file()]
+    return hashlib.sha256(json.dumps(sorted(files)).encode()).hexdigest()[:16]

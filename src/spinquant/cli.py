@@ -4,11 +4,7 @@ Tables go to standard output, progress and notes to standard error, so that `--j
 user's gives one line and exit code 1; `--debug` shows the traceback.
 """
 
-import json
-import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,13 +12,12 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import spinquant
 from spinquant import report
 from spinquant.calibrate import CalibrationText, load_text, token_windows
-from spinquant.checkpoint import is_local, load_config, load_model, load_tokenizer, read_headers
+from spinquant.checkpoint import check_free, is_local, load_config, load_model, load_tokenizer, read_headers
+from spinquant.cli_learn import EXAMPLES, learn
 from spinquant.cli_options import (
     ALL_ROTATIONS,
     AllowInexact,
@@ -32,6 +27,7 @@ from spinquant.cli_options import (
     Dtype,
     Force,
     Json,
+    Learned,
     Length,
     Model,
     Out,
@@ -47,16 +43,19 @@ from spinquant.cli_options import (
     parse_ratio,
     parse_spec,
 )
-from spinquant.errors import SchemeError, SpinquantError
+from spinquant.cli_output import err_console, out_console, print_json, print_result, stages, step_report
+from spinquant.errors import LearningError, SchemeError, SpinquantError
 from spinquant.evaluation import compare_models
 from spinquant.evaluation import evaluate as evaluate_model
 from spinquant.folders import check_unquantized, quantize_folder, rotate_folder
 from spinquant.formats.compressed_config import as_stored
 from spinquant.formats.runtimes import format_for, runtime_rows
-from spinquant.pipeline import Options, Stage
+from spinquant.learning.folder import LearnText, learn_from, read_learned, remove_store
+from spinquant.learning.learn import LearnOptions, Watch
+from spinquant.pipeline import Options
 from spinquant.quantization.blockwise import Calibration
 from spinquant.quantization.gptq import GPTQOptions
-from spinquant.quantization.scheme import parse_scheme
+from spinquant.quantization.scheme import parse_scheme, static_parts
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -66,8 +65,6 @@ app = typer.Typer(
     help="Rotate language models so that they survive 4-bit weights, activations and KV cache.\n\n"
     "Add `--debug` anywhere for tracebacks.",
 )
-out_console, err_console = Console(), Console(stderr=True)
-
 INTERRUPTED = 130  # the exit code that typer gives Ctrl-C
 
 
@@ -102,7 +99,7 @@ def plan(
     if json_:
         plain = [{**row, "axes": [asdict(axis) for axis in row["axes"]]} for row in rows]
         data: dict[str, Any] = {"family": made.family, "rotations": plain, "notes": notes}
-        _print_json({**data, "runtime": claims or None, "plan": made.to_dict()})
+        print_json({**data, "runtime": claims or None, "plan": made.to_dict()})
     else:
         out_console.print(report.plan_table(made, rows, spec))
         if runtime:
@@ -122,6 +119,7 @@ def rotate(
     block_size: BlockSize = None,
     randomize: Randomize = False,
     seed: Seed = 0,
+    learned: Learned = None,
     dtype: Dtype = None,
     text: Text = "auto",
     device: Device = "cpu",
@@ -133,11 +131,12 @@ def rotate(
 ) -> None:
     """Fuse R1 and R2 into a plain folder that transformers, vLLM and others load with nothing of ours installed."""
     spec = parse_spec(rotations, type, block_size, randomize, seed)
-    with _stages() as progress:
+    with stages() as progress:
         result = rotate_folder(
             model,
             out,
             spec,
+            learned=read_learned(learned) if learned else None,
             dtype=parse_dtype(dtype),
             text=text,
             force=force,
@@ -145,7 +144,7 @@ def rotate(
             device=device,
             options=Options(prove=proof, allow_inexact=allow_inexact, progress=progress),
         )
-    _print(json_, result.record(), report.result_table(result, str(out)))
+    print_result(json_, result.record(), report.result_table(result, str(out)))
 
 
 @app.command(
@@ -158,6 +157,13 @@ def quantize(
     out: Out,
     scheme: Annotated[str, typer.Option(help="W4A4KV4, W4g128A16, W8A8, KV4, ... or none for rotations alone.")],
     rotations: Rotations = ALL_ROTATIONS,
+    learned: Learned = None,
+    learn_first: Annotated[
+        str | None,
+        typer.Option(
+            "--learn", help="Learn rotations first: auto, local, end-to-end, local+end-to-end; on --calibration's text."
+        ),
+    ] = None,
     method: Annotated[str, typer.Option(help="How weights are rounded: rtn, gptq, or gptaq (asymmetric).")] = "rtn",
     clips: Annotated[bool, typer.Option("--clips", help="Search clip ratios of activations and KV per layer.")] = False,
     calibration: Annotated[
@@ -223,12 +229,24 @@ def quantize(
         parsed = as_stored(parsed)
     about = {"text": calibration, "samples": samples, "length": sample_length}
     chosen: dict[str, Any] = {name: value for name, value in about.items() if value is not None}
-    with _stages() as progress:
+    source = CalibrationText(**chosen, seed=seed)
+    if learn_first and learned:
+        raise LearningError("--learn learns rotations and --learned takes them from a folder: give one of them")
+    calibrated = method != "rtn" or clips or static_parts(parsed)
+    with stages() as progress:
+        found, store = read_learned(learned) if learned else None, None
+        if learn_first:
+            check_free(out, force=force, source=model)
+            watch = Watch(progress, step_report(progress))
+            options = LearnOptions(method=learn_first, seed=seed)  # pyright: ignore[reportArgumentType] - checked by it
+            given = {"text": LearnText(source), "device": device, "allow_pickle": allow_pickle}
+            found, store = learn_from(model, out, parsed, spec, options, **given, watch=watch)
         result = quantize_folder(
             model,
             out,
             parsed,
             spec,
+            learned=found,
             method=method,  # pyright: ignore[reportArgumentType] - checked by the function
             calibration=Calibration(
                 GPTQOptions(damping, act_order, asymmetry),
@@ -236,7 +254,8 @@ def quantize(
                 round_inputs=not exact_inputs,
                 sequential=sequential,
             ),
-            calibration_text=CalibrationText(**chosen, seed=seed) if chosen else None,
+            # The text of --learn alone is not one for calibration.
+            calibration_text=source if chosen and (calibrated or not learn_first) else None,
             dtype=parse_dtype(dtype),
             text=text,
             force=force,
@@ -246,7 +265,12 @@ def quantize(
             runtime=runtime,
             format=format,  # pyright: ignore[reportArgumentType] - checked by the function
         )
-    _print(json_, result.record(), report.result_table(result, str(out)))
+        if store is not None:
+            remove_store(store)
+    print_result(json_, result.record(), report.result_table(result, str(out)))
+
+
+app.command(epilog=EXAMPLES)(learn)
 
 
 @app.command(epilog="Example: `spinquant evaluate ./llama-w4a4 --reference ./llama --text manual --windows 16`")
@@ -271,15 +295,15 @@ def evaluate(
 
         loaded = load_model(model, dtype=wanted, device=device, allow_pickle=allow_pickle)
         results = evaluate_tasks(loaded, load_tokenizer(model), tasks.split(","), task_path=task_path, limit=limit)
-        _print(json_, {"model": model, "results": results}, report.tasks_table(results))
+        print_result(json_, {"model": model, "results": results}, report.tasks_table(results))
         return
     tokens, name = _windows(model, text, length, windows, allow_pickle)
     loaded = load_model(model, dtype=wanted, device=device, allow_pickle=allow_pickle)
     other = load_model(reference, dtype=wanted, device=device, allow_pickle=allow_pickle) if reference else None
-    with _stages() as progress:
+    with stages() as progress:
         result = evaluate_model(loaded, tokens, reference=other, progress=lambda *n: progress("evaluate", *n))
     setup = {"model": model, "reference": reference, "text": name, "length": length, "windows": len(tokens)}
-    _print(json_, {**setup, **result.to_dict()}, report.evaluation_table(model, name, result))
+    print_result(json_, {**setup, **result.to_dict()}, report.evaluation_table(model, name, result))
 
 
 @app.command(epilog="Example: `spinquant verify ./llama ./llama-rotated`")
@@ -300,10 +324,10 @@ def verify(
     tokens, name = _windows(reference, text, length, windows, allow_pickle)
     first = load_model(reference, dtype=wanted, device=device, allow_pickle=allow_pickle)
     second = load_model(other, dtype=wanted, device=device, allow_pickle=allow_pickle)
-    with _stages() as progress:
+    with stages() as progress:
         result = compare_models(first, second, tokens, progress=lambda *n: progress("compare", *n))
     setup = {"reference": reference, "other": other, "text": name}
-    _print(json_, {**setup, **result.to_dict()}, report.comparison_table(reference, other, result))
+    print_result(json_, {**setup, **result.to_dict()}, report.comparison_table(reference, other, result))
     if tolerance is not None and not result.max_abs <= tolerance:
         err_console.print(f"logits differ by {result.max_abs:.3g}, more than {tolerance:.3g}", style="red")
         raise typer.Exit(1)
@@ -324,7 +348,7 @@ def demo(
     """Tell the whole story on a real model: a table, pictures that show why, and a page with both."""
     from spinquant.demo import run_demo
 
-    with _stages() as progress:
+    with stages() as progress:
         result = run_demo(
             out,
             model=model,
@@ -336,7 +360,7 @@ def demo(
             force=force,
             progress=progress,
         )
-    _print(json_, result.to_dict(), report.rows_table(f"perplexity, {scheme}", result.rows))
+    print_result(json_, result.to_dict(), report.rows_table(f"perplexity, {scheme}", result.rows))
     if not json_:
         out_console.print(f"page: {out / 'index.html'}", highlight=False)
 
@@ -370,46 +394,6 @@ def _windows(model: str, text: str, length: int, windows: int, allow_pickle: boo
     tokenizer = load_tokenizer(model)
     name, content = load_text(text)
     return token_windows(tokenizer, content, length=length, count=windows or None), name
-
-
-@contextmanager
-def _stages() -> Iterator[Stage]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err_console, transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def report_stage(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield report_stage
-
-
-def _print(as_json: bool, data: dict[str, Any], table: Any) -> None:
-    if as_json:
-        _print_json(data)
-    else:
-        out_console.print(table)
-
-
-def _print_json(data: dict[str, Any]) -> None:
-    print(json.dumps(_finite(data), indent=1, default=dict))
-
-
-def _finite(data: Any) -> Any:
-    """The same data with null where a number is not finite, which JSON cannot say."""
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 if __name__ == "__main__":

@@ -45,6 +45,12 @@ Runtime = Annotated[
         help=f"Refuse what a runtime does not run, before any work: {', '.join(RUNTIMES)}.", show_default=False
     ),
 ]
+Learned = Annotated[
+    Path | None,
+    typer.Option(
+        help="Rotations that `spinquant learn` wrote: taken in place of random ones, --rotations, --type and all."
+    ),
+]
 Windows = Annotated[int, typer.Option(help="Windows, spread evenly over the text; 0 for all.")]
 
 

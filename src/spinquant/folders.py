@@ -1,6 +1,5 @@
 """From a folder or hub id to a new folder, which appears complete or not at all."""
 
-import hashlib
 import json
 from dataclasses import replace
 from importlib.metadata import version
@@ -20,17 +19,18 @@ from spinquant.checkpoint import (
     atomic_folder,
     check_finite,
     check_free,
-    folder_of,
     load_config,
     load_model,
     load_tokenizer,
     read_headers,
+    weights_digest,
 )
 from spinquant.errors import CalibrationError, CheckpointError, RotationError, SchemeError
 from spinquant.formats.compressed_config import check_scheme, quantization_scheme
 from spinquant.formats.compressed_tensors import write_compressed
 from spinquant.formats.native import is_marked
 from spinquant.formats.runtimes import check_runtime, runtime_of
+from spinquant.learning.learn import LearnedRotations
 from spinquant.pipeline import Method, Options, Result, check_calibration, quantize, rotate
 from spinquant.plan import MERGEABLE
 from spinquant.quantization.blockwise import Calibration
@@ -116,6 +116,7 @@ def rotate_folder(
     out: str | Path,
     spec: RotationSpec,
     *,
+    learned: LearnedRotations | None = None,
     dtype: torch.dtype | None = None,
     text: str = "auto",
     force: bool = False,
@@ -125,17 +126,19 @@ def rotate_folder(
 ) -> Result:
     """Rotate a folder or hub id into a plain folder that transformers loads with nothing of ours installed.
 
+    learned: rotations to use in place of random ones; the spec is then theirs.
     dtype: of the weights written, by default as in the source. Raises RotationError for rotations that need work at
     run time (R3, R4): a plain folder cannot hold them.
     """
+    spec, rotations = (learned.spec, learned.rotations) if learned else (spec, None)
     check_format("hf", Scheme(), spec)
     check_free(out, force=force, source=model)
     options = options or Options()
     loaded, tokenizer, sample, notes = _open(model, dtype, text, allow_pickle, device)
-    result = rotate(loaded, spec, sample=sample, options=options)
+    result = rotate(loaded, spec, rotations=rotations, sample=sample, options=options)
     if dtype is not None:
         _cast(loaded, dtype)
-    save(replace(result, notes=notes), out, tokenizer, force=force)
+    save(replace(result, notes={**notes, **_learned_note(learned)}), out, tokenizer, force=force)
     return result
 
 
@@ -145,6 +148,7 @@ def quantize_folder(
     scheme: Scheme,
     spec: RotationSpec,
     *,
+    learned: LearnedRotations | None = None,
     method: Method = "rtn",
     calibration: Calibration | None = None,
     calibration_text: CalibrationText | None = None,
@@ -159,12 +163,14 @@ def quantize_folder(
 ) -> Result:
     """Rotate and quantize a folder or hub id into a folder that `spinquant.load` and transformers load.
 
+    learned: rotations to use in place of random ones; the spec is then theirs.
     dtype: of everything that is not quantized, and of the arithmetic; by default as in the source. format: of the
     folder, see `check_format`, which is asked before any work. runtime: refuse what it does not run, see
     `formats/runtimes.py`.
     Finished blocks of a calibration are kept beside `out` until it is written, so that the same call goes on where
     another was stopped.
     """
+    spec, rotations = (learned.spec, learned.rotations) if learned else (spec, None)
     if runtime is not None:
         _check_for(runtime, format, scheme, spec, None if allow_pickle else model)
     calibrated = check_calibration(method, scheme, calibration)
@@ -185,23 +191,29 @@ def quantize_folder(
         notes["calibration_text"] = {"text": name, "samples": tokens.shape[0], "length": tokens.shape[1]}
         settings = [version("spinquant"), scheme, spec, method, calibrated, options.precision, loaded.dtype]
         settings += [digest(tokens), weights_digest(model)]
+        settings += [digest(t) for r in (rotations or {}).values() for t in r.tensors().values()]
         store = BlockStore(Path(out).parent / f".{Path(out).name}.calibration", json.dumps([repr(s) for s in settings]))
     result = quantize(
         loaded,
         scheme,
         spec,
         method=method,
+        rotations=rotations,
         tokens=tokens,
         calibration=calibration,
         sample=sample,
         store=store,
         options=options,
     )
-    result = replace(result, notes=notes)
+    result = replace(result, notes={**notes, **_learned_note(learned)})
     save(result, out, tokenizer, force=force, format=format)
     if store is not None:
         store.remove()
     return result
+
+
+def _learned_note(learned: LearnedRotations | None) -> dict[str, Any]:
+    return {"learned": learned.record} if learned else {}
 
 
 def _check_for(runtime: str, format: str, scheme: Scheme, spec: RotationSpec, model: str | Path | None) -> None:
@@ -253,9 +265,3 @@ def check_unquantized(config: Any, model: str | Path) -> None:
         raise CheckpointError(
             f"{str(model)!r} is quantized already ({method}): rotate and quantize the 16-bit model it came from"
         )
-
-
-def weights_digest(model: str | Path) -> str:
-    """A short name for the files of a model folder as they are now: names, sizes and times."""
-    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder_of(model).iterdir() if p.is_file()]
-    return hashlib.sha256(json.dumps(sorted(files)).encode()).hexdigest()[:16]

@@ -21,7 +21,15 @@ from spinquant.quantization.gptq import GPTQOptions
 from spinquant.quantization.progress import BlockStore
 from spinquant.quantization.rtn import round_weights
 from spinquant.quantization.scheme import Clips, Scheme, parse_scheme, static_parts
-from spinquant.rotation import Rotation, RotationSpec, in_precision, make_rotations, online_part, to_save
+from spinquant.rotation import (
+    Rotation,
+    RotationSpec,
+    check_given,
+    in_precision,
+    make_rotations,
+    online_part,
+    to_save,
+)
 
 Method = Literal["rtn", "gptq", "gptaq"]
 METHODS = get_args(Method)
@@ -99,17 +107,25 @@ class Result:
 
 
 def rotate(
-    model: Any, spec: RotationSpec | None = None, *, sample: Tensor | None = None, options: Options | None = None
+    model: Any,
+    spec: RotationSpec | None = None,
+    *,
+    rotations: Mapping[str, Rotation] | None = None,
+    sample: Tensor | None = None,
+    options: Options | None = None,
 ) -> Result:
     """Rotate a model in memory: fuse what can be fused, attach the rest (R3, R4), and prove that nothing changed.
 
+    rotations: by space, learned ones for instance, in place of those that the spec makes.
     `sample`, int64 (batch, length), are real tokens to compare logits on. Raises ProofError, naming the first module
     that departs, when the function changed; the model is then spoilt and must not be used.
     """
     spec, options = spec or RotationSpec(), options or Options()
     check_fresh(model)
     plan = plan_of(model)
-    rotations = make_rotations(plan, spec)
+    if rotations is None:
+        rotations = make_rotations(plan, spec)
+    check_given(plan, spec, rotations)
     twin = prove(model.config, spec) if options.prove and rotations else None
     before = None if sample is None or not rotations else snapshot(model, plan, sample)
     install(model, plan, rotations, spec, options=options)
@@ -148,6 +164,7 @@ def quantize(
     spec: RotationSpec | None = None,
     *,
     method: Method = "rtn",
+    rotations: Mapping[str, Rotation] | None = None,
     tokens: Tensor | None = None,
     calibration: Calibration | None = None,
     sample: Tensor | None = None,
@@ -156,11 +173,11 @@ def quantize(
 ) -> Result:
     """Rotate a model in memory, then quantize its weights, activations and KV cache.
 
-    Weights are rounded in place: to nearest (rtn), by GPTQ, or by GPTQ with the asymmetric target (gptaq). All but
-    plain rtn work on calibration `tokens`, int64 (samples, length). Activations and cache are rounded at run time by
-    hooks, which `spinquant.detach(model)` removes. Raises RotationError for a model that has been through this before,
-    SchemeError for a scheme that does not fit, CalibrationError for tokens that are missing or do not serve, and what
-    `rotate` raises.
+    rotations: as for `rotate`. Weights are rounded in place: to nearest (rtn), by GPTQ, or by GPTQ with the asymmetric
+    target (gptaq). All but plain rtn work on calibration `tokens`, int64 (samples, length). Activations and cache are
+    rounded at run time by hooks, which `spinquant.detach(model)` removes. Raises RotationError for a model that has
+    been through this before, SchemeError for a scheme that does not fit, CalibrationError for tokens that are missing
+    or do not serve, and what `rotate` raises.
     """
     scheme, options = parse_scheme(scheme), options or Options()
     calibration = check_calibration(method, scheme, calibration)
@@ -168,7 +185,7 @@ def quantize(
         raise CalibrationError(f"{method} works on calibration tokens, int64 (samples, length), and none were given")
     check_fresh(model)
     check_groups(plan_of(model), model, scheme)
-    rotated = rotate(model, spec or RotationSpec(()), sample=sample, options=options)
+    rotated = rotate(model, spec or RotationSpec(()), rotations=rotations, sample=sample, options=options)
     unmark(model)
     online = in_precision(rotated.rotations, options.precision)
     clips = Clips()

@@ -156,6 +156,34 @@ def plot_perplexities(rows: Sequence[tuple[str, float, float]], reference: float
     _save(figure, path)
 
 
+def plot_learning_curve(losses: Sequence[float], path: Path) -> None:
+    """The loss of every step, and its mean over about a tenth of them."""
+    figure = _figure(WIDTH, 3.4)
+    axes = figure.subplots()
+    axes.plot(range(1, len(losses) + 1), losses, color=ROTATED, linewidth=0.8, alpha=0.5, label="loss of a step")
+    window = max(1, len(losses) // 10)
+    smooth = torch.tensor(losses, dtype=torch.float64).unfold(0, window, 1).mean(-1)
+    axes.plot(range(window, len(losses) + 1), smooth.tolist(), color=ROTATED, linewidth=2, label=f"mean of {window}")
+    axes.set(xlabel="step", ylabel="loss, nats per token", title="learning end to end")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def plot_rounding_errors(before: Mapping[str, float], after: Mapping[str, float], path: Path) -> None:
+    """Relative error of rounding, ||Q(z) - z||^2 / ||z||^2, of every site in order of execution."""
+    figure = _figure(WIDTH, 3.8)
+    axes = figure.subplots()
+    for errors, colour, label in ((before, PLAIN, "random"), (after, ROTATED, "learned")):
+        axes.plot(range(len(errors)), list(errors.values()), ".", color=colour, markersize=5, label=label)
+    axes.set_yscale("log")
+    axes.set(xlabel="quantizer, in order of execution", ylabel="relative error (log)", title="error of rounding")
+    axes.set_ylim(bottom=0.8 * min([*before.values(), *after.values()]))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
 def relative_magnitude(x: Tensor) -> Tensor:
     """|x| over the root mean square of its token: float32, same shape; a token of zeros stays zero."""
     x = x.float()

@@ -12,6 +12,7 @@ from rich.table import Table
 from spinquant.errors import SpinquantError
 from spinquant.evaluation import Comparison, Evaluation
 from spinquant.formats.runtimes import RUNTIMES
+from spinquant.learning.learn import LearnedRotations
 from spinquant.pipeline import Result
 from spinquant.plan import MERGEABLE, Plan
 from spinquant.rotation import RotationSpec, choose
@@ -22,6 +23,22 @@ NEEDS = {
     "R3": "rotates queries and keys after RoPE",
     "R4": "rotates the input of the linear",
 }
+
+
+def learning_table(learned: LearnedRotations, out: str) -> Table:
+    """Every candidate with its score on held-out text, and which was kept."""
+    record = learned.record
+    table = Table(title=f"{out}: kept {record['kept']}", box=SIMPLE)
+    for column in ("rotations", "KL to 16 bits", "perplexity", "clip of activations, cache", ""):
+        table.add_column(column)
+    for name, score in sorted(record["scores"].items(), key=lambda item: item[1]["kl"]):
+        clips = record["clips"].get(name)
+        used = f"{clips['activations']:.2f}, {clips['kv']:.2f}" if clips else ""
+        mark = "kept" if name == record["kept"] else ""
+        table.add_row(name, f"{score['kl']:.4f}", f"{score['perplexity']:.2f}", used, mark)
+    if not record["learned"]:
+        table.caption = "what was learned is no better than the best random rotation, which is what was written"
+    return table
 
 
 def plan_rows(plan: Plan, spec: RotationSpec) -> list[dict[str, Any]]:

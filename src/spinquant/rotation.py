@@ -230,6 +230,12 @@ def empty_tensors(description: Mapping[str, Any]) -> dict[str, Tensor]:
     }[kind]
 
 
+def generator_for(seed: int, label: str) -> torch.Generator:
+    """The stream of random numbers that a seed gives one use, which the label names."""
+    digest = hashlib.sha256(f"{seed}/{label}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
 def random_signs(order: int, generator: torch.Generator) -> Tensor:
     """Independent fair signs, int8, shape (order,)."""
     return torch.randint(0, 2, (order,), generator=generator, dtype=torch.int8) * 2 - 1
@@ -355,11 +361,33 @@ def make_rotations(plan: Plan, spec: RotationSpec) -> dict[str, Rotation]:
     return found
 
 
+def check_given(plan: Plan, spec: RotationSpec, rotations: Mapping[str, Rotation]) -> None:
+    """Raise RotationError for rotations, by space, that are not of this model and spec, or not orthogonal."""
+    wanted = plan.rotated(spec.rotations)
+    if set(rotations) != wanted:
+        odd = sorted(set(rotations) ^ wanted)[0]
+        raise RotationError(
+            f"the rotations given are not those of this model: {odd!r} is "
+            + ("not among them" if odd in wanted else f"no space that {', '.join(spec.rotations)} rotates")
+        )
+    for space in plan.spaces:
+        rotation = rotations.get(space.name)
+        if rotation is None:
+            continue
+        if space.size % rotation.order:
+            raise RotationError(f"the rotation of {space.name} has order {rotation.order}, and the space {space.size}")
+        if isinstance(rotation, Orthogonal):
+            error = rotation.weight.T @ rotation.weight - torch.eye(rotation.order, dtype=rotation.weight.dtype)
+            if not float(error.abs().max()) < 1e-6:
+                raise RotationError(
+                    f"the matrix of {space.name} is not orthogonal: off by {float(error.abs().max()):.1e}"
+                )
+
+
 def make_rotation(space: Space, spec: RotationSpec, label: str) -> Rotation:
     """The rotation that a spec gives one space; the label names its stream of random numbers. Raises as `choose`."""
     # A stream of random numbers per space: leaving one rotation out does not change the others.
-    digest = hashlib.sha256(f"{spec.seed}/{label}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = generator_for(spec.seed, label)
     chosen = choose(space, spec)
     order = chosen["order"]
     if chosen["kind"] == "orthogonal":

@@ -27,7 +27,7 @@ from spinquant.online import Attachment
 from spinquant.plan import Plan
 from spinquant.quantization.rotated import Moving
 from spinquant.quantization.scheme import Scheme
-from spinquant.rotation import Rotation, matrix
+from spinquant.rotation import Rotation, generator_for, matrix
 
 Loss = Literal["cross-entropy", "kl"]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -163,8 +163,7 @@ def _rows_of(step: int, samples: int, batch: int, seed: int) -> Tensor:
     first, last = step * batch, (step + 1) * batch
     parts = []
     for epoch in range(first // samples, (last - 1) // samples + 1):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        parts.append(torch.randperm(samples, generator=generator))
+        parts.append(torch.randperm(samples, generator=generator_for(seed, f"epoch {epoch}")))
     stream, offset = torch.cat(parts), first // samples * samples
     return stream[first - offset : last - offset]
 

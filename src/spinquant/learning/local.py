@@ -9,9 +9,10 @@ The loss is the objective of `objectives.py`, weighted row by row and averaged o
                  rounding error itself
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import cos, pi
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,8 +22,9 @@ from spinquant.errors import LearningError
 from spinquant.learning.cayley import Descent, Optimizer
 from spinquant.learning.objectives import OBJECTIVES, Objective, row_loss
 from spinquant.learning.samples import WEIGHTINGS, Site, Weighting
+from spinquant.learning.state import StateFile
 from spinquant.quantization.integer import fake_quantize
-from spinquant.rotation import Orthogonal, Rotation, matrix
+from spinquant.rotation import Orthogonal, Rotation, generator_for, matrix
 
 Solver = Literal["cayley", "qr", "procrustes"]
 SOLVERS = get_args(Solver)
@@ -32,8 +34,9 @@ SOLVERS = get_args(Solver)
 class LocalOptions:
     """How rotations are learned on captured activations.
 
-    rows: sampled of every site. batch: rows of every site in one step. lr: for cayley the length of a step, for qr the
-    rate of SGD (momentum 0.9). weighting: "massive" counts rows with a massive activation `factor` times.
+    rows: sampled of every site. batch: rows of every site in one step; procrustes takes all. lr: for cayley the length
+    of a step, for qr the rate of SGD (momentum 0.9, losses divided by the first), both falling along half a cosine.
+    weighting: "massive" counts rows with a massive activation `factor` times.
     """
 
     objective: Objective = "error"
@@ -45,6 +48,7 @@ class LocalOptions:
     batch: int = 128
     weighting: Weighting = "uniform"
     factor: float = 1.0
+    save_every: int = 25
 
     def __post_init__(self):
         for name, value, known in (
@@ -54,8 +58,10 @@ class LocalOptions:
         ):
             if value not in known:
                 raise LearningError(f"unknown {name} {value!r}: expected one of {', '.join(known)}")
-        if self.steps < 1 or self.rows < 1 or self.batch < 1 or not self.lr > 0 or not self.factor > 0:
-            raise LearningError("steps, rows, batch, lr and factor must be positive")
+        if self.steps < 1 or self.rows < 1 or self.batch < 1 or self.save_every < 1:
+            raise LearningError("steps, rows, batch and save_every must be at least 1")
+        if not self.lr > 0 or not self.factor > 0:
+            raise LearningError("lr and factor must be positive")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -70,20 +76,39 @@ def learn_locally(
     rotations: Mapping[str, Rotation],
     options: LocalOptions,
     *,
-    generator: torch.Generator,
+    seed: int = 0,
     device: torch.device | str = "cpu",
+    store: Path | None = None,
+    settings: Sequence[Any] = (),
     report: Report | None = None,
 ) -> dict[str, Rotation]:
     """Learned rotations of the sites' spaces, starting from `rotations`, by space.
 
-    `report(space, step, loss)` follows the descent. Raises LearningError when a loss is not finite.
+    `report(space, step, loss)` follows the descent. store: a folder where each space's run is kept, and taken up when
+    the `settings` are the same. Raises LearningError when a loss is not finite.
     """
     learned: dict[str, Rotation] = {}
     for space in dict.fromkeys(site.space for site in sites):
         own = [site for site in sites if site.space == space]
         start = matrix(rotations[space], torch.float32).to(device)
-        r = _SOLVE[options.solver](own, start, options, generator, space, report)
-        u, _, v = torch.linalg.svd(r.double().cpu())
+        solver = _SOLVERS[options.solver](start, options)
+        weights = {site.name: site.weights(options.weighting, options.factor) for site in own}
+        state = StateFile(store / f"{space}.safetensors", [*settings, space, options, seed]) if store else None
+        kept = state.load() if state else None
+        if kept is not None:
+            solver.restore(kept.tensors, kept.step)
+        for step in range(kept.step if kept else 0, options.steps):
+            loss = solver.step(own, weights, step, generator_for(seed, f"{space}/{step}"))
+            if not math.isfinite(loss):
+                raise LearningError(
+                    f"the loss of {space} is {loss}: its activations are not finite, or the steps too long. Lower the "
+                    "learning rate"
+                )
+            if state and ((step + 1) % options.save_every == 0 or step + 1 == options.steps):
+                state.save(solver.tensors(), step + 1, [])
+            if report:
+                report(space, step + 1, loss)
+        u, _, v = torch.linalg.svd(solver.rotation().double().cpu())
         learned[space] = Orthogonal(u @ v)
     return learned
 
@@ -111,99 +136,98 @@ def _loss(
         chosen = torch.randperm(len(site.rows), generator=generator)[: options.batch]
         x, w = site.rows[chosen].to(r.device), weights[site.name][chosen].to(r.device)
         total = total + (row_loss(_rotated(x, r), site.quantizer, options.objective) * w).sum() / w.sum()
-    loss = total / len(sites)
-    if not loss.isfinite():
-        raise LearningError(
-            f"the loss of {sites[0].space} is not finite: its activations are, so the step was too long. Lower the "
-            "learning rate"
-        )
-    return loss
+    return total / len(sites)
 
 
-def _weights(sites: Sequence[Site], options: LocalOptions) -> dict[str, Tensor]:
-    return {site.name: site.weights(options.weighting, options.factor) for site in sites}
+class _Cayley:
+    def __init__(self, start: Tensor, options: LocalOptions):
+        self.options = options
+        self.descent = Descent({"r": start.clone()}, options.optimizer)
+        self.tensors, self.restore = self.descent.tensors, self.descent.restore
 
+    def rotation(self) -> Tensor:
+        return self.descent.matrices["r"]
 
-def _by_cayley(
-    sites: Sequence[Site],
-    r: Tensor,
-    options: LocalOptions,
-    generator: torch.Generator,
-    space: str,
-    report: Report | None,
-) -> Tensor:
-    weights, descent = _weights(sites, options), Descent({space: r.clone()}, options.optimizer)
-    moving = descent.matrices[space]
-    for step in range(options.steps):
-        leaf = moving.clone().requires_grad_()
-        loss = _loss(sites, leaf, options, generator, weights)
+    def step(
+        self, sites: Sequence[Site], weights: Mapping[str, Tensor], number: int, generator: torch.Generator
+    ) -> float:
+        r = self.rotation()
+        leaf = r.clone().requires_grad_()
+        loss = _loss(sites, leaf, self.options, generator, weights)
         (gradient,) = torch.autograd.grad(loss, leaf)
         # R moves to R (I - A): the loss by <A, -R^T dL/dR>.
-        descent.step({space: -moving.T @ gradient}, options.lr * cosine(step, options.steps))
-        if report:
-            report(space, step + 1, float(loss.detach()))
-    return moving
+        self.descent.step({"r": -r.T @ gradient}, self.options.lr * cosine(number, self.options.steps))
+        return float(loss.detach())
 
 
-def _by_qr(
-    sites: Sequence[Site],
-    r: Tensor,
-    options: LocalOptions,
-    generator: torch.Generator,
-    space: str,
-    report: Report | None,
-) -> Tensor:
-    weights = _weights(sites, options)
-    z = r.clone().requires_grad_()
-    optimizer = torch.optim.SGD([z], lr=options.lr, momentum=0.9)
-    first = 1.0
+class _QR:
+    def __init__(self, start: Tensor, options: LocalOptions):
+        self.options = options
+        self.z, self.velocity = start.clone(), torch.zeros_like(start)
+        self.first = torch.zeros(())
 
-    def orthogonal() -> Tensor:
-        q, triangle = torch.linalg.qr(z)
+    def tensors(self) -> dict[str, Tensor]:
+        return {"z": self.z, "velocity": self.velocity, "first": self.first}
+
+    def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
+        self.z, self.velocity = (tensors[name].to(self.z.device) for name in ("z", "velocity"))
+        self.first = tensors["first"]
+
+    def rotation(self, z: Tensor | None = None) -> Tensor:
+        q, triangle = torch.linalg.qr(self.z if z is None else z)
         return q * triangle.diagonal().sign()
 
-    for step in range(options.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = options.lr * cosine(step, options.steps)
-        optimizer.zero_grad()
-        loss = _loss(sites, orthogonal(), options, generator, weights)
-        first = float(loss.detach()) if step == 0 else first
-        (loss / first).backward()  # so that a rate means the same for every objective and scheme
-        optimizer.step()
-        if report:
-            report(space, step + 1, float(loss.detach()))
-    return orthogonal().detach()
+    def step(
+        self, sites: Sequence[Site], weights: Mapping[str, Tensor], number: int, generator: torch.Generator
+    ) -> float:
+        z = self.z.clone().requires_grad_()
+        loss = _loss(sites, self.rotation(z), self.options, generator, weights)
+        if number == 0:
+            self.first = loss.detach().cpu()
+        (gradient,) = torch.autograd.grad(loss / self.first.to(loss.device), z)
+        self.velocity.mul_(0.9).add_(gradient)
+        self.z.sub_(self.velocity, alpha=self.options.lr * cosine(number, self.options.steps))
+        return float(loss.detach())
 
 
-@torch.no_grad()
-def _by_procrustes(
-    sites: Sequence[Site],
-    r: Tensor,
-    options: LocalOptions,
-    generator: torch.Generator,
-    space: str,
-    report: Report | None,
-) -> Tensor:
-    weights = _weights(sites, options)
-    for step in range(options.steps):
-        product, total = torch.zeros_like(r), 0.0
+class _Procrustes:
+    def __init__(self, start: Tensor, options: LocalOptions):
+        self.r = start.clone()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"r": self.r}
+
+    def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
+        self.r = tensors["r"].to(self.r.device)
+
+    def rotation(self) -> Tensor:
+        return self.r
+
+    @torch.no_grad()
+    def step(
+        self, sites: Sequence[Site], weights: Mapping[str, Tensor], number: int, generator: torch.Generator
+    ) -> float:
+        r, product, total = self.r, torch.zeros_like(self.r), 0.0
         for site in sites:
             x = site.rows.to(r.device)
             z = _rotated(x, r)
             rounded = fake_quantize(z, site.quantizer)
-            w = (weights[site.name].to(r.device) / x.square().sum(-1).clamp(min=1e-30)).unsqueeze(-1)
-            product += (x * w).reshape(-1, len(r)).T @ rounded.reshape(-1, len(r)) / weights[site.name].sum()
-            total += float(((rounded - z).square() * w).sum() / weights[site.name].sum())
+            share = weights[site.name].to(r.device) / weights[site.name].sum()
+            w = (share / x.square().sum(-1).clamp(min=1e-30)).unsqueeze(-1)
+            product += (x * w).reshape(-1, len(r)).T @ rounded.reshape(-1, len(r))
+            total += float(((rounded - z).square() * w).sum())
         u, _, v = torch.linalg.svd(product)
-        r = u @ v
-        if report:
-            report(space, step + 1, total / len(sites))
-    return r
+        self.r = u @ v
+        return total / len(sites)
 
 
 def cosine(step: int, steps: int) -> float:
     """From one to nearly zero along half a cosine."""
-    return 0.5 * (1 + cos(pi * step / steps))
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-_SOLVE: dict[str, Callable[..., Tensor]] = {"cayley": _by_cayley, "qr": _by_qr, "procrustes": _by_procrustes}
+_SOLVERS: dict[str, Callable[[Tensor, LocalOptions], Any]] = {
+    "cayley": _Cayley,
+    "qr": _QR,
+    "procrustes": _Procrustes,
+}

@@ -1,0 +1,5 @@
+"""python -m spinquant, which is what torchrun starts."""
+
+from spinquant.cli import main
+
+main()

@@ -1,0 +1,121 @@
+"""The command `learn`."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from spinquant import report
+from spinquant.calibrate import CalibrationText
+from spinquant.cli_options import (
+    ALL_ROTATIONS,
+    AllowPickle,
+    BlockSize,
+    Device,
+    Dtype,
+    Force,
+    Json,
+    Model,
+    Rotations,
+    Seed,
+    Type,
+    parse_dtype,
+    parse_spec,
+)
+from spinquant.cli_output import print_result, stages, step_report
+from spinquant.learning.end_to_end import EndToEndOptions
+from spinquant.learning.folder import LearnText, learn_folder
+from spinquant.learning.learn import LearnOptions, Watch
+from spinquant.learning.local import LocalOptions
+from spinquant.plan import parse_rotation_names
+from spinquant.quantization.scheme import parse_scheme
+
+EXAMPLES = (
+    "Examples: `spinquant learn ./llama ./learned --scheme W4A4KV4 --method local`, then "
+    "`spinquant quantize ./llama ./llama-w4a4 --scheme W4A4KV4 --learned ./learned --method gptq --clips`; "
+    "`torchrun --nproc-per-node 4 -m spinquant learn ./llama ./learned --scheme W4A4KV4 --method end-to-end`"
+)
+
+
+def learn(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Folder for the rotations; it appears complete or not at all.")],
+    scheme: Annotated[str, typer.Option(help="What the rotations are for: W4A4KV4, A8KV4, ...")],
+    rotations: Rotations = ALL_ROTATIONS,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="local: on captured activations; end-to-end: through the quantized network; local+end-to-end; auto: "
+            "local, and end-to-end only where that loses to the random rotations."
+        ),
+    ] = "auto",
+    which: Annotated[str, typer.Option("--learn", help="Rotations to learn; R4 needs a block size.")] = "R1,R2",
+    steps: Annotated[int | None, typer.Option(help="Steps; 200 for local, 100 for end-to-end.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Length of a step; by default 0.5 for local, 1 end to end.")] = None,
+    objective: Annotated[str, typer.Option(help="local: error, whip or kurtosis.")] = "error",
+    solver: Annotated[str, typer.Option(help="local: cayley, qr or procrustes.")] = "cayley",
+    rows: Annotated[int, typer.Option(help="local: activations sampled at each quantizer.")] = 512,
+    massive: Annotated[float, typer.Option(help="local: how often a row with a massive activation counts.")] = 1.0,
+    loss: Annotated[str, typer.Option(help="end-to-end: kl (to the 16-bit model), or cross-entropy.")] = "kl",
+    batch: Annotated[int, typer.Option(help="end-to-end: samples of a step.")] = 8,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="end-to-end: samples of one pass; the rest accumulate.")
+    ] = None,
+    schedule: Annotated[str, typer.Option(help="end-to-end: cosine, linear or constant.")] = "cosine",
+    optimizer: Annotated[str, typer.Option(help="sgd or adam; by default adam for local, sgd end to end.")] = "",
+    weights: Annotated[bool, typer.Option("--weights", help="end-to-end: round weights too while learning.")] = False,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="end-to-end: less memory, more time.")] = False,
+    signs: Annotated[int, typer.Option(help="Draws of signs per layer for R3 and R4; the best are taken.")] = 0,
+    baselines: Annotated[int, typer.Option(help="Random rotations to beat.")] = 5,
+    text: Annotated[str, typer.Option(help="Text to learn from: a file, manual, dataset:NAME, generated.")] = "auto",
+    held_out: Annotated[str | None, typer.Option(help="Text to judge on; by default the end of --text.")] = None,
+    windows: Annotated[int, typer.Option(help="Windows to judge on.")] = 8,
+    samples: Annotated[int, typer.Option(help="Samples to learn from.")] = 128,
+    sample_length: Annotated[int, typer.Option(help="Tokens per sample.")] = 512,
+    type: Type = "random-hadamard",
+    block_size: BlockSize = None,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    force: Force = False,
+    allow_pickle: AllowPickle = False,
+    json_: Json = False,
+) -> None:
+    """Learn rotations for a model and a scheme; they are kept only where they beat the best of several random ones.
+
+    A run that is stopped goes on where it was when it is started again.
+    """
+    spec = parse_spec(rotations, type, block_size, False, seed)
+    local: dict[str, Any] = {"objective": objective, "solver": solver, "rows": rows, "factor": massive}
+    local |= {"weighting": "uniform" if massive == 1 else "massive"}
+    through: dict[str, Any] = {"loss": loss, "batch": batch, "micro_batch": micro_batch, "schedule": schedule}
+    through |= {"weights": weights, "checkpointing": checkpointing}
+    for name, value in (("steps", steps), ("lr", lr), ("optimizer", optimizer or None)):
+        if value is not None:
+            local[name] = through[name] = value
+    options = LearnOptions(
+        method=method,  # pyright: ignore[reportArgumentType] - checked by the class
+        rotations=parse_rotation_names(which),
+        baselines=baselines,
+        signs=signs,
+        local=LocalOptions(**local),
+        end_to_end=EndToEndOptions(**through),
+        seed=seed,
+    )
+    with stages() as progress:
+        learned = learn_folder(
+            model,
+            out,
+            parse_scheme(scheme),
+            spec,
+            options,
+            text=LearnText(CalibrationText(text, samples, sample_length, seed), held_out, windows),
+            device=device,
+            dtype=parse_dtype(dtype) or "auto",
+            force=force,
+            allow_pickle=allow_pickle,
+            watch=Watch(progress, step_report(progress)),
+        )
+    if int(os.environ.get("RANK", "0")) == 0:
+        print_result(json_, learned.record, report.learning_table(learned, str(out)))

@@ -1,0 +1,67 @@
+"""What the command line shows: tables and JSON on standard output, progress and errors on standard error."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from spinquant.learning.end_to_end import Step
+
+out_console, err_console = Console(), Console(stderr=True)
+
+
+@contextmanager
+def stages() -> Iterator[Any]:
+    """A progress display: a function of (stage, done, total, more words), one bar per stage."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err_console, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report_stage(stage: str, done: int, total: int, more: str = "") -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total, description=f"{stage} {more}".rstrip())
+
+        yield report_stage
+
+
+def print_result(as_json: bool, data: dict[str, Any], table: Any) -> None:
+    """The table, or the data as JSON."""
+    if as_json:
+        print_json(data)
+    else:
+        out_console.print(table)
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """Data as JSON, null where a number is not finite."""
+    print(json.dumps(_finite(data), indent=1, default=dict))
+
+
+def _finite(data: Any) -> Any:
+    """The same data with null where a number is not finite, which JSON cannot say."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def step_report(progress: Any) -> Callable[[str, Step, int], None]:
+    """What a progress display shows of the steps of learning end to end."""
+
+    def report_step(name: str, step: Step, steps: int) -> None:
+        speed = f"{step.tokens_per_second:.0f} tokens/s, off orthogonal by {step.orthogonality:.0e}"
+        progress(f"learn {name}", step.number, steps, f"loss {step.loss:.4f}, {speed}")
+
+    return report_step

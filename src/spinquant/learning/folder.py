@@ -1,0 +1,197 @@
+"""Learned rotations on disk: rotations.safetensors and learned.json, a folder that `rotate` and `quantize` take."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from spinquant.calibrate import CalibrationText, calibration_tokens
+from spinquant.checkpoint import atomic_folder, check_free, load_model, load_tokenizer, weights_digest
+from spinquant.errors import CheckpointError, SpinquantError, TextError
+from spinquant.learning.learn import LearnedRotations, LearnOptions, Watch, learn
+from spinquant.quantization.scheme import Scheme
+from spinquant.rotation import RotationSpec, saved, to_save
+
+TENSORS, ABOUT = "rotations.safetensors", "learned.json"
+
+
+@dataclass(frozen=True)
+class LearnText:
+    """What rotations are learned from and judged on.
+
+    calibration: samples to learn from. held_out: another text to judge on; None takes the last windows of the same text
+    away from learning. windows: to judge on.
+    """
+
+    calibration: CalibrationText = field(default_factory=CalibrationText)
+    held_out: str | None = None
+    windows: int = 8
+
+
+def learn_folder(
+    model: str | Path,
+    out: str | Path,
+    scheme: Scheme,
+    spec: RotationSpec,
+    options: LearnOptions | None = None,
+    *,
+    text: LearnText | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | str = "auto",
+    force: bool = False,
+    allow_pickle: bool = False,
+    watch: Watch | None = None,
+) -> LearnedRotations:
+    """Learn rotations for a model folder or hub id into a folder, which appears complete or not at all.
+
+    The run is kept beside `out` until it is written, so that the same call goes on where another was stopped. Under
+    torchrun all processes work on it and the first one writes.
+    """
+    text, watch = text or LearnText(), watch or Watch()
+    with _processes(device) as (first, place):
+        if first:
+            check_free(out, force=force, source=model)
+        learned, store = learn_from(
+            model,
+            out,
+            scheme,
+            spec,
+            options,
+            text=text,
+            device=place,
+            dtype=dtype,
+            allow_pickle=allow_pickle,
+            watch=watch,
+        )
+        if first:
+            write_learned(learned, out, force=force)
+            remove_store(store)
+    return learned
+
+
+def learn_from(
+    model: str | Path,
+    out: str | Path,
+    scheme: Scheme,
+    spec: RotationSpec,
+    options: LearnOptions | None,
+    *,
+    text: LearnText,
+    device: str,
+    dtype: torch.dtype | str = "auto",
+    allow_pickle: bool = False,
+    watch: Watch | None = None,
+) -> tuple[LearnedRotations, Path]:
+    """Learned rotations of a model folder or hub id, and where the run is kept until `remove_store`."""
+    options, watch = options or LearnOptions(), watch or Watch()
+    loaded = load_model(model, dtype=dtype, device=device, allow_pickle=allow_pickle)
+    name, tokens, held_out = _texts(loaded, model, text, watch)
+    store = Path(out).parent / f".{Path(out).name}.learning"
+    settings = [weights_digest(model), str(loaded.dtype)]
+    learned = learn(loaded, scheme, spec, tokens, held_out, options, store=store, settings=settings, watch=watch)
+    about = {
+        "text": name,
+        "samples": list(tokens.shape),
+        "held_out": text.held_out or name,
+        "judged": list(held_out.shape),
+    }
+    return replace(learned, record={**learned.record, "model": str(model), "tokens": about}), store
+
+
+def remove_store(store: Path) -> None:
+    """Delete what a finished run had kept."""
+    for path in sorted(store.rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    if store.exists():
+        store.rmdir()
+
+
+def _texts(loaded: Any, model: str | Path, text: LearnText, watch: Watch) -> tuple[str, Tensor, Tensor]:
+    """(name, tokens to learn from, tokens to judge on)."""
+    try:
+        tokenizer = load_tokenizer(model)
+    except CheckpointError:
+        tokenizer = None
+
+    def tokens_of(source: CalibrationText) -> tuple[str, Tensor]:
+        return calibration_tokens(loaded, tokenizer, source, progress=lambda *n: watch.stage("generate text", *n))
+
+    wanted = text.calibration
+    if text.held_out is not None:
+        name, tokens = tokens_of(wanted)
+        return name, tokens, tokens_of(replace(wanted, text=text.held_out, samples=text.windows))[1]
+    name, tokens = tokens_of(replace(wanted, samples=wanted.samples + text.windows))
+    # The end of the text, and a window between as a distance.
+    if len(tokens) < text.windows + 2:
+        raise TextError(
+            f"the text has {len(tokens)} windows of {wanted.length} tokens: too few to learn from some and to judge on "
+            f"{text.windows} others. Give a longer text, a shorter --sample-length, or another text to judge on "
+            "(--held-out)"
+        )
+    return name, tokens[: -text.windows - 1], tokens[-text.windows :]
+
+
+def write_learned(learned: LearnedRotations, out: str | Path, *, force: bool = False) -> None:
+    """Write the folder, with pictures where matplotlib is installed."""
+    about, tensors = to_save(learned.rotations)
+    with atomic_folder(out, force=force) as folder:
+        save_file(tensors, folder / TENSORS)
+        data = {**about, "spec": learned.spec.to_dict(), **learned.record}
+        (folder / ABOUT).write_text(json.dumps(data, indent=1, default=dict) + "\n", encoding="utf-8")
+        _draw(learned, folder)
+
+
+def _draw(learned: LearnedRotations, folder: Path) -> None:
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        return
+    from spinquant.plots import plot_learning_curve, plot_rounding_errors
+
+    if learned.record.get("steps"):
+        plot_learning_curve([step["loss"] for step in learned.record["steps"]], folder / "curve.png")
+    if learned.record.get("errors"):
+        errors = learned.record["errors"]
+        plot_rounding_errors(errors["before"], errors["after"], folder / "errors.png")
+
+
+def read_learned(folder: str | Path) -> LearnedRotations:
+    """The rotations of a folder that `learn_folder` wrote. Raises CheckpointError for one that is not whole."""
+    folder = Path(folder)
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        rotations = saved(about, load_file(folder / TENSORS))
+        spec = RotationSpec(**about.pop("spec"))
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError, SpinquantError) as error:
+        raise CheckpointError(
+            f"{folder} holds no learned rotations ({error}): expected a folder that `spinquant learn` wrote"
+        ) from None
+    return LearnedRotations(rotations, spec, {k: v for k, v in about.items() if k not in ("rotations", "spaces")})
+
+
+@contextmanager
+def _processes(device: str) -> Iterator[tuple[bool, str]]:
+    """(whether this is the first process, its device); joins the others where torchrun started several."""
+    if "RANK" not in os.environ or dist.is_initialized():
+        yield not dist.is_initialized() or dist.get_rank() == 0, device
+        return
+    rank = int(os.environ["RANK"])
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.set_device(local := int(os.environ.get("LOCAL_RANK", rank)))
+        device = f"cuda:{local}"
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    try:
+        yield rank == 0, device
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,309 @@
+"""Learned rotations, held against what needs no learning: the best of several random rotations of the same kind.
+
+    1  random rotations of several seeds, with clip ratios, are judged on held-out text
+    2  from the best of them rotations are learned: on captured activations, end to end, or one after the other
+    3  what was learned is judged on the same text; whatever has the least KL to the 16-bit model is kept
+
+A learned rotation that loses is not kept: the record says which was, and all scores.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from spinquant.errors import LearningError
+from spinquant.learning.end_to_end import EndToEndOptions, Step, learn_end_to_end
+from spinquant.learning.judge import Candidate, Score, judge, with_clips
+from spinquant.learning.local import LocalOptions, learn_locally, rounding_errors
+from spinquant.learning.network import fuse_gains, learning_scheme
+from spinquant.learning.samples import Site, collect
+from spinquant.learning.state import StateFile
+from spinquant.module import plan_of
+from spinquant.plan import Plan
+from spinquant.quantization.integer import fake_quantize
+from spinquant.quantization.progress import digest
+from spinquant.quantization.scheme import Scheme
+from spinquant.rotation import Hadamard, Rotation, RotationSpec, generator_for, make_rotations, random_signs
+
+Method = Literal["local", "end-to-end", "local+end-to-end", "auto"]
+METHODS = get_args(Method)
+LARGEST_ONLINE = 512  # order of a learned R4: it is a dense product at every token
+CLIP_WINDOWS = 2
+
+
+@dataclass(frozen=True)
+class LearnOptions:
+    """How rotations are learned and judged.
+
+    method: local, end-to-end, one after the other, or auto: local, and end-to-end after it only if local does not beat
+    the random rotations. rotations: those that are learned; R3 and R4 become dense products at run time, so R4 needs a
+    block size. signs: draws of random signs per layer for a Hadamard R3 or R4 that is not learned, of which the one
+    with the least error of rounding is taken; 0 leaves them. baselines: random rotations to beat.
+    """
+
+    method: Method = "auto"
+    rotations: tuple[str, ...] = ("R1", "R2")
+    baselines: int = 5
+    signs: int = 0
+    local: LocalOptions = field(default_factory=LocalOptions)
+    end_to_end: EndToEndOptions = field(default_factory=EndToEndOptions)
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise LearningError(f"unknown method {self.method!r}: expected one of {', '.join(METHODS)}")
+        if self.baselines < 1 or self.signs < 0:
+            raise LearningError("expected at least one random rotation to beat, and no negative number of draws")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class LearnedRotations:
+    """Rotations by space, what they are an instance of, and how they came about.
+
+    spec: rotations, types and block sizes that describe them. record: scores of all candidates, which was kept, steps,
+    errors of rounding per site before and after, seconds, settings.
+    """
+
+    rotations: Mapping[str, Rotation]
+    spec: RotationSpec
+    record: dict[str, Any]
+
+    @property
+    def kept(self) -> str:
+        """The name of the candidate that these rotations are."""
+        return self.record["kept"]
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who is told how learning goes. stage(name, done, total); step(name of the learner, step, steps in all)."""
+
+    stage: Callable[[str, int, int], None] = lambda name, done, total: None
+    step: Callable[[str, Step, int], None] = lambda name, step, steps: None
+
+
+def learn(
+    model: Any,
+    scheme: Scheme,
+    spec: RotationSpec,
+    tokens: Tensor,
+    held_out: Tensor,
+    options: LearnOptions | None = None,
+    *,
+    store: Path | None = None,
+    settings: Sequence[Any] = (),
+    watch: Watch | None = None,
+) -> LearnedRotations:
+    """Learn rotations for a model and a scheme on tokens, int64 (samples, length), and judge them on others.
+
+    The model's gains are fused, and tied heads untied; its function stays. store: a folder where the run is kept, and
+    taken up by the same call; `settings` are whatever else it depends on, such as the model's files. Raises
+    LearningError for what cannot be learned.
+    """
+    options, watch = options or LearnOptions(), watch or Watch()
+    plan = plan_of(model)
+    names = learned_spaces(plan, spec, scheme, options)
+    if options.end_to_end.weights and scheme.weights is None:
+        raise LearningError(f"scheme {scheme} leaves weights at 16 bits: there is nothing to round while learning")
+    rounds = learning_scheme(scheme, weights=options.end_to_end.weights)
+    clock: dict[str, float] = {}
+    settings = [*settings, scheme, spec, options, digest(tokens), digest(held_out)]
+    random = _baselines(plan, spec, options)
+    first = next(iter(random.values()))
+    fuse_gains(model, plan, first)
+
+    with _timed(clock, "baselines"):
+        clipped = with_clips(model, plan, first, rounds, tokens[:CLIP_WINDOWS])
+        candidates = {name: replace(clipped, rotations=made) for name, made in random.items()}
+        scores = judge(
+            model, plan, candidates, rounds, held_out, progress=lambda *n: watch.stage("judge random rotations", *n)
+        )
+    best = min(random, key=lambda name: scores[name].kl)
+    start = random[best]
+    record: dict[str, Any] = {"options": options.to_dict(), "scheme": scheme.to_dict(), "start": best, "steps": []}
+
+    def add(name: str, rotations: Mapping[str, Rotation]) -> None:
+        with _timed(clock, "judging"):
+            candidates[name] = with_clips(model, plan, rotations, rounds, tokens[:CLIP_WINDOWS])
+            one = {name: candidates[name]}
+            scores.update(
+                judge(model, plan, one, rounds, held_out, progress=lambda *n: watch.stage(f"judge {name}", *n))
+            )
+
+    if options.method != "end-to-end" or options.signs:
+        with _timed(clock, "local"):
+            sites = _collect(model, plan, names, rounds, tokens, options, spec, watch)
+            start = _with_signs(plan, start, sites, options, names)
+        if options.signs:
+            add("random signs", start)
+    if options.method != "end-to-end":
+        with _timed(clock, "local"):
+            own = [site for site in sites if site.space in names]
+            local = learn_locally(
+                own,
+                start,
+                options.local,
+                seed=options.seed,
+                device=_device(model),
+                store=store / "local" if store else None,
+                settings=settings,
+                report=lambda space, step, loss: watch.stage(f"learn {space}", step, options.local.steps),
+            )
+        add("local", {**start, **local})
+        record["errors"] = {
+            "before": rounding_errors(own, start),
+            "after": rounding_errors(own, candidates["local"].rotations),
+        }
+    lost = min(scores, key=lambda n: scores[n].kl if n in candidates else float("inf")) != "local"
+    if options.method in ("end-to-end", "local+end-to-end") or (options.method == "auto" and lost):
+        name = "end-to-end" if options.method == "end-to-end" else "local+end-to-end"
+        begin = _best(candidates, scores) if options.method != "end-to-end" else start
+        with _timed(clock, "end-to-end"):
+            through, steps = learn_end_to_end(
+                model,
+                plan,
+                begin,
+                names,
+                scheme,
+                tokens,
+                options.end_to_end,
+                seed=options.seed,
+                state=StateFile(store / "end-to-end.safetensors", settings) if store else None,
+                report=lambda step: watch.step(name, step, options.end_to_end.steps),
+            )
+        record["steps"] = [asdict(step) for step in steps]
+        add(name, through)
+    kept = min(candidates, key=lambda name: scores[name].kl)
+    rotations = candidates[kept].rotations
+    record |= {
+        "kept": kept,
+        "learned": kept not in random,
+        "clips": {n: {"activations": c.activation_clip, "kv": c.kv_clip} for n, c in candidates.items()},
+        "scores": {name: score.to_dict() for name, score in scores.items()},
+        "seconds": clock,
+    }
+    return LearnedRotations(rotations, described(plan, rotations, spec, options), record)
+
+
+def learned_spaces(plan: Plan, spec: RotationSpec, scheme: Scheme, options: LearnOptions) -> dict[str, str]:
+    """The name of the rotation of every space that is to be learned; raises LearningError for what cannot be."""
+    missing = [name for name in options.rotations if name not in spec.rotations]
+    if missing or not options.rotations:
+        wanted, rotated = (", ".join(names) or "nothing" for names in (missing, spec.rotations))
+        raise LearningError(f"{wanted} is to be learned, and {rotated} is rotated")
+    if scheme.activations is None and scheme.kv is None and not options.end_to_end.weights:
+        raise LearningError(
+            f"scheme {scheme} rounds neither activations nor the cache, and with weights at 16 bits while learning no "
+            "rotation makes a difference: use a scheme such as W4A4KV4, or round weights too (--weights)"
+        )
+    plan.rotated(spec.rotations)
+    names: dict[str, str] = {}
+    for rotation in options.rotations:
+        for space in plan.spaces_of(rotation):
+            order = spec.block_of(rotation) or space.size
+            if rotation == "R4" and order > LARGEST_ONLINE:
+                raise LearningError(
+                    f"a learned R4 of order {order} is a dense product of that size at every token: give it blocks of "
+                    f"at most {LARGEST_ONLINE} (--block-size R4=64), or leave R4 out of what is learned"
+                )
+            names[space.name] = "R1" if rotation == "R1" else space.name
+    return names
+
+
+def described(plan: Plan, rotations: Mapping[str, Rotation], spec: RotationSpec, options: LearnOptions) -> RotationSpec:
+    """The spec of what was kept: dense matrices where rotations are learned, one per layer."""
+    types = {name: spec.type_of(name) for name in spec.rotations}
+    for space in plan.spaces:
+        if space.name in rotations and rotations[space.name].describe()["kind"] == "orthogonal":
+            types[space.rotation] = "random-matrix"
+    sizes = {name: size for name in spec.rotations if (size := spec.block_of(name)) is not None}
+    return RotationSpec(spec.rotations, types, sizes or None, False, spec.seed)
+
+
+def _baselines(plan: Plan, spec: RotationSpec, options: LearnOptions) -> dict[str, dict[str, Rotation]]:
+    """Random rotations by name; one where nothing about them is random."""
+    fixed = all(spec.type_of(name) == "hadamard" for name in spec.rotations)
+    count = 1 if fixed else options.baselines
+    return {f"random {i}": make_rotations(plan, replace(spec, seed=spec.seed + i)) for i in range(count)}
+
+
+def _best(candidates: Mapping[str, Candidate], scores: Mapping[str, Score]) -> Mapping[str, Rotation]:
+    return candidates[min(candidates, key=lambda name: scores[name].kl)].rotations
+
+
+def _collect(
+    model: Any,
+    plan: Plan,
+    names: Mapping[str, str],
+    scheme: Scheme,
+    tokens: Tensor,
+    options: LearnOptions,
+    spec: RotationSpec,
+    watch: Watch,
+) -> list[Site]:
+    online = [s.name for r in ("R3", "R4") if r in spec.rotations and options.signs for s in plan.spaces_of(r)]
+    return collect(
+        model,
+        plan,
+        [*names, *(space for space in online if space not in names)],
+        scheme,
+        tokens[: max(1, options.local.rows // ROWS_OF_A_SAMPLE)],
+        rows=options.local.rows,
+        generator=generator_for(options.seed, "rows"),
+        progress=lambda *n: watch.stage("capture activations", *n),
+    )
+
+
+ROWS_OF_A_SAMPLE = 32  # rows of a site that one sample gives, so that they come from many
+
+
+@torch.no_grad()
+def _with_signs(
+    plan: Plan,
+    rotations: Mapping[str, Rotation],
+    sites: Sequence[Site],
+    options: LearnOptions,
+    names: Mapping[str, str],
+) -> Mapping[str, Rotation]:
+    """Hadamard rotations at run time get the best of several random signs, layer by layer."""
+    found = dict(rotations)
+    for space, rotation in rotations.items() if options.signs else ():
+        own = [site for site in sites if site.space == space]
+        if plan.space[space].rotation not in ("R3", "R4") or space in names or not isinstance(rotation, Hadamard):
+            continue
+        generator = generator_for(options.seed, f"signs {space}")
+        draws = [Hadamard(rotation.order, random_signs(rotation.order, generator)) for _ in range(options.signs)]
+
+        def error(candidate: Hadamard, own: Sequence[Site] = own) -> float:
+            total = 0.0
+            for site in own:
+                z = candidate.apply(site.rows)
+                total += float((fake_quantize(z, site.quantizer) - z).square().sum() / z.square().sum())
+            return total
+
+        found[space] = min([rotation, *draws], key=error) if own else rotation
+    return found
+
+
+def _device(model: Any) -> torch.device:
+    return next(model.parameters()).device
+
+
+@contextmanager
+def _timed(clock: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the seconds of a block to a clock."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        clock[name] = clock.get(name, 0.0) + time.perf_counter() - start
