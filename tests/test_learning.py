@@ -7,13 +7,27 @@ import pytest
 import torch
 
 from conftest import CONFIGS, logits, tiny_model, tokens
-from spinquant import LearningError, RotationSpec, attach, fuse_module, make_rotations, parse_scheme, plan_of
+from spinquant import (
+    LearningError,
+    LearnOptions,
+    Options,
+    RotationSpec,
+    attach,
+    fuse_module,
+    learn,
+    make_rotations,
+    parse_scheme,
+    plan_of,
+    quantize,
+)
 from spinquant.learnable import learn as learn_parameters
 from spinquant.learning.cayley import Descent, cayley, nearer, orthogonality_error
-from spinquant.learning.end_to_end import EndToEndOptions, learn_end_to_end
+from spinquant.learning.end_to_end import EndToEndOptions, _rows_of, learn_end_to_end
+from spinquant.learning.learn import Watch, learned_spaces
 from spinquant.learning.local import LocalOptions, learn_locally, rounding_errors
 from spinquant.learning.network import fuse_gains, learning_scheme, rounding
 from spinquant.learning.samples import Site, collect
+from spinquant.learning.state import StateFile
 from spinquant.online import attachment_of
 from spinquant.proof import Float64Arithmetic
 from spinquant.quantization.integer import fake_quantize
@@ -317,6 +331,170 @@ def test_weights_are_rounded_while_learning_when_asked():
     other, _ = run(replace(FAST, steps=3), scheme=parse_scheme("W3A4"))
     assert not torch.allclose(learned["residual"], other["residual"], atol=1e-3)
     assert learning_scheme(parse_scheme("W3A4"), weights=False).weights is None
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_after(steps):
+    def report(*arguments):
+        step = arguments[0].number if len(arguments) == 1 else arguments[1]
+        if step == steps:
+            raise Killed
+
+    return report
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, optimizer):
+    options = replace(FAST, optimizer=optimizer, momentum=0.5 if optimizer == "sgd" else 0.0)
+    whole, history = run(options)
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(Killed):
+        run(options, state=StateFile(path, ["a"]), report=kill_after(8))
+    kept = StateFile(path, ["a"]).load()
+    assert kept is not None and kept.step == 5 and len(kept.history) == 5
+    numbers = []
+    again, resumed = run(options, state=StateFile(path, ["a"]), report=lambda step: numbers.append(step.number))
+    assert numbers == list(range(6, 13)), "goes on, not anew"
+    assert [step.loss for step in resumed] == [step.loss for step in history]
+    for space, r in whole.items():
+        assert torch.equal(again[space], r), space
+    assert StateFile(path, ["b"]).load() is None, "other settings start anew"
+
+
+@pytest.mark.parametrize("solver", ["cayley", "qr", "procrustes"])
+def test_a_killed_local_run_goes_on_to_the_same_bits(tmp_path, solver):
+    sites = [Site(n, n, Quantizer(4), peaked(200, 32, seed).float()) for n, seed in (("a", 0), ("b", 5))]
+    start = {name: Orthogonal(orthogonal(32, 5)) for name in "ab"}
+    options = LocalOptions(solver=solver, steps=12, lr=0.1, batch=64, save_every=5)
+    whole = learn_locally(sites, start, options)
+    seen = []
+
+    def kill(space, step, loss):
+        if space == "b" and step == 8:
+            raise Killed
+
+    with pytest.raises(Killed):
+        learn_locally(sites, start, options, store=tmp_path, report=kill)
+    again = learn_locally(sites, start, options, store=tmp_path, report=lambda *a: seen.append(a[:2]))
+    assert seen == [("b", step) for step in range(6, 13)]
+    for space in "ab":
+        assert torch.equal(matrix(again[space]), matrix(whole[space]))
+
+
+def test_the_same_seed_gives_the_same_rotation_and_another_one_does_not():
+    first, second, third = run(seed=1)[0], run(seed=1)[0], run(seed=2)[0]
+    assert all(torch.equal(first[space], second[space]) for space in first)
+    assert not torch.equal(first["residual"], third["residual"])
+
+
+def test_every_sample_is_seen_once_before_any_is_seen_again():
+    rows = torch.cat([_rows_of(step, 10, 4, seed=3) for step in range(10)])
+    for epoch in rows.view(4, 10):
+        assert sorted(epoch.tolist()) == list(range(10))
+    assert not torch.equal(rows[:10], rows[10:20])
+
+
+# The whole story
+
+
+STORY = LearnOptions(
+    method="local+end-to-end",
+    baselines=3,
+    local=LocalOptions(steps=30, rows=64, batch=32),
+    end_to_end=replace(FAST, steps=10, batch=8, lr=0.5),
+)
+
+
+def story(options=STORY, spec=None, scheme="W4A4KV4", **more):
+    model, *_ = prepared()
+    spec = spec or RotationSpec(ALL)
+    return model, learn(model, parse_scheme(scheme), spec, tokens(16, 24), tokens(4, 24, seed=9), options, **more)
+
+
+def test_what_is_kept_has_the_least_kl_on_held_out_text():
+    _, learned = story()
+    scores = {name: score["kl"] for name, score in learned.record["scores"].items()}
+    assert set(scores) == {"16-bit", "random 0", "random 1", "random 2", "local", "local+end-to-end"}
+    assert learned.kept == min((n for n in scores if n != "16-bit"), key=scores.get)
+    assert learned.record["learned"] and scores[learned.kept] < 0.9 * min(scores[f"random {i}"] for i in range(3))
+    assert learned.spec.type_of("R1") == "random-matrix" and learned.spec.type_of("R4") == "random-hadamard"
+    errors = learned.record["errors"]
+    assert sum(errors["after"].values()) < 0.9 * sum(errors["before"].values())
+    # The rotated and quantized model does what was judged: 16-bit weights, the clip ratios of the record.
+    clips = learned.record["clips"][learned.kept]
+    scheme = parse_scheme("A4KV4", activation_clip=clips["activations"], kv_clip=clips["kv"])
+    plain, *_ = prepared()
+    ids = tokens(4, 24, seed=9)
+    exact = logits(plain, ids).log_softmax(-1)
+    quantize(plain, scheme, learned.spec, rotations=learned.rotations, options=Options(prove=False))
+    found = logits(plain, ids).log_softmax(-1)
+    kl = float((exact.exp() * (exact - found))[:, :-1].sum(-1).mean())
+    assert abs(kl - scores[learned.kept]) < 0.02 * kl
+
+
+def test_a_learned_rotation_that_loses_is_not_kept():
+    # One wild step is no more than another random rotation, and here are thirty of those.
+    bad = replace(STORY, method="end-to-end", baselines=30, end_to_end=replace(FAST, steps=1, batch=1, lr=6.0))
+    _, learned = story(bad)
+    assert learned.kept.startswith("random") and not learned.record["learned"]
+    assert learned.spec.type_of("R1") == "random-hadamard"
+    assert "end-to-end" in learned.record["scores"]
+
+
+def test_auto_goes_on_only_where_local_loses():
+    _, learned = story(replace(STORY, method="auto"))
+    assert "local" in learned.record["scores"] and "local+end-to-end" not in learned.record["scores"]
+    weak = replace(STORY, method="auto", local=replace(STORY.local, steps=1, lr=9.0))
+    _, learned = story(weak)
+    assert "local+end-to-end" in learned.record["scores"]
+
+
+def test_signs_of_online_rotations_are_searched_layer_by_layer():
+    _, learned = story(replace(STORY, method="local", signs=8))
+    signs = [learned.rotations[f"layers.{i}.hidden"].signs for i in range(3)]
+    assert not torch.equal(signs[0], signs[1])
+    assert "random signs" in learned.record["scores"]
+
+
+def test_blocks_of_r4_and_r3_are_learned():
+    spec = RotationSpec(ALL, "random-hadamard", {"R4": 16})
+    options = replace(STORY, method="local", rotations=("R1", "R2", "R3", "R4"))
+    _, learned = story(options, spec)
+    assert learned.record["learned"]
+    assert matrix(learned.rotations["layers.0.hidden"]).shape == (16, 16)
+    assert learned.spec.block_of("R4") == 16 and learned.spec.type_of("R3") == "random-matrix"
+
+
+def test_a_killed_story_goes_on_to_the_same_result(tmp_path):
+    _, whole = story()
+
+    def kill(name, step, steps):
+        if step.number == 7:
+            raise Killed
+
+    with pytest.raises(Killed):
+        story(store=tmp_path, watch=Watch(step=kill))
+    numbers = []
+    _, again = story(store=tmp_path, watch=Watch(step=lambda name, step, steps: numbers.append(step.number)))
+    assert numbers == [6, 7, 8, 9, 10]
+    for space, rotation in whole.rotations.items():
+        assert torch.equal(matrix(again.rotations[space]), matrix(rotation))
+
+
+def test_what_makes_no_sense_is_refused():
+    with pytest.raises(LearningError, match="R2 is to be learned"):
+        story(spec=RotationSpec("R1"))
+    with pytest.raises(LearningError, match="neither activations"):
+        story(scheme="W4A16")
+    plan = plan_of(tiny_model("llama"))
+    wide = replace(plan, spaces=tuple(replace(s, size=1024) if s.rotation == "R4" else s for s in plan.spaces))
+    with pytest.raises(LearningError, match="--block-size"):
+        learned_spaces(wide, RotationSpec(ALL), SCHEME, replace(STORY, rotations=("R4",)))
+    with pytest.raises(LearningError, match="method"):
+        replace(STORY, method="best")
 
 
 def test_what_cannot_be_learned_is_refused():

@@ -21,7 +21,7 @@ from spinquant.errors import LearningError
 from spinquant.learning.end_to_end import EndToEndOptions, Step, learn_end_to_end
 from spinquant.learning.judge import Candidate, Score, judge, with_clips
 from spinquant.learning.local import LocalOptions, learn_locally, rounding_errors
-from spinquant.learning.network import fuse_gains, learning_scheme
+from spinquant.learning.network import fuse_gains, learning_scheme, shard_blocks
 from spinquant.learning.samples import Site, collect
 from spinquant.learning.state import StateFile
 from spinquant.module import plan_of
@@ -44,13 +44,16 @@ class LearnOptions:
     method: local, end-to-end, one after the other, or auto: local, and end-to-end after it only if local does not beat
     the random rotations. rotations: those that are learned; R3 and R4 become dense products at run time, so R4 needs a
     block size. signs: draws of random signs per layer for a Hadamard R3 or R4 that is not learned, of which the one
-    with the least error of rounding is taken; 0 leaves them. baselines: random rotations to beat.
+    with the least error of rounding is taken; 0 leaves them. baselines: random rotations to beat. shard: under
+    torch.distributed, every process keeps a share of the weights (FSDP2); end-to-end alone, since local needs one
+    decoder block at a time anyway.
     """
 
     method: Method = "auto"
     rotations: tuple[str, ...] = ("R1", "R2")
     baselines: int = 5
     signs: int = 0
+    shard: bool = False
     local: LocalOptions = field(default_factory=LocalOptions)
     end_to_end: EndToEndOptions = field(default_factory=EndToEndOptions)
     seed: int = 0
@@ -60,6 +63,10 @@ class LearnOptions:
             raise LearningError(f"unknown method {self.method!r}: expected one of {', '.join(METHODS)}")
         if self.baselines < 1 or self.signs < 0:
             raise LearningError("expected at least one random rotation to beat, and no negative number of draws")
+        if self.shard and (self.method != "end-to-end" or self.signs or self.end_to_end.weights):
+            raise LearningError(
+                "a sharded model is learned end to end, with weights that are not rounded, without signs"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -121,6 +128,8 @@ def learn(
     random = _baselines(plan, spec, options)
     first = next(iter(random.values()))
     fuse_gains(model, plan, first)
+    if options.shard:
+        shard_blocks(model, plan)
 
     with _timed(clock, "baselines"):
         clipped = with_clips(model, plan, first, rounds, tokens[:CLIP_WINDOWS])

@@ -11,9 +11,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
 
+from spinquant.calibrate import device_of
+from spinquant.errors import LearningError
 from spinquant.module import fuse_module
 from spinquant.online import Attachment, attach
 from spinquant.plan import Plan
@@ -29,6 +34,21 @@ def fuse_gains(model: Any, plan: Plan, rotations: Mapping[str, Rotation]) -> Non
     """Fuse gains as rotating would, in place; the function stays. Tied heads are untied."""
     if "residual" in rotations:
         fuse_module(model, plan, {"residual": Hadamard(1)})
+
+
+def shard_blocks(model: Any, plan: Plan) -> None:
+    """Spread the weights over the processes of torch.distributed, a decoder block being whole only while it runs.
+
+    Raises LearningError where there is no process group.
+    """
+    if not dist.is_initialized():
+        raise LearningError("weights are sharded among the processes of torch.distributed: start this with torchrun")
+    model.requires_grad_(False)  # frozen before they are sharded: no memory for gradients
+    kind = device_of(model).type
+    mesh = init_device_mesh(kind, (dist.get_world_size(),))
+    for name in plan.blocks:
+        fully_shard(model.get_submodule(name), mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def learning_scheme(scheme: Scheme, *, weights: bool) -> Scheme:

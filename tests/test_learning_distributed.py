@@ -1,0 +1,63 @@
+"""Several processes learn what one does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+WORKER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import warnings
+warnings.simplefilter("ignore")
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from dataclasses import replace
+from test_learning import ALL, FAST, STORY, prepared, tokens
+from spinquant import LearnOptions, RotationSpec, learn, parse_scheme
+from spinquant.learning.end_to_end import EndToEndOptions
+from spinquant.rotation import matrix
+
+dist.init_process_group("gloo")
+options = LearnOptions("end-to-end", baselines=2, shard=sys.argv[3] == "shard", end_to_end=replace(FAST, batch=2, steps=3))
+model, *_ = prepared(dtype=torch.float64)
+# Tokens apart, a 4-bit cache aside: what a step is must not hang on ties.
+found = learn(model, parse_scheme("A4"), RotationSpec(ALL), tokens(8, 24), tokens(2, 24, seed=9), options)
+if dist.get_rank() == 0:
+    tensors = {space: matrix(r) for space, r in found.rotations.items()}
+    losses = torch.tensor([step["loss"] for step in found.record["steps"]], dtype=torch.float64)
+    save_file({**tensors, "losses": losses}, sys.argv[2])
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def launch(tmp_path, processes, how="plain"):
+    script, out = tmp_path / "worker.py", tmp_path / f"{processes}-{how}.safetensors"
+    script.write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [*command, str(script), str(Path(__file__).parent), str(out), how],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return load_file(out)
+
+
+@pytest.mark.parametrize("how", ["plain", "shard"])
+def test_two_processes_with_one_sample_are_one_with_two(tmp_path, how):
+    one, two = launch(tmp_path, 1), launch(tmp_path, 2, how)
+    assert torch.allclose(one["losses"], two["losses"], atol=1e-6)
+    for space, r in one.items():
+        torch.testing.assert_close(two[space], r, atol=1e-5, rtol=0)
+    assert len(one) > 4
