@@ -1,14 +1,16 @@
 """The command line as a user meets it: in this process, through the entry point."""
 
 import json
+import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from conftest import byte_tokenizer, logits, tiny_model, tokens
-from spinquant import cli, load
+from spinquant import cli, load, read_learned
 
 
 @pytest.fixture
@@ -28,7 +30,7 @@ def run(monkeypatch, capsys):
     return call
 
 
-@pytest.mark.parametrize("command", ["plan", "rotate", "quantize", "evaluate", "verify", "demo"])
+@pytest.mark.parametrize("command", ["plan", "rotate", "quantize", "learn", "evaluate", "verify", "demo"])
 def test_help_has_an_example(run, command):
     code, out, _ = run(command, "--help")
     assert code == 0
@@ -231,3 +233,97 @@ def test_the_tokenizer_is_written_too(run, folder, tmp_path):
     assert run("rotate", folder, tmp_path / "out", "--text", "manual")[0] == 0
     text = "Grüße, 世界"
     assert load_tokenizer(tmp_path / "out")(text)["input_ids"] == byte_tokenizer()(text)["input_ids"]
+
+
+LEARN = ("--text", "manual", "--samples", "6", "--sample-length", "24", "--windows", "2", "--baselines", "2")
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """A folder of learned rotations, and the model they were learned for."""
+    place = tmp_path_factory.mktemp("learned")
+    tiny_model("llama-tied", dtype=torch.float32).save_pretrained(place / "model")
+    byte_tokenizer().save_pretrained(place / "model")
+    command = ["learn", place / "model", place / "out", "--scheme", "W4A4KV4", "--method", "local+end-to-end"]
+    command += [*LEARN, "--steps", "6", "--batch", "2", "--rows", "32", "--json"]
+    process = subprocess.run(
+        [sys.executable, "-m", "spinquant", *map(str, command)], capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    return place, json.loads(process.stdout)
+
+
+def test_learn_says_what_it_kept_and_why(learned):
+    place, data = learned
+    assert data["kept"] in data["scores"] and {"random 0", "random 1", "16-bit"} < set(data["scores"])
+    assert data["scores"][data["kept"]]["kl"] == min(s["kl"] for n, s in data["scores"].items() if n != "16-bit")
+    assert len(data["steps"]) == 6 and all(step["orthogonality"] < 1e-5 for step in data["steps"])
+    assert sorted(p.name for p in (place / "out").iterdir() if p.suffix != ".png") == [
+        "learned.json",
+        "rotations.safetensors",
+    ]
+    assert not list(place.glob(".*")), "nothing is left beside it"
+    if find_spec("matplotlib"):
+        assert {"curve.png", "errors.png"} <= {p.name for p in (place / "out").iterdir()}
+
+
+def test_learned_rotations_are_used(run, learned, tmp_path):
+    place, _ = learned
+    made = read_learned(place / "out")
+    options = ("--learned", place / "out", "--text", "manual", "--no-proof")
+    code, _, errors = run("quantize", place / "model", tmp_path / "q", "--scheme", "W4A8KV4", *options)
+    assert code == 0, errors
+    model = load(tmp_path / "q")
+    assert torch.isfinite(logits(model, tokens())).all()
+    record = json.loads((tmp_path / "q" / "spinquant" / "record.json").read_text())
+    assert record["learned"]["kept"] == made.kept and record["spec"] == made.spec.to_dict()
+    code, _, errors = run("rotate", place / "model", tmp_path / "r", *options)
+    assert code == 1 and "R3, R4" in errors  # they were learned for online rotations too
+    code, _, errors = run("rotate", place / "model", tmp_path / "r", "--learned", place / "model")
+    assert code == 1 and "spinquant learn" in errors
+
+
+def test_plain_folders_take_learned_rotations(run, learned, tmp_path):
+    place, _ = learned
+    more = ("--rotations", "R1,R2", "--method", "local", "--steps", "4", "--rows", "32")
+    code, _, errors = run("learn", place / "model", tmp_path / "out", "--scheme", "A4KV4", *LEARN, *more)
+    assert code == 0, errors
+    code, _, errors = run("rotate", place / "model", tmp_path / "r", "--learned", tmp_path / "out", "--text", "manual")
+    assert code == 0, errors
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "r")
+    assert torch.allclose(logits(plain, tokens()), logits(load(place / "model"), tokens()), atol=1e-3)
+    assert not torch.allclose(plain.lm_head.weight, load(place / "model").lm_head.weight, atol=1e-2)
+
+
+def test_quantize_learns_in_one_go(run, learned, tmp_path):
+    place, _ = learned
+    short = ("--calibration", "manual", "--samples", "12", "--sample-length", "24", "--text", "manual", "--no-proof")
+    command = ("quantize", place / "model", tmp_path / "out", "--scheme", "W4A4", "--learn", "local", *short)
+    code, _, errors = run(*command)
+    assert code == 0, errors
+    assert json.loads((tmp_path / "out" / "spinquant" / "record.json").read_text())["learned"]["scores"]["local"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+LEARN_MISTAKES = {
+    "unknown method": (["--method", "global"], "global"),
+    "unknown objective": (["--objective", "l1"], "l1"),
+    "unknown loss": (["--loss", "mse"], "mse"),
+    "not rotated": (["--rotations", "R1"], "R2 is to be learned"),
+    "a dense R4": (["--learn", "R4", "--block-size", "R4=7"], "does not divide"),
+    "nothing to learn from": (["--scheme", "W4A16"], "--weights"),
+    "text too short": (["--sample-length", "30000"], "too few"),
+    "sharded alone": (["--method", "end-to-end", "--shard"], "torchrun"),
+    "sharded and local": (["--method", "local", "--shard"], "end to end"),
+}
+
+
+@pytest.mark.parametrize("mistake", LEARN_MISTAKES)
+def test_a_mistake_in_learning_gives_one_clear_error(run, folder, tmp_path, mistake):
+    arguments, word = LEARN_MISTAKES[mistake]
+    scheme = [] if "--scheme" in arguments else ["--scheme", "A4KV4"]
+    code, _, errors = run("learn", folder, tmp_path / "out", *LEARN, *scheme, *arguments)
+    assert code == 1
+    assert word in errors and "Traceback" not in errors
+    assert len(errors.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()

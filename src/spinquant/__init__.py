@@ -27,8 +27,10 @@ from spinquant.evaluation import Comparison, Evaluation, compare_models, evaluat
 from spinquant.folders import quantize_folder, rotate_folder, save
 from spinquant.formats.native import detach
 from spinquant.hadamard import hadamard_matrix, hadamard_transform
+from spinquant.learning.end_to_end import EndToEndOptions
 from spinquant.learning.folder import learn_folder, read_learned
 from spinquant.learning.learn import LearnedRotations, LearnOptions, learn
+from spinquant.learning.local import LocalOptions
 from spinquant.mappings import NormMapping, SpinQuantMapping
 from spinquant.modifier import SpinQuantModifier
 from spinquant.module import fuse_module, plan_of
@@ -52,6 +54,7 @@ __all__ = [
     "CheckpointError",
     "Clips",
     "Comparison",
+    "EndToEndOptions",
     "Evaluation",
     "GPTQOptions",
     "Hadamard",
@@ -60,6 +63,7 @@ __all__ = [
     "LearnOptions",
     "LearnedRotations",
     "LearningError",
+    "LocalOptions",
     "Moments",
     "NormMapping",
     "Options",

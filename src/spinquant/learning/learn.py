@@ -64,9 +64,7 @@ class LearnOptions:
         if self.baselines < 1 or self.signs < 0:
             raise LearningError("expected at least one random rotation to beat, and no negative number of draws")
         if self.shard and (self.method != "end-to-end" or self.signs or self.end_to_end.weights):
-            raise LearningError(
-                "a sharded model is learned end to end, without signs, its weights not rounded"
-            )
+            raise LearningError("a sharded model is learned end to end, without signs, its weights not rounded")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""

