@@ -10,6 +10,7 @@ SOURCE = Path(spinquant.__file__).parent
 # Lowest first; a module imports from lower or equal layers only.
 LAYERS = [
     {"errors", "workspace"},
+    {"tensorfile"},
     {"plan", "galois", "hadamard_bases", "kronecker", "hadamard", "quantization.scheme"},
     {"rotation", "quantization.floating", "quantization.integer", "quantization.progress"},
     {"fuse", "architectures", "architectures.table", "architectures.llama"},
@@ -28,9 +29,12 @@ LAYERS = [
         "tasks",
         "quantization.blockwise",
     },
-    {"mappings", "learnable"},
+    {"mappings", "learnable", "source", "resumable"},
+    {"stream", "disk_model"},
+    {"disk_proof"},
     {"mapped_plan", "transform_config"},
     {"pipeline", "demo_model"},
+    {"streamed_folders"},
     {"preparation", "folders"},
     {"modifier", "llmcompressor"},
     {"plots", "report", "demo", "demo_page"},

@@ -1,6 +1,5 @@
 """From a folder or hub id to a new folder, which appears complete or not at all."""
 
-import hashlib
 import json
 from dataclasses import replace
 from importlib.metadata import version
@@ -12,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spinquant.architectures import make_plan
-from spinquant.calibrate import CalibrationText, calibration_tokens, load_text, token_windows
+from spinquant.calibrate import CalibrationText, calibration_tokens
 from spinquant.checkpoint import (
     BESIDE,
     RECORD,
@@ -20,11 +19,14 @@ from spinquant.checkpoint import (
     atomic_folder,
     check_finite,
     check_free,
+    check_unquantized,
     folder_of,
+    has_pickles_only,
     load_config,
     load_model,
     load_tokenizer,
     read_headers,
+    weights_digest,
 )
 from spinquant.errors import CalibrationError, CheckpointError, RotationError, SchemeError
 from spinquant.formats.compressed_config import check_scheme, quantization_scheme
@@ -37,9 +39,9 @@ from spinquant.quantization.blockwise import Calibration
 from spinquant.quantization.progress import BlockStore, digest
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import RotationSpec, online_part
+from spinquant.streamed_folders import Request, sample_tokens, stream_rotation
 
 Format = Literal["native", "compressed-tensors", "hf"]
-SAMPLE_TOKENS = 128  # real tokens on which the fused model is compared with the original
 
 
 def save(
@@ -117,22 +119,32 @@ def rotate_folder(
     spec: RotationSpec,
     *,
     dtype: torch.dtype | None = None,
-    text: str = "auto",
+    text: str | None = "auto",
     force: bool = False,
     allow_pickle: bool = False,
     device: str = "cpu",
+    max_shard_size: int | None = None,
     options: Options | None = None,
 ) -> Result:
     """Rotate a folder or hub id into a plain folder that transformers loads with nothing of ours installed.
 
-    dtype: of the weights written, by default as in the source. Raises RotationError for rotations that need work at
-    run time (R3, R4): a plain folder cannot hold them.
+    The model is never loaded: tensors are rotated one by one (see `stream.py`), and a run that was stopped goes on
+    when it is repeated. Pickle weights alone, where they are allowed, are loaded as a whole; the result then has the
+    model.
+
+    dtype: of the weights written, by default as in the source. text: of the real tokens on which logits are compared;
+    None for no comparison. max_shard_size: bytes, by default the shards of the source. Raises RotationError for
+    rotations that need work at run time (R3, R4): a plain folder cannot hold them.
     """
     check_format("hf", Scheme(), spec)
-    check_free(out, force=force, source=model)
     options = options or Options()
-    loaded, tokenizer, sample, notes = _open(model, dtype, text, allow_pickle, device)
-    result = rotate(loaded, spec, sample=sample, options=options)
+    if not (allow_pickle and has_pickles_only(folder_of(model, allow_pickle=True))):
+        return stream_rotation(model, out, Request(spec, dtype, device, max_shard_size, text, options), force=force)
+    if max_shard_size is not None:
+        raise CheckpointError("pickle weights are not streamed: leave --max-shard-size out, or convert them first")
+    check_free(out, force=force, source=model)
+    loaded, tokenizer, sample, notes = _open(model, dtype, text or "auto", allow_pickle, device)
+    result = rotate(loaded, spec, sample=None if text is None else sample, options=options)
     if dtype is not None:
         _cast(loaded, dtype)
     save(replace(result, notes=notes), out, tokenizer, force=force)
@@ -226,15 +238,11 @@ def _open(
     loaded = load_model(model, allow_pickle=allow_pickle, device=device)
     if dtype is not None and dtype.itemsize > loaded.dtype.itemsize:
         _cast(loaded, dtype)  # widened before anything is rounded
+    name, sample = sample_tokens(folder_of(model, allow_pickle=allow_pickle), loaded.config, text)
     try:
         tokenizer = load_tokenizer(model)
     except CheckpointError:
-        # A folder of weights alone can be rotated too; random tokens then stand in for text.
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(0, loaded.config.vocab_size, (1, SAMPLE_TOKENS), generator=generator)
-        return loaded, None, tokens, {"source": str(model), "sample_text": "random tokens (no tokenizer)"}
-    name, content = load_text(text)
-    sample = token_windows(tokenizer, content[:20_000], length=SAMPLE_TOKENS, count=1)
+        tokenizer = None
     return loaded, tokenizer, sample, {"source": str(model), "sample_text": name}
 
 
@@ -243,19 +251,3 @@ def _cast(model: Any, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
-
-
-def check_unquantized(config: Any, model: str | Path) -> None:
-    """Raise CheckpointError when a config says that the model is quantized."""
-    found = getattr(config, "quantization_config", None)
-    if found:
-        method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
-        raise CheckpointError(
-            f"{str(model)!r} is quantized already ({method}): rotate and quantize the 16-bit model it came from"
-        )
-
-
-def weights_digest(model: str | Path) -> str:
-    """A short name for the files of a model folder as they are now: names, sizes and times."""
-    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder_of(model).iterdir() if p.is_file()]
-    return hashlib.sha256(json.dumps(sorted(files)).encode()).hexdigest()[:16]

@@ -60,6 +60,7 @@ class Result:
     """A model that was rotated, and quantized where a scheme says so, with all that is needed to repeat it.
 
     twin and real are how far logits moved by rotating: in the small model, and on real tokens (None: not tried).
+    model is None where it was never loaded; seconds then says how long each phase took.
     """
 
     model: Any
@@ -73,6 +74,7 @@ class Result:
     twin: Deviation | None = None
     real: Deviation | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    seconds: Mapping[str, float] | None = None
 
     def record(self) -> dict[str, Any]:
         """Everything but the tensors, as JSON: seeds, scheme, plan, proofs, versions."""
