@@ -127,6 +127,20 @@ def test_the_same_seed_writes_the_same_bytes(run, folder, tmp_path):
     assert files[0] == files[1] != files[2]
 
 
+def test_checksums_are_verified(run, folder, tmp_path):
+    out = tmp_path / "out"
+    code, printed, errors = run("rotate", folder, out, "--max-shard-size", "40KB", "--no-compare", "--json")
+    assert code == 0, errors
+    assert json.loads(printed)["seconds"]["total"] > 0
+    assert len(list(out.glob("*.safetensors"))) > 2
+    code, printed, _ = run("verify", "--checksums", out)
+    assert code == 0 and "as they were written" in printed
+    (out / "config.json").write_text("{}")
+    code, printed, _ = run("verify", "--checksums", out, "--json")
+    assert code == 1 and json.loads(printed)["damaged"] == ["config.json"]
+    assert run("verify", "--checksums", folder)[0] == 1
+
+
 MISTAKES = {
     "no folder": (["rotate", "/nowhere/at/all", "{out}"], "does not exist"),
     "unknown rotation": (["rotate", "{model}", "{out}", "--rotations", "R1,R5"], "R5"),
@@ -146,6 +160,9 @@ MISTAKES = {
     "negative windows": (["evaluate", "{model}", "--text", "manual", "--windows", "-1"], "-1"),
     "unknown device": (["verify", "{model}", "{model}", "--text", "manual", "--device", "cuda:9"], "cuda:9"),
     "output over the source": (["rotate", "{model}", "{model}", "--force"], "choose another"),
+    "unknown size": (["rotate", "{model}", "{out}", "--max-shard-size", "5 parsecs"], "parsecs"),
+    "one model to compare": (["verify", "{model}"], "compares two"),
+    "two folders to check": (["verify", "{model}", "{model}", "--checksums"], "one folder"),
     "unknown clip": (["quantize", "{model}", "{out}", "--scheme", "W4", "--weight-clip", "tight"], "tight"),
 }
 

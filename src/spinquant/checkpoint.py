@@ -294,8 +294,23 @@ def atomic_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
 def check_free(out: str | Path, *, force: bool = False, source: str | Path | None = None) -> None:
     """Raise CheckpointError when `out` cannot be written: a long run should not end with this news.
 
+    Refuses what `check_replaceable` refuses. Makes the parent folder of `out`.
+    """
+    out = Path(out)
+    check_replaceable(out, force=force, source=source)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"cannot write {out}: {_first_line(error)}") from None
+
+
+def check_replaceable(out: str | Path, *, force: bool = False, source: str | Path | None = None) -> None:
+    """Raise CheckpointError when `out` exists, and is not to be replaced.
+
     An existing folder is replaced with `force` alone, only when it is empty or holds a model or a demo, and never when
-    it is, or contains, the `source` of the run. Makes the parent folder of `out`.
+    it is, or contains, the `source` of the run.
     """
     out = Path(out)
     if source is not None and Path(source).exists():
@@ -306,12 +321,6 @@ def check_free(out: str | Path, *, force: bool = False, source: str | Path | Non
         raise CheckpointError(f"{out} exists: choose another name, or pass --force to replace it")
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or any((out / f).exists() for f in OURS))):
         raise CheckpointError(f"{out} is no model folder of ours to replace (it has no {' or '.join(OURS)}): remove it")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent):
-            pass
-    except OSError as error:
-        raise CheckpointError(f"cannot write {out}: {_first_line(error)}") from None
 
 
 def _replace(partial: Path, out: Path) -> None:

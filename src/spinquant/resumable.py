@@ -20,12 +20,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from spinquant.checkpoint import BESIDE, check_free
+from spinquant.checkpoint import BESIDE, check_replaceable
 from spinquant.errors import CheckpointError
 from spinquant.tensorfile import file_hash
 
 CHECKSUMS = "checksums.sha256"
-UNFINISHED = ".writing"
+UNFINISHED = ".spinquant-writing"
 _COPIED_AT_ONCE = 1 << 23
 
 
@@ -44,7 +44,7 @@ class Resumable:
         self.force = force
         self._lock = -1
         if self._read_settings() is None:
-            check_free(self.out, force=force)
+            check_replaceable(self.out, force=force)
         try:
             self.home.mkdir(parents=True, exist_ok=True)
             # The lock goes with the process that holds it, however it ends.
@@ -80,7 +80,7 @@ class Resumable:
         if self.published:
             return
         if self.force or before is None or self.out.exists():
-            check_free(self.out, force=self.force)
+            check_replaceable(self.out, force=self.force)
         if before is None or not self.data.exists():
             self._remove_settings()
             for path in self.home.iterdir():
@@ -129,14 +129,16 @@ class Resumable:
                 name = path.relative_to(self.data).as_posix()
                 if name == f"{BESIDE}/{CHECKSUMS}":
                     continue
-                assert not name.endswith(UNFINISHED), name
+                if name.endswith(UNFINISHED):  # left by a run before that was killed
+                    path.unlink()
+                    continue
                 entry = self.entry(name)
                 lines.append(f"{entry[0] if entry else file_hash(path)}  {name}\n")
             write_file(self.data / BESIDE / CHECKSUMS, "".join(lines).encode())
             for folder in {path.parent for path in self.data.rglob("*")}:
                 sync_folder(folder)
             if self.out.exists():
-                check_free(self.out, force=self.force)  # it may have appeared during a long run
+                check_replaceable(self.out, force=self.force)  # it may have appeared during a long run
                 self._old.mkdir(exist_ok=True)
                 self.out.replace(self._old / self.out.name)
             self.data.replace(self.out)
@@ -159,11 +161,11 @@ class Resumable:
 
     def close(self, *, keep: bool = True) -> None:
         """Let other runs go on with the folder; without `keep`, or where nothing is finished, it goes."""
-        if self._lock >= 0:
-            if self.home.exists() and not (keep and any(self._finished.glob("*.json"))) and self.data.exists():
+        try:
+            if self.data.exists() and not (keep and any(self._finished.glob("*.json"))):
                 self.discard()
+        finally:
             os.close(self._lock)
-            self._lock = -1
 
 
 def write_file(path: Path, content: bytes | Path) -> None:

@@ -109,8 +109,14 @@ class Change:
 
 
 def read_gains(source: Source, plan: Plan) -> dict[str, Tensor]:
-    """The norms of a checkpoint, which are small, whatever shard they are in."""
-    return {gain.norm: source.whole(gain.norm) for gain in plan.gains}
+    """The norms of a checkpoint, which are small, whatever shard they are in.
+
+    Raises CheckpointError for one that is not finite: it would spoil its readers, and they be blamed.
+    """
+    found = {gain.norm: source.whole(gain.norm) for gain in plan.gains}
+    for name, gain in found.items():
+        _check_source(source, name, gain)
+    return found
 
 
 def make_shards(
@@ -358,10 +364,21 @@ def changed(source: Source, change: Change, job: Job, first: int, rows: Tensor) 
 def _refuse(source: Source, job: Job, first: int, count: int, fused: Tensor) -> None:
     stored = source.tensors[job.source]
     again = source.read(job.source, first, first + count, torch.empty(stored.nbytes, dtype=torch.uint8))
-    bad = int((~torch.isfinite(again.to(torch.float32))).sum())
-    where = f"tensor {job.source!r} of {source.folder / stored.file} (shape {stored.entry.shape})"
+    _check_source(source, job.source, again)
+    raise CheckpointError(
+        f"{_described(source, job.source)} overflows {fused.dtype} when it is rotated: use --dtype bfloat16 or float32"
+    )
+
+
+def _check_source(source: Source, name: str, tensor: Tensor) -> None:
+    bad = int((~torch.isfinite(tensor.to(torch.promote_types(tensor.dtype, torch.float32)))).sum())
     if bad:
         raise CheckpointError(
-            f"{where} holds {bad} values that are NaN or infinite: the checkpoint is broken, download it again"
+            f"{_described(source, name)} holds {bad} values that are NaN or infinite: the checkpoint is broken, "
+            "download it again"
         )
-    raise CheckpointError(f"{where} overflows {fused.dtype} when it is rotated: use --dtype bfloat16 or float32")
+
+
+def _described(source: Source, name: str) -> str:
+    stored = source.tensors[name]
+    return f"tensor {name!r} of {source.folder / stored.file} (shape {stored.entry.shape})"

@@ -28,7 +28,7 @@ from spinquant.checkpoint import (
     ROTATIONS,
     SINGLE,
     check_device,
-    check_free,
+    check_replaceable,
     check_unquantized,
     folder_of,
     is_full,
@@ -106,7 +106,7 @@ def stream_rotation(model: str | Path, out: str | Path, request: Request, *, for
     start = time.perf_counter()
     check_device(request.device)
     folder = folder_of(model)
-    check_free(out, force=True, source=folder)
+    check_replaceable(out, force=True, source=folder)
     config = load_config(model)
     if fp8_block(config) is None:
         check_unquantized(config, model)
