@@ -122,7 +122,7 @@ def test_a_run_that_dies_at_any_change_goes_on_to_the_same_bytes(small, undistur
         assert [p.name for p in out.parent.iterdir()] == ["out"], after
 
 
-@pytest.mark.parametrize("after", range(0, 15, 2))
+@pytest.mark.parametrize("after", range(15))
 def test_one_write_that_fails_spoils_nothing(small, undisturbed, tmp_path, monkeypatch, after):
     """Later writes would succeed: they must not be taken for a whole shard."""
     out, pwrite, count = tmp_path / "out", os.pwrite, 0
@@ -131,6 +131,7 @@ def test_one_write_that_fails_spoils_nothing(small, undisturbed, tmp_path, monke
         nonlocal count
         count += 1
         if count == after + 1:
+            time.sleep(0.05)  # until more has been given to the writer
             raise OSError(5, "Input/output error")
         return pwrite(*args)
 
@@ -149,19 +150,21 @@ def test_dying_while_tidying_up_after_an_error_is_no_success(small, tmp_path):
         (folder / path.name).write_bytes(path.read_bytes())
     shard = max(folder.glob("*.safetensors"))
     tensors = load_file(shard)
-    tensors["model.norm.weight"][3] = float("nan")
+    name = next(name for name, tensor in tensors.items() if tensor.ndim == 2)
+    tensors[name][3, 3] = float("nan")
     save_file(tensors, shard, metadata={"format": "pt"})
     out = tmp_path / "out"
     out.mkdir()
     write_file(out / "config.json", b"old")
 
     def run() -> None:
-        with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
+        with pytest.raises(CheckpointError, match=f"{name}.*broken"):
             rotate_folder(folder, out, SPEC, force=True, **QUICK)
 
     total = changes_of_a_run(run)
     for after in range(total):
-        with Mortal(after), pytest.raises(Death):
+        # How many writes there are before the error depends on how the threads take turns.
+        with Mortal(after), pytest.raises((Death, CheckpointError)):
             rotate_folder(folder, out, SPEC, force=True, **QUICK)
         run()
         assert (out / "config.json").read_bytes() == b"old"
