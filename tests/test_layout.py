@@ -30,6 +30,7 @@ LAYERS = [
         "quantization.blockwise",
     },
     {"mappings", "learnable", "source", "resumable"},
+    {"formats.native_packing"},
     {"stream", "disk_model"},
     {"disk_proof"},
     {"mapped_plan", "transform_config"},

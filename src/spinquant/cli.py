@@ -207,15 +207,18 @@ def quantize(
     dtype: Dtype = None,
     text: Text = "auto",
     device: Device = "cpu",
+    max_shard_size: MaxShardSize = None,
     force: Force = False,
     allow_pickle: AllowPickle = False,
     allow_inexact: AllowInexact = False,
     proof: Proof = True,
+    compare: Compare = True,
     json_: Json = False,
 ) -> None:
     """Rotate and quantize into a folder that `spinquant.load`, or transformers after `import spinquant`, loads.
 
-    With `--format compressed-tensors`, into one that vLLM serves.
+    With `--format compressed-tensors`, into one that vLLM serves. What needs no calibration text is streamed: the model
+    is never loaded.
     """
     spec = parse_spec(rotations, type, block_size, randomize, seed)
     if format is None:
@@ -246,15 +249,16 @@ def quantize(
             ),
             calibration_text=CalibrationText(**chosen, seed=seed) if chosen else None,
             dtype=parse_dtype(dtype),
-            text=text,
+            text=text if compare else None,
             force=force,
             allow_pickle=allow_pickle,
             device=device,
+            max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
             options=Options(prove=proof, allow_inexact=allow_inexact, progress=progress),
             runtime=runtime,
             format=format,  # pyright: ignore[reportArgumentType] - checked by the function
         )
-    _print(json_, result.record(), report.result_table(result, str(out)))
+    _print(json_, {**result.record(), "seconds": result.seconds}, report.result_table(result, str(out)))
 
 
 @app.command(epilog="Example: `spinquant evaluate ./llama-w4a4 --reference ./llama --text manual --windows 16`")

@@ -6,7 +6,8 @@ and nothing else. Whatever else a model computes when it is made (rotary frequen
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,19 @@ from transformers import AutoModelForCausalLM
 
 from spinquant.errors import CheckpointError
 from spinquant.module import module_and_attribute
-from spinquant.source import Source
+from spinquant.source import Stored
+
+
+class Weights(Protocol):
+    """What a model is filled from: tensors by name, each as a whole."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def tensors(self) -> Mapping[str, Stored]: ...
+
+    def whole(self, name: str) -> Tensor: ...
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -29,7 +42,7 @@ def hollow_model(config: Any, dtype: torch.dtype) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def unfillable(model: nn.Module, source: Source, ties: Mapping[str, str]) -> str | None:
+def unfillable(model: nn.Module, source: Weights, ties: Mapping[str, str]) -> str | None:
     """The first tensor of a model that a checkpoint does not hold under its name and shape; None where it holds all."""
     for name, tensor in model.state_dict().items():
         stored = source.tensors.get(name) or source.tensors.get(ties.get(name, ""))
@@ -40,7 +53,7 @@ def unfillable(model: nn.Module, source: Source, ties: Mapping[str, str]) -> str
 
 @contextmanager
 def filled(
-    model: Any, names: Sequence[str], source: Source, ties: Mapping[str, str], dtype: torch.dtype
+    model: Any, names: Sequence[str], source: Weights, ties: Mapping[str, str], dtype: torch.dtype
 ) -> Iterator[None]:
     """Within the block, the named weights of a hollow model are there, in the dtype. Afterwards it is hollow again.
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from spinquant.blocks import after_blocks, block_calls, run_block
 from spinquant.calibrate import captured
-from spinquant.disk_model import filled, hollow_model
+from spinquant.disk_model import Weights, filled, hollow_model
+from spinquant.online import attach
 from spinquant.plan import Plan
 from spinquant.proof import TOLERANCE, Deviation, Float64Arithmetic, difference, output_space
 from spinquant.rotation import Rotation
-from spinquant.source import Source
 
 
 @torch.no_grad()
@@ -26,21 +26,24 @@ def compare_on_disk(
     config: Any,
     plan: Plan,
     rotations: Mapping[str, Rotation],
-    before: Source,
-    after: Source,
+    before: Weights,
+    after: Weights,
     tokens: Tensor,
     *,
     dtype: torch.dtype,
     tolerance: float,
+    online: Mapping[str, Rotation] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Deviation:
     """How far logits of the tokens, (1, length), move from one checkpoint to the other, computed in `dtype`.
 
-    tolerance: relative error beyond which a module departs. No online rotations: the checkpoints are plain ones.
+    tolerance: relative error beyond which a module departs. online: rotations of `after` that are applied at run time.
     """
     ties = {tie.tensor: tie.source for tie in plan.ties}
     walks = [_Walk(config, plan, source, ties, tokens, dtype) for source in (before, after)]
     model = walks[0].model
+    if online:
+        attach(walks[1].model, plan, online)
     departed: str | None = None
     total = len(plan.blocks) + 1
     for done, block in enumerate(plan.blocks):
@@ -68,7 +71,7 @@ class _Walk:
     """Hidden states on their way through one checkpoint."""
 
     def __init__(
-        self, config: Any, plan: Plan, source: Source, ties: Mapping[str, str], tokens: Tensor, dtype: torch.dtype
+        self, config: Any, plan: Plan, source: Weights, ties: Mapping[str, str], tokens: Tensor, dtype: torch.dtype
     ):
         self.plan, self.source, self.ties, self.dtype = plan, source, ties, dtype
         self.model = hollow_model(config, dtype)

@@ -39,7 +39,7 @@ from spinquant.quantization.blockwise import Calibration
 from spinquant.quantization.progress import BlockStore, digest
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import RotationSpec, online_part
-from spinquant.streamed_folders import Request, sample_tokens, stream_rotation
+from spinquant.streamed_folders import Request, sample_tokens, stream_folder
 
 Format = Literal["native", "compressed-tensors", "hf"]
 
@@ -139,7 +139,8 @@ def rotate_folder(
     check_format("hf", Scheme(), spec)
     options = options or Options()
     if not (allow_pickle and has_pickles_only(folder_of(model, allow_pickle=True))):
-        return stream_rotation(model, out, Request(spec, dtype, device, max_shard_size, text, options), force=force)
+        request = Request(spec, dtype, device, max_shard_size, text, options=options)
+        return stream_folder(model, out, request, force=force)
     if max_shard_size is not None:
         raise CheckpointError("pickle weights are not streamed: leave --max-shard-size out, or convert them first")
     check_free(out, force=force, source=model)
@@ -161,10 +162,11 @@ def quantize_folder(
     calibration: Calibration | None = None,
     calibration_text: CalibrationText | None = None,
     dtype: torch.dtype | None = None,
-    text: str = "auto",
+    text: str | None = "auto",
     force: bool = False,
     allow_pickle: bool = False,
     device: str = "cpu",
+    max_shard_size: int | None = None,
     options: Options | None = None,
     format: Format = "native",
     runtime: str | None = None,
@@ -174,8 +176,10 @@ def quantize_folder(
     dtype: of everything that is not quantized, and of the arithmetic; by default as in the source. format: of the
     folder, see `check_format`, which is asked before any work. runtime: refuse what it does not run, see
     `formats/runtimes.py`.
-    Finished blocks of a calibration are kept beside `out` until it is written, so that the same call goes on where
-    another was stopped.
+    What needs no calibration is streamed (see `stream.py`), but for compressed-tensors and pickles: the model is never
+    loaded, and the result has none. Else finished blocks of a calibration are kept beside `out` until it is written. In
+    both cases the same call goes on where another was stopped. max_shard_size: bytes, of a stream; by default the
+    shards of the source.
     """
     if runtime is not None:
         _check_for(runtime, format, scheme, spec, None if allow_pickle else model)
@@ -185,9 +189,18 @@ def quantize_folder(
             f"a calibration text is given, and method {method} without --clips reads none: leave it out"
         )
     check_format(format, scheme, spec, clips=calibrated is not None and calibrated.clips)
-    check_free(out, force=force, source=model)
     options = options or Options()
-    loaded, tokenizer, sample, notes = _open(model, dtype, text, allow_pickle, device)
+    pickles = allow_pickle and has_pickles_only(folder_of(model, allow_pickle=True))
+    if calibrated is None and format != "compressed-tensors" and not pickles:
+        request = Request(spec, dtype, device, max_shard_size, text, scheme, options)
+        return stream_folder(model, out, request, force=force)
+    if max_shard_size is not None:
+        raise CheckpointError(
+            "only round-to-nearest folders in format native or hf are streamed from safetensors: leave "
+            "--max-shard-size out"
+        )
+    check_free(out, force=force, source=model)
+    loaded, tokenizer, sample, notes = _open(model, dtype, text or "auto", allow_pickle, device)
     if dtype is not None:
         _cast(loaded, dtype)
     tokens, store = None, None
@@ -205,7 +218,7 @@ def quantize_folder(
         method=method,
         tokens=tokens,
         calibration=calibration,
-        sample=sample,
+        sample=None if text is None else sample,
         store=store,
         options=options,
     )

@@ -238,12 +238,17 @@ def check_fresh(model: Any) -> None:
 
 def check_groups(plan: Plan, model: Any, scheme: Scheme) -> None:
     """Raise SchemeError when a group size of the scheme does not divide the input of a linear that it covers."""
+    check_group_lengths(plan, lambda name: model.get_submodule(name).in_features, scheme)
+
+
+def check_group_lengths(plan: Plan, length_of: Callable[[str], int], scheme: Scheme) -> None:
+    """Raise SchemeError when a group size does not divide the length of a linear's input, which is asked by name."""
     # Found out now, this costs nothing; found out by the rounding, it costs a rotated model.
     for label, quantizer in (("weight", scheme.weights), ("activation", scheme.activations)):
         if quantizer is None or quantizer.group_size is None:
             continue
         for name in (name for group in plan.linears for name in group):
-            length = model.get_submodule(name).in_features
+            length = length_of(name)
             if length % quantizer.group_size:
                 raise SchemeError(
                     f"{label} group size {quantizer.group_size} does not divide the {length} inputs of {name}: "

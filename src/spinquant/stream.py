@@ -43,6 +43,10 @@ class Packing(Protocol):
         """Tensors of the folder that come from no tensor of the model."""
         ...
 
+    def is_whole(self, name: str) -> bool:
+        """Whether a tensor cannot be packed rows at a time."""
+        ...
+
     def layout(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Layout:
         """Dtypes and shapes of what a tensor is stored as. A row of the tensor is a row, or a run, of each of them."""
         ...
@@ -56,6 +60,9 @@ class Plain:
     """Tensors stored as they are."""
 
     extras: Mapping[str, Tensor] = {}
+
+    def is_whole(self, name: str) -> bool:
+        return False
 
     def layout(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Layout:
         return {name: (dtype, shape)}
@@ -173,7 +180,8 @@ class _Band:
 def _bands(source: Source, change: Change, job: Job) -> Iterator[_Band]:
     entry, nbytes = source.tensors[job.source].entry, source.tensors[job.source].nbytes
     rows, step = entry.rows, entry.rows
-    if entry.shape and 0 in fuse.free_axes(job.name, len(entry.shape), change.plan, change.rotations):
+    whole = change.packing.is_whole(job.name)
+    if not whole and entry.shape and 0 in fuse.free_axes(job.name, len(entry.shape), change.plan, change.rotations):
         # Whole slices: the products are then those of the module backend, to the last bit.
         elements = max(1, torch.Size(entry.shape).numel())
         slice_rows = max(1, fuse.SLICE * rows // elements)
@@ -350,15 +358,38 @@ def changed(source: Source, change: Change, job: Job, first: int, rows: Tensor) 
     """What rows of a tensor, from row `first` on, are stored as. Their own memory may be used for it."""
     if not rows.is_floating_point():
         return change.packing.pack(job.name, rows)
-    moved = rows.to(change.device)
-    if job.dtype.itemsize > moved.dtype.itemsize:
-        moved = moved.to(job.dtype)  # widened before anything is rounded
-    fuse.fuse_in_place(job.name, moved, change.plan, change.gains, change.rotations, precision=change.precision)
-    fused = moved.to(job.dtype)
+    fused = _fused(change, job, rows)
     # The sum of finite numbers is finite or overflows; only then every number has to be looked at.
     if not torch.isfinite(fused.sum()) and not torch.isfinite(fused).all():
         _refuse(source, job, first, len(rows) if rows.ndim else 1, fused)
     return {name: tensor.cpu().contiguous() for name, tensor in change.packing.pack(job.name, fused).items()}
+
+
+def _fused(change: Change, job: Job, rows: Tensor) -> Tensor:
+    moved = rows.to(change.device)
+    if job.dtype.itemsize > moved.dtype.itemsize:
+        moved = moved.to(job.dtype)  # widened before anything is rounded
+    fuse.fuse_in_place(job.name, moved, change.plan, change.gains, change.rotations, precision=change.precision)
+    return moved.to(job.dtype)
+
+
+class Rotated:
+    """A source as it will be once it is rotated: its tensors are computed when they are asked for."""
+
+    def __init__(self, source: Source, change: Change, untied: Sequence[tuple[str, str]] = ()):
+        self.source, self.change, self.folder = source, change, source.folder
+        names = {name: name for name in source.tensors}
+        self._origins = names | {name: origin for name, origin in untied if name not in names}
+        self.tensors = {name: source.tensors[origin] for name, origin in self._origins.items()}
+
+    @torch.no_grad()
+    def whole(self, name: str) -> Tensor:
+        """A tensor of the rotated model, in memory of its own."""
+        origin = self._origins[name]
+        rows = self.source.whole(origin)
+        if not rows.is_floating_point():
+            return rows
+        return _fused(self.change, _job(self.source, self.change, name, origin), rows).cpu()
 
 
 def _refuse(source: Source, job: Job, first: int, count: int, fused: Tensor) -> None:

@@ -10,7 +10,7 @@ import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -36,17 +36,19 @@ from spinquant.checkpoint import (
     load_tokenizer,
     weights_digest,
 )
-from spinquant.disk_model import hollow_model, unfillable
+from spinquant.disk_model import Weights, hollow_model, unfillable
 from spinquant.disk_proof import compare_on_disk, tolerance_of
 from spinquant.errors import CheckpointError, SchemeError, SpinquantError
-from spinquant.formats.native import distinct_rotations
-from spinquant.pipeline import Options, Result
+from spinquant.formats.native import distinct_rotations, make_config
+from spinquant.formats.native_packing import NativePacking
+from spinquant.pipeline import Options, Result, check_group_lengths
 from spinquant.plan import Plan
 from spinquant.proof import check, prove
+from spinquant.quantization.scheme import Scheme
 from spinquant.resumable import Resumable, write_file
-from spinquant.rotation import RotationSpec, make_rotations
+from spinquant.rotation import RotationSpec, in_precision, make_rotations, online_part
 from spinquant.source import Source, fp8_block
-from spinquant.stream import Change, Shard, Timing, make_shards, read_gains, stream
+from spinquant.stream import Change, Plain, Rotated, Shard, Timing, make_shards, read_gains, stream
 
 # Weights in any form: what is not streamed stays behind.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".tflite")
@@ -61,7 +63,8 @@ class Request:
     """What a stream is asked to do.
 
     max_shard_size: bytes; None for the shards of the source. text: of the real tokens on which the result is compared
-    with the source, as in `load_text`; None for no comparison.
+    with the source, as in `load_text`; None for no comparison. scheme: weights are rounded to nearest; None for
+    rotations alone.
     """
 
     spec: RotationSpec
@@ -69,6 +72,7 @@ class Request:
     device: str = "cpu"
     max_shard_size: int | None = None
     text: str | None = "auto"
+    scheme: Scheme | None = None
     options: Options = field(default_factory=Options)
 
     def settings(self, model: str | Path, folder: Path) -> dict[str, Any]:
@@ -84,6 +88,7 @@ class Request:
             "device": self.device,
             "max_shard_size": self.max_shard_size,
             "text": self.text,
+            "scheme": None if self.scheme is None else self.scheme.to_dict(),
         }
 
 
@@ -96,14 +101,14 @@ def parse_size(text: str) -> int:
     return int(float(match.group(1)) * _UNITS[unit])
 
 
-def stream_rotation(model: str | Path, out: str | Path, request: Request, *, force: bool = False) -> Result:
-    """Rotate a folder or hub id into a plain folder, tensor by tensor.
+def stream_folder(model: str | Path, out: str | Path, request: Request, *, force: bool = False) -> Result:
+    """Rotate a folder or hub id, and round its weights to nearest where a scheme says so, tensor by tensor.
 
-    A run that was stopped goes on where it was when it is repeated. The result has no model in it. Raises
-    CheckpointError for a source that is damaged, an `out` that exists, or a stopped run that was asked for something
-    else.
+    The result is a plain folder, or one in our own format where something is quantized or rotated at run time. A run
+    that was stopped goes on where it was when it is repeated. The result has no model in it. Raises CheckpointError for
+    a source that is damaged, an `out` that exists, or a stopped run that was asked for something else.
     """
-    start = time.perf_counter()
+    clock = _Clock()
     check_device(request.device)
     folder = folder_of(model)
     check_replaceable(out, force=True, source=folder)
@@ -111,62 +116,107 @@ def stream_rotation(model: str | Path, out: str | Path, request: Request, *, for
     if fp8_block(config) is None:
         check_unquantized(config, model)
     source = Source(folder, config)
-    options = request.options
     try:
-        plan = make_plan(config, source.shapes)
-        rotations = make_rotations(plan, request.spec)
-        twin = prove(config, request.spec) if options.prove and rotations else None
-        proved, checked = time.perf_counter(), 0.0
-        change = Change(
-            plan,
-            rotations,
-            read_gains(source, plan),
-            dtype=request.dtype,
-            fp8_dtype=_dtype_of(config),
-            precision=options.precision,
-            device=request.device,
-        )
-        result = Result(None, plan, request.spec, rotations, twin=twin, notes={"source": str(model)})
-        unties = "residual" in rotations
-        untied = [(tie.tensor, tie.source) for tie in plan.ties] if unties else []
-        shards = make_shards(source, change, untied=untied, max_shard_size=request.max_shard_size)
+        run = _Run(source, config, request, model)
+        if request.options.prove and run.result.rotations:
+            with clock.phase("prove"):
+                run.result = replace(run.result, twin=prove(config, request.spec))
         with _open(out, request.settings(model, folder), force) as work:
-            timing = Timing()
             if not work.published:  # else a run before was killed between its last rename and tidying up
-                timing = stream(source, shards, change, work, progress=options.stage("rotate (bytes)"))
-                changes: dict[str, Any] = {"tie_word_embeddings": False} if plan.ties and unties else {}
-                if request.dtype is not None:
-                    changes["dtype"] = str(request.dtype).removeprefix("torch.")
-                write_companions(source, shards, work.data, changes)
-                checked = time.perf_counter()
-                result = _compare(result, request, config, source, work.data)
-                checked = time.perf_counter() - checked
-                write_beside(result, work.data)
+                if not run.is_plain:  # what is quantized cannot be compared any more
+                    with clock.phase("compare"):
+                        run.compare(Rotated(source, run.change, run.untied))
+                progress = request.options.stage("rotate (bytes)")
+                clock.add(stream(source, run.shards, run.change, work, progress=progress))
+                write_companions(source, run.shards, work.data, run.changes)
+                if run.is_plain:
+                    with clock.phase("compare"), closing(Source(work.data, load_config(work.data))) as written:
+                        run.compare(written)
+                write_beside(run.result, work.data)
             work.publish()
     finally:
         source.close()
-    total = time.perf_counter() - start
-    seconds = {"prove": proved - start, **vars(timing), "compare": checked, "total": total}
-    read = seconds.pop("nbytes")
-    return replace(result, seconds={**seconds, "megabytes": read / 1e6})
+    return replace(run.result, seconds=clock.seconds())
 
 
-def _compare(result: Result, request: Request, config: Any, source: Source, folder: Path) -> Result:
-    """Compare the logits of real tokens before and after, where the blocks of the model can be filled from disk."""
-    if request.text is None or not result.rotations:
-        return result
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # FP8 is read as the numbers that it stands for
-    after = Source(folder, load_config(folder))
-    try:
-        written = [stored.dtype for stored in after.tensors.values() if stored.dtype.is_floating_point]
-        dtype = max((stored.dtype for stored in (*after.tensors.values(), *source.tensors.values())), key=_width)
+class _Clock:
+    """Seconds by phase; reading, computing and writing overlap."""
+
+    def __init__(self):
+        self._start = time.perf_counter()
+        self._phases: dict[str, float] = dict.fromkeys(("prove", "read", "compute", "write", "compare"), 0.0)
+        self._bytes = 0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._phases[name] += time.perf_counter() - start
+
+    def add(self, timing: Timing) -> None:
+        for name in ("read", "compute", "write"):
+            self._phases[name] += getattr(timing, name)
+        self._bytes += timing.nbytes
+
+    def seconds(self) -> dict[str, float]:
+        """By phase, in total, and the megabytes that were read."""
+        total = time.perf_counter() - self._start
+        return {**self._phases, "total": total, "megabytes": self._bytes / 1e6}
+
+
+class _Run:
+    """What follows from a request and a source: the plan, the shards, the changes of the config."""
+
+    def __init__(self, source: Source, config: Any, request: Request, model: str | Path):
+        self.source, self.request, self.config = source, request, config
+        plan = make_plan(config, source.shapes)
+        rotations, scheme = make_rotations(plan, request.spec), request.scheme
+        if scheme is not None:
+            shapes = source.shapes
+            check_group_lengths(plan, lambda name: shapes[f"{name}.weight"][1], scheme)
+        self.online = in_precision(online_part(plan, rotations), request.options.precision)
+        self.is_plain = not self.online and (scheme is None or scheme == Scheme(lm_head=scheme.lm_head))
+        packing = Plain() if self.is_plain else NativePacking(plan, scheme or Scheme(), self.online)
+        self.change = Change(
+            plan,
+            rotations,
+            read_gains(source, plan),
+            packing=packing,
+            dtype=request.dtype,
+            fp8_dtype=_dtype_of(config),
+            precision=request.options.precision,
+            device=request.device,
+        )
+        rounded_head = scheme is not None and scheme.lm_head and scheme.weights is not None
+        unties = bool(plan.ties) and ("residual" in rotations or rounded_head)
+        self.untied = [(tie.tensor, tie.source) for tie in plan.ties] if unties else []
+        self.shards = make_shards(source, self.change, untied=self.untied, max_shard_size=request.max_shard_size)
+        self.changes: dict[str, Any] = {"tie_word_embeddings": False} if unties else {}
+        if request.dtype is not None:
+            self.changes["dtype"] = str(request.dtype).removeprefix("torch.")
+        if not self.is_plain:
+            described = make_config(plan, self.online, request.spec, scheme or Scheme())
+            self.changes["quantization_config"] = json.loads(json.dumps(described.to_dict()))
+        method = None if scheme is None else "rtn"
+        notes = {"source": str(model)}
+        self.result = Result(None, plan, request.spec, rotations, scheme=scheme, method=method, notes=notes)
+
+    def compare(self, after: Weights) -> None:
+        """Compare the logits of real tokens before and after, where the blocks of the model can be filled from disk."""
+        request, result, source = self.request, self.result, self.source
+        if request.text is None or not result.rotations:
+            return
+        config = copy.deepcopy(self.config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # FP8 is read as the numbers that it stands for
+        written = [job.dtype for shard in self.shards for job in shard.jobs if job.dtype.is_floating_point]
+        dtype = max((*written, *(stored.dtype for stored in source.tensors.values())), key=_width)
         reason = _why_not(result.plan, hollow_model(config, dtype), source)
         if reason is not None:
-            return replace(result, notes={**result.notes, "real_tokens": f"not compared: {reason}"})
+            self.result = replace(result, notes={**result.notes, "real_tokens": f"not compared: {reason}"})
+            return
         name, tokens = sample_tokens(source.folder, config, request.text)
-        tolerance = tolerance_of(min(written, key=_width))
+        narrowest = min(written, key=_width)
         real = compare_on_disk(
             config,
             result.plan,
@@ -175,14 +225,13 @@ def _compare(result: Result, request: Request, config: Any, source: Source, fold
             after,
             tokens,
             dtype=dtype,
-            tolerance=tolerance,
+            tolerance=tolerance_of(narrowest),
+            online=self.online,
             progress=request.options.stage("compare"),
         )
-    finally:
-        after.close()
-    if not request.options.allow_inexact:
-        check(real, min(written, key=_width), what="this model")
-    return replace(result, real=real, notes={**result.notes, "sample_text": name})
+        if not request.options.allow_inexact:
+            check(real, narrowest, what="this model")
+        self.result = replace(result, real=real, notes={**result.notes, "sample_text": name})
 
 
 def _why_not(plan: Plan, model: Any, source: Source) -> str | None:
@@ -280,6 +329,9 @@ def write_beside(result: Result, folder: Path) -> None:
 
 def _change(config: dict[str, Any], changes: Mapping[str, Any]) -> None:
     for key, value in changes.items():
+        if key == "quantization_config":
+            config[key] = value
+            continue
         # Configs of old transformers say torch_dtype, those of models with several parts say it for the text part.
         places = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
         keys = [(part, name) for part in places for name in (key, f"torch_{key}") if name in part]
