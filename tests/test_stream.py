@@ -3,10 +3,14 @@
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from conftest import CONFIGS, byte_tokenizer, logits, tiny_model, tokens
 from spinquant import CheckpointError, Options, RotationSpec, load, load_tokenizer, rotate, rotate_folder
@@ -250,6 +254,36 @@ def test_the_record_has_rotations_and_proof(folder, tmp_path):
 def test_the_comparison_can_be_left_out(folder, tmp_path):
     result = rotate_folder(folder, tmp_path / "out", SPEC, text=None)
     assert result.real is None and result.twin is not None
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from spinquant import RotationSpec, quantize_folder, parse_scheme
+quantize_folder(sys.argv[1], sys.argv[2], parse_scheme("W4A4"), RotationSpec("R1,R2,R4"), text=None)
+status = Path("/proc/self/status").read_text()
+print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_peak_memory_does_not_grow_with_the_model(tmp_path):
+    sizes = {"vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 4096, "head_dim": 64}
+    sizes |= {"num_attention_heads": 16, "num_key_value_heads": 4}
+    peaks, bytes_ = [], []
+    for layers in (1, 6):
+        config = LlamaConfig(**sizes, num_hidden_layers=layers)
+        folder = tmp_path / str(layers)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+        bytes_.append((folder / "model.safetensors").stat().st_size)
+        command = [sys.executable, "-c", PEAK, str(folder), str(tmp_path / f"out{layers}")]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(int(run.stdout.split()[-1]))
+    assert bytes_[1] - bytes_[0] > 150e6
+    # The allocator's own room varies by some tens of megabytes from run to run.
+    assert peaks[1] - peaks[0] < 0.5 * (bytes_[1] - bytes_[0]), peaks
+    largest = 4 * sizes["vocab_size"] * sizes["hidden_size"]
+    assert peaks[1] < 3 * largest + 500e6 + 100e6, peaks
 
 
 def digest(folder) -> str:

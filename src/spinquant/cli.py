@@ -7,6 +7,7 @@ user's gives one line and exit code 1; `--debug` shows the traceback.
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,7 +18,7 @@ import torch
 import transformers
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import spinquant
 from spinquant import report
@@ -59,7 +60,7 @@ from spinquant.quantization.blockwise import Calibration
 from spinquant.quantization.gptq import GPTQOptions
 from spinquant.quantization.scheme import parse_scheme
 from spinquant.resumable import check_checksums
-from spinquant.streamed_folders import parse_size
+from spinquant.streamed_folders import STREAMED, parse_size
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -405,19 +406,30 @@ def _stages() -> Iterator[Stage]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[amount]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=err_console, transient=True) as bars:
         tasks: dict[str, Any] = {}
+        begun: dict[str, tuple[float, int]] = {}
 
         def report_stage(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+                tasks[stage] = bars.add_task(stage, total=total, amount="")
+                begun[stage] = time.monotonic(), done
+            start, first = begun[stage]
+            amount = _amount(stage, done, total, (done - first) / max(time.monotonic() - start, 1e-3))
+            bars.update(tasks[stage], completed=done, total=total, amount=amount)
 
         yield report_stage
+
+
+def _amount(stage: str, done: int, total: int, speed: float) -> str:
+    """How much of a stage is done: a count, or bytes and how many of them in a second."""
+    if stage != STREAMED:
+        return f"{done}/{total}"
+    return f"{done / 1e9:.2f}/{total / 1e9:.2f} GB, {speed / 1e6:.0f} MB/s"
 
 
 def _print(as_json: bool, data: dict[str, Any], table: Any) -> None:

@@ -28,11 +28,11 @@ from spinquant.tensorfile import TensorFile
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
-# Bytes of the source read at once where a tensor can be cut. Measured on SmolLM2-135M and a 1B shape: see
-# docs/streaming.md.
-BAND = 1 << 24
+# Bytes of the source read at once where a tensor can be cut: a few slices of `fuse`, little beside what Python itself
+# takes.
+BAND = 1 << 23
 # Bytes in flight, buffers to read into and results to be written. A single band may be larger.
-IN_FLIGHT = 1 << 27
+IN_FLIGHT = 1 << 26
 
 
 class Packing(Protocol):

@@ -52,6 +52,7 @@ from spinquant.stream import Change, Plain, Rotated, Shard, Timing, make_shards,
 
 # Weights in any form: what is not streamed stays behind.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".tflite")
+STREAMED = "stream"  # the stage of a run that counts bytes
 SAMPLE_TOKENS = 128  # real tokens on which the fused model is compared with the original
 # A decoder block is loaded for that where it takes at most so many times the largest tensor in float32, or bytes.
 BLOCK_SHARE, BLOCK_FREE = 2, 1 << 28
@@ -126,7 +127,7 @@ def stream_folder(model: str | Path, out: str | Path, request: Request, *, force
                 if not run.is_plain:  # what is quantized cannot be compared any more
                     with clock.phase("compare"):
                         run.compare(Rotated(source, run.change, run.untied))
-                progress = request.options.stage("rotate (bytes)")
+                progress = request.options.stage(STREAMED)
                 clock.add(stream(source, run.shards, run.change, work, progress=progress))
                 write_companions(source, run.shards, work.data, run.changes)
                 if run.is_plain:

@@ -152,7 +152,8 @@ class TensorFile:
         self._hash, self._hashed = hashlib.sha256(), 0
 
     def begin(self) -> None:
-        """Write the header, and give the file its full length."""
+        """Write the header, and give the file its full length; what a run before left in it goes."""
+        os.ftruncate(self._file, 0)
         os.ftruncate(self._file, self.size)
         self._put(self.beginning, 0)
 
@@ -162,10 +163,6 @@ class TensorFile:
         assert rows.dtype == entry.dtype and rows.is_contiguous(), name
         row = (entry.end - entry.start) // max(1, entry.rows)
         self._put(rows.reshape(-1).view(torch.uint8).numpy().data, entry.start + first * row)
-
-    def sync(self) -> None:
-        """Wait until what was written is on the disk."""
-        os.fsync(self._file)
 
     def finish(self) -> str:
         """Bring the file to the disk, and close it; its SHA-256."""

@@ -15,7 +15,7 @@ from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import Rotation
 
 # Elements rounded at once: a few copies of them in float32 are in memory.
-PIECE = 1 << 22
+PIECE = 1 << 20
 
 
 class NativePacking:
