@@ -144,6 +144,20 @@ def test_an_asymmetry_of_zero_is_gptq(run, folder, tmp_path):
     assert not torch.equal(weights["gptq"], weights["default"])
 
 
+def test_checksums_are_verified(run, folder, tmp_path):
+    out = tmp_path / "out"
+    code, printed, errors = run("rotate", folder, out, "--max-shard-size", "40KB", "--no-compare", "--json")
+    assert code == 0, errors
+    assert json.loads(printed)["seconds"]["total"] > 0
+    assert len(list(out.glob("*.safetensors"))) > 2
+    code, printed, _ = run("verify", "--checksums", out)
+    assert code == 0 and "as they were written" in printed
+    (out / "config.json").write_text("{}")
+    code, printed, _ = run("verify", "--checksums", out, "--json")
+    assert code == 1 and json.loads(printed)["damaged"] == ["config.json"]
+    assert run("verify", "--checksums", folder)[0] == 1
+
+
 MISTAKES = {
     "no folder": (["rotate", "/nowhere/at/all", "{out}"], "does not exist"),
     "unknown rotation": (["rotate", "{model}", "{out}", "--rotations", "R1,R5"], "R5"),
@@ -175,6 +189,9 @@ MISTAKES = {
         ["quantize", "{model}", "{out}", "--scheme", "W4A4", "--act-order"],
         "the method is rtn",
     ),
+    "unknown size": (["rotate", "{model}", "{out}", "--max-shard-size", "5 parsecs"], "parsecs"),
+    "one model to compare": (["verify", "{model}"], "compares two"),
+    "two folders to check": (["verify", "{model}", "{model}", "--checksums"], "one folder"),
     "unknown clip": (["quantize", "{model}", "{out}", "--scheme", "W4", "--weight-clip", "tight"], "tight"),
 }
 

@@ -154,7 +154,12 @@ def test_a_scheme_of_nothing_without_online_rotations_is_a_plain_folder(tmp_path
 def test_narrowing_the_dtype_keeps_the_last_bit(dtype, folder, tmp_path):
     """The rotary frequencies must stay wide, as they are after loading."""
     spec = RotationSpec("R1,R2,R3,R4")
-    result = spinquant.quantize_folder(folder, tmp_path / "out", parse_scheme("W8A8"), spec, dtype=dtype, text="manual")
+    calibrated = {
+        "calibration": spinquant.Calibration(clips=True),
+        "calibration_text": spinquant.CalibrationText("manual", samples=2, length=32),
+    }
+    scheme, out = parse_scheme("W8A8"), tmp_path / "out"
+    result = spinquant.quantize_folder(folder, out, scheme, spec, dtype=dtype, text="manual", **calibrated)
     ids = tokens(1, 200)
     assert torch.equal(logits(load(tmp_path / "out"), ids), logits(result.model, ids))
 

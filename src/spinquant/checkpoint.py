@@ -137,12 +137,18 @@ def weight_files(folder: Path) -> list[str]:
         return files
     if (folder / SINGLE).is_file():
         return [SINGLE]
-    if any((folder / file).is_file() for file in PICKLES):
+    if has_pickles_only(folder):
         raise CheckpointError(
             f"{folder} holds pickle weights only (pytorch_model.bin), which can run code when loaded. Convert them to "
             "safetensors, or, where a command has the option, pass --allow-pickle if you trust their origin."
         )
     raise CheckpointError(f"{folder} holds no weights: expected {SINGLE} or {INDEX}")
+
+
+def has_pickles_only(folder: Path) -> bool:
+    """Whether a folder's weights are pickles, with no safetensors beside them."""
+    safe = (folder / INDEX).is_file() or (folder / SINGLE).is_file()
+    return not safe and any((folder / file).is_file() for file in PICKLES)
 
 
 def _hub_headers(repo: str) -> dict[str, TensorInfo]:
@@ -243,6 +249,22 @@ def load_tokenizer(model: str | Path) -> Any:
         raise CheckpointError(f"{str(model)!r} has no usable tokenizer: {_first_line(error)}") from None
 
 
+def check_unquantized(config: Any, model: str | Path) -> None:
+    """Raise CheckpointError when a config says that the model is quantized."""
+    found = getattr(config, "quantization_config", None)
+    if found:
+        method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+        raise CheckpointError(
+            f"{str(model)!r} is quantized already ({method}): rotate and quantize the 16-bit model it came from"
+        )
+
+
+def weights_digest(model: str | Path) -> str:
+    """A short name for the files of a model folder as they are now: names, sizes and times."""
+    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder_of(model).iterdir() if p.is_file()]
+    return hashlib.sha256(json.dumps(sorted(files)).encode()).hexdigest()[:16]
+
+
 @contextmanager
 def atomic_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `out` when the block ends well, and vanishes when it does not.
@@ -258,7 +280,7 @@ def atomic_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
             yield partial
             _sync(partial)
         except Exception as error:  # a full disk is an OSError, a SafetensorError, or the tokenizer's plain Exception
-            if _is_full(error):
+            if is_full(error):
                 raise CheckpointError(
                     f"no space left while writing {out} ({_first_line(error)}): nothing was written. Free some space."
                 ) from error
@@ -272,8 +294,23 @@ def atomic_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
 def check_free(out: str | Path, *, force: bool = False, source: str | Path | None = None) -> None:
     """Raise CheckpointError when `out` cannot be written: a long run should not end with this news.
 
+    Refuses what `check_replaceable` refuses. Makes the parent folder of `out`.
+    """
+    out = Path(out)
+    check_replaceable(out, force=force, source=source)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"cannot write {out}: {_first_line(error)}") from None
+
+
+def check_replaceable(out: str | Path, *, force: bool = False, source: str | Path | None = None) -> None:
+    """Raise CheckpointError when `out` exists, and is not to be replaced.
+
     An existing folder is replaced with `force` alone, only when it is empty or holds a model or a demo, and never when
-    it is, or contains, the `source` of the run. Makes the parent folder of `out`.
+    it is, or contains, the `source` of the run.
     """
     out = Path(out)
     if source is not None and Path(source).exists():
@@ -284,12 +321,6 @@ def check_free(out: str | Path, *, force: bool = False, source: str | Path | Non
         raise CheckpointError(f"{out} exists: choose another name, or pass --force to replace it")
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or any((out / f).exists() for f in OURS))):
         raise CheckpointError(f"{out} is no model folder of ours to replace (it has no {' or '.join(OURS)}): remove it")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent):
-            pass
-    except OSError as error:
-        raise CheckpointError(f"cannot write {out}: {_first_line(error)}") from None
 
 
 def _replace(partial: Path, out: Path) -> None:
@@ -322,7 +353,8 @@ def _sync(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def _is_full(error: BaseException) -> bool:
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that the disk, or the user's share of it, is full."""
     # safetensors reports the operating system's error as text.
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     numbers = tuple(f"os error {number}" for number in full)
@@ -332,9 +364,3 @@ def _is_full(error: BaseException) -> bool:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
-
-
-def weights_digest(model: str | Path) -> str:
-    """A short name for the files of a model folder as they are now: names, sizes and times."""
-    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder_of(model).iterdir() if p.is_file()]
-    return hashlib.sha256(json.dumps(sorted(files)).encode()).hexdigest()[:16]

@@ -16,19 +16,29 @@ import typer
 import spinquant
 from spinquant import report
 from spinquant.calibrate import CalibrationText, load_text, token_windows
-from spinquant.checkpoint import check_free, is_local, load_config, load_model, load_tokenizer, read_headers
+from spinquant.checkpoint import (
+    check_free,
+    check_unquantized,
+    is_local,
+    load_config,
+    load_model,
+    load_tokenizer,
+    read_headers,
+)
 from spinquant.cli_learn import EXAMPLES, learn
 from spinquant.cli_options import (
     ALL_ROTATIONS,
     AllowInexact,
     AllowPickle,
     BlockSize,
+    Compare,
     Device,
     Dtype,
     Force,
     Json,
     Learned,
     Length,
+    MaxShardSize,
     Model,
     Out,
     Proof,
@@ -44,10 +54,10 @@ from spinquant.cli_options import (
     parse_spec,
 )
 from spinquant.cli_output import err_console, out_console, print_json, print_result, stages, step_report
-from spinquant.errors import LearningError, SchemeError, SpinquantError
+from spinquant.errors import CheckpointError, LearningError, SchemeError, SpinquantError
 from spinquant.evaluation import compare_models
 from spinquant.evaluation import evaluate as evaluate_model
-from spinquant.folders import check_unquantized, quantize_folder, rotate_folder
+from spinquant.folders import quantize_folder, rotate_folder
 from spinquant.formats.compressed_config import as_stored
 from spinquant.formats.runtimes import format_for, runtime_rows
 from spinquant.learning.folder import LearnText, learn_from, read_learned, remove_store
@@ -56,6 +66,8 @@ from spinquant.pipeline import Options
 from spinquant.quantization.blockwise import Calibration
 from spinquant.quantization.gptq import GPTQOptions
 from spinquant.quantization.scheme import parse_scheme, static_parts
+from spinquant.resumable import check_checksums
+from spinquant.streamed_folders import parse_size
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -123,13 +135,19 @@ def rotate(
     dtype: Dtype = None,
     text: Text = "auto",
     device: Device = "cpu",
+    max_shard_size: MaxShardSize = None,
     force: Force = False,
     allow_pickle: AllowPickle = False,
     allow_inexact: AllowInexact = False,
     proof: Proof = True,
+    compare: Compare = True,
     json_: Json = False,
 ) -> None:
-    """Fuse R1 and R2 into a plain folder that transformers, vLLM and others load with nothing of ours installed."""
+    """Fuse R1 and R2 into a plain folder that transformers, vLLM and others load with nothing of ours installed.
+
+    The model is never loaded: its tensors are rotated one by one, and a command that was stopped goes on where it was
+    when it is repeated.
+    """
     spec = parse_spec(rotations, type, block_size, randomize, seed)
     with stages() as progress:
         result = rotate_folder(
@@ -138,13 +156,14 @@ def rotate(
             spec,
             learned=read_learned(learned) if learned else None,
             dtype=parse_dtype(dtype),
-            text=text,
+            text=text if compare else None,
             force=force,
             allow_pickle=allow_pickle,
             device=device,
+            max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
             options=Options(prove=proof, allow_inexact=allow_inexact, progress=progress),
         )
-    print_result(json_, result.record(), report.result_table(result, str(out)))
+    print_result(json_, {**result.record(), "seconds": result.seconds}, report.result_table(result, str(out)))
 
 
 @app.command(
@@ -203,15 +222,18 @@ def quantize(
     dtype: Dtype = None,
     text: Text = "auto",
     device: Device = "cpu",
+    max_shard_size: MaxShardSize = None,
     force: Force = False,
     allow_pickle: AllowPickle = False,
     allow_inexact: AllowInexact = False,
     proof: Proof = True,
+    compare: Compare = True,
     json_: Json = False,
 ) -> None:
     """Rotate and quantize into a folder that `spinquant.load`, or transformers after `import spinquant`, loads.
 
-    With `--format compressed-tensors`, into one that vLLM serves.
+    With `--format compressed-tensors`, into one that vLLM serves. What needs no calibration text is streamed: the model
+    is never loaded.
     """
     spec = parse_spec(rotations, type, block_size, randomize, seed)
     if format is None:
@@ -257,17 +279,18 @@ def quantize(
             # The text of --learn alone is not one for calibration.
             calibration_text=source if chosen and (calibrated or not learn_first) else None,
             dtype=parse_dtype(dtype),
-            text=text,
+            text=text if compare else None,
             force=force,
             allow_pickle=allow_pickle,
             device=device,
+            max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
             options=Options(prove=proof, allow_inexact=allow_inexact, progress=progress),
             runtime=runtime,
             format=format,  # pyright: ignore[reportArgumentType] - checked by the function
         )
         if store is not None:
             remove_store(store)
-    print_result(json_, result.record(), report.result_table(result, str(out)))
+    print_result(json_, {**result.record(), "seconds": result.seconds}, report.result_table(result, str(out)))
 
 
 app.command(epilog=EXAMPLES)(learn)
@@ -306,10 +329,15 @@ def evaluate(
     print_result(json_, {**setup, **result.to_dict()}, report.evaluation_table(model, name, result))
 
 
-@app.command(epilog="Example: `spinquant verify ./llama ./llama-rotated`")
+@app.command(
+    epilog="Examples: `spinquant verify ./llama ./llama-rotated`, `spinquant verify --checksums ./llama-rotated`"
+)
 def verify(
     reference: Model,
-    other: Annotated[str, typer.Argument(help="Model to compare with it.")],
+    other: Annotated[str | None, typer.Argument(help="Model to compare with it.", show_default=False)] = None,
+    checksums: Annotated[
+        bool, typer.Option("--checksums", help="Check that the files of one folder are what was written.")
+    ] = False,
     text: Text = "auto",
     length: Length = 256,
     windows: Windows = 4,
@@ -319,7 +347,18 @@ def verify(
     allow_pickle: AllowPickle = False,
     json_: Json = False,
 ) -> None:
-    """Compare two saved models on real tokens: logit differences, KL, and how often they agree on the next token."""
+    """Compare two saved models on real tokens: logit differences, KL, and how often they agree on the next token.
+
+    With --checksums, check the files of one folder against the checksums that were taken when it was written.
+    """
+    if checksums == (other is not None):
+        raise CheckpointError("verify compares two models, or checks one folder with --checksums")
+    if other is None:
+        bad = check_checksums(reference)
+        print_result(json_, {"folder": reference, "damaged": bad}, report.checksum_table(reference, bad))
+        if bad:
+            raise typer.Exit(1)
+        return
     wanted = parse_dtype(dtype) or "auto"
     tokens, name = _windows(reference, text, length, windows, allow_pickle)
     first = load_model(reference, dtype=wanted, device=device, allow_pickle=allow_pickle)
@@ -383,7 +422,7 @@ def main() -> None:
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             err_console.print(
-                "interrupted: no folder was written; a calibration goes on when it is started again", style="red"
+                "interrupted: no folder was written; the same command goes on behind what was finished", style="red"
             )
         raise
 

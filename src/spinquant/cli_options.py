@@ -36,6 +36,12 @@ Force = Annotated[bool, typer.Option(help="Replace OUT when it exists.")]
 AllowPickle = Annotated[bool, typer.Option(help="Load pickle weights too; they can run code.")]
 AllowInexact = Annotated[bool, typer.Option(help="Save even when rotating moved the logits by more than rounding.")]
 Proof = Annotated[bool, typer.Option("--proof/--no-proof", help="Try the rotations on a small model first.")]
+MaxShardSize = Annotated[
+    str | None, typer.Option(help="Largest file of weights, such as 5GB; by default the files of the source.")
+]
+Compare = Annotated[
+    bool, typer.Option("--compare/--no-compare", help="Compare logits on real tokens before and after rotating.")
+]
 Device = Annotated[str, typer.Option(help="Device to work on: cpu, cuda, cuda:1, mps, ...")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Length = Annotated[int, typer.Option(help="Tokens per window.")]

@@ -2,14 +2,16 @@
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from spinquant.learning.end_to_end import Step
+from spinquant.streamed_folders import STREAMED
 
 out_console, err_console = Console(), Console(stderr=True)
 
@@ -20,19 +22,31 @@ def stages() -> Iterator[Any]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[amount]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=err_console, transient=True) as bars:
         tasks: dict[str, Any] = {}
+        begun: dict[str, tuple[float, int]] = {}
 
         def report_stage(stage: str, done: int, total: int, more: str = "") -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total, description=f"{stage} {more}".rstrip())
+                tasks[stage] = bars.add_task(stage, total=total, amount="")
+                begun[stage] = time.monotonic(), done
+            start, first = begun[stage]
+            amount = _amount(stage, done, total, (done - first) / max(time.monotonic() - start, 1e-3))
+            description = f"{stage} {more}".rstrip()
+            bars.update(tasks[stage], completed=done, total=total, amount=amount, description=description)
 
         yield report_stage
+
+
+def _amount(stage: str, done: int, total: int, speed: float) -> str:
+    """How much of a stage is done: a count, or bytes and how many of them in a second."""
+    if stage != STREAMED:
+        return f"{done}/{total}"
+    return f"{done / 1e9:.2f}/{total / 1e9:.2f} GB, {speed / 1e6:.0f} MB/s"
 
 
 def print_result(as_json: bool, data: dict[str, Any], table: Any) -> None:

@@ -25,7 +25,6 @@ from spinquant.demo_model import demo_model
 from spinquant.demo_page import Activation, DemoResult, page
 from spinquant.errors import SchemeError
 from spinquant.evaluation import evaluate
-from spinquant.folders import SAMPLE_TOKENS
 from spinquant.formats.native import unmark
 from spinquant.module import plan_of
 from spinquant.online import attach
@@ -44,6 +43,7 @@ from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.rtn import linears_of, quantize_weight, round_weights
 from spinquant.quantization.scheme import Quantizer, Scheme, parse_scheme
 from spinquant.rotation import Rotation, RotationSpec
+from spinquant.streamed_folders import SAMPLE_TOKENS
 
 Progress = Callable[[str, int, int], None]
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spinquant.architectures import make_plan
-from spinquant.calibrate import CalibrationText, calibration_tokens, load_text, token_windows
+from spinquant.calibrate import CalibrationText, calibration_tokens
 from spinquant.checkpoint import (
     BESIDE,
     RECORD,
@@ -19,6 +19,9 @@ from spinquant.checkpoint import (
     atomic_folder,
     check_finite,
     check_free,
+    check_unquantized,
+    folder_of,
+    has_pickles_only,
     load_config,
     load_model,
     load_tokenizer,
@@ -37,9 +40,9 @@ from spinquant.quantization.blockwise import Calibration
 from spinquant.quantization.progress import BlockStore, digest
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import RotationSpec, online_part, to_save
+from spinquant.streamed_folders import Request, sample_tokens, stream_folder
 
 Format = Literal["native", "compressed-tensors", "hf"]
-SAMPLE_TOKENS = 128  # real tokens on which the fused model is compared with the original
 
 
 def save(
@@ -118,24 +121,35 @@ def rotate_folder(
     *,
     learned: LearnedRotations | None = None,
     dtype: torch.dtype | None = None,
-    text: str = "auto",
+    text: str | None = "auto",
     force: bool = False,
     allow_pickle: bool = False,
     device: str = "cpu",
+    max_shard_size: int | None = None,
     options: Options | None = None,
 ) -> Result:
     """Rotate a folder or hub id into a plain folder that transformers loads with nothing of ours installed.
 
-    learned: rotations to use in place of random ones; the spec is then theirs.
-    dtype: of the weights written, by default as in the source. Raises RotationError for rotations that need work at
+    The model is never loaded: tensors are rotated one by one (see `stream.py`), and a run that was stopped goes on
+    when it is repeated. Pickle weights alone, where they are allowed, are loaded as a whole; the result then has the
+    model.
+
+    learned: rotations to use in place of random ones; the spec is then theirs. dtype: of the weights written, by
+    default as in the source. text: of the real tokens on which logits are compared; None for no comparison.
+    max_shard_size: bytes, by default the shards of the source. Raises RotationError for rotations that need work at
     run time (R3, R4): a plain folder cannot hold them.
     """
     spec, rotations = (learned.spec, learned.rotations) if learned else (spec, None)
     check_format("hf", Scheme(), spec)
-    check_free(out, force=force, source=model)
     options = options or Options()
-    loaded, tokenizer, sample, notes = _open(model, dtype, text, allow_pickle, device)
-    result = rotate(loaded, spec, rotations=rotations, sample=sample, options=options)
+    if not (allow_pickle and has_pickles_only(folder_of(model, allow_pickle=True))):
+        request = Request(spec, dtype, device, max_shard_size, text, options=options, learned=learned)
+        return stream_folder(model, out, request, force=force)
+    if max_shard_size is not None:
+        raise CheckpointError("pickle weights are not streamed: leave --max-shard-size out, or convert them first")
+    check_free(out, force=force, source=model)
+    loaded, tokenizer, sample, notes = _open(model, dtype, text or "auto", allow_pickle, device)
+    result = rotate(loaded, spec, rotations=rotations, sample=None if text is None else sample, options=options)
     if dtype is not None:
         _cast(loaded, dtype)
     save(replace(result, notes={**notes, **_learned_note(learned)}), out, tokenizer, force=force)
@@ -153,10 +167,11 @@ def quantize_folder(
     calibration: Calibration | None = None,
     calibration_text: CalibrationText | None = None,
     dtype: torch.dtype | None = None,
-    text: str = "auto",
+    text: str | None = "auto",
     force: bool = False,
     allow_pickle: bool = False,
     device: str = "cpu",
+    max_shard_size: int | None = None,
     options: Options | None = None,
     format: Format = "native",
     runtime: str | None = None,
@@ -167,8 +182,10 @@ def quantize_folder(
     dtype: of everything that is not quantized, and of the arithmetic; by default as in the source. format: of the
     folder, see `check_format`, which is asked before any work. runtime: refuse what it does not run, see
     `formats/runtimes.py`.
-    Finished blocks of a calibration are kept beside `out` until it is written, so that the same call goes on where
-    another was stopped.
+    What needs no calibration is streamed (see `stream.py`), but for compressed-tensors and pickles: the model is never
+    loaded, and the result has none. Else finished blocks of a calibration are kept beside `out` until it is written. In
+    both cases the same call goes on where another was stopped. max_shard_size: bytes, of a stream; by default the
+    shards of the source.
     """
     spec, rotations = (learned.spec, learned.rotations) if learned else (spec, None)
     if runtime is not None:
@@ -179,9 +196,18 @@ def quantize_folder(
             f"a calibration text is given, and method {method} without --clips reads none: leave it out"
         )
     check_format(format, scheme, spec, clips=calibrated is not None and calibrated.clips)
-    check_free(out, force=force, source=model)
     options = options or Options()
-    loaded, tokenizer, sample, notes = _open(model, dtype, text, allow_pickle, device)
+    pickles = allow_pickle and has_pickles_only(folder_of(model, allow_pickle=True))
+    if calibrated is None and format != "compressed-tensors" and not pickles:
+        request = Request(spec, dtype, device, max_shard_size, text, scheme, options, learned)
+        return stream_folder(model, out, request, force=force)
+    if max_shard_size is not None:
+        raise CheckpointError(
+            "only round-to-nearest folders in format native or hf are streamed from safetensors: leave "
+            "--max-shard-size out"
+        )
+    check_free(out, force=force, source=model)
+    loaded, tokenizer, sample, notes = _open(model, dtype, text or "auto", allow_pickle, device)
     if dtype is not None:
         _cast(loaded, dtype)
     tokens, store = None, None
@@ -191,7 +217,7 @@ def quantize_folder(
         notes["calibration_text"] = {"text": name, "samples": tokens.shape[0], "length": tokens.shape[1]}
         settings = [version("spinquant"), scheme, spec, method, calibrated, options.precision, loaded.dtype]
         settings += [digest(tokens), weights_digest(model)]
-        settings += [digest(t) for r in (rotations or {}).values() for t in r.tensors().values()]
+        settings += [learned.digest() if learned else None]
         store = BlockStore(Path(out).parent / f".{Path(out).name}.calibration", json.dumps([repr(s) for s in settings]))
     result = quantize(
         loaded,
@@ -201,7 +227,7 @@ def quantize_folder(
         rotations=rotations,
         tokens=tokens,
         calibration=calibration,
-        sample=sample,
+        sample=None if text is None else sample,
         store=store,
         options=options,
     )
@@ -238,15 +264,11 @@ def _open(
     loaded = load_model(model, allow_pickle=allow_pickle, device=device)
     if dtype is not None and dtype.itemsize > loaded.dtype.itemsize:
         _cast(loaded, dtype)  # widened before anything is rounded
+    name, sample = sample_tokens(folder_of(model, allow_pickle=allow_pickle), loaded.config, text)
     try:
         tokenizer = load_tokenizer(model)
     except CheckpointError:
-        # A folder of weights alone can be rotated too; random tokens then stand in for text.
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(0, loaded.config.vocab_size, (1, SAMPLE_TOKENS), generator=generator)
-        return loaded, None, tokens, {"source": str(model), "sample_text": "random tokens (no tokenizer)"}
-    name, content = load_text(text)
-    sample = token_windows(tokenizer, content[:20_000], length=SAMPLE_TOKENS, count=1)
+        tokenizer = None
     return loaded, tokenizer, sample, {"source": str(model), "sample_text": name}
 
 
@@ -255,13 +277,3 @@ def _cast(model: Any, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
-
-
-def check_unquantized(config: Any, model: str | Path) -> None:
-    """Raise CheckpointError when a config says that the model is quantized."""
-    found = getattr(config, "quantization_config", None)
-    if found:
-        method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
-        raise CheckpointError(
-            f"{str(model)!r} is quantized already ({method}): rotate and quantize the 16-bit model it came from"
-        )

@@ -55,17 +55,37 @@ def transform(
     return fused.to(tensor.dtype)
 
 
+def fuse_in_place(
+    name: str,
+    tensor: Tensor,
+    plan: Plan,
+    gains: Mapping[str, Tensor],
+    rotations: Mapping[str, Rotation],
+    *,
+    precision: torch.dtype | None = None,
+) -> None:
+    """`transform` into the tensor's own memory, slice by slice. Rows alone may be given where axis 0 is free."""
+    for part in slices(name, tensor, plan, rotations):
+        work = working_memory(part, precision)
+        part.copy_(transform(name, part, plan, gains, rotations, precision=precision, work=work))
+
+
+def free_axes(name: str, ndim: int, plan: Plan, rotations: Mapping[str, Rotation]) -> list[int]:
+    """The axes of a tensor along which it may be cut, and its parts fused by themselves."""
+    touched = {dim for g, dim in plan.gains_of.get(name, ()) if g.space in rotations}
+    touched |= {axis.dim for axis in plan.axes_of.get(name, ()) if axis.space in rotations}
+    return [dim for dim in range(ndim) if dim not in touched]
+
+
 def slices(name: str, tensor: Tensor, plan: Plan, rotations: Mapping[str, Rotation]) -> Sequence[Tensor]:
     """Views that make up the tensor, each of which `transform` takes by itself; none where it changes nothing.
 
     They are cut along an axis that nothing touches, where there is one: an embedding of gigabytes then needs megabytes
     of working memory, which stay in cache.
     """
-    touched = {dim for g, dim in plan.gains_of.get(name, ()) if g.space in rotations}
-    touched |= {axis.dim for axis in plan.axes_of.get(name, ()) if axis.space in rotations}
-    if not touched and name not in plan.gain_of_norm:
+    free = free_axes(name, tensor.ndim, plan, rotations)
+    if len(free) == tensor.ndim and name not in plan.gain_of_norm:
         return ()
-    free = [dim for dim in range(tensor.ndim) if dim not in touched]
     if not free:
         return (tensor,)
     return tensor.split(max(1, SLICE * tensor.shape[free[0]] // max(1, tensor.numel())), free[0])

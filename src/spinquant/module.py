@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from spinquant.architectures import make_plan
 from spinquant.errors import CheckpointError
-from spinquant.fuse import slices, transform, working_memory
+from spinquant.fuse import fuse_in_place
 from spinquant.plan import Plan
 from spinquant.rotation import Rotation
 
@@ -46,9 +46,7 @@ def fuse_module(
     parameters = dict(model.named_parameters())
     gains = {gain.norm: parameters[gain.norm].detach().clone() for gain in plan.gains}
     for done, (name, parameter) in enumerate(parameters.items()):
-        for part in slices(name, parameter, plan, rotations):
-            work = working_memory(part, precision)
-            part.copy_(transform(name, part, plan, gains, rotations, precision=precision, work=work))
+        fuse_in_place(name, parameter, plan, gains, rotations, precision=precision)
         if progress:
             progress(done + 1, len(parameters))
 

@@ -68,6 +68,7 @@ class Result:
     """A model that was rotated, and quantized where a scheme says so, with all that is needed to repeat it.
 
     twin and real are how far logits moved by rotating: in the small model, and on real tokens (None: not tried).
+    model is None where it was never loaded; seconds then says how long each phase took.
     """
 
     model: Any
@@ -81,6 +82,7 @@ class Result:
     twin: Deviation | None = None
     real: Deviation | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    seconds: Mapping[str, float] | None = None
 
     def record(self) -> dict[str, Any]:
         """Everything but the tensors, as JSON: seeds, scheme, plan, proofs, versions."""
@@ -253,12 +255,17 @@ def check_fresh(model: Any) -> None:
 
 def check_groups(plan: Plan, model: Any, scheme: Scheme) -> None:
     """Raise SchemeError when a group size of the scheme does not divide the input of a linear that it covers."""
+    check_group_lengths(plan, lambda name: model.get_submodule(name).in_features, scheme)
+
+
+def check_group_lengths(plan: Plan, length_of: Callable[[str], int], scheme: Scheme) -> None:
+    """Raise SchemeError when a group size does not divide the length of a linear's input, which is asked by name."""
     # Found out now, this costs nothing; found out by the rounding, it costs a rotated model.
     for label, quantizer in (("weight", scheme.weights), ("activation", scheme.activations)):
         if quantizer is None or quantizer.group_size is None:
             continue
         for name in (name for group in plan.linears for name in group):
-            length = model.get_submodule(name).in_features
+            length = length_of(name)
             if length % quantizer.group_size:
                 raise SchemeError(
                     f"{label} group size {quantizer.group_size} does not divide the {length} inputs of {name}: "

@@ -89,25 +89,27 @@ def compare(before: Snapshot, model: nn.Module, plan: Plan, rotations: Mapping[s
     """How far the rotated model departs from the snapshot, and at which module the departure begins."""
     after = snapshot(model, plan, before.tokens)
     tolerance = TOLERANCE.get(after.logits.dtype, TOLERANCE[torch.float32])
-    deviation = _difference(before.logits, after.logits)
+    deviation = difference(before.logits, after.logits)
     if deviation.relative <= tolerance:
         return deviation
     for name, output in before.outputs.items():
-        space = _output_space(model, plan, name)
+        space = output_space(model, plan, name)
         expected = rotations[space].apply(output) if space is not None and space in rotations else output
-        if not _difference(expected, after.outputs[name]).relative <= tolerance:
+        if not difference(expected, after.outputs[name]).relative <= tolerance:
             return replace(deviation, module=name)
     return replace(deviation, module=plan.head.removesuffix(".weight"))
 
 
-def _output_space(model: nn.Module, plan: Plan, name: str) -> str | None:
+def output_space(model: nn.Module, plan: Plan, name: str) -> str | None:
+    """The space that a linear's, or an embedding's, output lives in."""
     # The output axis of an embedding's weight is its last, of a linear's its first.
     dim = 1 if isinstance(model.get_submodule(name), nn.Embedding) else 0
     spaces = [axis.space for axis in plan.axes_of.get(f"{name}.weight", ()) if axis.dim == dim]
     return spaces[0] if spaces else None
 
 
-def _difference(expected: Tensor, found: Tensor) -> Deviation:
+def difference(expected: Tensor, found: Tensor) -> Deviation:
+    """How far one tensor is from another."""
     wide = torch.promote_types(expected.dtype, torch.float32)
     expected, found = expected.to(wide), found.to(wide)
     delta = (found - expected).abs()
@@ -198,7 +200,7 @@ def prove(config: Any, spec: RotationSpec, *, seed: int = 0, planner: Planner | 
         with attach(twin, plan, rotations):
             deviation = compare(before, twin, plan, rotations)
             check(deviation, torch.float64, what="a small model of this architecture (before touching yours)")
-            cached = _difference(generated, greedy_logits(twin, tokens))
+            cached = difference(generated, greedy_logits(twin, tokens))
             check(cached, torch.float64, what="generation through a KV cache in a small model of this architecture")
     return deviation if deviation.relative > cached.relative else cached
 

@@ -139,6 +139,8 @@ def result_table(result: Result, out: str) -> Table:
     if result.real:
         moved = f"logits moved by {result.real.max_abs:.1e} at most, {result.real.mean_abs:.1e} on average"
         table.add_row("this model, real tokens", f"{moved}, before quantization" if result.scheme else moved)
+    elif "real_tokens" in result.notes:
+        table.add_row("this model, real tokens", escape(result.notes["real_tokens"]))
     table.add_row("seed", str(spec.seed))
     return table
 
@@ -165,6 +167,16 @@ def comparison_table(reference: str, other: str, comparison: Comparison) -> Tabl
     table.add_row("KL", f"{comparison.kl:.3e} nats per token")
     table.add_row("same top token", f"{100 * comparison.top1:.2f} %")
     table.add_row("tokens", f"{comparison.tokens}")
+    return table
+
+
+def checksum_table(folder: str, damaged: Sequence[str]) -> Table:
+    """Whether the files of a folder are what was written."""
+    table = Table(title=escape(f"checksums of {folder}"), title_justify="left", show_header=False)
+    for name in damaged:
+        table.add_row(escape(name), "[red]missing or changed[/red]")
+    if not damaged:
+        table.add_row("all files", "as they were written")
     return table
 
 

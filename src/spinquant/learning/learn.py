@@ -7,6 +7,7 @@
 A learned rotation that loses is not kept: the record says which was, and all scores.
 """
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,15 @@ from spinquant.plan import Plan
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.progress import digest
 from spinquant.quantization.scheme import Scheme
-from spinquant.rotation import Hadamard, Rotation, RotationSpec, generator_for, make_rotations, random_signs
+from spinquant.rotation import (
+    Hadamard,
+    Rotation,
+    RotationSpec,
+    generator_for,
+    make_rotations,
+    random_signs,
+    to_save,
+)
 
 Method = Literal["local", "end-to-end", "local+end-to-end", "auto"]
 METHODS = get_args(Method)
@@ -82,6 +91,11 @@ class LearnedRotations:
     rotations: Mapping[str, Rotation]
     spec: RotationSpec
     record: dict[str, Any]
+
+    def digest(self) -> str:
+        """A short name for the rotations' numbers."""
+        _, tensors = to_save(self.rotations)
+        return hashlib.sha256("".join(digest(tensors[name]) for name in sorted(tensors)).encode()).hexdigest()[:16]
 
     @property
     def kept(self) -> str:

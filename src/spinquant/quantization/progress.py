@@ -74,5 +74,5 @@ class BlockStore:
 
 
 def digest(tokens: torch.Tensor) -> str:
-    """A short name for calibration tokens."""
-    return hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()[:16]
+    """A short name for calibration tokens, or any other tensor that numpy knows."""
+    return hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]

@@ -1,0 +1,60 @@
+"""Our own folder format, tensor by tensor: what a stream writes for each tensor of the rotated model.
+
+See `native.py` for the format. Rows of a weight do not influence each other, so a weight is rounded rows at a time;
+NVFP4 alone has a scale for the whole tensor, which is therefore kept together.
+"""
+
+import torch
+from torch import Tensor
+
+from spinquant.formats.native import BANK, distinct_rotations
+from spinquant.plan import Plan
+from spinquant.quantization.integer import Packed
+from spinquant.quantization.rtn import linears_of, quantize_weight
+from spinquant.quantization.scheme import Scheme
+from spinquant.rotation import Rotation
+
+# Elements rounded at once: a few copies of them in float32 are in memory.
+PIECE = 1 << 20
+
+
+class NativePacking:
+    """Linears that a scheme covers as packed integers (flat at 16 bits), online rotations beside them."""
+
+    def __init__(self, plan: Plan, scheme: Scheme, online: dict[str, Rotation]):
+        self.quantizer = scheme.weights
+        self.covered = {f"{name}.weight": name for name in linears_of(plan, scheme)}
+        self.extras = {
+            f"{BANK}.{i}.{name}": tensor
+            for i, rotation in enumerate(distinct_rotations(online))
+            for name, tensor in rotation.tensors().items()
+        }
+
+    def is_whole(self, name: str) -> bool:
+        """Whether a tensor cannot be packed in parts."""
+        return name in self.covered and self.quantizer is not None and self.quantizer.kind == "nvfp4"
+
+    def layout(
+        self, name: str, dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        if name not in self.covered:
+            return {name: (dtype, shape)}
+        if self.quantizer is None:
+            return {name: (dtype, (torch.Size(shape).numel(),))}
+        rows, columns = shape
+        groups = columns // (self.quantizer.group_size or columns)
+        found = {
+            name: (torch.int32, (rows, -(-columns // (32 // self.quantizer.bits)))),
+            f"{name}_scale": (dtype, (rows, groups)),
+        }
+        return found if self.quantizer.symmetric else {**found, f"{name}_zero": (torch.uint8, (rows, groups))}
+
+    def pack(self, name: str, rows: Tensor) -> dict[str, Tensor]:
+        if name not in self.covered:
+            return {name: rows}
+        if self.quantizer is None:
+            return {name: rows.flatten()}
+        step = len(rows) if self.is_whole(name) else max(1, PIECE // rows.shape[1])
+        packed: list[Packed] = [quantize_weight(part, self.quantizer) for part in rows.split(step)]
+        parts = [torch.cat(tensors) for tensors in zip(*(piece.tensors() for piece in packed), strict=True)]
+        return dict(zip((name, f"{name}_scale", f"{name}_zero"), parts, strict=False))

@@ -1,0 +1,152 @@
+"""A checkpoint as named tensors that are read row by row: the source of a stream.
+
+FP8 checkpoints with block scales (DeepSeek's: `X.weight` in 8 bits, `X.weight_scale_inv` a float32 per block) are read
+as the numbers they stand for, in float32:  w[i, j] = q[i, j] scale_inv[i // rows, j // columns].
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spinquant.checkpoint import INDEX, read_headers, weight_files
+from spinquant.errors import CheckpointError
+from spinquant.tensorfile import Entry, read_entries, read_rows
+
+SCALE = "_scale_inv"
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a checkpoint: the file it is in, and for FP8 blocks the tensor that scales it."""
+
+    file: str
+    entry: Entry
+    scale: str | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers, as they are read."""
+        return torch.float32 if self.scale else self.entry.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.entry.end - self.entry.start
+
+
+class Source:
+    """The tensors of a model folder. Raises CheckpointError, naming it, for a shard that is damaged."""
+
+    def __init__(self, folder: Path, config: Any):
+        self.folder = folder
+        self.files = weight_files(folder)
+        read_headers(folder)  # what the library and the index have to say about them
+        self._open: dict[str, int] = {}
+        self._scales: dict[str, Tensor] = {}
+        self._block = fp8_block(config)
+        found = {name: (file, entry) for file in self.files for name, entry in read_entries(folder / file).items()}
+        self.tensors: dict[str, Stored] = {}
+        for name, (file, entry) in found.items():
+            if self._block and name.endswith(SCALE) and name.removesuffix(SCALE) in found:
+                continue
+            scaled = entry.dtype in FP8
+            if scaled and (not self._block or f"{name}{SCALE}" not in found):
+                raise CheckpointError(
+                    f"tensor {name!r} of {folder} is {entry.dtype} without block scales ({name}{SCALE}): only FP8 "
+                    "checkpoints of DeepSeek's kind can be read"
+                )
+            if scaled:
+                self._check_blocks(name, entry, found[f"{name}{SCALE}"][1])
+            self.tensors[name] = Stored(file, entry, f"{name}{SCALE}" if scaled else None)
+        self._found = found
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes by name, for a plan."""
+        return {name: stored.entry.shape for name, stored in self.tensors.items()}
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether weights are stored in FP8 blocks."""
+        return any(stored.scale for stored in self.tensors.values())
+
+    @property
+    def index_metadata(self) -> Mapping[str, Any]:
+        """What the index says beside the map of the weights."""
+        path = self.folder / INDEX
+        return json.loads(path.read_text(encoding="utf-8")).get("metadata", {}) if path.is_file() else {}
+
+    def read(self, name: str, first: int, last: int, buffer: Tensor) -> Tensor:
+        """Rows first .. last of a tensor; in the memory of `buffer` unless they are FP8.
+
+        Raises CheckpointError, naming the shard, when it cannot be read.
+        """
+        stored = self.tensors[name]
+        rows = self._rows(stored.file, stored.entry, first, last, buffer)
+        return rows if stored.scale is None else self._dequantized(rows, stored.scale, first)
+
+    def whole(self, name: str) -> Tensor:
+        """A tensor in memory of its own."""
+        stored = self.tensors[name]
+        buffer = torch.empty(stored.nbytes, dtype=torch.uint8)
+        return self.read(name, 0, stored.entry.rows, buffer)
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self._open.values():
+            os.close(file)
+        self._open.clear()
+
+    def _rows(self, file: str, entry: Entry, first: int, last: int, buffer: Tensor) -> Tensor:
+        try:
+            if file not in self._open:
+                self._open[file] = os.open(self.folder / file, os.O_RDONLY)
+            return read_rows(self._open[file], entry, first, last, buffer)
+        except OSError as error:
+            raise CheckpointError(f"{self.folder / file} cannot be read: {error}. Download it again.") from None
+
+    def _dequantized(self, rows: Tensor, scale: str, first: int) -> Tensor:
+        assert self._block is not None
+        height, width = self._block
+        if scale not in self._scales:
+            file, entry = self._found[scale]
+            buffer = torch.empty(entry.end - entry.start, dtype=torch.uint8)
+            # Row by row of the weight the next one is wanted, so the last alone is kept.
+            self._scales = {scale: self._rows(file, entry, 0, entry.rows, buffer).to(torch.float32)}
+        wide = rows.to(torch.float32)
+        step = first
+        while step < first + len(rows):
+            end = min((step // height + 1) * height, first + len(rows))
+            columns = self._scales[scale][step // height].repeat_interleave(width)[: rows.shape[1]]
+            wide[step - first : end - first].mul_(columns)
+            step = end
+        return wide
+
+    def _check_blocks(self, name: str, entry: Entry, scale: Entry) -> None:
+        assert self._block is not None
+        expected = tuple(math.ceil(n / b) for n, b in zip(entry.shape, self._block, strict=False))
+        if len(entry.shape) != 2 or scale.shape != expected:
+            raise CheckpointError(
+                f"{name}{SCALE} of {self.folder} has shape {scale.shape}: blocks of {self._block} of a weight of shape "
+                f"{entry.shape} need {expected}"
+            )
+
+
+def fp8_block(config: Any) -> tuple[int, int] | None:
+    """Rows and columns of the blocks of an FP8 checkpoint with block scales, as its config says; None for others.
+
+    config: of transformers, or the dict in config.json.
+    """
+    values = config if isinstance(config, dict) else vars(config)
+    found = values.get("quantization_config") or {}
+    about = found if isinstance(found, dict) else found.to_dict()
+    block = about.get("weight_block_size")
+    return (block[0], block[1]) if about.get("quant_method") == "fp8" and block else None

@@ -1,0 +1,415 @@
+"""Backend: fuse rotations into a checkpoint, tensor by tensor, shard by shard; the model is never in memory.
+
+A tensor is cut into bands of rows where its first axis lies in no rotated space, and taken as a whole where it does.
+While one band is computed the next is read and the one before is written, by a thread each; the bytes in flight are
+bounded. Shards are finished one after the other, so that a run that was killed goes on behind the last.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from spinquant import fuse
+from spinquant.checkpoint import SINGLE
+from spinquant.errors import CheckpointError
+from spinquant.plan import Plan
+from spinquant.resumable import Resumable
+from spinquant.rotation import Rotation
+from spinquant.source import Source
+from spinquant.tensorfile import TensorFile
+
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+# Bytes of the source read at once where a tensor can be cut: a few slices of `fuse`, little beside what Python itself
+# takes.
+BAND = 1 << 23
+# Bytes in flight, buffers to read into and results to be written. A single band may be larger.
+IN_FLIGHT = 1 << 26
+
+
+class Packing(Protocol):
+    """How the tensors of the rotated model are stored in the folder."""
+
+    @property
+    def extras(self) -> Mapping[str, Tensor]:
+        """Tensors of the folder that come from no tensor of the model."""
+        ...
+
+    def is_whole(self, name: str) -> bool:
+        """Whether a tensor cannot be packed rows at a time."""
+        ...
+
+    def layout(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Layout:
+        """Dtypes and shapes of what a tensor is stored as. A row of the tensor is a row, or a run, of each of them."""
+        ...
+
+    def pack(self, name: str, rows: Tensor) -> dict[str, Tensor]:
+        """What rows of a tensor are stored as."""
+        ...
+
+
+class Plain:
+    """Tensors stored as they are."""
+
+    extras: Mapping[str, Tensor] = {}
+
+    def is_whole(self, name: str) -> bool:
+        return False
+
+    def layout(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Layout:
+        return {name: (dtype, shape)}
+
+    def pack(self, name: str, rows: Tensor) -> dict[str, Tensor]:
+        return {name: rows}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One tensor of the rotated model: its name, the tensor of the source that it is made of, what it is stored as."""
+
+    name: str
+    source: str
+    dtype: torch.dtype
+    stored: Layout
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of the result."""
+
+    file: str
+    jobs: tuple[Job, ...]
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def layout(self) -> Layout:
+        """All tensors of the file."""
+        found: Layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.extras.items()}
+        for job in self.jobs:
+            found |= job.stored
+        return found
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of the tensors: see `fuse.transform`.
+
+    dtype: of floating tensors, None as in the source; fp8_dtype: then of those that are FP8 there.
+    """
+
+    plan: Plan
+    rotations: Mapping[str, Rotation]
+    gains: Mapping[str, Tensor]
+    packing: Packing = field(default_factory=Plain)
+    dtype: torch.dtype | None = None
+    fp8_dtype: torch.dtype = torch.bfloat16
+    precision: torch.dtype | None = None
+    device: torch.device | str = "cpu"
+
+
+def read_gains(source: Source, plan: Plan) -> dict[str, Tensor]:
+    """The norms of a checkpoint, which are small, whatever shard they are in.
+
+    Raises CheckpointError for one that is not finite: it would spoil its readers, and they be blamed.
+    """
+    found = {gain.norm: source.whole(gain.norm) for gain in plan.gains}
+    for name, gain in found.items():
+        _check_source(source, name, gain)
+    return found
+
+
+def make_shards(
+    source: Source, change: Change, *, untied: Sequence[tuple[str, str]] = (), max_shard_size: int | None = None
+) -> list[Shard]:
+    """The files of the result: those of the source, or files of at most `max_shard_size` bytes.
+
+    untied: (name, source) of tensors that the checkpoint does not hold because they are tied; they come last.
+    """
+    by_file: dict[str, list[Job]] = {file: [] for file in source.files}
+    for name, stored in source.tensors.items():
+        by_file[stored.file].append(_job(source, change, name, name))
+    last = source.files[-1]
+    by_file[last] += [_job(source, change, name, origin) for name, origin in untied if name not in source.tensors]
+    extras = change.packing.extras
+    if max_shard_size is None:
+        return [Shard(file, tuple(jobs), extras if file == last else {}) for file, jobs in by_file.items()]
+    parts: list[list[Job]] = [[]]
+    room = max_shard_size
+    for job in (job for jobs in by_file.values() for job in jobs):
+        size = _nbytes(job.stored)
+        if parts[-1] and size > room:
+            parts.append([])
+            room = max_shard_size
+        parts[-1].append(job)
+        room -= size
+    names = [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
+    names = [SINGLE] if len(parts) == 1 else names
+    return [
+        Shard(name, tuple(jobs), extras if name == names[-1] else {}) for name, jobs in zip(names, parts, strict=True)
+    ]
+
+
+def _job(source: Source, change: Change, name: str, origin: str) -> Job:
+    stored = source.tensors[origin]
+    dtype = change.fp8_dtype if stored.scale else stored.dtype
+    if change.dtype is not None and dtype.is_floating_point:
+        dtype = change.dtype
+    return Job(name, origin, dtype, change.packing.layout(name, dtype, stored.entry.shape))
+
+
+def _nbytes(layout: Layout) -> int:
+    return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in layout.values())
+
+
+@dataclass(frozen=True)
+class _Band:
+    job: Job
+    first: int
+    last: int
+    nbytes: int
+
+
+def _bands(source: Source, change: Change, job: Job) -> Iterator[_Band]:
+    entry, nbytes = source.tensors[job.source].entry, source.tensors[job.source].nbytes
+    rows, step = entry.rows, entry.rows
+    whole = change.packing.is_whole(job.name)
+    if not whole and entry.shape and 0 in fuse.free_axes(job.name, len(entry.shape), change.plan, change.rotations):
+        # Whole slices: the products are then those of the module backend, to the last bit.
+        elements = max(1, torch.Size(entry.shape).numel())
+        slice_rows = max(1, fuse.SLICE * rows // elements)
+        step = max(1, BAND * rows // max(1, nbytes) // slice_rows) * slice_rows
+    for first in range(0, max(1, rows), max(1, step)):
+        last = min(first + step, rows)
+        yield _Band(job, first, last, nbytes * (last - first) // max(1, rows))
+
+
+@dataclass
+class Timing:
+    """Seconds in which each of the three threads was at work, and the bytes read."""
+
+    read: float = 0.0
+    compute: float = 0.0
+    write: float = 0.0
+    nbytes: int = 0
+
+
+def stream(
+    source: Source,
+    shards: Sequence[Shard],
+    change: Change,
+    out: Resumable,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Timing:
+    """Write the shards that are not finished yet. `progress(done, total)` counts bytes of the source.
+
+    Raises CheckpointError, naming the tensor, for numbers that are not finite.
+    """
+    bands = {shard.file: [band for job in shard.jobs for band in _bands(source, change, job)] for shard in shards}
+    total = sum(band.nbytes for found in bands.values() for band in found)
+    timing, done = Timing(), 0
+    with ExitStack() as files, _Pipeline(source, change, timing) as pipeline:
+        for shard in shards:
+            if out.is_finished(shard.file):
+                done += sum(band.nbytes for band in bands[shard.file])
+                if progress:
+                    progress(done, total)
+                continue
+            file = TensorFile(out.unfinished(shard.file), shard.layout)
+            files.callback(file.close)
+            pipeline.write(file.begin)
+            for name, tensor in shard.extras.items():
+                pipeline.write(partial(file.write, name, 0, tensor.contiguous()))
+            # In the order of the file, so that it can be hashed while it is written.
+            order = {name: i for i, name in enumerate(file.entries)}
+            inside = sorted(bands[shard.file], key=lambda band: (order[next(iter(band.job.stored))], band.first))
+            for band in pipeline.run(file, inside):
+                done += band.nbytes
+                if progress:
+                    progress(done, total)
+            pipeline.write(partial(_finish, out, shard.file, file))
+    timing.nbytes = total
+    return timing
+
+
+def _finish(out: Resumable, name: str, file: TensorFile) -> None:
+    out.finish(name, file.finish())
+
+
+class _Pipeline:
+    """Reads ahead and writes behind, in order, within bounded memory."""
+
+    def __init__(self, source: Source, change: Change, timing: Timing):
+        self.source, self.change, self.timing = source, change, timing
+        self.reader, self.writer = _Worker(), _Worker()
+        self.written: deque[tuple[Future[Any], int, Tensor | None]] = deque()
+        self.in_flight = 0
+        self.free: list[Tensor] = []
+
+    def __enter__(self) -> "_Pipeline":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try:
+            if kind is None:
+                self._collect(all_=True)
+        finally:
+            self.reader.close()
+            self.writer.close()
+
+    def write(self, step: Callable[[], object], nbytes: int = 0, buffer: Tensor | None = None) -> None:
+        """Have the writer take a step, after all before it."""
+        self.written.append((self.writer.submit(partial(self._timed, "write", step)), nbytes, buffer))
+
+    def run(self, file: TensorFile, bands: Sequence[_Band]) -> Iterator[_Band]:
+        """Take bands through reading, computing and writing; yields each when it is computed."""
+        waiting: deque[tuple[_Band, Tensor, int, Future[Tensor]]] = deque()
+        coming = deque(bands)
+        while coming or waiting:
+            self._collect()
+            while coming:
+                # What the band needs at most: itself, as wide as it is computed (FP8), and what it is stored as.
+                stored = self.source.tensors[coming[0].job.source]
+                need = coming[0].nbytes * (1 if stored.scale is None else 1 + stored.dtype.itemsize)
+                need += _nbytes(coming[0].job.stored) * coming[0].nbytes // max(1, stored.nbytes)
+                if self.in_flight and self.in_flight + need > IN_FLIGHT:
+                    break
+                band = coming.popleft()
+                buffer = self._buffer(band.nbytes)
+                self.in_flight += need
+                read = partial(self.source.read, band.job.source, band.first, band.last, buffer)
+                waiting.append((band, buffer, need, self.reader.submit(partial(self._timed, "read", read))))
+            if not waiting:
+                self._collect(one=True)
+                continue
+            band, buffer, need, future = waiting.popleft()
+            rows = future.result()
+            results = self._timed("compute", partial(changed, self.source, self.change, band.job, band.first, rows))
+            del rows
+            self.write(partial(self._put, file, band, results), need, buffer)
+            yield band
+
+    def _put(self, file: TensorFile, band: _Band, results: dict[str, Tensor]) -> None:
+        rows = self.source.tensors[band.job.source].entry.rows
+        for name, tensor in results.items():
+            file.write(name, band.first * file.entries[name].rows // max(1, rows), tensor)
+        results.clear()
+
+    def _collect(self, *, one: bool = False, all_: bool = False) -> None:
+        """Take back the memory of what is written; raises what went wrong."""
+        while self.written and (one or all_ or self.written[0][0].done()):
+            future, nbytes, buffer = self.written.popleft()
+            future.result()
+            self.in_flight -= nbytes
+            if buffer is not None:
+                self.free.append(buffer)
+            one = False
+
+    def _buffer(self, nbytes: int) -> Tensor:
+        fitting = [buffer for buffer in self.free if len(buffer) >= nbytes]
+        if fitting:
+            buffer = min(fitting, key=len)
+            self.free = [other for other in self.free if other is not buffer]
+            return buffer
+        self.free = [buffer for buffer in self.free if len(buffer) <= BAND]
+        return torch.empty(max(nbytes, BAND), dtype=torch.uint8)
+
+    def _timed(self, phase: str, step: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        try:
+            return step()
+        finally:
+            setattr(self.timing, phase, getattr(self.timing, phase) + time.perf_counter() - start)
+
+
+class _Worker:
+    """A thread that takes steps in order, and none after one that failed."""
+
+    def __init__(self):
+        self.pool, self.failed = ThreadPoolExecutor(1), False
+
+    def submit(self, step: Callable[[], Any]) -> Future[Any]:
+        return self.pool.submit(self._run, step)
+
+    def close(self) -> None:
+        self.failed = True
+        self.pool.shutdown(cancel_futures=True)
+
+    def _run(self, step: Callable[[], Any]) -> Any:
+        if self.failed:
+            raise CancelledError
+        try:
+            return step()
+        except BaseException:
+            self.failed = True
+            raise
+
+
+@torch.no_grad()
+def changed(source: Source, change: Change, job: Job, first: int, rows: Tensor) -> dict[str, Tensor]:
+    """What rows of a tensor, from row `first` on, are stored as. Their own memory may be used for it."""
+    if not rows.is_floating_point():
+        return change.packing.pack(job.name, rows)
+    fused = _fused(change, job, rows)
+    # The sum of finite numbers is finite or overflows; only then every number has to be looked at.
+    if not torch.isfinite(fused.sum()) and not torch.isfinite(fused).all():
+        _refuse(source, job, first, len(rows) if rows.ndim else 1, fused)
+    return {name: tensor.cpu().contiguous() for name, tensor in change.packing.pack(job.name, fused).items()}
+
+
+def _fused(change: Change, job: Job, rows: Tensor) -> Tensor:
+    moved = rows.to(change.device)
+    if job.dtype.itemsize > moved.dtype.itemsize:
+        moved = moved.to(job.dtype)  # widened before anything is rounded
+    fuse.fuse_in_place(job.name, moved, change.plan, change.gains, change.rotations, precision=change.precision)
+    return moved.to(job.dtype)
+
+
+class Rotated:
+    """A source as it will be once it is rotated: its tensors are computed when they are asked for."""
+
+    def __init__(self, source: Source, change: Change, untied: Sequence[tuple[str, str]] = ()):
+        self.source, self.change, self.folder = source, change, source.folder
+        names = {name: name for name in source.tensors}
+        self._origins = names | {name: origin for name, origin in untied if name not in names}
+        self.tensors = {name: source.tensors[origin] for name, origin in self._origins.items()}
+
+    @torch.no_grad()
+    def whole(self, name: str) -> Tensor:
+        """A tensor of the rotated model, in memory of its own."""
+        origin = self._origins[name]
+        rows = self.source.whole(origin)
+        if not rows.is_floating_point():
+            return rows
+        return _fused(self.change, _job(self.source, self.change, name, origin), rows).cpu()
+
+
+def _refuse(source: Source, job: Job, first: int, count: int, fused: Tensor) -> None:
+    stored = source.tensors[job.source]
+    again = source.read(job.source, first, first + count, torch.empty(stored.nbytes, dtype=torch.uint8))
+    _check_source(source, job.source, again)
+    raise CheckpointError(
+        f"{_described(source, job.source)} overflows {fused.dtype} when it is rotated: use --dtype bfloat16 or float32"
+    )
+
+
+def _check_source(source: Source, name: str, tensor: Tensor) -> None:
+    bad = int((~torch.isfinite(tensor.to(torch.promote_types(tensor.dtype, torch.float32)))).sum())
+    if bad:
+        raise CheckpointError(
+            f"{_described(source, name)} holds {bad} values that are NaN or infinite: the checkpoint is broken, "
+            "download it again"
+        )
+
+
+def _described(source: Source, name: str) -> str:
+    stored = source.tensors[name]
+    return f"tensor {name!r} of {source.folder / stored.file} (shape {stored.entry.shape})"

@@ -1,0 +1,196 @@
+"""safetensors files, read and written piece by piece in bounded memory.
+
+    8 bytes: length n of the header | n bytes of JSON: name -> dtype, shape, offsets | the numbers of all tensors
+
+The library maps whole files into memory (pages count as resident once touched), and saves from memory only. Here pieces
+are read into buffers of the caller's, and a file is written header first, then in any order. The bytes are those that
+the library's own `save` writes.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spinquant.errors import CheckpointError
+
+# In the order in which the library lays tensors out: wide ones first, so that all are aligned.
+DTYPES = {
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+METADATA = {"format": "pt"}
+_LONGEST_HEADER = 100_000_000  # as in the library
+_HASHED_AT_ONCE = 1 << 23
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a file: its numbers are the bytes from `start` to `end` of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def rows(self) -> int:
+        """The length of the first axis; 1 for a scalar."""
+        return self.shape[0] if self.shape else 1
+
+
+def read_entries(path: Path) -> dict[str, Entry]:
+    """Where every tensor of a file lies, by name.
+
+    Raises CheckpointError, naming the file, when it is shorter than its header promises, or no safetensors file.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+                raise CheckpointError(f"{path} is corrupted: {size} bytes cannot hold its header. Download it again.")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is corrupted: its header is not JSON. Download it again.") from None
+    found: dict[str, Entry] = {}
+    for name, about in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape = DTYPES[about["dtype"]], tuple(about["shape"])
+            start, end = (8 + length + offset for offset in about["data_offsets"])
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(
+                f"{path} describes tensor {name!r} as {about!r}: expected a dtype among {', '.join(DTYPES)}, a shape "
+                "and two offsets"
+            ) from None
+        if end - start != math.prod(shape) * dtype.itemsize or start < 8 + length:
+            raise CheckpointError(f"{path} is corrupted: tensor {name!r} has {end - start} bytes for shape {shape}")
+        if end > size:
+            raise CheckpointError(
+                f"{path} is truncated: tensor {name!r} ends at byte {end}, the file at {size}. Download it again."
+            )
+        found[name] = Entry(dtype, shape, start, end)
+    return found
+
+
+def read_rows(file: int, entry: Entry, first: int, last: int, buffer: Tensor) -> Tensor:
+    """Rows first .. last of a tensor, in the memory of `buffer`, uint8 and at least as long.
+
+    file: descriptor. Raises OSError when the file has become shorter.
+    """
+    row = (entry.end - entry.start) // max(1, entry.rows)
+    whole = buffer[: (last - first) * row]
+    view, offset = memoryview(whole.numpy().data), entry.start + first * row
+    while len(view):
+        count = os.preadv(file, [view], offset)
+        if count == 0:
+            raise OSError(f"the file ends at byte {offset}")
+        view, offset = view[count:], offset + count
+    return whole.view(entry.dtype).view((last - first, *entry.shape[1:]) if entry.shape else ())
+
+
+def lay_out(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, Entry]]:
+    """The beginning of a file with these tensors, and where each of them goes."""
+    order = list(DTYPES)
+    names = sorted(tensors, key=lambda name: (order.index(NAMES[tensors[name][0]]), name.encode()))
+    header: dict[str, object] = {"__metadata__": METADATA}
+    offset = 0
+    for name in names:
+        dtype, shape = tensors[name]
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    entries = {}
+    for name in names:
+        dtype, shape = tensors[name]
+        first, last = header[name]["data_offsets"]  # pyright: ignore[reportIndexIssue]
+        entries[name] = Entry(dtype, shape, start + first, start + last)
+    return len(text).to_bytes(8, "little") + text, entries
+
+
+class TensorFile:
+    """A file being written: opened with its header, filled in any order, complete after `finish`.
+
+    Written in the order of the layout it is hashed on the way; what was written out of order is read again.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]):
+        self.path = path
+        self.beginning, self.entries = lay_out(tensors)
+        self.size = max((entry.end for entry in self.entries.values()), default=len(self.beginning))
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._hash, self._hashed = hashlib.sha256(), 0
+
+    def begin(self) -> None:
+        """Write the header, and give the file its full length; what a run before left in it goes."""
+        os.ftruncate(self._file, 0)
+        os.ftruncate(self._file, self.size)
+        self._put(self.beginning, 0)
+
+    def write(self, name: str, first: int, rows: Tensor) -> None:
+        """Put rows of a tensor, contiguous and of its dtype, from row `first` on."""
+        entry = self.entries[name]
+        assert rows.dtype == entry.dtype and rows.is_contiguous(), name
+        row = (entry.end - entry.start) // max(1, entry.rows)
+        self._put(rows.reshape(-1).view(torch.uint8).numpy().data, entry.start + first * row)
+
+    def finish(self) -> str:
+        """Bring the file to the disk, and close it; its SHA-256."""
+        os.fsync(self._file)
+        buffer = bytearray(_HASHED_AT_ONCE)
+        while count := os.preadv(self._file, [buffer], self._hashed):
+            self._hash.update(memoryview(buffer)[:count])
+            self._hashed += count
+        self.close()
+        return self._hash.hexdigest()
+
+    def close(self) -> None:
+        """Close the file; what it lacks, it lacks."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def _put(self, data: bytes | memoryview, offset: int) -> None:
+        view = memoryview(data)
+        if offset == self._hashed:
+            self._hash.update(view)
+            self._hashed += len(view)
+        while len(view):
+            count = os.pwrite(self._file, view, offset)
+            view, offset = view[count:], offset + count
+
+
+def file_hash(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
