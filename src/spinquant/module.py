@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from spinquant.architectures import make_plan
+from spinquant.centred import check_centred
 from spinquant.errors import CheckpointError
 from spinquant.fuse import slices, transform, working_memory
 from spinquant.plan import Plan
@@ -41,6 +42,7 @@ def fuse_module(
     if not rotations:
         return
     check_in_memory(model)
+    check_centred(plan, rotations)
     if "residual" in rotations:
         untie(model, plan)
     parameters = dict(model.named_parameters())

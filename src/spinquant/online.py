@@ -257,15 +257,15 @@ class KeyValueSite:
         self.implementation = implementation
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
-        config: Any = module.config
+        config: Any = getattr(module, "config", None)
         if self.rotation is not None and config._attn_implementation != self.implementation:
             # Keys would be rotated and queries not: nonsense without an error.
             raise RotationError(
                 f"the attention implementation was changed to {config._attn_implementation!r} while R3 is attached: "
                 "remove() the online parts, change it, and attach them again"
             )
-        cache = _RotatingCache(kwargs.get("past_key_values"), self)
-        return args, {**kwargs, "past_key_values": cache}
+        name = "layer_past" if "layer_past" in kwargs else "past_key_values"  # GPT-NeoX and its time say the former
+        return args, {**kwargs, name: _RotatingCache(kwargs.get(name), self)}
 
 
 class _RotatingCache:

@@ -30,11 +30,15 @@ Site = Literal["input", "query_key"]
 
 @dataclass(frozen=True)
 class Space:
-    """A vector space of the model; `size` is the number of elements that one rotation mixes (a head's, for R2, R3)."""
+    """A vector space of the model; `size` is the number of elements that one rotation mixes (a head's, for R2, R3).
+
+    centred: its norms subtract the mean, so its rotation has to keep the mean, R 1 = 1 (see `centred.py`).
+    """
 
     name: str
     rotation: str
     size: int
+    centred: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,15 @@ class Axis:
 class Gain:
     """A norm's elementwise scale, fused into axis `dim` of each reader when `space` is rotated.
 
-    The model multiplies by `offset + weight`, so the norm is left with the weight `1 - offset`.
+    The model multiplies by `offset + weight`, so the norm is left with the weight `1 - offset`. A norm's `bias` is
+    added after the scale, so it is divided by it where the scale moves into the readers, then rotated as the space is.
     """
 
     norm: str
     space: str
     readers: tuple[tuple[str, int], ...]
     offset: float = 0.0
+    bias: str | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,11 @@ class Plan:
     def gain_of_norm(self) -> Mapping[str, Gain]:
         """Gains by the name of the norm's own tensor."""
         return {gain.norm: gain for gain in self.gains}
+
+    @cached_property
+    def gain_of_bias(self) -> Mapping[str, Gain]:
+        """Gains by the name of the norm's bias."""
+        return {gain.bias: gain for gain in self.gains if gain.bias is not None}
 
     def spaces_of(self, rotation: str) -> tuple[Space, ...]:
         """The spaces that a rotation such as "R2" rotates, in order of the layers."""

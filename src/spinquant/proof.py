@@ -14,21 +14,26 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
+from spinquant.architectures import family_of
 from spinquant.calibrate import captured, device_of
 from spinquant.errors import ProofError
+from spinquant.fuse import rotate_axis
 from spinquant.module import fuse_module, plan_of
 from spinquant.online import attach
-from spinquant.plan import Plan
+from spinquant.plan import Axis, Plan
 from spinquant.rotation import Rotation, RotationSpec, make_rotations
 
 # Relative error ||logits' - logits|| / ||logits|| that rounding explains; see docs/design.md for the measurement.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 TWIN_HIDDEN, TWIN_INTERMEDIATE, TWIN_VOCABULARY, TWIN_BLOCK = 48, 80, 96, 16
+INTERMEDIATES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+TWIN_SIZES: dict[str, int] = {}
 
 
 @dataclass(frozen=True)
@@ -93,18 +98,21 @@ def compare(before: Snapshot, model: nn.Module, plan: Plan, rotations: Mapping[s
     if deviation.relative <= tolerance:
         return deviation
     for name, output in before.outputs.items():
-        space = _output_space(model, plan, name)
-        expected = rotations[space].apply(output) if space is not None and space in rotations else output
+        axis = output_axis(model, plan, name)
+        expected = output
+        if axis is not None and axis.space in rotations:
+            expected = rotate_axis(output, -1, rotations[axis.space], axis.span)
         if not _difference(expected, after.outputs[name]).relative <= tolerance:
             return replace(deviation, module=name)
     return replace(deviation, module=plan.head.removesuffix(".weight"))
 
 
-def _output_space(model: nn.Module, plan: Plan, name: str) -> str | None:
-    # The output axis of an embedding's weight is its last, of a linear's its first.
-    dim = 1 if isinstance(model.get_submodule(name), nn.Embedding) else 0
-    spaces = [axis.space for axis in plan.axes_of.get(f"{name}.weight", ()) if axis.dim == dim]
-    return spaces[0] if spaces else None
+def output_axis(model: nn.Module, plan: Plan, name: str) -> Axis | None:
+    """The axis of a module's weight that its output has, where it lives in a space."""
+    # An embedding's is the last of its weight, and so is that of Conv1D, which stores (in, out); a linear's the first.
+    dim = 0 if isinstance(model.get_submodule(name), nn.Linear) else 1
+    axes = [axis for axis in plan.axes_of.get(f"{name}.weight", ()) if axis.dim == dim]
+    return axes[0] if axes else None
 
 
 def _difference(expected: Tensor, found: Tensor) -> Deviation:
@@ -138,28 +146,38 @@ def twin_config(config: Any) -> Any:
     kept = sorted(kinds.values())
     kept = kept if len(kept) > 1 else [*kept, *kept]
     data.update({key: [value[i] for i in kept] for key, value in per_layer.items()})
-    kv_heads = min(2, getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    groups = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    data.update(
-        num_hidden_layers=len(kept),
-        num_key_value_heads=kv_heads,
-        num_attention_heads=kv_heads * min(groups, 3),
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        hidden_size=TWIN_HIDDEN,
-        intermediate_size=TWIN_INTERMEDIATE,
-        vocab_size=TWIN_VOCABULARY,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    if data.get("sliding_window"):
-        data["sliding_window"] = 6  # shorter than the tokens of the proof, so that the window matters
+    small = {"num_hidden_layers": len(kept), **_small_heads(config), "vocab_size": TWIN_VOCABULARY}
+    small.update({name: TWIN_INTERMEDIATE for name in INTERMEDIATES if getattr(config, name, None)})
+    small.update({name: size for name, size in TWIN_SIZES.items() if (getattr(config, name, None) or 0) > size})
+    if getattr(config, "sliding_window", None):
+        small["sliding_window"] = 6  # shorter than the tokens of the proof, so that the window matters
+    # Some classes have names of their own for these.
+    data.update({getattr(config, "attribute_map", {}).get(name, name): size for name, size in small.items()})
     for key in ("quantization_config", "dtype", "torch_dtype"):
         data.pop(key, None)
-    return type(config).from_dict(data)
+    tokens = ("pad_token_id", "bos_token_id", "eos_token_id")
+    try:
+        return type(config).from_dict({**data, **dict.fromkeys(tokens)})
+    except StrictDataclassError:  # a class that insists on numbers
+        return type(config).from_dict({**data, **dict.fromkeys(tokens, 0)})
 
 
-def make_twin(config: Any, *, seed: int = 0, attn_implementation: str = "sdpa") -> nn.Module:
+def _small_heads(config: Any) -> dict[str, int]:
+    """Few heads of the size that the original's have, and a hidden size that they fill where the class wants it."""
+    names = [name for name in ("num_kv_heads", "num_key_value_heads") if getattr(config, name, None)]
+    kv_heads = getattr(config, names[0]) if names else config.num_attention_heads
+    few = min(2, kv_heads)
+    heads = few * min(config.num_attention_heads // kv_heads, 3)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    found = {**dict.fromkeys(names, few), "num_attention_heads": heads, "hidden_size": TWIN_HIDDEN}
+    family = family_of(config)
+    if family is None or not family.filled:
+        return {**found, "head_dim": head_dim}
+    own = {"head_dim": head_dim} if "head_dim" in config.to_dict() else {}
+    return {**found, **own, "hidden_size": heads * head_dim}
+
+
+def make_twin(config: Any, *, seed: int = 0, attn_implementation: str | None = None) -> nn.Module:
     """A float64 model of `twin_config` with random weights, non-zero biases and non-unit gains."""
     model = AutoModelForCausalLM.from_config(
         twin_config(config), dtype=torch.float64, attn_implementation=attn_implementation

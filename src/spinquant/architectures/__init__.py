@@ -1,17 +1,26 @@
 """Which family explains a model, and the plan that follows.
 
-One file per family; a family is a table (see `table.py`). A model that no table knows is refused by name:
+One file per group of families; a family is a table (see `table.py`). A model that no table knows is refused by name:
 guessing would give a model that loads and talks nonsense.
 """
 
 from typing import Any
 
-from spinquant.architectures.llama import LLAMA
-from spinquant.architectures.table import Family, Shapes, build_plan
+from spinquant.architectures import layernorm, llama, postnorm
+from spinquant.architectures.build import Shapes, build_plan
+from spinquant.architectures.table import Family, holds
 from spinquant.errors import ArchitectureError
 from spinquant.plan import Plan
 
-FAMILIES: tuple[Family, ...] = (LLAMA,)
+FAMILIES: tuple[Family, ...] = (*llama.FAMILIES, *postnorm.FAMILIES, *layernorm.FAMILIES)
+
+
+def family_of(config: Any) -> Family | None:
+    """The table that explains the models of a config, None when there is none."""
+    for family in FAMILIES:
+        if config.model_type in family.model_types and all(holds(condition, config) for condition in family.when):
+            return family
+    return None
 
 
 def make_plan(config: Any, shapes: Shapes) -> Plan:
@@ -28,10 +37,10 @@ def make_plan(config: Any, shapes: Shapes) -> Plan:
             "causal LM"
         )
     for name in classes:
-        if not name.endswith("ForCausalLM"):
+        if not name.endswith(("ForCausalLM", "LMHeadModel")):
             raise ArchitectureError(f"architecture {name!r} is not a causal LM: expected a ...ForCausalLM class")
-    for family in FAMILIES:
-        if model_type in family.model_types:
-            return build_plan(family, config, shapes)
-    known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
-    raise ArchitectureError(f"no table explains model_type {model_type!r}. Known: {known}.")
+    family = family_of(config)
+    if family is None:
+        known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
+        raise ArchitectureError(f"no table explains model_type {model_type!r}. Known: {known}.")
+    return build_plan(family, config, shapes)

@@ -1,0 +1,99 @@
+"""One tiny config, or more, for every table: the instances on which the laws of `test_families.py` are tried.
+
+Grouped-query heads, heads that do not fill the hidden size, sliding and full layers, biases: whatever a family knows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import AutoConfig
+
+from conftest import SIZES, VOCABULARY
+
+SMALL = {**SIZES, "num_hidden_layers": 2}
+# Families whose heads fill the hidden size.
+FULL = {k: v for k, v in {**SMALL, "num_attention_heads": 4, "hidden_size": 64}.items() if k != "head_dim"}
+LAYERS = ["full_attention", "sliding_attention"]
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A config, and the rotations that its table refuses."""
+
+    config: Callable[[], Any]
+    refused: tuple[str, ...] = ()
+    inner: tuple[str, ...] = field(default=())
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        return tuple(name for name in ("R1", "R2", "R3", "R4") if name not in self.refused)
+
+
+def of(model_type: str, base: dict[str, Any] = SMALL, refused: str = "", **changes: Any) -> Instance:
+    """An instance with the sizes of `base`, changed; None takes a size away."""
+    sizes = {key: value for key, value in {**base, **changes}.items() if value is not None or key.endswith("_id")}
+    return Instance(lambda: AutoConfig.for_model(model_type, **sizes), tuple(refused.split()))
+
+
+FAMILIES: dict[str, Instance] = {
+    "ministral": of("ministral", layer_types=LAYERS, sliding_window=5),
+    "ministral3": of("ministral3"),
+    "seed_oss": of("seed_oss", attention_bias=True, attention_out_bias=True, mlp_bias=True),
+    "ernie4_5": of("ernie4_5", use_bias=True, tie_word_embeddings=True),
+    "helium": of("helium", FULL, head_dim=16),
+    "cwm": of(
+        "cwm",
+        bos_token_id=1,
+        eos_token_id=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        layer_types=LAYERS,
+        sliding_window=5,
+    ),
+    "gemma": of("gemma", attention_bias=True),
+    "arcee": of("arcee", attention_bias=True, mlp_bias=True),
+    "apertus": of("apertus", attention_bias=True),
+    "hunyuan": of("hunyuan_v1_dense", attention_bias=True),
+    "glm": of("glm", attention_bias=True),
+    "phi3": of("phi3", FULL, num_key_value_heads=2, sliding_window=5),
+    # norms after the block
+    "gemma2": of("gemma2", refused="R1", layer_types=LAYERS, sliding_window=5, query_pre_attn_scalar=16),
+    "gemma3": of("gemma3_text", refused="R1", layer_types=LAYERS, sliding_window=5, query_pre_attn_scalar=16),
+    "olmo2": of("olmo2", refused="R1", attention_bias=True),
+    "olmo3": of("olmo3", refused="R1", layer_types=LAYERS, sliding_window=5),
+    "exaone4": of("exaone4", refused="R1", layer_types=LAYERS, sliding_window=5),
+    "glm4": of("glm4", refused="R1", attention_bias=True),
+    # norms that subtract the mean
+    "olmo": of("olmo", attention_bias=True),
+    "olmo-clipped": of("olmo", refused="R2", clip_qkv=0.5),
+    "nemotron": of("nemotron", attention_bias=True, mlp_bias=True),
+    "starcoder2": of("starcoder2", FULL, num_key_value_heads=2, use_bias=True, sliding_window=5),
+    "cohere": of("cohere", use_qk_norm=True, attention_bias=True),
+    "cohere2": of("cohere2", layer_types=LAYERS, sliding_window=5),
+    "stablelm": of("stablelm", FULL, use_qkv_bias=True, qk_layernorm=True),
+    "stablelm-parallel": of("stablelm", FULL, use_parallel_residual=True),
+    "phi": of("phi", FULL, qk_layernorm=True),
+    "gptj": of("gptj", FULL, refused="R3", rotary_dim=8, intermediate_size=None),
+    "opt": of("opt", FULL, ffn_dim=80, word_embed_proj_dim=64),
+    "opt-post": of("opt", FULL, refused="R1", ffn_dim=80, word_embed_proj_dim=64, do_layer_norm_before=False),
+    "gpt_neox": of("gpt_neox", FULL),
+    "gpt_neox-sequential": of("gpt_neox", FULL, use_parallel_residual=False, attention_bias=False),
+    "persimmon": of("persimmon", FULL),
+    "falcon": of("falcon", FULL, refused="R3", multi_query=True, parallel_attn=True, bias=True),
+    "falcon-sequential": of(
+        "falcon", FULL, refused="R3", multi_query=False, parallel_attn=False, alibi=True, bias=True
+    ),
+    "falcon-grouped": of("falcon", FULL, refused="R3", new_decoder_architecture=True, num_kv_heads=2),
+    "falcon-grouped-one-norm": of(
+        "falcon", FULL, refused="R3", new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1
+    ),
+    "bloom": of("bloom", FULL, refused="R1 R3"),
+    "bloom-slow": of("bloom", FULL, refused="R1 R3 R4", slow_but_exact=True, pretraining_tp=2),
+    "mpt": of("mpt", FULL, refused="R3"),
+    "mpt-clipped": of("mpt", FULL, refused="R2 R3", attn_config={"clip_qkv": 0.5}),
+    "gpt_bigcode": of("gpt_bigcode", FULL, multi_query=True),
+    "gpt_bigcode-multi-head": of("gpt_bigcode", FULL, multi_query=False, n_inner=80),
+    "gpt2": of("gpt2", FULL),
+    "phi3-mha": of("phi3", FULL, num_key_value_heads=4, partial_rotary_factor=0.5),
+}
+assert VOCABULARY == SMALL["vocab_size"]

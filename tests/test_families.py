@@ -1,0 +1,173 @@
+"""The laws of every table: rotating changes nothing but the numbers inside, and what is refused would change more."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from conftest import logits, random_weights, tokens
+from families import FAMILIES
+from spinquant import RotationSpec, attach, fuse_module, make_plan, make_rotations, plan_of, prove, read_headers
+from spinquant.architectures import FAMILIES as TABLES
+from spinquant.calibrate import captured
+from spinquant.errors import RotationError
+from spinquant.fuse import rotate_axis
+from spinquant.module import tensor_shapes
+from spinquant.plan import ROTATION_NAMES
+from spinquant.proof import Float64Arithmetic, greedy_logits, output_axis
+
+CASES = [(name, rotation) for name, instance in FAMILIES.items() for rotation in (*instance.allowed, "all")]
+REFUSED = [(name, rotation) for name, instance in FAMILIES.items() for rotation in instance.refused]
+
+
+def tiny(name, *, attention=None):
+    """By default with the attention that the class prefers: sdpa, where it knows that."""
+    config = FAMILIES[name].config()
+    return random_weights(AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation=attention))
+
+
+def rotations_of(name, rotation):
+    return FAMILIES[name].allowed if rotation == "all" else (rotation,)
+
+
+def close(found, expected):
+    return torch.allclose(found, expected, atol=1e-9, rtol=1e-9)
+
+
+def test_every_table_has_an_instance():
+    from conftest import CONFIGS
+
+    tried = {instance.config().model_type for instance in FAMILIES.values()}
+    tried |= {config().model_type for config in CONFIGS.values()}
+    assert {name for table in TABLES for name in table.model_types} == tried
+
+
+@pytest.mark.parametrize(("name", "rotation"), CASES)
+def test_rotating_does_not_change_the_function(name, rotation):
+    """Whole sequences, and token by token through the cache."""
+    model, ids = tiny(name), tokens()
+    plan = plan_of(model)
+    before = logits(model, ids)
+    assert before.isfinite().all()
+    with Float64Arithmetic():
+        generated = greedy_logits(model, ids)
+    rotations = make_rotations(plan, RotationSpec(rotations_of(name, rotation), randomize=True, transform_type="auto"))
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    fuse_module(model, plan, rotations)
+    with attach(model, plan, rotations), Float64Arithmetic():
+        assert close(logits(model, ids), before)
+        assert close(greedy_logits(model, ids), generated)
+    # Without the online parts the function is another, where there are some: they do something.
+    online = {o.space for o in plan.onlines if o.site != "query_key"} & set(rotations)
+    assert close(logits(model, ids), before) != bool(online)
+    changed = {n for n, p in model.named_parameters() if n in weights and not torch.equal(p, weights[n])}
+    assert changed or rotation == "R3"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_kinds_blocks_and_eager_attention(name):
+    instance = FAMILIES[name]
+    model, ids = tiny(name, attention="eager"), tokens()
+    before = logits(model, ids)
+    plan = plan_of(model)
+    rotated = [r for r in ("R1", "R2", "R3", "R4") if r in instance.allowed]
+    kinds = {"R1": "random-matrix", "R2": "hadamard", "R3": "random-hadamard", "R4": "hadamard"}
+    kinds = {r: kind for r, kind in kinds.items() if r in rotated}
+    rotations = make_rotations(plan, RotationSpec(rotated, kinds, 8, seed=2))
+    fuse_module(model, plan, rotations)
+    with attach(model, plan, rotations):
+        assert close(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_activations_are_the_rotated_ones(name):
+    """A plan that does nothing keeps the function too; this law tells it apart."""
+    model, ids = tiny(name), tokens()
+    plan = plan_of(model)
+    places = {m: output_axis(model, plan, m) for m, module in model.named_modules()}
+    places = {m: axis for m, axis in places.items() if axis is not None}
+    allowed = [r for r in ("R1", "R2") if r in FAMILIES[name].allowed]
+    spaces = {plan.space[axis.space].rotation for axis in places.values()}
+    assert set(allowed) <= spaces
+    with captured(model, places) as before:
+        logits(model, ids)
+    rotations = make_rotations(plan, RotationSpec(allowed, "auto"))
+    fuse_module(model, plan, rotations)
+    with captured(model, places) as after:
+        logits(model, ids)
+    for module, axis in places.items():
+        if axis.space not in rotations or module not in before:
+            continue
+        expected = rotate_axis(before[module], -1, rotations[axis.space], axis.span)
+        assert close(after[module], expected), module
+        assert not torch.allclose(after[module], before[module], atol=1e-2), module
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_saved_and_loaded_it_is_the_same_model(name, tmp_path):
+    """Names of a checkpoint give the plan that names of the module give; a rotated model loads as its own class."""
+    model, ids = tiny(name), tokens()
+    plan = plan_of(model)
+    model.save_pretrained(tmp_path / "original")
+    shapes = {n: info.shape for n, info in read_headers(tmp_path / "original").items()}
+    found = make_plan(AutoConfig.from_pretrained(tmp_path / "original"), shapes)
+    for part in ("family", "spaces", "onlines", "linears", "attentions", "blocks", "head", "refused"):
+        assert getattr(found, part) == getattr(plan, part)
+    if set(shapes) <= {n for n, _ in model.named_parameters(remove_duplicate=False)}:
+        assert found == plan
+    # Loaded too, since buffers are computed in another precision when a model is loaded.
+    before = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "original", dtype=torch.float64).eval(), ids)
+    allowed = [r for r in ("R1", "R2") if r in FAMILIES[name].allowed]
+    fuse_module(model, plan, make_rotations(plan, RotationSpec(allowed, "auto")))
+    model.save_pretrained(tmp_path / "rotated")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "rotated", dtype=torch.float64)
+    assert type(loaded) is type(model)
+    assert close(logits(loaded.eval(), ids), before)
+
+
+def test_checkpoints_without_the_prefix_of_the_model():
+    """GPT-2's first checkpoints are of the model without its head."""
+    model = tiny("gpt2")
+    shapes = tensor_shapes(model)
+    bare = {name.removeprefix("transformer."): shape for name, shape in shapes.items() if name != "lm_head.weight"}
+    plan, found = plan_of(model), make_plan(model.config, bare)
+    assert [(a.dim, a.space, a.span) for a in found.axes] == [(a.dim, a.space, a.span) for a in plan.axes]
+    assert {axis.tensor for axis in found.axes} <= {*bare, "lm_head.weight"}
+    assert {gain.bias for gain in found.gains} <= set(bare)
+    assert found.linears == plan.linears and found.onlines == plan.onlines
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_twin_proves_it(name):
+    spec = RotationSpec(FAMILIES[name].allowed, "auto", randomize=True)
+    assert prove(FAMILIES[name].config(), spec).relative < 1e-12
+
+
+@pytest.mark.parametrize(("name", "rotation"), REFUSED)
+def test_what_is_refused_is_impossible(name, rotation):
+    """The message gives the reason, and forcing the rotation changes the function."""
+    model, ids = tiny(name), tokens()
+    plan = plan_of(model)
+    with pytest.raises(RotationError, match=rf"{rotation} is impossible for .*: .{{40}}"):
+        make_rotations(plan, RotationSpec(rotation))
+    forced = replace(plan, refused=())
+    if not forced.spaces_of(rotation):
+        pytest.skip("the model has no such space")
+    before = logits(model, ids)
+    rotations = make_rotations(forced, RotationSpec(rotation, "auto"))
+    fuse_module(model, forced, rotations)
+    try:
+        with attach(model, forced, rotations):
+            assert not torch.allclose(logits(model, ids), before, atol=1e-3)
+    except (AttributeError, KeyError, TypeError):
+        assert rotation == "R3"  # an attention that gives nothing to rotate
+
+
+def test_every_refusal_is_tried():
+    """Of each table, each refused rotation."""
+    tried = set()
+    for name, rotation in REFUSED:
+        tried.add((plan_of(tiny(name)).family, rotation))
+    assert {(table.name, r.rotation) for table in TABLES for r in table.refused} <= tried
+    assert {r.rotation for table in TABLES for r in table.refused} <= set(ROTATION_NAMES)
