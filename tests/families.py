@@ -15,6 +15,26 @@ SMALL = {**SIZES, "num_hidden_layers": 2}
 # Families whose heads fill the hidden size.
 FULL = {k: v for k, v in {**SMALL, "num_attention_heads": 4, "hidden_size": 64}.items() if k != "head_dim"}
 LAYERS = ["full_attention", "sliding_attention"]
+MOE = {
+    **SMALL,
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+COHERE = {"prefix_dense_intermediate_size": 40, "layer_types": LAYERS, "sliding_window": 5}
+MLA = {
+    **MOE,
+    "head_dim": None,
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 24,
+    "n_shared_experts": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -94,6 +114,25 @@ FAMILIES: dict[str, Instance] = {
     "gpt_bigcode": of("gpt_bigcode", FULL, multi_query=True),
     "gpt_bigcode-multi-head": of("gpt_bigcode", FULL, multi_query=False, n_inner=80),
     "gpt2": of("gpt2", FULL),
+    # mixtures of experts
+    "mixtral": of("mixtral", MOE, sliding_window=5),
+    "minimax_m2": of("minimax_m2", MOE, rotary_dim=8),
+    "qwen2_moe": of("qwen2_moe", MOE, head_dim=None, hidden_size=96, shared_expert_intermediate_size=48),
+    "qwen3_moe": of("qwen3_moe", MOE, mlp_only_layers=[0], attention_bias=True),
+    "olmoe": of("olmoe", MOE, head_dim=None, hidden_size=96),
+    "olmoe-clipped": of("olmoe", MOE, head_dim=None, hidden_size=96, refused="R2", clip_qkv=0.5),
+    "phimoe": of("phimoe", MOE, head_dim=None, hidden_size=96, attention_bias=True, lm_head_bias=True),
+    "granitemoe": of("granitemoe", MOE, head_dim=None, hidden_size=96, attention_bias=True),
+    "granitemoeshared": of("granitemoeshared", MOE, head_dim=None, hidden_size=96, shared_intermediate_size=48),
+    "gpt_oss": of("gpt_oss", MOE, layer_types=LAYERS, sliding_window=5),
+    "glm4_moe": of("glm4_moe", MOE, attention_bias=True, use_qk_norm=True),
+    "dots1": of("dots1", MOE, n_shared_experts=2, first_k_dense_replace=1),
+    "ernie4_5_moe": of("ernie4_5_moe", MOE, use_bias=False, moe_num_experts=4, moe_k=2, tie_word_embeddings=True),
+    "hunyuan_v1_moe": of("hunyuan_v1_moe", MOE, moe_topk=2),
+    "cohere2_moe": of("cohere2_moe", MOE, num_shared_experts=1, mlp_layer_types=["dense", "sparse"], **COHERE),
+    "cohere2_moe-rms": of("cohere2_moe", MOE, rms_norm_eps=1e-5, **COHERE),
+    "deepseek_v2": of("deepseek_v2", MLA, refused="R3", q_lora_rank=None),
+    "deepseek_v3": of("deepseek_v3", MLA, refused="R3", q_lora_rank=24, attention_bias=True),
     "phi3-mha": of("phi3", FULL, num_key_value_heads=4, partial_rotary_factor=0.5),
 }
 assert VOCABULARY == SMALL["vocab_size"]

@@ -1,21 +1,39 @@
 """The laws of every table: rotating changes nothing but the numbers inside, and what is refused would change more."""
 
+import copy
+import json
+import re
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import logits, random_weights, tokens
 from families import FAMILIES
-from spinquant import RotationSpec, attach, fuse_module, make_plan, make_rotations, plan_of, prove, read_headers
+from spinquant import (
+    RotationSpec,
+    attach,
+    fuse_module,
+    load,
+    make_plan,
+    make_rotations,
+    plan_of,
+    prove,
+    quantize,
+    read_headers,
+    rotate,
+)
 from spinquant.architectures import FAMILIES as TABLES
 from spinquant.calibrate import captured
-from spinquant.errors import RotationError
-from spinquant.fuse import rotate_axis
+from spinquant.errors import ArchitectureError, RotationError, SchemeError
+from spinquant.fuse import rotate_axis, transform
 from spinquant.module import tensor_shapes
+from spinquant.pipeline import Options
 from spinquant.plan import ROTATION_NAMES
-from spinquant.proof import Float64Arithmetic, greedy_logits, output_axis
+from spinquant.proof import Float64Arithmetic, exact_experts, greedy_logits, output_axis
 
 CASES = [(name, rotation) for name, instance in FAMILIES.items() for rotation in (*instance.allowed, "all")]
 REFUSED = [(name, rotation) for name, instance in FAMILIES.items() for rotation in instance.refused]
@@ -24,7 +42,16 @@ REFUSED = [(name, rotation) for name, instance in FAMILIES.items() for rotation 
 def tiny(name, *, attention=None):
     """By default with the attention that the class prefers: sdpa, where it knows that."""
     config = FAMILIES[name].config()
-    return random_weights(AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation=attention))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation=attention)
+    return random_weights(prepared(model))
+
+
+def prepared(model):
+    """In float64 throughout, which some classes and grouped products of experts are not."""
+    exact_experts(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.double()
+    return model.eval()
 
 
 def rotations_of(name, rotation):
@@ -116,14 +143,39 @@ def test_saved_and_loaded_it_is_the_same_model(name, tmp_path):
         assert getattr(found, part) == getattr(plan, part)
     if set(shapes) <= {n for n, _ in model.named_parameters(remove_duplicate=False)}:
         assert found == plan
+    if found.spaces_of("R1") and "R1" not in dict(found.refused):
+        assert {gain.norm for gain in found.gains} <= set(shapes)
     # Loaded too, since buffers are computed in another precision when a model is loaded.
-    before = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "original", dtype=torch.float64).eval(), ids)
+    original = AutoModelForCausalLM.from_pretrained(tmp_path / "original", dtype=torch.float64)
+    before = logits(prepared(original), ids)
     allowed = [r for r in ("R1", "R2") if r in FAMILIES[name].allowed]
-    fuse_module(model, plan, make_rotations(plan, RotationSpec(allowed, "auto")))
+    spec = RotationSpec(allowed, "auto")
+    fuse_module(model, plan, make_rotations(plan, spec))
     model.save_pretrained(tmp_path / "rotated")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "rotated", dtype=torch.float64)
     assert type(loaded) is type(model)
-    assert close(logits(loaded.eval(), ids), before)
+    # Some classes keep their routers in float32, whatever else is asked for.
+    tolerance = 1e-9 if all(p.dtype == torch.float64 for p in loaded.parameters()) else 1e-4
+    assert torch.allclose(logits(prepared(loaded), ids), before, atol=tolerance)
+    rotate_checkpoint(tmp_path / "original", tmp_path / "tensors", found, make_rotations(found, spec))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "tensors", dtype=torch.float64)
+    for (n, fused), tensor in zip(loaded.named_parameters(), again.parameters(), strict=True):
+        assert torch.allclose(fused, tensor.double(), atol=tolerance), n
+
+
+def rotate_checkpoint(source, out, plan, rotations):
+    """Rotate a folder tensor by tensor, under the names that it has there."""
+    shutil.copytree(source, out)
+    tensors = load_file(out / "model.safetensors")
+    gains = {gain.norm: tensors[gain.norm] for gain in plan.gains}
+    for tie in plan.ties if "residual" in rotations else ():
+        tensors[tie.tensor] = tensors[tie.source]
+    fused = {n: transform(n, t, plan, gains, rotations).clone() for n, t in tensors.items()}
+    save_file(fused, out / "model.safetensors", {"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    if "residual" in rotations:
+        config["tie_word_embeddings"] = False
+    (out / "config.json").write_text(json.dumps(config))
 
 
 def test_checkpoints_without_the_prefix_of_the_model():
@@ -160,7 +212,7 @@ def test_what_is_refused_is_impossible(name, rotation):
     try:
         with attach(model, forced, rotations):
             assert not torch.allclose(logits(model, ids), before, atol=1e-3)
-    except (AttributeError, KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError, RotationError):
         assert rotation == "R3"  # an attention that gives nothing to rotate
 
 
@@ -171,3 +223,67 @@ def test_every_refusal_is_tried():
         tried.add((plan_of(tiny(name)).family, rotation))
     assert {(table.name, r.rotation) for table in TABLES for r in table.refused} <= tried
     assert {r.rotation for table in TABLES for r in table.refused} <= set(ROTATION_NAMES)
+
+
+def test_experts_are_refused_where_r4_cannot_be_inside_them():
+    """A loop over experts does not call the method in which R4 stands."""
+    model, ids = tiny("qwen3_moe"), tokens()
+    plan = plan_of(model)
+    rotations = make_rotations(plan, RotationSpec("R4"))
+    before = logits(model, ids)
+    fuse_module(model, plan, rotations)
+    with attach(model, plan, rotations):
+        twin = copy.deepcopy(model)  # has online parts of its own
+        model.set_experts_implementation("eager")
+        with pytest.raises(RotationError, match=r"mlp\.experts|grouped_mm"):
+            logits(model, ids)
+        model.set_experts_implementation("batched_mm")
+        assert close(logits(model, ids), before)
+    assert not close(logits(model, ids), before)
+    assert close(logits(twin, ids), before)
+    assert "_apply_gate" not in vars(model.model.layers[1].mlp.experts)
+
+
+def test_a_rotated_mixture_is_saved_with_its_online_parts(tmp_path):
+    model, ids = tiny("qwen3_moe").float(), tokens()
+    before = model(ids).logits
+    rotate(model, RotationSpec("R1,R2,R4"), options=Options(prove=False))
+    model.save_pretrained(tmp_path / "rotated")
+    loaded = load(tmp_path / "rotated")
+    loaded.set_experts_implementation("batched_mm")
+    assert torch.allclose(loaded(ids).logits, before, atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "match"), [("mixtral", "experts"), ("gpt2", "Conv1D")])
+def test_weights_that_are_no_linears_are_not_quantized_silently(name, match):
+    with pytest.raises(SchemeError, match=match):
+        quantize(tiny(name), "W4")
+
+
+def test_a_zero_in_the_scale_of_a_norm_is_refused_by_name():
+    """Its bias cannot move in front of it."""
+    model = tiny("gpt2")
+    with torch.no_grad():
+        model.transformer.h[1].ln_2.weight[3] = 0
+    plan = plan_of(model)
+    with pytest.raises(RotationError, match=r"h\.1\.ln_2\.weight"):
+        fuse_module(model, plan, make_rotations(plan, RotationSpec("R1")))
+
+
+def test_a_missing_part_of_an_alternative_is_refused_by_name(tmp_path):
+    """A layer has stacked experts, or single ones, or is dense: whatever it has, it has whole."""
+    model = tiny("qwen3_moe")
+    stacked = tensor_shapes(model)
+    model.save_pretrained(tmp_path)
+    single = {n: info.shape for n, info in read_headers(tmp_path).items()}
+    for shapes, lost in (
+        (stacked, "model.layers.1.mlp.experts.down_proj"),
+        (stacked, "model.layers.1.mlp.gate.weight"),
+        (stacked, "model.layers.0.mlp.up_proj.weight"),
+        (single, "model.layers.1.mlp.experts.2.up_proj.weight"),
+    ):
+        with pytest.raises(ArchitectureError, match=re.escape(lost)):
+            make_plan(model.config, {n: s for n, s in shapes.items() if n != lost})
+    without = {n: s for n, s in stacked.items() if not n.startswith("model.layers.1.mlp")}
+    with pytest.raises(ArchitectureError, match="layer 1 has none of"):
+        make_plan(model.config, without)

@@ -2,6 +2,8 @@
 
 - At the input of a linear: rotate (R4), then round to the activation grid. Linears that read the same activation
   (q, k and v; gate and up) share the work.
+- Inside stacked experts, before their second product: rotate (R4). transformers' batched implementations call a method
+  of the module between the two products, which is covered on that module alone.
 - On queries and keys (R3): queries are rotated inside transformers' attention interface, keys once, on their way
   into the KV cache, where keys and values are also rounded and packed.
 
@@ -29,6 +31,8 @@ from spinquant.rotation import Rotation
 
 PREFIX = "spinquant_"
 ATTENTIONS = ("sdpa", "eager", "flex_attention")
+EXPERTS = ("grouped_mm", "batched_mm")
+GATE = "_apply_gate"
 QUERY_ROTATION = "_spinquant_query_rotation"
 ATTACHMENT = "_spinquant_attachment"
 
@@ -53,6 +57,11 @@ class Attachment:
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute, and remember what it was."""
         self._attributes.append((owner, name, hasattr(owner, name), getattr(owner, name, None)))
+        setattr(owner, name, value)
+
+    def cover(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute of an object that its class has, until `remove` takes it away again."""
+        self._attributes.append((owner, name, False, None))
         setattr(owner, name, value)
 
     def remove(self) -> None:
@@ -105,6 +114,7 @@ def attach(
     attachment.set(model, ATTACHMENT, attachment)
     try:
         _attach_inputs(model, plan, rotations, scheme, clips, attachment)
+        _attach_experts(model, plan, rotations, attachment)
         _attach_attention(model, plan, rotations, scheme.kv, clips, attachment)
     except BaseException:
         attachment.remove()
@@ -187,6 +197,41 @@ class InputSite:
         if len(self._read_by) >= self.readers:
             self._forget()  # the activation is not kept alive past its last reader
         return (result, *args[1:])
+
+
+def _attach_experts(model: nn.Module, plan: Plan, rotations: Mapping[str, Rotation], attachment: Attachment) -> None:
+    for online in plan.onlines:
+        if online.site == "experts" and online.space in rotations:
+            experts: Any = model.get_submodule(online.module)
+            if not hasattr(experts, GATE):
+                raise RotationError(
+                    f"R4 cannot run inside {online.module!r}: {type(experts).__name__} has no {GATE}, as transformers' "
+                    "experts have. Leave R4 out."
+                )
+            attachment.cover(experts, GATE, RotatedGate(experts, rotations[online.space]))
+            attachment.hook(experts.register_forward_pre_hook(_check_experts))
+
+
+class RotatedGate:
+    """Takes the place of a stack of experts' activation: what it gives is rotated on its way to the second product."""
+
+    def __init__(self, experts: nn.Module, rotation: Rotation):
+        self.experts = experts
+        self.rotation = rotation
+
+    def __call__(self, gate_up: Tensor) -> Tensor:
+        return self.rotation.apply(getattr(type(self.experts), GATE)(self.experts, gate_up))
+
+
+def _check_experts(module: nn.Module, args: tuple[Any, ...]) -> None:
+    config: Any = module.config
+    found = config._experts_implementation
+    if found not in EXPERTS:
+        # A loop over experts does not call the method: the second product would read what is not rotated.
+        raise RotationError(
+            f"R4 cannot run inside experts under implementation {found!r}: call model.set_experts_implementation("
+            f"'grouped_mm') (supported: {', '.join(EXPERTS)}), or leave R4 out"
+        )
 
 
 def _attach_attention(

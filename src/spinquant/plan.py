@@ -25,7 +25,7 @@ from spinquant.errors import RotationError
 ROTATION_NAMES = ("R1", "R2", "R3", "R4")
 MERGEABLE = ("R1", "R2")  # fused into weights; R3 and R4 need work at run time
 
-Site = Literal["input", "query_key"]
+Site = Literal["input", "query_key", "experts"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ class Gain:
 
 @dataclass(frozen=True)
 class Online:
-    """A space that is rotated at run time: at the input of a linear, or on the queries and keys of an attention."""
+    """A space that is rotated at run time: at the input of a linear, on the queries and keys of an attention, or inside
+    stacked experts, before their second product."""
 
     module: str
     site: Site

@@ -18,6 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from spinquant.architectures import family_of
 from spinquant.calibrate import captured, device_of
@@ -33,7 +34,14 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torc
 
 TWIN_HIDDEN, TWIN_INTERMEDIATE, TWIN_VOCABULARY, TWIN_BLOCK = 48, 80, 96, 16
 INTERMEDIATES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
-TWIN_SIZES: dict[str, int] = {}
+# What else a twin has less of; a config that has less already keeps it.
+TWIN_SIZES = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "decoder_sparse_step"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_intermediate_size", "shared_expert_intermediate_size"), 32),
+    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "moe_layer_start_index"), 1),
+    "prefix_dense_intermediate_size": TWIN_INTERMEDIATE,
+}
 
 
 @dataclass(frozen=True)
@@ -109,8 +117,11 @@ def compare(before: Snapshot, model: nn.Module, plan: Plan, rotations: Mapping[s
 
 def output_axis(model: nn.Module, plan: Plan, name: str) -> Axis | None:
     """The axis of a module's weight that its output has, where it lives in a space."""
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+        return None
     # An embedding's is the last of its weight, and so is that of Conv1D, which stores (in, out); a linear's the first.
-    dim = 0 if isinstance(model.get_submodule(name), nn.Linear) else 1
+    dim = 0 if isinstance(module, nn.Linear) else 1
     axes = [axis for axis in plan.axes_of.get(f"{name}.weight", ()) if axis.dim == dim]
     return axes[0] if axes else None
 
@@ -182,15 +193,23 @@ def make_twin(config: Any, *, seed: int = 0, attn_implementation: str | None = N
     model = AutoModelForCausalLM.from_config(
         twin_config(config), dtype=torch.float64, attn_implementation=attn_implementation
     )
+    exact_experts(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.double()  # some classes ask for float32 here and there
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             if parameter.ndim > 1:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
             else:
                 parameter.copy_(0.3 * noise + (0.0 if name.endswith("bias") else 1.0))
     return model.eval()
+
+
+def exact_experts(model: Any) -> None:
+    """Let experts be multiplied in float64, which grouped products cannot."""
+    if any(hasattr(module, "_apply_gate") for module in model.modules()):
+        model.set_experts_implementation("batched_mm")
 
 
 Planner = Callable[[Any], tuple[Plan, Mapping[str, Rotation]]]

@@ -129,13 +129,12 @@ class _Build:
     def explained(self) -> dict[str, tuple[Living, ...]]:
         """Where the axes of every tensor that is there live. Raises ArchitectureError for one missing or unknown."""
         found: dict[str, tuple[Living, ...]] = {}
-        absent = self._absent()
         for pattern, living in self._patterns().items():
             optional, pattern = pattern.endswith("?"), pattern.removesuffix("?")
             for name, i in self.each(pattern):
                 if name in self.shapes:
                     found[name] = tuple(_in_layer(space, i) for space in living)
-                elif not optional and not (name.startswith(absent[0]) and not name.startswith(absent[1])):
+                elif not optional and self._is_needed(name, i):
                     raise ArchitectureError(
                         f"{self.family.name}: tensor {name!r} is missing; the config promises {len(self.layers)} "
                         f"layers of model_type {self.config.model_type!r}. The checkpoint is incomplete or not of this "
@@ -165,22 +164,34 @@ class _Build:
         implied[f"{family.head.removesuffix('weight')}bias?"] = (None,)
         return {**family.tensors, **{k: v for k, v in implied.items() if k.removesuffix("?") not in stated}}
 
-    def _absent(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Prefixes of the tensors of alternatives that are absent, and of those that are present."""
-        prefixes: dict[bool, list[str]] = {True: [], False: []}
-        for choice in self.family.choices:
-            for i in self.layers:
-                there = [[p.replace("{i}", str(i)) for p in prefixes] for prefixes in choice]
-                present = [self.is_there(alternative[0]) for alternative in there]
+    def _is_needed(self, name: str, i: int | None) -> bool:
+        """Whether a tensor that is not there is missed: not where it belongs to absent alternatives alone."""
+        if i is None:
+            return True
+        absent, present = self._alternatives[i]
+        return not absent.match(name) or bool(present.match(name))
+
+    @cached_property
+    def _alternatives(self) -> list[tuple[re.Pattern[str], re.Pattern[str]]]:
+        """By layer, what names begin with that belong to alternatives which are absent, and to those that are there."""
+        found = []
+        for i in self.layers:
+            prefixes: dict[bool, list[str]] = {True: [], False: []}
+            for choice in self.family.choices:
+                here = [tuple(p.replace("{i}", str(i)) for p in alternative) for alternative in choice]
+                present = [self.is_there(alternative[0].replace("{e}", "0")) for alternative in here]
                 if not any(present):
                     raise ArchitectureError(
                         f"{self.family.name}: layer {i} has none of "
-                        f"{', '.join(repr(alternative[0]) for alternative in there)}. The checkpoint is incomplete or "
+                        f"{', '.join(repr(alternative[0]) for alternative in here)}. The checkpoint is incomplete or "
                         "not of this family."
                     )
-                for alternative, is_present in zip(there, present, strict=True):
-                    prefixes[is_present].extend(alternative)
-        return tuple(prefixes[False]), tuple(prefixes[True])
+                for alternative, is_present in zip(here, present, strict=True):
+                    prefixes[is_present].extend(re.escape(p).replace(r"\{e\}", r"\d+") for p in alternative)
+            # An empty alternation would match every name.
+            absent, present = ("|".join(prefixes[there]) or "(?!)" for there in (False, True))
+            found.append((re.compile(absent), re.compile(present)))
+        return found
 
     def axes(self) -> tuple[Axis, ...]:
         """In the order of the table, whatever the order of the file."""
