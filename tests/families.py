@@ -4,7 +4,7 @@ Grouped-query heads, heads that do not fill the hidden size, sliding and full la
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import AutoConfig
@@ -24,6 +24,14 @@ MOE = {
     "n_group": 1,
     "topk_group": 1,
 }
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+}
+MAMBA = {"mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 4}
 COHERE = {"prefix_dense_intermediate_size": 40, "layer_types": LAYERS, "sliding_window": 5}
 MLA = {
     **MOE,
@@ -39,21 +47,21 @@ MLA = {
 
 @dataclass(frozen=True)
 class Instance:
-    """A config, and the rotations that its table refuses."""
+    """A config, the rotations that its table refuses, and those that have no space in it."""
 
     config: Callable[[], Any]
     refused: tuple[str, ...] = ()
-    inner: tuple[str, ...] = field(default=())
+    lacks: tuple[str, ...] = ()
 
     @property
     def allowed(self) -> tuple[str, ...]:
-        return tuple(name for name in ("R1", "R2", "R3", "R4") if name not in self.refused)
+        return tuple(name for name in ("R1", "R2", "R3", "R4") if name not in (*self.refused, *self.lacks))
 
 
-def of(model_type: str, base: dict[str, Any] = SMALL, refused: str = "", **changes: Any) -> Instance:
+def of(model_type: str, base: dict[str, Any] = SMALL, refused: str = "", lacks: str = "", **changes: Any) -> Instance:
     """An instance with the sizes of `base`, changed; None takes a size away."""
     sizes = {key: value for key, value in {**base, **changes}.items() if value is not None or key.endswith("_id")}
-    return Instance(lambda: AutoConfig.for_model(model_type, **sizes), tuple(refused.split()))
+    return Instance(lambda: AutoConfig.for_model(model_type, **sizes), tuple(refused.split()), tuple(lacks.split()))
 
 
 FAMILIES: dict[str, Instance] = {
@@ -133,6 +141,47 @@ FAMILIES: dict[str, Instance] = {
     "cohere2_moe-rms": of("cohere2_moe", MOE, rms_norm_eps=1e-5, **COHERE),
     "deepseek_v2": of("deepseek_v2", MLA, refused="R3", q_lora_rank=None),
     "deepseek_v3": of("deepseek_v3", MLA, refused="R3", q_lora_rank=24, attention_bias=True),
+    # recurrences, alone and beside attention
+    "qwen3_next": of("qwen3_next", MOE, refused="R2", shared_expert_intermediate_size=48, **DELTA),
+    "qwen3_5": of("qwen3_5_text", refused="R2", attention_bias=True, **DELTA),
+    "qwen3_5_moe": of("qwen3_5_moe_text", MOE, refused="R2", shared_expert_intermediate_size=48, **DELTA),
+    "jamba": of(
+        "jamba",
+        MOE,
+        head_dim=None,
+        hidden_size=96,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        mamba_d_state=8,
+        mamba_dt_rank=4,
+    ),
+    "bamba": of("bamba", FULL, num_key_value_heads=2, attn_layer_indices=[1], mamba_n_heads=8, **MAMBA),
+    "falcon_h1": of("falcon_h1", mamba_d_ssm=96, mamba_n_heads=6, **MAMBA),
+    "granitemoehybrid": of(
+        "granitemoehybrid",
+        {**MOE, "hidden_size": 96},
+        head_dim=None,
+        layer_types=["mamba", "attention"],
+        shared_intermediate_size=48,
+        mamba_n_heads=12,
+        **MAMBA,
+    ),
+    "granitemoehybrid-dense": of(
+        "granitemoehybrid",
+        {**MOE, "hidden_size": 96},
+        head_dim=None,
+        num_local_experts=0,
+        layer_types=["mamba", "attention"],
+        shared_intermediate_size=48,
+        mamba_n_heads=12,
+        **MAMBA,
+    ),
+    "lfm2": of("lfm2", FULL, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
+    "mamba": of("mamba", FULL, lacks="R2 R3 R4", state_size=8, time_step_rank=4),
+    "falcon_mamba": of("falcon_mamba", FULL, lacks="R2 R3 R4", state_size=8, time_step_rank=4),
+    "mamba2": of("mamba2", FULL, lacks="R2 R3 R4", state_size=8, num_heads=8, head_dim=16, n_groups=2, chunk_size=4),
     "phi3-mha": of("phi3", FULL, num_key_value_heads=4, partial_rotary_factor=0.5),
 }
 assert VOCABULARY == SMALL["vocab_size"]

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -88,6 +89,8 @@ def test_rotating_does_not_change_the_function(name, rotation):
     # Without the online parts the function is another, where there are some: they do something.
     online = {o.space for o in plan.onlines if o.site != "query_key"} & set(rotations)
     assert close(logits(model, ids), before) != bool(online)
+    with pytest.raises(RotationError, match="no space") if FAMILIES[name].lacks else nullcontext():
+        make_rotations(plan, RotationSpec(FAMILIES[name].lacks))
     changed = {n for n, p in model.named_parameters() if n in weights and not torch.equal(p, weights[n])}
     assert changed or rotation == "R3"
 

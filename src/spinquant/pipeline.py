@@ -241,8 +241,8 @@ def check_groups(plan: Plan, model: Any, scheme: Scheme) -> None:
         module = model.get_submodule(name)
         if (scheme.weights or scheme.activations) and not isinstance(module, nn.Linear):
             raise SchemeError(
-                f"{name} is a {type(module).__name__}, whose weight is stored as (in, out): only linears are quantized. It "
-                "can be rotated, and its KV cache quantized."
+                f"{name} is a {type(module).__name__}, whose weight is (in, out): only linears are quantized. "
+                "It can be rotated, and its KV cache quantized."
             )
     experts = next((online.module for online in plan.onlines if online.site == "experts"), None)
     if experts is not None and (scheme.weights or scheme.activations):

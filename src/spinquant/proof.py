@@ -41,6 +41,13 @@ TWIN_SIZES = {
     **dict.fromkeys(("moe_intermediate_size", "shared_intermediate_size", "shared_expert_intermediate_size"), 32),
     **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "moe_layer_start_index"), 1),
     "prefix_dense_intermediate_size": TWIN_INTERMEDIATE,
+    # Hybrids: a period of layers, and recurrent heads of 16 that fill twice the hidden size.
+    **dict.fromkeys(("attn_layer_period", "expert_layer_period"), 2),
+    **dict.fromkeys(("attn_layer_offset", "expert_layer_offset", "mamba_n_groups"), 1),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
+    "mamba_n_heads": 2 * TWIN_HIDDEN // 16,
+    "mamba_d_ssm": 2 * TWIN_HIDDEN,
+    "num_heads": 2 * TWIN_HIDDEN // 16,
 }
 
 
@@ -157,9 +164,12 @@ def twin_config(config: Any) -> Any:
     kept = sorted(kinds.values())
     kept = kept if len(kept) > 1 else [*kept, *kept]
     data.update({key: [value[i] for i in kept] for key, value in per_layer.items()})
-    small = {"num_hidden_layers": len(kept), **_small_heads(config), "vocab_size": TWIN_VOCABULARY}
+    small: dict[str, Any] = {"num_hidden_layers": len(kept), **_small_heads(config), "vocab_size": TWIN_VOCABULARY}
     small.update({name: TWIN_INTERMEDIATE for name in INTERMEDIATES if getattr(config, name, None)})
     small.update({name: size for name, size in TWIN_SIZES.items() if (getattr(config, name, None) or 0) > size})
+    small.update({name: 16 for name in ("mamba_d_head",) if getattr(config, name, None)})
+    if getattr(config, "attn_layer_indices", None):
+        small["attn_layer_indices"] = [1]
     if getattr(config, "sliding_window", None):
         small["sliding_window"] = 6  # shorter than the tokens of the proof, so that the window matters
     # Some classes have names of their own for these.
@@ -175,6 +185,9 @@ def twin_config(config: Any) -> Any:
 
 def _small_heads(config: Any) -> dict[str, int]:
     """Few heads of the size that the original's have, and a hidden size that they fill where the class wants it."""
+    if not hasattr(config, "num_attention_heads"):  # no attention; heads of the recurrence
+        own = {"head_dim": 16, "n_groups": 1} if hasattr(config, "n_groups") else {}
+        return {"hidden_size": TWIN_HIDDEN, **own}
     names = [name for name in ("num_kv_heads", "num_key_value_heads") if getattr(config, name, None)]
     kv_heads = getattr(config, names[0]) if names else config.num_attention_heads
     few = min(2, kv_heads)

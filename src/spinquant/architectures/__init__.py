@@ -6,13 +6,19 @@ guessing would give a model that loads and talks nonsense.
 
 from typing import Any
 
-from spinquant.architectures import layernorm, llama, moe, postnorm
+from spinquant.architectures import hybrid, layernorm, llama, moe, postnorm
 from spinquant.architectures.build import Shapes, build_plan
 from spinquant.architectures.table import Family, holds
 from spinquant.errors import ArchitectureError
 from spinquant.plan import Plan
 
-FAMILIES: tuple[Family, ...] = (*llama.FAMILIES, *postnorm.FAMILIES, *layernorm.FAMILIES, *moe.FAMILIES)
+FAMILIES: tuple[Family, ...] = (
+    *llama.FAMILIES,
+    *postnorm.FAMILIES,
+    *layernorm.FAMILIES,
+    *moe.FAMILIES,
+    *hybrid.FAMILIES,
+)
 
 
 def family_of(config: Any) -> Family | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from spinquant.architectures.table import Family, Living, Norm, Part, holds, size_of
+from spinquant.architectures.table import INSIDE, Family, Living, Norm, Part, holds, size_of
 from spinquant.errors import ArchitectureError
 from spinquant.plan import Axis, Gain, Online, Plan, Space, Span, Tie
 
@@ -199,6 +199,8 @@ class _Build:
 
     def _axes_of(self, name: str, living: Sequence[Living]) -> Iterator[Axis]:
         shape = self.shapes[name]
+        if living == INSIDE:
+            return
         if len(living) != len(shape):
             raise ArchitectureError(
                 f"tensor {name!r} has shape {tuple(shape)}: {self.family.name} expects {len(living)} axes"

@@ -10,8 +10,6 @@ writes, a norm scales and a linear reads: a space of its own. It is what the cac
 which would rotate keys head by head on their way into the cache, has nothing to act on.
 """
 
-from typing import Any
-
 from spinquant.architectures.layernorm import CLIPPED
 from spinquant.architectures.llama import ATTENTION, LAYER, LLAMA, MLP, VALUE
 from spinquant.architectures.table import Family, Norm, Part, Refusal
@@ -60,8 +58,7 @@ def with_shared(family: Family, module: str, size: str, *, gate: str = "gate_pro
     path = f"{LAYER}.{module}"
     inside = (f"{path}.{gate}", *((f"{path}.up_proj",) if gate == "gate_proj" else ()))
     weighing = f"{path}_gate"
-    norm = next(name for name in family.gains if "post_attention" in name) if _NORM in family.gains else _INPUT
-    readers: Any = family.gains[norm]
+    norm = _NORM if _NORM in family.gains else _INPUT
     return family.like(
         family.name,
         *family.model_types,
@@ -70,7 +67,7 @@ def with_shared(family: Family, module: str, size: str, *, gate: str = "gate_pro
             f"{path}.{down}.weight?": ("residual", SHARED),
         },
         spaces={SHARED: ("R4", size)},
-        gains={norm: (*readers, *inside, weighing)},
+        gains={norm: (*family.readers(norm), *inside, weighing)},
         onlines={f"{path}.{down}": ("input", SHARED)},
         linears=(*family.linears, inside, (f"{path}.{down}",)),
     )
@@ -100,7 +97,7 @@ HUNYUAN_MOE = with_shared(
         "hunyuan_v1_moe",
         rename={"q_norm": "query_layernorm", "k_norm": "key_layernorm", f"{MLP}.gate.": f"{MLP}.gate.wg."},
         spaces={EXPERT: ("R4", "intermediate_size")},
-        gains={_NORM: (f"{MLP}.gate.wg", *(r for r in QWEN3_MOE.gains[_NORM] if r != f"{MLP}.gate"))},
+        gains={_NORM: (f"{MLP}.gate.wg", *(r for r in QWEN3_MOE.readers(_NORM) if r != f"{MLP}.gate"))},
     ),
     "mlp.shared_mlp",
     "intermediate_size",
@@ -132,7 +129,7 @@ PHIMOE = MIXTRAL.like(
     "phimoe",
     centred=True,
     rename={f"{MLP}.gate.": f"{MLP}.router."},
-    gains={_NORM: (f"{MLP}.router", *(r for r in QWEN3_MOE.gains[_NORM] if r != f"{MLP}.gate"))},
+    gains={_NORM: (f"{MLP}.router", *(r for r in QWEN3_MOE.readers(_NORM) if r != f"{MLP}.gate"))},
     stored=(*MIXTRAL_NAMES, (r"\.mlp\.gate\.", ".mlp.router.")),
 )
 GRANITE_MOE = with_shared(
@@ -176,7 +173,7 @@ GPT_OSS = MIXTRAL.like(
 )
 
 # Attention and experts read one norm, which subtracts the mean or does not.
-_COHERE_READERS = (*(f"{ATTENTION}.{name}_proj" for name in "qkv"), *QWEN3_MOE.gains[_NORM])
+_COHERE_READERS = (*(f"{ATTENTION}.{name}_proj" for name in "qkv"), *QWEN3_MOE.readers(_NORM))
 COHERE2_MOE = with_shared(
     QWEN3_MOE.like(
         "cohere2_moe",

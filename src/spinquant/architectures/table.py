@@ -28,6 +28,9 @@ class Part:
 
 Living = str | Part | None
 
+# Where the axes of a tensor live whose every axis is inside a module: nowhere, however many there are.
+INSIDE: tuple[Living, ...] = ()
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -85,6 +88,11 @@ class Family:
     choices: tuple[tuple[tuple[str, ...], ...], ...] = ()
     ignored: tuple[str, ...] = ()
     stored: tuple[tuple[str, str], ...] = ()
+
+    def readers(self, norm: str) -> tuple[str, ...]:
+        """What reads a norm of the residual space."""
+        found = self.gains[norm]
+        return found.readers if isinstance(found, Norm) else found
 
     def like(
         self,
