@@ -24,6 +24,27 @@ MOE = {
     "n_group": 1,
     "topk_group": 1,
 }
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+TEXT = {**SMALL, "vocab_size": VOCABULARY + 4}
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+QWEN_TOWER = {"depth": 2, "num_heads": 2, "patch_size": 14, "intermediate_size": 40}
+DEEP_TOWER = {
+    **QWEN_TOWER,
+    "patch_size": 16,
+    "hidden_size": 32,
+    "out_hidden_size": 48,
+    "num_position_embeddings": 16,
+}
+IMAGE = VOCABULARY  # the token that stands for an image
+
+
 DELTA = {
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_key_heads": 2,
@@ -62,6 +83,13 @@ def of(model_type: str, base: dict[str, Any] = SMALL, refused: str = "", lacks: 
     """An instance with the sizes of `base`, changed; None takes a size away."""
     sizes = {key: value for key, value in {**base, **changes}.items() if value is not None or key.endswith("_id")}
     return Instance(lambda: AutoConfig.for_model(model_type, **sizes), tuple(refused.split()), tuple(lacks.split()))
+
+
+def seeing(model_type: str, text: dict[str, Any], tower: dict[str, Any], refused: str = "", **changes: Any) -> Instance:
+    """An instance that sees; no text token of the tests stands for an image."""
+    token = "image_token_index" if model_type in ("llava", "mistral3") else "image_token_id"
+    parts = {"text_config": {**TEXT, **text}, "vision_config": tower, token: IMAGE, **changes}
+    return Instance(lambda: AutoConfig.for_model(model_type, **parts), tuple(refused.split()))
 
 
 FAMILIES: dict[str, Instance] = {
@@ -182,6 +210,21 @@ FAMILIES: dict[str, Instance] = {
     "mamba": of("mamba", FULL, lacks="R2 R3 R4", state_size=8, time_step_rank=4),
     "falcon_mamba": of("falcon_mamba", FULL, lacks="R2 R3 R4", state_size=8, time_step_rank=4),
     "mamba2": of("mamba2", FULL, lacks="R2 R3 R4", state_size=8, num_heads=8, head_dim=16, n_groups=2, chunk_size=4),
+    # vision-language models
+    "llava": seeing("llava", {"model_type": "llama"}, {"model_type": "clip_vision_model", **TOWER}),
+    "llava-qwen2": seeing("llava", {"model_type": "qwen2"}, {"model_type": "clip_vision_model", **TOWER}),
+    "mistral3": seeing("mistral3", {"model_type": "mistral"}, {"model_type": "pixtral", "head_dim": 16, **TOWER}),
+    "gemma3-vision": seeing("gemma3", {"query_pre_attn_scalar": 16}, TOWER, refused="R1", mm_tokens_per_image=4),
+    "smolvlm": seeing("smolvlm", {"model_type": "llama"}, TOWER, scale_factor=2),
+    "idefics3": seeing("idefics3", {"model_type": "llama"}, TOWER, scale_factor=2),
+    "qwen2_vl": seeing("qwen2_vl", {**ROPE, "hidden_size": 96}, {**QWEN_TOWER, "embed_dim": 32, "hidden_size": 96}),
+    "qwen2_5_vl": seeing(
+        "qwen2_5_vl",
+        {**ROPE, "hidden_size": 96},
+        {**QWEN_TOWER, "hidden_size": 32, "out_hidden_size": 96, "fullatt_block_indexes": [0]},
+    ),
+    "qwen3_vl": seeing("qwen3_vl", ROPE, {**DEEP_TOWER, "deepstack_visual_indexes": [0, 1]}),
+    "qwen3_5-vision": seeing("qwen3_5", {**ROPE, **DELTA}, DEEP_TOWER, refused="R2"),
     "phi3-mha": of("phi3", FULL, num_key_value_heads=4, partial_rotary_factor=0.5),
 }
 assert VOCABULARY == SMALL["vocab_size"]

@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from conftest import logits, random_weights, tokens
-from families import FAMILIES
+from families import FAMILIES, IMAGE
 from spinquant import (
     RotationSpec,
     attach,
@@ -28,10 +28,11 @@ from spinquant import (
     rotate,
 )
 from spinquant.architectures import FAMILIES as TABLES
+from spinquant.architectures import known_model_types
 from spinquant.calibrate import captured
 from spinquant.errors import ArchitectureError, RotationError, SchemeError
 from spinquant.fuse import rotate_axis, transform
-from spinquant.module import tensor_shapes
+from spinquant.module import model_class, tensor_shapes
 from spinquant.pipeline import Options
 from spinquant.plan import ROTATION_NAMES
 from spinquant.proof import Float64Arithmetic, exact_experts, greedy_logits, output_axis
@@ -43,7 +44,7 @@ REFUSED = [(name, rotation) for name, instance in FAMILIES.items() for rotation 
 def tiny(name, *, attention=None):
     """By default with the attention that the class prefers: sdpa, where it knows that."""
     config = FAMILIES[name].config()
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation=attention)
+    model = model_class(config).from_config(config, dtype=torch.float64, attn_implementation=attention)
     return random_weights(prepared(model))
 
 
@@ -68,7 +69,7 @@ def test_every_table_has_an_instance():
 
     tried = {instance.config().model_type for instance in FAMILIES.values()}
     tried |= {config().model_type for config in CONFIGS.values()}
-    assert {name for table in TABLES for name in table.model_types} == tried
+    assert set(known_model_types()) == tried
 
 
 @pytest.mark.parametrize(("name", "rotation"), CASES)
@@ -149,19 +150,19 @@ def test_saved_and_loaded_it_is_the_same_model(name, tmp_path):
     if found.spaces_of("R1") and "R1" not in dict(found.refused):
         assert {gain.norm for gain in found.gains} <= set(shapes)
     # Loaded too, since buffers are computed in another precision when a model is loaded.
-    original = AutoModelForCausalLM.from_pretrained(tmp_path / "original", dtype=torch.float64)
+    original = model_class(model.config).from_pretrained(tmp_path / "original", dtype=torch.float64)
     before = logits(prepared(original), ids)
     allowed = [r for r in ("R1", "R2") if r in FAMILIES[name].allowed]
     spec = RotationSpec(allowed, "auto")
     fuse_module(model, plan, make_rotations(plan, spec))
     model.save_pretrained(tmp_path / "rotated")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "rotated", dtype=torch.float64)
+    loaded = model_class(model.config).from_pretrained(tmp_path / "rotated", dtype=torch.float64)
     assert type(loaded) is type(model)
     # Some classes keep their routers in float32, whatever else is asked for.
     tolerance = 1e-9 if all(p.dtype == torch.float64 for p in loaded.parameters()) else 1e-4
     assert torch.allclose(logits(prepared(loaded), ids), before, atol=tolerance)
     rotate_checkpoint(tmp_path / "original", tmp_path / "tensors", found, make_rotations(found, spec))
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "tensors", dtype=torch.float64)
+    again = model_class(model.config).from_pretrained(tmp_path / "tensors", dtype=torch.float64)
     for (n, fused), tensor in zip(loaded.named_parameters(), again.parameters(), strict=True):
         assert torch.allclose(fused, tensor.double(), atol=tolerance), n
 
@@ -290,3 +291,43 @@ def test_a_missing_part_of_an_alternative_is_refused_by_name(tmp_path):
     without = {n: s for n, s in stacked.items() if not n.startswith("model.layers.1.mlp")}
     with pytest.raises(ArchitectureError, match="layer 1 has none of"):
         make_plan(model.config, without)
+
+
+def image_for(name, model):
+    """Tokens with one image among them, and what the class takes the image as."""
+    generator = torch.Generator().manual_seed(4)
+    vision, kind = model.config.vision_config, FAMILIES[name].config().model_type
+    if "spatial_merge_size" in vision.to_dict() and hasattr(vision, "depth"):  # Qwen: 4 x 4 patches, merged in fours
+        elements = 3 * vision.temporal_patch_size * vision.patch_size**2
+        pixels, count = torch.randn(16, elements, generator=generator, dtype=torch.float64), 4
+        more = {"image_grid_thw": torch.tensor([[1, 4, 4]])}
+    else:
+        pixels = torch.randn(1, 3, 28, 28, generator=generator, dtype=torch.float64)
+        count, more = {"smolvlm": 1, "idefics3": 1, "mistral3": 2}.get(kind, 4), {}
+        if kind in ("smolvlm", "idefics3"):
+            pixels = pixels.unsqueeze(1)
+        if kind == "mistral3":
+            pixels = torch.cat([pixels, pixels.flip(2)], dim=3)
+            more = {"image_sizes": torch.tensor([[28, 56]])}
+    ids = tokens(1, 12)
+    ids[0, 2 : 2 + count] = IMAGE
+    kinds = (ids == IMAGE).int()
+    more["token_type_ids" if kind == "gemma3" else "mm_token_type_ids"] = kinds
+    if kind not in ("gemma3",) and "image_grid_thw" not in more:
+        del more["mm_token_type_ids"]
+    return ids, {"pixel_values": pixels, **more}
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if hasattr(FAMILIES[name].config(), "vision_config")])
+def test_images_are_seen_as_before(name):
+    """What is seen is written to the rotated space, through the projector and, in Qwen3-VL, after several layers."""
+    model = tiny(name)
+    ids, image = image_for(name, model)
+    before = logits(model, ids, **image)
+    other = {**image, "pixel_values": image["pixel_values"].flip(-1)}
+    assert not torch.allclose(logits(model, ids, **other), before, atol=1e-3)  # the image matters
+    plan = plan_of(model)
+    rotations = make_rotations(plan, RotationSpec(FAMILIES[name].allowed, "auto"))
+    fuse_module(model, plan, rotations)
+    with attach(model, plan, rotations):
+        assert close(logits(model, ids, **image), before)

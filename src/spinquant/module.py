@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from spinquant.architectures import make_plan
 from spinquant.centred import check_centred
@@ -55,6 +56,13 @@ def fuse_module(
             progress(done + 1, len(parameters))
 
 
+def model_class(config: Any) -> Any:
+    """The transformers class that makes and loads the model of a config: causal LMs, or those that see too."""
+    # For some configs the class for causal LMs is that of the language part alone, which would lose what sees.
+    seeing = AutoModelForImageTextToText._model_mapping.keys()  # pyright: ignore[reportAttributeAccessIssue]
+    return AutoModelForImageTextToText if type(config) in seeing else AutoModelForCausalLM
+
+
 def check_in_memory(model: nn.Module) -> None:
     """Raise CheckpointError for weights on the meta device."""
     for name, parameter in model.named_parameters():
@@ -74,6 +82,7 @@ def untie(model: Any, plan: Plan) -> None:
             setattr(owner, attribute, nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad))
     if plan.ties:
         model.config.tie_word_embeddings = False
+        model.config.get_text_config().tie_word_embeddings = False
         # transformers consults this list when it saves and when weights are tied again after loading.
         for tie in plan.ties:
             getattr(model, "all_tied_weights_keys", {}).pop(tie.tensor, None)

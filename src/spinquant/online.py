@@ -263,8 +263,13 @@ def check_implementation(found: str, supported: Sequence[str] = ATTENTIONS) -> N
         )
 
 
+def text_config(model: Any) -> Any:
+    """The config of what attends to tokens: the model's own, or its language part's."""
+    return model.config.get_text_config()
+
+
 def _rotate_queries(model: nn.Module, rotated: Mapping[str, Rotation], attachment: Attachment) -> str:
-    config: Any = model.config
+    config: Any = text_config(model)  # what sees attends in its own way
     base = config._attn_implementation
     check_implementation(base)
     implementation = PREFIX + base

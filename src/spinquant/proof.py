@@ -17,14 +17,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from spinquant.architectures import family_of
+from spinquant.architectures.table import Family
 from spinquant.calibrate import captured, device_of
 from spinquant.errors import ProofError
 from spinquant.fuse import rotate_axis
-from spinquant.module import fuse_module, plan_of
+from spinquant.module import fuse_module, model_class, plan_of
 from spinquant.online import attach
 from spinquant.plan import Axis, Plan
 from spinquant.rotation import Rotation, RotationSpec, make_rotations
@@ -155,6 +155,13 @@ def check(deviation: Deviation, dtype: torch.dtype, *, what: str) -> None:
 
 def twin_config(config: Any) -> Any:
     """The same config with few small layers: one layer of every kind that the original has, at least two."""
+    return _twin(config, family_of(config))
+
+
+def _twin(config: Any, family: Family | None) -> Any:
+    text = config.get_text_config()
+    if text is not config:
+        return _twin_with_vision(config, _twin(text, family))
     data = copy.deepcopy(config.to_dict())
     layers = config.num_hidden_layers
     per_layer = {key: value for key, value in data.items() if isinstance(value, list) and len(value) == layers > 0}
@@ -164,7 +171,11 @@ def twin_config(config: Any) -> Any:
     kept = sorted(kinds.values())
     kept = kept if len(kept) > 1 else [*kept, *kept]
     data.update({key: [value[i] for i in kept] for key, value in per_layer.items()})
-    small: dict[str, Any] = {"num_hidden_layers": len(kept), **_small_heads(config), "vocab_size": TWIN_VOCABULARY}
+    small: dict[str, Any] = {
+        "num_hidden_layers": len(kept),
+        **_small_heads(config, family),
+        "vocab_size": TWIN_VOCABULARY,
+    }
     small.update({name: TWIN_INTERMEDIATE for name in INTERMEDIATES if getattr(config, name, None)})
     small.update({name: size for name, size in TWIN_SIZES.items() if (getattr(config, name, None) or 0) > size})
     small.update({name: 16 for name in ("mamba_d_head",) if getattr(config, name, None)})
@@ -174,6 +185,26 @@ def twin_config(config: Any) -> Any:
         small["sliding_window"] = 6  # shorter than the tokens of the proof, so that the window matters
     # Some classes have names of their own for these.
     data.update({getattr(config, "attribute_map", {}).get(name, name): size for name, size in small.items()})
+    return _made(config, data)
+
+
+def _twin_with_vision(config: Any, text: Any) -> Any:
+    """The config with a small language part, and as little as it takes to write to it of what sees."""
+    data = copy.deepcopy(config.to_dict())
+    data["text_config"] = text.to_dict()
+    vision, hidden = data["vision_config"], config.get_text_config().hidden_size
+    vision.update({name: 2 for name in ("depth", "num_hidden_layers") if name in vision})
+    vision.update({name: [0] for name in ("fullatt_block_indexes", "deepstack_visual_indexes") if name in vision})
+    if "out_hidden_size" in vision:
+        vision["out_hidden_size"] = text.hidden_size
+    elif "embed_dim" in vision and vision["hidden_size"] == hidden:  # Qwen2-VL's name for what comes out
+        vision["hidden_size"] = text.hidden_size
+    # Tokens that stand for images are none of those that the proof uses.
+    data.update({name: TWIN_VOCABULARY - 1 for name in data if name.endswith(("image_token_id", "image_token_index"))})
+    return _made(config, data)
+
+
+def _made(config: Any, data: dict[str, Any]) -> Any:
     for key in ("quantization_config", "dtype", "torch_dtype"):
         data.pop(key, None)
     tokens = ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -183,7 +214,7 @@ def twin_config(config: Any) -> Any:
         return type(config).from_dict({**data, **dict.fromkeys(tokens, 0)})
 
 
-def _small_heads(config: Any) -> dict[str, int]:
+def _small_heads(config: Any, family: Family | None) -> dict[str, int]:
     """Few heads of the size that the original's have, and a hidden size that they fill where the class wants it."""
     if not hasattr(config, "num_attention_heads"):  # no attention; heads of the recurrence
         own = {"head_dim": 16, "n_groups": 1} if hasattr(config, "n_groups") else {}
@@ -194,7 +225,6 @@ def _small_heads(config: Any) -> dict[str, int]:
     heads = few * min(config.num_attention_heads // kv_heads, 3)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     found = {**dict.fromkeys(names, few), "num_attention_heads": heads, "hidden_size": TWIN_HIDDEN}
-    family = family_of(config)
     if family is None or not family.filled:
         return {**found, "head_dim": head_dim}
     own = {"head_dim": head_dim} if "head_dim" in config.to_dict() else {}
@@ -203,7 +233,7 @@ def _small_heads(config: Any) -> dict[str, int]:
 
 def make_twin(config: Any, *, seed: int = 0, attn_implementation: str | None = None) -> nn.Module:
     """A float64 model of `twin_config` with random weights, non-zero biases and non-unit gains."""
-    model = AutoModelForCausalLM.from_config(
+    model = model_class(config).from_config(
         twin_config(config), dtype=torch.float64, attn_implementation=attn_implementation
     )
     exact_experts(model)
@@ -242,7 +272,7 @@ def prove(config: Any, spec: RotationSpec, *, seed: int = 0, planner: Planner | 
         else:
             plan, rotations = planner(twin)
         generator = torch.Generator().manual_seed(seed)
-        tokens = torch.randint(0, TWIN_VOCABULARY, (2, 12), generator=generator)
+        tokens = torch.randint(0, TWIN_VOCABULARY - 1, (2, 12), generator=generator)
         before, generated = snapshot(twin, plan, tokens), greedy_logits(twin, tokens)
         fuse_module(twin, plan, rotations)
         with attach(twin, plan, rotations):
