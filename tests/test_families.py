@@ -32,10 +32,12 @@ from spinquant.architectures import known_model_types
 from spinquant.calibrate import captured
 from spinquant.errors import ArchitectureError, RotationError, SchemeError
 from spinquant.fuse import rotate_axis, transform
+from spinquant.learnable import learn, unlearn
 from spinquant.module import model_class, tensor_shapes
 from spinquant.pipeline import Options
 from spinquant.plan import ROTATION_NAMES
 from spinquant.proof import Float64Arithmetic, exact_experts, greedy_logits, output_axis
+from spinquant.rotation import matrix
 
 CASES = [(name, rotation) for name, instance in FAMILIES.items() for rotation in (*instance.allowed, "all")]
 REFUSED = [(name, rotation) for name, instance in FAMILIES.items() for rotation in instance.refused]
@@ -331,3 +333,20 @@ def test_images_are_seen_as_before(name):
     fuse_module(model, plan, rotations)
     with attach(model, plan, rotations):
         assert close(logits(model, ids, **image), before)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "nemotron"])
+def test_a_learned_rotation_keeps_the_mean(name):
+    """Whatever an optimizer makes of the parameter."""
+    model, ids = tiny(name), tokens()
+    before = logits(model, ids)
+    plan = plan_of(model)
+    rotations = make_rotations(plan, RotationSpec("R1"))
+    learning = learn(model, plan, rotations, {"residual": "R1"}, online={}, precision=torch.float64)
+    with torch.no_grad():
+        model.get_submodule("spinquant_learned.R1").skew.normal_(generator=torch.Generator().manual_seed(0))
+    assert close(logits(model, ids), before)
+    learned = unlearn(learning)
+    fuse_module(model, plan, learned)
+    assert close(logits(model, ids), before)
+    assert not torch.allclose(matrix(learned["residual"]), matrix(rotations["residual"]), atol=0.1)
