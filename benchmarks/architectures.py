@@ -47,9 +47,9 @@ family, in float64, with non-zero biases and non-unit gains.
   impossible, and it is refused by name.
 - *error*: the largest ||logits' - logits|| / ||logits|| over the allowed rotations, alone and together.
 - *llm-compressor*: what version {peer} does with R1 and R2 on the same model, in float32: *exact* below 1e-4, else
-  how far the logits moved by the same measure, or the error that it stops with. It centres embeddings, which under
-  RMSNorm changes the function; the mean of a random embedding is larger than that of a trained one, so how far the logits move
-  here says nothing about a real model, only that the function is another.
+  how far the logits moved by the same measure, or the error that it stops with. It centres embeddings, and under
+  RMSNorm that changes the function; the mean of a random embedding is larger than that of a trained one, so how far
+  the logits move here says nothing about a real model, only that the function is another.
 
 A model that no table explains is refused by name, and so is a tensor that its table does not explain. Of a
 vision-language model the language part is rotated, and the projector, which writes to its residual stream; the twin

@@ -368,9 +368,8 @@ def _centred(chosen: Mapping[str, Any], generator: torch.Generator) -> Rotation:
     power = chosen["hadamard_order"]
     signs, odd = random_signs(power, generator), order // power
     signs[0] = 1  # the mean keeps its sign
-    if odd == 1:
-        return CentredRandomHadamard(signs)
-    return CentredRandomHadamard(signs, random_centred(odd, random_orthogonal(odd - 1, generator)))
+    weight = None if odd == 1 else random_centred(odd, random_orthogonal(odd - 1, generator))
+    return CentredRandomHadamard(signs, weight)
 
 
 def _flip(x: Tensor, signs: Tensor, dim: int, out: Tensor | None) -> Tensor:
