@@ -62,6 +62,11 @@ CONFIGS = {
 def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float64, attention: str = "sdpa"):
     """A random model of one of CONFIGS."""
     model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=dtype, attn_implementation=attention)
+    return random_weights(model, seed=seed)
+
+
+def random_weights(model, *, seed: int = 0):
+    """The model with random weights, non-zero biases and non-unit gains."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config
+from transformers import AutoModelForCausalLM, XGLMConfig
 
 from conftest import byte_tokenizer, logits, tiny_model, tokens
 from spinquant import cli, load, read_learned
@@ -221,13 +221,12 @@ def test_debug_shows_the_traceback(run):
 
 
 def test_an_unknown_architecture_is_refused_by_name(run, tmp_path):
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 256}
-    config = Gemma2Config(**sizes, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gemma")
+    config = XGLMConfig(d_model=32, ffn_dim=32, num_layers=1, attention_heads=2, vocab_size=256)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "xglm")
     for command in (["plan"], ["rotate", tmp_path / "out"], ["quantize", tmp_path / "out", "--scheme", "W4A4"]):
-        code, _, errors = run(command[0], tmp_path / "gemma", *command[1:])
+        code, _, errors = run(command[0], tmp_path / "xglm", *command[1:])
         assert code == 1
-        assert "gemma2" in errors
+        assert "xglm" in errors
 
 
 def test_a_folder_without_tokenizer_can_be_rotated(run, tmp_path):

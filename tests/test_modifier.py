@@ -22,6 +22,7 @@ from spinquant import (
     rotate,
     save,
 )
+from spinquant.architectures import llama
 from spinquant.learnable import LearnableRotation, Learned
 from spinquant.mapped_plan import plan_from_mappings
 from spinquant.mappings import NormMapping, infer_mapping, infer_norm_mappings
@@ -317,6 +318,11 @@ def test_train_and_learnable_go_together():
 # --- mappings ---
 
 
+@pytest.fixture
+def no_table_for_gemma(monkeypatch):
+    monkeypatch.setattr("spinquant.architectures.FAMILIES", (llama.LLAMA,))
+
+
 def gemma():
     model = AutoModelForCausalLM.from_config(GemmaConfig(**SIZES), dtype=torch.float64, attn_implementation="sdpa")
     generator = torch.Generator().manual_seed(0)
@@ -331,7 +337,7 @@ def everything(model_name="llama"):
     return {"mappings": infer_mapping(plan), "norm_mappings": infer_norm_mappings(plan)}
 
 
-def test_a_mapping_takes_the_place_of_a_table():
+def test_a_mapping_takes_the_place_of_a_table(no_table_for_gemma):
     """Gemma: no table here, norms that multiply by 1 + weight, a scaled embedding that is a class of its own."""
     model, ids = gemma(), tokens()
     before = logits(model, ids)
@@ -346,7 +352,7 @@ def test_a_mapping_takes_the_place_of_a_table():
     assert same(weights(again), weights(model))
 
 
-def test_incomplete_mappings_do_not_take_the_place_of_a_table():
+def test_incomplete_mappings_do_not_take_the_place_of_a_table(no_table_for_gemma):
     given = everything()
     given["mappings"] = given["mappings"].model_copy(update={"attn_o": None, "mlp_in": None})
     model = gemma()

@@ -64,7 +64,7 @@ def test_a_writer_that_is_not_rotated_is_named(monkeypatch):
 
 
 def test_a_gain_that_is_not_fused_is_caught(monkeypatch):
-    gains = {k: v for k, v in llama.LLAMA.gains.items() if "post_attention" not in k}
+    gains = {k: () if "post_attention" in k else v for k, v in llama.LLAMA.gains.items()}
     monkeypatch.setattr("spinquant.architectures.FAMILIES", (replace(llama.LLAMA, gains=gains),))
     with pytest.raises(ProofError, match=r"layers\.0\.mlp\.gate_proj"):
         prove(CONFIGS["llama"](), RotationSpec("R1"))

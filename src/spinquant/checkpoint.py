@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from spinquant.errors import CheckpointError
+from spinquant.module import model_class
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -192,7 +193,7 @@ def load_model(
             check_finite(loaded, str(model))
         return loaded.to(device)
     try:
-        result: Any = AutoModelForCausalLM.from_pretrained(
+        result: Any = model_class(config).from_pretrained(
             folder,
             dtype=dtype,
             trust_remote_code=False,

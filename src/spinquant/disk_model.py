@@ -12,10 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM
 
 from spinquant.errors import CheckpointError
-from spinquant.module import module_and_attribute
+from spinquant.module import model_class, module_and_attribute
 from spinquant.source import Stored
 
 
@@ -39,7 +38,7 @@ class _EmptyOnMeta(TorchFunctionMode):
 def hollow_model(config: Any, dtype: torch.dtype) -> Any:
     """The model of a config in evaluation mode, its large weights on the meta device."""
     with _EmptyOnMeta(), torch.random.fork_rng(devices=[]):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        return model_class(config).from_config(config, dtype=dtype).eval()
 
 
 def unfillable(model: nn.Module, source: Weights, ties: Mapping[str, str]) -> str | None:

@@ -15,9 +15,10 @@ from torch import Tensor
 from spinquant.blocks import after_blocks, block_calls, run_block
 from spinquant.calibrate import captured
 from spinquant.disk_model import Weights, filled, hollow_model
+from spinquant.fuse import rotate_axis
 from spinquant.online import attach
 from spinquant.plan import Plan
-from spinquant.proof import TOLERANCE, Deviation, Float64Arithmetic, difference, output_space
+from spinquant.proof import TOLERANCE, Deviation, Float64Arithmetic, difference, output_axis
 from spinquant.rotation import Rotation
 
 
@@ -52,8 +53,9 @@ def compare_on_disk(
         for name in names if departed is None else ():
             if name not in first:
                 continue
-            space = output_space(model, plan, name)
-            expected = rotations[space].apply(first[name]) if space and space in rotations else first[name]
+            axis, expected = output_axis(model, plan, name), first[name]
+            if axis is not None and axis.space in rotations:
+                expected = rotate_axis(expected, -1, rotations[axis.space], axis.span)
             if not difference(expected, second[name]).relative <= tolerance:
                 departed = name
                 break

@@ -1,6 +1,6 @@
 """The pure core: one tensor in, the fused tensor out.
 
-    T' = T, scaled along the axes that read a norm by that norm's gain,
+    T' = T, scaled along the axes that read a norm by that norm's gain (the bias of a norm is divided by it),
          then contracted along every axis that lives in a rotated space with the rotation of that space
 
 The module and stream backends, and learning, all call `transform`; there is no other place where a weight is
@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from spinquant.plan import Plan, Span
+from spinquant.errors import RotationError
+from spinquant.plan import Gain, Plan, Span
 from spinquant.rotation import Rotation
 from spinquant.workspace import workspace
 
@@ -50,9 +51,23 @@ def transform(
     for scale, dim in scales:
         shape = [-1 if d == dim else 1 for d in range(fused.ndim)]
         fused = torch.mul(fused, scale.to(fused.device, wide).view(shape), out=work)
+    shifted = plan.gain_of_bias.get(name)
+    if shifted is not None and shifted.space in rotations:
+        fused = _without_gain(fused, gains[shifted.norm].to(fused.device, wide) + shifted.offset, shifted)
     for axis in axes:
         fused = rotate_axis(fused, axis.dim, rotations[axis.space], axis.span, out=work)
     return fused.to(tensor.dtype)
+
+
+def _without_gain(bias: Tensor, scale: Tensor, gain: Gain) -> Tensor:
+    """What a norm has to add before its scale is applied, by its readers from now on."""
+    lost = (scale == 0) & (bias != 0)
+    if lost.any():
+        raise RotationError(
+            f"{gain.norm} is zero in {int(lost.sum())} places where {gain.bias} is not: what the norm adds there "
+            f"cannot be said once its scale is fused. Leave out the rotation of {gain.space}."
+        )
+    return torch.where(scale == 0, torch.zeros_like(bias), bias / scale)
 
 
 def fuse_in_place(
@@ -113,6 +128,7 @@ def rotate_axis(
 
     `transpose` takes the rotation back. out: contiguous, for the result; may be the tensor itself.
     """
+    dim %= tensor.ndim
     if span is None:
         return rotation.apply(tensor, transpose=transpose, dim=dim, out=out)
     result = tensor.clone(memory_format=torch.contiguous_format) if out is None else out.copy_(tensor)

@@ -31,8 +31,9 @@ LEARNED = "spinquant_learned"
 class LearnableRotation(nn.Module):
     """A rotation whose matrix is trained. `skew`, shape (n, n): its strict lower triangle is the parameter L."""
 
-    def __init__(self, initial: Rotation, dtype: torch.dtype, device: torch.device):
+    def __init__(self, initial: Rotation, dtype: torch.dtype, device: torch.device, *, centred: bool = False):
         super().__init__()
+        self.centred = centred
         dtype = torch.promote_types(dtype, torch.float32)  # half types have no solver, and would not stay orthogonal
         self.initial = initial
         self.start: Tensor
@@ -44,7 +45,7 @@ class LearnableRotation(nn.Module):
         """R, (n, n); remembered until the parameter changes or `forget` is called."""
         key = (self.skew._version, self.skew.data_ptr(), self.skew.dtype, torch.is_grad_enabled())
         if self._known is None or self._known[0] != key:
-            self._known = (key, cayley(self.start, self.skew))
+            self._known = (key, cayley(self.start, self.skew, centred=self.centred))
         return self._known[1]
 
     def forget(self) -> None:
@@ -81,7 +82,8 @@ class Learned:
     @torch.no_grad()
     def frozen(self) -> Orthogonal:
         """The rotation as it is now, as a value that stays; orthogonal in float64 whatever it was learned in."""
-        return Orthogonal(cayley(matrix(self.module.initial), self.module.skew.double().cpu()))
+        start, skew = matrix(self.module.initial), self.module.skew.double().cpu()
+        return Orthogonal(cayley(start, skew, centred=self.module.centred))
 
 
 class _Rotated(nn.Module):
@@ -135,7 +137,8 @@ def learn(
     learned: dict[str, Learned] = {}
     for space, name in names.items():
         if name not in learned:
-            learned[name] = Learned(LearnableRotation(rotations[space], precision, device))
+            centred = plan.space[space].centred
+            learned[name] = Learned(LearnableRotation(rotations[space], precision, device, centred=centred))
         current[space] = learned[name]
     parameters = dict(model.named_parameters())
     gains = {gain.norm: parameters[gain.norm].detach().clone() for gain in plan.gains}

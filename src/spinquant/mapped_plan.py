@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spinquant.architectures.table import space_size
+from spinquant.architectures.table import size_of
 from spinquant.errors import RotationError
 from spinquant.mappings import ROLES, NormMapping, SpinQuantMapping, matching
 from spinquant.module import named_tensor
@@ -32,7 +32,7 @@ def plan_from_mappings(model: Any, mapping: SpinQuantMapping, norms: Sequence[No
     _check_roles(model, roles)
     embedding, head = (_single(roles[role], role) for role in ("embedding", "lm_head"))
     hidden = model.get_submodule(embedding).embedding_dim
-    head_dim = mapping.attn_head_dim or space_size(model.config, "head_dim")
+    head_dim = mapping.attn_head_dim or size_of(model.config, "head_dim")
     spaces, onlines = [Space("residual", "R1", hidden)], []
     living: dict[str, tuple[str | None, str | None]] = {embedding: (None, "residual"), head: (None, "residual")}
     living.update({name: (None, "residual") for role in ("attn_q", "attn_k", "mlp_in") for name in roles[role]})

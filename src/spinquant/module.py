@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from spinquant.architectures import make_plan
+from spinquant.centred import check_centred
 from spinquant.errors import CheckpointError
 from spinquant.fuse import fuse_in_place
 from spinquant.plan import Plan
@@ -41,6 +43,7 @@ def fuse_module(
     if not rotations:
         return
     check_in_memory(model)
+    check_centred(plan, rotations)
     if "residual" in rotations:
         untie(model, plan)
     parameters = dict(model.named_parameters())
@@ -49,6 +52,13 @@ def fuse_module(
         fuse_in_place(name, parameter, plan, gains, rotations, precision=precision)
         if progress:
             progress(done + 1, len(parameters))
+
+
+def model_class(config: Any) -> Any:
+    """The transformers class that makes and loads the model of a config: causal LMs, or those that see too."""
+    # For some configs the class for causal LMs is that of the language part alone, which would lose what sees.
+    seeing = AutoModelForImageTextToText._model_mapping.keys()  # pyright: ignore[reportAttributeAccessIssue]
+    return AutoModelForImageTextToText if type(config) in seeing else AutoModelForCausalLM
 
 
 def check_in_memory(model: nn.Module) -> None:
@@ -70,6 +80,7 @@ def untie(model: Any, plan: Plan) -> None:
             setattr(owner, attribute, nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad))
     if plan.ties:
         model.config.tie_word_embeddings = False
+        model.config.get_text_config().tie_word_embeddings = False
         # transformers consults this list when it saves and when weights are tied again after loading.
         for tie in plan.ties:
             getattr(model, "all_tied_weights_keys", {}).pop(tie.tensor, None)

@@ -2,6 +2,8 @@
 
 - At the input of a linear: rotate (R4), then round to the activation grid. Linears that read the same activation
   (q, k and v; gate and up) share the work.
+- Inside stacked experts, before their second product: rotate (R4). transformers' batched implementations call a method
+  of the module between the two products, which is covered on that module alone.
 - On queries and keys (R3): queries are rotated inside transformers' attention interface, keys once, on their way
   into the KV cache, where keys and values are also rounded and packed.
 
@@ -30,6 +32,8 @@ from spinquant.rotation import Rotation
 
 PREFIX = "spinquant_"
 ATTENTIONS = ("sdpa", "eager", "flex_attention")
+EXPERTS = ("grouped_mm", "batched_mm")
+GATE = "_apply_gate"
 QUERY_ROTATION = "_spinquant_query_rotation"
 ATTACHMENT = "_spinquant_attachment"
 
@@ -54,6 +58,11 @@ class Attachment:
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute, and remember what it was."""
         self._attributes.append((owner, name, hasattr(owner, name), getattr(owner, name, None)))
+        setattr(owner, name, value)
+
+    def cover(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute of an object that its class has, until `remove` takes it away again."""
+        self._attributes.append((owner, name, False, None))
         setattr(owner, name, value)
 
     def remove(self) -> None:
@@ -112,6 +121,7 @@ def attach(
             _attach_around(model, plan, rotations, scheme, clips, attachment)
         else:
             _attach_inputs(model, plan, rotations, scheme, clips, attachment)
+            _attach_experts(model, plan, rotations, attachment)
             _attach_attention(model, plan, rotations, scheme.kv, clips, attachment)
     except BaseException:
         attachment.remove()
@@ -236,6 +246,41 @@ class InputSite:
         return result if quantizer is None else fake_quantize(result, quantizer)
 
 
+def _attach_experts(model: nn.Module, plan: Plan, rotations: Mapping[str, Rotation], attachment: Attachment) -> None:
+    for online in plan.onlines:
+        if online.site == "experts" and online.space in rotations:
+            experts: Any = model.get_submodule(online.module)
+            if not hasattr(experts, GATE):
+                raise RotationError(
+                    f"R4 cannot run inside {online.module!r}: {type(experts).__name__} has no {GATE}, as transformers' "
+                    "experts have. Leave R4 out."
+                )
+            attachment.cover(experts, GATE, RotatedGate(experts, rotations[online.space]))
+            attachment.hook(experts.register_forward_pre_hook(_check_experts))
+
+
+class RotatedGate:
+    """Takes the place of a stack of experts' activation: what it gives is rotated on its way to the second product."""
+
+    def __init__(self, experts: nn.Module, rotation: Rotation):
+        self.experts = experts
+        self.rotation = rotation
+
+    def __call__(self, gate_up: Tensor) -> Tensor:
+        return self.rotation.apply(getattr(type(self.experts), GATE)(self.experts, gate_up))
+
+
+def _check_experts(module: nn.Module, args: tuple[Any, ...]) -> None:
+    config: Any = module.config
+    found = config._experts_implementation
+    if found not in EXPERTS:
+        # A loop over experts does not call the method: the second product would read what is not rotated.
+        raise RotationError(
+            f"R4 cannot run inside experts under implementation {found!r}: call model.set_experts_implementation("
+            f"'grouped_mm') (supported: {', '.join(EXPERTS)}), or leave R4 out"
+        )
+
+
 def _attach_attention(
     model: nn.Module,
     plan: Plan,
@@ -265,8 +310,13 @@ def check_implementation(found: str, supported: Sequence[str] = ATTENTIONS) -> N
         )
 
 
+def text_config(model: Any) -> Any:
+    """The config of what attends to tokens: the model's own, or its language part's."""
+    return model.config.get_text_config()
+
+
 def _rotate_queries(model: nn.Module, rotated: Mapping[str, Rotation], attachment: Attachment) -> str:
-    config: Any = model.config
+    config: Any = text_config(model)  # what sees attends in its own way
     base = config._attn_implementation
     check_implementation(base)
     implementation = PREFIX + base
@@ -316,15 +366,15 @@ class KeyValueSite:
         self.implementation = implementation
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
-        config: Any = module.config
+        config: Any = getattr(module, "config", None)
         if self.rotation is not None and config._attn_implementation != self.implementation:
             # Keys would be rotated and queries not: nonsense without an error.
             raise RotationError(
                 f"the attention implementation was changed to {config._attn_implementation!r} while R3 is attached: "
                 "remove() the online parts, change it, and attach them again"
             )
-        cache = _RotatingCache(kwargs.get("past_key_values"), self)
-        return args, {**kwargs, "past_key_values": cache}
+        name = "layer_past" if "layer_past" in kwargs else "past_key_values"  # GPT-NeoX and its time say the former
+        return args, {**kwargs, name: _RotatingCache(kwargs.get(name), self)}
 
 
 class _RotatingCache:

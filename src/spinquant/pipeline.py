@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from spinquant.errors import CalibrationError, RotationError, SchemeError
 from spinquant.formats.native import is_marked, mark, unmark
@@ -254,18 +254,29 @@ def check_fresh(model: Any) -> None:
 
 
 def check_groups(plan: Plan, model: Any, scheme: Scheme) -> None:
-    """Raise SchemeError when a group size of the scheme does not divide the input of a linear that it covers."""
-    check_group_lengths(plan, lambda name: model.get_submodule(name).in_features, scheme)
+    """Raise SchemeError when the scheme covers what is no linear, or its group size does not divide a linear's input.
 
-
-def check_group_lengths(plan: Plan, length_of: Callable[[str], int], scheme: Scheme) -> None:
-    """Raise SchemeError when a group size does not divide the length of a linear's input, which is asked by name."""
+    The model may be on the meta device.
+    """
     # Found out now, this costs nothing; found out by the rounding, it costs a rotated model.
+    experts = next((online.module for online in plan.onlines if online.site == "experts"), None)
+    if experts is not None and (scheme.weights or scheme.activations):
+        raise SchemeError(
+            f"{experts} holds the weights of its experts stacked, as no linear does: they would stay at 16 bits. The "
+            "model can be rotated, and its KV cache quantized."
+        )
+    for name in (name for group in plan.linears for name in group):
+        module = model.get_submodule(name)
+        if (scheme.weights or scheme.activations) and not isinstance(module, nn.Linear):
+            raise SchemeError(
+                f"{name} is a {type(module).__name__}, whose weight is (in, out): only linears are quantized. "
+                "It can be rotated, and its KV cache quantized."
+            )
     for label, quantizer in (("weight", scheme.weights), ("activation", scheme.activations)):
         if quantizer is None or quantizer.group_size is None:
             continue
         for name in (name for group in plan.linears for name in group):
-            length = length_of(name)
+            length = model.get_submodule(name).in_features
             if length % quantizer.group_size:
                 raise SchemeError(
                     f"{label} group size {quantizer.group_size} does not divide the {length} inputs of {name}: "

@@ -25,16 +25,20 @@ from spinquant.errors import RotationError
 ROTATION_NAMES = ("R1", "R2", "R3", "R4")
 MERGEABLE = ("R1", "R2")  # fused into weights; R3 and R4 need work at run time
 
-Site = Literal["input", "query_key"]
+Site = Literal["input", "query_key", "experts"]
 
 
 @dataclass(frozen=True)
 class Space:
-    """A vector space of the model; `size` is the number of elements that one rotation mixes (a head's, for R2, R3)."""
+    """A vector space of the model; `size` is the number of elements that one rotation mixes (a head's, for R2, R3).
+
+    centred: its norms subtract the mean, so its rotation has to keep the mean, R 1 = 1 (see `centred.py`).
+    """
 
     name: str
     rotation: str
     size: int
+    centred: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,18 +64,21 @@ class Axis:
 class Gain:
     """A norm's elementwise scale, fused into axis `dim` of each reader when `space` is rotated.
 
-    The model multiplies by `offset + weight`, so the norm is left with the weight `1 - offset`.
+    The model multiplies by `offset + weight`, so the norm is left with the weight `1 - offset`. A norm's `bias` is
+    added after the scale, so it is divided by it where the scale moves into the readers, then rotated as the space is.
     """
 
     norm: str
     space: str
     readers: tuple[tuple[str, int], ...]
     offset: float = 0.0
+    bias: str | None = None
 
 
 @dataclass(frozen=True)
 class Online:
-    """A space that is rotated at run time: at the input of a linear, or on the queries and keys of an attention."""
+    """A space that is rotated at run time: at the input of a linear, on the queries and keys of an attention, or inside
+    stacked experts, before their second product."""
 
     module: str
     site: Site
@@ -135,10 +142,15 @@ class Plan:
         """Gains by the name of the norm's own tensor."""
         return {gain.norm: gain for gain in self.gains}
 
+    @cached_property
+    def gain_of_bias(self) -> Mapping[str, Gain]:
+        """Gains by the name of the norm's bias."""
+        return {gain.bias: gain for gain in self.gains if gain.bias is not None}
+
     def read_by(self, linear: str) -> Space | None:
-        """The space that the input of a linear module lives in; None where it lives in none."""
-        found = [axis.space for axis in self.axes_of.get(f"{linear}.weight", ()) if axis.dim == 1]
-        return self.space[found[0]] if found else None
+        """The space that the whole input of a linear module lives in; None where it lives in none."""
+        axes = (axis for axis in self.axes_of.get(f"{linear}.weight", ()) if axis.dim == 1 and axis.span is None)
+        return next((self.space[axis.space] for axis in axes), None)
 
     def values_of(self, attention: str) -> Space | None:
         """The space that the values of an attention module live in: that of the linear that reads its output."""

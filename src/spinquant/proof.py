@@ -14,21 +14,41 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
+from spinquant.architectures import family_of
+from spinquant.architectures.table import Family
 from spinquant.calibrate import captured, device_of
 from spinquant.errors import ProofError
-from spinquant.module import fuse_module, plan_of
+from spinquant.fuse import rotate_axis
+from spinquant.module import fuse_module, model_class, plan_of
 from spinquant.online import attach
-from spinquant.plan import Plan
+from spinquant.plan import Axis, Plan
 from spinquant.rotation import Rotation, RotationSpec, make_rotations
 
 # Relative error ||logits' - logits|| / ||logits|| that rounding explains; see docs/design.md for the measurement.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 TWIN_HIDDEN, TWIN_INTERMEDIATE, TWIN_VOCABULARY, TWIN_BLOCK = 48, 80, 96, 16
+INTERMEDIATES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+# What else a twin has less of; a config that has less already keeps it.
+TWIN_SIZES = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "decoder_sparse_step"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_intermediate_size", "shared_expert_intermediate_size"), 32),
+    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "moe_layer_start_index"), 1),
+    "prefix_dense_intermediate_size": TWIN_INTERMEDIATE,
+    # Hybrids: a period of layers, and recurrent heads of 16 that fill twice the hidden size.
+    **dict.fromkeys(("attn_layer_period", "expert_layer_period"), 2),
+    **dict.fromkeys(("attn_layer_offset", "expert_layer_offset", "mamba_n_groups"), 1),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
+    "mamba_n_heads": 2 * TWIN_HIDDEN // 16,
+    "mamba_d_ssm": 2 * TWIN_HIDDEN,
+    "num_heads": 2 * TWIN_HIDDEN // 16,
+}
 
 
 @dataclass(frozen=True)
@@ -93,19 +113,24 @@ def compare(before: Snapshot, model: nn.Module, plan: Plan, rotations: Mapping[s
     if deviation.relative <= tolerance:
         return deviation
     for name, output in before.outputs.items():
-        space = output_space(model, plan, name)
-        expected = rotations[space].apply(output) if space is not None and space in rotations else output
+        axis = output_axis(model, plan, name)
+        expected = output
+        if axis is not None and axis.space in rotations:
+            expected = rotate_axis(output, -1, rotations[axis.space], axis.span)
         if not difference(expected, after.outputs[name]).relative <= tolerance:
             return replace(deviation, module=name)
     return replace(deviation, module=plan.head.removesuffix(".weight"))
 
 
-def output_space(model: nn.Module, plan: Plan, name: str) -> str | None:
-    """The space that a linear's, or an embedding's, output lives in."""
-    # The output axis of an embedding's weight is its last, of a linear's its first.
-    dim = 1 if isinstance(model.get_submodule(name), nn.Embedding) else 0
-    spaces = [axis.space for axis in plan.axes_of.get(f"{name}.weight", ()) if axis.dim == dim]
-    return spaces[0] if spaces else None
+def output_axis(model: nn.Module, plan: Plan, name: str) -> Axis | None:
+    """The axis of a module's weight that its output has, where it lives in a space."""
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+        return None
+    # An embedding's is the last of its weight, and so is that of Conv1D, which stores (in, out); a linear's the first.
+    dim = 0 if isinstance(module, nn.Linear) else 1
+    axes = [axis for axis in plan.axes_of.get(f"{name}.weight", ()) if axis.dim == dim]
+    return axes[0] if axes else None
 
 
 def difference(expected: Tensor, found: Tensor) -> Deviation:
@@ -131,6 +156,13 @@ def check(deviation: Deviation, dtype: torch.dtype, *, what: str) -> None:
 
 def twin_config(config: Any) -> Any:
     """The same config with few small layers: one layer of every kind that the original has, at least two."""
+    return _twin(config, family_of(config))
+
+
+def _twin(config: Any, family: Family | None) -> Any:
+    text = config.get_text_config()
+    if text is not config:
+        return _twin_with_vision(config, _twin(text, family))
     data = copy.deepcopy(config.to_dict())
     layers = config.num_hidden_layers
     per_layer = {key: value for key, value in data.items() if isinstance(value, list) and len(value) == layers > 0}
@@ -140,41 +172,88 @@ def twin_config(config: Any) -> Any:
     kept = sorted(kinds.values())
     kept = kept if len(kept) > 1 else [*kept, *kept]
     data.update({key: [value[i] for i in kept] for key, value in per_layer.items()})
-    kv_heads = min(2, getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    groups = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    data.update(
-        num_hidden_layers=len(kept),
-        num_key_value_heads=kv_heads,
-        num_attention_heads=kv_heads * min(groups, 3),
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        hidden_size=TWIN_HIDDEN,
-        intermediate_size=TWIN_INTERMEDIATE,
-        vocab_size=TWIN_VOCABULARY,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    if data.get("sliding_window"):
-        data["sliding_window"] = 6  # shorter than the tokens of the proof, so that the window matters
+    small: dict[str, Any] = {
+        "num_hidden_layers": len(kept),
+        **_small_heads(config, family),
+        "vocab_size": TWIN_VOCABULARY,
+    }
+    small.update({name: TWIN_INTERMEDIATE for name in INTERMEDIATES if getattr(config, name, None)})
+    small.update({name: size for name, size in TWIN_SIZES.items() if (getattr(config, name, None) or 0) > size})
+    small.update({name: 16 for name in ("mamba_d_head",) if getattr(config, name, None)})
+    if getattr(config, "attn_layer_indices", None):
+        small["attn_layer_indices"] = [1]
+    if getattr(config, "sliding_window", None):
+        small["sliding_window"] = 6  # shorter than the tokens of the proof, so that the window matters
+    # Some classes have names of their own for these.
+    data.update({getattr(config, "attribute_map", {}).get(name, name): size for name, size in small.items()})
+    return _made(config, data)
+
+
+def _twin_with_vision(config: Any, text: Any) -> Any:
+    """The config with a small language part, and as little as it takes to write to it of what sees."""
+    data = copy.deepcopy(config.to_dict())
+    data["text_config"] = text.to_dict()
+    vision, hidden = data["vision_config"], config.get_text_config().hidden_size
+    vision.update({name: 2 for name in ("depth", "num_hidden_layers") if name in vision})
+    vision.update({name: [0] for name in ("fullatt_block_indexes", "deepstack_visual_indexes") if name in vision})
+    if "out_hidden_size" in vision:
+        vision["out_hidden_size"] = text.hidden_size
+    elif "embed_dim" in vision and vision["hidden_size"] == hidden:  # Qwen2-VL's name for what comes out
+        vision["hidden_size"] = text.hidden_size
+    # Tokens that stand for images are none of those that the proof uses.
+    data.update({name: TWIN_VOCABULARY - 1 for name in data if name.endswith(("image_token_id", "image_token_index"))})
+    return _made(config, data)
+
+
+def _made(config: Any, data: dict[str, Any]) -> Any:
     for key in ("quantization_config", "dtype", "torch_dtype"):
         data.pop(key, None)
-    return type(config).from_dict(data)
+    tokens = ("pad_token_id", "bos_token_id", "eos_token_id")
+    try:
+        return type(config).from_dict({**data, **dict.fromkeys(tokens)})
+    except StrictDataclassError:  # a class that insists on numbers
+        return type(config).from_dict({**data, **dict.fromkeys(tokens, 0)})
 
 
-def make_twin(config: Any, *, seed: int = 0, attn_implementation: str = "sdpa") -> nn.Module:
+def _small_heads(config: Any, family: Family | None) -> dict[str, int]:
+    """Few heads of the size that the original's have, and a hidden size that they fill where the class wants it."""
+    if not hasattr(config, "num_attention_heads"):  # no attention; heads of the recurrence
+        own = {"head_dim": 16, "n_groups": 1} if hasattr(config, "n_groups") else {}
+        return {"hidden_size": TWIN_HIDDEN, **own}
+    names = [name for name in ("num_kv_heads", "num_key_value_heads") if getattr(config, name, None)]
+    kv_heads = getattr(config, names[0]) if names else config.num_attention_heads
+    few = min(2, kv_heads)
+    heads = few * min(config.num_attention_heads // kv_heads, 3)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    found = {**dict.fromkeys(names, few), "num_attention_heads": heads, "hidden_size": TWIN_HIDDEN}
+    if family is None or not family.filled:
+        return {**found, "head_dim": head_dim}
+    own = {"head_dim": head_dim} if "head_dim" in config.to_dict() else {}
+    return {**found, **own, "hidden_size": heads * head_dim}
+
+
+def make_twin(config: Any, *, seed: int = 0, attn_implementation: str | None = None) -> nn.Module:
     """A float64 model of `twin_config` with random weights, non-zero biases and non-unit gains."""
-    model = AutoModelForCausalLM.from_config(
+    model = model_class(config).from_config(
         twin_config(config), dtype=torch.float64, attn_implementation=attn_implementation
     )
+    exact_experts(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.double()  # some classes ask for float32 here and there
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             if parameter.ndim > 1:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
             else:
                 parameter.copy_(0.3 * noise + (0.0 if name.endswith("bias") else 1.0))
     return model.eval()
+
+
+def exact_experts(model: Any) -> None:
+    """Let experts be multiplied in float64, which grouped products cannot."""
+    if any(hasattr(module, "_apply_gate") for module in model.modules()):
+        model.set_experts_implementation("batched_mm")
 
 
 Planner = Callable[[Any], tuple[Plan, Mapping[str, Rotation]]]
@@ -194,7 +273,7 @@ def prove(config: Any, spec: RotationSpec, *, seed: int = 0, planner: Planner | 
         else:
             plan, rotations = planner(twin)
         generator = torch.Generator().manual_seed(seed)
-        tokens = torch.randint(0, TWIN_VOCABULARY, (2, 12), generator=generator)
+        tokens = torch.randint(0, TWIN_VOCABULARY - 1, (2, 12), generator=generator)
         before, generated = snapshot(twin, plan, tokens), greedy_logits(twin, tokens)
         fuse_module(twin, plan, rotations)
         with attach(twin, plan, rotations):

@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from spinquant.centred import CentredHadamard, CentredRandomHadamard, random_centred
+from spinquant.centred import describe as describe_centred
 from spinquant.errors import HadamardOrderError, RotationError
 from spinquant.hadamard import construct, hadamard_factors, hadamard_transform, kronecker_transform
 from spinquant.plan import Plan, Space, parse_rotation_names
@@ -211,6 +213,10 @@ def restore(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Ro
             return Orthogonal(tensors["weight"])
         if kind == "kronecker":
             return Kronecker(tensors["weight"], description["hadamard_order"], tensors["signs"])
+        if kind == "centred-hadamard":
+            return CentredHadamard(description["order"])
+        if kind == "centred-random-hadamard":
+            return CentredRandomHadamard(tensors["signs"], tensors.get("weight"))
     except KeyError as missing:
         raise RotationError(f"a saved rotation of kind {kind!r} lacks {missing}: incomplete checkpoint") from None
     raise RotationError(f"a saved rotation has kind {kind!r}, which this version of spinquant does not know")
@@ -321,11 +327,18 @@ def choose(space: Space, spec: RotationSpec) -> dict[str, Any]:
     kind = spec.type_of(space.rotation)
     if kind == "random-matrix":
         return _description("orthogonal", order)
+    if space.centred and kind == "hadamard":
+        return describe_centred("centred-hadamard", order)
     try:
+        if space.centred:
+            construct(order)
+            return describe_centred("centred-random-hadamard", order, hadamard_order=order)
         return _description("hadamard" if kind == "hadamard" else "random-hadamard", order)
     except HadamardOrderError as error:
         if kind != "auto":
             raise HadamardOrderError(f"{space.name} ({space.rotation}): {error}") from None
+        if space.centred:
+            return describe_centred("centred-random-hadamard", order, hadamard_order=order & -order)
         return _description("kronecker", order, hadamard_order=order & -order)
 
 
@@ -346,7 +359,7 @@ def make_rotations(plan: Plan, spec: RotationSpec) -> dict[str, Rotation]:
     Raises RotationError when a rotation is refused for this model, and what `choose` raises.
     """
     rotated = plan.rotated(spec.rotations)
-    shared: dict[tuple[str, int], Rotation] = {}
+    shared: dict[tuple[str, int, bool], Rotation] = {}
     found: dict[str, Rotation] = {}
     for space in plan.spaces:
         if space.name not in rotated:
@@ -354,7 +367,7 @@ def make_rotations(plan: Plan, spec: RotationSpec) -> dict[str, Rotation]:
         if spec.randomize:
             found[space.name] = make_rotation(space, spec, space.name)
         else:
-            key = (space.rotation, space.size)
+            key = (space.rotation, space.size, space.centred)
             if key not in shared:
                 shared[key] = make_rotation(space, spec, f"{space.rotation}/{space.size}")
             found[space.name] = shared[key]
@@ -390,12 +403,27 @@ def make_rotation(space: Space, spec: RotationSpec, label: str) -> Rotation:
     generator = generator_for(spec.seed, label)
     chosen = choose(space, spec)
     order = chosen["order"]
+    if space.centred:
+        return _centred(chosen, generator)
     if chosen["kind"] == "orthogonal":
         return Orthogonal(random_orthogonal(order, generator))
     if chosen["kind"] == "kronecker":
         power = chosen["hadamard_order"]
         return Kronecker(random_orthogonal(order // power, generator), power, random_signs(order, generator))
     return Hadamard(order) if chosen["kind"] == "hadamard" else Hadamard(order, random_signs(order, generator))
+
+
+def _centred(chosen: Mapping[str, Any], generator: torch.Generator) -> Rotation:
+    order = chosen["order"]
+    if chosen["kind"] == "centred-hadamard":
+        return CentredHadamard(order)
+    if chosen["kind"] == "orthogonal":
+        return Orthogonal(random_centred(order, random_orthogonal(order - 1, generator)))
+    power = chosen["hadamard_order"]
+    signs, odd = random_signs(power, generator), order // power
+    signs[0] = 1  # the mean keeps its sign
+    weight = None if odd == 1 else random_centred(odd, random_orthogonal(odd - 1, generator))
+    return CentredRandomHadamard(signs, weight)
 
 
 def _flip(x: Tensor, signs: Tensor, dim: int, out: Tensor | None) -> Tensor:

@@ -21,6 +21,7 @@ from safetensors.torch import save as save_bytes
 
 from spinquant.architectures import make_plan
 from spinquant.calibrate import load_text, token_windows
+from spinquant.centred import check_centred
 from spinquant.checkpoint import (
     BESIDE,
     INDEX,
@@ -42,7 +43,7 @@ from spinquant.errors import CheckpointError, SchemeError, SpinquantError
 from spinquant.formats.native import make_config
 from spinquant.formats.native_packing import NativePacking
 from spinquant.learning.learn import LearnedRotations
-from spinquant.pipeline import Options, Result, check_group_lengths
+from spinquant.pipeline import Options, Result, check_groups
 from spinquant.plan import Plan
 from spinquant.proof import check, prove
 from spinquant.quantization.scheme import Scheme
@@ -177,9 +178,9 @@ class _Run:
         scheme, learned = request.scheme, request.learned
         rotations = make_rotations(plan, request.spec) if learned is None else learned.rotations
         check_given(plan, request.spec, rotations)
+        check_centred(plan, rotations)
         if scheme is not None:
-            shapes = source.shapes
-            check_group_lengths(plan, lambda name: shapes[f"{name}.weight"][1], scheme)
+            check_groups(plan, hollow_model(_unquantized(config), torch.float32), scheme)
         self.online = in_precision(online_part(plan, rotations), request.options.precision)
         self.is_plain = not self.online and (scheme is None or scheme == Scheme(lm_head=scheme.lm_head))
         packing = Plain() if self.is_plain else NativePacking(plan, scheme or Scheme(), self.online)
@@ -214,9 +215,7 @@ class _Run:
         request, result, source = self.request, self.result, self.source
         if request.text is None or not result.rotations:
             return
-        config = copy.deepcopy(self.config)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config  # FP8 is read as the numbers that it stands for
+        config = _unquantized(self.config)
         written = [job.dtype for shard in self.shards for job in shard.jobs if job.dtype.is_floating_point]
         dtype = max((*written, *(stored.dtype for stored in source.tensors.values())), key=_width)
         reason = _why_not(result.plan, hollow_model(config, dtype), source)
@@ -240,6 +239,14 @@ class _Run:
         if not request.options.allow_inexact:
             check(real, narrowest, what="this model")
         self.result = replace(result, real=real, notes={**result.notes, "sample_text": name})
+
+
+def _unquantized(config: Any) -> Any:
+    """A copy of a config that says nothing of FP8, which is read as the numbers that it stands for."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def _why_not(plan: Plan, model: Any, source: Source) -> str | None:

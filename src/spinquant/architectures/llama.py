@@ -2,67 +2,120 @@
 
 Biases are optional everywhere, and q/k norms act on a head after the projection and before RoPE, where no
 rotation reaches them, so Mistral, Qwen2, Qwen3, SmolLM3 and Granite (whose multipliers are scalars, which
-commute with a rotation) follow the same table.
+commute with a rotation) follow the same table. So does Seed-OSS; Ministral's queries are scaled by position, which
+is a scalar too.
 """
 
-from spinquant.architectures.table import Family
+from spinquant.architectures.table import Family, Part
 
-_ATTENTION = "model.layers.{i}.self_attn"
-_MLP = "model.layers.{i}.mlp"
-_VALUE = "layers.{i}.value"
-_HIDDEN = "layers.{i}.hidden"
+LAYER = "model.layers.{i}"
+ATTENTION = f"{LAYER}.self_attn"
+MLP = f"{LAYER}.mlp"
+VALUE = "layers.{i}.value"
+HIDDEN = "layers.{i}.hidden"
 
 LLAMA = Family(
     name="llama",
-    model_types=("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite"),
+    model_types=(
+        "llama",
+        "mistral",
+        "ministral",
+        "ministral3",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+        "granite",
+        "seed_oss",
+        "ernie4_5",
+        "cwm",
+    ),
     tensors={
         "model.embed_tokens.weight": (None, "residual"),
         "lm_head.weight": (None, "residual"),
-        "model.norm.weight": (None,),
-        "model.layers.{i}.input_layernorm.weight": (None,),
-        "model.layers.{i}.post_attention_layernorm.weight": (None,),
-        f"{_ATTENTION}.q_proj.weight": (None, "residual"),
-        f"{_ATTENTION}.k_proj.weight": (None, "residual"),
-        f"{_ATTENTION}.v_proj.weight": (_VALUE, "residual"),
-        f"{_ATTENTION}.o_proj.weight": ("residual", _VALUE),
-        f"{_ATTENTION}.q_proj.bias?": (None,),
-        f"{_ATTENTION}.k_proj.bias?": (None,),
-        f"{_ATTENTION}.v_proj.bias?": (_VALUE,),
-        f"{_ATTENTION}.o_proj.bias?": ("residual",),
-        f"{_ATTENTION}.q_norm.weight?": (None,),
-        f"{_ATTENTION}.k_norm.weight?": (None,),
-        f"{_MLP}.gate_proj.weight": (None, "residual"),
-        f"{_MLP}.up_proj.weight": (None, "residual"),
-        f"{_MLP}.down_proj.weight": ("residual", _HIDDEN),
-        f"{_MLP}.gate_proj.bias?": (None,),
-        f"{_MLP}.up_proj.bias?": (None,),
-        f"{_MLP}.down_proj.bias?": ("residual",),
+        f"{ATTENTION}.q_proj.weight": (None, "residual"),
+        f"{ATTENTION}.k_proj.weight": (None, "residual"),
+        f"{ATTENTION}.v_proj.weight": (VALUE, "residual"),
+        f"{ATTENTION}.o_proj.weight": ("residual", VALUE),
+        f"{ATTENTION}.q_norm.weight?": (None,),
+        f"{ATTENTION}.k_norm.weight?": (None,),
+        f"{MLP}.gate_proj.weight": (None, "residual"),
+        f"{MLP}.up_proj.weight": (None, "residual"),
+        f"{MLP}.down_proj.weight": ("residual", HIDDEN),
     },
     spaces={
         "residual": ("R1", "hidden_size"),
-        _VALUE: ("R2", "head_dim"),
+        VALUE: ("R2", "head_dim"),
         "layers.{i}.query_key": ("R3", "head_dim"),
-        _HIDDEN: ("R4", "intermediate_size"),
+        HIDDEN: ("R4", "intermediate_size"),
     },
     gains={
-        "model.layers.{i}.input_layernorm.weight": tuple(f"{_ATTENTION}.{name}_proj" for name in "qkv"),
-        "model.layers.{i}.post_attention_layernorm.weight": (f"{_MLP}.gate_proj", f"{_MLP}.up_proj"),
+        f"{LAYER}.input_layernorm.weight": tuple(f"{ATTENTION}.{name}_proj" for name in "qkv"),
+        f"{LAYER}.post_attention_layernorm.weight": (f"{MLP}.gate_proj", f"{MLP}.up_proj"),
         "model.norm.weight": ("lm_head",),
     },
     onlines={
-        _ATTENTION: ("query_key", "layers.{i}.query_key"),
-        f"{_MLP}.down_proj": ("input", _HIDDEN),
+        ATTENTION: ("query_key", "layers.{i}.query_key"),
+        f"{MLP}.down_proj": ("input", HIDDEN),
     },
     linears=(
-        tuple(f"{_ATTENTION}.{name}_proj" for name in "qkv"),
-        (f"{_ATTENTION}.o_proj",),
-        (f"{_MLP}.gate_proj", f"{_MLP}.up_proj"),
-        (f"{_MLP}.down_proj",),
+        tuple(f"{ATTENTION}.{name}_proj" for name in "qkv"),
+        (f"{ATTENTION}.o_proj",),
+        (f"{MLP}.gate_proj", f"{MLP}.up_proj"),
+        (f"{MLP}.down_proj",),
     ),
-    attention=_ATTENTION,
-    block="model.layers.{i}",
+    attention=ATTENTION,
+    block=LAYER,
     embedding="model.embed_tokens.weight",
     head="lm_head.weight",
     # Checkpoints of old transformers store the rotary frequencies, which are computed from the config.
     ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
 )
+
+HELIUM = LLAMA.like("helium", "helium", filled=True)
+
+# The model multiplies by 1 + w, and scales its embeddings by a number.
+GEMMA = LLAMA.like("gemma", "gemma", norm_offset=1.0)
+
+# An MLP without a gate, whose activation (squared ReLU, xIELU) has at most scalar parameters.
+ARCEE = LLAMA.like("arcee", "arcee", without=("gate_proj",))
+APERTUS = ARCEE.like(
+    "apertus",
+    "apertus",
+    rename={"input_layernorm": "attention_layernorm", "post_attention_layernorm": "feedforward_layernorm"},
+    tensors={f"{MLP}.act_fn.alpha_p?": (None,), f"{MLP}.act_fn.alpha_n?": (None,)},
+    # Buffers of the activation, which are numbers.
+    ignored=(r"model\.layers\.\d+\.mlp\.act_fn\.(beta|eps)",),
+)
+
+HUNYUAN = LLAMA.like(
+    "hunyuan",
+    "hunyuan_v1_dense",
+    rename={"q_norm": "query_layernorm", "k_norm": "key_layernorm"},
+)
+
+# Gate and up are rows of one weight: both only read the residual space.
+GLM = LLAMA.like(
+    "glm",
+    "glm",
+    rename={"gate_proj": "gate_up_proj"},
+    without=("mlp.up_proj",),
+)
+PHI3 = GLM.like(
+    "phi3",
+    "phi3",
+    filled=True,
+    rename={"q_proj": "qkv_proj"},
+    without=("k_proj", "v_proj"),
+    tensors={
+        f"{ATTENTION}.qkv_proj.weight": (
+            Part(
+                VALUE,
+                "num_attention_heads*head_dim + num_key_value_heads*head_dim",
+                "num_key_value_heads*head_dim",
+            ),
+            "residual",
+        ),
+    },
+)
+
+FAMILIES = (LLAMA, HELIUM, GEMMA, ARCEE, APERTUS, HUNYUAN, GLM, PHI3)

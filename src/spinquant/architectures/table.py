@@ -1,165 +1,188 @@
-"""From a family's table to a plan.
+"""The language of tables: what one family of architectures looks like, as data.
 
-A table is data: for every tensor that the family may have, the space in which each of its axes lives. `{i}`
-stands for the layer; a trailing `?` marks a tensor that some members of the family lack. Building a plan
-checks the table against the names and shapes at hand, and refuses by name whatever the table does not explain.
+For every tensor that the family may have, a table says in which space each of its axes lives. In names, `{i}` stands
+for the layer and `{e}` for the expert; a trailing `?` marks a tensor that some members of the family lack. Sizes are
+written in the words of the config, as in `num_key_value_heads*head_dim` (see `size_of`).
+
+What follows from the rest is left out: the scale of a norm, the bias of a linear (it lives where the rows of the weight
+live) and of a norm, the bias of the head. A family that is like another says what differs: `LLAMA.like(...)`.
 """
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from spinquant.errors import ArchitectureError
-from spinquant.plan import Axis, Gain, Online, Plan, Site, Space, Tie
+from spinquant.plan import Site
 
-Shapes = Mapping[str, Sequence[int]]
+
+@dataclass(frozen=True)
+class Part:
+    """The part of an axis that lives in a space: `length` elements from `start` in every `period`, else in the axis."""
+
+    space: str
+    start: str
+    length: str
+    period: str | None = None
+
+
+Living = str | Part | None
+
+# Where the axes of a tensor live whose every axis is inside a module: nowhere, however many there are.
+INSIDE: tuple[Living, ...] = ()
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The linears (or tensors) that read a norm, where what it normalises is not the residual space."""
+
+    readers: tuple[str, ...]
+    space: str
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A rotation that the architecture rules out, and why; under a condition, for configs of which it holds."""
+
+    rotation: str
+    reason: str
+    when: str | None = None
 
 
 @dataclass(frozen=True)
 class Family:
     """What one family of architectures looks like.
 
-    tensors: name pattern -> the space of each axis, None where an axis lives in no space.
-    spaces: space pattern -> (rotation, the config attribute that holds its size).
-    gains: norm tensor pattern -> linear modules that read it; the norm normalises the residual space.
+    tensors: name pattern -> where each axis lives, None for an axis in no space.
+    spaces: space pattern -> (rotation, its size). centred: norms subtract the mean of the residual space.
+    gains: scale of a norm -> the linears, or tensors, that read it.
     onlines: module pattern -> (site, space pattern).
-    linears: groups of module patterns that read one activation, in order of execution.
+    linears: groups of module patterns that read one activation, in order of execution; absent ones are skipped.
+    when: conditions on the config under which the table holds, see `holds`.
+    filled: heads times their size is the hidden size, whatever the config says of the size of a head.
+    transposed: weights of linears are stored as (in, out), as Conv1D does.
+    choices: alternatives of which every layer has at least one, each as the prefixes of its tensors, the first of
+        which marks it. What belongs to an absent alternative alone is not missing.
+    ignored: names, as regular expressions, of tensors that live in no space and may be there or not.
+    stored: (regular expression, replacement) pairs that turn names in checkpoints into names in modules.
     """
 
     name: str
     model_types: tuple[str, ...]
-    tensors: Mapping[str, tuple[str | None, ...]]
+    tensors: Mapping[str, tuple[Living, ...]]
     spaces: Mapping[str, tuple[str, str]]
-    gains: Mapping[str, tuple[str, ...]]
+    gains: Mapping[str, tuple[str, ...] | Norm]
     onlines: Mapping[str, tuple[Site, str]]
     linears: tuple[tuple[str, ...], ...]
     attention: str
     block: str
     embedding: str
     head: str
-    refused: tuple[tuple[str, str], ...] = ()
+    when: tuple[str, ...] = ()
+    refused: tuple[Refusal, ...] = ()
     norm_offset: float = 0.0
-    ignored: tuple[str, ...] = field(default=())
+    centred: bool = False
+    filled: bool = False
+    transposed: bool = False
+    experts: str | None = None
+    choices: tuple[tuple[tuple[str, ...], ...], ...] = ()
+    ignored: tuple[str, ...] = ()
+    stored: tuple[tuple[str, str], ...] = ()
+
+    def readers(self, norm: str) -> tuple[str, ...]:
+        """What reads a norm of the residual space."""
+        found = self.gains[norm]
+        return found.readers if isinstance(found, Norm) else found
+
+    def like(
+        self,
+        name: str,
+        *model_types: str,
+        rename: Mapping[str, str] | None = None,
+        without: tuple[str, ...] = (),
+        **changes: Any,
+    ) -> "Family":
+        """A family that differs from this one as said.
+
+        rename: parts of names, replaced everywhere. without: whatever has one of these in its name is dropped. changes:
+        of fields; those of mappings are entries, None to drop one.
+        """
+
+        def renamed(text: str) -> str:
+            for old, new in (rename or {}).items():
+                text = text.replace(old, new)
+            return text
+
+        def kept(text: str) -> bool:
+            return not any(part in text for part in without)
+
+        found = {f.name: _mapped(getattr(self, f.name), renamed, kept) for f in fields(self)}
+        for key, change in changes.items():
+            found[key] = _merged(found[key], change) if isinstance(change, Mapping) else change
+        return replace(self, **{**found, "name": name, "model_types": model_types})
 
 
-def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
-    """The plan of a model, from its config and the names and shapes of its tensors alone.
+def _mapped(value: Any, renamed: Callable[[str], str], kept: Callable[[str], bool]) -> Any:
+    if isinstance(value, str):
+        return renamed(value)
+    if isinstance(value, Mapping):
+        return {renamed(k): _mapped(v, renamed, kept) for k, v in value.items() if kept(k)}
+    if isinstance(value, tuple):
+        items = tuple(_mapped(item, renamed, kept) for item in value if not isinstance(item, str) or kept(item))
+        return tuple(item for item in items if item != ())  # a group that lost all its members
+    if isinstance(value, Part | Norm):
+        return replace(value, **{f.name: _mapped(getattr(value, f.name), renamed, kept) for f in fields(value)})
+    return value
 
-    Raises ArchitectureError for a tensor that the table does not know, lacks, or that has another shape than
-    the config promises.
+
+def _merged(old: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of both, the optional mark of a name not counting as part of it."""
+    changed = {key.removesuffix("?") for key in change}
+    kept = {key: value for key, value in old.items() if key.removesuffix("?") not in changed}
+    return {**kept, **{key: value for key, value in change.items() if value is not None}}
+
+
+def holds(condition: str, config: Any) -> bool:
+    """Whether an attribute of a config is on; after "not", whether it is off. Dots lead into configs inside it."""
+    value = config
+    for name in condition.removeprefix("not ").split("."):
+        value = getattr(value, name, None)
+    return bool(value) != condition.startswith("not ")
+
+
+def size_of(config: Any, expression: str) -> int:
+    """The number that a config gives an expression: sums of products of attributes, their quotients, and integers.
+
+    After `|` stands what holds where an attribute is missing or None. Raises ArchitectureError when nothing does.
     """
-    layers = range(config.num_hidden_layers)
-    tied = family.head not in shapes
-    if tied and not getattr(config, "tie_word_embeddings", False):
-        raise ArchitectureError(
-            f"{family.name}: tensor {family.head!r} is missing and the config does not tie it to the embedding; "
-            "the checkpoint is incomplete"
-        )
-    # A module holds a tied head under both names, a checkpoint under one: the plan is the same for both.
-    shapes = {**shapes, family.head: shapes.get(family.head, shapes.get(family.embedding, ()))}
-    spaces = _spaces(family, config, layers)
-    axes = _axes(family, config, shapes, spaces, layers)
-    gains = tuple(
-        Gain(norm, "residual", tuple((f"{reader}.weight", 1) for reader in readers), family.norm_offset)
-        for pattern, readers in family.gains.items()
-        for norm, readers in _expand(pattern, readers, layers)
-    )
-    onlines = tuple(
-        Online(module, site, space)
-        for pattern, (site, space_pattern) in family.onlines.items()
-        for module, (space,) in _expand(pattern, (space_pattern,), layers)
-    )
-    linears = tuple(
-        group for i in layers for group in (tuple(name.format(i=i) for name in names) for names in family.linears)
-    )
-    ties = (Tie(family.head, family.embedding),) if getattr(config, "tie_word_embeddings", False) else ()
-    return Plan(
-        family=family.name,
-        spaces=tuple(spaces.values()),
-        axes=axes,
-        gains=gains,
-        onlines=onlines,
-        ties=ties,
-        linears=linears,
-        attentions=tuple(family.attention.format(i=i) for i in layers),
-        blocks=tuple(family.block.format(i=i) for i in layers),
-        head=family.head,
-        refused=family.refused,
-    )
+    for option in expression.split("|"):
+        terms = [[_number(config, factor.strip()) for factor in term.split("*")] for term in option.split("+")]
+        if not any(value is None for factors in terms for value in factors):
+            return sum(_product(factors) for factors in terms)
+    raise ArchitectureError(f"the config gives no {expression!r}: expected positive integers")
 
 
-def _expand(pattern: str, others: Sequence[str], layers: range) -> list[tuple[str, tuple[str, ...]]]:
-    if "{i}" not in pattern:
-        return [(pattern, tuple(others))]
-    return [(pattern.format(i=i), tuple(other.format(i=i) for other in others)) for i in layers]
+def _product(factors: list[int | None]) -> int:
+    result = 1
+    for factor in factors:
+        assert factor is not None
+        result *= factor
+    return result
 
 
-def _spaces(family: Family, config: Any, layers: range) -> dict[str, Space]:
-    found = {}
-    for pattern, (rotation, attribute) in family.spaces.items():
-        size = space_size(config, attribute)
-        for name, _ in _expand(pattern, (), layers):
-            found[name] = Space(name, rotation, size)
-    # Order of execution: the residual space, then layer by layer.
-    return dict(sorted(found.items(), key=lambda item: _layer_of(item[0])))
-
-
-def _layer_of(name: str) -> int:
-    match = re.search(r"\.(\d+)\.", name)
-    return int(match.group(1)) if match else -1
-
-
-def space_size(config: Any, attribute: str) -> int:
-    """The size that a config states, with `head_dim` derived where the config leaves it out.
-
-    Raises ArchitectureError when the config lacks the attribute.
-    """
-    size = getattr(config, attribute, None)
-    if size is None and attribute == "head_dim":
-        size = config.hidden_size // config.num_attention_heads
-    if not isinstance(size, int) or size <= 0:
-        raise ArchitectureError(f"the config gives {attribute} = {size!r}: expected a positive integer")
-    return size
-
-
-def _axes(family: Family, config: Any, shapes: Shapes, spaces: Mapping[str, Space], layers: range) -> tuple[Axis, ...]:
-    explained: dict[str, tuple[str | None, ...]] = {}
-    for pattern, living in family.tensors.items():
-        optional, pattern = pattern.endswith("?"), pattern.removesuffix("?")
-        for name, _ in _expand(pattern, (), layers):
-            i = _layer_of(name)
-            explained[name] = tuple(space.format(i=i) if space else None for space in living)
-            if name not in shapes and not optional:
-                raise ArchitectureError(
-                    f"{family.name}: tensor {name!r} is missing; the config promises {len(layers)} layers of "
-                    f"model_type {config.model_type!r}. The checkpoint is incomplete or not of this family."
-                )
-    for name, shape in shapes.items():
-        if name not in explained and not any(re.fullmatch(pattern, name) for pattern in family.ignored):
-            raise ArchitectureError(
-                f"tensor {name!r} (shape {tuple(shape)}) is not explained by the table of {family.name!r}: "
-                "rotating around it could change the model. The table knows the tensors of transformers' own classes."
-            )
-    return tuple(
-        axis
-        for name, living in explained.items()  # in the order of the table, whatever the order of the file
-        if name in shapes
-        for axis in _axes_of_tensor(family, name, shapes[name], living, spaces)
-    )
-
-
-def _axes_of_tensor(
-    family: Family, name: str, shape: Sequence[int], living: Sequence[str | None], spaces: Mapping[str, Space]
-) -> list[Axis]:
-    if len(living) != len(shape):
-        raise ArchitectureError(f"tensor {name!r} has shape {tuple(shape)}: {family.name} expects {len(living)} axes")
-    axes = [Axis(name, dim, space) for dim, space in enumerate(living) if space is not None]
-    for axis in axes:
-        size, length = spaces[axis.space].size, shape[axis.dim]
-        if length % size or (axis.space == "residual" and length != size):
-            raise ArchitectureError(
-                f"axis {axis.dim} of {name!r} has length {length}, which does not fit the space {axis.space!r} of "
-                f"size {size} that the config promises"
-            )
-    return axes
+def _number(config: Any, name: str) -> int | None:
+    if "/" in name:
+        above, below = (_number(config, part) for part in name.split("/"))
+        return above // below if above and below else None
+    if name.isdigit():
+        return int(name)
+    value = getattr(config, name, None)
+    if value is None and name == "head_dim":
+        return config.hidden_size // config.num_attention_heads
+    if value is None and name == "num_key_value_heads":
+        return config.num_attention_heads
+    if value is None:
+        return None
+    if not isinstance(value, int) or value <= 0:
+        raise ArchitectureError(f"the config gives {name} = {value!r}: expected a positive integer")
+    return value

@@ -21,12 +21,22 @@ OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "adam")
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 
 
-def cayley(start: Tensor, skew: Tensor) -> Tensor:
-    """R0 (I + A/2)^-1 (I - A/2), where the strict lower triangle of `skew` gives A; all (n, n)."""
+def cayley(start: Tensor, skew: Tensor, *, centred: bool = False) -> Tensor:
+    """R0 (I + A/2)^-1 (I - A/2), where the strict lower triangle of `skew` gives A; all (n, n).
+
+    centred: A is projected so that A 1 = 0; the product then keeps the mean if R0 does.
+    """
     lower = skew.tril(-1)
     half = (lower - lower.T) / 2
+    if centred:
+        half = keeping_mean(half)
     one = torch.eye(len(half), dtype=half.dtype, device=half.device)
     return start @ torch.linalg.solve(one + half, one - half)
+
+
+def keeping_mean(skew: Tensor) -> Tensor:
+    """The nearest skew matrix A with A 1 = 0, (n, n)."""
+    return skew - skew.mean(0, keepdim=True) - skew.mean(1, keepdim=True) + skew.mean()
 
 
 def orthogonality_error(r: Tensor) -> float:
@@ -45,12 +55,14 @@ class Descent:
     """Matrices on their way downhill, float32 or float64, changed in place, and what the optimizer remembers of them.
 
     adam: moments of the skew gradient, entry by entry, give the direction; sgd: the gradient itself, with `momentum`.
-    Moments need no transport, since a skew matrix means the same wherever R is.
+    Moments need no transport, since a skew matrix means the same wherever R is. centred: names of those that keep the
+    mean, R 1 = 1, at every step.
     """
 
     matrices: Mapping[str, Tensor]
     optimizer: Optimizer = "sgd"
     momentum: float = 0.0
+    centred: frozenset[str] = frozenset()
     steps: int = 0
     first: dict[str, Tensor] = field(default_factory=dict)
     second: dict[str, Tensor] = field(default_factory=dict)
@@ -61,6 +73,7 @@ class Descent:
         self.steps += 1
         for name, r in self.matrices.items():
             direction = self._direction(name, (gradients[name] - gradients[name].T) / 2)
+            direction = keeping_mean(direction) if name in self.centred else direction
             length = direction.norm()
             if length > 0:
                 # Against the gradient; the strict lower triangle stands for the whole.

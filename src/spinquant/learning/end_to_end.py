@@ -119,7 +119,8 @@ def learn_end_to_end(
     used: dict[str, Rotation] = {
         space: moving[learned[space]] if space in learned else r for space, r in rotations.items()
     }
-    descent = Descent({name: m.weight for name, m in moving.items()}, options.optimizer, options.momentum)
+    centred = frozenset(name for space, name in learned.items() if plan.space[space].centred)
+    descent = Descent({name: m.weight for name, m in moving.items()}, options.optimizer, options.momentum, centred)
     history: list[Step] = []
     if state is not None and (kept := state.load()) is not None:
         descent.restore(kept.tensors, kept.step)

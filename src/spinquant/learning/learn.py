@@ -174,6 +174,7 @@ def learn(
                 own,
                 start,
                 options.local,
+                centred=[space for space in names if plan.space[space].centred],
                 seed=options.seed,
                 device=_device(model),
                 store=store / "local" if store else None,

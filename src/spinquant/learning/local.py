@@ -10,7 +10,7 @@ The loss is the objective of `objectives.py`, weighted row by row and averaged o
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -76,6 +76,7 @@ def learn_locally(
     rotations: Mapping[str, Rotation],
     options: LocalOptions,
     *,
+    centred: Collection[str] = (),
     seed: int = 0,
     device: torch.device | str = "cpu",
     store: Path | None = None,
@@ -84,14 +85,17 @@ def learn_locally(
 ) -> dict[str, Rotation]:
     """Learned rotations of the sites' spaces, starting from `rotations`, by space.
 
-    `report(space, step, loss)` follows the descent. store: a folder where each space's run is kept, and taken up when
-    the `settings` are the same. Raises LearningError when a loss is not finite.
+    `report(space, step, loss)` follows the descent. centred: spaces whose rotation has to keep the mean. store: a
+    folder where each space's run is kept, and taken up when the `settings` are the same. Raises LearningError when a
+    loss is not finite, and for a solver that does not keep the mean where it has to be kept.
     """
     learned: dict[str, Rotation] = {}
     for space in dict.fromkeys(site.space for site in sites):
         own = [site for site in sites if site.space == space]
         start = matrix(rotations[space], torch.float32).to(device)
-        solver = _SOLVERS[options.solver](start, options)
+        if space in centred and options.solver != "cayley":
+            raise LearningError(f"the rotation of {space} has to keep the mean, which only solver cayley does")
+        solver = _SOLVERS[options.solver](start, options, space in centred)
         weights = {site.name: site.weights(options.weighting, options.factor) for site in own}
         state = StateFile(store / f"{space}.safetensors", [*settings, space, options, seed]) if store else None
         kept = state.load() if state else None
@@ -140,9 +144,9 @@ def _loss(
 
 
 class _Cayley:
-    def __init__(self, start: Tensor, options: LocalOptions):
+    def __init__(self, start: Tensor, options: LocalOptions, centred: bool):
         self.options = options
-        self.descent = Descent({"r": start.clone()}, options.optimizer)
+        self.descent = Descent({"r": start.clone()}, options.optimizer, centred=frozenset("r" if centred else ""))
         self.tensors, self.restore = self.descent.tensors, self.descent.restore
 
     def rotation(self) -> Tensor:
@@ -161,7 +165,7 @@ class _Cayley:
 
 
 class _QR:
-    def __init__(self, start: Tensor, options: LocalOptions):
+    def __init__(self, start: Tensor, options: LocalOptions, centred: bool):
         self.options = options
         self.z, self.velocity = start.clone(), torch.zeros_like(start)
         self.first = torch.zeros(())
@@ -191,7 +195,7 @@ class _QR:
 
 
 class _Procrustes:
-    def __init__(self, start: Tensor, options: LocalOptions):
+    def __init__(self, start: Tensor, options: LocalOptions, centred: bool):
         self.r = start.clone()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -226,7 +230,7 @@ def cosine(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-_SOLVERS: dict[str, Callable[[Tensor, LocalOptions], Any]] = {
+_SOLVERS: dict[str, Callable[[Tensor, LocalOptions, bool], Any]] = {
     "cayley": _Cayley,
     "qr": _QR,
     "procrustes": _Procrustes,

@@ -1,0 +1,151 @@
+"""Which architectures can be rotated, and how exactly: docs/architectures.md, from the tables and a run on tiny models.
+
+Every table's tiny random instance (tests/families.py, tests/conftest.py) is rotated in float64 and compared; the same
+instance, saved, is given to llm-compressor's SpinQuantModifier (R1, R2, random-hadamard) in an environment of its own:
+
+    python benchmarks/architectures.py --peer PYTHON [--out docs/architectures.md]
+
+PYTHON is the interpreter of an environment with llm-compressor, in which `architectures_peer.py` runs.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+import conftest  # noqa: E402
+import families  # noqa: E402
+import spinquant  # noqa: E402
+from spinquant.architectures import family_of  # noqa: E402
+from spinquant.module import model_class  # noqa: E402
+from spinquant.plan import ROTATION_NAMES  # noqa: E402
+from spinquant.proof import exact_experts  # noqa: E402
+
+NOTHING = "\N{EN DASH}"
+INTRODUCTION = """# Architectures
+
+What each rotation does to the models of transformers {transformers}, and what is refused. This page is written by
+`benchmarks/architectures.py` from the tables in `src/spinquant/architectures/` and a run on tiny random models of every
+family, in float64, with non-zero biases and non-unit gains.
+
+- **R1** rotates the residual stream, **R2** the values of every head (and the latents of DeepSeek's attention), **R3**
+  queries and keys at run time, **R4** the input of an MLP's second linear at run time (of every expert's, in mixtures).
+- *yes*: allowed, and exact in the run. *no*: refused, for the reason in the note. {nothing}: there is no such thing.
+- *centred*: the norms subtract the mean, so R1 is a rotation that keeps the mean (`src/spinquant/centred.py`). The
+  scale of such a norm moves into the linears that read it; its bias is divided by the scale and rotated, so that the
+  model keeps its class and no linear needs a bias that it has not. Where a scale is zero and the bias is not, that is
+  impossible, and it is refused by name.
+- *error*: the largest ||logits' - logits|| / ||logits|| over the allowed rotations, alone and together.
+- *llm-compressor*: what version {peer} does with R1 and R2 on the same model, in float32: *exact* below 1e-4, else
+  how far the logits moved by the same measure, or the error that it stops with. It centres embeddings, and under
+  RMSNorm that changes the function; the mean of a random embedding is larger than that of a trained one, so how far
+  the logits move here says nothing about a real model, only that the function is another.
+
+A model that no table explains is refused by name, and so is a tensor that its table does not explain. Of a
+vision-language model the language part is rotated, and the projector, which writes to its residual stream; the twin
+that is tried before a model is touched is given text alone (the tests give images too).
+
+Not quantized, though rotated: stacked experts and Conv1D (`quantize` says so). Not rotated: heads that ride along
+(multi-token prediction, EAGLE, Medusa) and adapters.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", type=Path, required=True, help="interpreter of an environment with llm-compressor")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/architectures.md")
+    arguments = parser.parse_args()
+    instances = {name: families.Instance(config) for name, config in conftest.CONFIGS.items()} | families.FAMILIES
+    with tempfile.TemporaryDirectory() as folder:
+        ours = {name: measured(name, instance, Path(folder) / name) for name, instance in instances.items()}
+        peer, version = answers_of(arguments.peer, Path(folder), list(instances))
+    arguments.out.write_text(page(instances, ours, peer, version), encoding="utf-8")
+
+
+def measured(name: str, instance: families.Instance, folder: Path) -> float:
+    """The largest relative error over the allowed rotations, alone and together; the model is saved to the folder."""
+    ids = conftest.tokens()
+    worst = 0.0
+    for rotations in [(), *((rotation,) for rotation in instance.allowed), instance.allowed]:
+        model = tiny(instance.config())
+        before = conftest.logits(model, ids)
+        if not rotations:
+            model.save_pretrained(folder)
+            torch.save(ids, folder / "ids.pt")
+            continue
+        plan = spinquant.plan_of(model)
+        made = spinquant.make_rotations(plan, spinquant.RotationSpec(rotations, "auto"))
+        spinquant.fuse_module(model, plan, made)
+        with spinquant.attach(model, plan, made):
+            moved = conftest.logits(model, ids) - before
+        worst = max(worst, (moved.norm() / before.norm()).item())
+    print(f"{name}: {worst:.1e}", flush=True)
+    return worst
+
+
+def tiny(config: Any) -> Any:
+    """A random float64 model of a config."""
+    model = model_class(config).from_config(config, dtype=torch.float64)
+    exact_experts(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.double()
+    return conftest.random_weights(model)
+
+
+def answers_of(python: Path, folder: Path, names: list[str]) -> tuple[dict[str, str], str]:
+    """The peer's verdicts by name, and its version."""
+    script = Path(__file__).parent / "architectures_peer.py"
+    done = subprocess.run([python, script, folder, *names], capture_output=True, text=True, check=False)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or len(lines) != len(names) + 1:
+        raise SystemExit(f"the peer stopped early:\n{done.stderr[-2000:]}")
+    return {line["name"]: line["verdict"] for line in lines[1:]}, lines[0]["version"]
+
+
+def page(instances: dict[str, Any], ours: dict[str, float], peer: dict[str, str], version: str) -> str:
+    """The whole page."""
+    by_table: dict[str, list[str]] = defaultdict(list)
+    tables = {}
+    for name, instance in instances.items():
+        table = family_of(instance.config())
+        assert table is not None
+        by_table[table.name].append(name)
+        tables[table.name] = table
+    notes: list[str] = []
+    rows = []
+    for title, names in by_table.items():
+        table = tables[title]
+        plan = spinquant.plan_of(tiny(instances[names[0]].config()))
+        cells = []
+        for rotation in ROTATION_NAMES:
+            refusals = [refusal for refusal in table.refused if refusal.rotation == rotation]
+            if not refusals:
+                cells.append("yes" if plan.spaces_of(rotation) else NOTHING)
+            for refusal in refusals:
+                if refusal.reason not in notes:
+                    notes.append(refusal.reason)
+                note = f"[{notes.index(refusal.reason) + 1}](#notes)"
+                cells.append(f"no {note}" if refusal.when is None else f"yes; no if {refusal.when} {note}")
+        types = ", ".join(f"`{name}`" for name in table.model_types)
+        error = max(ours[name] for name in names)
+        found = "; ".join(dict.fromkeys(peer[name] for name in names))
+        centred = " (centred)" if table.centred else ""
+        rows.append(f"| {title}{centred} | {types} | {' | '.join(cells)} | {error:.0e} | {found} |")
+    head = ["| table | model types | R1 | R2 | R3 | R4 | error | llm-compressor |", "|" + "---|" * 8]
+    numbered = [f"{i}. {note}." for i, note in enumerate(notes, 1)]
+    introduction = INTRODUCTION.format(transformers=transformers.__version__, peer=version, nothing=NOTHING)
+    return "\n".join([introduction, *head, *rows, "", "## Notes", "", *numbered, ""])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""From a family's table to a plan.
+
+The table is checked against the names and shapes at hand, and whatever it does not explain is refused by name. Names
+are those of a module or of a checkpoint, which may differ: a module stacks the experts that a checkpoint holds one by
+one. A table knows both; the plan's tensors are those that are there, its modules always those of the module.
+"""
+
+import re
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from spinquant.architectures.table import INSIDE, Family, Living, Norm, Part, holds, size_of
+from spinquant.errors import ArchitectureError
+from spinquant.plan import Axis, Gain, Online, Plan, Space, Span, Tie
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
+    """The plan of a model, from its config and the names and shapes of its tensors alone.
+
+    Raises ArchitectureError for a tensor that the table does not know, lacks, or that has another shape than
+    the config promises.
+    """
+    stored = {_in_module(name, family.stored): name for name in shapes}
+    shapes = {name: shapes[origin] for name, origin in stored.items()}
+    tie = bool(getattr(config, "tie_word_embeddings", False))
+    if family.head not in shapes and not tie:
+        raise ArchitectureError(
+            f"{family.name}: tensor {family.head!r} is missing and the config does not tie it to the embedding; "
+            "the checkpoint is incomplete"
+        )
+    # A module holds a tied head under both names, a checkpoint under one: the plan is the same for both.
+    shapes = {**shapes, family.head: shapes.get(family.head, shapes.get(family.embedding, ()))}
+    build = _Build(family, config.get_text_config() if hasattr(config, "get_text_config") else config, shapes)
+    axes, onlines = build.axes(), build.onlines()
+    used = {axis.space for axis in axes} | {online.space for online in onlines}
+
+    def origin(name: str) -> str:
+        return stored.get(name, name)
+
+    return Plan(
+        family=family.name,
+        spaces=tuple(space for space in build.spaces.values() if space.name in used),
+        axes=tuple(replace(axis, tensor=origin(axis.tensor)) for axis in axes),
+        gains=tuple(
+            replace(
+                gain,
+                norm=origin(gain.norm),
+                readers=tuple((origin(name), dim) for name, dim in gain.readers),
+                bias=gain.bias and origin(gain.bias),
+            )
+            for gain in build.gains()
+        ),
+        onlines=onlines,
+        ties=(Tie(origin(family.head), origin(family.embedding)),) if tie else (),
+        linears=build.linears(),
+        attentions=tuple(name for name in build.each_layer(family.attention) if build.is_there(f"{name}.")),
+        blocks=tuple(build.each_layer(family.block)),
+        head=family.head,
+        refused=tuple((r.rotation, r.reason) for r in family.refused if r.when is None or holds(r.when, build.config)),
+    )
+
+
+def _in_module(name: str, stored: Sequence[tuple[str, str]]) -> str:
+    for pattern, replacement in stored:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+@dataclass(frozen=True)
+class _Build:
+    """A table beside the model that it has to explain."""
+
+    family: Family
+    config: Any
+    shapes: Shapes
+
+    @cached_property
+    def layers(self) -> range:
+        return range(self.config.num_hidden_layers)
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return sorted(self.shapes)
+
+    def is_there(self, prefix: str) -> bool:
+        """Whether there is a tensor whose name begins so."""
+        at = bisect_left(self._names, prefix)
+        return at < len(self._names) and self._names[at].startswith(prefix)
+
+    def each(self, pattern: str) -> Iterator[tuple[str, int | None]]:
+        """Names that a pattern stands for, each with its layer."""
+        for i in self.layers if "{i}" in pattern else [None]:
+            name = pattern.replace("{i}", str(i))
+            if "{e}" in name:
+                assert self.family.experts is not None
+                for e in range(size_of(self.config, self.family.experts)):
+                    yield name.replace("{e}", str(e)), i
+            else:
+                yield name, i
+
+    def each_layer(self, pattern: str) -> list[str]:
+        return [name for name, _ in self.each(pattern)]
+
+    @cached_property
+    def spaces(self) -> dict[str, Space]:
+        """Spaces by name, in order of execution: the residual space, then layer by layer."""
+        found: dict[str, tuple[int, Space]] = {}
+        for pattern, (rotation, size) in self.family.spaces.items():
+            order = size_of(self.config, size) if self._is_known(size) else 0
+            for name, i in self.each(pattern):
+                centred = self.family.centred and name == "residual"
+                found[name] = (-1 if i is None else i, Space(name, rotation, order, centred))
+        return {name: space for name, (_, space) in sorted(found.items(), key=lambda item: item[1][0])}
+
+    def _is_known(self, size: str) -> bool:
+        # Members of a family without experts, say, have no size for them, nor a space.
+        try:
+            size_of(self.config, size)
+        except ArchitectureError:
+            return False
+        return True
+
+    @cached_property
+    def explained(self) -> dict[str, tuple[Living, ...]]:
+        """Where the axes of every tensor that is there live. Raises ArchitectureError for one missing or unknown."""
+        found: dict[str, tuple[Living, ...]] = {}
+        for pattern, living in self._patterns().items():
+            optional, pattern = pattern.endswith("?"), pattern.removesuffix("?")
+            for name, i in self.each(pattern):
+                if name in self.shapes:
+                    found[name] = tuple(_in_layer(space, i) for space in living)
+                elif not optional and self._is_needed(name, i):
+                    raise ArchitectureError(
+                        f"{self.family.name}: tensor {name!r} is missing; the config promises {len(self.layers)} "
+                        f"layers of model_type {self.config.model_type!r}. The checkpoint is incomplete or not of this "
+                        "family."
+                    )
+        for name, shape in self.shapes.items():
+            if name not in found and not any(re.fullmatch(pattern, name) for pattern in self.family.ignored):
+                raise ArchitectureError(
+                    f"tensor {name!r} (shape {tuple(shape)}) is not explained by the table of {self.family.name!r}: "
+                    "rotating around it could change the model. The table knows the tensors of transformers' own "
+                    "classes."
+                )
+        return found
+
+    def _patterns(self) -> dict[str, tuple[Living, ...]]:
+        """The table's tensors and those that follow from them."""
+        family = self.family
+        stated = {key.removesuffix("?") for key in family.tensors}
+        implied: dict[str, tuple[Living, ...]] = {}
+        for name, norm in family.gains.items():
+            implied[name] = (None,)
+            if family.centred:
+                implied[f"{name.removesuffix('weight')}bias?"] = (_space_of(norm),)
+        for module in (module for group in family.linears for module in group):
+            weight = family.tensors.get(f"{module}.weight") or family.tensors[f"{module}.weight?"]
+            implied[f"{module}.bias?"] = (weight[-1 if family.transposed else 0],)
+        implied[f"{family.head.removesuffix('weight')}bias?"] = (None,)
+        return {**family.tensors, **{k: v for k, v in implied.items() if k.removesuffix("?") not in stated}}
+
+    def _is_needed(self, name: str, i: int | None) -> bool:
+        """Whether a tensor that is not there is missed: not where it belongs to absent alternatives alone."""
+        if i is None:
+            return True
+        absent, present = self._alternatives[i]
+        return not absent.match(name) or bool(present.match(name))
+
+    @cached_property
+    def _alternatives(self) -> list[tuple[re.Pattern[str], re.Pattern[str]]]:
+        """By layer, what names begin with that belong to alternatives which are absent, and to those that are there."""
+        found = []
+        for i in self.layers:
+            prefixes: dict[bool, list[str]] = {True: [], False: []}
+            for choice in self.family.choices:
+                here = [tuple(p.replace("{i}", str(i)) for p in alternative) for alternative in choice]
+                present = [self.is_there(alternative[0].replace("{e}", "0")) for alternative in here]
+                if not any(present):
+                    raise ArchitectureError(
+                        f"{self.family.name}: layer {i} has none of "
+                        f"{', '.join(repr(alternative[0]) for alternative in here)}. The checkpoint is incomplete or "
+                        "not of this family."
+                    )
+                for alternative, is_present in zip(here, present, strict=True):
+                    prefixes[is_present].extend(re.escape(p).replace(r"\{e\}", r"\d+") for p in alternative)
+            # An empty alternation would match every name.
+            absent, present = ("|".join(prefixes[there]) or "(?!)" for there in (False, True))
+            found.append((re.compile(absent), re.compile(present)))
+        return found
+
+    def axes(self) -> tuple[Axis, ...]:
+        """In the order of the table, whatever the order of the file."""
+        return tuple(axis for name, living in self.explained.items() for axis in self._axes_of(name, living))
+
+    def _axes_of(self, name: str, living: Sequence[Living]) -> Iterator[Axis]:
+        shape = self.shapes[name]
+        if living == INSIDE:
+            return
+        if len(living) != len(shape):
+            raise ArchitectureError(
+                f"tensor {name!r} has shape {tuple(shape)}: {self.family.name} expects {len(living)} axes"
+            )
+        for dim, where in enumerate(living):
+            if where is None:
+                continue
+            part = where if isinstance(where, Part) else None
+            space = self.spaces[part.space if part else str(where)]
+            span = self._span(name, dim, part) if part else None
+            size, length = space.size, span.length if span else shape[dim]
+            if size == 0 or length % size or (space.name == "residual" and length != size):
+                raise ArchitectureError(
+                    f"axis {dim} of {name!r} has length {length}, which does not fit the space {space.name!r} of "
+                    f"size {size} that the config promises"
+                )
+            yield Axis(name, dim, space.name, span)
+
+    def _span(self, name: str, dim: int, part: Part) -> Span:
+        length = self.shapes[name][dim]
+        period = size_of(self.config, part.period) if part.period else length
+        span = Span(size_of(self.config, part.start), size_of(self.config, part.length), period)
+        if length % period or span.start + span.length > period:
+            raise ArchitectureError(
+                f"axis {dim} of {name!r} has length {length}: expected a multiple of {period} with "
+                f"{span.length} elements from {span.start}, as the config promises"
+            )
+        return span
+
+    def gains(self) -> tuple[Gain, ...]:
+        """One for every norm that is there and read."""
+        found = []
+        for pattern, norm in self.family.gains.items():
+            for name, i in self.each(pattern):
+                if name not in self.shapes:
+                    continue
+                readers = norm.readers if isinstance(norm, Norm) else norm
+                space = str(_in_layer(_space_of(norm), i))
+                pairs = tuple(pair for reader in readers for pair in self._read(reader, i, space))
+                bias = f"{name.removesuffix('weight')}bias"
+                bias = bias if bias in self.shapes else None
+                found.append(Gain(name, space, pairs, self.family.norm_offset, bias))
+        return tuple(found)
+
+    def _read(self, reader: str, i: int | None, space: str) -> Iterator[tuple[str, int]]:
+        """The tensors of a reader that are there, each with the axis that lives in the space."""
+        for name, layer in self.each(reader):
+            if layer != i and i is not None:
+                continue
+            tensor = name if name in self.shapes else f"{name}.weight"
+            if tensor in self.shapes:
+                yield tensor, self.explained[tensor].index(space)
+
+    def onlines(self) -> tuple[Online, ...]:
+        """One for every module that is there."""
+        return tuple(
+            Online(name, site, str(_in_layer(space, i)))
+            for pattern, (site, space) in self.family.onlines.items()
+            for name, i in self.each(pattern)
+            if self.is_there(f"{name}.")
+        )
+
+    def linears(self) -> tuple[tuple[str, ...], ...]:
+        """Layer by layer, without those that are not there."""
+        groups = (
+            tuple(name for module in group if f"{(name := module.replace('{i}', str(i)))}.weight" in self.shapes)
+            for i in self.layers
+            for group in self.family.linears
+        )
+        return tuple(group for group in groups if group)
+
+
+def _space_of(norm: tuple[str, ...] | Norm) -> str:
+    return norm.space if isinstance(norm, Norm) else "residual"
+
+
+def _in_layer(living: Living, i: int | None) -> Living:
+    if isinstance(living, Part):
+        return Part(living.space.replace("{i}", str(i)), living.start, living.length, living.period)
+    return living.replace("{i}", str(i)) if living else None

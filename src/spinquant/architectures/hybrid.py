@@ -1,0 +1,157 @@
+"""Layers that mix tokens by a recurrence: Mamba, gated delta nets, short convolutions; alone, or beside attention.
+
+Such a mixer reads the residual space through one linear and writes to it through another. Between them are
+convolutions, gates and norms that act element by element: nothing there is rotated. Layers with attention have R2 and
+R3 as elsewhere, all layers with an MLP have R4.
+"""
+
+from spinquant.architectures.llama import ATTENTION, LAYER, LLAMA, MLP
+from spinquant.architectures.moe import GRANITE_MOE, QWEN2_MOE, QWEN3_MOE
+from spinquant.architectures.table import INSIDE, Family, Refusal
+
+_INPUT = f"{LAYER}.input_layernorm.weight"
+_MAMBA = ("A_log", "D", "conv1d.weight", "conv1d.bias?")
+MAMBA1 = (*_MAMBA, "x_proj.weight", "dt_proj.weight", "dt_proj.bias")
+MAMBA2 = (*_MAMBA, "dt_bias")
+
+
+def _with_mixer(
+    family: Family,
+    mixer: str,
+    inside: tuple[str, ...],
+    *,
+    reads: tuple[str, ...] = ("in_proj",),
+    norm: str = _INPUT,
+    beside: bool = False,
+) -> Family:
+    """The family with a recurrent mixer in place of attention, layer by layer, or beside it in every layer."""
+    alternatives = ((f"{ATTENTION}.",), (f"{mixer}.",))
+    return family.like(
+        family.name,
+        *family.model_types,
+        tensors={
+            **{f"{mixer}.{name}.weight": (None, "residual") for name in reads},
+            f"{mixer}.out_proj.weight": ("residual", None),
+            **{f"{mixer}.{name}": INSIDE for name in inside},
+        },
+        gains={norm: (*family.readers(norm), *(f"{mixer}.{name}" for name in reads))},
+        linears=(tuple(f"{mixer}.{name}" for name in reads), (f"{mixer}.out_proj",), *family.linears),
+        choices=family.choices if beside else (*family.choices, alternatives),
+    )
+
+
+_GATED = Refusal(
+    "R2",
+    "model.layers.*.self_attn multiplies the attention's output by a gate, sigmoid of rows of q_proj, element by "
+    "element before o_proj, and (x R) * g is not (x * g) R",
+)
+_DELTA = ("dt_bias", "A_log", "conv1d.weight", "norm.weight")
+QWEN3_NEXT = _with_mixer(
+    QWEN2_MOE.like("qwen3_next", "qwen3_next", norm_offset=1.0, refused=(_GATED,)),
+    f"{LAYER}.linear_attn",
+    _DELTA,
+    reads=("in_proj_qkvz", "in_proj_ba"),
+)
+_QWEN3_5_READS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+QWEN3_5 = _with_mixer(
+    LLAMA.like("qwen3_5", "qwen3_5_text", norm_offset=1.0, refused=(_GATED,)),
+    f"{LAYER}.linear_attn",
+    _DELTA,
+    reads=_QWEN3_5_READS,
+)
+QWEN3_5_MOE = _with_mixer(
+    QWEN2_MOE.like("qwen3_5_moe", "qwen3_5_moe_text", norm_offset=1.0, refused=(_GATED,)),
+    f"{LAYER}.linear_attn",
+    _DELTA,
+    reads=_QWEN3_5_READS,
+)
+
+_FORWARD = {
+    "mlp.": "feed_forward.",
+    "post_attention_layernorm": "pre_ff_layernorm",
+    "model.norm": "model.final_layernorm",
+}
+_NORMS = tuple(f"{name}_layernorm.weight" for name in ("dt", "b", "c"))
+JAMBA = _with_mixer(QWEN3_MOE, f"{LAYER}.mamba", (*MAMBA1, *_NORMS)).like(
+    "jamba",
+    "jamba",
+    rename={"mlp.gate.": "mlp.router.", **_FORWARD},
+    spaces={"layers.{i}.experts": ("R4", "intermediate_size")},
+    gains={
+        f"{LAYER}.pre_ff_layernorm.weight": tuple(
+            reader.replace(MLP, f"{LAYER}.feed_forward").replace("feed_forward.gate", "feed_forward.router", 1)
+            if reader == f"{MLP}.gate"
+            else reader.replace(MLP, f"{LAYER}.feed_forward")
+            for reader in QWEN3_MOE.readers(f"{LAYER}.post_attention_layernorm.weight")
+        )
+    },
+    experts="num_experts",
+)
+BAMBA = _with_mixer(LLAMA, f"{LAYER}.mamba", (*MAMBA2, "norm.weight")).like("bamba", "bamba", rename=_FORWARD)
+# Attention and Mamba side by side, each scaled by a number.
+FALCON_H1 = _with_mixer(LLAMA, f"{LAYER}.mamba", (*MAMBA2, "norm.weight?"), beside=True).like(
+    "falcon_h1", "falcon_h1", rename=_FORWARD
+)
+GRANITE_HYBRID = _with_mixer(GRANITE_MOE, f"{LAYER}.mamba", (*MAMBA2, "norm.weight")).like(
+    "granitemoehybrid",
+    "granitemoehybrid",
+    without=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "{e}"),
+    tensors={
+        f"{LAYER}.shared_mlp.{name}.weight": axes
+        for name, axes in (("input_linear", (None, "residual")), ("output_linear", ("residual", "layers.{i}.shared")))
+    },
+    # Some have no experts, only what every token goes through.
+    choices=(
+        ((f"{ATTENTION}.",), (f"{LAYER}.mamba.",)),
+        ((f"{LAYER}.block_sparse_moe.",), (f"{LAYER}.shared_mlp.",)),
+    ),
+)
+
+_CONVOLUTION = f"{LAYER}.conv"
+LFM2 = _with_mixer(LLAMA, _CONVOLUTION, ("conv.weight", "conv.bias?")).like(
+    "lfm2",
+    "lfm2",
+    rename={
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.up_proj": "feed_forward.w3",
+        "mlp.down_proj": "feed_forward.w2",
+        "self_attn.o_proj": "self_attn.out_proj",
+        "input_layernorm": "operator_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "q_norm": "q_layernorm",
+        "k_norm": "k_layernorm",
+        "model.norm": "model.embedding_norm",
+    },
+    spaces={"layers.{i}.hidden": ("R4", "intermediate_size")},
+)
+
+
+def _only_mixer(name: str, *model_types: str, inside: tuple[str, ...]) -> Family:
+    """A family of nothing but recurrent mixers: the residual space is all that there is to rotate."""
+    layer = "backbone.layers.{i}"
+    return Family(
+        name=name,
+        model_types=model_types,
+        tensors={
+            "backbone.embeddings.weight": (None, "residual"),
+            "lm_head.weight": (None, "residual"),
+            f"{layer}.mixer.in_proj.weight": (None, "residual"),
+            f"{layer}.mixer.out_proj.weight": ("residual", None),
+            **{f"{layer}.mixer.{part}": INSIDE for part in inside},
+        },
+        spaces={"residual": ("R1", "hidden_size")},
+        gains={f"{layer}.norm.weight": (f"{layer}.mixer.in_proj",), "backbone.norm_f.weight": ("lm_head",)},
+        onlines={},
+        linears=((f"{layer}.mixer.in_proj",), (f"{layer}.mixer.out_proj",)),
+        attention=f"{layer}.attention",  # none
+        block=layer,
+        embedding="backbone.embeddings.weight",
+        head="lm_head.weight",
+        stored=((r"^backbone\.embedding\.", "backbone.embeddings."),),
+    )
+
+
+MAMBA = _only_mixer("mamba", "mamba", "falcon_mamba", inside=MAMBA1)
+MAMBA_2 = _only_mixer("mamba2", "mamba2", inside=(*MAMBA2, "norm.weight"))
+
+FAMILIES = (*(QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE, JAMBA, BAMBA, FALCON_H1, GRANITE_HYBRID, LFM2, MAMBA, MAMBA_2),)

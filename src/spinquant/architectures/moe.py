@@ -1,0 +1,242 @@
+"""Mixtures of experts.
+
+Router, experts, shared experts and their gate read the norm before the MLP, so all of them take its gain. transformers
+stacks the experts of a layer in one parameter, (experts, out, in), while checkpoints hold them one by one: a table
+names both. One rotation serves all experts of a layer; at run time it stands between the experts' activation and their
+second product (site `experts`).
+
+In DeepSeek's attention (MLA) keys and values are rows of `kv_b_proj`, head by head, made from a latent that a linear
+writes, a norm scales and a linear reads: a space of its own. It is what the cache holds, so R2 rotates it, and R3,
+which would rotate keys head by head on their way into the cache, has nothing to act on.
+"""
+
+from spinquant.architectures.layernorm import CLIPPED
+from spinquant.architectures.llama import ATTENTION, LAYER, LLAMA, MLP, VALUE
+from spinquant.architectures.table import Family, Norm, Part, Refusal
+
+EXPERTS = f"{MLP}.experts"
+EXPERT = "layers.{i}.experts"
+SHARED = "layers.{i}.shared"
+_NORM = f"{LAYER}.post_attention_layernorm.weight"
+_DENSE = tuple(f"{MLP}.{name}_proj." for name in ("gate", "up", "down"))
+
+QWEN3_MOE = LLAMA.like(
+    "qwen3_moe",
+    "qwen3_moe",
+    tensors={
+        f"{MLP}.gate.weight": (None, "residual"),
+        f"{EXPERTS}.gate_up_proj": (None, None, "residual"),
+        f"{EXPERTS}.down_proj": (None, "residual", EXPERT),
+        f"{EXPERTS}.{{e}}.gate_proj.weight": (None, "residual"),
+        f"{EXPERTS}.{{e}}.up_proj.weight": (None, "residual"),
+        f"{EXPERTS}.{{e}}.down_proj.weight": ("residual", EXPERT),
+    },
+    spaces={EXPERT: ("R4", "moe_intermediate_size")},
+    gains={
+        _NORM: (
+            *(f"{MLP}.{name}" for name in ("gate", "gate_proj", "up_proj")),
+            *(f"{EXPERTS}.{name}" for name in ("gate_up_proj", "{e}.gate_proj", "{e}.up_proj")),
+        )
+    },
+    onlines={EXPERTS: ("experts", EXPERT)},
+    # Dense layers, stacked experts, single experts.
+    choices=(
+        (
+            _DENSE,
+            (f"{EXPERTS}.gate_up_proj", EXPERTS + ".down_proj", f"{MLP}.gate."),
+            (f"{EXPERTS}.{{e}}.", f"{MLP}.gate."),
+        ),
+    ),
+    experts="num_local_experts|num_experts|n_routed_experts",
+    # Numbers that correct the choice of experts: a buffer, which checkpoints store.
+    ignored=(*LLAMA.ignored, r"model\.layers\.\d+\.mlp\.(gate\.)?e_score_correction_bias"),
+)
+
+
+def with_shared(family: Family, module: str, size: str, *, gate: str = "gate_proj", down: str = "down_proj") -> Family:
+    """The family with experts that every token goes through, and the gate of one such expert, where there are."""
+    path = f"{LAYER}.{module}"
+    inside = (f"{path}.{gate}", *((f"{path}.up_proj",) if gate == "gate_proj" else ()))
+    weighing = f"{path}_gate"
+    norm = _NORM if _NORM in family.gains else _INPUT
+    return family.like(
+        family.name,
+        *family.model_types,
+        tensors={
+            **{f"{name}.weight?": (None, "residual") for name in (*inside, weighing)},
+            f"{path}.{down}.weight?": ("residual", SHARED),
+        },
+        spaces={SHARED: ("R4", size)},
+        gains={norm: (*family.readers(norm), *inside, weighing)},
+        onlines={f"{path}.{down}": ("input", SHARED)},
+        linears=(*family.linears, inside, (f"{path}.{down}",)),
+    )
+
+
+_INPUT = f"{LAYER}.input_layernorm.weight"
+
+QWEN2_MOE = with_shared(
+    QWEN3_MOE.like("qwen2_moe", "qwen2_moe"), "mlp.shared_expert", "shared_expert_intermediate_size"
+)
+GLM4_MOE = with_shared(
+    QWEN3_MOE.like("glm4_moe", "glm4_moe", "dots1"), "mlp.shared_experts", "moe_intermediate_size*n_shared_experts"
+)
+ERNIE4_5_MOE = with_shared(
+    QWEN3_MOE.like(
+        "ernie4_5_moe",
+        "ernie4_5_moe",
+        tensors={f"{MLP}.gate.moe_statics.e_score_correction_bias?": (None, None)},
+        stored=((r"\.mlp\.moe_statics\.", ".mlp.gate.moe_statics."),),
+    ),
+    "mlp.shared_experts",
+    "moe_intermediate_size*moe_num_shared_experts",
+)
+HUNYUAN_MOE = with_shared(
+    QWEN3_MOE.like(
+        "hunyuan_v1_moe",
+        "hunyuan_v1_moe",
+        rename={"q_norm": "query_layernorm", "k_norm": "key_layernorm", f"{MLP}.gate.": f"{MLP}.gate.wg."},
+        spaces={EXPERT: ("R4", "intermediate_size")},
+        gains={_NORM: (f"{MLP}.gate.wg", *(r for r in QWEN3_MOE.readers(_NORM) if r != f"{MLP}.gate"))},
+    ),
+    "mlp.shared_mlp",
+    "intermediate_size",
+)
+# The names of old checkpoints: w1 is the gate, w3 goes up, w2 goes down.
+MIXTRAL_NAMES = (
+    (r"\.block_sparse_moe\.", ".mlp."),
+    *(
+        (rf"\.experts\.(\d+)\.w{n}\.", rf".experts.\1.{name}_proj.")
+        for n, name in ((1, "gate"), (2, "down"), (3, "up"))
+    ),
+)
+MIXTRAL = QWEN3_MOE.like(
+    "mixtral",
+    "mixtral",
+    "minimax_m2",
+    spaces={EXPERT: ("R4", "intermediate_size")},
+    stored=MIXTRAL_NAMES,
+)
+OLMOE = MIXTRAL.like(
+    "olmoe",
+    "olmoe",
+    filled=True,
+    stored=(),
+    refused=(Refusal("R2", CLIPPED.format("model.layers.*.self_attn.v_proj", "o_proj"), "clip_qkv"),),
+)
+PHIMOE = MIXTRAL.like(
+    "phimoe",
+    "phimoe",
+    centred=True,
+    rename={f"{MLP}.gate.": f"{MLP}.router."},
+    gains={_NORM: (f"{MLP}.router", *(r for r in QWEN3_MOE.readers(_NORM) if r != f"{MLP}.gate"))},
+    stored=(*MIXTRAL_NAMES, (r"\.mlp\.gate\.", ".mlp.router.")),
+)
+GRANITE_MOE = with_shared(
+    MIXTRAL.like(
+        "granitemoe",
+        "granitemoe",
+        "granitemoeshared",
+        rename={f"{MLP}.gate.": f"{LAYER}.block_sparse_moe.router.", EXPERTS: f"{LAYER}.block_sparse_moe.experts"},
+        gains={
+            _NORM: (f"{LAYER}.block_sparse_moe.router", f"{LAYER}.block_sparse_moe.experts.gate_up_proj"),
+        },
+        stored=(
+            (r"\.block_sparse_moe\.input_linear\.weight", ".block_sparse_moe.experts.gate_up_proj"),
+            (r"\.block_sparse_moe\.output_linear\.weight", ".block_sparse_moe.experts.down_proj"),
+            (r"\.block_sparse_moe\.router\.layer\.", ".block_sparse_moe.router."),
+        ),
+    ),
+    "shared_mlp",
+    "shared_intermediate_size",
+    gate="input_linear",
+    down="output_linear",
+)
+
+# Experts as (experts, in, out), with biases; gate and up alternate in the columns of one weight.
+GPT_OSS = MIXTRAL.like(
+    "gpt_oss",
+    "gpt_oss",
+    rename={f"{MLP}.gate.": f"{MLP}.router."},
+    without=("{e}", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    tensors={
+        f"{ATTENTION}.sinks": (None,),
+        f"{MLP}.router.bias": (None,),
+        f"{EXPERTS}.gate_up_proj": (None, "residual", None),
+        f"{EXPERTS}.gate_up_proj_bias": (None, None),
+        f"{EXPERTS}.down_proj": (None, EXPERT, "residual"),
+        f"{EXPERTS}.down_proj_bias": (None, "residual"),
+    },
+    gains={_NORM: (f"{MLP}.router", f"{EXPERTS}.gate_up_proj")},
+    choices=(),
+    stored=(),
+)
+
+# Attention and experts read one norm, which subtracts the mean or does not.
+_COHERE_READERS = (*(f"{ATTENTION}.{name}_proj" for name in "qkv"), *QWEN3_MOE.readers(_NORM))
+COHERE2_MOE = with_shared(
+    QWEN3_MOE.like(
+        "cohere2_moe",
+        "cohere2_moe",
+        centred=True,
+        spaces={EXPERT: ("R4", "intermediate_size"), "layers.{i}.hidden": ("R4", "prefix_dense_intermediate_size")},
+        gains={_NORM: None, _INPUT: _COHERE_READERS},
+        when=("not rms_norm_eps",),
+    ),
+    "mlp.shared_experts",
+    "intermediate_size*num_shared_experts",
+)
+COHERE2_MOE_RMS = COHERE2_MOE.like("cohere2_moe, RMSNorm", "cohere2_moe", centred=False, when=("rms_norm_eps",))
+
+KEY_VALUE_LATENT, QUERY_LATENT = "layers.{i}.key_value_latent", "layers.{i}.query_latent"
+_HEADLESS = Refusal(
+    "R3",
+    "model.layers.*.self_attn caches a latent that all heads share, and kv_b_proj expands it to keys after the cache: "
+    "no head has keys of its own there to be rotated. R2 rotates the latent",
+)
+DEEPSEEK = GLM4_MOE.like(
+    "deepseek",
+    "deepseek_v2",
+    "deepseek_v3",
+    without=("k_proj", "v_proj", "q_norm", "k_norm", "self_attn.q_proj"),
+    tensors={
+        f"{ATTENTION}.q_proj.weight": (None, "residual"),
+        f"{ATTENTION}.q_a_proj.weight": (QUERY_LATENT, "residual"),
+        f"{ATTENTION}.q_b_proj.weight": (None, QUERY_LATENT),
+        f"{ATTENTION}.kv_a_proj_with_mqa.weight": (Part(KEY_VALUE_LATENT, "0", "kv_lora_rank"), "residual"),
+        f"{ATTENTION}.kv_b_proj.weight": (
+            Part(VALUE, "qk_nope_head_dim", "v_head_dim", "qk_nope_head_dim + v_head_dim"),
+            KEY_VALUE_LATENT,
+        ),
+    },
+    spaces={
+        VALUE: ("R2", "v_head_dim"),
+        KEY_VALUE_LATENT: ("R2", "kv_lora_rank"),
+        QUERY_LATENT: ("R2", "q_lora_rank"),
+        "layers.{i}.query_key": ("R3", "qk_nope_head_dim + qk_rope_head_dim"),
+    },
+    gains={
+        _INPUT: tuple(f"{ATTENTION}.{name}" for name in ("q_proj", "q_a_proj", "kv_a_proj_with_mqa")),
+        f"{ATTENTION}.q_a_layernorm.weight": Norm((f"{ATTENTION}.q_b_proj",), QUERY_LATENT),
+        f"{ATTENTION}.kv_a_layernorm.weight": Norm((f"{ATTENTION}.kv_b_proj",), KEY_VALUE_LATENT),
+    },
+    linears=(
+        tuple(f"{ATTENTION}.{name}" for name in ("q_proj", "q_a_proj", "kv_a_proj_with_mqa")),
+        (f"{ATTENTION}.q_b_proj",),
+        (f"{ATTENTION}.kv_b_proj",),
+        *GLM4_MOE.linears[1:],
+    ),
+    choices=(
+        *GLM4_MOE.choices,
+        (
+            (f"{ATTENTION}.q_proj.",),
+            tuple(f"{ATTENTION}.{name}." for name in ("q_a_proj", "q_a_layernorm", "q_b_proj")),
+        ),
+    ),
+    refused=(_HEADLESS,),
+)
+
+FAMILIES = (
+    *(QWEN3_MOE, QWEN2_MOE, GLM4_MOE, ERNIE4_5_MOE, HUNYUAN_MOE, MIXTRAL, OLMOE, PHIMOE, GRANITE_MOE, GPT_OSS),
+    *(COHERE2_MOE, COHERE2_MOE_RMS, DEEPSEEK),
+)

@@ -1,0 +1,59 @@
+"""Blocks whose norms come after attention and MLP, on what they add to the residual stream.
+
+Such a norm multiplies what it adds element by element. Its scale g has no linear to move into, and diag(g) does not
+commute with a rotation unless all of g is equal, so the residual stream cannot be rotated. Values, queries and
+keys, and the MLP's inside are as elsewhere.
+"""
+
+from spinquant.architectures.llama import ATTENTION, GLM, LAYER, LLAMA
+from spinquant.architectures.table import Refusal
+
+
+def _post_norm(*norms: str) -> tuple[Refusal, ...]:
+    return (
+        Refusal(
+            "R1",
+            f"{' and '.join(f'model.layers.*.{norm}.weight' for norm in norms)} scale what a block adds to the "
+            "residual stream element by element, and diag(g) R = R diag(g) holds only where all of g is equal; no "
+            "linear reads the norm before the sum, so g cannot be fused away",
+        ),
+    )
+
+
+GEMMA2 = LLAMA.like(
+    "gemma2",
+    "gemma2",
+    "gemma3_text",
+    norm_offset=1.0,
+    rename={"post_attention_layernorm": "pre_feedforward_layernorm"},
+    tensors={
+        f"{LAYER}.post_attention_layernorm.weight": (None,),
+        f"{LAYER}.post_feedforward_layernorm.weight": (None,),
+    },
+    refused=_post_norm("post_attention_layernorm", "post_feedforward_layernorm"),
+)
+
+# Attention and MLP read the residual stream as it is. The q/k norms of OLMo 2 act on all heads at once, before RoPE.
+OLMO2 = LLAMA.like(
+    "olmo2",
+    "olmo2",
+    "olmo3",
+    "exaone4",
+    gains={f"{LAYER}.input_layernorm.weight": None, f"{LAYER}.post_attention_layernorm.weight": None},
+    tensors={
+        f"{ATTENTION}.q_norm.weight": (None,),
+        f"{ATTENTION}.k_norm.weight": (None,),
+        f"{LAYER}.post_attention_layernorm.weight": (None,),
+        f"{LAYER}.post_feedforward_layernorm.weight": (None,),
+    },
+    refused=_post_norm("post_attention_layernorm", "post_feedforward_layernorm"),
+)
+
+GLM4 = GLM.like(
+    "glm4",
+    "glm4",
+    tensors={f"{LAYER}.post_self_attn_layernorm.weight": (None,), f"{LAYER}.post_mlp_layernorm.weight": (None,)},
+    refused=_post_norm("post_self_attn_layernorm", "post_mlp_layernorm"),
+)
+
+FAMILIES = (GEMMA2, OLMO2, GLM4)

@@ -1,0 +1,160 @@
+"""Rotations that keep the mean: R 1 = 1. For models whose norms subtract it.
+
+LayerNorm is (x - mean) / std, times a scale, plus a bias. If R 1 = 1 (then R^T 1 = 1 too), x R has the mean and the
+standard deviation of x, and (x - mean 1) R = x R - mean 1: what is left of the norm, once its scale is fused, commutes
+with R. So the model keeps its class, and every runtime still loads it. Random signs, which QuaRot multiplies with,
+would move the mean; instead
+
+    hadamard         Kronecker product of G_k = (2/k) J - I, J all ones: for k = 4 the regular Hadamard matrix, so for
+                     orders 4^n perfectly flat, else with the odd prime factors of the order
+    random-hadamard  H diag(1, signs) H^T / n, where the first column of H is constant
+    random-matrix    P diag(1, Q) P^T, Q Haar-distributed, P the Householder reflection that takes e_1 to 1 / sqrt(n)
+
+All of them act through matrices that are applied fast, and none of them is needed at run time.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spinquant.errors import RotationError
+from spinquant.hadamard import hadamard_transform
+from spinquant.kronecker import kronecker_transform
+from spinquant.plan import Plan
+
+TOLERANCE = 1e-4  # of a row's sum: learned in float32, a rotation is orthogonal to less
+
+
+@dataclass(frozen=True)
+class CentredHadamard:
+    """The Kronecker product of G_k = (2/k) J - I over the factors of the order; nothing random."""
+
+    order: int
+
+    def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
+        """As `Rotation.apply`; the matrix is symmetric."""
+        _check_blocks(x, self.order, dim)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        factors = [2 / k * torch.ones(k, k, dtype=wide) - torch.eye(k, dtype=wide) for k in factors_of(self.order)]
+        factors = [factor.to(x.device) for factor in factors]
+        return kronecker_transform(x, factors, transpose=transpose, dim=dim, out=out)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Nothing: the order says it all."""
+        return {}
+
+    def describe(self) -> dict[str, Any]:
+        """Kind and order, as JSON."""
+        return describe("centred-hadamard", self.order)
+
+
+@dataclass(frozen=True, eq=False)
+class CentredRandomHadamard:
+    """Q kron H diag(1, signs) H^T / m: signs, shape (m,), the first of them 1; Q, where an order needs it, as `weight`.
+
+    The rows of H are flipped so that its first column is constant.
+    """
+
+    signs: Tensor
+    weight: Tensor | None = None
+
+    @property
+    def order(self) -> int:
+        """Order of both factors."""
+        return len(self.signs) * (1 if self.weight is None else len(self.weight))
+
+    def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
+        """As `Rotation.apply`; the Hadamard factor is symmetric."""
+        _check_blocks(x, self.order, dim)
+        dim, m = dim % x.ndim, len(self.signs)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = x.to(wide).unflatten(dim, (-1, m))  # (.., blocks, m, ..)
+        shape = [m, *[1] * (y.ndim - dim - 2)]
+        signs = self.signs.to(x.device, wide).view(shape)
+        first = torch.zeros(m, dtype=wide, device=x.device)
+        first[0] = 1
+        flips = hadamard_transform(first, m, transpose=True).sign().view(shape)
+        y = hadamard_transform(y * flips, m, dim=dim + 1)
+        y = hadamard_transform(y * signs, m, transpose=True, dim=dim + 1) * flips
+        if self.weight is not None:
+            weight = self.weight.to(x.device, wide)
+            y = kronecker_transform(y.contiguous(), [weight], transpose=transpose, dim=dim)
+        y = y.reshape(x.shape).to(x.dtype)
+        return y if out is None else out.copy_(y)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Signs, and the odd factor."""
+        return {"signs": self.signs, **({} if self.weight is None else {"weight": self.weight})}
+
+    def describe(self) -> dict[str, Any]:
+        """Kind and order, as JSON."""
+        return describe("centred-random-hadamard", self.order, hadamard_order=len(self.signs))
+
+
+def describe(kind: str, order: int, **more: int) -> dict[str, Any]:
+    """Kind, order and construction of one of these rotations, as JSON."""
+    hadamard = more.get("hadamard_order", order)
+    if kind == "centred-hadamard":
+        construction = "(2/k) J - I, k = " + " x ".join(map(str, factors_of(order)))
+    else:
+        odd = f"orthogonal {order // hadamard} x " if hadamard != order else ""
+        construction = f"{odd}H diag(1, signs) H^T of order {hadamard}"
+    return {"kind": kind, "order": order, "construction": f"{construction}, keeps the mean", **more}
+
+
+def factors_of(order: int) -> list[int]:
+    """Factors of the order, as flat as they come: fours, odd primes, and 8 or 2p for a two that is left over."""
+    fours = 0
+    while order % 4 == 0:
+        order, fours = order // 4, fours + 1
+    odd = _odd_primes(order // (2 if order % 2 == 0 else 1))
+    if order % 2:
+        return [4] * fours + odd or [1]
+    # G_2 swaps two elements and mixes nothing, so a single two joins another factor.
+    if fours:
+        return [4] * (fours - 1) + [8, *odd]
+    return [2 * odd[0], *odd[1:]] if odd else [2]
+
+
+def _odd_primes(number: int) -> list[int]:
+    found, p = [], 3
+    while number > 1:
+        while number % p == 0:
+            found.append(p)
+            number //= p
+        p += 2
+    return found
+
+
+def random_centred(order: int, orthogonal: Tensor) -> Tensor:
+    """P diag(1, Q) P^T, (order, order), of an orthogonal Q of order - 1."""
+    v = torch.full((order,), -(order**-0.5), dtype=orthogonal.dtype)
+    v[0] += 1
+    inner = torch.block_diag(torch.ones(1, 1, dtype=orthogonal.dtype), orthogonal)
+    norm = v @ v
+    if norm == 0:  # order 1
+        return inner
+    p = torch.eye(order, dtype=orthogonal.dtype) - torch.outer(v, v) * (2 / norm)
+    return p @ inner @ p
+
+
+def _check_blocks(x: Tensor, order: int, dim: int) -> None:
+    if x.shape[dim] % order:
+        raise RotationError(f"a rotation of order {order} does not divide an axis of length {x.shape[dim]}")
+
+
+def check_centred(plan: Plan, rotations: Mapping[str, Any]) -> None:
+    """Raise RotationError, naming the space, for a rotation that moves a mean which norms subtract."""
+    for space in plan.spaces:
+        if not space.centred or space.name not in rotations:
+            continue
+        ones = torch.ones(rotations[space.name].order, dtype=torch.float64)
+        moved = (rotations[space.name].apply(ones, transpose=True) - ones).abs().max().item()
+        if not moved <= TOLERANCE:
+            raise RotationError(
+                f"norms subtract the mean of the space {space.name!r}, which this rotation moves (the sum of a row is "
+                f"off by {moved:.2g}): the function of the model would change. Rows must sum to 1, as in centred.py"
+            )

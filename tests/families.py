@@ -1,0 +1,230 @@
+"""One tiny config, or more, for every table: the instances on which the laws of `test_families.py` are tried.
+
+Grouped-query heads, heads that do not fill the hidden size, sliding and full layers, biases: whatever a family knows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoConfig
+
+from conftest import SIZES, VOCABULARY
+
+SMALL = {**SIZES, "num_hidden_layers": 2}
+# Families whose heads fill the hidden size.
+FULL = {k: v for k, v in {**SMALL, "num_attention_heads": 4, "hidden_size": 64}.items() if k != "head_dim"}
+LAYERS = ["full_attention", "sliding_attention"]
+MOE = {
+    **SMALL,
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+TEXT = {**SMALL, "vocab_size": VOCABULARY + 4}
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+QWEN_TOWER = {"depth": 2, "num_heads": 2, "patch_size": 14, "intermediate_size": 40}
+DEEP_TOWER = {
+    **QWEN_TOWER,
+    "patch_size": 16,
+    "hidden_size": 32,
+    "out_hidden_size": 48,
+    "num_position_embeddings": 16,
+}
+IMAGE = VOCABULARY  # the token that stands for an image
+
+
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+}
+MAMBA = {"mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 4}
+COHERE = {"prefix_dense_intermediate_size": 40, "layer_types": LAYERS, "sliding_window": 5}
+MLA = {
+    **MOE,
+    "head_dim": None,
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 24,
+    "n_shared_experts": 1,
+}
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A config, the rotations that its table refuses, and those that have no space in it."""
+
+    config: Callable[[], Any]
+    refused: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        return tuple(name for name in ("R1", "R2", "R3", "R4") if name not in (*self.refused, *self.lacks))
+
+
+def of(model_type: str, base: dict[str, Any] = SMALL, refused: str = "", lacks: str = "", **changes: Any) -> Instance:
+    """An instance with the sizes of `base`, changed; None takes a size away."""
+    sizes = {key: value for key, value in {**base, **changes}.items() if value is not None or key.endswith("_id")}
+    return Instance(lambda: AutoConfig.for_model(model_type, **sizes), tuple(refused.split()), tuple(lacks.split()))
+
+
+def seeing(model_type: str, text: dict[str, Any], tower: dict[str, Any], refused: str = "", **changes: Any) -> Instance:
+    """An instance that sees; no text token of the tests stands for an image."""
+    token = "image_token_index" if model_type in ("llava", "mistral3") else "image_token_id"
+    parts = {"text_config": {**TEXT, **text}, "vision_config": tower, token: IMAGE, **changes}
+    return Instance(lambda: AutoConfig.for_model(model_type, **parts), tuple(refused.split()))
+
+
+FAMILIES: dict[str, Instance] = {
+    "ministral": of("ministral", layer_types=LAYERS, sliding_window=5),
+    "ministral3": of("ministral3"),
+    "seed_oss": of("seed_oss", attention_bias=True, attention_out_bias=True, mlp_bias=True),
+    "ernie4_5": of("ernie4_5", use_bias=True, tie_word_embeddings=True),
+    "helium": of("helium", FULL, head_dim=16),
+    "cwm": of(
+        "cwm",
+        bos_token_id=1,
+        eos_token_id=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        layer_types=LAYERS,
+        sliding_window=5,
+    ),
+    "gemma": of("gemma", attention_bias=True),
+    "arcee": of("arcee", attention_bias=True, mlp_bias=True),
+    "apertus": of("apertus", attention_bias=True),
+    "hunyuan": of("hunyuan_v1_dense", attention_bias=True),
+    "glm": of("glm", attention_bias=True),
+    "phi3": of("phi3", FULL, num_key_value_heads=2, sliding_window=5),
+    # norms after the block
+    "gemma2": of("gemma2", refused="R1", layer_types=LAYERS, sliding_window=5, query_pre_attn_scalar=16),
+    "gemma3": of("gemma3_text", refused="R1", layer_types=LAYERS, sliding_window=5, query_pre_attn_scalar=16),
+    "olmo2": of("olmo2", refused="R1", attention_bias=True),
+    "olmo3": of("olmo3", refused="R1", layer_types=LAYERS, sliding_window=5),
+    "exaone4": of("exaone4", refused="R1", layer_types=LAYERS, sliding_window=5),
+    "glm4": of("glm4", refused="R1", attention_bias=True),
+    # norms that subtract the mean
+    "olmo": of("olmo", attention_bias=True),
+    "olmo-clipped": of("olmo", refused="R2", clip_qkv=0.5),
+    "nemotron": of("nemotron", attention_bias=True, mlp_bias=True),
+    "starcoder2": of("starcoder2", FULL, num_key_value_heads=2, use_bias=True, sliding_window=5),
+    "cohere": of("cohere", use_qk_norm=True, attention_bias=True),
+    "cohere2": of("cohere2", layer_types=LAYERS, sliding_window=5),
+    "stablelm": of("stablelm", FULL, use_qkv_bias=True, qk_layernorm=True),
+    "stablelm-parallel": of("stablelm", FULL, use_parallel_residual=True),
+    "phi": of("phi", FULL, qk_layernorm=True),
+    "gptj": of("gptj", FULL, refused="R3", rotary_dim=8, intermediate_size=None),
+    "opt": of("opt", FULL, ffn_dim=80, word_embed_proj_dim=64),
+    "opt-post": of("opt", FULL, refused="R1", ffn_dim=80, word_embed_proj_dim=64, do_layer_norm_before=False),
+    "gpt_neox": of("gpt_neox", FULL),
+    "gpt_neox-sequential": of("gpt_neox", FULL, use_parallel_residual=False, attention_bias=False),
+    "persimmon": of("persimmon", FULL),
+    "falcon": of("falcon", FULL, refused="R3", multi_query=True, parallel_attn=True, bias=True),
+    "falcon-sequential": of(
+        "falcon", FULL, refused="R3", multi_query=False, parallel_attn=False, alibi=True, bias=True
+    ),
+    "falcon-grouped": of("falcon", FULL, refused="R3", new_decoder_architecture=True, num_kv_heads=2),
+    "falcon-grouped-one-norm": of(
+        "falcon", FULL, refused="R3", new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1
+    ),
+    "bloom": of("bloom", FULL, refused="R1 R3"),
+    "bloom-slow": of("bloom", FULL, refused="R1 R3 R4", slow_but_exact=True, pretraining_tp=2),
+    "mpt": of("mpt", FULL, refused="R3"),
+    "mpt-clipped": of("mpt", FULL, refused="R2 R3", attn_config={"clip_qkv": 0.5}),
+    "gpt_bigcode": of("gpt_bigcode", FULL, multi_query=True),
+    "gpt_bigcode-multi-head": of("gpt_bigcode", FULL, multi_query=False, n_inner=80),
+    "gpt2": of("gpt2", FULL),
+    # mixtures of experts
+    "mixtral": of("mixtral", MOE, sliding_window=5),
+    "minimax_m2": of("minimax_m2", MOE, rotary_dim=8),
+    "qwen2_moe": of("qwen2_moe", MOE, head_dim=None, hidden_size=96, shared_expert_intermediate_size=48),
+    "qwen3_moe": of("qwen3_moe", MOE, mlp_only_layers=[0], attention_bias=True),
+    "olmoe": of("olmoe", MOE, head_dim=None, hidden_size=96),
+    "olmoe-clipped": of("olmoe", MOE, head_dim=None, hidden_size=96, refused="R2", clip_qkv=0.5),
+    "phimoe": of("phimoe", MOE, head_dim=None, hidden_size=96, attention_bias=True, lm_head_bias=True),
+    "granitemoe": of("granitemoe", MOE, head_dim=None, hidden_size=96, attention_bias=True),
+    "granitemoeshared": of("granitemoeshared", MOE, head_dim=None, hidden_size=96, shared_intermediate_size=48),
+    "gpt_oss": of("gpt_oss", MOE, layer_types=LAYERS, sliding_window=5),
+    "glm4_moe": of("glm4_moe", MOE, attention_bias=True, use_qk_norm=True),
+    "dots1": of("dots1", MOE, n_shared_experts=2, first_k_dense_replace=1),
+    "ernie4_5_moe": of("ernie4_5_moe", MOE, use_bias=False, moe_num_experts=4, moe_k=2, tie_word_embeddings=True),
+    "hunyuan_v1_moe": of("hunyuan_v1_moe", MOE, moe_topk=2),
+    "cohere2_moe": of("cohere2_moe", MOE, num_shared_experts=1, mlp_layer_types=["dense", "sparse"], **COHERE),
+    "cohere2_moe-rms": of("cohere2_moe", MOE, rms_norm_eps=1e-5, **COHERE),
+    "deepseek_v2": of("deepseek_v2", MLA, refused="R3", q_lora_rank=None),
+    "deepseek_v3": of("deepseek_v3", MLA, refused="R3", q_lora_rank=24, attention_bias=True),
+    # recurrences, alone and beside attention
+    "qwen3_next": of("qwen3_next", MOE, refused="R2", shared_expert_intermediate_size=48, **DELTA),
+    "qwen3_5": of("qwen3_5_text", refused="R2", attention_bias=True, **DELTA),
+    "qwen3_5_moe": of("qwen3_5_moe_text", MOE, refused="R2", shared_expert_intermediate_size=48, **DELTA),
+    "jamba": of(
+        "jamba",
+        MOE,
+        head_dim=None,
+        hidden_size=96,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        mamba_d_state=8,
+        mamba_dt_rank=4,
+    ),
+    "bamba": of("bamba", FULL, num_key_value_heads=2, attn_layer_indices=[1], mamba_n_heads=8, **MAMBA),
+    "falcon_h1": of("falcon_h1", mamba_d_ssm=96, mamba_n_heads=6, **MAMBA),
+    "granitemoehybrid": of(
+        "granitemoehybrid",
+        {**MOE, "hidden_size": 96},
+        head_dim=None,
+        layer_types=["mamba", "attention"],
+        shared_intermediate_size=48,
+        mamba_n_heads=12,
+        **MAMBA,
+    ),
+    "granitemoehybrid-dense": of(
+        "granitemoehybrid",
+        {**MOE, "hidden_size": 96},
+        head_dim=None,
+        num_local_experts=0,
+        layer_types=["mamba", "attention"],
+        shared_intermediate_size=48,
+        mamba_n_heads=12,
+        **MAMBA,
+    ),
+    "lfm2": of("lfm2", FULL, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
+    "mamba": of("mamba", FULL, lacks="R2 R3 R4", state_size=8, time_step_rank=4),
+    "falcon_mamba": of("falcon_mamba", FULL, lacks="R2 R3 R4", state_size=8, time_step_rank=4),
+    "mamba2": of("mamba2", FULL, lacks="R2 R3 R4", state_size=8, num_heads=8, head_dim=16, n_groups=2, chunk_size=4),
+    # vision-language models
+    "llava": seeing("llava", {"model_type": "llama"}, {"model_type": "clip_vision_model", **TOWER}),
+    "llava-qwen2": seeing("llava", {"model_type": "qwen2"}, {"model_type": "clip_vision_model", **TOWER}),
+    "mistral3": seeing("mistral3", {"model_type": "mistral"}, {"model_type": "pixtral", "head_dim": 16, **TOWER}),
+    "gemma3-vision": seeing("gemma3", {"query_pre_attn_scalar": 16}, TOWER, refused="R1", mm_tokens_per_image=4),
+    "smolvlm": seeing("smolvlm", {"model_type": "llama"}, TOWER, scale_factor=2),
+    "idefics3": seeing("idefics3", {"model_type": "llama"}, TOWER, scale_factor=2),
+    "qwen2_vl": seeing("qwen2_vl", {**ROPE, "hidden_size": 96}, {**QWEN_TOWER, "embed_dim": 32, "hidden_size": 96}),
+    "qwen2_5_vl": seeing(
+        "qwen2_5_vl",
+        {**ROPE, "hidden_size": 96},
+        {**QWEN_TOWER, "hidden_size": 32, "out_hidden_size": 96, "fullatt_block_indexes": [0]},
+    ),
+    "qwen3_vl": seeing("qwen3_vl", ROPE, {**DEEP_TOWER, "deepstack_visual_indexes": [0, 1]}),
+    "qwen3_5-vision": seeing("qwen3_5", {**ROPE, **DELTA}, DEEP_TOWER, refused="R2"),
+    "phi3-mha": of("phi3", FULL, num_key_value_heads=4, partial_rotary_factor=0.5),
+}
+assert VOCABULARY == SMALL["vocab_size"]
