@@ -57,7 +57,7 @@ from spinquant.cli_output import err_console, out_console, print_json, print_res
 from spinquant.errors import CheckpointError, LearningError, SchemeError, SpinquantError
 from spinquant.evaluation import compare_models
 from spinquant.evaluation import evaluate as evaluate_model
-from spinquant.folders import quantize_folder, rotate_folder
+from spinquant.folders import check_for, check_format, quantize_folder, rotate_folder
 from spinquant.formats.compressed_config import as_stored
 from spinquant.formats.runtimes import format_for, runtime_rows
 from spinquant.learning.folder import LearnText, learn_from, read_learned, remove_store
@@ -258,7 +258,11 @@ def quantize(
     with stages() as progress:
         found, store = read_learned(learned) if learned else None, None
         if learn_first:
+            # What would be refused afterwards is refused before.
             check_free(out, force=force, source=model)
+            check_format(format, parsed, spec, clips=clips)
+            if runtime is not None:
+                check_for(runtime, format, parsed, spec, None if allow_pickle else model)
             watch = Watch(progress, step_report(progress))
             options = LearnOptions(method=learn_first, seed=seed)  # pyright: ignore[reportArgumentType] - checked by it
             given = {"text": LearnText(source), "device": device, "allow_pickle": allow_pickle}

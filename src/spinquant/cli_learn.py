@@ -50,7 +50,10 @@ def learn(
             "local, and end-to-end only where that loses to the random rotations."
         ),
     ] = "auto",
-    which: Annotated[str, typer.Option("--learn", help="Rotations to learn; R4 needs a block size.")] = "R1,R2",
+    which: Annotated[
+        str | None,
+        typer.Option("--learn", help="Rotations to learn: R1,R2,R3 by default, where rotated; R4 needs a block size."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps; 200 for local, 100 for end-to-end.")] = None,
     lr: Annotated[float | None, typer.Option(help="Length of a step; 1 by default.")] = None,
     objective: Annotated[str, typer.Option(help="local: error, whip or kurtosis.")] = "error",
@@ -97,7 +100,7 @@ def learn(
             local[name] = through[name] = value
     options = LearnOptions(
         method=method,  # pyright: ignore[reportArgumentType] - checked by the class
-        rotations=parse_rotation_names(which),
+        rotations=None if which is None else parse_rotation_names(which),
         baselines=baselines,
         signs=signs,
         shard=shard,

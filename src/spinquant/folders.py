@@ -189,7 +189,7 @@ def quantize_folder(
     """
     spec, rotations = (learned.spec, learned.rotations) if learned else (spec, None)
     if runtime is not None:
-        _check_for(runtime, format, scheme, spec, None if allow_pickle else model)
+        check_for(runtime, format, scheme, spec, None if allow_pickle else model)
     calibrated = check_calibration(method, scheme, calibration)
     if calibrated is None and calibration_text is not None:
         raise CalibrationError(
@@ -242,7 +242,7 @@ def _learned_note(learned: LearnedRotations | None) -> dict[str, Any]:
     return {"learned": learned.record} if learned else {}
 
 
-def _check_for(runtime: str, format: str, scheme: Scheme, spec: RotationSpec, model: str | Path | None) -> None:
+def check_for(runtime: str, format: str, scheme: Scheme, spec: RotationSpec, model: str | Path | None) -> None:
     """Raise SchemeError or RotationError for what a runtime does not load or run."""
     reads = runtime_of(runtime).format
     if format not in ("hf", reads):

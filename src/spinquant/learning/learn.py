@@ -51,15 +51,15 @@ class LearnOptions:
     """How rotations are learned and judged.
 
     method: local, end-to-end, one after the other, or auto: local, and end-to-end after it only if local does not beat
-    the random rotations. rotations: those that are learned; R3 and R4 become dense products at run time, so R4 needs a
-    block size. signs: draws of random signs per layer for a Hadamard R3 or R4 that is not learned, of which the one
-    with the least error of rounding is taken; 0 leaves them. baselines: random rotations to beat. shard: under
-    torch.distributed, every process keeps a share of the weights (FSDP2); end-to-end alone, since local needs one
-    decoder block at a time anyway.
+    the random rotations. rotations: those that are learned, by default R1, R2, and R3 unless it is to be a plain
+    Hadamard matrix; R3 and R4 become dense products at run time, so R4 needs a block size. signs: draws of random signs
+    per layer for a Hadamard R3 or R4 that is not learned, of which the one with the least error of rounding is taken; 0
+    leaves them. baselines: random rotations to beat. shard: under torch.distributed, every process keeps a share of the
+    weights (FSDP2); end-to-end alone, since local needs one decoder block at a time anyway.
     """
 
     method: Method = "auto"
-    rotations: tuple[str, ...] = ("R1", "R2")
+    rotations: tuple[str, ...] | None = None
     baselines: int = 5
     signs: int = 0
     shard: bool = False
@@ -219,8 +219,10 @@ def learn(
 
 def learned_spaces(plan: Plan, spec: RotationSpec, scheme: Scheme, options: LearnOptions) -> dict[str, str]:
     """The name of the rotation of every space that is to be learned; raises LearningError for what cannot be."""
-    missing = [name for name in options.rotations if name not in spec.rotations]
-    if missing or not options.rotations:
+    usual = ["R1", "R2"] if "R3" in spec.rotations and spec.type_of("R3") == "hadamard" else ["R1", "R2", "R3"]
+    chosen = [n for n in usual if n in spec.rotations] if options.rotations is None else options.rotations
+    missing = [name for name in chosen if name not in spec.rotations]
+    if missing or not chosen:
         wanted, rotated = (", ".join(names) or "nothing" for names in (missing, spec.rotations))
         raise LearningError(f"{wanted} is to be learned, and {rotated} is rotated")
     if scheme.activations is None and scheme.kv is None and not options.end_to_end.weights:
@@ -230,7 +232,7 @@ def learned_spaces(plan: Plan, spec: RotationSpec, scheme: Scheme, options: Lear
         )
     plan.rotated(spec.rotations)
     names: dict[str, str] = {}
-    for rotation in options.rotations:
+    for rotation in chosen:
         for space in plan.spaces_of(rotation):
             order = spec.block_of(rotation) or space.size
             if rotation == "R4" and order > LARGEST_ONLINE:
