@@ -325,10 +325,10 @@ LEARN_MISTAKES = {
     "unknown method": (["--method", "global"], "global"),
     "unknown objective": (["--objective", "l1"], "l1"),
     "unknown loss": (["--loss", "mse"], "mse"),
-    "not rotated": (["--rotations", "R1"], "R2 is to be learned"),
+    "not rotated": (["--rotations", "R1", "--learn", "R2"], "R2 is to be learned"),
     "a dense R4": (["--learn", "R4", "--block-size", "R4=7"], "does not divide"),
     "nothing to learn from": (["--scheme", "W4A16"], "--weights"),
-    "text too short": (["--sample-length", "30000"], "too few"),
+    "text too short": (["--sample-length", "200000"], "too few"),
     "sharded alone": (["--method", "end-to-end", "--shard"], "torchrun"),
     "sharded and local": (["--method", "local", "--shard"], "end to end"),
 }

@@ -447,7 +447,7 @@ def test_a_learned_rotation_that_loses_is_not_kept():
 def test_auto_goes_on_only_where_local_loses():
     _, learned = story(replace(STORY, method="auto"))
     assert "local" in learned.record["scores"] and "local+end-to-end" not in learned.record["scores"]
-    weak = replace(STORY, method="auto", local=replace(STORY.local, steps=1, lr=9.0))
+    weak = replace(STORY, method="auto", baselines=30, local=replace(STORY.local, steps=1, lr=9.0))
     _, learned = story(weak)
     assert "local+end-to-end" in learned.record["scores"]
 
@@ -486,7 +486,9 @@ def test_a_killed_story_goes_on_to_the_same_result(tmp_path):
 
 def test_what_makes_no_sense_is_refused():
     with pytest.raises(LearningError, match="R2 is to be learned"):
-        story(spec=RotationSpec("R1"))
+        story(replace(STORY, rotations=("R1", "R2")), RotationSpec("R1"))
+    with pytest.raises(LearningError, match="rounds nothing that it rotates"):
+        story(replace(STORY, rotations=("R1", "R3")), scheme="W4A4")
     with pytest.raises(LearningError, match="neither activations"):
         story(scheme="W4A16")
     plan = plan_of(tiny_model("llama"))

@@ -271,7 +271,7 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path):
     sizes = {"vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 4096, "head_dim": 64}
     sizes |= {"num_attention_heads": 16, "num_key_value_heads": 4}
     peaks, bytes_ = [], []
-    for layers in (1, 6):
+    for layers in (1, 12):
         config = LlamaConfig(**sizes, num_hidden_layers=layers)
         folder = tmp_path / str(layers)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
@@ -279,9 +279,9 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path):
         command = [sys.executable, "-c", PEAK, str(folder), str(tmp_path / f"out{layers}")]
         run = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks.append(int(run.stdout.split()[-1]))
-    assert bytes_[1] - bytes_[0] > 150e6
+    assert bytes_[1] - bytes_[0] > 300e6
     # The allocator's own room varies by some tens of megabytes from run to run.
-    assert peaks[1] - peaks[0] < 0.5 * (bytes_[1] - bytes_[0]), peaks
+    assert peaks[1] - peaks[0] < 0.4 * (bytes_[1] - bytes_[0]), peaks
     largest = 4 * sizes["vocab_size"] * sizes["hidden_size"]
     assert peaks[1] < 3 * largest + 500e6 + 100e6, peaks
 

@@ -69,10 +69,11 @@ class Descent:
 
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor], lr: float) -> None:
-        """One step of length lr for every matrix, from the gradients of the loss with respect to A, (n, n)."""
+        """One step of length lr for every matrix that has a gradient: of the loss with respect to A, (n, n)."""
         self.steps += 1
-        for name, r in self.matrices.items():
-            direction = self._direction(name, (gradients[name] - gradients[name].T) / 2)
+        for name, gradient in gradients.items():
+            r = self.matrices[name]
+            direction = self._direction(name, (gradient - gradient.T) / 2)
             direction = keeping_mean(direction) if name in self.centred else direction
             length = direction.norm()
             if length > 0:

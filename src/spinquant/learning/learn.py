@@ -219,17 +219,24 @@ def learn(
 
 def learned_spaces(plan: Plan, spec: RotationSpec, scheme: Scheme, options: LearnOptions) -> dict[str, str]:
     """The name of the rotation of every space that is to be learned; raises LearningError for what cannot be."""
-    usual = ["R1", "R2"] if "R3" in spec.rotations and spec.type_of("R3") == "hadamard" else ["R1", "R2", "R3"]
-    chosen = [n for n in usual if n in spec.rotations] if options.rotations is None else options.rotations
+    inputs = scheme.activations is not None or options.end_to_end.weights
+    seen = {"R1": inputs, "R2": inputs or scheme.kv is not None, "R3": scheme.kv is not None, "R4": inputs}
+    usual = [n for n in ("R1", "R2", "R3") if n in spec.rotations and seen[n]]
+    if "R3" in usual and spec.type_of("R3") == "hadamard":
+        usual.remove("R3")
+    chosen = usual if options.rotations is None else options.rotations
     missing = [name for name in chosen if name not in spec.rotations]
-    if missing or not chosen:
-        wanted, rotated = (", ".join(names) or "nothing" for names in (missing, spec.rotations))
-        raise LearningError(f"{wanted} is to be learned, and {rotated} is rotated")
     if scheme.activations is None and scheme.kv is None and not options.end_to_end.weights:
         raise LearningError(
             f"scheme {scheme} rounds neither activations nor the cache, and with weights at 16 bits while learning no "
             "rotation makes a difference: use a scheme such as W4A4KV4, or round weights too (--weights)"
         )
+    if missing or not chosen:
+        wanted, rotated = (", ".join(names) or "nothing" for names in (missing, spec.rotations))
+        raise LearningError(f"{wanted} is to be learned, and {rotated} is rotated")
+    blind = [name for name in chosen if not seen[name]]
+    if blind:
+        raise LearningError(f"{blind[0]} is to be learned, and scheme {scheme} rounds nothing that it rotates")
     plan.rotated(spec.rotations)
     names: dict[str, str] = {}
     for rotation in chosen:
