@@ -17,7 +17,7 @@ LAYERS = [
     {"plan", "galois", "hadamard_bases", "kronecker", "hadamard", "quantization.scheme"},
     {"centred"},
     {"rotation", "quantization.floating", "quantization.integer", "quantization.progress", "learning.cayley"},
-    {"quantization.rotated", "learning", "learning.objectives", "learning.state"},
+    {"saved_rotations", "quantization.rotated", "learning", "learning.objectives", "learning.state"},
     {"fuse", "architectures", "architectures.table", "architectures.build", *TABLES},
     {"module", "cache", "calibrate", "quantization", "quantization.rtn", "online", "vllm_plugin"},
     {"blocks", "quantization.gptq", "quantization.clip"},

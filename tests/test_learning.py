@@ -283,7 +283,7 @@ def prepared(name="llama", spec=None, dtype=torch.float32):
 
 
 SCHEME = parse_scheme("A4KV4")
-FAST = EndToEndOptions(steps=12, batch=4, lr=0.3, save_every=5)
+FAST = EndToEndOptions(steps=12, batch=4, lr=0.3, optimizer="sgd", save_every=5)
 
 
 def run(options=FAST, *, ids=None, spec=None, scheme=SCHEME, dtype=torch.float32, **more):

@@ -11,7 +11,8 @@ import spinquant
 from conftest import CONFIGS, byte_tokenizer, logits, tiny_model, tokens
 from spinquant import CheckpointError, RotationSpec, detach, load, parse_scheme, quantize, rotate, save
 from spinquant.formats.native import SpinQuantConfig
-from spinquant.rotation import matrix, restore
+from spinquant.rotation import matrix
+from spinquant.saved_rotations import restore
 
 ALL = RotationSpec("R1,R2,R3,R4", seed=1)
 

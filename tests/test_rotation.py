@@ -3,16 +3,8 @@ import torch
 
 from conftest import tiny_model
 from spinquant import HadamardOrderError, RotationError, RotationSpec, make_rotations, plan_of
-from spinquant.rotation import (
-    Hadamard,
-    Kronecker,
-    Orthogonal,
-    empty_tensors,
-    matrix,
-    random_orthogonal,
-    random_signs,
-    restore,
-)
+from spinquant.rotation import Hadamard, Kronecker, Orthogonal, matrix, random_orthogonal, random_signs
+from spinquant.saved_rotations import empty_tensors, restore
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -55,7 +55,7 @@ def learn(
         typer.Option("--learn", help="Rotations to learn: R1,R2,R3 by default, where rotated; R4 needs a block size."),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps; 200 for local, 100 for end-to-end.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Length of a step; 1 by default.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Length of a step; by default 1 for local, 0.3 end to end.")] = None,
     objective: Annotated[str, typer.Option(help="local: error, whip or kurtosis.")] = "error",
     solver: Annotated[str, typer.Option(help="local: cayley, qr or procrustes.")] = "cayley",
     rows: Annotated[int, typer.Option(help="local: activations sampled at each quantizer.")] = 1024,
@@ -66,7 +66,7 @@ def learn(
         int | None, typer.Option(help="end-to-end: samples of one pass; the rest accumulate.")
     ] = None,
     schedule: Annotated[str, typer.Option(help="end-to-end: cosine, linear or constant.")] = "cosine",
-    optimizer: Annotated[str, typer.Option(help="sgd or adam; by default adam for local, sgd end to end.")] = "",
+    optimizer: Annotated[str, typer.Option(help="sgd or adam; adam by default.")] = "",
     weights: Annotated[bool, typer.Option("--weights", help="end-to-end: round weights too while learning.")] = False,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="end-to-end: less memory, more time.")] = False,
     shard: Annotated[bool, typer.Option("--shard", help="end-to-end, torchrun: spread the weights (FSDP2).")] = False,

@@ -39,7 +39,8 @@ from spinquant.plan import MERGEABLE
 from spinquant.quantization.blockwise import Calibration
 from spinquant.quantization.progress import BlockStore, digest
 from spinquant.quantization.scheme import Scheme
-from spinquant.rotation import RotationSpec, online_part, to_save
+from spinquant.rotation import RotationSpec, online_part
+from spinquant.saved_rotations import to_save
 from spinquant.streamed_folders import Request, sample_tokens, stream_folder
 
 Format = Literal["native", "compressed-tensors", "hf"]

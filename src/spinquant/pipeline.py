@@ -21,15 +21,8 @@ from spinquant.quantization.gptq import GPTQOptions
 from spinquant.quantization.progress import BlockStore
 from spinquant.quantization.rtn import round_weights
 from spinquant.quantization.scheme import Clips, Scheme, parse_scheme, static_parts
-from spinquant.rotation import (
-    Rotation,
-    RotationSpec,
-    check_given,
-    in_precision,
-    make_rotations,
-    online_part,
-    to_save,
-)
+from spinquant.rotation import Rotation, RotationSpec, check_given, in_precision, make_rotations, online_part
+from spinquant.saved_rotations import to_save
 
 Method = Literal["rtn", "gptq", "gptaq"]
 METHODS = get_args(Method)

@@ -48,7 +48,8 @@ from spinquant.plan import Plan
 from spinquant.proof import check, prove
 from spinquant.quantization.scheme import Scheme
 from spinquant.resumable import Resumable, write_file
-from spinquant.rotation import RotationSpec, check_given, in_precision, make_rotations, online_part, to_save
+from spinquant.rotation import RotationSpec, check_given, in_precision, make_rotations, online_part
+from spinquant.saved_rotations import to_save
 from spinquant.source import Source, fp8_block
 from spinquant.stream import Change, Plain, Rotated, Shard, Timing, make_shards, read_gains, stream
 

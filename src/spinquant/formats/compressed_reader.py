@@ -27,7 +27,8 @@ from spinquant.online import attach
 from spinquant.plan import Plan
 from spinquant.quantization.rtn import linears_of
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme
-from spinquant.rotation import Rotation, RotationSpec, saved
+from spinquant.rotation import Rotation, RotationSpec
+from spinquant.saved_rotations import saved
 
 METHOD = "compressed-tensors"
 

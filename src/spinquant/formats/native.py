@@ -26,7 +26,8 @@ from spinquant.plan import Plan
 from spinquant.quantization.integer import Packed, dequantize, quantize_on_grid
 from spinquant.quantization.rtn import linears_of
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme
-from spinquant.rotation import Rotation, RotationSpec, empty_tensors, online_part, restore
+from spinquant.rotation import Rotation, RotationSpec, online_part
+from spinquant.saved_rotations import empty_tensors, restore
 
 METHOD = "spinquant"
 FORMAT_VERSION = 2  # 2: clip ratios of single places

@@ -49,9 +49,9 @@ class EndToEndOptions:
     steps: int = 100
     batch: int = 8
     micro_batch: int | None = None
-    lr: float = 1.0
+    lr: float = 0.3
     schedule: Schedule = "cosine"
-    optimizer: Optimizer = "sgd"
+    optimizer: Optimizer = "adam"
     momentum: float = 0.0
     top_tokens: int = 256
     range_gradient: bool = True

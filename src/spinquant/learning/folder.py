@@ -21,7 +21,8 @@ from spinquant.learning.learn import LearnedRotations, LearnOptions, Watch, lear
 from spinquant.module import plan_of
 from spinquant.pipeline import check_groups
 from spinquant.quantization.scheme import Scheme
-from spinquant.rotation import RotationSpec, saved, to_save
+from spinquant.rotation import RotationSpec
+from spinquant.saved_rotations import saved, to_save
 
 TENSORS, ABOUT = "rotations.safetensors", "learned.json"
 

@@ -30,15 +30,8 @@ from spinquant.plan import Plan
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.progress import digest
 from spinquant.quantization.scheme import Scheme
-from spinquant.rotation import (
-    Hadamard,
-    Rotation,
-    RotationSpec,
-    generator_for,
-    make_rotations,
-    random_signs,
-    to_save,
-)
+from spinquant.rotation import Hadamard, Rotation, RotationSpec, generator_for, make_rotations, random_signs
+from spinquant.saved_rotations import to_save
 
 Method = Literal["local", "end-to-end", "local+end-to-end", "auto"]
 METHODS = get_args(Method)

@@ -5,7 +5,7 @@ kept as the quantizer sees them, whole tokens or heads, on the CPU, in float32.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -42,16 +42,6 @@ class Site:
         return torch.where(self.rows.abs().amax(-1) > MASSIVE * rms, factor, 1.0)
 
 
-@dataclass
-class _Gathered:
-    rows: dict[str, list[Tensor]] = field(default_factory=dict)
-
-    def add(self, name: str, x: Tensor, count: int, generator: torch.Generator) -> None:
-        flat = x.reshape(-1, x.shape[-1])
-        chosen = torch.randperm(len(flat), generator=generator)[:count].to(flat.device)
-        self.rows.setdefault(name, []).append(flat[chosen].to("cpu", torch.float32))
-
-
 @torch.no_grad()
 def collect(
     model: Any,
@@ -70,9 +60,8 @@ def collect(
     Nothing is rounded meanwhile; gains must be fused. One decoder block at a time is on `device`.
     """
     attachment = attach(model, plan, {}, scheme, around=True)
-    gathered = _Gathered()
     wanted = _sites(plan, spaces, scheme)
-    share = max(1, rows // len(tokens))
+    sampling = _Sampling(model, attachment, list(wanted), max(1, rows // len(tokens)), generator)
     try:
         with attachment.exact():
             calls = block_calls(model, plan.blocks, tokens)
@@ -82,24 +71,20 @@ def collect(
                 home = device_of(block)
                 block.to(device or home)
                 try:
-                    inside = [site for site in wanted if site.startswith(f"{name}.")]
-                    arguments = calls.arguments[name]
-                    states = _through(
-                        model, block, name, arguments, states, inside, attachment, gathered, share, generator
-                    )
+                    states = sampling.through(name, calls.arguments[name], states)
                 finally:
                     block.to(home)
                 if progress:
                     progress(done + 1, len(plan.blocks))
             head = plan.head.removesuffix(".weight")
             for state in states if head in wanted else ():
-                gathered.add(head, after_blocks(model, plan.blocks, state), share, generator)
+                sampling.add(head, after_blocks(model, plan.blocks, state))
     finally:
         attachment.remove()
     return [
-        Site(name, space.name, quantizer, torch.cat(gathered.rows[name]))
+        Site(name, space.name, quantizer, torch.cat(sampling.rows[name]))
         for name, (space, quantizer) in wanted.items()
-        if name in gathered.rows
+        if name in sampling.rows
     ]
 
 
@@ -120,40 +105,49 @@ def _sites(plan: Plan, spaces: Sequence[str], scheme: Scheme) -> dict[str, tuple
     return found
 
 
-def _through(
-    model: nn.Module,
-    block: nn.Module,
-    name: str,
-    arguments: Mapping[str, Any],
-    states: list[Tensor],
-    inside: Sequence[str],
-    attachment: Attachment,
-    gathered: _Gathered,
-    share: int,
-    generator: torch.Generator,
-) -> list[Tensor]:
-    """Outputs of a block, its sites sampled on the way."""
-    attentions = {site.rpartition(".")[0] for site in inside if site.endswith((".keys", ".values"))}
+class _Sampling:
+    """Hidden states on their way through the blocks, and the rows that are taken on the way.
 
-    def watch(attention: str) -> Callable[[Tensor, Tensor], None]:
+    share: rows of a site from each sample.
+    """
+
+    def __init__(
+        self, model: nn.Module, attachment: Attachment, sites: Sequence[str], share: int, generator: torch.Generator
+    ):
+        self.model, self.attachment = model, attachment
+        self.sites, self.share, self.generator = sites, share, generator
+        self.rows: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, x: Tensor) -> None:
+        """Take rows of an activation, (.., width)."""
+        flat = x.reshape(-1, x.shape[-1])
+        chosen = torch.randperm(len(flat), generator=self.generator)[: self.share].to(flat.device)
+        self.rows.setdefault(name, []).append(flat[chosen].to("cpu", torch.float32))
+
+    def through(self, name: str, arguments: Mapping[str, Any], states: Sequence[Tensor]) -> list[Tensor]:
+        """Outputs of a block."""
+        block = self.model.get_submodule(name)
+        inside = [site for site in self.sites if site.startswith(f"{name}.")]
+        cached = [site for site in inside if site.endswith((".keys", ".values"))]
+        attentions = {site.rpartition(".")[0] for site in cached}
+        for attention in attentions:
+            self.attachment.keys_values[attention].watch = self._watch(attention, cached)
+        outputs = []
+        for state in states:
+            with captured(self.model, [site for site in inside if site not in cached], inputs=True) as found:
+                output = run_block(block, state, arguments)
+            check_finite_output(block, name, state, arguments, output)
+            for linear, x in found.items():
+                self.add(linear, x)
+            outputs.append(output.to(state.device))
+        for attention in attentions:
+            self.attachment.keys_values[attention].watch = None
+        return outputs
+
+    def _watch(self, attention: str, cached: Sequence[str]) -> Callable[[Tensor, Tensor], None]:
         def seen(keys: Tensor, values: Tensor) -> None:
             for part, x in (("keys", keys), ("values", values)):
-                if f"{attention}.{part}" in inside:
-                    gathered.add(f"{attention}.{part}", x, share, generator)
+                if f"{attention}.{part}" in cached:
+                    self.add(f"{attention}.{part}", x)
 
         return seen
-
-    for attention in attentions:
-        attachment.keys_values[attention].watch = watch(attention)
-    linears = [site for site in inside if not site.endswith((".keys", ".values"))]
-    outputs = []
-    for state in states:
-        with captured(model, linears, inputs=True) as found:
-            output = run_block(block, state, arguments)
-        check_finite_output(block, name, state, arguments, output)
-        for linear, x in found.items():
-            gathered.add(linear, x, share, generator)
-        outputs.append(output.to(state.device))
-    for attention in attentions:
-        attachment.keys_values[attention].watch = None
-    return outputs

@@ -1,0 +1,78 @@
+"""Rotations as JSON and tensors, and back: what folders keep of them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spinquant.centred import CentredHadamard, CentredRandomHadamard
+from spinquant.errors import RotationError
+from spinquant.rotation import Hadamard, InPrecision, Kronecker, Orthogonal, Rotation
+
+
+def to_save(rotations: Mapping[str, Rotation]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(description, tensors) of rotations by space, each kept once however many spaces share it; see `saved`."""
+    kinds = list({id(rotation): rotation for rotation in rotations.values()}.values())
+    index = {id(rotation): i for i, rotation in enumerate(kinds)}
+    about = {
+        "rotations": [rotation.describe() for rotation in kinds],
+        "spaces": {space: index[id(rotation)] for space, rotation in rotations.items()},
+    }
+    return about, {f"{i}.{k}": v.contiguous() for i, kind in enumerate(kinds) for k, v in kind.tensors().items()}
+
+
+def saved(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Rotation]:
+    """The rotations that `to_save` described, by space.
+
+    Raises RotationError for a description that is incomplete.
+    """
+    try:
+        kinds = [
+            restore(described, {k.removeprefix(f"{i}."): v for k, v in tensors.items() if k.startswith(f"{i}.")})
+            for i, described in enumerate(about["rotations"])
+        ]
+        return {space: kinds[i] for space, i in about["spaces"].items()}
+    except (KeyError, TypeError, IndexError) as error:
+        raise RotationError(f"the description of saved rotations is incomplete: {error!r}") from None
+
+
+def restore(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Rotation:
+    """The rotation that `describe` and `tensors` came from.
+
+    Raises RotationError for an unknown kind or missing tensors.
+    """
+    if "precision" in description:
+        rest = {key: value for key, value in description.items() if key != "precision"}
+        return InPrecision(restore(rest, tensors), getattr(torch, description["precision"]))
+    kind = description.get("kind")
+    try:
+        if kind == "hadamard":
+            return Hadamard(description["order"])
+        if kind == "random-hadamard":
+            return Hadamard(description["order"], tensors["signs"])
+        if kind == "orthogonal":
+            return Orthogonal(tensors["weight"])
+        if kind == "kronecker":
+            return Kronecker(tensors["weight"], description["hadamard_order"], tensors["signs"])
+        if kind == "centred-hadamard":
+            return CentredHadamard(description["order"])
+        if kind == "centred-random-hadamard":
+            return CentredRandomHadamard(tensors["signs"], tensors.get("weight"))
+    except KeyError as missing:
+        raise RotationError(f"a saved rotation of kind {kind!r} lacks {missing}: incomplete checkpoint") from None
+    raise RotationError(f"a saved rotation has kind {kind!r}, which this version of spinquant does not know")
+
+
+def empty_tensors(description: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors of the shapes and dtypes that `restore` needs, for a loader to fill."""
+    order, kind = description["order"], description["kind"]
+    side = order // description.get("hadamard_order", 1)
+    signs = torch.empty(order, dtype=torch.int8)
+    weight = torch.empty(side, side, dtype=torch.float64)
+    return {
+        "hadamard": {},
+        "random-hadamard": {"signs": signs},
+        "orthogonal": {"weight": weight},
+        "kronecker": {"weight": weight, "signs": signs},
+    }[kind]
