@@ -26,6 +26,7 @@ from spinquant import (
     quantize,
     read_headers,
     rotate,
+    save,
 )
 from spinquant.architectures import FAMILIES as TABLES
 from spinquant.architectures import known_model_types
@@ -350,3 +351,10 @@ def test_a_learned_rotation_keeps_the_mean(name):
     fuse_module(model, plan, learned)
     assert close(logits(model, ids), before)
     assert not torch.allclose(matrix(learned["residual"]), matrix(rotations["residual"]), atol=0.1)
+
+
+def test_compressed_tensors_has_no_place_inside_experts(tmp_path):
+    result = rotate(tiny("mixtral"), RotationSpec("R4"), options=Options(prove=False))
+    with pytest.raises(RotationError, match="stacked experts"):
+        save(result, tmp_path / "out", format="compressed-tensors")
+    assert not list(tmp_path.iterdir())

@@ -195,10 +195,18 @@ def transform_config(plan: Plan, rotations: Mapping[str, Rotation]) -> dict[str,
 
 
 def transform_groups(plan: Plan, rotations: Mapping[str, Rotation]) -> dict[str, list[str]]:
-    """Modules by the name of the transform group whose rotation they share: R4, or R4_0, R4_1, ... where several."""
+    """Modules by the name of the transform group whose rotation they share: R4, or R4_0, R4_1, ... where several.
+
+    Raises RotationError for a place that the format does not have.
+    """
     shared: dict[str, dict[int, list[str]]] = {}
     for online in plan.onlines:
         if online.space in rotations:
+            if online.site == "experts":
+                raise RotationError(
+                    f"R4 runs inside the stacked experts of {online.module}, where compressed-tensors has no place for "
+                    "a transform: leave R4 out, or write --format native"
+                )
             by_rotation = shared.setdefault(plan.space[online.space].rotation, {})
             by_rotation.setdefault(id(rotations[online.space]), []).append(online.module)
     return {
