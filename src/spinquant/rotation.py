@@ -169,6 +169,12 @@ def in_precision(rotations: Mapping[str, Rotation], dtype: torch.dtype | None) -
     return {space: wrapped[id(rotation)] for space, rotation in rotations.items()}
 
 
+def nearest_orthogonal(square: Tensor) -> Tensor:
+    """The orthogonal matrix with the largest trace against `square`, which is the nearest one: U V of its SVD."""
+    u, _, v = torch.linalg.svd(square)
+    return u @ v
+
+
 def generator_for(seed: int, label: str) -> torch.Generator:
     """The stream of random numbers that a seed gives one use, which the label names."""
     digest = hashlib.sha256(f"{seed}/{label}".encode()).digest()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -95,7 +96,7 @@ def learn_from(
     watch: Watch | None = None,
 ) -> tuple[LearnedRotations, Path]:
     """Learned rotations of a model folder or hub id, and where the run is kept until `remove_store`."""
-    options, watch = options or LearnOptions(), watch or Watch()
+    watch = watch or Watch()
     loaded = load_model(model, dtype=dtype, device=device, allow_pickle=allow_pickle)
     check_groups(plan_of(loaded), loaded, scheme)
     name, tokens, held_out = _texts(loaded, model, text, watch)
@@ -113,10 +114,7 @@ def learn_from(
 
 def remove_store(store: Path) -> None:
     """Delete what a finished run had kept."""
-    for path in sorted(store.rglob("*"), reverse=True):
-        path.unlink() if path.is_file() else path.rmdir()
-    if store.exists():
-        store.rmdir()
+    shutil.rmtree(store, ignore_errors=True)
 
 
 def _texts(loaded: Any, model: str | Path, text: LearnText, watch: Watch) -> tuple[str, Tensor, Tensor]:

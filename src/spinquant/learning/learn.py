@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
+from spinquant.calibrate import device_of
 from spinquant.errors import LearningError
 from spinquant.learning.end_to_end import EndToEndOptions, Step, learn_end_to_end
 from spinquant.learning.judge import Candidate, Score, judge, with_clips
@@ -27,7 +27,6 @@ from spinquant.learning.samples import Site, collect
 from spinquant.learning.state import StateFile
 from spinquant.module import plan_of
 from spinquant.plan import Plan
-from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.progress import digest
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import Hadamard, Rotation, RotationSpec, generator_for, make_rotations, random_signs
@@ -37,6 +36,7 @@ Method = Literal["local", "end-to-end", "local+end-to-end", "auto"]
 METHODS = get_args(Method)
 LARGEST_ONLINE = 512  # order of a learned R4: it is a dense product at every token
 CLIP_WINDOWS = 2
+ROWS_OF_A_SAMPLE = 32  # rows of a site that one sample gives, so that they come from many
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def learn(
         scores = judge(
             model, plan, candidates, rounds, held_out, progress=lambda *n: watch.stage("judge random rotations", *n)
         )
-    best = min(random, key=lambda name: scores[name].kl)
+    best = _best(candidates, scores)
     start = random[best]
     record: dict[str, Any] = {"options": options.to_dict(), "scheme": scheme.to_dict(), "start": best, "steps": []}
 
@@ -169,7 +169,7 @@ def learn(
                 options.local,
                 centred=[space for space in names if plan.space[space].centred],
                 seed=options.seed,
-                device=_device(model),
+                device=device_of(model),
                 store=store / "local" if store else None,
                 settings=settings,
                 report=lambda space, step, loss: watch.stage(f"learn {space}", step, options.local.steps),
@@ -179,10 +179,10 @@ def learn(
             "before": rounding_errors(own, start),
             "after": rounding_errors(own, candidates["local"].rotations),
         }
-    lost = min(scores, key=lambda n: scores[n].kl if n in candidates else float("inf")) != "local"
-    if options.method in ("end-to-end", "local+end-to-end") or (options.method == "auto" and lost):
+    leading = _best(candidates, scores)
+    if options.method in ("end-to-end", "local+end-to-end") or (options.method == "auto" and leading != "local"):
         name = "end-to-end" if options.method == "end-to-end" else "local+end-to-end"
-        begin = _best(candidates, scores) if options.method != "end-to-end" else start
+        begin = candidates[leading].rotations
         with _timed(clock, "end-to-end"):
             through, steps = learn_end_to_end(
                 model,
@@ -198,7 +198,7 @@ def learn(
             )
         record["steps"] = [asdict(step) for step in steps]
         add(name, through)
-    kept = min(candidates, key=lambda name: scores[name].kl)
+    kept = _best(candidates, scores)
     rotations = candidates[kept].rotations
     record |= {
         "kept": kept,
@@ -207,7 +207,7 @@ def learn(
         "scores": {name: score.to_dict() for name, score in scores.items()},
         "seconds": clock,
     }
-    return LearnedRotations(rotations, described(plan, rotations, spec, options), record)
+    return LearnedRotations(rotations, described(plan, rotations, spec), record)
 
 
 def learned_spaces(plan: Plan, spec: RotationSpec, scheme: Scheme, options: LearnOptions) -> dict[str, str]:
@@ -244,7 +244,7 @@ def learned_spaces(plan: Plan, spec: RotationSpec, scheme: Scheme, options: Lear
     return names
 
 
-def described(plan: Plan, rotations: Mapping[str, Rotation], spec: RotationSpec, options: LearnOptions) -> RotationSpec:
+def described(plan: Plan, rotations: Mapping[str, Rotation], spec: RotationSpec) -> RotationSpec:
     """The spec of what was kept: dense matrices where rotations are learned, one per layer."""
     types = {name: spec.type_of(name) for name in spec.rotations}
     for space in plan.spaces:
@@ -261,8 +261,9 @@ def _baselines(plan: Plan, spec: RotationSpec, options: LearnOptions) -> dict[st
     return {f"random {i}": make_rotations(plan, replace(spec, seed=spec.seed + i)) for i in range(count)}
 
 
-def _best(candidates: Mapping[str, Candidate], scores: Mapping[str, Score]) -> Mapping[str, Rotation]:
-    return candidates[min(candidates, key=lambda name: scores[name].kl)].rotations
+def _best(candidates: Mapping[str, Candidate], scores: Mapping[str, Score]) -> str:
+    """The name of the candidate with the least KL; the first of two that are equal."""
+    return min(candidates, key=lambda name: scores[name].kl)
 
 
 def _collect(
@@ -288,10 +289,6 @@ def _collect(
     )
 
 
-ROWS_OF_A_SAMPLE = 32  # rows of a site that one sample gives, so that they come from many
-
-
-@torch.no_grad()
 def _with_signs(
     plan: Plan,
     rotations: Mapping[str, Rotation],
@@ -308,19 +305,9 @@ def _with_signs(
         generator = generator_for(options.seed, f"signs {space}")
         draws = [Hadamard(rotation.order, random_signs(rotation.order, generator)) for _ in range(options.signs)]
 
-        def error(candidate: Hadamard, own: Sequence[Site] = own) -> float:
-            total = 0.0
-            for site in own:
-                z = candidate.apply(site.rows)
-                total += float((fake_quantize(z, site.quantizer) - z).square().sum() / z.square().sum())
-            return total
-
-        found[space] = min([rotation, *draws], key=error) if own else rotation
+        errors = [sum(rounding_errors(own, {space: candidate}).values()) for candidate in (rotation, *draws)]
+        found[space] = (rotation, *draws)[errors.index(min(errors))]
     return found
-
-
-def _device(model: Any) -> torch.device:
-    return next(model.parameters()).device
 
 
 @contextmanager

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from spinquant.errors import LearningError
-from spinquant.learning.cayley import Descent, Optimizer
+from spinquant.learning.cayley import OPTIMIZERS, Descent, Optimizer
 from spinquant.learning.objectives import OBJECTIVES, Objective, row_loss
 from spinquant.learning.samples import WEIGHTINGS, Site, Weighting
 from spinquant.learning.state import StateFile
 from spinquant.quantization.integer import fake_quantize
-from spinquant.rotation import Orthogonal, Rotation, generator_for, matrix
+from spinquant.rotation import Orthogonal, Rotation, generator_for, matrix, nearest_orthogonal
 
 Solver = Literal["cayley", "qr", "procrustes"]
 SOLVERS = get_args(Solver)
@@ -55,6 +55,7 @@ class LocalOptions:
             ("objective", self.objective, OBJECTIVES),
             ("solver", self.solver, SOLVERS),
             ("weighting", self.weighting, WEIGHTINGS),
+            ("optimizer", self.optimizer, OPTIMIZERS),
         ):
             if value not in known:
                 raise LearningError(f"unknown {name} {value!r}: expected one of {', '.join(known)}")
@@ -112,8 +113,7 @@ def learn_locally(
                 state.save(solver.tensors(), step + 1, [])
             if report:
                 report(space, step + 1, loss)
-        u, _, v = torch.linalg.svd(solver.rotation().double().cpu())
-        learned[space] = Orthogonal(u @ v)
+        learned[space] = Orthogonal(nearest_orthogonal(solver.rotation().double().cpu()))
     return learned
 
 
@@ -220,8 +220,7 @@ class _Procrustes:
             w = (share / x.square().sum(-1).clamp(min=1e-30)).unsqueeze(-1)
             product += (x * w).reshape(-1, len(r)).T @ rounded.reshape(-1, len(r))
             total += float(((rounded - z).square() * w).sum())
-        u, _, v = torch.linalg.svd(product)
-        self.r = u @ v
+        self.r = nearest_orthogonal(product)
         return total / len(sites)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from spinquant.plan import Span
 from spinquant.quantization.integer import fake_quantize, group_of
 from spinquant.quantization.scheme import Quantizer
-from spinquant.rotation import Orthogonal, Rotation, check_blocks
+from spinquant.rotation import Orthogonal, Rotation, check_blocks, nearest_orthogonal
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +66,7 @@ class Moving:
 
     def frozen(self) -> Orthogonal:
         """The rotation as it is now, as a value that stays: the nearest orthogonal matrix in float64."""
-        u, _, v = torch.linalg.svd(self.weight.detach().double().cpu())
-        return Orthogonal(u @ v)
+        return Orthogonal(nearest_orthogonal(self.weight.detach().double().cpu()))
 
 
 @dataclass(frozen=True)
