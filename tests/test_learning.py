@@ -23,7 +23,7 @@ from spinquant import (
 from spinquant.learnable import learn as learn_parameters
 from spinquant.learning.cayley import Descent, cayley, nearer, orthogonality_error
 from spinquant.learning.end_to_end import EndToEndOptions, _rows_of, learn_end_to_end
-from spinquant.learning.learn import Watch, learned_spaces
+from spinquant.learning.learn import Watch, _with_signs, learned_spaces
 from spinquant.learning.local import LocalOptions, learn_locally, rounding_errors
 from spinquant.learning.network import fuse_gains, learning_scheme, rounding
 from spinquant.learning.samples import Site, collect
@@ -326,6 +326,19 @@ def test_how_a_step_is_computed_does_not_change_it(change):
         torch.testing.assert_close(changed[space], r, atol=1e-9, rtol=0)
 
 
+def test_checkpointing_computes_blocks_twice_and_leaves_nothing():
+    model, plan, made, names = prepared()
+    block, calls = model.model.layers[1], []
+    handle = block.self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+    for wanted in (False, True):
+        calls.clear()
+        options = replace(FAST, steps=1, batch=2, loss="cross-entropy", checkpointing=wanted)
+        learn_end_to_end(model, plan, made, names, SCHEME, tokens(4, 24), options)
+        assert len(calls) == (2 if wanted else 1)
+    handle.remove()
+    assert not model.is_activation_checkpointing and not any(module.training for module in model.modules())
+
+
 def test_weights_are_rounded_while_learning_when_asked():
     learned, _ = run(replace(FAST, steps=3, weights=True), scheme=parse_scheme("W3A4"))
     other, _ = run(replace(FAST, steps=3), scheme=parse_scheme("W3A4"))
@@ -457,6 +470,13 @@ def test_signs_of_online_rotations_are_searched_layer_by_layer():
     signs = [learned.rotations[f"layers.{i}.hidden"].signs for i in range(3)]
     assert not torch.equal(signs[0], signs[1])
     assert "random signs" in learned.record["scores"]
+    # The best of the draws and of what was there before, on the rows that were sampled.
+    model, plan, made, _ = prepared(spec=RotationSpec(ALL))
+    spaces = [space.name for space in plan.spaces_of("R4")]
+    sites = collect(model, plan, spaces, SCHEME, tokens(16, 24), rows=64, generator=torch.Generator())
+    chosen = _with_signs(plan, made, sites, replace(STORY, signs=8), {})
+    before, after = rounding_errors(sites, made), rounding_errors(sites, chosen)
+    assert all(after[name] <= before[name] for name in before) and sum(after.values()) < sum(before.values())
 
 
 def test_blocks_of_r4_and_r3_are_learned():
@@ -503,6 +523,6 @@ def test_what_cannot_be_learned_is_refused():
     for bad in ({"loss": "mse"}, {"schedule": "warm"}, {"steps": 0}, {"momentum": 1.0}):
         with pytest.raises(LearningError):
             replace(FAST, **bad)
-    for bad in ({"objective": "l1"}, {"solver": "newton"}, {"weighting": "some"}, {"rows": 0}):
+    for bad in ({"objective": "l1"}, {"optimizer": "lion"}, {"solver": "newton"}, {"weighting": "some"}, {"rows": 0}):
         with pytest.raises(LearningError):
             LocalOptions(**bad)

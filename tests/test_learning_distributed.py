@@ -29,6 +29,10 @@ options = LearnOptions("end-to-end", baselines=2, shard=sys.argv[3] == "shard", 
 model, *_ = prepared(dtype=torch.float64)
 # No 4-bit cache: it makes numbers equal, and a tie for the largest has no one gradient.
 found = learn(model, parse_scheme("A4"), RotationSpec(ALL), tokens(8, 24), tokens(2, 24, seed=9), options)
+if options.shard:  # the outermost group, embedding and head, stays whole after a forward pass
+    blocks = [parameter for parameter in model.model.layers.parameters()]
+    own = sum(parameter.to_local().numel() for parameter in blocks)
+    assert own < 0.55 * sum(parameter.numel() for parameter in blocks), own
 if dist.get_rank() == 0:
     tensors = {space: matrix(r) for space, r in found.rotations.items()}
     losses = torch.tensor([step["loss"] for step in found.record["steps"]], dtype=torch.float64)
