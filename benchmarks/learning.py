@@ -44,10 +44,7 @@ def learn(folder: str, out: Path, method: str, seed: int, samples: int, steps: i
 
     # Five random rotations per run, other ones for every run.
     spec = spinquant.RotationSpec("R1,R2,R3,R4", seed=100 * seed)
-    chosen = "local" if method == "random" else method
-    options = spinquant.LearnOptions(chosen, seed=seed, end_to_end=EndToEndOptions(steps=steps))
-    if method == "random":  # learned as little as can be: the best random rotation is what is kept
-        options = spinquant.LearnOptions("local", seed=seed, local=spinquant.LocalOptions(steps=1, rows=1, lr=1e-9))
+    options = spinquant.LearnOptions(method, seed=seed, end_to_end=EndToEndOptions(steps=steps))  # pyright: ignore
     text = LearnText(CalibrationText("manual", samples, 512, seed))
     start = time.perf_counter()
     learned = spinquant.learn_folder(

@@ -321,6 +321,25 @@ def test_quantize_learns_in_one_go(run, learned, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        (["--damping", "0.1"], "damping"),
+        (["--format", "hf"], "plain 16-bit folder"),
+        (["--method", "gptq", "--scheme", "A4"], "method rtn"),
+        (["--runtime", "vllm"], "vllm"),
+        (["--max-shard-size", "1MB", "--clips"], "--max-shard-size"),
+    ],
+)
+def test_what_quantizing_would_refuse_is_refused_before_learning(run, learned, tmp_path, monkeypatch, more, word):
+    from spinquant import cli_quantize
+
+    monkeypatch.setattr(cli_quantize, "learn_from", lambda *_, **__: pytest.fail("it learned first"))
+    command = ["quantize", learned[0] / "model", tmp_path / "out", "--scheme", "W4A4KV4", "--learn", "local", *more]
+    code, _, errors = run(*command)
+    assert code == 1 and word in errors and len(errors.strip().splitlines()) == 1
+
+
 LEARN_MISTAKES = {
     "unknown method": (["--method", "global"], "global"),
     "unknown objective": (["--objective", "l1"], "l1"),
@@ -331,6 +350,13 @@ LEARN_MISTAKES = {
     "text too short": (["--sample-length", "200000"], "too few"),
     "sharded alone": (["--method", "end-to-end", "--shard"], "torchrun"),
     "sharded and local": (["--method", "local", "--shard"], "end to end"),
+    "an option of end-to-end": (
+        ["--method", "local", "--loss", "kl", "--weights"],
+        "--loss, --weights would",
+    ),
+    "an option of local": (["--method", "end-to-end", "--massive", "2"], "--massive would"),
+    "nothing to choose": (["--method", "random", "--steps", "3"], "--steps would"),
+    "a rate for procrustes": (["--method", "local", "--solver", "procrustes", "--lr", "2"], "does not use lr"),
 }
 
 

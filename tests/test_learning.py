@@ -381,7 +381,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, optimizer):
 def test_a_killed_local_run_goes_on_to_the_same_bits(tmp_path, solver):
     sites = [Site(n, n, Quantizer(4), peaked(200, 32, seed).float()) for n, seed in (("a", 0), ("b", 5))]
     start = {name: Orthogonal(orthogonal(32, 5)) for name in "ab"}
-    options = LocalOptions(solver=solver, steps=12, lr=0.1, batch=64, save_every=5)
+    own = {} if solver == "procrustes" else {"lr": 0.1, "batch": 64}
+    options = LocalOptions(solver=solver, steps=12, save_every=5, **own)
     whole = learn_locally(sites, start, options)
     seen = []
 
@@ -458,6 +459,8 @@ def test_a_learned_rotation_that_loses_is_not_kept():
 
 
 def test_auto_goes_on_only_where_local_loses():
+    _, learned = story(replace(STORY, method="random"))
+    assert learned.kept.startswith("random") and not learned.record["steps"]
     _, learned = story(replace(STORY, method="auto"))
     assert "local" in learned.record["scores"] and "local+end-to-end" not in learned.record["scores"]
     weak = replace(STORY, method="auto", baselines=30, local=replace(STORY.local, steps=1, lr=9.0))
@@ -526,3 +529,9 @@ def test_what_cannot_be_learned_is_refused():
     for bad in ({"objective": "l1"}, {"optimizer": "lion"}, {"solver": "newton"}, {"weighting": "some"}, {"rows": 0}):
         with pytest.raises(LearningError):
             LocalOptions(**bad)
+    with pytest.raises(LearningError, match="solver procrustes does not use lr, optimizer"):
+        LocalOptions(solver="procrustes", lr=2.0, optimizer="sgd")
+    with pytest.raises(LearningError, match="solver qr does not use optimizer"):
+        LocalOptions(solver="qr", optimizer="sgd")
+    with pytest.raises(LearningError, match="uniform"):
+        LocalOptions(factor=2.0)

@@ -15,9 +15,8 @@ import typer
 
 import spinquant
 from spinquant import report
-from spinquant.calibrate import CalibrationText, load_text, token_windows
+from spinquant.calibrate import load_text, token_windows
 from spinquant.checkpoint import (
-    check_free,
     check_unquantized,
     is_local,
     load_config,
@@ -25,7 +24,8 @@ from spinquant.checkpoint import (
     load_tokenizer,
     read_headers,
 )
-from spinquant.cli_learn import EXAMPLES, learn
+from spinquant.cli_learn import EXAMPLES as LEARN_EXAMPLES
+from spinquant.cli_learn import learn
 from spinquant.cli_options import (
     ALL_ROTATIONS,
     AllowInexact,
@@ -50,22 +50,19 @@ from spinquant.cli_options import (
     Type,
     Windows,
     parse_dtype,
-    parse_ratio,
     parse_spec,
 )
-from spinquant.cli_output import err_console, out_console, print_json, print_result, stages, step_report
-from spinquant.errors import CheckpointError, LearningError, SchemeError, SpinquantError
+from spinquant.cli_output import err_console, out_console, print_json, print_result, stages
+from spinquant.cli_quantize import EXAMPLES as QUANTIZE_EXAMPLES
+from spinquant.cli_quantize import quantize
+from spinquant.errors import CheckpointError, SchemeError, SpinquantError
 from spinquant.evaluation import compare_models
 from spinquant.evaluation import evaluate as evaluate_model
-from spinquant.folders import check_for, check_format, quantize_folder, rotate_folder
-from spinquant.formats.compressed_config import as_stored
-from spinquant.formats.runtimes import format_for, runtime_rows
-from spinquant.learning.folder import LearnText, learn_from, read_learned, remove_store
-from spinquant.learning.learn import LearnOptions, Watch
+from spinquant.folders import rotate_folder
+from spinquant.formats.runtimes import runtime_rows
+from spinquant.learning.folder import read_learned
 from spinquant.pipeline import Options
-from spinquant.quantization.blockwise import Calibration
-from spinquant.quantization.gptq import GPTQOptions
-from spinquant.quantization.scheme import parse_scheme, static_parts
+from spinquant.quantization.scheme import parse_scheme
 from spinquant.resumable import check_checksums
 from spinquant.streamed_folders import parse_size
 
@@ -166,138 +163,8 @@ def rotate(
     print_result(json_, {**result.record(), "seconds": result.seconds}, report.result_table(result, str(out)))
 
 
-@app.command(
-    epilog="Examples: `spinquant quantize ./llama ./llama-w4a4 --scheme W4A4KV4 --rotations R1,R2,R3,R4`, "
-    "`spinquant quantize ./llama ./llama-w4 --scheme W4g128A16 --rotations R1,R2 --method gptq`, "
-    "`spinquant quantize ./llama ./llama-w4a8 --scheme W4A8KV8 --method gptq --clips --calibration ./text.txt`"
-)
-def quantize(
-    model: Model,
-    out: Out,
-    scheme: Annotated[str, typer.Option(help="W4A4KV4, W4g128A16, W8A8, KV4, ... or none for rotations alone.")],
-    rotations: Rotations = ALL_ROTATIONS,
-    learned: Learned = None,
-    learn_first: Annotated[
-        str | None,
-        typer.Option(
-            "--learn", help="Learn rotations first: auto, local, end-to-end, local+end-to-end; on --calibration's text."
-        ),
-    ] = None,
-    method: Annotated[str, typer.Option(help="How weights are rounded: rtn, gptq, or gptaq (asymmetric).")] = "rtn",
-    clips: Annotated[bool, typer.Option("--clips", help="Search clip ratios of activations and KV per layer.")] = False,
-    calibration: Annotated[
-        str | None, typer.Option(help="Text to calibrate on: as --text, or generated (by the model itself).")
-    ] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration samples; 128 by default.")] = None,
-    sample_length: Annotated[int | None, typer.Option(help="Tokens per calibration sample; 512 by default.")] = None,
-    damping: Annotated[float, typer.Option(help="GPTQ: share of the mean diagonal added to it.")] = 0.01,
-    act_order: Annotated[bool, typer.Option(help="GPTQ: columns of large inputs first.")] = False,
-    asymmetry: Annotated[
-        float | None, typer.Option(help="GPTAQ: share of the way to the unquantized model's outputs; 0.25 by default.")
-    ] = None,
-    sequential: Annotated[bool, typer.Option(help="GPTQ: one linear after the other inside a block.")] = False,
-    exact_inputs: Annotated[bool, typer.Option(help="Calibrate on activations and KV that are not rounded.")] = False,
-    type: Type = "random-hadamard",
-    block_size: BlockSize = None,
-    randomize: Randomize = False,
-    seed: Seed = 0,
-    group_size: Annotated[int | None, typer.Option(help="Weights per scale; by default a whole channel.")] = None,
-    weight_clip: Annotated[str, typer.Option(help="Clip ratio of weights, or mse to search it.")] = "mse",
-    activation_clip: Annotated[float, typer.Option(help="Clip ratio of activations.")] = 1.0,
-    symmetric_activations: Annotated[
-        bool | None,
-        typer.Option(
-            "--symmetric-activations/--asymmetric-activations",
-            help="Grid of activations: by default asymmetric, and symmetric for compressed-tensors.",
-            show_default=False,
-        ),
-    ] = None,
-    kv_clip: Annotated[float, typer.Option(help="Clip ratio of keys and values.")] = 1.0,
-    lm_head: Annotated[bool, typer.Option(help="Quantize the output head too.")] = False,
-    format: Annotated[
-        str | None,
-        typer.Option(help="Of the folder: native, compressed-tensors (an extra; vLLM), or hf (16 bits, plain)."),
-    ] = None,
-    runtime: Runtime = None,
-    dtype: Dtype = None,
-    text: Text = "auto",
-    device: Device = "cpu",
-    max_shard_size: MaxShardSize = None,
-    force: Force = False,
-    allow_pickle: AllowPickle = False,
-    allow_inexact: AllowInexact = False,
-    proof: Proof = True,
-    compare: Compare = True,
-    json_: Json = False,
-) -> None:
-    """Rotate and quantize into a folder that `spinquant.load`, or transformers after `import spinquant`, loads.
-
-    With `--format compressed-tensors`, into one that vLLM serves. What needs no calibration text is streamed: the model
-    is never loaded.
-    """
-    spec = parse_spec(rotations, type, block_size, randomize, seed)
-    if format is None:
-        format = format_for(runtime, parse_scheme(scheme), spec) if runtime else "native"
-    parsed = parse_scheme(
-        scheme,
-        group_size=group_size,
-        weight_clip=parse_ratio(weight_clip),
-        activation_clip=activation_clip,
-        activation_symmetric=format == "compressed-tensors" if symmetric_activations is None else symmetric_activations,
-        kv_clip=kv_clip,
-        lm_head=lm_head,
-    )
-    if format == "compressed-tensors":
-        parsed = as_stored(parsed)
-    about = {"text": calibration, "samples": samples, "length": sample_length}
-    chosen: dict[str, Any] = {name: value for name, value in about.items() if value is not None}
-    source = CalibrationText(**chosen, seed=seed)
-    if learn_first and learned:
-        raise LearningError("--learn learns rotations and --learned takes them from a folder: give one of them")
-    calibrated = method != "rtn" or clips or static_parts(parsed)
-    with stages() as progress:
-        found, store = read_learned(learned) if learned else None, None
-        if learn_first:
-            # What would be refused afterwards is refused before.
-            check_free(out, force=force, source=model)
-            check_format(format, parsed, spec, clips=clips)
-            if runtime is not None:
-                check_for(runtime, format, parsed, spec, None if allow_pickle else model)
-            watch = Watch(progress, step_report(progress))
-            options = LearnOptions(method=learn_first, seed=seed)  # pyright: ignore[reportArgumentType] - checked by it
-            given = {"text": LearnText(source), "device": device, "allow_pickle": allow_pickle}
-            found, store = learn_from(model, out, parsed, spec, options, **given, watch=watch)
-        result = quantize_folder(
-            model,
-            out,
-            parsed,
-            spec,
-            learned=found,
-            method=method,  # pyright: ignore[reportArgumentType] - checked by the function
-            calibration=Calibration(
-                GPTQOptions(damping, act_order, asymmetry),
-                clips=clips,
-                round_inputs=not exact_inputs,
-                sequential=sequential,
-            ),
-            # The text of --learn alone is not one for calibration.
-            calibration_text=source if chosen and (calibrated or not learn_first) else None,
-            dtype=parse_dtype(dtype),
-            text=text if compare else None,
-            force=force,
-            allow_pickle=allow_pickle,
-            device=device,
-            max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
-            options=Options(prove=proof, allow_inexact=allow_inexact, progress=progress),
-            runtime=runtime,
-            format=format,  # pyright: ignore[reportArgumentType] - checked by the function
-        )
-        if store is not None:
-            remove_store(store)
-    print_result(json_, {**result.record(), "seconds": result.seconds}, report.result_table(result, str(out)))
-
-
-app.command(epilog=EXAMPLES)(learn)
+app.command(epilog=QUANTIZE_EXAMPLES)(quantize)
+app.command(epilog=LEARN_EXAMPLES)(learn)
 
 
 @app.command(epilog="Example: `spinquant evaluate ./llama-w4a4 --reference ./llama --text manual --windows 16`")

@@ -24,6 +24,7 @@ from spinquant.cli_options import (
     parse_spec,
 )
 from spinquant.cli_output import print_result, stages, step_report
+from spinquant.errors import LearningError
 from spinquant.learning.end_to_end import EndToEndOptions
 from spinquant.learning.folder import LearnText, learn_folder
 from spinquant.learning.learn import LearnOptions, Watch
@@ -47,7 +48,7 @@ def learn(
         str,
         typer.Option(
             help="local: on captured activations; end-to-end: through the quantized network; local+end-to-end; auto: "
-            "local, and end-to-end only where that loses to the random rotations."
+            "local, and end-to-end only where that loses to the random rotations; random: the best of those."
         ),
     ] = "auto",
     which: Annotated[
@@ -56,17 +57,21 @@ def learn(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps; 200 for local, 100 for end-to-end.")] = None,
     lr: Annotated[float | None, typer.Option(help="Length of a step; by default 1 for local, 0.3 end to end.")] = None,
-    objective: Annotated[str, typer.Option(help="local: error, whip or kurtosis.")] = "error",
-    solver: Annotated[str, typer.Option(help="local: cayley, qr or procrustes.")] = "cayley",
-    rows: Annotated[int, typer.Option(help="local: activations sampled at each quantizer.")] = 1024,
-    massive: Annotated[float, typer.Option(help="local: how often a row with a massive activation counts.")] = 1.0,
-    loss: Annotated[str, typer.Option(help="end-to-end: kl (to the 16-bit model), or cross-entropy.")] = "kl",
-    batch: Annotated[int, typer.Option(help="end-to-end: samples of a step.")] = 8,
+    objective: Annotated[str | None, typer.Option(help="local: error (default), whip or kurtosis.")] = None,
+    solver: Annotated[str | None, typer.Option(help="local: cayley (default), qr or procrustes.")] = None,
+    rows: Annotated[int | None, typer.Option(help="local: activations sampled at each quantizer; 1024.")] = None,
+    massive: Annotated[
+        float | None, typer.Option(help="local: how often a row with a massive activation counts; once.")
+    ] = None,
+    loss: Annotated[
+        str | None, typer.Option(help="end-to-end: kl (to the 16-bit model; default), or cross-entropy.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="end-to-end: samples of a step; 8.")] = None,
     micro_batch: Annotated[
         int | None, typer.Option(help="end-to-end: samples of one pass; the rest accumulate.")
     ] = None,
-    schedule: Annotated[str, typer.Option(help="end-to-end: cosine, linear or constant.")] = "cosine",
-    optimizer: Annotated[str, typer.Option(help="sgd or adam; adam by default.")] = "",
+    schedule: Annotated[str | None, typer.Option(help="end-to-end: cosine (default), linear or constant.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="sgd or adam; adam by default.")] = None,
     weights: Annotated[bool, typer.Option("--weights", help="end-to-end: round weights too while learning.")] = False,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="end-to-end: less memory, more time.")] = False,
     shard: Annotated[bool, typer.Option("--shard", help="end-to-end, torchrun: spread the weights (FSDP2).")] = False,
@@ -91,21 +96,24 @@ def learn(
     A run that is stopped goes on where it was when it is started again.
     """
     spec = parse_spec(rotations, type, block_size, False, seed)
-    local: dict[str, Any] = {"objective": objective, "solver": solver, "rows": rows, "factor": massive}
-    local |= {"weighting": "uniform" if massive == 1 else "massive"}
-    through: dict[str, Any] = {"loss": loss, "batch": batch, "micro_batch": micro_batch, "schedule": schedule}
-    through |= {"weights": weights, "checkpointing": checkpointing}
-    for name, value in (("steps", steps), ("lr", lr), ("optimizer", optimizer or None)):
-        if value is not None:
-            local[name] = through[name] = value
+    both = {"steps": steps, "lr": lr, "optimizer": optimizer}
+    local = {"objective": objective, "solver": solver, "rows": rows, "massive": massive}
+    through = {"loss": loss, "batch": batch, "micro_batch": micro_batch, "schedule": schedule}
+    through |= {"weights": weights or None, "checkpointing": checkpointing or None}
+    _check_used(method, both, local, through)
+    if (factor := local.pop("massive")) is not None:
+        local |= {"factor": factor, "weighting": "massive"}
+    only = {"local": (local,), "end-to-end": (through,)}.get(method, (local, through))
+    for chosen in only:
+        chosen.update(both)
     options = LearnOptions(
         method=method,  # pyright: ignore[reportArgumentType] - checked by the class
         rotations=None if which is None else parse_rotation_names(which),
         baselines=baselines,
         signs=signs,
         shard=shard,
-        local=LocalOptions(**local),
-        end_to_end=EndToEndOptions(**through),
+        local=LocalOptions(**_given(local)),
+        end_to_end=EndToEndOptions(**_given(through)),
         seed=seed,
     )
     with stages() as progress:
@@ -124,3 +132,15 @@ def learn(
         )
     if int(os.environ.get("RANK", "0")) == 0:
         print_result(json_, learned.record, report.learning_table(learned, str(out)))
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _check_used(method: str, both: dict[str, Any], local: dict[str, Any], through: dict[str, Any]) -> None:
+    """Raise LearningError for options of a method that is not used: they would do nothing."""
+    unused = {"local": through, "end-to-end": local, "random": {**both, **local, **through}}.get(method, {})
+    if _given(unused):
+        names = ", ".join("--" + name.replace("_", "-") for name in _given(unused))
+        raise LearningError(f"{names} would do nothing: --method {method} does not use them. Leave them out")

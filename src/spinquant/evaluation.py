@@ -75,25 +75,21 @@ def evaluate(
         others = None if reference is None else _logits(reference, window)[:-1].to(logits.device)
         if others is not None:
             _check_vocabularies(others, logits)
-        for i in range(0, len(targets), SLICE):
-            part = slice(i, i + SLICE)
-            log_p = _wide(logits[part]).log_softmax(-1)
-            nll -= _picked(log_p, targets[part])
-            if others is not None:
-                log_q = _wide(others[part]).log_softmax(-1)
-                reference_nll -= _picked(log_q, targets[part])
-                kl += (log_q.exp() * (log_q - log_p)).sum().item()
-                agree += (log_q.argmax(-1) == log_p.argmax(-1)).sum().item()
+        nll += surprise(logits, targets)
+        if others is not None:
+            reference_nll += surprise(others, targets)
+            kl += divergence(others, logits)
+            agree += (others.argmax(-1) == logits.argmax(-1)).sum().item()
         if progress:
             progress(done + 1, len(windows))
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     return Evaluation(
-        perplexity=_exp(nll / tokens),
+        perplexity=perplexity_of(nll / tokens),
         tokens=tokens,
         seconds=time.perf_counter() - start,
         kl=kl / tokens if reference is not None else None,
         top1=agree / tokens if reference is not None else None,
-        reference_perplexity=_exp(reference_nll / tokens) if reference is not None else None,
+        reference_perplexity=perplexity_of(reference_nll / tokens) if reference is not None else None,
     )
 
 
@@ -113,7 +109,7 @@ def compare_models(
         _check_vocabularies(expected, found)
         found = found.to(expected.device)
         for i in range(0, len(window), SLICE):
-            e, f = _wide(expected[i : i + SLICE]), _wide(found[i : i + SLICE])
+            e, f = wide(expected[i : i + SLICE]), wide(found[i : i + SLICE])
             delta = (f - e).abs()
             # A NaN must not vanish in max(): it would make a broken model look equal.
             largest = max(largest, delta.max().item()) if not delta.isnan().any() else math.nan
@@ -121,9 +117,8 @@ def compare_models(
             squared += delta.square().sum().item()
             norm += e.square().sum().item()
             count += delta.numel()
-            log_q, log_p = e.log_softmax(-1), f.log_softmax(-1)
-            kl += (log_q.exp() * (log_q - log_p)).sum().item()
-            agree += (e.argmax(-1) == f.argmax(-1)).sum().item()
+        kl += divergence(expected, found)
+        agree += (expected.argmax(-1) == found.argmax(-1)).sum().item()
         if progress:
             progress(done + 1, len(windows))
     tokens = windows.numel()
@@ -137,7 +132,28 @@ def compare_models(
     )
 
 
-def _wide(logits: Tensor) -> Tensor:
+def surprise(logits: Tensor, targets: Tensor) -> float:
+    """Negative log-likelihood of the targets, (tokens,), in nats, summed; logits are (tokens, vocabulary)."""
+    parts = zip(logits.split(SLICE), targets.split(SLICE), strict=True)
+    return -sum(wide(x).log_softmax(-1).gather(-1, t.unsqueeze(-1)).sum().item() for x, t in parts)
+
+
+def divergence(reference: Tensor, logits: Tensor) -> float:
+    """KL(reference || model) in nats, summed over tokens; both are logits, (tokens, vocabulary)."""
+    total = 0.0
+    for q, p in zip(reference.split(SLICE), logits.split(SLICE), strict=True):
+        log_q, log_p = wide(q).log_softmax(-1), wide(p).log_softmax(-1)
+        total += (log_q.exp() * (log_q - log_p)).sum().item()
+    return total
+
+
+def perplexity_of(mean: float) -> float:
+    """From the mean negative log-likelihood, in nats; infinite where it would overflow."""
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def wide(logits: Tensor) -> Tensor:
+    """At least in float32."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -153,14 +169,6 @@ def _logits(model: nn.Module, window: Tensor) -> Tensor:
     if size is not None and int(window.max()) >= size:
         raise TextError(f"the text has token {int(window.max())}, and a model knows {size}: wrong tokenizer or model")
     return model(input_ids=window.unsqueeze(0).to(device_of(model)), use_cache=False).logits[0]
-
-
-def _picked(log_probabilities: Tensor, targets: Tensor) -> float:
-    return log_probabilities.gather(-1, targets.unsqueeze(-1)).sum().item()
-
-
-def _exp(mean_nll: float) -> float:
-    return math.exp(mean_nll) if mean_nll < 700 else math.inf
 
 
 def _check_windows(windows: Tensor) -> None:

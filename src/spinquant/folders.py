@@ -189,25 +189,24 @@ def quantize_folder(
     shards of the source.
     """
     spec, rotations = (learned.spec, learned.rotations) if learned else (spec, None)
-    if runtime is not None:
-        check_for(runtime, format, scheme, spec, None if allow_pickle else model)
-    calibrated = check_calibration(method, scheme, calibration)
-    if calibrated is None and calibration_text is not None:
-        raise CalibrationError(
-            f"a calibration text is given, and method {method} without --clips reads none: leave it out"
-        )
-    check_format(format, scheme, spec, clips=calibrated is not None and calibrated.clips)
+    calibrated, streamed = check_request(
+        model,
+        out,
+        scheme,
+        spec,
+        method,
+        calibration,
+        calibration_text=calibration_text,
+        max_shard_size=max_shard_size,
+        runtime=runtime,
+        format=format,
+        force=force,
+        allow_pickle=allow_pickle,
+    )
     options = options or Options()
-    pickles = allow_pickle and has_pickles_only(folder_of(model, allow_pickle=True))
-    if calibrated is None and format != "compressed-tensors" and not pickles:
+    if streamed:
         request = Request(spec, dtype, device, max_shard_size, text, scheme, options, learned)
         return stream_folder(model, out, request, force=force)
-    if max_shard_size is not None:
-        raise CheckpointError(
-            "only round-to-nearest folders in format native or hf are streamed from safetensors: leave "
-            "--max-shard-size out"
-        )
-    check_free(out, force=force, source=model)
     loaded, tokenizer, sample, notes = _open(model, dtype, text or "auto", allow_pickle, device)
     if dtype is not None:
         _cast(loaded, dtype)
@@ -237,6 +236,45 @@ def quantize_folder(
     if store is not None:
         store.remove()
     return result
+
+
+def check_request(
+    model: str | Path,
+    out: str | Path,
+    scheme: Scheme,
+    spec: RotationSpec,
+    method: str,
+    calibration: Calibration | None,
+    *,
+    calibration_text: CalibrationText | None = None,
+    max_shard_size: int | None = None,
+    runtime: str | None = None,
+    format: str = "native",
+    force: bool = False,
+    allow_pickle: bool = False,
+) -> tuple[Calibration | None, bool]:
+    """What `quantize_folder` refuses before work starts: (the calibration that there will be, whether it is streamed).
+
+    Raises what `quantize_folder` raises for schemes, formats, runtimes and options that do not go together, and
+    CheckpointError for an `out` that is not free.
+    """
+    if runtime is not None:
+        check_for(runtime, format, scheme, spec, None if allow_pickle else model)
+    calibrated = check_calibration(method, scheme, calibration)
+    if calibrated is None and calibration_text is not None:
+        raise CalibrationError(
+            f"a calibration text is given, and method {method} without --clips reads none: leave it out"
+        )
+    check_format(format, scheme, spec, clips=calibrated is not None and calibrated.clips)
+    pickles = allow_pickle and has_pickles_only(folder_of(model, allow_pickle=True))
+    streamed = calibrated is None and format != "compressed-tensors" and not pickles
+    if max_shard_size is not None and not streamed:
+        raise CheckpointError(
+            "only round-to-nearest folders in format native or hf are streamed from safetensors: leave "
+            "--max-shard-size out"
+        )
+    check_free(out, force=force, source=model)
+    return calibrated, streamed
 
 
 def _learned_note(learned: LearnedRotations | None) -> dict[str, Any]:

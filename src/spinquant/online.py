@@ -117,12 +117,10 @@ def attach(
     attachment = Attachment()
     attachment.set(model, ATTACHMENT, attachment)
     try:
-        if around:
-            _attach_around(model, plan, rotations, scheme, clips, attachment)
-        else:
-            _attach_inputs(model, plan, rotations, scheme, clips, attachment)
+        _attach_inputs(model, plan, rotations, scheme, clips, attachment, around)
+        if not around:
             _attach_experts(model, plan, rotations, attachment)
-            _attach_attention(model, plan, rotations, scheme.kv, clips, attachment)
+        _attach_attention(model, plan, rotations, scheme.kv, clips, attachment, around)
     except BaseException:
         attachment.remove()
         raise
@@ -150,46 +148,24 @@ def _attach_inputs(
     scheme: Scheme,
     clips: Clips,
     attachment: Attachment,
+    around: bool,
 ) -> None:
-    spaces = {online.module: online.space for online in plan.onlines if online.site == "input"}
+    online = {online.module: plan.space[online.space] for online in plan.onlines if online.site == "input"}
     head = (plan.head.removesuffix(".weight"),)
     # The head is no linear of the plan: what it reads is rounded where the scheme says so, rotated where the plan does.
     for group in (*plan.linears, head):
-        rotation = rotations.get(spaces.get(group[0], ""))
+        rotation = _rotation_of(plan.read_by(group[0]) if around else online.get(group[0]), rotations)
         activations = scheme.activations if group != head or scheme.lm_head else None
-        if rotation is None and activations is None:
+        if activations is None and (around or rotation is None):
             continue
         quantizer = with_clip(activations, clips.inputs.get(group[0]))
-        site = attachment.inputs[group[0]] = InputSite(rotation, quantizer, readers=len(group))
+        site = attachment.inputs[group[0]] = InputSite(rotation, quantizer, readers=len(group), around=around)
         for name in group:
             attachment.hook(model.get_submodule(name).register_forward_pre_hook(site))
 
 
-def _attach_around(
-    model: nn.Module,
-    plan: Plan,
-    rotations: Mapping[str, Rotation],
-    scheme: Scheme,
-    clips: Clips,
-    attachment: Attachment,
-) -> None:
-    def rotation_of(space: Space | None) -> Rotation | None:
-        return rotations.get(space.name) if space is not None else None
-
-    head = (plan.head.removesuffix(".weight"),)
-    for group in (*plan.linears, *([head] if scheme.lm_head else [])):
-        if scheme.activations is not None:
-            quantizer = with_clip(scheme.activations, clips.inputs.get(group[0]))
-            rotation = rotation_of(plan.read_by(group[0]))
-            site = attachment.inputs[group[0]] = InputSite(rotation, quantizer, readers=len(group), around=True)
-            for name in group:
-                attachment.hook(model.get_submodule(name).register_forward_pre_hook(site))
-    spaces = {online.module: plan.space[online.space] for online in plan.onlines if online.site == "query_key"}
-    for name in plan.attentions if scheme.kv is not None else ():
-        keys, values = (with_clip(scheme.kv, ratios.get(name)) for ratios in (clips.keys, clips.values))
-        around = rotation_of(spaces.get(name)), rotation_of(plan.values_of(name))
-        site = attachment.keys_values[name] = KeyValueSite(None, keys, values, None, around=around)
-        attachment.hook(model.get_submodule(name).register_forward_pre_hook(site, with_kwargs=True))
+def _rotation_of(space: Space | None, rotations: Mapping[str, Rotation]) -> Rotation | None:
+    return None if space is None else rotations.get(space.name)
 
 
 def _rounded(x: Tensor, rotation: Rotation | None, quantizer: Quantizer) -> Tensor:
@@ -288,15 +264,19 @@ def _attach_attention(
     quantizer: Quantizer | None,
     clips: Clips,
     attachment: Attachment,
+    around: bool,
 ) -> None:
-    spaces = {online.module: online.space for online in plan.onlines if online.site == "query_key"}
-    rotated = {name: rotations[spaces[name]] for name in plan.attentions if spaces.get(name) in rotations}
+    spaces = {online.module: plan.space[online.space] for online in plan.onlines if online.site == "query_key"}
+    found = {name: _rotation_of(spaces.get(name), rotations) for name in plan.attentions}
+    rotated = {} if around else {name: rotation for name, rotation in found.items() if rotation is not None}
     implementation = _rotate_queries(model, rotated, attachment) if rotated else None
     if not rotated and quantizer is None:
         return
     for name in plan.attentions:
         keys, values = (with_clip(quantizer, ratios.get(name)) for ratios in (clips.keys, clips.values))
-        site = attachment.keys_values[name] = KeyValueSite(rotated.get(name), keys, values, implementation)
+        both = (found[name], _rotation_of(plan.values_of(name), rotations)) if around else None
+        site = KeyValueSite(rotated.get(name), keys, values, implementation, around=both)
+        attachment.keys_values[name] = site
         attachment.hook(model.get_submodule(name).register_forward_pre_hook(site, with_kwargs=True))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from spinquant.calibrate import device_of
 from spinquant.errors import LearningError
+from spinquant.evaluation import wide
 from spinquant.learning.cayley import OPTIMIZERS, Descent, Optimizer, orthogonality_error
 from spinquant.learning.local import cosine
 from spinquant.learning.network import learning_scheme, rounding
@@ -197,20 +198,16 @@ def _gradients(
 def _loss(model: Any, attachment: Attachment, rows: Tensor, options: EndToEndOptions) -> Tensor:
     """Mean over the predicted tokens of some rows."""
     if options.loss == "cross-entropy":
-        logits = _wide(model(input_ids=rows, use_cache=False).logits[:, :-1])
+        logits = wide(model(input_ids=rows, use_cache=False).logits[:, :-1])
         return nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
     with torch.no_grad(), attachment.exact():
-        exact = _wide(model(input_ids=rows, use_cache=False).logits[:, :-1])
+        exact = wide(model(input_ids=rows, use_cache=False).logits[:, :-1])
     top = exact.topk(min(options.top_tokens, exact.shape[-1]), dim=-1)
     target, rest = _with_rest(exact, top)
-    logits = _wide(model(input_ids=rows, use_cache=False).logits[:, :-1])
+    logits = wide(model(input_ids=rows, use_cache=False).logits[:, :-1])
     found, found_rest = _with_rest(logits, top)
     divergence = (target.exp() * (target - found)).sum(-1) + rest.exp() * (rest - found_rest)
     return divergence.mean()
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _with_rest(logits: Tensor, top: Any) -> tuple[Tensor, Tensor]:

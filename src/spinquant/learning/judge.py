@@ -5,7 +5,6 @@ it. Score: KL(16 bits || quantized) per token in nats, and perplexity. Candidate
 the 16-bit model runs once per window for all of them.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -14,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from spinquant.calibrate import device_of
+from spinquant.evaluation import divergence, perplexity_of, surprise
 from spinquant.learning.network import rounding
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.rotation import Rotation
 
 RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
-SLICE = 256  # tokens whose log-probabilities are held at once
 
 
 @dataclass(frozen=True)
@@ -69,17 +68,18 @@ def judge(
     sums = {name: [0.0, 0.0] for name in (*candidates, "16-bit")}
     for done, window in enumerate(windows):
         row = window.unsqueeze(0).to(device_of(model))
-        exact = _log_probabilities(model, row)
-        sums["16-bit"][1] += _surprise(exact, row)
+        targets = row[0, 1:]
+        exact = _predictions(model, row)
+        sums["16-bit"][1] += surprise(exact, targets)
         for name, candidate in candidates.items():
             with rounding(model, plan, candidate.rotations, candidate.scheme(scheme)):
-                found = _log_probabilities(model, row)
-            sums[name][0] += _divergence(exact, found)
-            sums[name][1] += _surprise(found, row)
+                found = _predictions(model, row)
+            sums[name][0] += divergence(exact, found)
+            sums[name][1] += surprise(found, targets)
         if progress:
             progress(done + 1, len(windows))
     tokens = windows.shape[0] * (windows.shape[1] - 1)
-    return {name: Score(kl / tokens, _exp(nll / tokens), tokens) for name, (kl, nll) in sums.items()}
+    return {name: Score(kl / tokens, perplexity_of(nll / tokens), tokens) for name, (kl, nll) in sums.items()}
 
 
 @torch.no_grad()
@@ -88,17 +88,16 @@ def with_clips(
 ) -> Candidate:
     """The candidate with the clip ratios of least KL on some windows: first of activations, then of the cache."""
     best = Candidate(rotations)
-    exact = [_log_probabilities(model, w.unsqueeze(0).to(device_of(model))) for w in windows]
+    rows = [w.unsqueeze(0).to(device_of(model)) for w in windows]
+    exact = [_predictions(model, row) for row in rows]
     tried: dict[tuple[float, float], float] = {}
 
     def error(candidate: Candidate) -> float:
         key = (candidate.activation_clip, candidate.kv_clip)
         if key not in tried:
             with rounding(model, plan, rotations, candidate.scheme(scheme)):
-                tried[key] = sum(
-                    _divergence(e, _log_probabilities(model, w.unsqueeze(0).to(device_of(model))))
-                    for e, w in zip(exact, windows, strict=True)
-                )
+                pairs = zip(exact, rows, strict=True)
+                tried[key] = sum(divergence(e, _predictions(model, row)) for e, row in pairs)
         return tried[key]
 
     for part, quantizer in (("activation_clip", scheme.activations), ("kv_clip", scheme.kv)):
@@ -120,19 +119,6 @@ def _first_minimum(candidates: Sequence[Candidate], error: Callable[[Candidate],
     return best
 
 
-def _log_probabilities(model: nn.Module, row: Tensor) -> Tensor:
-    logits = model(input_ids=row, use_cache=False).logits[0]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-
-
-def _divergence(exact: Tensor, found: Tensor) -> float:
-    parts = zip(exact[:-1].split(SLICE), found[:-1].split(SLICE), strict=True)
-    return sum(float((e.exp() * (e - f)).sum()) for e, f in parts)
-
-
-def _surprise(found: Tensor, row: Tensor) -> float:
-    return -float(found[:-1].gather(-1, row[0, 1:, None]).sum())
-
-
-def _exp(mean: float) -> float:
-    return math.exp(mean) if mean < 700 else math.inf
+def _predictions(model: nn.Module, row: Tensor) -> Tensor:
+    """Logits of all tokens but the last, whose successor is not known."""
+    return model(input_ids=row, use_cache=False).logits[0, :-1]

@@ -32,7 +32,7 @@ from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import Hadamard, Rotation, RotationSpec, generator_for, make_rotations, random_signs
 from spinquant.saved_rotations import to_save
 
-Method = Literal["local", "end-to-end", "local+end-to-end", "auto"]
+Method = Literal["random", "local", "end-to-end", "local+end-to-end", "auto"]
 METHODS = get_args(Method)
 LARGEST_ONLINE = 512  # order of a learned R4: it is a dense product at every token
 CLIP_WINDOWS = 2
@@ -43,12 +43,13 @@ ROWS_OF_A_SAMPLE = 32  # rows of a site that one sample gives, so that they come
 class LearnOptions:
     """How rotations are learned and judged.
 
-    method: local, end-to-end, one after the other, or auto: local, and end-to-end after it only if local does not beat
-    the random rotations. rotations: those that are learned, by default R1, R2, and R3 unless it is to be a plain
-    Hadamard matrix; R3 and R4 become dense products at run time, so R4 needs a block size. signs: draws of random signs
-    per layer for a Hadamard R3 or R4 that is not learned, of which the one with the least error of rounding is taken; 0
-    leaves them. baselines: random rotations to beat. shard: under torch.distributed, every process keeps a share of the
-    weights (FSDP2); end-to-end alone, since local needs one decoder block at a time anyway.
+    method: random (the best of the random rotations, nothing learned), local, end-to-end, one after the other, or auto:
+    local, and end-to-end after it only if local does not beat the random rotations. rotations: those that are learned,
+    by default R1, R2, and R3 unless it is to be a plain Hadamard matrix; R3 and R4 become dense products at run time,
+    so R4 needs a block size. signs: draws of random signs per layer for a Hadamard R3 or R4 that is not learned, of
+    which the one with the least error of rounding is taken; 0 leaves them. baselines: random rotations to beat. shard:
+    under torch.distributed, every process keeps a share of the weights (FSDP2); end-to-end alone, since local needs one
+    decoder block at a time anyway.
     """
 
     method: Method = "auto"
@@ -154,13 +155,14 @@ def learn(
                 judge(model, plan, one, rounds, held_out, progress=lambda *n: watch.stage(f"judge {name}", *n))
             )
 
-    if options.method != "end-to-end" or options.signs:
+    local_too = options.method in ("local", "local+end-to-end", "auto")
+    if local_too or options.signs:
         with _timed(clock, "local"):
             sites = _collect(model, plan, names, rounds, tokens, options, spec, watch)
             start = _with_signs(plan, start, sites, options, names)
         if options.signs:
             add("random signs", start)
-    if options.method != "end-to-end":
+    if local_too:
         with _timed(clock, "local"):
             own = [site for site in sites if site.space in names]
             local = learn_locally(

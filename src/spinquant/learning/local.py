@@ -11,7 +11,7 @@ The loss is the objective of `objectives.py`, weighted row by row and averaged o
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -63,6 +63,12 @@ class LocalOptions:
             raise LearningError("steps, rows, batch and save_every must be at least 1")
         if not self.lr > 0 or not self.factor > 0:
             raise LearningError("lr and factor must be positive")
+        if self.weighting == "uniform" and self.factor != 1.0:
+            raise LearningError(f"factor {self.factor} weights massive rows, and the weighting is uniform")
+        unused = {"qr": ("optimizer",), "procrustes": ("objective", "lr", "optimizer", "batch")}.get(self.solver, ())
+        changed = [f.name for f in fields(self) if f.name in unused and getattr(self, f.name) != f.default]
+        if changed:
+            raise LearningError(f"solver {self.solver} does not use {', '.join(changed)}: leave them out")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""

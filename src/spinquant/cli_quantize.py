@@ -1,0 +1,181 @@
+"""The command `quantize`."""
+
+from typing import Annotated, Any
+
+import typer
+
+from spinquant import report
+from spinquant.calibrate import CalibrationText
+from spinquant.cli_options import (
+    ALL_ROTATIONS,
+    AllowInexact,
+    AllowPickle,
+    BlockSize,
+    Compare,
+    Device,
+    Dtype,
+    Force,
+    Json,
+    Learned,
+    MaxShardSize,
+    Model,
+    Out,
+    Proof,
+    Randomize,
+    Rotations,
+    Runtime,
+    Seed,
+    Text,
+    Type,
+    parse_dtype,
+    parse_ratio,
+    parse_spec,
+)
+from spinquant.cli_output import print_result, stages, step_report
+from spinquant.errors import LearningError
+from spinquant.folders import check_request, quantize_folder
+from spinquant.formats.compressed_config import as_stored
+from spinquant.formats.runtimes import format_for
+from spinquant.learning.folder import LearnText, learn_from, read_learned, remove_store
+from spinquant.learning.learn import LearnOptions, Watch
+from spinquant.pipeline import Options
+from spinquant.quantization.blockwise import Calibration
+from spinquant.quantization.gptq import GPTQOptions
+from spinquant.quantization.scheme import parse_scheme, static_parts
+from spinquant.streamed_folders import parse_size
+
+EXAMPLES = (
+    "Examples: `spinquant quantize ./llama ./llama-w4a4 --scheme W4A4KV4 --rotations R1,R2,R3,R4`, "
+    "`spinquant quantize ./llama ./llama-w4 --scheme W4g128A16 --rotations R1,R2 --method gptq`, "
+    "`spinquant quantize ./llama ./llama-w4a8 --scheme W4A8KV8 --method gptq --clips --calibration ./text.txt`"
+)
+
+
+def quantize(
+    model: Model,
+    out: Out,
+    scheme: Annotated[str, typer.Option(help="W4A4KV4, W4g128A16, W8A8, KV4, ... or none for rotations alone.")],
+    rotations: Rotations = ALL_ROTATIONS,
+    learned: Learned = None,
+    learn_first: Annotated[
+        str | None,
+        typer.Option(
+            "--learn", help="Learn rotations first: auto, local, end-to-end, local+end-to-end; on --calibration's text."
+        ),
+    ] = None,
+    method: Annotated[str, typer.Option(help="How weights are rounded: rtn, gptq, or gptaq (asymmetric).")] = "rtn",
+    clips: Annotated[bool, typer.Option("--clips", help="Search clip ratios of activations and KV per layer.")] = False,
+    calibration: Annotated[
+        str | None, typer.Option(help="Text to calibrate on: as --text, or generated (by the model itself).")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration samples; 128 by default.")] = None,
+    sample_length: Annotated[int | None, typer.Option(help="Tokens per calibration sample; 512 by default.")] = None,
+    damping: Annotated[float, typer.Option(help="GPTQ: share of the mean diagonal added to it.")] = 0.01,
+    act_order: Annotated[bool, typer.Option(help="GPTQ: columns of large inputs first.")] = False,
+    asymmetry: Annotated[
+        float | None, typer.Option(help="GPTAQ: share of the way to the unquantized model's outputs; 0.25 by default.")
+    ] = None,
+    sequential: Annotated[bool, typer.Option(help="GPTQ: one linear after the other inside a block.")] = False,
+    exact_inputs: Annotated[bool, typer.Option(help="Calibrate on activations and KV that are not rounded.")] = False,
+    type: Type = "random-hadamard",
+    block_size: BlockSize = None,
+    randomize: Randomize = False,
+    seed: Seed = 0,
+    group_size: Annotated[int | None, typer.Option(help="Weights per scale; by default a whole channel.")] = None,
+    weight_clip: Annotated[str, typer.Option(help="Clip ratio of weights, or mse to search it.")] = "mse",
+    activation_clip: Annotated[float, typer.Option(help="Clip ratio of activations.")] = 1.0,
+    symmetric_activations: Annotated[
+        bool | None,
+        typer.Option(
+            "--symmetric-activations/--asymmetric-activations",
+            help="Grid of activations: by default asymmetric, and symmetric for compressed-tensors.",
+            show_default=False,
+        ),
+    ] = None,
+    kv_clip: Annotated[float, typer.Option(help="Clip ratio of keys and values.")] = 1.0,
+    lm_head: Annotated[bool, typer.Option(help="Quantize the output head too.")] = False,
+    format: Annotated[
+        str | None,
+        typer.Option(help="Of the folder: native, compressed-tensors (an extra; vLLM), or hf (16 bits, plain)."),
+    ] = None,
+    runtime: Runtime = None,
+    dtype: Dtype = None,
+    text: Text = "auto",
+    device: Device = "cpu",
+    max_shard_size: MaxShardSize = None,
+    force: Force = False,
+    allow_pickle: AllowPickle = False,
+    allow_inexact: AllowInexact = False,
+    proof: Proof = True,
+    compare: Compare = True,
+    json_: Json = False,
+) -> None:
+    """Rotate and quantize into a folder that `spinquant.load`, or transformers after `import spinquant`, loads.
+
+    With `--format compressed-tensors`, into one that vLLM serves. What needs no calibration text is streamed: the model
+    is never loaded.
+    """
+    spec = parse_spec(rotations, type, block_size, randomize, seed)
+    if format is None:
+        format = format_for(runtime, parse_scheme(scheme), spec) if runtime else "native"
+    parsed = parse_scheme(
+        scheme,
+        group_size=group_size,
+        weight_clip=parse_ratio(weight_clip),
+        activation_clip=activation_clip,
+        activation_symmetric=format == "compressed-tensors" if symmetric_activations is None else symmetric_activations,
+        kv_clip=kv_clip,
+        lm_head=lm_head,
+    )
+    if format == "compressed-tensors":
+        parsed = as_stored(parsed)
+    about = {"text": calibration, "samples": samples, "length": sample_length}
+    chosen: dict[str, Any] = {name: value for name, value in about.items() if value is not None}
+    source = CalibrationText(**chosen, seed=seed)
+    if learn_first and learned:
+        raise LearningError("--learn learns rotations and --learned takes them from a folder: give one of them")
+    calibrated = method != "rtn" or clips or static_parts(parsed)
+    how = Calibration(
+        GPTQOptions(damping, act_order, asymmetry), clips=clips, round_inputs=not exact_inputs, sequential=sequential
+    )
+    # The text of --learn alone is not one for calibration.
+    read = source if chosen and (calibrated or not learn_first) else None
+    shard = None if max_shard_size is None else parse_size(max_shard_size)
+    where: dict[str, Any] = {"runtime": runtime, "format": format, "force": force, "allow_pickle": allow_pickle}
+    with stages() as progress:
+        found, store = read_learned(learned) if learned else None, None
+        if learn_first:
+            # What would be refused afterwards is refused before.
+            check_request(model, out, parsed, spec, method, how, calibration_text=read, max_shard_size=shard, **where)
+            options = LearnOptions(method=learn_first, seed=seed)  # pyright: ignore[reportArgumentType] - checked by it
+            found, store = learn_from(
+                model,
+                out,
+                parsed,
+                spec,
+                options,
+                text=LearnText(source),
+                device=device,
+                dtype=parse_dtype(dtype) or "auto",
+                allow_pickle=allow_pickle,
+                watch=Watch(progress, step_report(progress)),
+            )
+        result = quantize_folder(
+            model,
+            out,
+            parsed,
+            spec,
+            learned=found,
+            method=method,  # pyright: ignore[reportArgumentType] - checked by the function
+            calibration=how,
+            calibration_text=read,
+            dtype=parse_dtype(dtype),
+            text=text if compare else None,
+            device=device,
+            max_shard_size=shard,
+            options=Options(prove=proof, allow_inexact=allow_inexact, progress=progress),
+            **where,
+        )
+        if store is not None:
+            remove_store(store)
+    print_result(json_, {**result.record(), "seconds": result.seconds}, report.result_table(result, str(out)))
