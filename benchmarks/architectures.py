@@ -55,8 +55,9 @@ A model that no table explains is refused by name, and so is a tensor that its t
 vision-language model the language part is rotated, and the projector, which writes to its residual stream; the twin
 that is tried before a model is touched is given text alone (the tests give images too).
 
-Not quantized, though rotated: stacked experts and Conv1D (`quantize` says so). Not rotated: heads that ride along
-(multi-token prediction, EAGLE, Medusa) and adapters.
+Stacked experts and Conv1D are quantized like linears, each expert on the tokens that it gets; the format
+`compressed-tensors` has no place for them. Not rotated: heads that ride along (multi-token prediction, EAGLE, Medusa)
+and adapters.
 """
 
 

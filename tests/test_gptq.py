@@ -26,6 +26,7 @@ from spinquant import (
 )
 from spinquant.blocks import after_blocks, block_calls, run_block
 from spinquant.calibrate import CalibrationText, calibration_tokens, captured
+from spinquant.module import named_tensor
 from spinquant.proof import Float64Arithmetic
 from spinquant.quantization.blockwise import quantize_blocks
 from spinquant.quantization.clip import search_input_clip
@@ -237,8 +238,8 @@ def test_clip_search_finds_the_best_ratio_and_attaches_it():
     x, weight, quantizer = random(500, 32), random(8, 32, seed=2), Quantizer(3)
     x[0] *= 30
     x[:, 0] *= 4
-    ratio = search_input_clip(x, weight, quantizer)
-    assert ratio == search_input_clip(x, torch.cat([weight] * 8), quantizer), "tall and wide weights agree"
+    ratio = search_input_clip([(x, weight)], quantizer)
+    assert ratio == search_input_clip([(x, torch.cat([weight] * 8))], quantizer), "tall and wide weights agree"
 
     def error(c):
         return ((fake_quantize(x, replace(quantizer, clip=c)) - x) @ weight.T).norm()
@@ -292,7 +293,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     store.save(plan.blocks[0], {**packed, linear: replace(weight, words=weight.words.flip(0))}, kept)
     model, plan, made = rotated()
     quantize_blocks(model, plan, made, scheme, ids, calibration, store=store)
-    assert not torch.equal(model.get_submodule(linear).weight, expected[f"{linear}.weight"])
+    assert not torch.equal(named_tensor(model, linear), expected[linear])
     BlockStore(tmp_path / "store", "b")
     assert not (tmp_path / "store").exists()
 

@@ -5,6 +5,7 @@ running the model with every block replaced by one that passes hidden states on:
 blocks' weights are not touched. Samples have the same length, so one set of arguments serves all of them.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,13 +68,15 @@ def _replaced(
     """Within the block, every decoder block returns function(name, hidden states, keyword arguments)."""
 
     def stand_in(name: str) -> Callable[..., Tensor]:
+        called = list(inspect.signature(modules[name].forward).parameters)[1:]
+
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if args:
+            if len(args) > len(called):
                 raise CalibrationError(
-                    f"{name} is called with {len(args) + 1} positional arguments: expected hidden states alone, and "
-                    "the rest by name, as transformers 5 calls its decoder layers"
+                    f"{name} is called with {len(args) + 1} positional arguments: expected hidden states and at most "
+                    f"{', '.join(called)}"
                 )
-            return function(name, hidden_states, kwargs)
+            return function(name, hidden_states, {**dict(zip(called, args, strict=False)), **kwargs})
 
         return forward
 

@@ -225,6 +225,26 @@ class Call:
 
 
 @contextmanager
+def watched_calls(
+    model: nn.Module, names: Iterable[str], watch: Callable[[str, tuple[Any, ...]], object]
+) -> Iterator[None]:
+    """Within the block, `watch(name, args)` is told of every call of the named modules: their positional arguments."""
+
+    def hook_of(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            watch(name, args)
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook_of(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def captured_call(module: nn.Module) -> Iterator[Call]:
     """Within the block, how the module was called last, before other hooks changed anything."""
     call = Call()

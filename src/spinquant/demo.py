@@ -26,7 +26,7 @@ from spinquant.demo_page import Activation, DemoResult, page
 from spinquant.errors import SchemeError
 from spinquant.evaluation import evaluate
 from spinquant.formats.native import unmark
-from spinquant.module import plan_of
+from spinquant.module import plan_of, tensor_shapes
 from spinquant.online import attach
 from spinquant.pipeline import Options, check_groups, rotate
 from spinquant.plan import ROTATION_NAMES, Plan
@@ -40,8 +40,9 @@ from spinquant.plots import (
 )
 from spinquant.proof import prove
 from spinquant.quantization.integer import fake_quantize
-from spinquant.quantization.rtn import linears_of, quantize_weight, round_weights
+from spinquant.quantization.rtn import quantize_weight, round_weights
 from spinquant.quantization.scheme import Quantizer, Scheme, parse_scheme
+from spinquant.quantization.weights import weights_of
 from spinquant.rotation import Rotation, RotationSpec
 from spinquant.streamed_folders import SAMPLE_TOKENS
 
@@ -88,7 +89,7 @@ def run_demo(
     tokens = token_windows(tokenizer, content, length=length, count=windows)
     loaded = load_model(source)
     plan = plan_of(loaded)
-    check_groups(plan, loaded, parse_scheme(scheme))
+    check_groups(plan, tensor_shapes(loaded), parse_scheme(scheme))
     refused = dict(plan.refused)
     possible = tuple(name for name in ROTATION_NAMES if plan.spaces_of(name) and name not in refused)
     spec = RotationSpec(possible, "auto", seed=seed)
@@ -195,16 +196,14 @@ def _measure(
 @contextmanager
 def _rounded(model: nn.Module, plan: Plan, scheme: Scheme) -> Iterator[None]:
     """Within the block the weights are rounded; after it they are what they were."""
-    linears = {name: model.get_submodule(name) for name in linears_of(plan, scheme)}
-    kept = {name: linear.weight.detach().clone() for name, linear in linears.items()}  # pyright: ignore
+    kept = [(weight, weight.matrices(model).clone()) for weight in weights_of(plan, scheme)]
     try:
         round_weights(model, plan, scheme)
         yield
     finally:
-        for name, linear in linears.items():
-            linear.weight.data.copy_(kept[name])  # pyright: ignore
-            for grid in ("weight_scale", "weight_zero"):
-                linear._buffers.pop(grid, None)
+        for weight, numbers in kept:
+            weight.matrices(model).copy_(numbers)
+            weight.forget_grid(model)
 
 
 def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None]:

@@ -1,7 +1,9 @@
 """From a folder or hub id to a new folder, which appears complete or not at all."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -29,13 +31,13 @@ from spinquant.checkpoint import (
     weights_digest,
 )
 from spinquant.errors import CalibrationError, CheckpointError, RotationError, SchemeError
-from spinquant.formats.compressed_config import check_scheme, quantization_scheme
+from spinquant.formats.compressed_config import check_plan, check_scheme, quantization_scheme
 from spinquant.formats.compressed_tensors import write_compressed
 from spinquant.formats.native import is_marked
 from spinquant.formats.runtimes import check_runtime, runtime_of
 from spinquant.learning.learn import LearnedRotations
 from spinquant.pipeline import Method, Options, Result, check_calibration, quantize, rotate
-from spinquant.plan import MERGEABLE
+from spinquant.plan import MERGEABLE, Plan
 from spinquant.quantization.blockwise import Calibration
 from spinquant.quantization.progress import BlockStore, digest
 from spinquant.quantization.scheme import Scheme
@@ -59,6 +61,8 @@ def save(
     searched = result.calibration is not None and result.calibration.clips
     check_format(format, result.scheme or Scheme(), result.spec, clips=searched)
     online = online_part(result.plan, result.rotations)
+    if format == "compressed-tensors":
+        check_plan(result.plan, result.scheme or Scheme(), result.spec)
     if online and not is_marked(result.model):
         raise CheckpointError(
             "the online rotations were removed from this model: what is left is not what the result describes. Save "
@@ -207,7 +211,8 @@ def quantize_folder(
     if streamed:
         request = Request(spec, dtype, device, max_shard_size, text, scheme, options, learned)
         return stream_folder(model, out, request, force=force)
-    loaded, tokenizer, sample, notes = _open(model, dtype, text or "auto", allow_pickle, device)
+    check = partial(check_plan, scheme=scheme, spec=spec) if format == "compressed-tensors" else None
+    loaded, tokenizer, sample, notes = _open(model, dtype, text or "auto", allow_pickle, device, check)
     if dtype is not None:
         _cast(loaded, dtype)
     tokens, store = None, None
@@ -293,13 +298,20 @@ def check_for(runtime: str, format: str, scheme: Scheme, spec: RotationSpec, mod
 
 
 def _open(
-    model: str | Path, dtype: torch.dtype | None, text: str, allow_pickle: bool, device: str
+    model: str | Path,
+    dtype: torch.dtype | None,
+    text: str,
+    allow_pickle: bool,
+    device: str,
+    check: Callable[[Plan], None] | None = None,
 ) -> tuple[Any, Any, Tensor, dict[str, Any]]:
     config = load_config(model)
     check_unquantized(config, model)
     if not allow_pickle:
         # An architecture that no table explains is refused before gigabytes are loaded.
-        make_plan(config, {name: info.shape for name, info in read_headers(model).items()})
+        plan = make_plan(config, {name: info.shape for name, info in read_headers(model).items()})
+        if check:
+            check(plan)
     loaded = load_model(model, allow_pickle=allow_pickle, device=device)
     if dtype is not None and dtype.itemsize > loaded.dtype.itemsize:
         _cast(loaded, dtype)  # widened before anything is rounded

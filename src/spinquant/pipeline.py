@@ -1,18 +1,18 @@
 """The whole story on a model in memory: prove, rotate, check, quantize. From folder to folder: `folders.py`."""
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, Literal, get_args
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from spinquant.errors import CalibrationError, RotationError, SchemeError
 from spinquant.formats.native import is_marked, mark, unmark
-from spinquant.module import fuse_module, plan_of
+from spinquant.module import fuse_module, plan_of, tensor_shapes
 from spinquant.online import attach
 from spinquant.plan import Plan
 from spinquant.proof import Deviation, check, compare, prove, snapshot
@@ -21,6 +21,7 @@ from spinquant.quantization.gptq import GPTQOptions
 from spinquant.quantization.progress import BlockStore
 from spinquant.quantization.rtn import round_weights
 from spinquant.quantization.scheme import Clips, Scheme, parse_scheme, static_parts
+from spinquant.quantization.weights import weights_of
 from spinquant.rotation import Rotation, RotationSpec, check_given, in_precision, make_rotations, online_part
 from spinquant.saved_rotations import to_save
 
@@ -179,7 +180,7 @@ def quantize(
     if calibration is not None and (tokens is None or tokens.numel() == 0):
         raise CalibrationError(f"{method} works on calibration tokens, int64 (samples, length), and none were given")
     check_fresh(model)
-    check_groups(plan_of(model), model, scheme)
+    check_groups(plan_of(model), tensor_shapes(model), scheme)
     rotated = rotate(model, spec or RotationSpec(()), rotations=rotations, sample=sample, options=options)
     unmark(model)
     online = in_precision(rotated.rotations, options.precision)
@@ -246,32 +247,20 @@ def check_fresh(model: Any) -> None:
         )
 
 
-def check_groups(plan: Plan, model: Any, scheme: Scheme) -> None:
-    """Raise SchemeError when the scheme covers what is no linear, or its group size does not divide a linear's input.
+def check_groups(plan: Plan, shapes: Mapping[str, Sequence[int]], scheme: Scheme) -> None:
+    """Raise SchemeError when a group size of the scheme does not divide the input of a weight.
 
-    The model may be on the meta device.
+    shapes: of all tensors, by the names of the plan.
     """
     # Found out now, this costs nothing; found out by the rounding, it costs a rotated model.
-    experts = next((online.module for online in plan.onlines if online.site == "experts"), None)
-    if experts is not None and (scheme.weights or scheme.activations):
-        raise SchemeError(
-            f"{experts} holds the weights of its experts stacked, as no linear does: they would stay at 16 bits. The "
-            "model can be rotated, and its KV cache quantized."
-        )
-    for name in (name for group in plan.linears for name in group):
-        module = model.get_submodule(name)
-        if (scheme.weights or scheme.activations) and not isinstance(module, nn.Linear):
-            raise SchemeError(
-                f"{name} is a {type(module).__name__}, whose weight is (in, out): only linears are quantized. "
-                "It can be rotated, and its KV cache quantized."
-            )
     for label, quantizer in (("weight", scheme.weights), ("activation", scheme.activations)):
         if quantizer is None or quantizer.group_size is None:
             continue
-        for name in (name for group in plan.linears for name in group):
-            length = model.get_submodule(name).in_features
+        for weight in weights_of(plan, scheme):
+            length = shapes[weight.tensor][-2 if weight.transposed else -1] if weight.tensor in shapes else 0
             if length % quantizer.group_size:
                 raise SchemeError(
-                    f"{label} group size {quantizer.group_size} does not divide the {length} inputs of {name}: "
-                    "choose a group that divides every linear's input, or none"
+                    f"{label} group size {quantizer.group_size} does not divide the {length} inputs of "
+                    f"{weight.tensor.removesuffix('.weight')}: choose a group that divides "
+                    "every linear's input, or none"
                 )

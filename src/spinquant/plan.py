@@ -86,6 +86,20 @@ class Online:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Weights of the experts of one module: `first` read what the module reads, `second` what stands between the two.
+
+    A module has them stacked, (experts, out, in), or (experts, in, out) where `transposed`; a checkpoint may have one
+    tensor for each expert.
+    """
+
+    module: str
+    first: tuple[str, ...]
+    second: tuple[str, ...]
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
 class Tie:
     """A tensor that shares the memory of `source`, and cannot once the residual space is rotated."""
 
@@ -97,9 +111,10 @@ class Tie:
 class Plan:
     """Where every rotation of one model goes.
 
-    `linears` are groups of linear modules that read one activation, in order of execution: the places where
-    weights and activations are quantized. `attentions` are the modules whose keys and values are cached. `blocks` are
-    the decoder layers, each of which reads the output of the one before.
+    `linears` are groups of linear modules that read one activation, in order of execution, and `experts` those that are
+    not modules of their own: the places where weights and activations are quantized. `attentions` are the modules whose
+    keys and values are cached. `blocks` are the decoder layers, each of which reads the output of the one before.
+    `transposed`: weights of `linears` are (in, out), as Conv1D has them; never that of the head.
     `refused` are rotations that the architecture rules out, with the mathematical reason.
     """
 
@@ -114,6 +129,8 @@ class Plan:
     blocks: tuple[str, ...]
     head: str
     refused: tuple[tuple[str, str], ...] = ()
+    experts: tuple[Experts, ...] = ()
+    transposed: bool = False
 
     @cached_property
     def space(self) -> Mapping[str, Space]:
@@ -149,8 +166,16 @@ class Plan:
 
     def read_by(self, linear: str) -> Space | None:
         """The space that the whole input of a linear module lives in; None where it lives in none."""
-        axes = (axis for axis in self.axes_of.get(f"{linear}.weight", ()) if axis.dim == 1 and axis.span is None)
+        weight = f"{linear}.weight"
+        reading = 0 if self.transposed and weight != self.head else 1
+        axes = (axis for axis in self.axes_of.get(weight, ()) if axis.dim == reading and axis.span is None)
         return next((self.space[axis.space] for axis in axes), None)
+
+    def read_by_experts(self, experts: Experts) -> tuple[Space | None, Space | None]:
+        """The spaces that the inputs of the first and of the second weights live in."""
+        outside = (self.space[axis.space] for axis in self.axes_of.get(experts.first[0], ()))
+        inside = (self.space[o.space] for o in self.onlines if o.module == experts.module and o.site == "experts")
+        return next(outside, None), next(inside, None)
 
     def values_of(self, attention: str) -> Space | None:
         """The space that the values of an attention module live in: that of the linear that reads its output."""

@@ -181,7 +181,7 @@ class _Run:
         check_given(plan, request.spec, rotations)
         check_centred(plan, rotations)
         if scheme is not None:
-            check_groups(plan, hollow_model(_unquantized(config), torch.float32), scheme)
+            check_groups(plan, source.shapes, scheme)
         self.online = in_precision(online_part(plan, rotations), request.options.precision)
         self.is_plain = not self.online and (scheme is None or scheme == Scheme(lm_head=scheme.lm_head))
         packing = Plain() if self.is_plain else NativePacking(plan, scheme or Scheme(), self.online)

@@ -14,7 +14,7 @@ from typing import Any
 
 from spinquant.architectures.table import INSIDE, Family, Living, Norm, Part, holds, size_of
 from spinquant.errors import ArchitectureError
-from spinquant.plan import Axis, Gain, Online, Plan, Space, Span, Tie
+from spinquant.plan import Axis, Experts, Gain, Online, Plan, Space, Span, Tie
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -61,6 +61,11 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
         attentions=tuple(name for name in build.each_layer(family.attention) if build.is_there(f"{name}.")),
         blocks=tuple(build.each_layer(family.block)),
         head=family.head,
+        experts=tuple(
+            replace(stack, first=tuple(map(origin, stack.first)), second=tuple(map(origin, stack.second)))
+            for stack in build.experts()
+        ),
+        transposed=family.transposed,
         refused=tuple((r.rotation, r.reason) for r in family.refused if r.when is None or holds(r.when, build.config)),
     )
 
@@ -263,6 +268,24 @@ class _Build:
             if self.is_there(f"{name}.")
         )
 
+    def experts(self) -> Iterator[Experts]:
+        """One for every module of experts that is there."""
+        for online in self.onlines():
+            if online.site != "experts":
+                continue
+            start, end = (bisect_left(self._names, online.module + after) for after in "./")  # "/" is next after "."
+            first, second = [], []
+            for name in self._names[start:end]:
+                living = self.explained.get(name, ())
+                if online.space in living:
+                    second.append((name, living.index(online.space)))
+                elif "residual" in living and not name.endswith("bias"):
+                    first.append((name, living.index("residual")))
+            last = {dim == len(self.shapes[name]) - 1 for name, dim in first + second}
+            if len(last) != 1:
+                raise ArchitectureError(f"{online.module}: the weights of its experts lie in different ways")
+            yield Experts(online.module, _names(first), _names(second), transposed=not last.pop())
+
     def linears(self) -> tuple[tuple[str, ...], ...]:
         """Layer by layer, without those that are not there."""
         groups = (
@@ -271,6 +294,10 @@ class _Build:
             for group in self.family.linears
         )
         return tuple(group for group in groups if group)
+
+
+def _names(pairs: Sequence[tuple[str, int]]) -> tuple[str, ...]:
+    return tuple(name for name, _ in pairs)
 
 
 def _space_of(norm: tuple[str, ...] | Norm) -> str:

@@ -66,6 +66,24 @@ def check_scheme(scheme: Scheme, spec: RotationSpec) -> None:
         )
 
 
+def check_plan(plan: Plan, scheme: Scheme, spec: RotationSpec) -> None:
+    """Raise SchemeError or RotationError for parts of a model that compressed-tensors has no place for."""
+    if "R4" in spec.rotations and plan.experts:
+        raise _no_place(plan.experts[0].module)
+    if scheme.weights is None:
+        return
+    if plan.experts:
+        raise SchemeError(
+            f"{plan.experts[0].module} holds the weights of its experts stacked, and compressed-tensors quantizes "
+            "linears: write --format native, or hf with --scheme none"
+        )
+    if plan.transposed:
+        raise SchemeError(
+            f"{plan.linears[0][0]} holds its weight as (in, out), and compressed-tensors quantizes linears: write "
+            "--format native, or hf with --scheme none"
+        )
+
+
 def as_stored(scheme: Scheme) -> Scheme:
     """The scheme with static ranges where compressed-tensors has no others: NVFP4 activations, an FP8 cache."""
     activations, kv = scheme.activations, scheme.kv
@@ -203,10 +221,7 @@ def transform_groups(plan: Plan, rotations: Mapping[str, Rotation]) -> dict[str,
     for online in plan.onlines:
         if online.space in rotations:
             if online.site == "experts":
-                raise RotationError(
-                    f"R4 runs inside the stacked experts of {online.module}, where compressed-tensors has no place for "
-                    "a transform: leave R4 out, or write --format native"
-                )
+                raise _no_place(online.module)
             by_rotation = shared.setdefault(plan.space[online.space].rotation, {})
             by_rotation.setdefault(id(rotations[online.space]), []).append(online.module)
     return {
@@ -214,6 +229,13 @@ def transform_groups(plan: Plan, rotations: Mapping[str, Rotation]) -> dict[str,
         for name, found in shared.items()
         for i, modules in enumerate(found.values())
     }
+
+
+def _no_place(experts: str) -> RotationError:
+    return RotationError(
+        f"R4 runs inside the stacked experts of {experts}, where compressed-tensors has no place for a transform: "
+        "leave R4 out, or write --format native"
+    )
 
 
 def is_sylvester(rotation: Rotation) -> bool:

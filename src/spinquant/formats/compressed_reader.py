@@ -25,8 +25,8 @@ from spinquant.formats.native import mark
 from spinquant.module import plan_of
 from spinquant.online import attach
 from spinquant.plan import Plan
-from spinquant.quantization.rtn import linears_of
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme
+from spinquant.quantization.weights import linears_of
 from spinquant.rotation import Rotation, RotationSpec
 from spinquant.saved_rotations import saved
 

@@ -24,8 +24,8 @@ from spinquant.formats.compressed_config import (
 )
 from spinquant.plan import Plan
 from spinquant.quantization.floating import tensor_factor
-from spinquant.quantization.rtn import linears_of
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme
+from spinquant.quantization.weights import linears_of
 from spinquant.rotation import Rotation, matrix
 
 

@@ -6,7 +6,9 @@ quant_method and would go on without the online rotations; so the weights of all
 shapes that no plain model has (packed words, or one flat axis at 16 bits), which it refuses to load.
 
 On disk, for every linear of the plan: `X.weight` int32 (out, words) with `X.weight_scale` (out, groups), and
-`X.weight_zero` where asymmetric; at 16 bits `X.weight` (out * in,). Online rotations: `spinquant_rotations.N.*`.
+`X.weight_zero` where asymmetric; at 16 bits `X.weight` (out * in,). Experts in the same way, under the names that their
+checkpoints have, one by one or stacked: `X`, (experts, out, words), with `X_scale` and `X_zero`. Always (out, in),
+however the model keeps a weight. Online rotations: `spinquant_rotations.N.*`.
 """
 
 from collections.abc import Mapping
@@ -14,18 +16,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spinquant.errors import CheckpointError
 from spinquant.fuse import rotate_axis
-from spinquant.module import named_tensor, plan_of
+from spinquant.module import module_and_attribute, named_tensor, plan_of
 from spinquant.online import attach, attachment_of
 from spinquant.plan import Plan
 from spinquant.quantization.integer import Packed, dequantize, quantize_on_grid
-from spinquant.quantization.rtn import linears_of
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme
+from spinquant.quantization.weights import PARTS, Weight, linear_weights, weights_of
 from spinquant.rotation import Rotation, RotationSpec, online_part
 from spinquant.saved_rotations import empty_tensors, restore
 
@@ -107,8 +111,9 @@ class SpinQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.plan = plan_of(model)
-        for name in linears_of(self.plan, self.scheme):
-            _expect_packed(model.get_submodule(name), self.scheme.weights)
+        self.kept = {weight.tensor: named_tensor(model, weight.tensor).shape for weight in self._weights()}
+        for weight in self._weights():
+            _expect_packed(model, weight, self.scheme.weights)
         with torch.device("meta"):
             model.add_module(BANK, RotationBank(self.quantization_config.rotations))
         return model
@@ -121,8 +126,8 @@ class SpinQuantizer(HfQuantizer):
         ]
         delattr(model, BANK)
         self.rotations = {space: found[i] for space, i in config.spaces.items()}
-        for name in linears_of(self.plan, self.scheme):
-            _unpack(model.get_submodule(name), self.scheme.weights)
+        for weight in self._weights():
+            _unpack(model, weight, self.scheme.weights, self.kept[weight.tensor])
         attach(model, self.plan, self.rotations, self.scheme, Clips.from_dict(config.clips))
         return model
 
@@ -130,19 +135,61 @@ class SpinQuantizer(HfQuantizer):
         """The state dict with packed weights and the online rotations, for `save_pretrained`."""
         self._check_known(model)
         state = model.state_dict()
-        for name in linears_of(self.plan, self.scheme):
-            weight = state[f"{name}.weight"]
+        for weight in self._weights():
+            tensor = weight.tensor
             if self.scheme.weights is None:
-                state[f"{name}.weight"] = weight.flatten()
+                state[tensor] = state[tensor].flatten()
                 continue
-            packed = _packed_again(model.get_submodule(name), name, weight, self.scheme.weights)
-            state[f"{name}.weight"], state[f"{name}.weight_scale"] = packed.words, packed.scale
-            if packed.zero is not None:
-                state[f"{name}.weight_zero"] = packed.zero
+            packed = _packed_again(model, weight, weight.turned(state[tensor]), self.scheme.weights)
+            state[tensor] = packed.words
+            for part, values in zip(PARTS, packed.tensors()[1:], strict=False):
+                state[f"{tensor}_{part}"] = values
         for space, i in self.quantization_config.spaces.items():
             for name, tensor in self.rotations[space].tensors().items():
                 state[f"{BANK}.{i}.{name}"] = tensor
         return state, {}
+
+    def _weights(self) -> list[Weight]:
+        # At 16 bits a linear alone is flat: that is enough for a plain model to refuse the folder.
+        return (linear_weights if self.scheme.weights is None else weights_of)(self.plan, self.scheme)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """With the conversions that stack the experts of a checkpoint, the same for the grids of their weights."""
+        if self.scheme.weights is None:
+            return weight_conversions
+        parts = PARTS[:1] if self.scheme.weights.symmetric else PARTS
+        # As in `weights_of`, but by the names that conversions have: a pattern ends as a tensor does.
+        ends = tuple({tensor.rpartition(".")[2] for e in self.plan.experts for tensor in (*e.first, *e.second)})
+        found = []
+        for conversion in weight_conversions:
+            found.append(conversion)
+            if not ends or not all(target.endswith(ends) for target in conversion.target_patterns):
+                continue
+            for part in parts:
+                sources, targets = (
+                    [f"{pattern}_{part}" for pattern in patterns]
+                    for patterns in (conversion.source_patterns, conversion.target_patterns)
+                )
+                if isinstance(conversion, WeightConverter):
+                    found.append(WeightConverter(sources, targets, list(conversion.operations)))
+                elif type(conversion) is WeightRenaming:
+                    found.append(WeightRenaming(sources, targets))
+        return found
+
+    def convert_grids(self, model: Any) -> None:
+        """Have `save_pretrained` take stacks of experts apart, if it does, with the grids of their weights."""
+        if not self.plan.experts or self.scheme.weights is None:
+            return
+        known = self._conversions = getattr(model, "_weight_conversions", None)
+        if known is None:
+            # As transformers does when it saves a model that it has not loaded.
+            known = [c for c in get_model_conversion_mapping(model, add_legacy=False) if type(c) is not PrefixChange]
+        model._weight_conversions = self.update_weight_conversions(known, model)
+
+    def convert_no_grids(self, model: Any) -> None:
+        """Take back what `convert_grids` did."""
+        if hasattr(self, "_conversions"):
+            model._weight_conversions = self._conversions
 
     def _check_known(self, model: Any) -> None:
         # What a folder does not say is taken from the table when it is loaded: other online rotations would be dropped.
@@ -179,6 +226,7 @@ def mark(
     quantizer = SpinQuantizer(make_config(plan, rotations, spec, scheme, clips), pre_quantized=True)
     quantizer.plan = plan
     quantizer.rotations = online_part(plan, rotations)
+    quantizer.convert_grids(model)
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = METHOD
@@ -190,8 +238,11 @@ def unmark(model: Any) -> None:
     attachment = attachment_of(model)
     if attachment is not None:
         attachment.remove()
-    if getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer.remove_quantization_config(model)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        if isinstance(quantizer, SpinQuantizer):
+            quantizer.convert_no_grids(model)
+        quantizer.remove_quantization_config(model)
 
 
 @torch.no_grad()
@@ -206,11 +257,8 @@ def detach(model: Any) -> None:
             if axis.space in quantizer.rotations:
                 weight, rotation = named_tensor(model, axis.tensor), quantizer.rotations[axis.space]
                 weight.copy_(rotate_axis(weight, axis.dim, rotation, axis.span, transpose=True))
-        for name in linears_of(quantizer.plan, quantizer.scheme):
-            linear = model.get_submodule(name)
-            for buffer in ("weight_scale", "weight_zero"):
-                linear._buffers.pop(buffer, None)
-                linear._non_persistent_buffers_set.discard(buffer)
+        for weight in weights_of(quantizer.plan, quantizer.scheme):
+            weight.forget_grid(model)
     unmark(model)
 
 
@@ -219,43 +267,51 @@ def is_marked(model: Any) -> bool:
     return attachment_of(model) is not None or getattr(model, "hf_quantizer", None) is not None
 
 
-def _expect_packed(linear: nn.Module, quantizer: Quantizer | None) -> None:
-    weight: Tensor = linear.weight  # pyright: ignore[reportAssignmentType]
-    rows, columns = weight.shape
+def packed_layout(
+    name: str, dtype: torch.dtype, matrices: Tensor, quantizer: Quantizer
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtypes and shapes of what a weight of a dtype is stored as; of `matrices`, (.., out, in), the shape counts."""
+    *rows, columns = matrices.shape
+    words, groups = -(-columns // (32 // quantizer.bits)), columns // (quantizer.group_size or columns)
+    scale, zero = (f"{name}_{part}" for part in PARTS)
+    found = {name: (torch.int32, (*rows, words)), scale: (dtype, (*rows, groups))}
+    return found if quantizer.symmetric else {**found, zero: (torch.uint8, (*rows, groups))}
+
+
+def _expect_packed(model: Any, weight: Weight, quantizer: Quantizer | None) -> None:
+    owner, name = module_and_attribute(model, weight.tensor)
+    plain: Tensor = getattr(owner, name)
     if quantizer is None:
-        placeholder = torch.empty(rows * columns, dtype=weight.dtype, device="meta")
+        layout = {name: (plain.dtype, (plain.numel(),))}
     else:
-        words = -(-columns // (32 // quantizer.bits))
-        placeholder = torch.empty(rows, words, dtype=torch.int32, device="meta")
-        groups = columns // (quantizer.group_size or columns)
-        scale = torch.empty(rows, groups, dtype=weight.dtype, device="meta")
-        linear.register_buffer("weight_scale", scale)
-        if not quantizer.symmetric:
-            linear.register_buffer("weight_zero", torch.empty_like(scale, dtype=torch.uint8))
-    linear.weight = nn.Parameter(placeholder, requires_grad=False)
+        layout = packed_layout(name, plain.dtype, weight.turned(plain), quantizer)
+    for part, (dtype, shape) in layout.items():
+        placeholder = torch.empty(shape, dtype=dtype, device="meta")
+        if part == name:
+            setattr(owner, name, nn.Parameter(placeholder, requires_grad=False))
+        else:
+            owner.register_buffer(part, placeholder)
 
 
-def _unpack(linear: nn.Module, quantizer: Quantizer | None) -> None:
-    shape = (linear.out_features, linear.in_features)
-    stored: Tensor = linear.weight  # pyright: ignore[reportAssignmentType]
+def _unpack(model: Any, weight: Weight, quantizer: Quantizer | None, shape: torch.Size) -> None:
+    owner, name = module_and_attribute(model, weight.tensor)
+    stored: Tensor = getattr(owner, name).detach()
     if quantizer is None:
-        linear.weight = nn.Parameter(stored.detach().view(shape), requires_grad=False)  # pyright: ignore
+        setattr(owner, name, nn.Parameter(stored.view(shape), requires_grad=False))
         return
-    zero = linear._buffers.get("weight_zero")
-    scale = linear._buffers["weight_scale"]
+    scale, zero = weight.grid(model)
     assert scale is not None
-    packed = Packed(stored.detach(), scale, zero, shape[1], quantizer)  # pyright: ignore
-    linear.weight = nn.Parameter(dequantize(packed), requires_grad=False)
-    for name in ("weight_scale", "weight_zero"):
-        if name in linear._buffers:
-            linear.register_buffer(name, linear._buffers.pop(name), persistent=False)
+    length = shape[-2 if weight.transposed else -1]
+    plain = weight.turned(dequantize(Packed(stored, scale, zero, length, quantizer))).contiguous()
+    setattr(owner, name, nn.Parameter(plain, requires_grad=False))
+    weight.keep_grid(model, scale, zero)
 
 
-def _packed_again(linear: nn.Module, name: str, weight: Tensor, quantizer: Quantizer) -> Packed:
-    scale = linear._buffers.get("weight_scale")
+def _packed_again(model: Any, weight: Weight, matrices: Tensor, quantizer: Quantizer) -> Packed:
+    scale, zero = weight.grid(model)
     if scale is None:
-        raise CheckpointError(f"{name} was not quantized: its grid (weight_scale) is missing")
-    packed = quantize_on_grid(weight, scale, linear._buffers.get("weight_zero"), quantizer)
-    if not torch.equal(dequantize(packed), weight):
-        raise CheckpointError(f"{name}.weight no longer lies on its grid: it was changed after it was quantized")
+        raise CheckpointError(f"{weight.tensor} was not quantized: its grid ({weight.tensor}_scale) is missing")
+    packed = quantize_on_grid(matrices, scale, zero, quantizer)
+    if not torch.equal(dequantize(packed), matrices):
+        raise CheckpointError(f"{weight.tensor} no longer lies on its grid: it was changed after it was quantized")
     return packed

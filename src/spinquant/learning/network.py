@@ -19,21 +19,20 @@ from torch.nn.utils import parametrize
 
 from spinquant.calibrate import device_of
 from spinquant.errors import LearningError
-from spinquant.module import fuse_module
+from spinquant.module import fuse_module, module_and_attribute
 from spinquant.online import Attachment, attach
 from spinquant.plan import Plan
 from spinquant.quantization.clip import best_ratio
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.rotated import Turn, round_rotated, turned
-from spinquant.quantization.rtn import linears_of
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme
+from spinquant.quantization.weights import Weight, weights_of
 from spinquant.rotation import Hadamard, Rotation
 
 
 def fuse_gains(model: Any, plan: Plan, rotations: Mapping[str, Rotation]) -> None:
     """Fuse gains as rotating would, in place; the function stays. Tied heads are untied."""
-    if "residual" in rotations:
-        fuse_module(model, plan, {"residual": Hadamard(1)})
+    fuse_module(model, plan, {gain.space: Hadamard(1) for gain in plan.gains if gain.space in rotations})
 
 
 def shard_blocks(model: Any, plan: Plan) -> None:
@@ -69,33 +68,37 @@ def rounding(
 
     Gradients reach rotations that are `Moving`, and pass straight through the rounding.
     """
-    rounded: list[nn.Module] = []
+    rounded: list[tuple[nn.Module, str]] = []
     attachment = attach(model, plan, rotations, scheme, clips, around=True)
     try:
         if scheme.weights is not None:
-            for name in linears_of(plan, scheme):
-                module = model.get_submodule(name)
-                axes = [axis for axis in plan.axes_of.get(f"{name}.weight", ()) if axis.space in rotations]
-                turns = tuple(Turn(rotations[axis.space], axis.dim, axis.span) for axis in axes)
-                way = _Rounded(turns, _settled(module.weight, turns, scheme.weights))  # pyright: ignore
-                parametrize.register_parametrization(module, "weight", way)
-                rounded.append(module)
+            for weight in weights_of(plan, scheme):
+                module, name = module_and_attribute(model, weight.tensor)
+                matrices = weight.matrices(model)
+                axes = [axis for axis in plan.axes_of.get(weight.tensor, ()) if axis.space in rotations]
+                turns = tuple(
+                    Turn(rotations[axis.space], weight.turned_dim(axis.dim, matrices.ndim), axis.span) for axis in axes
+                )
+                way = _Rounded(weight, turns, _settled(matrices, turns, scheme.weights))
+                parametrize.register_parametrization(module, name, way)
+                rounded.append((module, name))
         yield attachment
     finally:
-        for module in rounded:
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+        for module, name in rounded:
+            parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         attachment.remove()
 
 
 class _Rounded(nn.Module):
     """Parametrization of a weight."""
 
-    def __init__(self, turns: tuple[Turn, ...], quantizer: Quantizer):
+    def __init__(self, kept: Weight, turns: tuple[Turn, ...], quantizer: Quantizer):
         super().__init__()
+        self._kept = kept
         self._how = (turns, quantizer)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return round_rotated(weight, *self._how)
+        return self._kept.turned(round_rotated(self._kept.turned(weight), *self._how))
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ kept as the quantizer sees them, whole tokens or heads, on the CPU, in float32.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from spinquant.blocks import after_blocks, block_calls, check_finite_output, run_block
 from spinquant.calibrate import captured, device_of
 from spinquant.online import Attachment, attach
-from spinquant.plan import Plan, Space
+from spinquant.plan import Experts, Plan, Space
 from spinquant.quantization.scheme import Quantizer, Scheme
 
 Weighting = Literal["uniform", "massive"]
@@ -26,7 +27,7 @@ MASSIVE = 20.0  # a row whose largest number is so many times its root mean squa
 class Site:
     """Rows, (rows, width), that live in a space and are rounded by a quantizer; width a multiple of the space's size.
 
-    name: the linear that reads the activation, or the attention's keys or values.
+    name: the linear that reads the activation, the tensor of experts that does, or the attention's keys or values.
     """
 
     name: str
@@ -61,7 +62,8 @@ def collect(
     """
     attachment = attach(model, plan, {}, scheme, around=True)
     wanted = _sites(plan, spaces, scheme)
-    sampling = _Sampling(model, attachment, list(wanted), max(1, rows // len(tokens)), generator)
+    share = max(1, rows // len(tokens))
+    sampling = _Sampling(model, attachment, plan.experts, list(wanted), share, generator)
     try:
         with attachment.exact():
             calls = block_calls(model, plan.blocks, tokens)
@@ -96,6 +98,10 @@ def _sites(plan: Plan, spaces: Sequence[str], scheme: Scheme) -> dict[str, tuple
         space = plan.read_by(group[0])
         if scheme.activations is not None and space is not None and space.name in spaces:
             found[group[0]] = space, scheme.activations
+    for experts in plan.experts:
+        for tensors, space in zip((experts.first, experts.second), plan.read_by_experts(experts), strict=True):
+            if scheme.activations is not None and space is not None and space.name in spaces:
+                found[tensors[0]] = space, scheme.activations
     if scheme.kv is not None:
         keys = {online.module: plan.space[online.space] for online in plan.onlines if online.site == "query_key"}
         for attention in plan.attentions:
@@ -112,9 +118,15 @@ class _Sampling:
     """
 
     def __init__(
-        self, model: nn.Module, attachment: Attachment, sites: Sequence[str], share: int, generator: torch.Generator
+        self,
+        model: nn.Module,
+        attachment: Attachment,
+        experts: Sequence[Experts],
+        sites: Sequence[str],
+        share: int,
+        generator: torch.Generator,
     ):
-        self.model, self.attachment = model, attachment
+        self.model, self.attachment, self.experts = model, attachment, experts
         self.sites, self.share, self.generator = sites, share, generator
         self.rows: dict[str, list[Tensor]] = {}
 
@@ -132,9 +144,14 @@ class _Sampling:
         attentions = {site.rpartition(".")[0] for site in cached}
         for attention in attentions:
             self.attachment.keys_values[attention].watch = self._watch(attention, cached)
+        # What experts read, and what stands between their products, is no input of a module of its own.
+        stacked = [tensor for e in self.experts for tensor in (e.first[0], e.second[0]) if tensor in inside]
+        for tensor in stacked:
+            self.attachment.inputs[tensor].watch = partial(self.add, tensor)
+        linears = [site for site in inside if site not in cached and site not in stacked]
         outputs = []
         for state in states:
-            with captured(self.model, [site for site in inside if site not in cached], inputs=True) as found:
+            with captured(self.model, linears, inputs=True) as found:
                 output = run_block(block, state, arguments)
             check_finite_output(block, name, state, arguments, output)
             for linear, x in found.items():
@@ -142,6 +159,8 @@ class _Sampling:
             outputs.append(output.to(state.device))
         for attention in attentions:
             self.attachment.keys_values[attention].watch = None
+        for tensor in stacked:
+            self.attachment.inputs[tensor].watch = None
         return outputs
 
     def _watch(self, attention: str, cached: Sequence[str]) -> Callable[[Tensor, Tensor], None]:

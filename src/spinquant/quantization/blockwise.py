@@ -9,6 +9,7 @@ through the unquantized blocks.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,15 +18,17 @@ from torch import Tensor, nn
 from spinquant.blocks import BlockCalls, after_blocks, block_calls, check_finite_output, run_block
 from spinquant.calibrate import captured, captured_call, device_of
 from spinquant.errors import CalibrationError, SchemeError
-from spinquant.module import untie
+from spinquant.module import named_tensor, untie
 from spinquant.online import Attachment, attach
-from spinquant.plan import Plan
+from spinquant.plan import Experts, Plan
 from spinquant.quantization.clip import best_ratio, search_input_clip
+from spinquant.quantization.experts import Calls, Routed, between, expert_products, routed_calls
 from spinquant.quantization.gptq import GPTQOptions, Moments, gptq
-from spinquant.quantization.integer import Packed, fake_quantize
+from spinquant.quantization.integer import Packed, dequantize, fake_quantize, stacked
 from spinquant.quantization.progress import BlockStore
-from spinquant.quantization.rtn import quantize_weight, set_weight
+from spinquant.quantization.rtn import quantize_weight
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme, static_parts, with_clip
+from spinquant.quantization.weights import Weight, weights_of
 from spinquant.rotation import Rotation
 
 # Clip ratios of activations are searched on so many tokens, taken from so many samples; those of the cache on whole
@@ -113,6 +116,7 @@ class _Walk:
         asymmetric = self.options is not None and bool(self.options.asymmetry)
         self.exact = [state.clone() for state in calls.hidden] if asymmetric else None
         self.clips = Clips({}, {}, {})
+        self.weights = weights_of(plan, scheme)
         self.packed: dict[str, Packed] = {}
 
     def block(self, name: str, finished: "tuple[Mapping[str, Packed], Clips] | None") -> None:
@@ -121,6 +125,7 @@ class _Walk:
         home = device_of(block)
         block.to(self.calibration.device or home)
         groups = [group for group in self.plan.linears if group[0].startswith(f"{name}.")]
+        stacks = [experts for experts in self.plan.experts if experts.module.startswith(f"{name}.")]
         try:
             self.packed = {}
             if finished is not None:
@@ -128,12 +133,12 @@ class _Walk:
                 self._take_over(*finished)
             else:
                 if static_parts(self.scheme):
-                    self._find_peaks(name, block, groups)
+                    self._find_peaks(name, block, groups, stacks)
                 if self.calibration.clips:
-                    self._search_clips(name, block, groups)
-                self._round_block(name, block, groups)
+                    self._search_clips(name, block, groups, stacks)
+                self._round_block(name, block, groups, stacks)
                 if static_parts(self.scheme):
-                    self._find_peaks(name, block, groups)  # once more, as the rounded weights have them
+                    self._find_peaks(name, block, groups, stacks)  # once more, as the rounded weights have them
             for i, state in enumerate(self.states):
                 output = self._run(block, state, name)
                 check_finite_output(block, name, state, self.arguments[name], output)
@@ -175,9 +180,9 @@ class _Walk:
             self.exact = [run_block(block, s, self.arguments[name]).to(s.device) for s in self.exact]
 
     def _take_over(self, packed: Mapping[str, Packed], clips: Clips) -> None:
-        for linear, weight in packed.items():
-            module = self.model.get_submodule(linear)
-            set_weight(module, weight.to(module.weight.device))
+        for weight in self.weights:
+            if weight.tensor in packed:
+                weight.put(self.model, packed[weight.tensor].to(weight.matrices(self.model).device))
         self._set_clips(clips)
 
     def _set_clips(self, clips: Clips) -> None:
@@ -191,34 +196,53 @@ class _Walk:
         both = ((getattr(self.clips, part), getattr(clips, part)) for part in ("inputs", "keys", "values"))
         self.clips = Clips(*({**old, **new} for old, new in both))
 
-    def _round_block(self, name: str, block: nn.Module, groups: Sequence[tuple[str, ...]]) -> None:
+    def _round_block(
+        self, name: str, block: nn.Module, groups: Sequence[tuple[str, ...]], stacks: Sequence[Experts]
+    ) -> None:
         if self.scheme.weights is None:
             self._advance_exact(name, block)
             return
         if self.options is None:
             for group in groups:
                 self._round_group(group, device_of(block), None)
+            for experts in stacks:
+                self._round_experts(experts, None)
             return
         # The weights as they are now, for the unquantized states.
-        linears = [n for group in groups for n in group] if self.exact is not None else []
-        whole = {n: self.model.get_submodule(n).weight.data.clone() for n in linears}
+        inside = [w.tensor for w in self.weights if w.tensor.startswith(f"{name}.")] if self.exact is not None else []
+        whole = {tensor: named_tensor(self.model, tensor).data.clone() for tensor in inside}
         before = None if self.exact is None else list(self.exact)
-        stages = [[group] for group in groups] if self.calibration.sequential else [list(groups)]
-        for number, stage in enumerate(stages):
+        # Groups of linears, and stacks of experts, that are calibrated on one pass.
+        stages: list[tuple[Sequence[tuple[str, ...]], Sequence[Experts]]] = [(groups, stacks)]
+        if self.calibration.sequential:
+            stages = [*(([group], ()) for group in groups), ((), stacks)]
+        for number, (stage, routing) in enumerate(stages):
             moments = {group: Moments() for group in stage}
-            for i, state in enumerate(self.states):
+            routed: dict[str, Routed] = {}
+            exactly: dict[str, Routed] = {}
+            for i, state in enumerate(self.states if stage or routing else ()):
                 exact: Mapping[str, Tensor] = {}
                 if before is not None and self.exact is not None:
-                    with self._weights(whole):
+                    with self._weights(whole), routed_calls(self.model, routing, exactly):
                         # The first time to the end of the block, for the states that the next block will need.
-                        exact, output = self._inputs(block, name, stage, before[i], rounded=False, stop=number > 0)
-                    self.exact[i] = self.exact[i] if output is None else output.to(before[i].device)
-                inputs, _ = self._inputs(block, name, stage, state, rounded=self.calibration.round_inputs)
+                        stop = number > 0 and not routing
+                        exact, output = self._inputs(block, name, stage, before[i], rounded=False, stop=stop)
+                    if number == 0:
+                        assert output is not None
+                        self.exact[i] = output.to(before[i].device)
+                with routed_calls(self.model, routing, routed):
+                    stop = not routing
+                    inputs, _ = self._inputs(
+                        block, name, stage, state, rounded=self.calibration.round_inputs, stop=stop
+                    )
                 for group in stage:
-                    if group[0] in inputs:  # an expert may get no token of a sample
+                    if group[0] in inputs:  # not every module has to run
                         moments[group].add(inputs[group[0]], exact.get(group[0]))
             for group in stage:
                 self._round_group(group, device_of(block), moments[group])
+            for experts in routing:
+                calls = Calls(routed[experts.module], exactly.get(experts.module), whole)
+                self._round_experts(experts, calls)
 
     def _inputs(
         self,
@@ -239,37 +263,74 @@ class _Walk:
 
     @contextmanager
     def _weights(self, wanted: Mapping[str, Tensor]) -> Iterator[None]:
-        """Within the block, linears have these weights."""
-        linears = {linear: self.model.get_submodule(linear) for linear in wanted}
-        usual = {linear: module.weight.data for linear, module in linears.items()}
+        """Within the block, these tensors of the model have these values."""
+        tensors = {name: named_tensor(self.model, name) for name in wanted}
+        usual = {name: tensor.data for name, tensor in tensors.items()}
         try:
-            for linear, module in linears.items():
-                module.weight.data = wanted[linear]
+            for name, tensor in tensors.items():
+                tensor.data = wanted[name]
             yield
         finally:
-            for linear, module in linears.items():
-                module.weight.data = usual[linear]
+            for name, tensor in tensors.items():
+                tensor.data = usual[name]
 
     def _round_group(self, group: tuple[str, ...], device: torch.device, moments: Moments | None) -> None:
         """Round the linears that read one activation, as one weight: rows do not influence each other."""
-        quantizer = _present(self.scheme.weights)
-        modules = [self.model.get_submodule(name) for name in group]
-        stacked = torch.cat([module.weight.detach().to(device) for module in modules])
+        weights = [weight for weight in self.weights if weight.tensor.removesuffix(".weight") in group]
+        parts = [weight.matrices(self.model) for weight in weights]
+        packed = self._rounded_weight(torch.cat([part.to(device) for part in parts]), moments, ", ".join(group))
+        sizes = [len(part) for part in parts]
+        split = zip(*(tensor.split(sizes) for tensor in packed.tensors()), strict=True)
+        for weight, part, tensors in zip(weights, parts, split, strict=True):
+            # Clones: parts of one tensor would keep all of it alive, and could not be saved.
+            self._put(weight, packed.with_tensors(*(t.clone().to(part.device) for t in tensors)))
+
+    def _rounded_weight(self, weight: Tensor, moments: Moments | None, name: str) -> Packed:
         try:
             if moments is None or self.options is None:
-                packed = quantize_weight(stacked, quantizer)
-            else:
-                packed = gptq(stacked, moments, quantizer, self.options)
+                return quantize_weight(weight, _present(self.scheme.weights))
+            return gptq(weight, moments, _present(self.scheme.weights), self.options)
         except (CalibrationError, SchemeError) as error:
-            raise type(error)(f"{', '.join(group)}: {error}") from None
-        sizes = [len(module.weight) for module in modules]
-        parts = zip(*(tensor.split(sizes) for tensor in packed.tensors()), strict=True)
-        for name, module, tensors in zip(group, modules, parts, strict=True):
-            # Clones: parts of one tensor would keep all of it alive, and could not be saved.
-            self.packed[name] = packed.with_tensors(*(t.clone().to(module.weight.device) for t in tensors))
-            set_weight(module, self.packed[name])
+            raise type(error)(f"{name}: {error}") from None
 
-    def _find_peaks(self, name: str, block: nn.Module, groups: Sequence[tuple[str, ...]]) -> None:
+    def _put(self, weight: Weight, packed: Packed) -> None:
+        self.packed[weight.tensor] = packed
+        weight.put(self.model, packed)
+
+    def _round_experts(self, experts: Experts, calls: Calls | None) -> None:
+        """Round the weights of experts one by one; to nearest those that got no token, as all are without calls."""
+        weights = [Weight(tensors[0], experts.transposed) for tensors in (experts.first, experts.second)]
+        matrices = [weight.matrices(self.model) for weight in weights]
+        done: tuple[list[Packed], list[Packed]] = ([], [])
+        for expert in range(len(matrices[0])):
+            for number, weight in enumerate(weights):
+                moments = None
+                if calls is not None and (number == 0 or done[0]):
+                    moments = self._expert_moments(experts, expert, calls, number)
+                label = f"expert {expert} of {weight.tensor}"
+                packed = self._rounded_weight(matrices[number][expert], moments, label)
+                done[number].append(packed)
+                if self.calibration.sequential:  # what the second weight gets comes from the rounded first one
+                    matrices[number][expert].copy_(dequantize(packed))
+        for weight, parts in zip(weights, done, strict=True):
+            self._put(weight, stacked(parts))
+
+    def _expert_moments(self, experts: Experts, expert: int, calls: Calls, number: int) -> Moments | None:
+        """Of the inputs of an expert's first or second product; None where no token went to it."""
+        found = Moments()
+        for rows, same in calls.rows_of(expert):
+            if number == 1:
+                with nullcontext() if self.calibration.round_inputs else self.attachment.exact():
+                    rows = between(self.model, experts, expert, rows)
+                if same is not None:
+                    with self.attachment.exact():
+                        same = between(self.model, experts, expert, same, calls.whole[experts.first[0]])
+            found.add(rows, same)
+        return found if found.tokens else None
+
+    def _find_peaks(
+        self, name: str, block: nn.Module, groups: Sequence[tuple[str, ...]], stacks: Sequence[Experts]
+    ) -> None:
         """The ranges of static quantizers: the largest magnitudes on the calibration text."""
         parts = static_parts(self.scheme)
         sites = {n: s for n, s in self.attachment.keys_values.items() if "kv" in parts and n.startswith(f"{name}.")}
@@ -279,38 +340,51 @@ class _Walk:
 
         def follow(attention: str) -> Callable[[Tensor, Tensor], None]:
             def watch(k: Tensor, v: Tensor) -> None:
-                keys[attention] = max(keys.get(attention, 0.0), float(k.abs().amax()))
-                values[attention] = max(values.get(attention, 0.0), float(v.abs().amax()))
+                _raise_peak(keys, attention, k)
+                _raise_peak(values, attention, v)
 
             return watch
 
         for attention, site in sites.items():
             site.watch = follow(attention)
+        follow_inputs = {n: self.attachment.inputs[n] for e in stacks for n in (e.first[0], e.second[0])}
+        for tensor, site in follow_inputs.items() if "activations" in parts else ():
+            site.watch = partial(_raise_peak, inputs, tensor)
         for state in self.states:
             found, _ = self._inputs(block, name, groups, state, rounded=False, stop=False)
             for first, x in found.items() if "activations" in parts else ():
-                inputs[first] = max(inputs.get(first, 0.0), float(x.abs().amax()))
-        for site in sites.values():
+                _raise_peak(inputs, first, x)
+        for site in (*sites.values(), *follow_inputs.values()):
             site.watch = None
         # Where everything was zero, any range will do.
         self._set_clips(Clips(*({n: peak or 1.0 for n, peak in found.items()} for found in (inputs, keys, values))))
 
-    def _search_clips(self, name: str, block: nn.Module, groups: Sequence[tuple[str, ...]]) -> None:
+    def _search_clips(
+        self, name: str, block: nn.Module, groups: Sequence[tuple[str, ...]], stacks: Sequence[Experts]
+    ) -> None:
         static = static_parts(self.scheme)
         if self.scheme.activations is not None and "activations" not in static:
             found: dict[str, list[Tensor]] = {}
             share = max(1, len(self.states) // CLIP_INPUT_SAMPLES)
             states = self.states[::share]
             step = max(1, len(states) * states[0].shape[1] // CLIP_TOKENS)
-            for state in states:
-                for first, x in self._inputs(block, name, groups, state, rounded=False)[0].items():
-                    found.setdefault(first, []).append(x.flatten(0, -2)[::step])
+            routed: dict[str, Routed] = {}
+            with routed_calls(self.model, stacks, routed):
+                for state in states:
+                    inputs, _ = self._inputs(block, name, groups, state, rounded=False, stop=not stacks)
+                    for first, x in inputs.items():
+                        found.setdefault(first, []).append(x.flatten(0, -2)[::step])
+            quantizer = _present(self.scheme.activations)
             ratios = {}
-            for group in groups:
-                if group[0] in found:
-                    weight = torch.cat([self.model.get_submodule(n).weight.detach() for n in group])
-                    x = torch.cat(found[group[0]])
-                    ratios[group[0]] = search_input_clip(x, weight, _present(self.scheme.activations))
+            for group in (group for group in groups if group[0] in found):
+                inside = [w for w in self.weights if w.tensor.removesuffix(".weight") in group]
+                weight = torch.cat([w.matrices(self.model) for w in inside])
+                ratios[group[0]] = search_input_clip([(torch.cat(found[group[0]]), weight)], quantizer)
+            for experts in stacks:
+                with self.attachment.exact():
+                    pairs = expert_products(self.model, experts, routed[experts.module], step)
+                for tensors, products in zip((experts.first, experts.second), pairs, strict=True):
+                    ratios[tensors[0]] = search_input_clip(products, quantizer)
             self._set_clips(Clips(ratios, {}, {}))
         if self.scheme.kv is not None and "kv" not in static:
             for attention in (a for a in self.plan.attentions if a.startswith(f"{name}.")):
@@ -337,6 +411,10 @@ class _Walk:
         keys = best_ratio(lambda ratio: error(replace(quantizer, clip=ratio), quantizer))
         values = best_ratio(lambda ratio: error(replace(quantizer, clip=keys), replace(quantizer, clip=ratio)))
         self._set_clips(Clips({}, {attention: keys}, {attention: values}))
+
+
+def _raise_peak(peaks: dict[str, float], name: str, x: Tensor) -> None:
+    peaks[name] = max(peaks.get(name, 0.0), float(x.abs().amax()))
 
 
 def _first(output: Any) -> Tensor:

@@ -5,7 +5,7 @@ weights W (stacked) the ratio of least ||(Q_c(x) - x) W^T||^2 is taken; for keys
 ratio that changes the output of the attention module least.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,16 +20,18 @@ HALF_STEP = 1 / 40
 
 
 @torch.no_grad()
-def search_input_clip(x: Tensor, weight: Tensor, quantizer: Quantizer) -> float:
-    """The best clip ratio for activations x (tokens, in) that are multiplied by weight (out, in)."""
+def search_input_clip(products: Sequence[tuple[Tensor, Tensor]], quantizer: Quantizer) -> float:
+    """The best clip ratio for activations x (tokens, in) that are multiplied by weights (out, in), given in pairs."""
     # The smaller of the two products: outputs themselves, or the quadratic form of W^T W.
-    tall = weight.shape[0] > weight.shape[1]
-    form = weight.T @ weight if tall else weight
+    forms = [(x, w.T @ w if w.shape[0] > w.shape[1] else w) for x, w in products]
 
     def error(ratio: float) -> float:
-        change = fake_quantize(x, replace(quantizer, clip=ratio)) - x
-        moved = change @ (form if tall else form.T)
-        return float((moved * change).sum() if tall else moved.square().sum())
+        total = 0.0
+        for (x, weight), (_, form) in zip(products, forms, strict=True):
+            change = fake_quantize(x, replace(quantizer, clip=ratio)) - x
+            moved = change @ form.T
+            total += float((moved * change).sum() if form is not weight else moved.square().sum())
+        return total
 
     return best_ratio(error)
 

@@ -7,6 +7,7 @@ an unsigned integer. A floating format has the zero point 0, and its codes are t
 is the same formula; only where codes are packed do they become integers. Everything acts on the last axis, in groups.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -147,6 +148,11 @@ class Packed:
     def to(self, device: torch.device) -> "Packed":
         """The same on another device."""
         return self.with_tensors(*(tensor.to(device) for tensor in self.tensors()))
+
+
+def stacked(parts: Sequence[Packed]) -> Packed:
+    """Packed numbers of one shape, one behind the other along a new first axis."""
+    return parts[0].with_tensors(*(torch.stack(tensors) for tensors in zip(*(p.tensors() for p in parts), strict=True)))
 
 
 def quantize(x: Tensor, quantizer: Quantizer, *, clip: Tensor | None = None) -> Packed:

@@ -16,24 +16,27 @@ from spinquant.quantization.integer import (
     BLOCK,
     Packed,
     decode,
-    dequantize,
     encode,
     extremes,
     grid_of_range,
     group_of,
     quantize,
+    stacked,
 )
 from spinquant.quantization.scheme import Quantizer, Scheme
+from spinquant.quantization.weights import weights_of
 
 # From no clipping down to 0.425 of the range, which an outlier in a row of weights may call for.
 CLIP_RATIOS = tuple(1 - i / 40 for i in range(24))
 
 
 def quantize_weight(weight: Tensor, quantizer: Quantizer) -> Packed:
-    """A weight (out, in) as packed integers, per output channel or group of inputs.
+    """A weight (.., out, in) as packed integers, per output channel or group of inputs.
 
-    Raises SchemeError when the group does not divide the input side.
+    Stacked matrices are rounded one by one. Raises SchemeError when the group does not divide the input side.
     """
+    if weight.ndim > 2:
+        return stacked([quantize_weight(matrix, quantizer) for matrix in weight])
     clip = search_clip(weight, quantizer) if quantizer.clip == "mse" else None
     return quantize(weight, quantizer, clip=clip)
 
@@ -72,39 +75,24 @@ def _search(block: Tensor, quantizer: Quantizer, stored: torch.dtype, share: Ten
     return ratios[torch.stack(errors).argmin(dim=0)].unsqueeze(-1)
 
 
-def linears_of(plan: Plan, scheme: Scheme) -> list[str]:
-    """Names of the linear modules whose weights a scheme covers, in order of execution."""
-    names = [name for group in plan.linears for name in group]
-    return [*names, plan.head.removesuffix(".weight")] if scheme.lm_head else names
-
-
 @torch.no_grad()
 def round_weights(
     model: nn.Module, plan: Plan, scheme: Scheme, *, progress: Callable[[int, int], None] | None = None
 ) -> None:
     """Round the weights of a model to the nearest point of their grids, in place.
 
-    The grid stays with each linear (`weight_scale`, and `weight_zero` where asymmetric), so that saving packs the very
-    same numbers. A tied head that is quantized is untied first. `progress(done, total)` counts linears.
+    The grid stays with each weight (see `weights.py`), so that saving packs the very same numbers. A tied head that is
+    quantized is untied first. `progress(done, total)` counts weights.
     """
     if scheme.weights is None:
         return
     if scheme.lm_head:
         untie(model, plan)
-    names = linears_of(plan, scheme)
-    for done, name in enumerate(names):
-        linear = model.get_submodule(name)
+    weights = weights_of(plan, scheme)
+    for done, weight in enumerate(weights):
         try:
-            set_weight(linear, quantize_weight(linear.weight, scheme.weights))  # pyright: ignore[reportArgumentType]
+            weight.put(model, quantize_weight(weight.matrices(model), scheme.weights))
         except SchemeError as error:
-            raise SchemeError(f"{name}.weight: {error}") from None
+            raise SchemeError(f"{weight.tensor}: {error}") from None
         if progress:
-            progress(done + 1, len(names))
-
-
-def set_weight(linear: nn.Module, packed: Packed) -> None:
-    """Put quantized numbers into a linear, with the grid they lie on."""
-    linear.weight.copy_(dequantize(packed))  # pyright: ignore[reportCallIssue]
-    linear.register_buffer("weight_scale", packed.scale, persistent=False)
-    if packed.zero is not None:
-        linear.register_buffer("weight_zero", packed.zero, persistent=False)
+            progress(done + 1, len(weights))

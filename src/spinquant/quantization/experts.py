@@ -1,0 +1,92 @@
+"""Calibrating stacked experts: which tokens each of them got, and what stands between its two products.
+
+A module of experts is called with the tokens of a sample, (tokens, width), and the numbers of the experts that each
+token goes to, (tokens, k). That is all that has to be kept: the inputs of one expert's second product are computed
+from its tokens, by the module's own activation, when the expert has its turn. So memory does not grow with the number
+of experts.
+
+For the asymmetric target a token of the unquantized model goes with the same token of the quantized one, to the experts
+that the quantized one chooses: those are the ones whose outputs it has to make up for.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spinquant.calibrate import watched_calls
+from spinquant.plan import Experts
+from spinquant.quantization.weights import Weight
+from spinquant.sites import GATE
+
+
+@dataclass
+class Routed:
+    """What a module of experts was called with, sample by sample: rows, (tokens, width), and experts, (tokens, k)."""
+
+    rows: list[Tensor] = field(default_factory=list)
+    chosen: list[Tensor] = field(default_factory=list)
+
+    def tokens_of(self, expert: int) -> list[Tensor]:
+        """Indices of the tokens that an expert got, by sample; none twice."""
+        return [(chosen == expert).any(-1).nonzero().squeeze(-1) for chosen in self.chosen]
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The calls of one module of experts, those of the unquantized model for an asymmetric target, and the weights that
+    were rounded since, by tensor."""
+
+    routed: Routed
+    exactly: Routed | None
+    whole: Mapping[str, Tensor]
+
+    def rows_of(self, expert: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The tokens of an expert in every sample that has some, and the same ones in the unquantized model."""
+        for i, tokens in enumerate(self.routed.tokens_of(expert)):
+            if len(tokens):
+                same = None if self.exactly is None else self.exactly.rows[i][tokens]
+                yield self.routed.rows[i][tokens], same
+
+
+@contextmanager
+def routed_calls(model: nn.Module, experts: Sequence[Experts], kept: dict[str, Routed]) -> Iterator[None]:
+    """Within the block, what modules of experts are called with is added to `kept`, by module."""
+
+    def keep(name: str, args: Sequence[Any]) -> None:
+        found = kept.setdefault(name, Routed())
+        found.rows.append(args[0].detach().clone())
+        found.chosen.append(args[1].detach())
+
+    with watched_calls(model, [stack.module for stack in experts], keep):
+        yield
+
+
+def between(model: nn.Module, experts: Experts, expert: int, rows: Tensor, first: Tensor | None = None) -> Tensor:
+    """What one expert's second product gets for rows (tokens, width): rotated and rounded as the attachment says.
+
+    first: the first weight of all experts as the module keeps it, by default the one that is there.
+    """
+    module: Any = model.get_submodule(experts.module)
+    weight = Weight(experts.first[0], experts.transposed)
+    matrices = weight.matrices(model) if first is None else weight.turned(first)
+    bias = getattr(module, experts.first[0].rpartition(".")[2] + "_bias", None)
+    made = nn.functional.linear(rows, matrices[expert], None if bias is None else bias[expert])
+    return getattr(module, GATE)(made)
+
+
+def expert_products(
+    model: nn.Module, experts: Experts, routed: Routed, step: int
+) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
+    """(input, weight) of the first and of the second products, expert by expert, from one token of every `step`."""
+    weights = [Weight(t[0], experts.transposed).matrices(model) for t in (experts.first, experts.second)]
+    first, second = [], []
+    for expert, (one, two) in enumerate(zip(*weights, strict=True)):
+        tokens = routed.tokens_of(expert)
+        rows = torch.cat([rows[chosen[::step]] for rows, chosen in zip(routed.rows, tokens, strict=True)])
+        first.append((rows, one))
+        second.append((between(model, experts, expert, rows), two))
+    return first, second

@@ -1,0 +1,87 @@
+"""The weights that a scheme covers, each as matrices (.., out, in), however a model keeps them.
+
+A linear keeps (out, in), a Conv1D (in, out), and experts are stacked, one matrix behind the other, either way round.
+Numbers are rounded along the last axis of the matrices, so that nothing else has to know. A checkpoint may have the
+experts of a module one by one: then each of them is a weight of its own.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from spinquant.module import module_and_attribute, named_tensor
+from spinquant.plan import Plan
+from spinquant.quantization.integer import Packed, dequantize
+from spinquant.quantization.scheme import Scheme
+
+PARTS = ("scale", "zero")  # what lies beside a rounded weight, under the weight's name and this ending
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor by its dotted name, and whether its last two axes are (in, out)."""
+
+    tensor: str
+    transposed: bool = False
+
+    def matrices(self, model: nn.Module) -> Tensor:
+        """A view of the tensor, (.., out, in); writing to it changes the model."""
+        return self.turned(named_tensor(model, self.tensor).detach())
+
+    def turned(self, tensor: Tensor) -> Tensor:
+        """From the way it is kept to (.., out, in), or back: a view."""
+        return tensor.mT if self.transposed else tensor
+
+    def turned_dim(self, dim: int, ndim: int) -> int:
+        """Where an axis of the tensor is in its matrices."""
+        return 2 * ndim - 3 - dim if self.transposed and dim >= ndim - 2 else dim
+
+    def put(self, model: nn.Module, packed: Packed) -> None:
+        """Put quantized numbers into the model, with the grid that they lie on (`X_scale`, `X_zero`) as buffers."""
+        self.matrices(model).copy_(dequantize(packed))
+        self.keep_grid(model, packed.scale, packed.zero)
+
+    def keep_grid(self, model: nn.Module, scale: Tensor, zero: Tensor | None) -> None:
+        """Put the grid beside the weight, as buffers that are not part of the state dict."""
+        self.forget_grid(model)
+        owner, name = module_and_attribute(model, self.tensor)
+        for part, tensor in zip(PARTS, (scale, zero), strict=True):
+            if tensor is not None:
+                owner.register_buffer(f"{name}_{part}", tensor, persistent=False)
+
+    def grid(self, model: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+        """(scale, zero point), None where there is none."""
+        owner, name = module_and_attribute(model, self.tensor)
+        scale, zero = (owner._buffers.get(f"{name}_{part}") for part in PARTS)
+        return scale, zero
+
+    def forget_grid(self, model: nn.Module) -> None:
+        """Take the grid away; the numbers stay."""
+        owner, name = module_and_attribute(model, self.tensor)
+        for part in PARTS:
+            owner._buffers.pop(f"{name}_{part}", None)
+            owner._non_persistent_buffers_set.discard(f"{name}_{part}")
+
+
+def weights_of(plan: Plan, scheme: Scheme) -> list[Weight]:
+    """The weights that a scheme covers, by the names of the plan: linears in order of execution, then experts."""
+    return list(_weights(plan, scheme))
+
+
+def _weights(plan: Plan, scheme: Scheme) -> Iterator[Weight]:
+    yield from linear_weights(plan, scheme)
+    for experts in plan.experts:
+        for tensor in (*experts.first, *experts.second):
+            yield Weight(tensor, experts.transposed)
+
+
+def linear_weights(plan: Plan, scheme: Scheme) -> list[Weight]:
+    """The weights of linears alone, with the head's where the scheme covers it."""
+    found = [Weight(f"{name}.weight", plan.transposed) for group in plan.linears for name in group]
+    return [*found, Weight(plan.head)] if scheme.lm_head else found
+
+
+def linears_of(plan: Plan, scheme: Scheme) -> list[str]:
+    """Names of the linear modules that a scheme covers, in order of execution; experts are not among them."""
+    return [weight.tensor.removesuffix(".weight") for weight in linear_weights(plan, scheme)]

@@ -1,0 +1,179 @@
+"""What happens at one place of a running model: an activation, or the keys and values of an attention, is rotated and
+rounded. `online.py` puts these objects on a model and takes them off again.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from spinquant.cache import pack_layer
+from spinquant.errors import RotationError
+from spinquant.quantization.integer import fake_quantize
+from spinquant.quantization.rotated import Turn, round_rotated
+from spinquant.quantization.scheme import Quantizer
+from spinquant.rotation import Rotation
+
+EXPERTS = ("grouped_mm", "batched_mm")
+GATE = "_apply_gate"
+
+
+def _rounded(x: Tensor, rotation: Rotation | None, quantizer: Quantizer) -> Tensor:
+    return round_rotated(x, () if rotation is None else (Turn(rotation),), quantizer)
+
+
+class InputSite:
+    """Rotates and rounds one activation, once for all the linears that read it. `rounds` switches rounding.
+
+    watch: called with the activation before it is rounded. around: what is rounded is rotated before and rotated back
+    after.
+    """
+
+    def __init__(self, rotation: Rotation | None, quantizer: Quantizer | None, *, readers: int, around: bool = False):
+        self.around = around
+        self.rotation = rotation
+        self.quantizer = quantizer
+        self.rounds = True
+        self.watch: Callable[[Tensor], object] | None = None
+        self.readers = readers
+        self._forget()
+
+    def _forget(self) -> None:
+        self._source: weakref.ref[Tensor] | None = None
+        self._version = -1
+        self._setting: tuple[bool, bool, Quantizer | None] | None = None
+        self._result: Tensor | None = None
+        self._read_by: set[int] = set()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0]
+        version = -1 if x.is_inference() else x._version  # inference tensors do not count their changes
+        known = (
+            self._source is not None
+            and self._source() is x
+            and version == self._version
+            and (torch.is_grad_enabled(), self.rounds, self.quantizer) == self._setting
+            and id(module) not in self._read_by  # a second read is a new pass, maybe after a change in place
+        )
+        if not known:
+            self._forget()
+            quantizer = self.quantizer if self.rounds else None
+            self._result = self._treated(x, quantizer)
+            self._source, self._version = weakref.ref(x), version
+            self._setting = (torch.is_grad_enabled(), self.rounds, self.quantizer)
+        result = self._result
+        self._read_by.add(id(module))
+        if len(self._read_by) >= self.readers:
+            self._forget()  # the activation is not kept alive past its last reader
+        return (result, *args[1:])
+
+    def treat(self, x: Tensor) -> Tensor:
+        """The activation as the linears get it."""
+        return self._treated(x, self.quantizer if self.rounds else None)
+
+    def _treated(self, x: Tensor, quantizer: Quantizer | None) -> Tensor:
+        result = x if self.around or self.rotation is None else self.rotation.apply(x)
+        if self.watch is not None:
+            self.watch(result)
+        if self.around:
+            return x if quantizer is None else _rounded(x, self.rotation, quantizer)
+        return result if quantizer is None else fake_quantize(result, quantizer)
+
+
+class TreatedGate:
+    """Takes the place of the activation of stacked experts: what it gives is rotated and rounded on its way on.
+
+    transformers' batched implementations call a method of the module between the two products; it is covered on that
+    module alone.
+    """
+
+    def __init__(self, experts: nn.Module, site: InputSite):
+        self.experts = experts
+        self.site = site
+
+    def __call__(self, gate_up: Tensor) -> Tensor:
+        return self.site.treat(getattr(type(self.experts), GATE)(self.experts, gate_up))
+
+
+def check_gate(experts: nn.Module, name: str) -> None:
+    """Raise RotationError for experts in which nothing can happen between the two products."""
+    if not hasattr(experts, GATE):
+        raise RotationError(
+            f"nothing can be rotated (R4) or rounded inside {name!r}: {type(experts).__name__} has no {GATE}, as "
+            "transformers' experts have. Leave R4 out, and activations at 16 bits."
+        )
+
+
+def check_batched(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Raise RotationError for experts that are run by a loop; a hook before they run."""
+    config: Any = module.config
+    found = config._experts_implementation
+    if found not in EXPERTS:
+        # A loop over experts does not call the method: the second product would read what is not rotated.
+        raise RotationError(
+            f"R4 and rounded activations cannot run inside experts under implementation {found!r}: call "
+            f"model.set_experts_implementation('grouped_mm') (supported: {', '.join(EXPERTS)}), or leave R4 out"
+        )
+
+
+class KeyValueSite:
+    """Pre-hook of an attention module: stands between it and its cache.
+
+    `rounds` switches rounding; `watch`, when set, is shown keys and values before they are rounded. around: rotations
+    of keys and of values in which they are rounded, and rotated back after; None where nothing of the kind is done.
+    """
+
+    def __init__(
+        self,
+        rotation: Rotation | None,
+        keys: Quantizer | None,
+        values: Quantizer | None,
+        implementation: str | None,
+        *,
+        around: tuple[Rotation | None, Rotation | None] | None = None,
+    ):
+        self.around = around
+        self.rotation = rotation
+        self.keys = keys
+        self.values = values
+        self.rounds = True
+        self.watch: Callable[[Tensor, Tensor], object] | None = None
+        self.implementation = implementation
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        config: Any = getattr(module, "config", None)
+        if self.rotation is not None and config._attn_implementation != self.implementation:
+            # Keys would be rotated and queries not: nonsense without an error.
+            raise RotationError(
+                f"the attention implementation was changed to {config._attn_implementation!r} while R3 is attached: "
+                "remove() the online parts, change it, and attach them again"
+            )
+        name = "layer_past" if "layer_past" in kwargs else "past_key_values"  # GPT-NeoX and its time say the former
+        return args, {**kwargs, name: _RotatingCache(kwargs.get(name), self)}
+
+
+class _RotatingCache:
+    """What an attention module sees as its cache: rotates keys, rounds keys and values, then stores them."""
+
+    def __init__(self, cache: Cache | None, site: KeyValueSite):
+        self._cache = cache
+        self._site = site
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        cache, site = self._cache, self._site
+        if site.rotation is not None:
+            keys = site.rotation.apply(keys)
+        if site.watch is not None:
+            site.watch(keys, values)
+        if site.keys is not None and site.values is not None and site.rounds:
+            if site.around is not None:
+                keys, values = _rounded(keys, site.around[0], site.keys), _rounded(values, site.around[1], site.values)
+            elif cache is None or not pack_layer(cache, layer_idx, site.keys, site.values):
+                keys, values = fake_quantize(keys, site.keys), fake_quantize(values, site.values)
+        return (keys, values) if cache is None else cache.update(keys, values, layer_idx, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
