@@ -38,8 +38,10 @@ from spinquant.learning.network import fuse_gains, rounding
 from spinquant.learning.samples import collect
 from spinquant.module import model_class, named_tensor, tensor_shapes
 from spinquant.proof import Float64Arithmetic, exact_experts
+from spinquant.quantization.blockwise import quantize_blocks
 from spinquant.quantization.gptq import Moments, gptq
 from spinquant.quantization.integer import dequantize, fake_quantize
+from spinquant.quantization.progress import BlockStore
 from spinquant.quantization.rtn import quantize_weight
 from spinquant.quantization.scheme import Quantizer
 from spinquant.quantization.weights import weights_of
@@ -397,3 +399,29 @@ def test_shapes_and_headers_give_the_same_experts(tmp_path):
     one, many = inside.experts[0], stored.experts[0]
     assert (len(one.first), len(one.second)) == (1, 1) and (len(many.first), len(many.second)) == (8, 4)
     assert [s and s.name for s in inside.read_by_experts(one)] == [s and s.name for s in stored.read_by_experts(many)]
+
+
+def test_a_killed_calibration_goes_on_with_the_experts_it_had(tmp_path):
+    ids, scheme, calibration = tokens(4, 16), parse_scheme("W4A4"), Calibration(GPTQOptions(asymmetry=0.25), clips=True)
+
+    def run(stop_after=None):
+        model = tiny("mixtral")
+        plan = plan_of(model)
+        made = make_rotations(plan, RotationSpec("R4"))
+        fuse_module(model, plan, made)
+
+        def progress(done, total):
+            if done == stop_after:
+                raise KeyboardInterrupt
+
+        store = None if stop_after == 0 else BlockStore(tmp_path / "store", "a")
+        clips = quantize_blocks(model, plan, made, scheme, ids, calibration, store=store, progress=progress)
+        return dict(model.named_parameters()), clips
+
+    expected, clips = run(0)
+    with pytest.raises(KeyboardInterrupt):
+        run(1)
+    assert len(list((tmp_path / "store").glob("*.safetensors"))) == 1
+    found, again = run()
+    assert again.to_dict() == clips.to_dict()
+    assert all(torch.equal(found[name], parameter) for name, parameter in expected.items())
