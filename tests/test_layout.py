@@ -32,6 +32,7 @@ LAYERS = [
     },
     {"blocks", "quantization.experts", "quantization.gptq", "quantization.clip", "evaluation"},
     {"learning.network", "learning.samples"},
+    {"learning.sensitivity"},
     {"learning.judge", "learning.local"},
     {"learning.end_to_end"},
     {"learning.learn"},

@@ -20,6 +20,7 @@ from spinquant import (
     plan_of,
     quantize,
 )
+from spinquant.evaluation import divergence
 from spinquant.learnable import learn as learn_parameters
 from spinquant.learning.cayley import Descent, cayley, nearer, orthogonality_error
 from spinquant.learning.end_to_end import EndToEndOptions, _rows_of, learn_end_to_end
@@ -27,6 +28,7 @@ from spinquant.learning.learn import Watch, _with_signs, learned_spaces
 from spinquant.learning.local import LocalOptions, learn_locally, rounding_errors
 from spinquant.learning.network import fuse_gains, learning_scheme, rounding
 from spinquant.learning.samples import Site, collect
+from spinquant.learning.sensitivity import predicted_kl, sensitive_sites
 from spinquant.learning.state import StateFile
 from spinquant.online import attachment_of
 from spinquant.proof import Float64Arithmetic
@@ -243,6 +245,83 @@ def test_massive_rows_count_as_much_as_the_user_says():
     site = Site("a", "residual", Quantizer(4), rows)
     assert site.weights("massive", 5.0).tolist()[:6] == [5, 5, 5, 5, 1, 1]
     assert site.weights("uniform", 5.0).unique().tolist() == [1]
+
+
+def test_rows_are_drawn_by_what_they_cost():
+    """Against the definition, by autograd on a model of its own: rows, probabilities and the sum of them all."""
+    model, plan, _, names = prepared()
+    ids = tokens(2, 12)
+    generator = torch.Generator().manual_seed(3)
+    sites = sensitive_sites(model, plan, list(names), SCHEME, ids, rows=4000, generator=generator)
+    again = torch.Generator().manual_seed(3)
+    name = plan.linears[2][0]  # gate and up of the first layer
+    module, costs, seen = model.get_submodule(name), [], []
+    for row in ids.split(1):
+        kept = []
+        handle = module.register_forward_hook(lambda m, args, out, kept=kept: kept.append((args[0], out)))
+        other = model.get_submodule(plan.linears[2][1]).register_forward_hook(
+            lambda m, args, out, kept=kept: kept.append((args[0], out))
+        )
+        logits = model(input_ids=row, use_cache=False).logits[0]
+        handle.remove()
+        other.remove()
+        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=again)
+        loss = -logits.log_softmax(-1).gather(-1, drawn).sum()
+        # The gradient at the input from those at the outputs of its readers.
+        readers = torch.autograd.grad(loss, [out for _, out in kept])
+        slope = sum(g[0] @ model.get_submodule(n).weight for g, n in zip(readers, plan.linears[2][:2], strict=True))
+        x = kept[0][0][0]
+        costs.append((slope.square().sum(-1) * x.square().sum(-1) / x.shape[-1]).detach())
+        seen.append(x.detach().float())
+        break  # the draws of rows come from the same generator: only the first sample's tokens are known here
+    site = next(site for site in sites if site.name == name)
+    first = site.rows[: len(site.rows) // 2]
+    matches = (torch.cdist(first, seen[0], compute_mode="donot_use_mm_for_euclid_dist") < 1e-4).double()
+    assert (matches.sum(-1) >= 1).all(), "rows are rows of the activation"
+    torch.testing.assert_close(matches.mean(0), (costs[0] / costs[0].sum()).double(), atol=0.05, rtol=0.2)
+    assert site.share > 0.5 * float(costs[0].sum()) / ids.numel()
+
+
+def test_the_estimate_of_kl_is_about_what_rounding_costs():
+    """Small errors, where second order is enough; the draws leave some noise."""
+    model, plan, made, names = prepared()
+    scheme, ids = parse_scheme("A8KV8"), tokens(6, 20)
+    generator = torch.Generator().manual_seed(0)
+    sites = sensitive_sites(model, plan, list(names), scheme, ids, rows=1200, generator=generator)
+    estimate = sum(predicted_kl(sites, made).values())
+    spaces = {name: r for name, r in made.items() if name in names}
+    found = 0.0
+    with torch.no_grad():
+        for row in ids.split(1):
+            exact = model(input_ids=row, use_cache=False).logits[0]
+            with rounding(model, plan, spaces, scheme) as attachment:
+                for name, site in attachment.inputs.items():
+                    site.rounds = name in {site.name for site in sites}
+                found += divergence(exact, model(input_ids=row, use_cache=False).logits[0]) / ids.numel()
+    assert 0.6 * found < estimate < 1.7 * found, (estimate, found)
+
+
+def test_drawing_rows_leaves_nothing_and_checkpointing_changes_nothing():
+    model, plan, _, names = prepared()
+    before = {p: p.requires_grad for p in model.parameters()}
+    sites = sensitive_sites(
+        model, plan, list(names), SCHEME, tokens(3, 12), rows=60, generator=torch.Generator().manual_seed(0)
+    )
+    assert all(p.grad is None and p.requires_grad == before[p] for p in model.parameters())
+    assert attachment_of(model) is None and not model.get_input_embeddings()._forward_hooks
+    assert {site.space for site in sites} == set(names)
+    checkpointed = sensitive_sites(
+        model,
+        plan,
+        list(names),
+        SCHEME,
+        tokens(3, 12),
+        rows=60,
+        generator=torch.Generator().manual_seed(0),
+        checkpointing=True,
+    )
+    for one, other in zip(sites, checkpointed, strict=True):
+        assert torch.equal(one.rows, other.rows) and one.share == pytest.approx(other.share)
 
 
 def test_sites_are_what_the_quantizers_see():
@@ -463,7 +542,7 @@ def test_auto_goes_on_only_where_local_loses():
     assert learned.kept.startswith("random") and not learned.record["steps"]
     _, learned = story(replace(STORY, method="auto"))
     assert "local" in learned.record["scores"] and "local+end-to-end" not in learned.record["scores"]
-    weak = replace(STORY, method="auto", baselines=30, local=replace(STORY.local, steps=1, lr=9.0))
+    weak = replace(STORY, method="auto", baselines=30, local=replace(STORY.local, steps=1, lr=40.0))
     _, learned = story(weak)
     assert "local+end-to-end" in learned.record["scores"]
 
@@ -533,5 +612,7 @@ def test_what_cannot_be_learned_is_refused():
         LocalOptions(solver="procrustes", lr=2.0, optimizer="sgd")
     with pytest.raises(LearningError, match="solver qr does not use optimizer"):
         LocalOptions(solver="qr", optimizer="sgd")
-    with pytest.raises(LearningError, match="uniform"):
+    with pytest.raises(LearningError, match="the weighting is fisher"):
         LocalOptions(factor=2.0)
+    with pytest.raises(LearningError, match="nothing to checkpoint"):
+        LocalOptions(weighting="uniform", checkpointing=True)

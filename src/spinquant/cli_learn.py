@@ -60,8 +60,15 @@ def learn(
     objective: Annotated[str | None, typer.Option(help="local: error (default), whip or kurtosis.")] = None,
     solver: Annotated[str | None, typer.Option(help="local: cayley (default), qr or procrustes.")] = None,
     rows: Annotated[int | None, typer.Option(help="local: activations sampled at each quantizer; 1024.")] = None,
+    weighting: Annotated[
+        str | None,
+        typer.Option(
+            help="local: fisher (rows by what they cost in KL: a pass forward and back through the model; default), "
+            "uniform (one decoder block at a time), or massive."
+        ),
+    ] = None,
     massive: Annotated[
-        float | None, typer.Option(help="local: how often a row with a massive activation counts; once.")
+        float | None, typer.Option(help="local, --weighting massive: how often a row with a massive activation counts.")
     ] = None,
     loss: Annotated[
         str | None, typer.Option(help="end-to-end: kl (to the 16-bit model; default), or cross-entropy.")
@@ -73,7 +80,9 @@ def learn(
     schedule: Annotated[str | None, typer.Option(help="end-to-end: cosine (default), linear or constant.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="sgd or adam; adam by default.")] = None,
     weights: Annotated[bool, typer.Option("--weights", help="end-to-end: round weights too while learning.")] = False,
-    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="end-to-end: less memory, more time.")] = False,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Gradients with less memory and more time.")
+    ] = False,
     shard: Annotated[bool, typer.Option("--shard", help="end-to-end, torchrun: spread the weights (FSDP2).")] = False,
     signs: Annotated[int, typer.Option(help="Draws of signs per layer for R3 and R4; the best are taken.")] = 0,
     baselines: Annotated[int, typer.Option(help="Random rotations to beat.")] = 5,
@@ -96,13 +105,16 @@ def learn(
     A run that is stopped goes on where it was when it is started again.
     """
     spec = parse_spec(rotations, type, block_size, False, seed)
-    both = {"steps": steps, "lr": lr, "optimizer": optimizer}
-    local = {"objective": objective, "solver": solver, "rows": rows, "massive": massive}
+    both: dict[str, Any] = {"steps": steps, "lr": lr, "optimizer": optimizer}
+    local = {"objective": objective, "solver": solver, "rows": rows, "weighting": weighting, "massive": massive}
     through = {"loss": loss, "batch": batch, "micro_batch": micro_batch, "schedule": schedule}
-    through |= {"weights": weights or None, "checkpointing": checkpointing or None}
+    through |= {"weights": weights or None}
+    # Local learning takes gradients where rows are drawn by what they cost.
+    differentiates = both if weighting in (None, "fisher") and massive is None else through
+    differentiates["checkpointing"] = checkpointing or None
     _check_used(method, both, local, through)
     if (factor := local.pop("massive")) is not None:
-        local |= {"factor": factor, "weighting": "massive"}
+        local |= {"factor": factor, "weighting": weighting or "massive"}
     only = {"local": (local,), "end-to-end": (through,)}.get(method, (local, through))
     for chosen in only:
         chosen.update(both)

@@ -8,8 +8,7 @@ processes make the steps of one.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -22,7 +21,7 @@ from spinquant.errors import LearningError
 from spinquant.evaluation import wide
 from spinquant.learning.cayley import OPTIMIZERS, Descent, Optimizer, orthogonality_error
 from spinquant.learning.local import cosine
-from spinquant.learning.network import learning_scheme, rounding
+from spinquant.learning.network import checkpointed, learning_scheme, rounding
 from spinquant.learning.state import StateFile
 from spinquant.online import Attachment
 from spinquant.plan import Plan
@@ -131,7 +130,7 @@ def learn_end_to_end(
     try:
         with (
             rounding(model, plan, used, learning_scheme(scheme, weights=options.weights)) as attachment,
-            _checkpointing(model, plan, options.checkpointing),
+            checkpointed(model, plan, options.checkpointing),
         ):
             for number in range(len(history), options.steps):
                 start = time.perf_counter()
@@ -216,24 +215,3 @@ def _with_rest(logits: Tensor, top: Any) -> tuple[Tensor, Tensor]:
     found = logits.gather(-1, top.indices) - everything
     rest = torch.log1p(-found.exp().sum(-1).clamp(max=1 - 1e-6))
     return found, rest
-
-
-@contextmanager
-def _checkpointing(model: Any, plan: Plan, wanted: bool) -> Iterator[None]:
-    """Within the block decoder blocks are computed again on the way back, if wanted."""
-    if not wanted:
-        yield
-        return
-    blocks = [model.get_submodule(name) for name in plan.blocks]
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    # transformers checkpoints modules in training alone; their children stay as they are, so nothing drops out. The
-    # embedding's output has no gradient, which is fine without reentry.
-    before = [block.training for block in blocks]
-    try:
-        for block in blocks:
-            block.training = True
-        yield
-    finally:
-        for block, training in zip(blocks, before, strict=True):
-            block.training = training
-        model.activation_checkpointing_disable()

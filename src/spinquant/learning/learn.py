@@ -24,6 +24,7 @@ from spinquant.learning.judge import Candidate, Score, judge, with_clips
 from spinquant.learning.local import LocalOptions, learn_locally, rounding_errors
 from spinquant.learning.network import fuse_gains, learning_scheme, shard_blocks
 from spinquant.learning.samples import Site, collect
+from spinquant.learning.sensitivity import predicted_kl, sensitive_sites
 from spinquant.learning.state import StateFile
 from spinquant.module import plan_of
 from spinquant.plan import Plan
@@ -37,6 +38,7 @@ METHODS = get_args(Method)
 LARGEST_ONLINE = 512  # order of a learned R4: it is a dense product at every token
 CLIP_WINDOWS = 2
 ROWS_OF_A_SAMPLE = 32  # rows of a site that one sample gives, so that they come from many
+DRAWN_OF_A_SAMPLE = 16  # of rows that are drawn by what they count, few of which count much
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,11 @@ def learn(
             "before": rounding_errors(own, start),
             "after": rounding_errors(own, candidates["local"].rotations),
         }
+        if options.local.weighting == "fisher":
+            record["predicted_kl"] = {
+                "before": predicted_kl(own, start),
+                "after": predicted_kl(own, candidates["local"].rotations),
+            }
     leading = _best(candidates, scores)
     if options.method in ("end-to-end", "local+end-to-end") or (options.method == "auto" and leading != "local"):
         name = "end-to-end" if options.method == "end-to-end" else "local+end-to-end"
@@ -279,16 +286,13 @@ def _collect(
     watch: Watch,
 ) -> list[Site]:
     online = [s.name for r in ("R3", "R4") if r in spec.rotations and options.signs for s in plan.spaces_of(r)]
-    return collect(
-        model,
-        plan,
-        [*names, *(space for space in online if space not in names)],
-        scheme,
-        tokens[: max(1, options.local.rows // ROWS_OF_A_SAMPLE)],
-        rows=options.local.rows,
-        generator=generator_for(options.seed, "rows"),
-        progress=lambda *n: watch.stage("capture activations", *n),
-    )
+    spaces = [*names, *(space for space in online if space not in names)]
+    given: dict[str, Any] = {"rows": options.local.rows, "generator": generator_for(options.seed, "rows")}
+    given["progress"] = lambda *n: watch.stage("capture activations", *n)
+    if options.local.weighting == "fisher":
+        tokens = tokens[: max(1, options.local.rows // DRAWN_OF_A_SAMPLE)]
+        return sensitive_sites(model, plan, spaces, scheme, tokens, checkpointing=options.local.checkpointing, **given)
+    return collect(model, plan, spaces, scheme, tokens[: max(1, options.local.rows // ROWS_OF_A_SAMPLE)], **given)
 
 
 def _with_signs(

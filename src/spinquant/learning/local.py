@@ -11,7 +11,7 @@ The loss is the objective of `objectives.py`, weighted row by row and averaged o
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -36,7 +36,9 @@ class LocalOptions:
 
     rows: sampled of every site. batch: rows of every site in one step; procrustes takes all. lr: for cayley the length
     of a step, for qr the rate of SGD (momentum 0.9, losses divided by the first), both falling along half a cosine.
-    weighting: "massive" counts rows with a massive activation `factor` times.
+    weighting: "fisher" draws rows by what they cost in KL (`sensitivity.py`), which takes a pass forward and back
+    through the whole model; the others need one decoder block at a time: "uniform" draws any rows, and "massive" counts
+    those with a massive activation `factor` times. checkpointing: of fisher, keeps the inputs of decoder blocks alone.
     """
 
     objective: Objective = "error"
@@ -46,8 +48,9 @@ class LocalOptions:
     optimizer: Optimizer = "adam"
     rows: int = 1024
     batch: int = 64
-    weighting: Weighting = "uniform"
+    weighting: Weighting = "fisher"
     factor: float = 1.0
+    checkpointing: bool = False
     save_every: int = 25
 
     def __post_init__(self):
@@ -63,8 +66,10 @@ class LocalOptions:
             raise LearningError("steps, rows, batch and save_every must be at least 1")
         if not self.lr > 0 or not self.factor > 0:
             raise LearningError("lr and factor must be positive")
-        if self.weighting == "uniform" and self.factor != 1.0:
-            raise LearningError(f"factor {self.factor} weights massive rows, and the weighting is uniform")
+        if self.weighting != "massive" and self.factor != 1.0:
+            raise LearningError(f"factor {self.factor} weights massive rows, and the weighting is {self.weighting}")
+        if self.weighting != "fisher" and self.checkpointing:
+            raise LearningError(f"weighting {self.weighting} takes no gradients, so there is nothing to checkpoint")
         unused = {"qr": ("optimizer",), "procrustes": ("objective", "lr", "optimizer", "batch")}.get(self.solver, ())
         changed = [f.name for f in fields(self) if f.name in unused and getattr(self, f.name) != f.default]
         if changed:
@@ -104,6 +109,8 @@ def learn_locally(
             raise LearningError(f"the rotation of {space} has to keep the mean, which only solver cayley does")
         solver = _SOLVERS[options.solver](start, options, space in centred)
         weights = {site.name: site.weights(options.weighting, options.factor) for site in own}
+        shares = sum(site.share for site in own) / len(own)
+        own = [replace(site, share=site.share / shares) for site in own]
         state = StateFile(store / f"{space}.safetensors", [*settings, space, options, seed]) if store else None
         kept = state.load() if state else None
         if kept is not None:
@@ -140,12 +147,13 @@ def _rotated(x: Tensor, r: Tensor) -> Tensor:
 def _loss(
     sites: Sequence[Site], r: Tensor, options: LocalOptions, generator: torch.Generator, weights: Mapping[str, Tensor]
 ) -> Tensor:
-    """Mean over sites of the weighted mean over a batch of rows."""
+    """Mean over sites, by their shares, of the weighted mean over a batch of rows."""
     total = torch.zeros((), dtype=r.dtype, device=r.device)
     for site in sites:
         chosen = torch.randperm(len(site.rows), generator=generator)[: options.batch]
         x, w = site.rows[chosen].to(r.device), weights[site.name][chosen].to(r.device)
-        total = total + (row_loss(_rotated(x, r), site.quantizer, options.objective) * w).sum() / w.sum()
+        losses = row_loss(_rotated(x, r), site.quantizer, options.objective)
+        total = total + site.share * (losses * w).sum() / w.sum()
     return total / len(sites)
 
 
@@ -222,7 +230,7 @@ class _Procrustes:
             x = site.rows.to(r.device)
             z = _rotated(x, r)
             rounded = fake_quantize(z, site.quantizer)
-            share = weights[site.name].to(r.device) / weights[site.name].sum()
+            share = site.share * weights[site.name].to(r.device) / weights[site.name].sum()
             w = (share / x.square().sum(-1).clamp(min=1e-30)).unsqueeze(-1)
             product += (x * w).reshape(-1, len(r)).T @ rounded.reshape(-1, len(r))
             total += float(((rounded - z).square() * w).sum())

@@ -89,6 +89,27 @@ def rounding(
         attachment.remove()
 
 
+@contextmanager
+def checkpointed(model: Any, plan: Plan, wanted: bool) -> Iterator[None]:
+    """Within the block decoder blocks are computed again on the way back, if wanted."""
+    if not wanted:
+        yield
+        return
+    blocks = [model.get_submodule(name) for name in plan.blocks]
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    # transformers checkpoints modules in training alone; their children stay as they are, so nothing drops out. The
+    # embedding's output has no gradient, which is fine without reentry.
+    before = [block.training for block in blocks]
+    try:
+        for block in blocks:
+            block.training = True
+        yield
+    finally:
+        for block, training in zip(blocks, before, strict=True):
+            block.training = training
+        model.activation_checkpointing_disable()
+
+
 class _Rounded(nn.Module):
     """Parametrization of a weight."""
 

@@ -18,7 +18,7 @@ from spinquant.online import Attachment, attach
 from spinquant.plan import Experts, Plan, Space
 from spinquant.quantization.scheme import Quantizer, Scheme
 
-Weighting = Literal["uniform", "massive"]
+Weighting = Literal["fisher", "uniform", "massive"]
 WEIGHTINGS = get_args(Weighting)
 MASSIVE = 20.0  # a row whose largest number is so many times its root mean square carries a massive activation
 
@@ -28,16 +28,18 @@ class Site:
     """Rows, (rows, width), that live in a space and are rounded by a quantizer; width a multiple of the space's size.
 
     name: the linear that reads the activation, the tensor of experts that does, or the attention's keys or values.
+    share: what the site counts beside others, see `sensitivity.py`.
     """
 
     name: str
     space: str
     quantizer: Quantizer
     rows: Tensor
+    share: float = 1.0
 
     def weights(self, weighting: Weighting, factor: float) -> Tensor:
         """What each row counts, (rows,): one, or `factor` for rows with a massive activation."""
-        if weighting == "uniform":
+        if weighting != "massive":
             return torch.ones(len(self.rows))
         rms = self.rows.square().mean(-1).sqrt()
         return torch.where(self.rows.abs().amax(-1) > MASSIVE * rms, factor, 1.0)
@@ -61,7 +63,7 @@ def collect(
     Nothing is rounded meanwhile; gains must be fused. One decoder block at a time is on `device`.
     """
     attachment = attach(model, plan, {}, scheme, around=True)
-    wanted = _sites(plan, spaces, scheme)
+    wanted = quantized_spaces(plan, spaces, scheme)
     share = max(1, rows // len(tokens))
     sampling = _Sampling(model, attachment, plan.experts, list(wanted), share, generator)
     try:
@@ -90,8 +92,8 @@ def collect(
     ]
 
 
-def _sites(plan: Plan, spaces: Sequence[str], scheme: Scheme) -> dict[str, tuple[Space, Quantizer]]:
-    """By name: the first linear of a group, or an attention's keys or values."""
+def quantized_spaces(plan: Plan, spaces: Sequence[str], scheme: Scheme) -> dict[str, tuple[Space, Quantizer]]:
+    """Sites by name, of those among `spaces`: the first linear of a group, or an attention's keys or values."""
     found: dict[str, tuple[Space, Quantizer]] = {}
     head = (plan.head.removesuffix(".weight"),)
     for group in (*plan.linears, *([head] if scheme.lm_head else [])):

@@ -1,0 +1,131 @@
+"""What rounding would cost at every quantizer, row by row: a second-order estimate of KL, and rows drawn by it.
+
+Rounding adds an error e to a row of an activation. Errors of rounding have no direction in rotated coordinates; as long
+as they are small and independent, the KL from the 16-bit model to the rounded one is
+
+    KL ~ 1/2 sum over rows of E[(g . e)^2] = 1/2 sum ||g||^2 ||e||^2 / n
+
+with n the length of a row, and g the gradient of log p(y), y drawn from the model's own predictions (Fisher
+information). So a row counts ||g||^2 ||x||^2 / n times its relative error: a massive activation that nothing depends on
+counts little, and one quantizer counts more than another. Most rows hardly count at all. Rows are therefore drawn from
+all tokens with a probability in proportion to what they count, and count the same afterwards; what a quantizer counts
+as a whole is kept with it.
+
+One pass forward and back through the 16-bit model for every sample. On SmolLM2-135M at A4KV4 with a learned rotation
+the estimates for gate and up, for q, k and v, and for o_proj were 0.082, 0.053 and 0.020; rounding there alone cost
+0.094, 0.055 and 0.023.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spinquant.calibrate import device_of
+from spinquant.errors import LearningError
+from spinquant.evaluation import wide
+from spinquant.learning.network import checkpointed
+from spinquant.learning.samples import Site, quantized_spaces
+from spinquant.online import Attachment, attach
+from spinquant.plan import Plan
+from spinquant.quantization.integer import fake_quantize
+from spinquant.quantization.scheme import Scheme
+from spinquant.rotation import Rotation
+
+
+def sensitive_sites(
+    model: Any,
+    plan: Plan,
+    spaces: Sequence[str],
+    scheme: Scheme,
+    tokens: Tensor,
+    *,
+    rows: int,
+    generator: torch.Generator,
+    checkpointing: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Site]:
+    """About `rows` rows of every site whose space is among `spaces`, drawn by what they count, from tokens, int64
+    (samples, length).
+
+    Gains must be fused. Site.share is the KL per token, in nats, that a relative error of one would cost. Raises
+    LearningError for gradients that are not finite.
+    """
+    wanted = quantized_spaces(plan, spaces, scheme)
+    attachment = attach(model, plan, {}, scheme, around=True)
+    drawn = _Drawn(max(1, rows // len(tokens)), generator)
+    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    model.enable_input_require_grads()  # without it nothing before the first weight that learns has a gradient
+    try:
+        _watch(attachment, wanted, drawn)
+        with attachment.exact(), checkpointed(model, plan, checkpointing):
+            for done, row in enumerate(tokens.split(1)):
+                logits = wide(model(input_ids=row.to(device_of(model)), use_cache=False).logits[0])
+                own = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).to(logits.device)
+                (-logits.log_softmax(-1).gather(-1, own).sum()).backward()
+                if progress:
+                    progress(done + 1, len(tokens))
+    finally:
+        model.disable_input_require_grads()
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        attachment.remove()
+    return [
+        Site(name, space.name, quantizer, torch.cat(drawn.rows[name]), 0.5 * drawn.mass[name] / tokens.numel())
+        for name, (space, quantizer) in wanted.items()
+        if name in drawn.rows
+    ]
+
+
+class _Drawn:
+    """Rows of every site, so many from each sample, and the sum of what all rows count."""
+
+    def __init__(self, share: int, generator: torch.Generator):
+        self.share, self.generator = share, generator
+        self.rows: dict[str, list[Tensor]] = {}
+        self.mass: dict[str, float] = {}
+
+    def watch(self, name: str, x: Tensor) -> None:
+        """Have rows drawn from an activation, (.., width), as soon as its gradient is known."""
+        if x.requires_grad:  # not what a checkpointed block computes a second time
+            x.register_hook(partial(self._draw, name, x.detach()))
+
+    def _draw(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        flat, slopes = (t.reshape(-1, t.shape[-1]).float() for t in (x, gradient))
+        counts = (flat.square().sum(-1) * slopes.square().sum(-1) / flat.shape[-1]).cpu()
+        if not counts.isfinite().all():
+            raise LearningError(f"the gradient at {name} is not finite: the model is damaged, or overflows {x.dtype}")
+        total = float(counts.sum(dtype=torch.float64))
+        if total > 0:
+            chosen = torch.multinomial(counts / total, self.share, replacement=True, generator=self.generator)
+            self.rows.setdefault(name, []).append(flat[chosen.to(flat.device)].cpu())
+            self.mass[name] = self.mass.get(name, 0.0) + total
+
+
+def _watch(attachment: Attachment, wanted: Mapping[str, Any], drawn: _Drawn) -> None:
+    for name, site in attachment.inputs.items():
+        if name in wanted:
+            site.watch = partial(drawn.watch, name)
+    for attention, both in attachment.keys_values.items():
+        names = [f"{attention}.{part}" for part in ("keys", "values")]
+
+        def watch(keys: Tensor, values: Tensor, names: Sequence[str] = names) -> None:
+            for name, x in zip(names, (keys, values), strict=True):
+                if name in wanted:
+                    drawn.watch(name, x)
+
+        both.watch = watch
+
+
+@torch.no_grad()
+def predicted_kl(sites: Sequence[Site], rotations: Mapping[str, Rotation]) -> dict[str, float]:
+    """The estimate for every site, by name, in nats per token: of its rows as they are really rounded."""
+    found = {}
+    for site in sites:
+        z = rotations[site.space].apply(site.rows)
+        error = (fake_quantize(z, site.quantizer) - z).square().sum(-1) / z.square().sum(-1)
+        found[site.name] = site.share * float(error.mean())
+    return found
