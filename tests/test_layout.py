@@ -41,6 +41,7 @@ LAYERS = [
     {"mappings", "learnable", "source", "resumable"},
     {"formats.native_packing"},
     {"stream", "disk_model"},
+    {"along", "along.counterparts", "along.target", "along.lora", "along.heads", "along.folder"},
     {"disk_proof"},
     {"mapped_plan", "transform_config"},
     {"pipeline", "demo_model"},
@@ -49,7 +50,7 @@ LAYERS = [
     {"modifier", "llmcompressor"},
     {"report", "demo", "demo_page"},
     {"cli_options", "cli_output"},
-    {"cli_learn"},
+    {"cli_learn", "cli_along"},
     {"cli"},
     {"__main__"},
 ]

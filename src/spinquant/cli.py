@@ -25,11 +25,14 @@ from spinquant.checkpoint import (
     load_tokenizer,
     read_headers,
 )
+from spinquant.cli_along import EXAMPLES as ALONG_EXAMPLES
+from spinquant.cli_along import rotate_adapter
 from spinquant.cli_learn import EXAMPLES, learn
 from spinquant.cli_options import (
     ALL_ROTATIONS,
     AllowInexact,
     AllowPickle,
+    Also,
     BlockSize,
     Compare,
     Device,
@@ -136,6 +139,7 @@ def rotate(
     text: Text = "auto",
     device: Device = "cpu",
     max_shard_size: MaxShardSize = None,
+    also: Also = None,
     force: Force = False,
     allow_pickle: AllowPickle = False,
     allow_inexact: AllowInexact = False,
@@ -161,9 +165,13 @@ def rotate(
             allow_pickle=allow_pickle,
             device=device,
             max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
+            also=also or (),
             options=Options(prove=proof, allow_inexact=allow_inexact, progress=progress),
         )
     print_result(json_, {**result.record(), "seconds": result.seconds}, report.result_table(result, str(out)))
+
+
+app.command("rotate-adapter", epilog=ALONG_EXAMPLES)(rotate_adapter)
 
 
 @app.command(

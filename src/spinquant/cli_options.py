@@ -57,6 +57,14 @@ Learned = Annotated[
         help="Rotations that `spinquant learn` wrote: taken in place of random ones, --rotations, --type and all."
     ),
 ]
+Also = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Folder or hub id of a LoRA adapter (peft) or an EAGLE-3 head, rotated into OUT/adapters/NAME; may be "
+        "repeated.",
+        show_default=False,
+    ),
+]
 Windows = Annotated[int, typer.Option(help="Windows, spread evenly over the text; 0 for all.")]
 
 

@@ -1,6 +1,7 @@
 """From a folder or hub id to a new folder, which appears complete or not at all."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from spinquant.along.folder import read_along
 from spinquant.architectures import make_plan
 from spinquant.calibrate import CalibrationText, calibration_tokens
 from spinquant.checkpoint import (
@@ -127,6 +129,7 @@ def rotate_folder(
     allow_pickle: bool = False,
     device: str = "cpu",
     max_shard_size: int | None = None,
+    also: Sequence[str | Path] = (),
     options: Options | None = None,
 ) -> Result:
     """Rotate a folder or hub id into a plain folder that transformers loads with nothing of ours installed.
@@ -137,17 +140,21 @@ def rotate_folder(
 
     learned: rotations to use in place of random ones; the spec is then theirs. dtype: of the weights written, by
     default as in the source. text: of the real tokens on which logits are compared; None for no comparison.
-    max_shard_size: bytes, by default the shards of the source. Raises RotationError for rotations that need work at
-    run time (R3, R4): a plain folder cannot hold them.
+    max_shard_size: bytes, by default the shards of the source. also: folders of adapters (peft's LoRA) and draft heads
+    (EAGLE-3) of the model, which are rotated with it, into `adapters/NAME` of `out`. Raises RotationError for rotations
+    that need work at run time (R3, R4): a plain folder cannot hold them; and for what cannot ride along.
     """
     spec, rotations = (learned.spec, learned.rotations) if learned else (spec, None)
     check_format("hf", Scheme(), spec)
     options = options or Options()
     if not (allow_pickle and has_pickles_only(folder_of(model, allow_pickle=True))):
-        request = Request(spec, dtype, device, max_shard_size, text, options=options, learned=learned)
+        along = read_along(also)
+        request = Request(spec, dtype, device, max_shard_size, text, options=options, learned=learned, also=along)
         return stream_folder(model, out, request, force=force)
-    if max_shard_size is not None:
-        raise CheckpointError("pickle weights are not streamed: leave --max-shard-size out, or convert them first")
+    if max_shard_size is not None or also:
+        raise CheckpointError(
+            "pickle weights are not streamed: leave --max-shard-size and --also out, or convert them first"
+        )
     check_free(out, force=force, source=model)
     loaded, tokenizer, sample, notes = _open(model, dtype, text or "auto", allow_pickle, device)
     result = rotate(loaded, spec, rotations=rotations, sample=None if text is None else sample, options=options)

@@ -7,11 +7,13 @@ guessing would give a model that loads and talks nonsense.
 from typing import Any
 
 from spinquant.architectures import hybrid, layernorm, llama, moe, postnorm
-from spinquant.architectures.build import Shapes, build_plan
+from spinquant.architectures.build import Shapes, build_plan, module_names
 from spinquant.architectures.table import Family, holds
 from spinquant.architectures.vision import VISIONS
 from spinquant.errors import ArchitectureError
 from spinquant.plan import Plan
+
+__all__ = ["FAMILIES", "family_of", "known_model_types", "make_plan", "module_names"]
 
 FAMILIES: tuple[Family, ...] = (
     *llama.FAMILIES,

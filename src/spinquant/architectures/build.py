@@ -7,7 +7,7 @@ one. A table knows both; the plan's tensors are those that are there, its module
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -25,7 +25,7 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
     Raises ArchitectureError for a tensor that the table does not know, lacks, or that has another shape than
     the config promises.
     """
-    stored = {_in_module(name, family.stored): name for name in shapes}
+    stored = module_names(family, shapes)
     shapes = {name: shapes[origin] for name, origin in stored.items()}
     tie = bool(getattr(config, "tie_word_embeddings", False))
     if family.head not in shapes and not tie:
@@ -63,6 +63,11 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
         head=family.head,
         refused=tuple((r.rotation, r.reason) for r in family.refused if r.when is None or holds(r.when, build.config)),
     )
+
+
+def module_names(family: Family, names: Iterable[str]) -> dict[str, str]:
+    """The names of a checkpoint's tensors, by the names that the module gives them."""
+    return {_in_module(name, family.stored): name for name in names}
 
 
 def _in_module(name: str, stored: Sequence[tuple[str, str]]) -> str:
