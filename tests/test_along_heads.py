@@ -230,7 +230,7 @@ def test_eagle_1_cannot_follow_r1(tmp_path):
     original.model.norm.weight.data.fill_(1.5)
     original.save_pretrained(tmp_path / "uniform")
     uniform, uneven = (off_by(tmp_path / name, head, ids) for name in ("uniform", "model"))
-    assert uniform < 1e-9 and uneven > 1e-2
+    assert uniform < 1e-6 and uneven > 1e-2  # the norm's epsilon has no scale
 
 
 def off_by(folder, head, ids):

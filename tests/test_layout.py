@@ -18,7 +18,7 @@ LAYERS = [
     {"centred"},
     {"rotation", "quantization.floating", "quantization.integer", "quantization.progress", "learning.cayley"},
     {"saved_rotations", "quantization.rotated", "learning", "learning.objectives", "learning.state"},
-    {"fuse", "architectures", "architectures.table", "architectures.build", *TABLES},
+    {"fuse", "architectures", "architectures.table", "architectures.build", "architectures.prediction", *TABLES},
     {"module", "cache", "calibrate", "quantization", "quantization.rtn", "online", "vllm_plugin"},
     {"blocks", "quantization.gptq", "quantization.clip"},
     {"learning.network", "learning.samples"},

@@ -36,6 +36,7 @@ from spinquant.cli_options import (
     BlockSize,
     Compare,
     Device,
+    DropMtp,
     Dtype,
     Force,
     Json,
@@ -143,6 +144,7 @@ def rotate(
     force: Force = False,
     allow_pickle: AllowPickle = False,
     allow_inexact: AllowInexact = False,
+    drop_mtp: DropMtp = False,
     proof: Proof = True,
     compare: Compare = True,
     json_: Json = False,
@@ -166,7 +168,7 @@ def rotate(
             device=device,
             max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
             also=also or (),
-            options=Options(prove=proof, allow_inexact=allow_inexact, progress=progress),
+            options=Options(prove=proof, allow_inexact=allow_inexact, drop_mtp=drop_mtp, progress=progress),
         )
     print_result(json_, {**result.record(), "seconds": result.seconds}, report.result_table(result, str(out)))
 
@@ -234,6 +236,7 @@ def quantize(
     force: Force = False,
     allow_pickle: AllowPickle = False,
     allow_inexact: AllowInexact = False,
+    drop_mtp: DropMtp = False,
     proof: Proof = True,
     compare: Compare = True,
     json_: Json = False,
@@ -296,7 +299,7 @@ def quantize(
             allow_pickle=allow_pickle,
             device=device,
             max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
-            options=Options(prove=proof, allow_inexact=allow_inexact, progress=progress),
+            options=Options(prove=proof, allow_inexact=allow_inexact, drop_mtp=drop_mtp, progress=progress),
             runtime=runtime,
             format=format,  # pyright: ignore[reportArgumentType] - checked by the function
         )

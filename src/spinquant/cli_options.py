@@ -35,6 +35,9 @@ Text = Annotated[str, typer.Option(help="A file, manual, wikitext, dataset:NAME[
 Force = Annotated[bool, typer.Option(help="Replace OUT when it exists.")]
 AllowPickle = Annotated[bool, typer.Option(help="Load pickle weights too; they can run code.")]
 AllowInexact = Annotated[bool, typer.Option(help="Save even when rotating moved the logits by more than rounding.")]
+DropMtp = Annotated[
+    bool, typer.Option("--drop-mtp", help="Leave out layers for multi-token prediction, which R1 cannot take along.")
+]
 Proof = Annotated[bool, typer.Option("--proof/--no-proof", help="Try the rotations on a small model first.")]
 MaxShardSize = Annotated[
     str | None, typer.Option(help="Largest file of weights, such as 5GB; by default the files of the source.")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spinquant.along.folder import read_along
 from spinquant.architectures import make_plan
+from spinquant.architectures.prediction import COUNTS
 from spinquant.calibrate import CalibrationText, calibration_tokens
 from spinquant.checkpoint import (
     BESIDE,
@@ -156,7 +157,7 @@ def rotate_folder(
             "pickle weights are not streamed: leave --max-shard-size and --also out, or convert them first"
         )
     check_free(out, force=force, source=model)
-    loaded, tokenizer, sample, notes = _open(model, dtype, text or "auto", allow_pickle, device)
+    loaded, tokenizer, sample, notes = _open(model, dtype, text or "auto", allow_pickle, device, options.drop_mtp)
     result = rotate(loaded, spec, rotations=rotations, sample=None if text is None else sample, options=options)
     if dtype is not None:
         _cast(loaded, dtype)
@@ -215,7 +216,7 @@ def quantize_folder(
             "--max-shard-size out"
         )
     check_free(out, force=force, source=model)
-    loaded, tokenizer, sample, notes = _open(model, dtype, text or "auto", allow_pickle, device)
+    loaded, tokenizer, sample, notes = _open(model, dtype, text or "auto", allow_pickle, device, options.drop_mtp)
     if dtype is not None:
         _cast(loaded, dtype)
     tokens, store = None, None
@@ -262,14 +263,22 @@ def check_for(runtime: str, format: str, scheme: Scheme, spec: RotationSpec, mod
 
 
 def _open(
-    model: str | Path, dtype: torch.dtype | None, text: str, allow_pickle: bool, device: str
+    model: str | Path, dtype: torch.dtype | None, text: str, allow_pickle: bool, device: str, drop_mtp: bool
 ) -> tuple[Any, Any, Tensor, dict[str, Any]]:
     config = load_config(model)
     check_unquantized(config, model)
     if not allow_pickle:
         # An architecture that no table explains is refused before gigabytes are loaded.
-        make_plan(config, {name: info.shape for name, info in read_headers(model).items()})
+        plan = make_plan(config, {name: info.shape for name, info in read_headers(model).items()})
+        if plan.predictors and not drop_mtp:
+            raise CheckpointError(
+                f"{str(model)!r} holds layers for multi-token prediction ({plan.predictors[0]}, ...), and transformers "
+                "loads the model without them: they would be missing from the result. Say so with --drop-mtp"
+            )
     loaded = load_model(model, allow_pickle=allow_pickle, device=device)
+    if drop_mtp:
+        for name in (name for name in COUNTS if hasattr(loaded.config, name)):
+            setattr(loaded.config, name, 0)
     if dtype is not None and dtype.itemsize > loaded.dtype.itemsize:
         _cast(loaded, dtype)  # widened before anything is rounded
     name, sample = sample_tokens(folder_of(model, allow_pickle=allow_pickle), loaded.config, text)

@@ -100,7 +100,8 @@ class Plan:
     `linears` are groups of linear modules that read one activation, in order of execution: the places where
     weights and activations are quantized. `attentions` are the modules whose keys and values are cached. `blocks` are
     the decoder layers, each of which reads the output of the one before.
-    `refused` are rotations that the architecture rules out, with the mathematical reason.
+    `refused` are rotations that the architecture rules out, with the mathematical reason. `predictors` are tensors of
+    layers for multi-token prediction, which are in no space and in the checkpoint alone.
     """
 
     family: str
@@ -114,6 +115,7 @@ class Plan:
     blocks: tuple[str, ...]
     head: str
     refused: tuple[tuple[str, str], ...] = ()
+    predictors: tuple[str, ...] = ()
 
     @cached_property
     def space(self) -> Mapping[str, Space]:

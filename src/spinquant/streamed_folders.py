@@ -21,7 +21,8 @@ from safetensors.torch import save as save_bytes
 
 from spinquant.along.folder import ADAPTERS, along_digests, write_along
 from spinquant.along.target import Target
-from spinquant.architectures import make_plan
+from spinquant.architectures import make_plan, prediction_tensors
+from spinquant.architectures.prediction import COUNTS
 from spinquant.calibrate import load_text, token_windows
 from spinquant.centred import check_centred
 from spinquant.checkpoint import (
@@ -38,6 +39,7 @@ from spinquant.checkpoint import (
     is_full,
     load_config,
     load_tokenizer,
+    read_headers,
     weights_digest,
 )
 from spinquant.disk_model import Weights, hollow_model, unfillable
@@ -98,6 +100,7 @@ class Request:
             "text": self.text,
             "scheme": None if self.scheme is None else self.scheme.to_dict(),
             "learned": None if self.learned is None else self.learned.digest(),
+            "drop_mtp": self.options.drop_mtp,
             "also": along_digests(self.also),
         }
 
@@ -125,7 +128,8 @@ def stream_folder(model: str | Path, out: str | Path, request: Request, *, force
     config = load_config(model)
     if fp8_block(config) is None:
         check_unquantized(config, model)
-    source = Source(folder, config)
+    dropped = prediction_tensors(config, read_headers(folder)) if request.options.drop_mtp else ()
+    source = Source(folder, config, without=frozenset(dropped))
     try:
         run = _Run(source, config, request, model)
         if request.options.prove and run.result.rotations:
@@ -205,6 +209,8 @@ class _Run:
         self.untied = [(tie.tensor, tie.source) for tie in plan.ties] if unties else []
         self.shards = make_shards(source, self.change, untied=self.untied, max_shard_size=request.max_shard_size)
         self.changes: dict[str, Any] = {"tie_word_embeddings": False} if unties else {}
+        if request.options.drop_mtp:
+            self.changes |= dict.fromkeys((name for name in COUNTS if hasattr(config, name)), 0)
         if request.dtype is not None:
             self.changes["dtype"] = str(request.dtype).removeprefix("torch.")
         if not self.is_plain:
