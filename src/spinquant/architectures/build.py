@@ -58,7 +58,7 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
         onlines=onlines,
         ties=(Tie(origin(family.head), origin(family.embedding)),) if tie else (),
         linears=build.linears(),
-        attentions=tuple(name for name in build.each_layer(family.attention) if build.is_there(f"{name}.")),
+        attentions=tuple(name for name in build.each_layer(family.attention) if build.has(name)),
         blocks=tuple(build.each_layer(family.block)),
         head=family.head,
         refused=tuple((r.rotation, r.reason) for r in family.refused if r.when is None or holds(r.when, build.config)),
@@ -96,6 +96,11 @@ class _Build:
         """Whether there is a tensor whose name begins so."""
         at = bisect_left(self._names, prefix)
         return at < len(self._names) and self._names[at].startswith(prefix)
+
+    def has(self, module: str, pattern: str | None = None) -> bool:
+        """Whether there is a module; by default an attention."""
+        part = self.family.attention_part if pattern in (None, self.family.attention) else ""
+        return self.is_there(f"{module}.{part}")
 
     def each(self, pattern: str) -> Iterator[tuple[str, int | None]]:
         """Names that a pattern stands for, each with its layer."""
@@ -265,7 +270,7 @@ class _Build:
             Online(name, site, str(_in_layer(space, i)))
             for pattern, (site, space) in self.family.onlines.items()
             for name, i in self.each(pattern)
-            if self.is_there(f"{name}.")
+            if self.has(name, pattern)
         )
 
     def linears(self) -> tuple[tuple[str, ...], ...]:

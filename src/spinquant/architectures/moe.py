@@ -23,6 +23,7 @@ _DENSE = tuple(f"{MLP}.{name}_proj." for name in ("gate", "up", "down"))
 QWEN3_MOE = LLAMA.like(
     "qwen3_moe",
     "qwen3_moe",
+    "mellum",
     tensors={
         f"{MLP}.gate.weight": (None, "residual"),
         f"{EXPERTS}.gate_up_proj": (None, None, "residual"),
@@ -79,7 +80,9 @@ QWEN2_MOE = with_shared(
     QWEN3_MOE.like("qwen2_moe", "qwen2_moe"), "mlp.shared_expert", "shared_expert_intermediate_size"
 )
 GLM4_MOE = with_shared(
-    QWEN3_MOE.like("glm4_moe", "glm4_moe", "dots1"), "mlp.shared_experts", "moe_intermediate_size*n_shared_experts"
+    QWEN3_MOE.like("glm4_moe", "glm4_moe", "dots1", "solar_open"),
+    "mlp.shared_experts",
+    "moe_intermediate_size*n_shared_experts",
 )
 ERNIE4_5_MOE = with_shared(
     QWEN3_MOE.like(
