@@ -76,6 +76,12 @@ MLA = {
     "v_head_dim": 24,
     "n_shared_experts": 1,
 }
+MLA_ALONE = {**{key: size for key, size in MLA.items() if key not in MOE or key in SIZES}, "q_lora_rank": 24}
+MLA_ALONE["num_hidden_layers"] = 2
+SPARSE = {
+    **{key: size for key, size in MOE.items() if key not in SIZES},
+    **{"index_n_heads": 2, "index_head_dim": 16, "index_topk": 4},
+}
 
 
 @dataclass(frozen=True)
@@ -186,6 +192,11 @@ FAMILIES: dict[str, Instance] = {
     "cohere2_moe-rms": of("cohere2_moe", MOE, rms_norm_eps=1e-5, **COHERE),
     "deepseek_v2": of("deepseek_v2", MLA, refused="R3", q_lora_rank=None),
     "deepseek_v3": of("deepseek_v3", MLA, refused="R3", q_lora_rank=24, attention_bias=True),
+    "glm4_moe_lite": of("glm4_moe_lite", MLA, refused="R3", q_lora_rank=24),
+    "youtu": of("youtu", MLA_ALONE, refused="R3"),
+    "minicpm3": of("minicpm3", MLA_ALONE, refused="R3", attention_bias=True),
+    "deepseek_v32": of("deepseek_v32", MLA_ALONE, refused="R3", **SPARSE),
+    "glm_moe_dsa": of("glm_moe_dsa", MLA_ALONE, refused="R3", attention_bias=True, **SPARSE),
     # recurrences, alone and beside attention
     "qwen3_next": of("qwen3_next", MOE, refused="R2", shared_expert_intermediate_size=48, **DELTA),
     "qwen3_5": of("qwen3_5_text", refused="R2", attention_bias=True, **DELTA),
