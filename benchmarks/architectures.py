@@ -179,6 +179,10 @@ def coverage() -> list[str]:
         "(encoders and decoders of encoder-decoder models are among them):",
         "",
         f"{unknown}.",
+        "",
+        "Zamba and Zamba 2 are missing for a reason of transformers: the blocks that their layers share are tied by "
+        "the same switch as embedding and head (`tie_word_embeddings`), which R1 has to turn off, so that a rotated "
+        "folder would load without them.",
     ]
 
 

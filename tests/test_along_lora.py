@@ -30,6 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:Us
 
 QUICK = Options(prove=False)
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 # By family: what an adapter may adapt.
 ADAPTED = {
     "llama": {"target_modules": [*LINEARS, "lm_head"], "rank_pattern": {"o_proj": 3}},
@@ -42,6 +43,8 @@ ADAPTED = {
     "gpt_neox": {"target_modules": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]},
     "gemma2": {"target_modules": LINEARS},
     "deepseek_v3": {"target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]},
+    "qwen3_moe": {"target_modules": ["q_proj", "gate"], "target_parameters": EXPERTS},
+    "gpt_oss": {"target_modules": ["v_proj"], "target_parameters": EXPERTS},
     "mamba2": {"target_modules": ["in_proj", "embeddings"]},
 }
 
@@ -58,8 +61,11 @@ def source(name, folder):
 
 
 def opened(folder):
+    return prepared(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval())
+
+
+def prepared(model):
     """In float64 throughout, which some classes and grouped products of experts are not."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     exact_experts(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.double()
@@ -148,6 +154,23 @@ def test_under_online_rotations_it_is_loaded_onto_the_rotated_model(scheme, tmp_
         assert (after - expected).norm() < 3 * (before - base).norm() < 0.5 * (expected - base).norm()
 
 
+def test_updates_of_stacked_experts_are_rotated_inside_them(tmp_path):
+    """They are added to the parameter, behind R4."""
+    model = source("qwen3_moe", tmp_path / "model")
+    lora = adapter(model, tmp_path / "lora", target_parameters=EXPERTS, target_modules=["q_proj"])
+    expected = answer(model, lora)
+    spec = RotationSpec("R1,R2,R4", "auto")
+    quantize_folder(model, tmp_path / "out", parse_scheme("none"), spec, text=None, options=QUICK)
+    rotate_adapter(tmp_path / "out", lora, tmp_path / "rotated")
+    found = prepared(load(tmp_path / "out"))
+    assert torch.allclose(logits(adapted(found, tmp_path / "rotated"), tokens()), expected, atol=1e-9)
+    weights = load_file(lora / "adapter_model.safetensors")
+    broken = {n: t[:-1] if "experts.lora_B" in n else t for n, t in weights.items()}
+    save_file(broken, lora / "adapter_model.safetensors")
+    with pytest.raises(RotationError, match=r"updates experts by .* 0 parameters"):
+        rotate_adapter(tmp_path / "out", lora, tmp_path / "no")
+
+
 def test_magnitudes_of_dora(tmp_path):
     """Where outputs are not rotated they follow the gain; elsewhere they are refused, and the reason is true."""
     model = source("llama", tmp_path / "model")
@@ -184,7 +207,6 @@ def test_tokens_that_are_trained(tmp_path):
     [
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
         ({"init_lora_weights": "pissa"}, "'pissa'.*anew"),
-        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "stacked experts"),
         ({"layer_replication": [[0, 2]]}, "repeats layers"),
         ({"use_qalora": True}, "groups of channels"),
         ({"use_something_new": True}, "does not know"),

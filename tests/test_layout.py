@@ -41,7 +41,7 @@ LAYERS = [
     {"mappings", "learnable", "source", "resumable"},
     {"formats.native_packing"},
     {"stream", "disk_model"},
-    {"along", "along.counterparts", "along.target", "along.lora", "along.heads", "along.folder"},
+    {"along", "along.counterparts", "along.target", "along.experts", "along.lora", "along.heads", "along.folder"},
     {"disk_proof"},
     {"mapped_plan", "transform_config"},
     {"pipeline", "demo_model"},

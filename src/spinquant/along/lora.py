@@ -3,7 +3,7 @@
 An update s B A of a weight W becomes s B' A' (see `counterparts.py`); s, ranks and their patterns stay. An input that
 is rotated at run time (R4) is rotated by the linear itself, inside the layer that peft puts around it, so A reads it as
 it was. Embeddings have A by token and B by channel. A bias, or a whole module that the adapter brings, is rotated as
-the tensor of the model that it stands for.
+the tensor of the model that it stands for. Updates of stacked experts: `experts.py`.
 
 DoRA keeps m and divides by norms of rows, y = diag(m / n) (W + s B A) x with n_i = ||(W + s B A)_i||. Where outputs are
 rotated this has no counterpart: diag(m / n) R is not R diag(m / n). A rotated input keeps n; a gain changes it, so
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from spinquant.along.counterparts import Counterpart, plan_beside
+from spinquant.along.experts import stacked_counterpart
 from spinquant.along.target import Target
 from spinquant.errors import RotationError
 from spinquant.fuse import transform
@@ -41,10 +42,9 @@ HARMLESS = frozenset(
     "ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern "
     "layers_to_transform loftq_config lora_alpha lora_bias lora_dropout lora_ga_config megatron_config megatron_core "
     "modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision runtime_config target_modules "
-    "task_type trainable_token_indices use_dora use_rslora".split()
+    "target_parameters task_type trainable_token_indices use_dora use_rslora".split()
 )
 REASONS = {
-    "target_parameters": "it adapts parameters of stacked experts, whose axes its A and B do not name",
     "use_qalora": "its A reads sums over groups of channels, which a rotation mixes",
     "use_bdlora": "its A or B is block-diagonal, and a rotation fills the blocks",
     "layer_replication": "it repeats layers of the model, which has no layers of these names then",
@@ -71,7 +71,7 @@ def rotate_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], target
     counterparts: dict[str, Counterpart] = {}
     magnitudes: dict[str, Scaled] = {}
     for name in tensors:
-        found = _counterpart(name, config, target)
+        found = _counterpart(name, config, tensors, target)
         if isinstance(found, Counterpart):
             counterparts[name] = found
         else:
@@ -112,7 +112,9 @@ def check_config(config: Mapping[str, Any], target: Target) -> None:
                 )
 
 
-def _counterpart(name: str, config: Mapping[str, Any], target: Target) -> Counterpart | Scaled:
+def _counterpart(
+    name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: Target
+) -> Counterpart | Scaled:
     inside = name.removeprefix(PREFIX)
     if match := _NAME.fullmatch(inside):
         module, part = match["module"], match["part"]
@@ -120,6 +122,8 @@ def _counterpart(name: str, config: Mapping[str, Any], target: Target) -> Counte
         return Counterpart(_tensor(name, f"{match['module']}.weight", target), {1: 1})
     else:
         return _whole(name, inside, target)
+    if module.endswith((".experts", ".experts.base_layer")) and part in ("lora_A", "lora_B"):
+        return stacked_counterpart(name, module.removesuffix(".base_layer"), tensors, target)
     weight = _tensor(name, f"{module}.weight", target)
     outputs, inputs = (1, 0) if target.family.transposed else (0, 1)
     if part == "lora_A":
