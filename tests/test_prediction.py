@@ -8,12 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeDecoderLayer, Glm4MoeRMSNorm, Glm4MoeRotaryEmbedding
+from typer.testing import CliRunner
 
 from conftest import logits, random_weights, tokens
 from families import FAMILIES
 from spinquant import RotationSpec, load, make_plan, rotate_folder
 from spinquant.calibrate import CalibrationText
 from spinquant.checkpoint import read_headers
+from spinquant.cli import app
 from spinquant.errors import ArchitectureError, CheckpointError, RotationError
 from spinquant.folders import quantize_folder
 from spinquant.module import model_class
@@ -139,7 +141,8 @@ def off_by(folder, predictor, out, ids):
 def test_dropped_it_is_gone_and_the_model_is_whole(source, tmp_path):
     folder, _ = source
     expected = logits(opened(folder), tokens())
-    rotate_folder(folder, tmp_path / "out", RotationSpec("R1,R2", "auto"), options=DROP)
+    arguments = ["rotate", str(folder), str(tmp_path / "out"), "--type", "auto", "--no-proof", "--drop-mtp"]
+    assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
     assert torch.allclose(logits(opened(tmp_path / "out"), tokens()), expected, atol=1e-9)
     assert not any(name.startswith(PREFIX) for name in read_headers(tmp_path / "out"))
     assert not (tmp_path / "out/model-00002-of-00002.safetensors").exists()
