@@ -261,7 +261,7 @@ def test_a_rotated_mixture_is_saved_with_its_online_parts(tmp_path):
     assert torch.allclose(loaded(ids).logits, before, atol=1e-3)
 
 
-@pytest.mark.parametrize(("name", "match"), [("mixtral", "experts"), ("gpt2", "Conv1D")])
+@pytest.mark.parametrize(("name", "match"), [("mixtral", "experts"), ("gpt2", "Conv1D"), ("nemotron_h", "no gate")])
 def test_weights_that_are_no_linears_are_not_quantized_silently(name, match):
     with pytest.raises(SchemeError, match=match):
         quantize(tiny(name), "W4")

@@ -260,6 +260,13 @@ def check_groups(plan: Plan, model: Any, scheme: Scheme) -> None:
             f"{experts} holds the weights of its experts stacked, as no linear does: they would stay at 16 bits. The "
             "model can be rotated, and its KV cache quantized."
         )
+    for name, module in model.named_modules():
+        # transformers' mark of experts between whose products nothing of ours can stand.
+        if (scheme.weights or scheme.activations) and getattr(module, "has_gate", True) is False:
+            raise SchemeError(
+                f"{name} holds the weights of its experts stacked, and they have no gate: they would stay at 16 bits. "
+                "The model can be rotated, and its KV cache quantized."
+            )
     for name in (name for group in plan.linears for name in group):
         module = model.get_submodule(name)
         if (scheme.weights or scheme.activations) and not isinstance(module, nn.Linear):

@@ -141,8 +141,18 @@ def eagle3_plan(
         gains.append(Gain(norm, residual, tuple((name, 1) for name in readers)))
         # The first half of the readers' inputs is embeddings, behind this norm; the second has another.
         weights[norm] = torch.cat([tensors[norm], torch.ones_like(tensors[norm])])
-    space = target.plan.space[residual]
-    plan = Plan("eagle3", (space,), tuple(axes), tuple(gains), (), (), (), (), (), by_own["lm_head.weight"])
+    plan = Plan(
+        family="eagle3",
+        spaces=(target.plan.space[residual],),
+        axes=tuple(axes),
+        gains=tuple(gains),
+        onlines=(),
+        ties=(),
+        linears=(),
+        attentions=(),
+        blocks=(),
+        head=by_own["lm_head.weight"],
+    )
     return plan, weights
 
 
