@@ -1,11 +1,12 @@
 """Which architectures can be rotated, and how exactly: docs/architectures.md, from the tables and a run on tiny models.
 
 Every table's tiny random instance (tests/families.py, tests/conftest.py) is rotated in float64 and compared; the same
-instance, saved, is given to llm-compressor's SpinQuantModifier (R1, R2, random-hadamard) in an environment of its own:
+instance, saved, is given to llm-compressor's SpinQuantModifier and to auto-round's SpinQuant (R1, R2, random Hadamard):
 
-    python benchmarks/architectures.py --peer PYTHON [--out docs/architectures.md]
+    python benchmarks/architectures.py --peer PYTHON [--auto-round PYTHON] [--out docs/architectures.md]
 
-PYTHON is the interpreter of an environment with llm-compressor, in which `architectures_peer.py` runs.
+PYTHON is the interpreter of an environment with llm-compressor (and auto-round, or of another with that), in which
+`architectures_peer.py` runs.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -26,7 +28,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import conftest  # noqa: E402
 import families  # noqa: E402
 import spinquant  # noqa: E402
-from spinquant.architectures import family_of  # noqa: E402
+from spinquant.architectures import family_of, known_model_types  # noqa: E402
 from spinquant.module import model_class  # noqa: E402
 from spinquant.plan import ROTATION_NAMES  # noqa: E402
 from spinquant.proof import exact_experts  # noqa: E402
@@ -46,31 +48,40 @@ family, in float64, with non-zero biases and non-unit gains.
   model keeps its class and no linear needs a bias that it has not. Where a scale is zero and the bias is not, that is
   impossible, and it is refused by name.
 - *error*: the largest ||logits' - logits|| / ||logits|| over the allowed rotations, alone and together.
-- *llm-compressor*: what version {peer} does with R1 and R2 on the same model, in float32: *exact* below 1e-4, else
-  how far the logits moved by the same measure, or the error that it stops with. It centres embeddings, and under
+- *llm-compressor*: what version {llm_compressor} does with R1 and R2 on the same model, in float32: *exact* below 1e-4,
+  else how far the logits moved by the same measure, or the error that it stops with. It centres embeddings, and under
   RMSNorm that changes the function; the mean of a random embedding is larger than that of a trained one, so how far
   the logits move here says nothing about a real model, only that the function is another.
+- *auto-round*: the same of version {auto_round}, with both rotations fused (`online_r1_rotation=False`; R1 in blocks of
+  16, since it wants a power of two). It is exact on Llamas without biases; a value's bias it does not rotate.
+- Several verdicts in a cell are those of the table's several instances (`tests/families.py`). *not loaded*: the peers'
+  environment has an older transformers ({peer_transformers}), which does not know the config.
 
 A model that no table explains is refused by name, and so is a tensor that its table does not explain. Of a
 vision-language model the language part is rotated, and the projector, which writes to its residual stream; the twin
 that is tried before a model is touched is given text alone (the tests give images too).
 
 Stacked experts and Conv1D are quantized like linears, each expert on the tokens that it gets; the format
-`compressed-tensors` has no place for them. Not rotated: heads that ride along (multi-token prediction, EAGLE, Medusa)
-and adapters.
+`compressed-tensors` has no place for them. What rides along with a model (adapters, draft heads, layers for multi-token
+prediction): `docs/adapters.md`.
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, required=True, help="interpreter of an environment with llm-compressor")
+    parser.add_argument("--auto-round", type=Path, help="interpreter of one with auto-round; by default the same")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/architectures.md")
     arguments = parser.parse_args()
     instances = {name: families.Instance(config) for name, config in conftest.CONFIGS.items()} | families.FAMILIES
     with tempfile.TemporaryDirectory() as folder:
         ours = {name: measured(name, instance, Path(folder) / name) for name, instance in instances.items()}
-        peer, version = answers_of(arguments.peer, Path(folder), list(instances))
-    arguments.out.write_text(page(instances, ours, peer, version), encoding="utf-8")
+        names = list(instances)
+        peers = {
+            "llm-compressor": answers_of("llmcompressor", arguments.peer, Path(folder), names),
+            "auto-round": answers_of("auto-round", arguments.auto_round or arguments.peer, Path(folder), names),
+        }
+    arguments.out.write_text(page(instances, ours, peers), encoding="utf-8")
 
 
 def measured(name: str, instance: families.Instance, folder: Path) -> float:
@@ -103,17 +114,19 @@ def tiny(config: Any) -> Any:
     return conftest.random_weights(model)
 
 
-def answers_of(python: Path, folder: Path, names: list[str]) -> tuple[dict[str, str], str]:
-    """The peer's verdicts by name, and its version."""
+def answers_of(peer: str, python: Path, folder: Path, names: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """A peer's verdicts by name, and the versions of it and of its transformers."""
     script = Path(__file__).parent / "architectures_peer.py"
-    done = subprocess.run([python, script, folder, *names], capture_output=True, text=True, check=False)
+    done = subprocess.run([python, script, peer, folder, *names], capture_output=True, text=True, check=False)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or len(lines) != len(names) + 1:
-        raise SystemExit(f"the peer stopped early:\n{done.stderr[-2000:]}")
-    return {line["name"]: line["verdict"] for line in lines[1:]}, lines[0]["version"]
+        raise SystemExit(f"{peer} stopped early:\n{done.stderr[-2000:]}")
+    return {line["name"]: line["verdict"] for line in lines[1:]}, lines[0]
 
 
-def page(instances: dict[str, Any], ours: dict[str, float], peer: dict[str, str], version: str) -> str:
+def page(
+    instances: dict[str, Any], ours: dict[str, float], peers: dict[str, tuple[dict[str, str], dict[str, str]]]
+) -> str:
     """The whole page."""
     by_table: dict[str, list[str]] = defaultdict(list)
     tables = {}
@@ -139,13 +152,40 @@ def page(instances: dict[str, Any], ours: dict[str, float], peer: dict[str, str]
                 cells.append(f"no {note}" if refusal.when is None else f"yes; no if {refusal.when} {note}")
         types = ", ".join(f"`{name}`" for name in table.model_types)
         error = max(ours[name] for name in names)
-        found = "; ".join(dict.fromkeys(peer[name] for name in names))
+        found = ["; ".join(dict.fromkeys(verdicts[name] for name in names)) for verdicts, _ in peers.values()]
         centred = " (centred)" if table.centred else ""
-        rows.append(f"| {title}{centred} | {types} | {' | '.join(cells)} | {error:.0e} | {found} |")
-    head = ["| table | model types | R1 | R2 | R3 | R4 | error | llm-compressor |", "|" + "---|" * 8]
+        rows.append(f"| {title}{centred} | {types} | {' | '.join(cells)} | {error:.0e} | {' | '.join(found)} |")
+    head = [f"| table | model types | R1 | R2 | R3 | R4 | error | {' | '.join(peers)} |", "|" + "---|" * 9]
     numbered = [f"{i}. {note}." for i, note in enumerate(notes, 1)]
-    introduction = INTRODUCTION.format(transformers=transformers.__version__, peer=version, nothing=NOTHING)
-    return "\n".join([introduction, *head, *rows, "", "## Notes", "", *numbered, ""])
+    versions = {peer.replace("-", "_"): about["version"] for peer, (_, about) in peers.items()}
+    introduction = INTRODUCTION.format(
+        transformers=transformers.__version__,
+        nothing=NOTHING,
+        peer_transformers=peers["llm-compressor"][1]["transformers"],
+        **versions,
+    )
+    return "\n".join([introduction, *head, *rows, "", "## Notes", "", *numbered, "", *coverage(), ""])
+
+
+def coverage() -> list[str]:
+    """Which causal LMs of transformers no table knows."""
+    known = set(known_model_types())
+    causal = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    unknown = ", ".join(f"`{name}`" for name in causal if name not in known)
+    seeing = ", ".join(f"`{name}`" for name in sorted(known - set(causal)))
+    return [
+        "## Coverage",
+        "",
+        f"transformers {transformers.__version__} lists {len(causal)} model types under `AutoModelForCausalLM`. Tables "
+        f"know {len(known & set(causal))} of them, and {seeing} beside them. Not known, and refused by name "
+        "(encoders and decoders of encoder-decoder models are among them):",
+        "",
+        f"{unknown}.",
+        "",
+        "Zamba and Zamba 2 are missing for a reason of transformers: the blocks that their layers share are tied by "
+        "the same switch as embedding and head (`tie_word_embeddings`), which R1 has to turn off, so that a rotated "
+        "folder would load without them.",
+    ]
 
 
 if __name__ == "__main__":

@@ -53,6 +53,18 @@ DELTA = {
     "linear_value_head_dim": 12,
 }
 MAMBA = {"mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 4}
+ONE_MIXER = {
+    **{key: size for key, size in MOE.items() if key in SIZES and key != "num_hidden_layers"},
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 40,
+    "ssm_state_size": 8,
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "chunk_size": 4,
+}
+MIXERS = ["linear_attention", "full_attention", "mlp", "moe"]
 COHERE = {"prefix_dense_intermediate_size": 40, "layer_types": LAYERS, "sliding_window": 5}
 MLA = {
     **MOE,
@@ -63,6 +75,12 @@ MLA = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 24,
     "n_shared_experts": 1,
+}
+MLA_ALONE = {**{key: size for key, size in MLA.items() if key not in MOE or key in SIZES}, "q_lora_rank": 24}
+MLA_ALONE["num_hidden_layers"] = 2
+SPARSE = {
+    **{key: size for key, size in MOE.items() if key not in SIZES},
+    **{"index_n_heads": 2, "index_head_dim": 16, "index_topk": 4},
 }
 
 
@@ -106,6 +124,8 @@ FAMILIES: dict[str, Instance] = {
         layer_types=LAYERS,
         sliding_window=5,
     ),
+    "internlm3": of("internlm3", qkv_bias=True, bias=True),
+    "iquestcoder": of("iquestcoder"),
     "gemma": of("gemma", attention_bias=True),
     "arcee": of("arcee", attention_bias=True, mlp_bias=True),
     "apertus": of("apertus", attention_bias=True),
@@ -123,6 +143,7 @@ FAMILIES: dict[str, Instance] = {
     "olmo": of("olmo", attention_bias=True),
     "olmo-clipped": of("olmo", refused="R2", clip_qkv=0.5),
     "nemotron": of("nemotron", attention_bias=True, mlp_bias=True),
+    "jais2": of("jais2", attention_bias=True, mlp_bias=True),
     "starcoder2": of("starcoder2", FULL, num_key_value_heads=2, use_bias=True, sliding_window=5),
     "cohere": of("cohere", use_qk_norm=True, attention_bias=True),
     "cohere2": of("cohere2", layer_types=LAYERS, sliding_window=5),
@@ -155,6 +176,7 @@ FAMILIES: dict[str, Instance] = {
     "minimax_m2": of("minimax_m2", MOE, rotary_dim=8),
     "qwen2_moe": of("qwen2_moe", MOE, head_dim=None, hidden_size=96, shared_expert_intermediate_size=48),
     "qwen3_moe": of("qwen3_moe", MOE, mlp_only_layers=[0], attention_bias=True),
+    "mellum": of("mellum", MOE, layer_types=LAYERS, sliding_window=5),
     "olmoe": of("olmoe", MOE, head_dim=None, hidden_size=96),
     "olmoe-clipped": of("olmoe", MOE, head_dim=None, hidden_size=96, refused="R2", clip_qkv=0.5),
     "phimoe": of("phimoe", MOE, head_dim=None, hidden_size=96, attention_bias=True, lm_head_bias=True),
@@ -162,6 +184,7 @@ FAMILIES: dict[str, Instance] = {
     "granitemoeshared": of("granitemoeshared", MOE, head_dim=None, hidden_size=96, shared_intermediate_size=48),
     "gpt_oss": of("gpt_oss", MOE, layer_types=LAYERS, sliding_window=5),
     "glm4_moe": of("glm4_moe", MOE, attention_bias=True, use_qk_norm=True),
+    "solar_open": of("solar_open", MOE),
     "dots1": of("dots1", MOE, n_shared_experts=2, first_k_dense_replace=1),
     "ernie4_5_moe": of("ernie4_5_moe", MOE, use_bias=False, moe_num_experts=4, moe_k=2, tie_word_embeddings=True),
     "hunyuan_v1_moe": of("hunyuan_v1_moe", MOE, moe_topk=2),
@@ -169,6 +192,11 @@ FAMILIES: dict[str, Instance] = {
     "cohere2_moe-rms": of("cohere2_moe", MOE, rms_norm_eps=1e-5, **COHERE),
     "deepseek_v2": of("deepseek_v2", MLA, refused="R3", q_lora_rank=None),
     "deepseek_v3": of("deepseek_v3", MLA, refused="R3", q_lora_rank=24, attention_bias=True),
+    "glm4_moe_lite": of("glm4_moe_lite", MLA, refused="R3", q_lora_rank=24),
+    "youtu": of("youtu", MLA_ALONE, refused="R3"),
+    "minicpm3": of("minicpm3", MLA_ALONE, refused="R3", attention_bias=True),
+    "deepseek_v32": of("deepseek_v32", MLA_ALONE, refused="R3", **SPARSE),
+    "glm_moe_dsa": of("glm_moe_dsa", MLA_ALONE, refused="R3", attention_bias=True, **SPARSE),
     # recurrences, alone and beside attention
     "qwen3_next": of("qwen3_next", MOE, refused="R2", shared_expert_intermediate_size=48, **DELTA),
     "qwen3_5": of("qwen3_5_text", refused="R2", attention_bias=True, **DELTA),
@@ -207,6 +235,8 @@ FAMILIES: dict[str, Instance] = {
         **MAMBA,
     ),
     "lfm2": of("lfm2", FULL, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
+    "nemotron_h": of("nemotron_h", ONE_MIXER, layers_block_type=MIXERS),
+    "nemotron_h-latent": of("nemotron_h", ONE_MIXER, layers_block_type=MIXERS, moe_latent_size=32, use_bias=True),
     "mamba": of("mamba", FULL, lacks="R2 R3 R4", state_size=8, time_step_rank=4),
     "falcon_mamba": of("falcon_mamba", FULL, lacks="R2 R3 R4", state_size=8, time_step_rank=4),
     "mamba2": of("mamba2", FULL, lacks="R2 R3 R4", state_size=8, num_heads=8, head_dim=16, n_groups=2, chunk_size=4),

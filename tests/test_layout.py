@@ -18,7 +18,7 @@ LAYERS = [
     {"centred"},
     {"rotation", "quantization.floating", "quantization.integer", "quantization.progress", "learning.cayley"},
     {"saved_rotations", "quantization.rotated", "learning", "learning.objectives", "learning.state"},
-    {"fuse", "architectures", "architectures.table", "architectures.build", *TABLES},
+    {"fuse", "architectures", "architectures.table", "architectures.build", "architectures.prediction", *TABLES},
     {
         "module",
         "cache",
@@ -51,6 +51,7 @@ LAYERS = [
     {"mappings", "learnable", "source", "resumable"},
     {"formats.native_packing"},
     {"stream", "disk_model"},
+    {"along", "along.counterparts", "along.target", "along.experts", "along.lora", "along.heads", "along.folder"},
     {"disk_proof"},
     {"mapped_plan", "transform_config"},
     {"pipeline", "demo_model"},
@@ -59,7 +60,7 @@ LAYERS = [
     {"modifier", "llmcompressor"},
     {"report", "demo", "demo_page"},
     {"cli_options", "cli_output"},
-    {"cli_learn", "cli_quantize"},
+    {"cli_learn", "cli_quantize", "cli_along"},
     {"cli"},
     {"__main__"},
 ]

@@ -6,6 +6,7 @@ loads the folders written here with their online rotations and quantizers attach
 
 from importlib.metadata import version
 
+from spinquant.along.folder import rotate_adapter
 from spinquant.architectures import make_plan
 from spinquant.cache import QuantizedCache
 from spinquant.calibrate import CalibrationText, calibration_tokens, load_text, token_windows
@@ -107,6 +108,7 @@ __all__ = [
     "read_headers",
     "read_learned",
     "rotate",
+    "rotate_adapter",
     "rotate_folder",
     "save",
     "token_windows",

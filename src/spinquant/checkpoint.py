@@ -28,9 +28,16 @@ from spinquant.module import model_class
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-OURS = ("config.json", "demo.json", "learned.json")  # what marks a folder that --force may replace
+OURS = (
+    "config.json",
+    "adapter_config.json",
+    "demo.json",
+    "learned.json",
+)  # what marks a folder that --force may replace
 # Beside the weights, in a folder of their own: how they came about.
 BESIDE, RECORD, ROTATIONS = "spinquant", "record.json", "rotations.safetensors"
+# Weights in any form.
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".tflite")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -258,6 +265,24 @@ def check_unquantized(config: Any, model: str | Path) -> None:
         raise CheckpointError(
             f"{str(model)!r} is quantized already ({method}): rotate and quantize the 16-bit model it came from"
         )
+
+
+def companions(folder: Path) -> list[Path]:
+    """The files of a folder that are copied, relative to it: no weights, nothing hidden, nothing of ours.
+
+    Nor adapters that lie inside: their weights are those of the model as it was.
+    """
+    adapters = {path.parent for path in folder.rglob("adapter_config.json")} - {folder}
+    found = []
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if hidden or inside.parts[0] == BESIDE or not path.is_file() or path.parent in adapters:
+            continue
+        written = inside in (Path("config.json"), Path("adapter_config.json"))
+        if not written and path.suffix not in WEIGHTS and not path.name.endswith(".index.json"):
+            found.append(inside)
+    return found
 
 
 def weights_digest(model: str | Path) -> str:

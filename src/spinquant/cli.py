@@ -24,15 +24,19 @@ from spinquant.checkpoint import (
     load_tokenizer,
     read_headers,
 )
+from spinquant.cli_along import EXAMPLES as ALONG_EXAMPLES
+from spinquant.cli_along import rotate_adapter
 from spinquant.cli_learn import EXAMPLES as LEARN_EXAMPLES
 from spinquant.cli_learn import learn
 from spinquant.cli_options import (
     ALL_ROTATIONS,
     AllowInexact,
     AllowPickle,
+    Also,
     BlockSize,
     Compare,
     Device,
+    DropMtp,
     Dtype,
     Force,
     Json,
@@ -133,9 +137,11 @@ def rotate(
     text: Text = "auto",
     device: Device = "cpu",
     max_shard_size: MaxShardSize = None,
+    also: Also = None,
     force: Force = False,
     allow_pickle: AllowPickle = False,
     allow_inexact: AllowInexact = False,
+    drop_mtp: DropMtp = False,
     proof: Proof = True,
     compare: Compare = True,
     json_: Json = False,
@@ -158,11 +164,13 @@ def rotate(
             allow_pickle=allow_pickle,
             device=device,
             max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
-            options=Options(prove=proof, allow_inexact=allow_inexact, progress=progress),
+            also=also or (),
+            options=Options(prove=proof, allow_inexact=allow_inexact, drop_mtp=drop_mtp, progress=progress),
         )
     print_result(json_, {**result.record(), "seconds": result.seconds}, report.result_table(result, str(out)))
 
 
+app.command("rotate-adapter", epilog=ALONG_EXAMPLES)(rotate_adapter)
 app.command(epilog=QUANTIZE_EXAMPLES)(quantize)
 app.command(epilog=LEARN_EXAMPLES)(learn)
 

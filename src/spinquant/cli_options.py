@@ -35,6 +35,9 @@ Text = Annotated[str, typer.Option(help="A file, manual, wikitext, dataset:NAME[
 Force = Annotated[bool, typer.Option(help="Replace OUT when it exists.")]
 AllowPickle = Annotated[bool, typer.Option(help="Load pickle weights too; they can run code.")]
 AllowInexact = Annotated[bool, typer.Option(help="Save even when rotating moved the logits by more than rounding.")]
+DropMtp = Annotated[
+    bool, typer.Option("--drop-mtp", help="Leave out layers for multi-token prediction, which R1 cannot take along.")
+]
 Proof = Annotated[bool, typer.Option("--proof/--no-proof", help="Try the rotations on a small model first.")]
 MaxShardSize = Annotated[
     str | None, typer.Option(help="Largest file of weights, such as 5GB; by default the files of the source.")
@@ -55,6 +58,14 @@ Learned = Annotated[
     Path | None,
     typer.Option(
         help="Rotations that `spinquant learn` wrote: taken in place of random ones, --rotations, --type and all."
+    ),
+]
+Also = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Folder or hub id of a LoRA adapter (peft) or an EAGLE-3 head, rotated into OUT/adapters/NAME; may be "
+        "repeated.",
+        show_default=False,
     ),
 ]
 Windows = Annotated[int, typer.Option(help="Windows, spread evenly over the text; 0 for all.")]

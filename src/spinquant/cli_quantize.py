@@ -13,6 +13,7 @@ from spinquant.cli_options import (
     BlockSize,
     Compare,
     Device,
+    DropMtp,
     Dtype,
     Force,
     Json,
@@ -106,6 +107,7 @@ def quantize(
     force: Force = False,
     allow_pickle: AllowPickle = False,
     allow_inexact: AllowInexact = False,
+    drop_mtp: DropMtp = False,
     proof: Proof = True,
     compare: Compare = True,
     json_: Json = False,
@@ -173,7 +175,7 @@ def quantize(
             text=text if compare else None,
             device=device,
             max_shard_size=shard,
-            options=Options(prove=proof, allow_inexact=allow_inexact, progress=progress),
+            options=Options(prove=proof, allow_inexact=allow_inexact, drop_mtp=drop_mtp, progress=progress),
             **where,
         )
         if store is not None:

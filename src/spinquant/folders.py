@@ -1,7 +1,7 @@
 """From a folder or hub id to a new folder, which appears complete or not at all."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from spinquant.along.folder import read_along
 from spinquant.architectures import make_plan
+from spinquant.architectures.prediction import COUNTS
 from spinquant.calibrate import CalibrationText, calibration_tokens
 from spinquant.checkpoint import (
     BESIDE,
@@ -131,6 +133,7 @@ def rotate_folder(
     allow_pickle: bool = False,
     device: str = "cpu",
     max_shard_size: int | None = None,
+    also: Sequence[str | Path] = (),
     options: Options | None = None,
 ) -> Result:
     """Rotate a folder or hub id into a plain folder that transformers loads with nothing of ours installed.
@@ -141,19 +144,23 @@ def rotate_folder(
 
     learned: rotations to use in place of random ones; the spec is then theirs. dtype: of the weights written, by
     default as in the source. text: of the real tokens on which logits are compared; None for no comparison.
-    max_shard_size: bytes, by default the shards of the source. Raises RotationError for rotations that need work at
-    run time (R3, R4): a plain folder cannot hold them.
+    max_shard_size: bytes, by default the shards of the source. also: folders of adapters (peft's LoRA) and draft heads
+    (EAGLE-3) of the model, which are rotated with it, into `adapters/NAME` of `out`. Raises RotationError for rotations
+    that need work at run time (R3, R4): a plain folder cannot hold them; and for what cannot ride along.
     """
     spec, rotations = (learned.spec, learned.rotations) if learned else (spec, None)
     check_format("hf", Scheme(), spec)
     options = options or Options()
     if not (allow_pickle and has_pickles_only(folder_of(model, allow_pickle=True))):
-        request = Request(spec, dtype, device, max_shard_size, text, options=options, learned=learned)
+        along = read_along(also)
+        request = Request(spec, dtype, device, max_shard_size, text, options=options, learned=learned, also=along)
         return stream_folder(model, out, request, force=force)
-    if max_shard_size is not None:
-        raise CheckpointError("pickle weights are not streamed: leave --max-shard-size out, or convert them first")
+    if max_shard_size is not None or also:
+        raise CheckpointError(
+            "pickle weights are not streamed: leave --max-shard-size and --also out, or convert them first"
+        )
     check_free(out, force=force, source=model)
-    loaded, tokenizer, sample, notes = _open(model, dtype, text or "auto", allow_pickle, device)
+    loaded, tokenizer, sample, notes = _open(model, dtype, text or "auto", allow_pickle, device, options.drop_mtp)
     result = rotate(loaded, spec, rotations=rotations, sample=None if text is None else sample, options=options)
     if dtype is not None:
         _cast(loaded, dtype)
@@ -212,7 +219,9 @@ def quantize_folder(
         request = Request(spec, dtype, device, max_shard_size, text, scheme, options, learned)
         return stream_folder(model, out, request, force=force)
     check = partial(check_plan, scheme=scheme, spec=spec) if format == "compressed-tensors" else None
-    loaded, tokenizer, sample, notes = _open(model, dtype, text or "auto", allow_pickle, device, check)
+    loaded, tokenizer, sample, notes = _open(
+        model, dtype, text or "auto", allow_pickle, device, options.drop_mtp, check
+    )
     if dtype is not None:
         _cast(loaded, dtype)
     tokens, store = None, None
@@ -303,6 +312,7 @@ def _open(
     text: str,
     allow_pickle: bool,
     device: str,
+    drop_mtp: bool,
     check: Callable[[Plan], None] | None = None,
 ) -> tuple[Any, Any, Tensor, dict[str, Any]]:
     config = load_config(model)
@@ -312,7 +322,15 @@ def _open(
         plan = make_plan(config, {name: info.shape for name, info in read_headers(model).items()})
         if check:
             check(plan)
+        if plan.predictors and not drop_mtp:
+            raise CheckpointError(
+                f"{str(model)!r} holds layers for multi-token prediction ({plan.predictors[0]}, ...), and transformers "
+                "loads the model without them: they would be missing from the result. Say so with --drop-mtp"
+            )
     loaded = load_model(model, allow_pickle=allow_pickle, device=device)
+    if drop_mtp:
+        for name in (name for name in COUNTS if hasattr(loaded.config, name)):
+            setattr(loaded.config, name, 0)
     if dtype is not None and dtype.itemsize > loaded.dtype.itemsize:
         _cast(loaded, dtype)  # widened before anything is rounded
     name, sample = sample_tokens(folder_of(model, allow_pickle=allow_pickle), loaded.config, text)

@@ -23,7 +23,15 @@ from spinquant.errors import RotationError
 from spinquant.plan import Plan, Space
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme, with_clip
 from spinquant.rotation import Rotation
-from spinquant.sites import GATE, InputSite, KeyValueSite, TreatedGate, check_batched, check_gate
+from spinquant.sites import (
+    GATE,
+    InputSite,
+    KeyValueSite,
+    TreatedActivation,
+    TreatedGate,
+    check_batched,
+    is_gated,
+)
 
 PREFIX = "spinquant_"
 ATTENTIONS = ("sdpa", "eager", "flex_attention")
@@ -181,10 +189,11 @@ def _attach_experts(
             module: Any = model.get_submodule(experts.module)
             if name == experts.first[0]:
                 attachment.hook(module.register_forward_pre_hook(site))
-            else:
-                check_gate(module, experts.module)
+            elif is_gated(module, experts.module):
                 attachment.cover(module, GATE, TreatedGate(module, site))
                 attachment.hook(module.register_forward_pre_hook(check_batched))
+            else:
+                attachment.hook(module.act_fn.register_forward_hook(TreatedActivation(site)))
 
 
 def _attach_attention(

@@ -38,13 +38,15 @@ class Options:
 
     prove: try the rotations on a small model of the same architecture first. allow_inexact: save even when the
     logits of real tokens moved by more than rounding. precision: dtype of fusing (see `fuse.transform`) and of online
-    rotations, by default the wider of the tensor's own and float32.
+    rotations, by default the wider of the tensor's own and float32. drop_mtp: of a checkpoint, leave out layers for
+    multi-token prediction, which R1 cannot take along.
     progress(stage, done, total): called as the work goes on.
     """
 
     prove: bool = True
     allow_inexact: bool = False
     precision: torch.dtype | None = None
+    drop_mtp: bool = False
     progress: Stage | None = None
 
     def stage(self, name: str) -> Callable[[int, int], None]:

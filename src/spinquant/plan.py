@@ -114,8 +114,10 @@ class Plan:
     `linears` are groups of linear modules that read one activation, in order of execution, and `experts` those that are
     not modules of their own: the places where weights and activations are quantized. `attentions` are the modules whose
     keys and values are cached. `blocks` are the decoder layers, each of which reads the output of the one before.
-    `transposed`: weights of `linears` are (in, out), as Conv1D has them; never that of the head.
+    `transposed`: weights of `linears` are (in, out), as Conv1D has them; never that of the head. `renamed`: weights of
+    linears that a checkpoint has under another name than the module.
     `refused` are rotations that the architecture rules out, with the mathematical reason.
+    `predictors` are tensors of layers for multi-token prediction, which are in no space and in the checkpoint alone.
     """
 
     family: str
@@ -131,6 +133,8 @@ class Plan:
     refused: tuple[tuple[str, str], ...] = ()
     experts: tuple[Experts, ...] = ()
     transposed: bool = False
+    renamed: tuple[tuple[str, str], ...] = ()
+    predictors: tuple[str, ...] = ()
 
     @cached_property
     def space(self) -> Mapping[str, Space]:
@@ -164,9 +168,17 @@ class Plan:
         """Gains by the name of the norm's bias."""
         return {gain.bias: gain for gain in self.gains if gain.bias is not None}
 
+    @cached_property
+    def _renamed(self) -> Mapping[str, str]:
+        return dict(self.renamed)
+
+    def weight_of(self, linear: str) -> str:
+        """The name of a linear's weight among the tensors that the plan was made from."""
+        return self._renamed.get(f"{linear}.weight", f"{linear}.weight")
+
     def read_by(self, linear: str) -> Space | None:
         """The space that the whole input of a linear module lives in; None where it lives in none."""
-        weight = f"{linear}.weight"
+        weight = self.weight_of(linear)
         reading = 0 if self.transposed and weight != self.head else 1
         axes = (axis for axis in self.axes_of.get(weight, ()) if axis.dim == reading and axis.span is None)
         return next((self.space[axis.space] for axis in axes), None)

@@ -47,6 +47,8 @@ TWIN_SIZES = {
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
     "mamba_n_heads": 2 * TWIN_HIDDEN // 16,
     "mamba_d_ssm": 2 * TWIN_HIDDEN,
+    "mamba_num_heads": 8,
+    "moe_shared_expert_intermediate_size": 32,
     "num_heads": 2 * TWIN_HIDDEN // 16,
 }
 

@@ -98,13 +98,33 @@ class TreatedGate:
         return self.site.treat(getattr(type(self.experts), GATE)(self.experts, gate_up))
 
 
-def check_gate(experts: nn.Module, name: str) -> None:
-    """Raise RotationError for experts in which nothing can happen between the two products."""
-    if not hasattr(experts, GATE):
+class TreatedActivation:
+    """The same for experts without a gate, as a hook on the module of their activation function."""
+
+    def __init__(self, site: InputSite):
+        self.site = site
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return self.site.treat(output)
+
+
+def is_gated(experts: nn.Module, name: str) -> bool:
+    """Whether experts have a gate. Raises RotationError where nothing can happen between their two products."""
+    if getattr(experts, "has_gate", True):
+        known = hasattr(experts, GATE)
+    else:
+        known = isinstance(getattr(experts, "act_fn", None), nn.Module)
+    if not known:
         raise RotationError(
             f"nothing can be rotated (R4) or rounded inside {name!r}: {type(experts).__name__} has no {GATE}, as "
-            "transformers' experts have. Leave R4 out, and activations at 16 bits."
+            "transformers' experts have, and no module act_fn. Leave R4 out, and activations at 16 bits."
         )
+    return getattr(experts, "has_gate", True)
+
+
+def activated(experts: Any, made: Tensor) -> Tensor:
+    """What stands between the two products of experts, from what the first one gives; rotated and rounded, if it is."""
+    return getattr(experts, GATE)(made) if getattr(experts, "has_gate", True) else experts.act_fn(made)
 
 
 def check_batched(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -7,7 +7,7 @@ as the numbers they stand for, in float32:  w[i, j] = q[i, j] scale_inv[i // row
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,19 +43,24 @@ class Stored:
 
 
 class Source:
-    """The tensors of a model folder. Raises CheckpointError, naming it, for a shard that is damaged."""
+    """The tensors of a model folder. Raises CheckpointError, naming it, for a shard that is damaged.
 
-    def __init__(self, folder: Path, config: Any):
+    without: names of tensors that are taken for absent, and files that hold nothing else with them.
+    """
+
+    def __init__(self, folder: Path, config: Any, *, without: Collection[str] = ()):
         self.folder = folder
-        self.files = weight_files(folder)
+        files = weight_files(folder)
         read_headers(folder)  # what the library and the index have to say about them
         self._open: dict[str, int] = {}
         self._scales: dict[str, Tensor] = {}
         self._block = fp8_block(config)
-        found = {name: (file, entry) for file in self.files for name, entry in read_entries(folder / file).items()}
+        found = {name: (file, entry) for file in files for name, entry in read_entries(folder / file).items()}
         self.tensors: dict[str, Stored] = {}
         for name, (file, entry) in found.items():
             if self._block and name.endswith(SCALE) and name.removesuffix(SCALE) in found:
+                continue
+            if name in without:
                 continue
             scaled = entry.dtype in FP8
             if scaled and (not self._block or f"{name}{SCALE}" not in found):
@@ -67,6 +72,8 @@ class Source:
                 self._check_blocks(name, entry, found[f"{name}{SCALE}"][1])
             self.tensors[name] = Stored(file, entry, f"{name}{SCALE}" if scaled else None)
         self._found = found
+        kept = {stored.file for stored in self.tensors.values()}
+        self.files = [file for file in files if file in kept]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -19,7 +19,10 @@ from typing import Any
 import torch
 from safetensors.torch import save as save_bytes
 
-from spinquant.architectures import make_plan
+from spinquant.along.folder import ADAPTERS, along_digests, write_along
+from spinquant.along.target import Target
+from spinquant.architectures import make_plan, prediction_tensors
+from spinquant.architectures.prediction import COUNTS
 from spinquant.calibrate import load_text, token_windows
 from spinquant.centred import check_centred
 from spinquant.checkpoint import (
@@ -31,10 +34,12 @@ from spinquant.checkpoint import (
     check_device,
     check_replaceable,
     check_unquantized,
+    companions,
     folder_of,
     is_full,
     load_config,
     load_tokenizer,
+    read_headers,
     weights_digest,
 )
 from spinquant.disk_model import Weights, hollow_model, unfillable
@@ -53,8 +58,6 @@ from spinquant.saved_rotations import to_save
 from spinquant.source import Source, fp8_block
 from spinquant.stream import Change, Plain, Rotated, Shard, Timing, make_shards, read_gains, stream
 
-# Weights in any form: what is not streamed stays behind.
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".tflite")
 STREAMED = "stream"  # the stage of a run that counts bytes
 SAMPLE_TOKENS = 128  # real tokens on which the fused model is compared with the original
 # A decoder block is loaded for that where it takes at most so many times the largest tensor in float32, or bytes.
@@ -68,7 +71,8 @@ class Request:
 
     max_shard_size: bytes; None for the shards of the source. text: of the real tokens on which the result is compared
     with the source, as in `load_text`; None for no comparison. scheme: weights are rounded to nearest; None for
-    rotations alone. learned: rotations in place of those that the spec makes, which then describes them.
+    rotations alone. learned: rotations in place of those that the spec makes, which then describes them. also: folders
+    of adapters and heads that ride along, by name.
     """
 
     spec: RotationSpec
@@ -79,6 +83,7 @@ class Request:
     scheme: Scheme | None = None
     options: Options = field(default_factory=Options)
     learned: LearnedRotations | None = None
+    also: Mapping[str, Path] = field(default_factory=dict)
 
     def settings(self, model: str | Path, folder: Path) -> dict[str, Any]:
         """Everything that decides the bytes of the result, as JSON."""
@@ -95,6 +100,8 @@ class Request:
             "text": self.text,
             "scheme": None if self.scheme is None else self.scheme.to_dict(),
             "learned": None if self.learned is None else self.learned.digest(),
+            "drop_mtp": self.options.drop_mtp,
+            "also": along_digests(self.also),
         }
 
 
@@ -121,7 +128,8 @@ def stream_folder(model: str | Path, out: str | Path, request: Request, *, force
     config = load_config(model)
     if fp8_block(config) is None:
         check_unquantized(config, model)
-    source = Source(folder, config)
+    dropped = prediction_tensors(config, read_headers(folder)) if request.options.drop_mtp else ()
+    source = Source(folder, config, without=frozenset(dropped))
     try:
         run = _Run(source, config, request, model)
         if request.options.prove and run.result.rotations:
@@ -129,6 +137,7 @@ def stream_folder(model: str | Path, out: str | Path, request: Request, *, force
                 run.result = replace(run.result, twin=prove(config, request.spec))
         with _open(out, request.settings(model, folder), force) as work:
             if not work.published:  # else a run before was killed between its last rename and tidying up
+                run.take_along(work)  # first: what cannot be rotated should be refused before gigabytes are
                 if not run.is_plain:  # what is quantized cannot be compared any more
                     with clock.phase("compare"):
                         run.compare(Rotated(source, run.change, run.untied))
@@ -200,6 +209,8 @@ class _Run:
         self.untied = [(tie.tensor, tie.source) for tie in plan.ties] if unties else []
         self.shards = make_shards(source, self.change, untied=self.untied, max_shard_size=request.max_shard_size)
         self.changes: dict[str, Any] = {"tie_word_embeddings": False} if unties else {}
+        if request.options.drop_mtp:
+            self.changes |= dict.fromkeys((name for name in COUNTS if hasattr(config, name)), 0)
         if request.dtype is not None:
             self.changes["dtype"] = str(request.dtype).removeprefix("torch.")
         if not self.is_plain:
@@ -210,6 +221,15 @@ class _Run:
         if learned is not None:
             notes["learned"] = learned.record
         self.result = Result(None, plan, request.spec, rotations, scheme=scheme, method=method, notes=notes)
+
+    def take_along(self, work: Resumable) -> None:
+        """Write the adapters and heads that ride along, rotated."""
+        change, found = self.change, {}
+        target = Target(str(work.out), self.config, self.source, change.plan, change.rotations)
+        for name, folder in self.request.also.items():
+            found[name] = write_along(folder, target, work.data / ADAPTERS / name)
+        if found:
+            self.result = replace(self.result, notes={**self.result.notes, "along": found})
 
     def compare(self, after: Weights) -> None:
         """Compare the logits of real tokens before and after, where the blocks of the model can be filled from disk."""
@@ -319,19 +339,6 @@ def write_companions(source: Source, shards: Sequence[Shard], folder: Path, chan
     write_file(folder / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
     for path in companions(source.folder):
         write_file(folder / path, source.folder / path)
-
-
-def companions(folder: Path) -> list[Path]:
-    """The files of a folder that are copied, relative to it: no weights, nothing hidden, nothing of ours."""
-    found = []
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in inside.parts)
-        if hidden or inside.parts[0] == BESIDE or not path.is_file() or inside == Path("config.json"):
-            continue
-        if path.suffix not in WEIGHTS and not path.name.endswith(".index.json"):
-            found.append(inside)
-    return found
 
 
 def write_beside(result: Result, folder: Path) -> None:

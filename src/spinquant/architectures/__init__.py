@@ -4,14 +4,18 @@ One file per group of families; a family is a table (see `table.py`). A model th
 guessing would give a model that loads and talks nonsense.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from spinquant.architectures import hybrid, layernorm, llama, moe, postnorm
-from spinquant.architectures.build import Shapes, build_plan
+from spinquant.architectures.build import Shapes, build_plan, module_names
+from spinquant.architectures.prediction import REASON, prediction_tensors
 from spinquant.architectures.table import Family, holds
 from spinquant.architectures.vision import VISIONS
 from spinquant.errors import ArchitectureError
 from spinquant.plan import Plan
+
+__all__ = ["FAMILIES", "family_of", "known_model_types", "make_plan", "module_names", "prediction_tensors"]
 
 FAMILIES: tuple[Family, ...] = (
     *llama.FAMILIES,
@@ -42,6 +46,7 @@ def known_model_types() -> list[str]:
 def make_plan(config: Any, shapes: Shapes) -> Plan:
     """The plan of a model, from its config and the names and shapes of its tensors (a checkpoint's or a module's).
 
+    Beside layers for multi-token prediction R1 is refused; without their tensors it is not.
     Raises ArchitectureError when no table knows the model_type, when the model is not a causal LM (or a
     vision-language model whose language part is one), or when a tensor is not explained.
     """
@@ -62,4 +67,9 @@ def make_plan(config: Any, shapes: Shapes) -> Plan:
         raise ArchitectureError(
             f"no table explains model_type {model_type!r}{inside}. Known: {', '.join(known_model_types())}."
         )
-    return build_plan(family, config, shapes)
+    predictors = prediction_tensors(config, shapes)
+    plan = build_plan(family, config, {name: shape for name, shape in shapes.items() if name not in set(predictors)})
+    if not predictors:
+        return plan
+    reason = REASON.format(first=predictors[0])
+    return replace(plan, predictors=predictors, refused=(*plan.refused, ("R1", reason)))

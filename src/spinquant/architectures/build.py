@@ -7,7 +7,7 @@ one. A table knows both; the plan's tensors are those that are there, its module
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -25,7 +25,7 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
     Raises ArchitectureError for a tensor that the table does not know, lacks, or that has another shape than
     the config promises.
     """
-    stored = {_in_module(name, family.stored): name for name in shapes}
+    stored = module_names(family, shapes)
     shapes = {name: shapes[origin] for name, origin in stored.items()}
     tie = bool(getattr(config, "tie_word_embeddings", False))
     if family.head not in shapes and not tie:
@@ -58,7 +58,7 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
         onlines=onlines,
         ties=(Tie(origin(family.head), origin(family.embedding)),) if tie else (),
         linears=build.linears(),
-        attentions=tuple(name for name in build.each_layer(family.attention) if build.is_there(f"{name}.")),
+        attentions=tuple(name for name in build.each_layer(family.attention) if build.has(name)),
         blocks=tuple(build.each_layer(family.block)),
         head=family.head,
         experts=tuple(
@@ -66,8 +66,18 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
             for stack in build.experts()
         ),
         transposed=family.transposed,
+        renamed=tuple(
+            (weight, origin(weight))
+            for weight in (f"{name}.weight" for group in build.linears() for name in group)
+            if origin(weight) != weight
+        ),
         refused=tuple((r.rotation, r.reason) for r in family.refused if r.when is None or holds(r.when, build.config)),
     )
+
+
+def module_names(family: Family, names: Iterable[str]) -> dict[str, str]:
+    """The names of a checkpoint's tensors, by the names that the module gives them."""
+    return {_in_module(name, family.stored): name for name in names}
 
 
 def _in_module(name: str, stored: Sequence[tuple[str, str]]) -> str:
@@ -96,6 +106,11 @@ class _Build:
         """Whether there is a tensor whose name begins so."""
         at = bisect_left(self._names, prefix)
         return at < len(self._names) and self._names[at].startswith(prefix)
+
+    def has(self, module: str, pattern: str | None = None) -> bool:
+        """Whether there is a module; by default an attention."""
+        part = self.family.attention_part if pattern in (None, self.family.attention) else ""
+        return self.is_there(f"{module}.{part}")
 
     def each(self, pattern: str) -> Iterator[tuple[str, int | None]]:
         """Names that a pattern stands for, each with its layer."""
@@ -265,7 +280,7 @@ class _Build:
             Online(name, site, str(_in_layer(space, i)))
             for pattern, (site, space) in self.family.onlines.items()
             for name, i in self.each(pattern)
-            if self.is_there(f"{name}.")
+            if self.has(name, pattern)
         )
 
     def experts(self) -> Iterator[Experts]:
@@ -279,8 +294,9 @@ class _Build:
                 living = self.explained.get(name, ())
                 if online.space in living:
                     second.append((name, living.index(online.space)))
-                elif "residual" in living and not name.endswith("bias"):
-                    first.append((name, living.index("residual")))
+                elif living and not name.endswith("bias"):
+                    # Where nothing is said of them, the inputs of an expert come last.
+                    first.append((name, living.index("residual") if "residual" in living else len(living) - 1))
             last = {dim == len(self.shapes[name]) - 1 for name, dim in first + second}
             if len(last) != 1:
                 raise ArchitectureError(f"{online.module}: the weights of its experts lie in different ways")

@@ -5,8 +5,8 @@ convolutions, gates and norms that act element by element: nothing there is rota
 R3 as elsewhere, all layers with an MLP have R4.
 """
 
-from spinquant.architectures.llama import ATTENTION, LAYER, LLAMA, MLP
-from spinquant.architectures.moe import GRANITE_MOE, QWEN2_MOE, QWEN3_MOE
+from spinquant.architectures.llama import ATTENTION, HIDDEN, LAYER, LLAMA, MLP, VALUE
+from spinquant.architectures.moe import EXPERT, GRANITE_MOE, QWEN2_MOE, QWEN3_MOE, SHARED
 from spinquant.architectures.table import INSIDE, Family, Refusal
 
 _INPUT = f"{LAYER}.input_layernorm.weight"
@@ -154,4 +154,101 @@ def _only_mixer(name: str, *model_types: str, inside: tuple[str, ...]) -> Family
 MAMBA = _only_mixer("mamba", "mamba", "falcon_mamba", inside=MAMBA1)
 MAMBA_2 = _only_mixer("mamba2", "mamba2", inside=(*MAMBA2, "norm.weight"))
 
-FAMILIES = (*(QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE, JAMBA, BAMBA, FALCON_H1, GRANITE_HYBRID, LFM2, MAMBA, MAMBA_2),)
+# One mixer in every layer: Mamba, attention, an MLP or experts, whose activations have no gates.
+_MIXER = f"{LAYER}.mixer"
+_EXPERTS, _SHARED = f"{_MIXER}.experts", f"{_MIXER}.shared_experts"
+_LATENT = tuple(f"{_MIXER}.{name}_latent_proj" for name in ("fc1", "fc2"))
+_ATTENTION_PARTS = tuple(f"{_MIXER}.{name}_proj" for name in "qkvo")
+
+
+def _nemotron_h(name: str, expert: str | None, reads: tuple[str, ...], *latent: str, when: str) -> Family:
+    """The family whose experts live in a space outside, or in a latent inside, between two linears."""
+    routed = (f"{_MIXER}.gate.", f"{_SHARED}.", *(f"{linear}." for linear in latent))
+    return Family(
+        name=name,
+        model_types=("nemotron_h",),
+        tensors={
+            "model.embeddings.weight": (None, "residual"),
+            "lm_head.weight": (None, "residual"),
+            f"{_MIXER}.in_proj.weight": (None, "residual"),
+            f"{_MIXER}.out_proj.weight": ("residual", None),
+            **{f"{_MIXER}.{part}": INSIDE for part in (*MAMBA2, "norm.weight")},
+            **{f"{_MIXER}.{part}_proj.weight": (None, "residual") for part in "qk"},
+            f"{_MIXER}.v_proj.weight": (VALUE, "residual"),
+            f"{_MIXER}.o_proj.weight": ("residual", VALUE),
+            f"{_MIXER}.up_proj.weight": (None, "residual"),
+            f"{_MIXER}.down_proj.weight": ("residual", HIDDEN),
+            f"{_MIXER}.gate.weight": (None, "residual"),
+            f"{_SHARED}.up_proj.weight": (None, "residual"),
+            f"{_SHARED}.down_proj.weight": ("residual", SHARED),
+            f"{_EXPERTS}.up_proj": (None, None, expert),
+            f"{_EXPERTS}.down_proj": (None, expert, EXPERT),
+            f"{_EXPERTS}.{{e}}.up_proj.weight": (None, expert),
+            f"{_EXPERTS}.{{e}}.down_proj.weight": (expert, EXPERT),
+            **dict(
+                zip((f"{linear}.weight" for linear in latent), ((None, "residual"), ("residual", None)), strict=False)
+            ),
+        },
+        spaces={
+            "residual": ("R1", "hidden_size"),
+            VALUE: ("R2", "head_dim"),
+            "layers.{i}.query_key": ("R3", "head_dim"),
+            HIDDEN: ("R4", "intermediate_size"),
+            SHARED: ("R4", "moe_shared_expert_intermediate_size"),
+            EXPERT: ("R4", "moe_intermediate_size"),
+        },
+        gains={
+            f"{LAYER}.norm.weight": (
+                *(f"{_MIXER}.{part}" for part in ("in_proj", "q_proj", "k_proj", "v_proj", "up_proj", "gate")),
+                f"{_SHARED}.up_proj",
+                *reads,
+            ),
+            "model.norm_f.weight": ("lm_head",),
+        },
+        onlines={
+            _MIXER: ("query_key", "layers.{i}.query_key"),
+            f"{_MIXER}.down_proj": ("input", HIDDEN),
+            f"{_SHARED}.down_proj": ("input", SHARED),
+            _EXPERTS: ("experts", EXPERT),
+        },
+        linears=(
+            *((f"{_MIXER}.{part}",) for part in ("in_proj", "out_proj")),
+            _ATTENTION_PARTS[:3],
+            _ATTENTION_PARTS[3:],
+            *((f"{_MIXER}.{part}",) for part in ("up_proj", "down_proj")),
+            *((linear,) for linear in latent),
+            *((f"{_SHARED}.{part}",) for part in ("up_proj", "down_proj")),
+        ),
+        attention=_MIXER,
+        attention_part="q_proj.",
+        block=LAYER,
+        embedding="model.embeddings.weight",
+        head="lm_head.weight",
+        when=(when,),
+        experts="n_routed_experts",
+        choices=(
+            (
+                tuple(f"{_MIXER}.{part}" for part in ("in_proj.", "out_proj.", *_MAMBA[:3], "dt_bias", "norm.")),
+                tuple(f"{part}." for part in _ATTENTION_PARTS),
+                tuple(f"{_MIXER}.{part}." for part in ("up_proj", "down_proj")),
+                (f"{_EXPERTS}.up_proj", f"{_EXPERTS}.down_proj", *routed),
+                (f"{_EXPERTS}.{{e}}.", *routed),
+            ),
+        ),
+        ignored=(r"model\.layers\.\d+\.mixer\.gate\.e_score_correction_bias",),
+        stored=((r"^backbone\.", "model."),),
+    )
+
+
+NEMOTRON_H = _nemotron_h(
+    "nemotron_h",
+    "residual",
+    tuple(f"{_EXPERTS}.{part}" for part in ("up_proj", "{e}.up_proj")),
+    when="not moe_latent_size",
+)
+NEMOTRON_H_LATENT = _nemotron_h("nemotron_h, latent experts", None, _LATENT[:1], *_LATENT, when="moe_latent_size")
+
+FAMILIES = (
+    *(QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE, JAMBA, BAMBA, FALCON_H1, GRANITE_HYBRID, LFM2, MAMBA, MAMBA_2),
+    *(NEMOTRON_H, NEMOTRON_H_LATENT),
+)

@@ -34,6 +34,7 @@ OLMO = LLAMA.like(
     refused=(Refusal("R2", CLIPPED.format(f"{ATTENTION}.v_proj", "o_proj").replace("{i}", "*"), "clip_qkv"),),
 )
 NEMOTRON = ARCEE.like("nemotron", "nemotron", centred=True, norm_offset=1.0)
+JAIS2 = NEMOTRON.like("jais2", "jais2", norm_offset=0.0)
 STARCODER2 = ARCEE.like(
     "starcoder2",
     "starcoder2",
@@ -290,6 +291,20 @@ GPT2 = GPT_BIGCODE.like(
 )
 
 FAMILIES = (
-    *(OLMO, NEMOTRON, STARCODER2, COHERE, STABLELM, STABLELM_PARALLEL, PHI, GPTJ, OPT, OPT_POST, GPT_NEOX, PERSIMMON),
+    *(
+        OLMO,
+        NEMOTRON,
+        JAIS2,
+        STARCODER2,
+        COHERE,
+        STABLELM,
+        STABLELM_PARALLEL,
+        PHI,
+        GPTJ,
+        OPT,
+        OPT_POST,
+        GPT_NEOX,
+        PERSIMMON,
+    ),
     *(FALCON_SEQUENTIAL, FALCON, FALCON_GROUPED, BLOOM, MPT, GPT_BIGCODE, GPT_BIGCODE_MULTI_QUERY, GPT2),
 )

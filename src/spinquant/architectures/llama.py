@@ -28,6 +28,8 @@ LLAMA = Family(
         "seed_oss",
         "ernie4_5",
         "cwm",
+        "internlm3",
+        "iquestcoder",
     ),
     tensors={
         "model.embed_tokens.weight": (None, "residual"),

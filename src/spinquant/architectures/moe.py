@@ -23,6 +23,7 @@ _DENSE = tuple(f"{MLP}.{name}_proj." for name in ("gate", "up", "down"))
 QWEN3_MOE = LLAMA.like(
     "qwen3_moe",
     "qwen3_moe",
+    "mellum",
     tensors={
         f"{MLP}.gate.weight": (None, "residual"),
         f"{EXPERTS}.gate_up_proj": (None, None, "residual"),
@@ -79,7 +80,9 @@ QWEN2_MOE = with_shared(
     QWEN3_MOE.like("qwen2_moe", "qwen2_moe"), "mlp.shared_expert", "shared_expert_intermediate_size"
 )
 GLM4_MOE = with_shared(
-    QWEN3_MOE.like("glm4_moe", "glm4_moe", "dots1"), "mlp.shared_experts", "moe_intermediate_size*n_shared_experts"
+    QWEN3_MOE.like("glm4_moe", "glm4_moe", "dots1", "solar_open"),
+    "mlp.shared_experts",
+    "moe_intermediate_size*n_shared_experts",
 )
 ERNIE4_5_MOE = with_shared(
     QWEN3_MOE.like(
@@ -198,6 +201,7 @@ DEEPSEEK = GLM4_MOE.like(
     "deepseek",
     "deepseek_v2",
     "deepseek_v3",
+    "glm4_moe_lite",
     without=("k_proj", "v_proj", "q_norm", "k_norm", "self_attn.q_proj"),
     tensors={
         f"{ATTENTION}.q_proj.weight": (None, "residual"),
@@ -236,7 +240,29 @@ DEEPSEEK = GLM4_MOE.like(
     refused=(_HEADLESS,),
 )
 
+# The same attention over an MLP alone.
+MLA_DENSE = DEEPSEEK.like("mla, dense", "youtu", "minicpm3", without=(".experts", ".shared_experts", f"{MLP}.gate."))
+
+# An indexer chooses the keys that are attended to, from the normed input and from the queries' latent.
+_INDEXER = f"{ATTENTION}.indexer"
+_INDEXED = tuple(f"{_INDEXER}.{name}" for name in ("wk", "weights_proj"))
+DEEPSEEK_SPARSE = DEEPSEEK.like(
+    "deepseek, sparse",
+    "deepseek_v32",
+    "glm_moe_dsa",
+    tensors={
+        **{f"{name}.weight?": (None, "residual") for name in _INDEXED},
+        f"{_INDEXER}.wq_b.weight?": (None, QUERY_LATENT),
+        f"{_INDEXER}.k_norm.weight?": (None,),
+        f"{_INDEXER}.k_norm.bias?": (None,),
+    },
+    gains={
+        _INPUT: (*DEEPSEEK.readers(_INPUT), *_INDEXED),
+        f"{ATTENTION}.q_a_layernorm.weight": Norm((f"{ATTENTION}.q_b_proj", f"{_INDEXER}.wq_b"), QUERY_LATENT),
+    },
+)
+
 FAMILIES = (
     *(QWEN3_MOE, QWEN2_MOE, GLM4_MOE, ERNIE4_5_MOE, HUNYUAN_MOE, MIXTRAL, OLMOE, PHIMOE, GRANITE_MOE, GPT_OSS),
-    *(COHERE2_MOE, COHERE2_MOE_RMS, DEEPSEEK),
+    *(COHERE2_MOE, COHERE2_MOE_RMS, DEEPSEEK, MLA_DENSE, DEEPSEEK_SPARSE),
 )

@@ -58,6 +58,7 @@ class Family:
     gains: scale of a norm -> the linears, or tensors, that read it.
     onlines: module pattern -> (site, space pattern).
     linears: groups of module patterns that read one activation, in order of execution; absent ones are skipped.
+    attention_part: what the names of an attention's tensors begin with where other modules have its name.
     when: conditions on the config under which the table holds, see `holds`.
     filled: heads times their size is the hidden size, whatever the config says of the size of a head.
     transposed: weights of linears are stored as (in, out), as Conv1D does.
@@ -78,6 +79,7 @@ class Family:
     block: str
     embedding: str
     head: str
+    attention_part: str = ""
     when: tuple[str, ...] = ()
     refused: tuple[Refusal, ...] = ()
     norm_offset: float = 0.0

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from spinquant.calibrate import watched_calls
 from spinquant.plan import Experts
 from spinquant.quantization.weights import Weight
-from spinquant.sites import GATE
+from spinquant.sites import activated
 
 
 @dataclass
@@ -75,7 +75,7 @@ def between(model: nn.Module, experts: Experts, expert: int, rows: Tensor, first
     matrices = weight.matrices(model) if first is None else weight.turned(first)
     bias = getattr(module, experts.first[0].rpartition(".")[2] + "_bias", None)
     made = nn.functional.linear(rows, matrices[expert], None if bias is None else bias[expert])
-    return getattr(module, GATE)(made)
+    return activated(module, made)
 
 
 def expert_products(

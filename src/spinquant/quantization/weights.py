@@ -78,10 +78,11 @@ def _weights(plan: Plan, scheme: Scheme) -> Iterator[Weight]:
 
 def linear_weights(plan: Plan, scheme: Scheme) -> list[Weight]:
     """The weights of linears alone, with the head's where the scheme covers it."""
-    found = [Weight(f"{name}.weight", plan.transposed) for group in plan.linears for name in group]
+    found = [Weight(plan.weight_of(name), plan.transposed) for group in plan.linears for name in group]
     return [*found, Weight(plan.head)] if scheme.lm_head else found
 
 
 def linears_of(plan: Plan, scheme: Scheme) -> list[str]:
     """Names of the linear modules that a scheme covers, in order of execution; experts are not among them."""
-    return [weight.tensor.removesuffix(".weight") for weight in linear_weights(plan, scheme)]
+    names = [name for group in plan.linears for name in group]
+    return [*names, plan.head.removesuffix(".weight")] if scheme.lm_head else names

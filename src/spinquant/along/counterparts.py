@@ -1,0 +1,46 @@
+"""A tensor that rides along lives in the spaces of a tensor of the model, its counterpart: the plan that follows.
+
+For y = W x, and W of the rotated model W' = R_out^T W diag(g) R_in, an update B A of W has to become
+
+    A' = A diag(g) R_in        B' = R_out^T B
+
+so A has the input axis of W, its gain included, and B the output axis of W. `fuse.transform` does the rest.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from spinquant.plan import Plan
+
+
+@dataclass(frozen=True)
+class Counterpart:
+    """A tensor of the model, and which of its axes are which of the tensor that rides along (its dim: own dim)."""
+
+    tensor: str
+    dims: Mapping[int, int]
+
+
+def plan_beside(plan: Plan, counterparts: Mapping[str, Counterpart]) -> Plan:
+    """The plan of tensors that ride along, by their own names: same spaces, same gains of the same norms.
+
+    A counterpart that is the bias of a norm is followed as a whole, whichever readers that norm has.
+    """
+    axes = tuple(
+        replace(axis, tensor=name, dim=counterpart.dims[axis.dim])
+        for name, counterpart in counterparts.items()
+        for axis in plan.axes_of.get(counterpart.tensor, ())
+        if axis.dim in counterpart.dims
+    )
+    gains = []
+    for gain in plan.gains:
+        dims = dict(gain.readers)
+        readers = tuple(
+            (name, counterpart.dims[dims[counterpart.tensor]])
+            for name, counterpart in counterparts.items()
+            if dims.get(counterpart.tensor) in counterpart.dims
+        )
+        biases = [name for name, counterpart in counterparts.items() if counterpart.tensor == gain.bias]
+        if readers or biases:
+            gains.append(replace(gain, readers=readers, bias=biases[0] if biases else None))
+    return replace(plan, axes=axes, gains=tuple(gains), onlines=(), ties=(), linears=(), attentions=(), blocks=())

@@ -1,0 +1,64 @@
+"""Updates of stacked experts: peft's `target_parameters`.
+
+peft adds sum_r B[:, r, e] A[e, r, :] to expert e of a parameter, so A, (experts x rank, in), has the input axis of an
+expert and B, (out, rank x experts), its output axis. The update is added to the parameter itself, so that what is
+rotated at run time inside the experts (R4) is read by the update too. Wrappers of two parameters of one module are
+nested, and their names say nothing of which is which: their shapes do.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from spinquant.along.counterparts import Counterpart
+from spinquant.along.target import Target
+from spinquant.errors import RotationError
+
+
+class _Expert(NamedTuple):
+    """A tensor that holds an expert's weight, as (out, in) or (in, out), and its sizes as peft sees them."""
+
+    tensor: str
+    outputs: int
+    inputs: int
+    shape: tuple[int, int]
+
+
+def stacked_counterpart(name: str, module: str, tensors: Mapping[str, Tensor], target: Target) -> Counterpart:
+    """The counterpart of an update's A or B, for experts that the checkpoint holds stacked or one by one.
+
+    module: the experts'. Raises RotationError where no parameter of theirs has the update's shape, or two have.
+    """
+    which = "A" if ".lora_A." in name else "B"
+    first = name.replace(f".lora_{which}.", ".lora_A.")
+    second = name.replace(f".lora_{which}.", ".lora_B.")
+    shape = (tensors[second].shape[0], tensors[first].shape[1])
+    found = [expert for expert in _experts(module, target) if expert.shape == shape]
+    if len(found) != 1:
+        raise RotationError(
+            f"tensor {name!r} of the adapter updates experts by (out, in) = {shape}, and {len(found)} parameters of "
+            f"{module!r} have that shape: the adapter is of another model, or cannot be told apart"
+        )
+    return Counterpart(found[0].tensor, {found[0].inputs: 1} if which == "A" else {found[0].outputs: 0})
+
+
+def _experts(module: str, target: Target) -> list[_Expert]:
+    """The weights of a layer's experts, whose spaces are those of every one of them."""
+    names = [target.module_name(f"{module}.{part}") for part in ("gate_up_proj", "down_proj")]
+    if names[0] in target.names:
+        found = []
+        for part, name in zip(("up", "down"), names, strict=True):
+            tensor = target.names[name]
+            sizes = target.source.tensors[tensor].entry.shape
+            # Experts read the residual space and write to it: the other axis is inside.
+            residual = next(axis.dim for axis in target.plan.axes_of[tensor] if axis.space == "residual")
+            inputs = residual if part == "up" else 3 - residual
+            found.append(_Expert(tensor, 3 - inputs, inputs, (sizes[3 - inputs], sizes[inputs])))
+        return found
+    gate, down = (target.names.get(target.module_name(f"{module}.0.{part}_proj.weight")) for part in ("gate", "down"))
+    if gate is None or down is None:
+        raise RotationError(f"the adapter updates experts of {module!r}, and the model has none of that name")
+    (inner, outer), (wide, narrow) = (target.source.tensors[tensor].entry.shape for tensor in (gate, down))
+    # Gate and up are one parameter of the module.
+    return [_Expert(gate, 0, 1, (2 * inner, outer)), _Expert(down, 0, 1, (wide, narrow))]

@@ -1,0 +1,160 @@
+"""Draft heads: which of them can follow a rotated residual stream, and how.
+
+The rotated model hands out x R where it handed out x, inside the stack of blocks; but behind its last norm, whose
+scale g has moved into the head, it hands out u R where it handed out u diag(g).
+
+- **EAGLE-3** (arXiv 2503.01840) reads the residual stream behind some blocks, through one linear `fc`, and embeddings
+  through a norm. Both are read linearly, so it follows exactly; from there on it lives in a basis of its own.
+- **EAGLE-1 and 2** (arXiv 2401.15077) continue the states behind the last norm, in a residual stream of their own
+  whose outputs are both their next inputs and what the model's head reads. That stream would have to be o diag(1/g) R,
+  and its norm is not the norm of o, which the layer divides by.
+- **Medusa** (arXiv 2401.10774) adds SiLU(W u diag(g)) to the states: elementwise in the unrotated basis, to a sum in
+  the rotated one.
+- **Layers for multi-token prediction** lie in the model's own folder: see `architectures/prediction.py`.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from spinquant.along.target import Target
+from spinquant.errors import RotationError
+from spinquant.fuse import transform
+from spinquant.plan import Axis, Gain, Plan, Span
+
+Kind = Literal["eagle3", "eagle", "medusa"]
+
+_FIRST = r"(?:midlayer|layers\.0)"
+# What EAGLE-3 computes in its own basis, behind `fc` and the first attention's inputs.
+_INSIDE = re.compile(
+    r"fc\.bias|norm\.weight|lm_head\.weight|d2t|t2d"
+    rf"|{_FIRST}\.(hidden_norm|post_attention_layernorm)\.weight"
+    rf"|{_FIRST}\.self_attn\.((q|k|v|qkv|q_a)_proj|kv_a_proj_with_mqa)\.bias"
+    rf"|{_FIRST}\.self_attn\.(o_proj|q_norm|k_norm|q_b_proj|kv_b_proj|q_a_layernorm|kv_a_layernorm)\.(weight|bias)"
+    rf"|{_FIRST}\.mlp\.(gate|up|down|gate_up)_proj\.(weight|bias)"
+    r"|layers\.[1-9]\d*\..*"
+)
+_READERS = re.compile(rf"{_FIRST}\.self_attn\.((q|k|v|qkv|q_a)_proj|kv_a_proj_with_mqa)\.weight")
+_EMBEDDING_NORM = re.compile(rf"{_FIRST}\.input_layernorm\.weight")
+_MEDUSA = re.compile(r"(medusa_head\.)?\d+\.\d+\.linear\.weight|blocks\.\d+\.layers\.\d+\.weight")
+
+_IMPOSSIBLE = {
+    "eagle": (
+        "an EAGLE-1 or EAGLE-2 head continues the states behind the model's last norm, and its own output goes both to "
+        "the model's head and back into itself. R1 moves the scale g of that norm into the model's head, so that "
+        "output o would have to become o diag(1/g) R, and the head's own norm, which divides by the length of o, would "
+        "divide by another number. Leave R1 out (--rotations R2), or use an EAGLE-3 head"
+    ),
+    "medusa": (
+        "a Medusa head adds SiLU(W x) to the state x behind the model's last norm. SiLU acts element by element in the "
+        "unrotated basis, and what it is added to would be rotated: no W, and no head behind it, gives the same sum. "
+        "Leave R1 out (--rotations R2)"
+    ),
+}
+
+
+def head_kind(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Kind:
+    """Which of the known heads a folder holds. Raises RotationError, saying what was found, for none of them."""
+    names = [_own(name) for name in tensors]
+    if "fc.weight" in names and any(re.fullmatch(rf"{_FIRST}\.hidden_norm\.weight", name) for name in names):
+        return "eagle3"
+    if "fc.weight" in names and any(name.startswith("layers.0.") for name in names):
+        return "eagle"
+    if any(_MEDUSA.fullmatch(name) for name in names):
+        return "medusa"
+    raise RotationError(
+        f"this folder (model_type {config.get('model_type')!r}, tensors such as {', '.join(sorted(tensors)[:3])}) is "
+        "no head that is known: EAGLE-3 is rotated, EAGLE-1, EAGLE-2 and Medusa are recognised. A draft model of its "
+        "own reads tokens alone and needs no rotation"
+    )
+
+
+@torch.no_grad()
+def rotate_head(
+    kind: Kind, config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: Target
+) -> dict[str, Tensor]:
+    """The tensors of a head for the rotated target, under the same names.
+
+    Raises RotationError for a head that cannot follow R1, with the reason; R2, R3 and R4 alone touch nothing that a
+    head reads.
+    """
+    if "residual" not in target.rotations:
+        return dict(tensors)
+    if kind in _IMPOSSIBLE:
+        raise RotationError(f"R1 is impossible for this head: {_IMPOSSIBLE[kind]}.")
+    plan, gains = eagle3_plan(config, tensors, target)
+    return {name: transform(name, tensor, plan, gains, target.rotations) for name, tensor in tensors.items()}
+
+
+def eagle3_plan(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: Target
+) -> tuple[Plan, dict[str, Tensor]]:
+    """Where the tensors of an EAGLE-3 head live, and the weights of its norms that read the residual space.
+
+    Raises RotationError for a tensor that is not explained, and for a head that shares the model's.
+    """
+    about = config.get("eagle_config") or {}
+    if not about.get("use_aux_hidden_state", True):
+        raise RotationError(f"R1 is impossible for this head (use_aux_hidden_state is off): {_IMPOSSIBLE['eagle']}.")
+    hidden, residual = target.hidden_size, "residual"
+    by_own = {_own(name): name for name in tensors}
+    if "lm_head.weight" not in by_own:
+        raise RotationError(
+            "the head has no lm_head of its own: it would use the model's, into which R1 moves the scale of the "
+            "model's last norm, where it needs that of its own. Leave R1 out, or give it a copy of the original "
+            "model's head"
+        )
+    fc = tensors[by_own["fc.weight"]]
+    if fc.shape[1] % hidden:
+        raise RotationError(
+            f"fc reads {fc.shape[1]} numbers, which is no multiple of the model's hidden size {hidden}: the head is of "
+            "another model"
+        )
+    # A head of another width has embeddings of its own, which no rotation of the model touches.
+    shares = fc.shape[0] == hidden
+    axes = [Axis(by_own["fc.weight"], 1, residual)]
+    gains: list[Gain] = []
+    weights: dict[str, Tensor] = {}
+    readers: list[str] = []
+    for own, name in by_own.items():
+        if own == "fc.weight" or _INSIDE.fullmatch(own):
+            continue
+        if own == "input_norm.weight":
+            gains.append(Gain(name, residual, ((by_own["fc.weight"], 1),)))
+            weights[name] = tensors[name]
+        elif own == "embed_tokens.weight":
+            axes += [Axis(name, 1, residual)] if shares else []
+        elif _READERS.fullmatch(own):
+            readers.append(name)
+        elif not _EMBEDDING_NORM.fullmatch(own):
+            raise RotationError(
+                f"tensor {name!r} (shape {tuple(tensors[name].shape)}) of the head is not explained: rotating around "
+                "it could change what the head computes"
+            )
+    if shares:
+        norm = next(name for own, name in by_own.items() if _EMBEDDING_NORM.fullmatch(own))
+        span = Span(0, hidden, 2 * hidden)
+        axes += [Axis(name, 1, residual, span) for name in readers]
+        gains.append(Gain(norm, residual, tuple((name, 1) for name in readers)))
+        # The first half of the readers' inputs is embeddings, behind this norm; the second has another.
+        weights[norm] = torch.cat([tensors[norm], torch.ones_like(tensors[norm])])
+    plan = Plan(
+        family="eagle3",
+        spaces=(target.plan.space[residual],),
+        axes=tuple(axes),
+        gains=tuple(gains),
+        onlines=(),
+        ties=(),
+        linears=(),
+        attentions=(),
+        blocks=(),
+        head=by_own["lm_head.weight"],
+    )
+    return plan, weights
+
+
+def _own(name: str) -> str:
+    return name.removeprefix("model.")

@@ -1,0 +1,211 @@
+"""LoRA adapters in peft's folder format, rotated as the model that they adapt.
+
+An update s B A of a weight W becomes s B' A' (see `counterparts.py`); s, ranks and their patterns stay. An input that
+is rotated at run time (R4) is rotated by the linear itself, inside the layer that peft puts around it, so A reads it as
+it was. Embeddings have A by token and B by channel. A bias, or a whole module that the adapter brings, is rotated as
+the tensor of the model that it stands for. Updates of stacked experts: `experts.py`.
+
+DoRA keeps m and divides by norms of rows, y = diag(m / n) (W + s B A) x with n_i = ||(W + s B A)_i||. Where outputs are
+rotated this has no counterpart: diag(m / n) R is not R diag(m / n). A rotated input keeps n; a gain changes it, so
+
+    m'_i = m_i ||(W + s B A)_i diag(g)|| / ||(W + s B A)_i||
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spinquant.along.counterparts import Counterpart, plan_beside
+from spinquant.along.experts import stacked_counterpart
+from spinquant.along.target import Target
+from spinquant.errors import RotationError
+from spinquant.fuse import transform
+
+PREFIX = "base_model.model."
+_NAME = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(?:\.(?:weight|bias))?"
+)
+# Tokens whose embeddings an adapter brings; peft has had two names for them.
+_TOKENS = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_(?:delta|original)")
+
+# Initialisations that leave the weights of the model alone, however the adapter is loaded.
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+# What a config may say without a word on which spaces the adapter's tensors live in.
+HARMLESS = frozenset(
+    "alora_invocation_tokens alpha_pattern arrow_config auto_mapping base_model_name_or_path bias corda_config "
+    "ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern "
+    "layers_to_transform loftq_config lora_alpha lora_bias lora_dropout lora_ga_config megatron_config megatron_core "
+    "modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision runtime_config target_modules "
+    "target_parameters task_type trainable_token_indices use_dora use_rslora".split()
+)
+REASONS = {
+    "use_qalora": "its A reads sums over groups of channels, which a rotation mixes",
+    "use_bdlora": "its A or B is block-diagonal, and a rotation fills the blocks",
+    "layer_replication": "it repeats layers of the model, which has no layers of these names then",
+    "velora_config": "its compression is trained in the channels of the unrotated input",
+}
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """The magnitudes of a DoRA adapter of one linear: its tensor in the plan, and the scaling of its update."""
+
+    tensor: str
+    module: str
+    scaling: float
+
+
+@torch.no_grad()
+def rotate_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: Target) -> dict[str, Tensor]:
+    """The tensors of an adapter for the rotated target, under the same names.
+
+    config: what adapter_config.json says. Raises RotationError for what cannot be rotated, with the reason.
+    """
+    check_config(config, target)
+    counterparts: dict[str, Counterpart] = {}
+    magnitudes: dict[str, Scaled] = {}
+    for name in tensors:
+        found = _counterpart(name, config, tensors, target)
+        if isinstance(found, Counterpart):
+            counterparts[name] = found
+        else:
+            magnitudes[name] = found
+    plan = plan_beside(target.plan, counterparts)
+    rotated = {n: transform(n, t, plan, target.gains, target.rotations) for n, t in tensors.items()}
+    for name, scaled in magnitudes.items():
+        rotated[name] = _magnitude(name, scaled, tensors, target)
+    return rotated
+
+
+def check_config(config: Mapping[str, Any], target: Target) -> None:
+    """Raise RotationError for an adapter that is not LoRA, or has an option that a rotation does not keep."""
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise RotationError(
+            f"the adapter is of peft_type {kind!r}: only LORA has a counterpart in the rotated model (others scale or "
+            "mix channels in a basis of their own). Merge it into the model, and rotate that"
+        )
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start not in PLAIN_STARTS:
+        raise RotationError(
+            f"the adapter says init_lora_weights {start!r}: when it is loaded, peft computes the weights of the model "
+            "anew from those that are there, and rotated ones give others. Convert it to plain LoRA "
+            "(save_pretrained(..., path_initial_model_for_weight_conversion=...)) and rotate that"
+        )
+    for key, value in config.items():
+        if value in (None, False, [], {}) or key in HARMLESS:
+            continue
+        reason = REASONS.get(key, "this version of spinquant does not know what it does")
+        raise RotationError(f"the adapter says {key} = {value!r}: {reason}. Merge it into the model, and rotate that")
+    if target.plan.ties and "residual" in target.rotations:
+        for key in ("ensure_weight_tying", "trainable_token_indices"):
+            if config.get(key):
+                raise RotationError(
+                    f"the adapter says {key}, so embedding and head share what it brings, and R1 unties them (the head "
+                    "takes the gain of the last norm). Merge it into the model, and rotate that"
+                )
+
+
+def _counterpart(
+    name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: Target
+) -> Counterpart | Scaled:
+    inside = name.removeprefix(PREFIX)
+    if match := _NAME.fullmatch(inside):
+        module, part = match["module"], match["part"]
+    elif match := _TOKENS.fullmatch(inside):
+        return Counterpart(_tensor(name, f"{match['module']}.weight", target), {1: 1})
+    else:
+        return _whole(name, inside, target)
+    if module.endswith((".experts", ".experts.base_layer")) and part in ("lora_A", "lora_B"):
+        return stacked_counterpart(name, module.removesuffix(".base_layer"), tensors, target)
+    weight = _tensor(name, f"{module}.weight", target)
+    outputs, inputs = (1, 0) if target.family.transposed else (0, 1)
+    if part == "lora_A":
+        return Counterpart(weight, {} if _reads_online(module, target) else {inputs: 1})
+    if part == "lora_B":
+        # The bias of B is one of the outputs of the linear, as B's rows are.
+        return Counterpart(weight, {outputs: 0})
+    if part == "lora_embedding_A":
+        return Counterpart(weight, {0: 1})
+    if part == "lora_embedding_B":
+        return Counterpart(weight, {1: 0})
+    if _is_rotated(weight, 1 if weight == _embedding(target) else outputs, target):
+        raise RotationError(
+            f"{name} is a magnitude of DoRA, which scales the outputs of {module} one by one, and they are rotated: "
+            "diag(m) R is not R diag(m). Merge the adapter into the model and rotate that, or leave the rotation out"
+        )
+    return Scaled(weight, f"{name[: name.index(module)]}{module}", _scaling(module, config))
+
+
+def _whole(name: str, inside: str, target: Target) -> Counterpart:
+    """The tensor of the model whose place one of the adapter takes."""
+    tensor = _tensor(name, inside, target)
+    gain = target.plan.gain_of_norm.get(tensor)
+    if gain is not None and gain.space in target.rotations:
+        raise RotationError(
+            f"{name} takes the place of the scale of a norm, which is fused into the weights that read it, in the "
+            "rotated model: there is nothing left for it to replace. Merge the adapter into the model, and rotate that"
+        )
+    return Counterpart(tensor, {dim: dim for dim in range(3)})
+
+
+def _tensor(name: str, inside: str, target: Target) -> str:
+    found = target.names.get(target.module_name(inside.replace(".base_layer.", ".")))
+    if found is None:
+        raise RotationError(
+            f"tensor {name!r} of the adapter belongs to {inside!r}, and the model has no such tensor: the adapter is "
+            "of another model, or adapts what a checkpoint holds otherwise (stacked experts)"
+        )
+    return found
+
+
+def _embedding(target: Target) -> str:
+    return target.names[target.family.embedding]
+
+
+def _reads_online(module: str, target: Target) -> bool:
+    """Whether a linear's input is rotated at run time."""
+    name = target.module_name(f"{module}.weight").removesuffix(".weight")
+    onlines = (o for o in target.plan.onlines if o.module == name and o.site == "input")
+    return any(online.space in target.rotations for online in onlines)
+
+
+def _is_rotated(tensor: str, dim: int, target: Target) -> bool:
+    axes = target.plan.axes_of.get(tensor, ())
+    return any(axis.dim == dim and axis.space in target.rotations for axis in axes)
+
+
+def _scaling(module: str, config: Mapping[str, Any]) -> float:
+    """s of s B A, as peft finds it: patterns match the end of a module's name."""
+
+    def chosen(patterns: Any, otherwise: Any) -> Any:
+        for pattern, value in (patterns or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        return otherwise
+
+    rank = chosen(config.get("rank_pattern"), config["r"])
+    alpha = chosen(config.get("alpha_pattern"), config["lora_alpha"])
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _magnitude(name: str, scaled: Scaled, tensors: Mapping[str, Tensor], target: Target) -> Tensor:
+    """m' of the module's head, in the dtype of m."""
+    magnitude = tensors[name]
+    gains = [g for g, _ in target.plan.gains_of.get(scaled.tensor, ()) if g.space in target.rotations]
+    if not gains:
+        return magnitude
+    wide = torch.promote_types(magnitude.dtype, torch.float32)
+    a, b = (tensors[f"{scaled.module}.lora_{part}.weight"].to(wide) for part in "AB")
+    weight = target.original(scaled.tensor).to(wide)
+    updated = (weight.T if target.family.transposed else weight) + scaled.scaling * (b @ a)
+    scale = torch.ones((), dtype=wide)
+    for gain in gains:
+        scale = scale * (target.gains[gain.norm].to(wide) + gain.offset)
+    return (magnitude.to(wide) * (updated * scale).norm(dim=1) / updated.norm(dim=1)).to(magnitude.dtype)
