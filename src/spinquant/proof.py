@@ -84,6 +84,8 @@ class Float64Arithmetic(TorchFunctionMode):
         function: Any = torch.Tensor.double if func is torch.Tensor.float else func
         widened = [torch.float64 if a is torch.float32 else a for a in args]
         named = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        if func is torch.full and isinstance(args[-1], float):  # float32 unless told; XGLM fills with float64's lowest
+            named.setdefault("dtype", torch.float64)
         return function(*widened, **named)
 
 
@@ -182,6 +184,9 @@ def _twin(config: Any, family: Family | None) -> Any:
     small.update({name: 16 for name in ("mamba_d_head",) if getattr(config, name, None)})
     if getattr(config, "attn_layer_indices", None):
         small["attn_layer_indices"] = [1]
+    if getattr(config, "attention_types", None):  # GPT-Neo's kinds of layers, and how often they are repeated
+        small["attention_types"] = [[[config.attention_layers[i] for i in kept], 1]]
+        small["window_size"] = 6
     if getattr(config, "sliding_window", None):
         small["sliding_window"] = 6  # shorter than the tokens of the proof, so that the window matters
     # Some classes have names of their own for these.
@@ -222,7 +227,7 @@ def _small_heads(config: Any, family: Family | None) -> dict[str, int]:
         return {"hidden_size": TWIN_HIDDEN, **own}
     names = [name for name in ("num_kv_heads", "num_key_value_heads") if getattr(config, name, None)]
     kv_heads = getattr(config, names[0]) if names else config.num_attention_heads
-    few = min(2, kv_heads)
+    few = min(max(2, family.heads if family else 1), kv_heads)
     heads = few * min(config.num_attention_heads // kv_heads, 3)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     found = {**dict.fromkeys(names, few), "num_attention_heads": heads, "hidden_size": TWIN_HIDDEN}

@@ -60,6 +60,7 @@ class Family:
     linears: groups of module patterns that read one activation, in order of execution; absent ones are skipped.
     when: conditions on the config under which the table holds, see `holds`.
     filled: heads times their size is the hidden size, whatever the config says of the size of a head.
+    heads: the number of heads is a multiple of this one, as far as a small model is concerned.
     transposed: weights of linears are stored as (in, out), as Conv1D does.
     choices: alternatives of which every layer has at least one, each as the prefixes of its tensors, the first of
         which marks it. What belongs to an absent alternative alone is not missing.
@@ -83,6 +84,7 @@ class Family:
     norm_offset: float = 0.0
     centred: bool = False
     filled: bool = False
+    heads: int = 1
     transposed: bool = False
     experts: str | None = None
     choices: tuple[tuple[tuple[str, ...], ...], ...] = ()
