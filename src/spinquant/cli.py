@@ -34,6 +34,7 @@ from spinquant.cli_options import (
     Compare,
     Device,
     Dtype,
+    Family,
     Force,
     Json,
     Learned,
@@ -92,6 +93,7 @@ def plan(
     randomize: Randomize = False,
     runtime: Runtime = None,
     scheme: Annotated[str | None, typer.Option(help="What a runtime is to run: W8A8, W4A16, ...")] = None,
+    family: Family = None,
     json_: Json = False,
 ) -> None:
     """Show which tensors each rotation touches, from the config and the safetensors headers alone.
@@ -102,7 +104,7 @@ def plan(
         raise SchemeError("--scheme says what a runtime is to run: give --runtime too")
     wanted = parse_scheme(scheme) if scheme is not None else None
     spec = parse_spec(rotations, type, block_size, randomize, 0)
-    config = load_config(model)
+    config = load_config(model, family=family)
     check_unquantized(config, model)
     made = spinquant.make_plan(config, {name: info.shape for name, info in read_headers(model).items()})
     rows = report.plan_rows(made, spec)
@@ -141,6 +143,7 @@ def rotate(
     allow_inexact: AllowInexact = False,
     proof: Proof = True,
     compare: Compare = True,
+    family: Family = None,
     json_: Json = False,
 ) -> None:
     """Fuse R1 and R2 into a plain folder that transformers, vLLM and others load with nothing of ours installed.
@@ -162,6 +165,7 @@ def rotate(
             device=device,
             max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
             options=Options(prove=proof, allow_inexact=allow_inexact, progress=progress),
+            family=family,
         )
     print_result(json_, {**result.record(), "seconds": result.seconds}, report.result_table(result, str(out)))
 
@@ -228,6 +232,7 @@ def quantize(
     allow_inexact: AllowInexact = False,
     proof: Proof = True,
     compare: Compare = True,
+    family: Family = None,
     json_: Json = False,
 ) -> None:
     """Rotate and quantize into a folder that `spinquant.load`, or transformers after `import spinquant`, loads.
@@ -262,10 +267,10 @@ def quantize(
             check_free(out, force=force, source=model)
             check_format(format, parsed, spec, clips=clips)
             if runtime is not None:
-                check_for(runtime, format, parsed, spec, None if allow_pickle else model)
+                check_for(runtime, format, parsed, spec, None if allow_pickle else model, family=family)
             watch = Watch(progress, step_report(progress))
             options = LearnOptions(method=learn_first, seed=seed)  # pyright: ignore[reportArgumentType] - checked by it
-            given = {"text": LearnText(source), "device": device, "allow_pickle": allow_pickle}
+            given = {"text": LearnText(source), "device": device, "allow_pickle": allow_pickle, "family": family}
             found, store = learn_from(model, out, parsed, spec, options, **given, watch=watch)
         result = quantize_folder(
             model,
@@ -290,6 +295,7 @@ def quantize(
             max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
             options=Options(prove=proof, allow_inexact=allow_inexact, progress=progress),
             runtime=runtime,
+            family=family,
             format=format,  # pyright: ignore[reportArgumentType] - checked by the function
         )
         if store is not None:

@@ -57,6 +57,10 @@ Learned = Annotated[
         help="Rotations that `spinquant learn` wrote: taken in place of random ones, --rotations, --type and all."
     ),
 ]
+Family = Annotated[
+    Path | None,
+    typer.Option(help="TOML file with the family of a model that no table knows: docs/families.md.", show_default=False),
+]
 Windows = Annotated[int, typer.Option(help="Windows, spread evenly over the text; 0 for all.")]
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spinquant.architectures import make_plan
+from spinquant.architectures import FamilyLike, make_plan, recorded_family
 from spinquant.calibrate import CalibrationText, calibration_tokens
 from spinquant.checkpoint import (
     BESIDE,
@@ -128,6 +128,7 @@ def rotate_folder(
     device: str = "cpu",
     max_shard_size: int | None = None,
     options: Options | None = None,
+    family: FamilyLike | None = None,
 ) -> Result:
     """Rotate a folder or hub id into a plain folder that transformers loads with nothing of ours installed.
 
@@ -137,19 +138,20 @@ def rotate_folder(
 
     learned: rotations to use in place of random ones; the spec is then theirs. dtype: of the weights written, by
     default as in the source. text: of the real tokens on which logits are compared; None for no comparison.
-    max_shard_size: bytes, by default the shards of the source. Raises RotationError for rotations that need work at
+    max_shard_size: bytes, by default the shards of the source. family: a file that explains the model where no table
+    does, see `use_family`. Raises RotationError for rotations that need work at
     run time (R3, R4): a plain folder cannot hold them.
     """
     spec, rotations = (learned.spec, learned.rotations) if learned else (spec, None)
     check_format("hf", Scheme(), spec)
     options = options or Options()
     if not (allow_pickle and has_pickles_only(folder_of(model, allow_pickle=True))):
-        request = Request(spec, dtype, device, max_shard_size, text, options=options, learned=learned)
+        request = Request(spec, dtype, device, max_shard_size, text, options=options, learned=learned, family=family)
         return stream_folder(model, out, request, force=force)
     if max_shard_size is not None:
         raise CheckpointError("pickle weights are not streamed: leave --max-shard-size out, or convert them first")
     check_free(out, force=force, source=model)
-    loaded, tokenizer, sample, notes = _open(model, dtype, text or "auto", allow_pickle, device)
+    loaded, tokenizer, sample, notes = _open(model, dtype, text or "auto", allow_pickle, device, family)
     result = rotate(loaded, spec, rotations=rotations, sample=None if text is None else sample, options=options)
     if dtype is not None:
         _cast(loaded, dtype)
@@ -176,10 +178,11 @@ def quantize_folder(
     options: Options | None = None,
     format: Format = "native",
     runtime: str | None = None,
+    family: FamilyLike | None = None,
 ) -> Result:
     """Rotate and quantize a folder or hub id into a folder that `spinquant.load` and transformers load.
 
-    learned: rotations to use in place of random ones; the spec is then theirs.
+    learned: rotations to use in place of random ones; the spec is then theirs. family: as for `rotate_folder`.
     dtype: of everything that is not quantized, and of the arithmetic; by default as in the source. format: of the
     folder, see `check_format`, which is asked before any work. runtime: refuse what it does not run, see
     `formats/runtimes.py`.
@@ -190,7 +193,7 @@ def quantize_folder(
     """
     spec, rotations = (learned.spec, learned.rotations) if learned else (spec, None)
     if runtime is not None:
-        check_for(runtime, format, scheme, spec, None if allow_pickle else model)
+        check_for(runtime, format, scheme, spec, None if allow_pickle else model, family=family)
     calibrated = check_calibration(method, scheme, calibration)
     if calibrated is None and calibration_text is not None:
         raise CalibrationError(
@@ -200,7 +203,7 @@ def quantize_folder(
     options = options or Options()
     pickles = allow_pickle and has_pickles_only(folder_of(model, allow_pickle=True))
     if calibrated is None and format != "compressed-tensors" and not pickles:
-        request = Request(spec, dtype, device, max_shard_size, text, scheme, options, learned)
+        request = Request(spec, dtype, device, max_shard_size, text, scheme, options, learned, family)
         return stream_folder(model, out, request, force=force)
     if max_shard_size is not None:
         raise CheckpointError(
@@ -208,7 +211,7 @@ def quantize_folder(
             "--max-shard-size out"
         )
     check_free(out, force=force, source=model)
-    loaded, tokenizer, sample, notes = _open(model, dtype, text or "auto", allow_pickle, device)
+    loaded, tokenizer, sample, notes = _open(model, dtype, text or "auto", allow_pickle, device, family)
     if dtype is not None:
         _cast(loaded, dtype)
     tokens, store = None, None
@@ -218,7 +221,7 @@ def quantize_folder(
         notes["calibration_text"] = {"text": name, "samples": tokens.shape[0], "length": tokens.shape[1]}
         settings = [version("spinquant"), scheme, spec, method, calibrated, options.precision, loaded.dtype]
         settings += [digest(tokens), weights_digest(model)]
-        settings += [learned.digest() if learned else None]
+        settings += [learned.digest() if learned else None, recorded_family(loaded.config)]
         store = BlockStore(Path(out).parent / f".{Path(out).name}.calibration", json.dumps([repr(s) for s in settings]))
     result = quantize(
         loaded,
@@ -243,7 +246,15 @@ def _learned_note(learned: LearnedRotations | None) -> dict[str, Any]:
     return {"learned": learned.record} if learned else {}
 
 
-def check_for(runtime: str, format: str, scheme: Scheme, spec: RotationSpec, model: str | Path | None) -> None:
+def check_for(
+    runtime: str,
+    format: str,
+    scheme: Scheme,
+    spec: RotationSpec,
+    model: str | Path | None,
+    *,
+    family: FamilyLike | None = None,
+) -> None:
     """Raise SchemeError or RotationError for what a runtime does not load or run."""
     reads = runtime_of(runtime).format
     if format not in ("hf", reads):
@@ -251,18 +262,23 @@ def check_for(runtime: str, format: str, scheme: Scheme, spec: RotationSpec, mod
     check_runtime(runtime, scheme, spec)  # before the model is looked at, which may be on the hub
     if model is not None:
         shapes = {name: info.shape for name, info in read_headers(model).items()}
-        check_runtime(runtime, scheme, spec, make_plan(load_config(model), shapes))
+        check_runtime(runtime, scheme, spec, make_plan(load_config(model), shapes, family=family))
 
 
 def _open(
-    model: str | Path, dtype: torch.dtype | None, text: str, allow_pickle: bool, device: str
+    model: str | Path,
+    dtype: torch.dtype | None,
+    text: str,
+    allow_pickle: bool,
+    device: str,
+    family: FamilyLike | None,
 ) -> tuple[Any, Any, Tensor, dict[str, Any]]:
-    config = load_config(model)
+    config = load_config(model, family=family)
     check_unquantized(config, model)
     if not allow_pickle:
         # An architecture that no table explains is refused before gigabytes are loaded.
         make_plan(config, {name: info.shape for name, info in read_headers(model).items()})
-    loaded = load_model(model, allow_pickle=allow_pickle, device=device)
+    loaded = load_model(model, allow_pickle=allow_pickle, device=device, family=family)
     if dtype is not None and dtype.itemsize > loaded.dtype.itemsize:
         _cast(loaded, dtype)  # widened before anything is rounded
     name, sample = sample_tokens(folder_of(model, allow_pickle=allow_pickle), loaded.config, text)

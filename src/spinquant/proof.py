@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from spinquant.architectures import family_of
-from spinquant.architectures.table import Family
+from spinquant.architectures import FamilyLike, family_of, use_family
+from spinquant.architectures.table import Family, Named
 from spinquant.calibrate import captured, device_of
 from spinquant.errors import ProofError
 from spinquant.fuse import rotate_axis
@@ -165,7 +165,8 @@ def _twin(config: Any, family: Family | None) -> Any:
     text = config.get_text_config()
     if text is not config:
         return _twin_with_vision(config, _twin(text, family))
-    data = copy.deepcopy(config.to_dict())
+    data, original, names = copy.deepcopy(config.to_dict()), config, family.names if family else {}
+    config = Named(config, names)
     layers = config.num_hidden_layers
     per_layer = {key: value for key, value in data.items() if isinstance(value, list) and len(value) == layers > 0}
     kinds: dict[tuple[str, ...], int] = {}
@@ -190,8 +191,9 @@ def _twin(config: Any, family: Family | None) -> Any:
     if getattr(config, "sliding_window", None):
         small["sliding_window"] = 6  # shorter than the tokens of the proof, so that the window matters
     # Some classes have names of their own for these.
-    data.update({getattr(config, "attribute_map", {}).get(name, name): size for name, size in small.items()})
-    return _made(config, data)
+    own = getattr(config, "attribute_map", {})
+    data.update({own.get(named := names.get(name, name), named): size for name, size in small.items()})
+    return _made(original, data)
 
 
 def _twin_with_vision(config: Any, text: Any) -> Any:
@@ -264,12 +266,20 @@ def exact_experts(model: Any) -> None:
 Planner = Callable[[Any], tuple[Plan, Mapping[str, Rotation]]]
 
 
-def prove(config: Any, spec: RotationSpec, *, seed: int = 0, planner: Planner | None = None) -> Deviation:
+def prove(
+    config: Any,
+    spec: RotationSpec,
+    *,
+    seed: int = 0,
+    planner: Planner | None = None,
+    family: FamilyLike | None = None,
+) -> Deviation:
     """Try the rotations of a spec on the twin of a config; or a plan and rotations, as `planner(twin)` gives them.
 
-    Raises ProofError, naming the first module that departs, when logits (whole sequences, or token by token through
+    family: a family file that explains the config, see `use_family`. Raises ProofError, naming the first module that departs, when logits (whole sequences, or token by token through
     a KV cache) move by more than float64 rounding.
     """
+    use_family(config, family)
     with Float64Arithmetic(), torch.random.fork_rng(devices=[]):  # a model's initialisation draws from the global state
         twin = make_twin(config, seed=seed)
         if planner is None:

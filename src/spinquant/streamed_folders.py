@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import save as save_bytes
 
-from spinquant.architectures import make_plan
+from spinquant.architectures import RECORDED, FamilyLike, make_plan, recorded_family
 from spinquant.calibrate import load_text, token_windows
 from spinquant.centred import check_centred
 from spinquant.checkpoint import (
@@ -68,7 +68,8 @@ class Request:
 
     max_shard_size: bytes; None for the shards of the source. text: of the real tokens on which the result is compared
     with the source, as in `load_text`; None for no comparison. scheme: weights are rounded to nearest; None for
-    rotations alone. learned: rotations in place of those that the spec makes, which then describes them.
+    rotations alone. learned: rotations in place of those that the spec makes, which then describes them. family: a
+    file that explains the model where no table does.
     """
 
     spec: RotationSpec
@@ -79,8 +80,9 @@ class Request:
     scheme: Scheme | None = None
     options: Options = field(default_factory=Options)
     learned: LearnedRotations | None = None
+    family: FamilyLike | None = None
 
-    def settings(self, model: str | Path, folder: Path) -> dict[str, Any]:
+    def settings(self, model: str | Path, folder: Path, config: Any) -> dict[str, Any]:
         """Everything that decides the bytes of the result, as JSON."""
         return {
             "spinquant": version("spinquant"),
@@ -95,6 +97,7 @@ class Request:
             "text": self.text,
             "scheme": None if self.scheme is None else self.scheme.to_dict(),
             "learned": None if self.learned is None else self.learned.digest(),
+            "family": recorded_family(config),
         }
 
 
@@ -118,7 +121,7 @@ def stream_folder(model: str | Path, out: str | Path, request: Request, *, force
     check_device(request.device)
     folder = folder_of(model)
     check_replaceable(out, force=True, source=folder)
-    config = load_config(model)
+    config = load_config(model, family=request.family)
     if fp8_block(config) is None:
         check_unquantized(config, model)
     source = Source(folder, config)
@@ -127,7 +130,7 @@ def stream_folder(model: str | Path, out: str | Path, request: Request, *, force
         if request.options.prove and run.result.rotations:
             with clock.phase("prove"):
                 run.result = replace(run.result, twin=prove(config, request.spec))
-        with _open(out, request.settings(model, folder), force) as work:
+        with _open(out, request.settings(model, folder, config), force) as work:
             if not work.published:  # else a run before was killed between its last rename and tidying up
                 if not run.is_plain:  # what is quantized cannot be compared any more
                     with clock.phase("compare"):
@@ -200,6 +203,8 @@ class _Run:
         self.untied = [(tie.tensor, tie.source) for tie in plan.ties] if unties else []
         self.shards = make_shards(source, self.change, untied=self.untied, max_shard_size=request.max_shard_size)
         self.changes: dict[str, Any] = {"tie_word_embeddings": False} if unties else {}
+        if recorded_family(config) is not None:  # so that what is written needs no family file
+            self.changes[RECORDED] = recorded_family(config)
         if request.dtype is not None:
             self.changes["dtype"] = str(request.dtype).removeprefix("torch.")
         if not self.is_plain:
@@ -343,7 +348,7 @@ def write_beside(result: Result, folder: Path) -> None:
 
 def _change(config: dict[str, Any], changes: Mapping[str, Any]) -> None:
     for key, value in changes.items():
-        if key == "quantization_config":
+        if key in ("quantization_config", RECORDED):
             config[key] = value
             continue
         # Configs of old transformers say torch_dtype, those of models with several parts say it for the text part.
