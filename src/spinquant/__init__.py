@@ -6,7 +6,8 @@ loads the folders written here with their online rotations and quantizers attach
 
 from importlib.metadata import version
 
-from spinquant.architectures import make_plan
+from spinquant.architectures import make_plan, use_family
+from spinquant.architectures.family_file import FamilyFile, read_family
 from spinquant.cache import QuantizedCache
 from spinquant.calibrate import CalibrationText, calibration_tokens, load_text, token_windows
 from spinquant.checkpoint import load_model as load
@@ -37,6 +38,8 @@ from spinquant.module import fuse_module, plan_of
 from spinquant.online import Attachment, attach
 from spinquant.pipeline import Options, Result, quantize, rotate
 from spinquant.plan import Plan
+from spinquant.probing.draft import draft_text
+from spinquant.probing.probe import Probe, probe
 from spinquant.proof import prove
 from spinquant.quantization.blockwise import Calibration
 from spinquant.quantization.gptq import GPTQOptions, Moments, gptq
@@ -56,6 +59,7 @@ __all__ = [
     "Comparison",
     "EndToEndOptions",
     "Evaluation",
+    "FamilyFile",
     "GPTQOptions",
     "Hadamard",
     "HadamardOrderError",
@@ -69,6 +73,7 @@ __all__ = [
     "Options",
     "Orthogonal",
     "Plan",
+    "Probe",
     "ProofError",
     "QuantizedCache",
     "Quantizer",
@@ -87,6 +92,7 @@ __all__ = [
     "calibration_tokens",
     "compare_models",
     "detach",
+    "draft_text",
     "evaluate",
     "fuse_module",
     "gptq",
@@ -101,13 +107,16 @@ __all__ = [
     "make_rotations",
     "parse_scheme",
     "plan_of",
+    "probe",
     "prove",
     "quantize",
     "quantize_folder",
+    "read_family",
     "read_headers",
     "read_learned",
     "rotate",
     "rotate_folder",
     "save",
     "token_windows",
+    "use_family",
 ]

@@ -55,7 +55,7 @@ from spinquant.cli_options import (
     parse_spec,
 )
 from spinquant.cli_output import err_console, out_console, print_json, print_result, stages, step_report
-from spinquant.errors import CheckpointError, LearningError, SchemeError, SpinquantError
+from spinquant.errors import ArchitectureError, CheckpointError, LearningError, SchemeError, SpinquantError
 from spinquant.evaluation import compare_models
 from spinquant.evaluation import evaluate as evaluate_model
 from spinquant.folders import check_for, check_format, quantize_folder, rotate_folder
@@ -64,6 +64,7 @@ from spinquant.formats.runtimes import format_for, runtime_rows
 from spinquant.learning.folder import LearnText, learn_from, read_learned, remove_store
 from spinquant.learning.learn import LearnOptions, Watch
 from spinquant.pipeline import Options
+from spinquant.probing.draft import draft_text, write_draft
 from spinquant.quantization.blockwise import Calibration
 from spinquant.quantization.gptq import GPTQOptions
 from spinquant.quantization.scheme import parse_scheme, static_parts
@@ -94,19 +95,29 @@ def plan(
     runtime: Runtime = None,
     scheme: Annotated[str | None, typer.Option(help="What a runtime is to run: W8A8, W4A16, ...")] = None,
     family: Family = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Of a model that no table knows: try out what can be rotated; print a draft.")
+    ] = False,
+    draft: Annotated[Path | None, typer.Option(help="With --probe: file for the draft of a family file.")] = None,
     json_: Json = False,
 ) -> None:
     """Show which tensors each rotation touches, from the config and the safetensors headers alone.
 
-    With --runtime, also what that runtime runs, why, and what would work instead.
+    With --runtime, also what that runtime runs, why, and what would work instead. With --probe, try small random
+    models of the class, and draft a family file, which --family takes.
     """
+    if draft is not None and not probe:
+        raise ArchitectureError("--draft is the file that --probe writes: give --probe too")
     if scheme is not None and runtime is None:
         raise SchemeError("--scheme says what a runtime is to run: give --runtime too")
     wanted = parse_scheme(scheme) if scheme is not None else None
     spec = parse_spec(rotations, type, block_size, randomize, 0)
     config = load_config(model, family=family)
     check_unquantized(config, model)
-    made = spinquant.make_plan(config, {name: info.shape for name, info in read_headers(model).items()})
+    shapes = {name: info.shape for name, info in read_headers(model).items()}
+    if probe:
+        return _probe(config, shapes, draft, json_)
+    made = spinquant.make_plan(config, shapes)
     rows = report.plan_rows(made, spec)
     notes = report.plan_notes(made, spec)
     claims = runtime_rows(runtime, spec, wanted, made) if runtime else []
@@ -121,6 +132,22 @@ def plan(
         for note in notes:
             out_console.print(f"- {note}", highlight=False)
     if any(row["error"] for row in rows) or not all(claim["runs"] for claim in claims):
+        raise typer.Exit(1)
+
+
+def _probe(config: Any, shapes: dict[str, Any], draft: Path | None, json_: bool) -> None:
+    found = spinquant.probe(config, shapes=shapes)
+    if draft is not None and found.family is not None:
+        write_draft(found, draft)
+    if json_:
+        family = found.family and found.family.recorded()
+        findings = [{**asdict(finding), "holds": finding.holds} for finding in found.findings]
+        print_json({"model_type": found.model_type, "family": family, "findings": findings, "left": found.left})
+    elif draft is None or found.family is None:
+        typer.echo(draft_text(found), nl=False)
+    else:
+        err_console.print(f"draft: {draft}; agree to it with --family {draft}", highlight=False)
+    if found.family is None:
         raise typer.Exit(1)
 
 

@@ -160,7 +160,8 @@ def check(deviation: Deviation, dtype: torch.dtype, *, what: str) -> None:
 class Sizing:
     """What has to be known of a model's class for a small one to be made of it; see `Family` for the first three.
 
-    kv_heads, group: at most so many heads of keys, and of queries for each of them.
+    kv_heads, group: at most so many heads of keys, and of queries for each of them. head_dim: largest size of a head; by
+    default it stays what it is.
     """
 
     filled: bool = False
@@ -168,6 +169,7 @@ class Sizing:
     names: Mapping[str, str] = field(default_factory=dict)
     kv_heads: int = 2
     group: int = 3
+    head_dim: int | None = None
     hidden: int = TWIN_HIDDEN
     intermediate: int = TWIN_INTERMEDIATE
 
@@ -254,6 +256,7 @@ def _small_heads(config: Any, sizing: Sizing) -> dict[str, int]:
     few = min(max(sizing.kv_heads, sizing.heads), kv_heads)
     heads = few * min(config.num_attention_heads // kv_heads, sizing.group)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = min(head_dim, sizing.head_dim or head_dim)
     found = {**dict.fromkeys(names, few), "num_attention_heads": heads, "hidden_size": sizing.hidden}
     if not sizing.filled:
         return {**found, "head_dim": head_dim}

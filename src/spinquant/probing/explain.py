@@ -29,11 +29,12 @@ LINEARS = (nn.Linear, Conv1D)
 class Norm:
     """A norm of the residual stream: the tensor that scales, what it adds to it (0 or 1), and its readers.
 
-    offset: None where the scale is neither w nor 1 + w.
+    offset: None where the scale is neither w nor 1 + w. centred: it subtracts the mean.
     """
 
     scale: str
     offset: float | None
+    centred: bool
     readers: tuple[str, ...]
 
 
@@ -51,7 +52,7 @@ class Part:
     """What was found in a layer, or around the layers.
 
     fed: by reader of the stream, the writers whose inputs it moves. looks_back: the readers whose output at one token
-    moves such inputs at later ones, as keys and values do. problems: why the stream cannot be explained.
+    moves such inputs at later ones, as keys and values do. centred: its norms subtract the mean. problems: why the stream cannot be explained.
     """
 
     norms: list[Norm] = field(default_factory=list)
@@ -61,6 +62,7 @@ class Part:
     fed: dict[str, list[str]] = field(default_factory=dict)
     looks_back: set[str] = field(default_factory=set)
     attention: str | None = None
+    centred: bool = False
     problems: list[str] = field(default_factory=list)
 
 
@@ -80,15 +82,13 @@ def is_multiple(x: Tensor, y: Tensor) -> bool:
     return x.shape[-1] == y.shape[-1] and x.numel() == y.numel() and combination(x, [y])[1] <= EXACT
 
 
-def is_normed(x: Tensor, y: Tensor) -> bool:
-    """Whether each token of x is a number times that of y, maybe without its mean."""
+def is_normed(x: Tensor, y: Tensor, *, centred: bool = False) -> bool:
+    """Whether each token of x is a number times that of y, or of y without its mean."""
     if x.shape != y.shape:
         return False
-    for source in (y, y - y.mean(-1, keepdim=True)):
-        scale = (x * source).sum(-1, keepdim=True) / (source * source).sum(-1, keepdim=True)
-        if (x - scale * source).norm() <= EXACT * x.norm():
-            return True
-    return False
+    source = y - y.mean(-1, keepdim=True) if centred else y
+    scale = (x * source).sum(-1, keepdim=True) / (source * source).sum(-1, keepdim=True)
+    return bool((x - scale * source).norm() <= EXACT * x.norm())
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -130,41 +130,60 @@ def offset_of(call: Call) -> float | None:
     return None
 
 
+@torch.no_grad()
+def subtracts_mean(call: Call) -> bool:
+    """Whether a norm gives the same for an input that is shifted."""
+    plain, shifted = call.module(call.input), call.module(call.input + 1)
+    return bool((plain - shifted).norm() <= 1e-6 * plain.norm())
+
+
 def explain_layer(model: Any, layer: Call, calls: Sequence[Call], tokens: Tensor) -> Part:
     """What the modules inside a layer are to the residual stream. calls: those inside, in order of execution."""
     part = Part()
     hidden = layer.output.shape[-1]
     leaves = [call for call in calls if own_parameters(call.module)]
-    parts = [call for call in leaves if call.output.shape == layer.output.shape]
+    parts: list[Call] = []
+    for call in leaves:  # a module may hand on what one inside it gives
+        if call.output.shape == layer.output.shape and not any(torch.equal(call.output, p.output) for p in parts):
+            parts.append(call)
     part.writers = _writers(part, layer, parts)
     stream = [layer.input]
     for call in calls:  # values of the stream on its way through the layer
         if call.input.shape == layer.input.shape and not isinstance(call.module, LINEARS):
             sums, error = combination(call.input, [layer.input, *(c.output for c in parts)])
-            if error <= EXACT and abs(sums[0]) > EXACT and not any(is_multiple(call.input, s) for s in stream):
+            if error <= EXACT and _is_stream(sums, parts) and not any(is_multiple(call.input, s) for s in stream):
                 stream.append(call.input)
     scaled = [call for call in leaves if scale_of(call) and call.output.shape[-1] == hidden]
-    norms = [call for call in scaled if any(is_multiple(call.input, value) for value in stream)]
+    # Where the stream is not explained, every norm that linears read may be one of it.
+    norms = [call for call in scaled if part.problems or any(is_multiple(call.input, value) for value in stream)]
     linears = [call for call in leaves if isinstance(call.module, LINEARS)]
-    part.norms, part.readers = _readers(linears, norms, stream)
+    _add_readers(part, linears, norms, stream)
     part.attention = next((c.name for c in calls if any("past" in word for word in c.keywords)), None)
     reading = {name for norm in part.norms for name in norm.readers} | set(part.readers)
+    part.writers = [name for name in part.writers if name not in reading]
     outs = [call for call in linears if call.name in part.writers]
     for call in linears:
         if call.name not in reading:
             continue
         moved = answers(model, call, outs, tokens, NUDGE)
-        part.fed[call.name] = [name for name, delta in moved.items() if delta.abs().max() > 1e-6 * NUDGE]
+        # A nudge of all keys alike does not reach the scores, unless positions turn them.
         later = answers(model, call, outs, tokens, NUDGE, where=slice(0, 1))
+        both = {name: max(moved[name].abs().max(), later[name].abs().max()) for name in moved}
+        part.fed[call.name] = [name for name, size in both.items() if size > 1e-6 * NUDGE]
         fed = part.fed[call.name][:1]
         if any(later[name][:, 1:].abs().max() > 1e-6 * NUDGE for name in fed):
             part.looks_back.add(call.name)
         for name, delta in moved.items():
-            channels = _carried(delta)
+            channels = _carried(delta) if call.name in part.looks_back else {}
             if channels:
                 part.values.append(Values(call.name, name, channels))
                 break
     return part
+
+
+def _is_stream(sums: Sequence[float], parts: Sequence[Call]) -> bool:
+    """Whether a sum has the stream in it: what entered the layer, or a norm of it that took its place."""
+    return abs(sums[0]) > EXACT or sum(abs(number) > EXACT for number in sums) > 1
 
 
 def _carried(delta: Tensor) -> dict[int, tuple[int, ...]]:
@@ -182,7 +201,7 @@ def _writers(part: Part, layer: Call, parts: Sequence[Call]) -> list[str]:
     """The modules whose outputs a layer adds to the stream; adds to the part's problems what is in the way."""
     sums, error = combination(layer.output, [layer.input, *(call.output for call in parts)])
     if error > EXACT:
-        part.problems.append(_why_unexplained(layer, parts, error))
+        part.problems.append(_why_unexplained(layer, parts))
         # The best that can be said: linears of the right width that do not read what others of them read.
         return [c.name for c in parts if isinstance(c.module, LINEARS) and not is_normed(c.input, layer.input)]
     writing = [call for call, number in zip(parts, sums[1:], strict=True) if abs(number) > EXACT]
@@ -196,16 +215,20 @@ def _writers(part: Part, layer: Call, parts: Sequence[Call]) -> list[str]:
             part.problems.append(f"{call.name} ({type(call.module).__name__}) writes to the stream and is no linear")
     if abs(sums[0]) <= EXACT and not part.problems:
         part.problems.append(f"{layer.name} does not hand the residual stream on")
-    names = [call.name for call in writing if isinstance(call.module, LINEARS)]
-    behind = [c for c in writing if not isinstance(c.module, LINEARS)]
-    # A linear whose output a norm scales before it is added is still the place where a branch ends.
-    for call in parts:
-        if isinstance(call.module, LINEARS) and any(is_multiple(call.output, norm.input) for norm in behind):
-            names.append(call.name)
-    return [call.name for call in parts if call.name in names]
+    # A linear whose output goes through a norm on its way is still the place where a branch ends.
+    names, behind = {call.name for call in writing}, [call for call in writing if scale_of(call)]
+    while behind:
+        norm = behind.pop()
+        earlier = [call for call in parts if call is not norm]
+        sums, error = combination(norm.input, [layer.input, *(call.output for call in earlier)])
+        for call, number in zip(earlier, sums[1:], strict=True):
+            if error <= EXACT and abs(number) > EXACT and call.name not in names:
+                names.add(call.name)
+                behind += [call] if scale_of(call) else []
+    return [call.name for call in parts if call.name in names and isinstance(call.module, LINEARS)]
 
 
-def _why_unexplained(layer: Call, parts: Sequence[Call], error: float) -> str:
+def _why_unexplained(layer: Call, parts: Sequence[Call]) -> str:
     """Names what acts element by element, where that explains what a layer does to the stream."""
     columns = torch.stack([layer.input, *(call.output for call in parts)]).flatten(1, 2)  # (parts, tokens, hidden)
     if columns.shape[1] > columns.shape[0]:
@@ -230,8 +253,7 @@ def _why_unexplained(layer: Call, parts: Sequence[Call], error: float) -> str:
                 "only where all of g is equal"
             )
     return (
-        f"{layer.name} does not add multiples of what its linears give to the residual stream (of its output a share of "
-        f"{error:.2g} is not explained)"
+        f"{layer.name} does not add multiples of what its linears give to the residual stream"
     )
 
 
@@ -239,25 +261,24 @@ def _follows(parameter: Tensor, scale: Tensor) -> bool:
     return any(is_multiple(scale, p) for p in (parameter, 1 + parameter)) if parameter.any() else False
 
 
-def _readers(
-    linears: Sequence[Call], norms: Sequence[Call], stream: Sequence[Tensor]
-) -> tuple[list[Norm], list[str]]:
+def _add_readers(part: Part, linears: Sequence[Call], norms: Sequence[Call], stream: Sequence[Tensor]) -> None:
     """Norms with the linears that read them, and the linears that read the stream without a norm that scales."""
     found = [
         Norm(
             f"{norm.name}.{scale_of(norm)}",
             offset_of(norm),
+            subtracts_mean(norm),
             tuple(call.name for call in linears if is_multiple(call.input, norm.output)),
         )
         for norm in norms
     ]
     taken = {name for norm in found for name in norm.readers}
-    direct = [
-        call.name
-        for call in linears
-        if call.name not in taken and any(is_normed(call.input, value) for value in stream)
-    ]
-    return [norm for norm in found if norm.readers], direct
+    part.norms = [norm for norm in found if norm.readers]
+    others = [call for call in linears if call.name not in taken]
+    plain = [call.name for call in others if any(is_normed(call.input, value) for value in stream)]
+    centred = [call.name for call in others if any(is_normed(call.input, value, centred=True) for value in stream)]
+    part.readers = [call.name for call in others if call.name in (*plain, *centred)]
+    part.centred = any(norm.centred for norm in part.norms) or any(name not in plain for name in centred)
 
 
 def explain_ends(model: Any, calls: Mapping[str, Call], first: Call, last: Call) -> Part:
@@ -276,8 +297,8 @@ def explain_ends(model: Any, calls: Mapping[str, Call], first: Call, last: Call)
     part.writers = [embedding, *(name for name in written if name != embedding)] if error <= EXACT else [embedding]
     if error > EXACT:
         part.problems.append(
-            f"what enters {first.name} is not the sum of what embeddings give (a share of {error:.2g} is not): something "
-            "else is added to the residual stream, which cannot be rotated"
+            f"what enters {first.name} is not the sum of what embeddings give: something else "
+            "is added to the residual stream, which cannot be rotated"
         )
     elif embedding not in written:
         part.problems.append(f"what {embedding} gives is not written to the residual stream as it is")
@@ -290,7 +311,7 @@ def explain_ends(model: Any, calls: Mapping[str, Call], first: Call, last: Call)
     inside = f"{first.name.rpartition('.')[0]}."
     outside = [c for c in calls.values() if not c.name.startswith(inside) and own_parameters(c.module)]
     norms = [c for c in outside if scale_of(c) and is_multiple(c.input, last.output)]
-    part.norms, part.readers = _readers([calls[head]], norms, [last.output])
+    _add_readers(part, [calls[head]], norms, [last.output])
     if not part.norms and not part.readers:
         part.problems.append(f"{head} reads neither the residual stream nor a norm of it")
     return part

@@ -29,6 +29,7 @@ from spinquant.proof import Float64Arithmetic, Sizing, difference, greedy_logits
 from spinquant.rotation import Orthogonal, Rotation, RotationSpec, make_rotations
 
 TOLERANCE = 1e-9
+HEAD = 16  # size of heads in small models, where nothing in the class asks for more
 LARGEST = 50_000_000  # parameters of a small model: beyond it the config's sizes were not understood
 # What configs call sizes whose usual name they lack.
 SYNONYMS = {
@@ -86,9 +87,11 @@ def probe(config: Any, *, shapes: Mapping[str, Sequence[int]] | None = None) -> 
         why = next((reason for one in looks if (reason := same_layers(one))), None)
         if why is not None:
             return Probe(config.model_type, None, (), (why,))
-        drafted = draft(config.model_type, looks, sizing.names, sizing.heads, sizing.filled)
+        with torch.device("meta"):
+            original = tensor_shapes(model_class(config).from_config(config))
+        drafted = draft(looks, (Named(config, sizing.names), original), sizing)
         found = _Trial(twins[0], looks[0], drafted).outcome()
-    return found if shapes is None or found.family is None else _against(found, config, shapes)
+    return found if found.family is None else _against(found, config, shapes or original)
 
 
 def _against(found: Probe, config: Any, shapes: Mapping[str, Sequence[int]]) -> Probe:
@@ -104,12 +107,12 @@ def _against(found: Probe, config: Any, shapes: Mapping[str, Sequence[int]]) -> 
 def _small_models(config: Any) -> tuple[list[Any], Sizing]:
     """Two small models of different sizes that run and generate, and how they were sized."""
     names = _names(config)
-    wide, narrow = Sizing(names=names), {"kv_heads": 4, "group": 2, "hidden": 64, "intermediate": 112}
+    narrow = {"kv_heads": 4, "group": 2, "hidden": 64, "intermediate": 112}
     known = getattr(Named(config, names), "head_dim", None) is not None
-    ways = [(filled, heads) for heads in (1, 4) for filled in ((False, True) if known else (True, False))]
+    either = (False, True) if known else (True, False)
     errors = []
-    for filled, heads in ways:
-        sizing = replace(wide, filled=filled, heads=heads)
+    for heads, head_dim, filled in ((h, d, f) for h in (1, 4) for d in (HEAD, None) for f in either):
+        sizing = Sizing(filled, heads, names, head_dim=head_dim)
         try:
             return [_running(config, one) for one in (sizing, replace(sizing, **narrow))], sizing
         except Exception as error:  # whatever the code of a class that we do not know raises
@@ -191,14 +194,13 @@ class _Trial:
         for norm in {self.seen.starred(gain.norm): None for gain in plan.gains}:
             self._try(f"the scale of {norm} can be fused into its readers", *self._one_norm(plan, norm))
         refused = [self._try_r1(plan)]
-        plan = self._plan()  # centred, maybe
         refused += [self._try_rotation(plan, name) for name in ROTATION_NAMES[1:]]
         data = self.draft.data
         data["refused"] = [{"rotation": name, "reason": why} for name, why in (r for r in refused if r)]
         family = family_from(data, "the draft")
         lacking = {name for name, _ in (r for r in refused if r)}
         names = [name for name in ROTATION_NAMES if name not in lacking and plan.spaces_of(name)]
-        if names:
+        if len(names) > 1:
             spec = RotationSpec(names, "auto", randomize=True, seed=1)
             self._try(f"{', '.join(names)} together, a rotation of its own for every layer", plan, make_rotations(plan, spec))
         return Probe(model_type, family, tuple(self.findings), tuple(self.draft.left))
@@ -226,36 +228,23 @@ class _Trial:
     def _one_norm(self, plan: Plan, norm: str) -> tuple[Plan, dict[str, Rotation]]:
         gains = tuple(gain for gain in plan.gains if self.seen.starred(gain.norm) == norm)
         size = plan.space["residual"].size
-        return replace(plan, gains=gains, axes=(), onlines=()), {"residual": Orthogonal(torch.eye(size).double())}
+        return replace(plan, gains=gains, onlines=()), {"residual": Orthogonal(torch.eye(size).double())}
 
     def _try_r1(self, plan: Plan) -> tuple[str, str] | None:
         spec = RotationSpec("R1", "auto")
         problems = list(dict.fromkeys(self._starred(p) for part in (*self.seen.layers, self.seen.ends) for p in part.problems))
         what = "R1: the residual stream can be rotated"
-        moved, error = self._moved(plan, make_rotations(plan, spec))
-        if moved <= TOLERANCE and not problems:
-            self.findings.append(Finding(what, moved))
-            return None
-        self.draft.data["centred"] = True
-        try:
-            centred = self._plan()
-            other, error = self._moved(centred, make_rotations(centred, spec))
-        except SpinquantError as problem:
-            other, error = float("inf"), str(problem)
-        if other <= TOLERANCE and not problems:
-            reason = "norms subtract the mean, which a rotation has to keep"
-            self.findings.append(Finding(what, moved, reason))
-            self.findings.append(Finding(f"{what} by rotations that keep the mean", other))
-            return None
-        subtracts = any(f"{norm.removesuffix('weight')}bias" in self.seen.shapes for norm in self._norm_names())
-        if not subtracts:
-            del self.draft.data["centred"]
-        why = "; ".join(problems) or error or "no axis was found to be wrong by itself"
-        self.findings.append(Finding(what, min(moved, other), why))
-        return "R1", f"found by probing: {why}"
-
-    def _norm_names(self) -> list[str]:
-        return [n.scale for part in (*self.seen.layers, self.seen.ends) for n in part.norms]
+        plain = replace(plan, spaces=tuple(replace(space, centred=False) for space in plan.spaces))
+        moved, error = self._moved(plain, make_rotations(plain, spec))
+        if plan.space["residual"].centred:
+            reason = "; ".join(problems) or error or "norms subtract the mean, which not every rotation keeps"
+            self.findings.append(Finding(f"{what} by any rotation", moved, "" if moved <= TOLERANCE else reason))
+            moved, error = self._moved(plan, make_rotations(plan, spec))
+            what = f"{what} by rotations that keep the mean"
+        # What looked like an obstacle may not be one: norms without a scale, say, commute with a rotation.
+        why = "" if moved <= TOLERANCE else "; ".join(problems) or error or "no part was found to be in the way by itself"
+        self.findings.append(Finding(what, moved, why))
+        return ("R1", f"found by probing: {why}") if why else None
 
     def _starred(self, text: str) -> str:
         prefix = self.seen.pattern.removesuffix("*")

@@ -11,8 +11,9 @@ from typing import Any
 
 from spinquant.architectures.table import size_of
 from spinquant.errors import ArchitectureError
-from spinquant.probing.explain import Part, Values
+from spinquant.probing.explain import Part, Values, is_multiple, scale_of
 from spinquant.probing.trace import Call
+from spinquant.proof import Sizing
 
 _HEADS, _KV = "num_attention_heads*head_dim", "num_key_value_heads*head_dim"
 _GROUP = ("num_attention_heads/num_key_value_heads*head_dim", "num_attention_heads/num_kv_heads*head_dim")
@@ -71,7 +72,7 @@ def same_layers(seen: Seen) -> str | None:
     """Why the layers of a model cannot be described as one; None where they can."""
 
     def described(part: Part) -> Any:
-        norms = [(seen.starred(n.scale), n.offset, [seen.starred(r) for r in n.readers]) for n in part.norms]
+        norms = [(seen.starred(n.scale), n.offset, n.centred, [seen.starred(r) for r in n.readers]) for n in part.norms]
         values = [(seen.starred(v.linear), seen.starred(v.reader), dict(v.channels)) for v in part.values]
         rest = [sorted(seen.starred(name) for name in names) for names in (part.readers, part.writers)]
         return norms, values, rest, part.attention and seen.starred(part.attention)
@@ -83,8 +84,9 @@ def same_layers(seen: Seen) -> str | None:
     return None
 
 
-def draft(model_type: str, seen: Sequence[Seen], names: Mapping[str, str], heads: int, filled: bool) -> Draft:
-    """The family of small models of several sizes."""
+def draft(seen: Sequence[Seen], original: tuple[Any, Mapping[str, Sequence[int]]], sizing: Sizing) -> Draft:
+    """The family of small models of several sizes. original: the config and the shapes of the large one."""
+    model_type = original[0].model_type
     first, part = seen[0], seen[0].layers[0]
 
     def star(name: str) -> str:
@@ -96,12 +98,14 @@ def draft(model_type: str, seen: Sequence[Seen], names: Mapping[str, str], heads
     head = head or next((n.removesuffix(".weight") for n in first.shapes if n.endswith("head.weight")), "lm_head")
     data["embedding"] = first.ends.writers[0] if len(first.ends.writers) == 1 else first.ends.writers
     data["head"] = head
-    if names:
-        data["config"] = dict(names)
-    if filled:
+    if sizing.names:
+        data["config"] = dict(sizing.names)
+    if sizing.filled:
         data["filled"] = True
-    if heads > 1:
-        data["heads"] = heads
+    if sizing.heads > 1:
+        data["heads"] = sizing.heads
+    if any(one.centred for one in (part, first.ends)):
+        data["centred"] = True
     if any(type(call.module).__name__ == "Conv1D" for call in first.calls.values()):
         data["transposed"] = True
     norms = [*part.norms, *first.ends.norms]
@@ -113,9 +117,8 @@ def draft(model_type: str, seen: Sequence[Seen], names: Mapping[str, str], heads
     reading = [r for norm in part.norms for r in norm.readers] + part.readers
     order = {name: i for i, name in enumerate(first.calls)}
     reading = sorted(dict.fromkeys(reading), key=order.__getitem__)
-    groups: list[list[str]] = []
-    taken = _attention(found, seen, part, reading, groups)
-    taken |= _mlp(found, seen, part, [r for r in reading if r not in taken], taken)
+    taken = _attention(found, seen, part, reading)
+    taken |= _mlp(found, seen, original, [r for r in reading if r not in taken], taken)
     data["norms"] = {star(norm.scale): [star(reader) for reader in norm.readers] for norm in norms}
     rest = [name for name in (*reading, *part.writers) if name not in taken]
     tensors: dict[str, list[str]] = {}
@@ -133,7 +136,7 @@ def draft(model_type: str, seen: Sequence[Seen], names: Mapping[str, str], heads
     return found
 
 
-def _attention(found: Draft, seen: Sequence[Seen], part: Part, reading: list[str], groups: Any) -> set[str]:
+def _attention(found: Draft, seen: Sequence[Seen], part: Part, reading: list[str]) -> set[str]:
     """Adds the attention to a draft; returns the linears that have a role in it."""
     first = seen[0]
     out = part.values[0].reader if part.values else None
@@ -166,8 +169,11 @@ def _attention(found: Draft, seen: Sequence[Seen], part: Part, reading: list[str
     roles["o"] = first.starred(out)
     found.data["attention"] = roles
     if values is None:
+        between = [c.name for c in first.calls.values() if scale_of(c) and is_multiple(first.calls[out].input, c.output)]
         found.values = (
-            f"no row of {', '.join(first.starred(name) for name in inputs)} arrives at {first.starred(out)} as it is: "
+            f"{first.starred(between[0])} scales what {first.starred(out)} reads of the values element by element"
+            if between
+            else f"no row of {', '.join(first.starred(name) for name in inputs)} arrives at {first.starred(out)} as it is: "
             "something acts on values in between, and an elementwise map does not commute with a rotation"
         )
     else:
@@ -242,14 +248,16 @@ def _head_size(seen: Seen, values: Values) -> int | None:
     return next((size for size in range(len(rows), 1, -1) if fits(size)), None)
 
 
-def _mlp(found: Draft, seen: Sequence[Seen], part: Part, reading: list[str], taken: set[str]) -> set[str]:
+def _mlp(found: Draft, seen: Sequence[Seen], original: Any, reading: list[str], taken: set[str]) -> set[str]:
     """Adds the MLP to a draft; returns the linears that have a role in it."""
-    first = seen[0]
-    outs = [name for name in part.writers if name not in taken]
+    first, (config, shapes) = seen[0], original
+    outs = [name for name in first.layers[0].writers if name not in taken]
     if len(outs) != 1 or not reading:
         found.left.append(f"{len(outs)} linears write to the stream beside attention, where one comes out of an MLP")
         return set()
     widths = [(one.config, one.calls[outs[0]].input.shape[-1]) for one in seen]
+    if f"{outs[0]}.weight" in shapes:
+        widths.append((config, shapes[f"{outs[0]}.weight"][0 if found.data.get("transposed") else 1]))
     absent = [f"{name}|4*hidden_size" for name in WIDTHS if hasattr(first.config, name)]
     size = formula(widths, (*WIDTHS, *absent))
     if size is None:

@@ -33,7 +33,8 @@ def trace(model: Any, tokens: Tensor) -> dict[str, Call]:
         given, result = _first_tensor((*args, *kwargs.values())), _first_tensor([output])
         if names[module] not in found and given is not None and result is not None and result.is_floating_point():
             # A copy: some classes add to a tensor in place.
-            call = Call(names[module], module, before[module].clone(), result.detach().clone(), frozenset(kwargs))
+            given, result = (by_sequence(x, tokens.shape[0]) for x in (before[module], result.detach().clone()))
+            call = Call(names[module], module, given, result, frozenset(kwargs))
             found[call.name] = call
 
     before: dict[nn.Module, Tensor] = {}
@@ -54,6 +55,11 @@ def trace(model: Any, tokens: Tensor) -> dict[str, Call]:
     return found
 
 
+def by_sequence(x: Tensor, batch: int) -> Tensor:
+    """(B, T, width) of what a module got or gave, where it flattens tokens."""
+    return x.unflatten(0, (batch, -1)) if x.ndim == 2 and x.shape[0] % batch == 0 and x.is_floating_point() else x
+
+
 @torch.no_grad()
 def run(model: Any, tokens: Tensor) -> Tensor:
     """Logits of whole sequences, in exact arithmetic."""
@@ -65,10 +71,12 @@ def run(model: Any, tokens: Tensor) -> Tensor:
 def _nudged(module: nn.Module, size: float, tokens: slice) -> Iterator[None]:
     """Within the block, element b of the module's output is larger by `size` in these tokens of sequence b."""
 
-    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        index = torch.arange(output.shape[0])
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor) or output.shape[:-1].numel() % output.shape[-1]:
+            return output  # a router, or an expert, which does not see every token
+        index = torch.arange(output.shape[-1])
         nudged = output.clone()
-        nudged[index, tokens, index] += size
+        by_sequence(nudged, len(index))[index, tokens, index] += size
         return nudged
 
     handle = module.register_forward_hook(hook)
@@ -100,7 +108,10 @@ def answers(
     finally:
         for handle in handles:
             handle.remove()
-    return {reader.name: found[reader.name] - reader.input[:1] for reader in readers if reader.name in found}
+    rows = linear.output.shape[-1]
+    moved = {reader.name: by_sequence(found[reader.name], rows) for reader in readers if reader.name in found}
+    plain = {reader.name: reader.input[:1] for reader in readers}
+    return {name: x - plain[name] for name, x in moved.items() if x.shape[1:] == plain[name].shape[1:]}
 
 
 def _first_tensor(values: Sequence[Any]) -> Tensor | None:
