@@ -8,6 +8,7 @@ blocks' weights are not touched. Samples have the same length, so one set of arg
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -67,13 +68,11 @@ def _replaced(
     """Within the block, every decoder block returns function(name, hidden states, keyword arguments)."""
 
     def stand_in(name: str) -> Callable[..., Tensor]:
+        # transformers calls its decoder layers with names for all but the hidden states; classes of users may not.
+        others = list(signature(modules[name].forward).parameters)[1:]
+
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if args:
-                raise CalibrationError(
-                    f"{name} is called with {len(args) + 1} positional arguments: expected hidden states alone, and "
-                    "the rest by name, as transformers 5 calls its decoder layers"
-                )
-            return function(name, hidden_states, kwargs)
+            return function(name, hidden_states, {**dict(zip(others, args, strict=False)), **kwargs})
 
         return forward
 

@@ -257,6 +257,8 @@ def _unquantized(config: Any) -> Any:
 
 def _why_not(plan: Plan, model: Any, source: Source) -> str | None:
     lacking = unfillable(model, source, {tie.tensor: tie.source for tie in plan.ties})
+    if model.base_model is model:
+        return "the model's class has no base model, whose blocks could be run one by one"
     if lacking is not None:
         return f"the model's class keeps {lacking!r} in another form than the checkpoint"
     largest = max(math.prod(stored.entry.shape) for stored in source.tensors.values())

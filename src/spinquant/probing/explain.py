@@ -22,6 +22,7 @@ from spinquant.probing.trace import Call, answers
 
 EXACT = 1e-9  # relative error of what float64 explains
 NUDGE = 1e-3
+MOST_ROWS = 4096  # of a linear whose outputs are nudged, each in a sequence of its own
 LINEARS = (nn.Linear, Conv1D)
 
 
@@ -163,7 +164,7 @@ def explain_layer(model: Any, layer: Call, calls: Sequence[Call], tokens: Tensor
     part.writers = [name for name in part.writers if name not in reading]
     outs = [call for call in linears if call.name in part.writers]
     for call in linears:
-        if call.name not in reading:
+        if call.name not in reading or call.output.shape[-1] > MOST_ROWS:
             continue
         moved = answers(model, call, outs, tokens, NUDGE)
         # A nudge of all keys alike does not reach the scores, unless positions turn them.

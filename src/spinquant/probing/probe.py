@@ -37,7 +37,7 @@ SYNONYMS = {
     "num_hidden_layers": ("n_layers", "n_layer", "num_layers", "depth"),
     "num_attention_heads": ("n_heads", "n_head", "num_heads"),
     "num_key_value_heads": ("n_kv_heads", "num_kv_heads", "n_head_kv", "kv_heads"),
-    "intermediate_size": ("ffn_dim", "ffn_hidden_size", "mlp_dim", "d_ff", "ff_dim", "hidden_dim"),
+    "intermediate_size": ("ffn_dim", "ffn_hidden_size", "mlp_dim", "d_ff", "dff", "ff_dim", "hidden_dim"),
     "head_dim": ("d_head", "head_size", "kv_channels"),
     "vocab_size": ("n_vocab", "vocabulary_size", "padded_vocab_size"),
 }
@@ -259,17 +259,15 @@ class _Trial:
             "R4": "the input of the MLP's last linear can be rotated at run time",
         }[name]
         statement = f"{name}: {what}"
-        if name == "R2" and self.draft.values is not None:
-            self.findings.append(Finding(statement, None, self.draft.values))
-            return name, f"found by probing: {self.draft.values}"
+        expected = self.draft.values if name == "R2" else None
         if not plan.spaces_of(name):
-            self.findings.append(Finding(statement, None, "no such space was found"))
-            return None
+            self.findings.append(Finding(statement, None, expected or "no such space was found"))
+            return (name, f"found by probing: {expected}") if expected else None
         seen: list[bool] = []
         moved, error = self._moved(plan, make_rotations(plan, RotationSpec(name, "auto")), seen.append)
         why = error
         if not why and moved > TOLERANCE:
-            why = "the logits move" + (
+            why = expected or "the logits move" + (
                 ": queries do not pass transformers' attention interface, behind which they could be rotated"
                 if name == "R3"
                 else ""
