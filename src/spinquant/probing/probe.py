@@ -196,9 +196,10 @@ class _Trial:
         refused = [self._try_r1(plan)]
         refused += [self._try_rotation(plan, name) for name in ROTATION_NAMES[1:]]
         data = self.draft.data
-        data["refused"] = [{"rotation": name, "reason": why} for name, why in (r for r in refused if r)]
+        lacking = dict(found for found in refused if found is not None)
+        if lacking:
+            data["refused"] = [{"rotation": name, "reason": why} for name, why in lacking.items()]
         family = family_from(data, "the draft")
-        lacking = {name for name, _ in (r for r in refused if r)}
         names = [name for name in ROTATION_NAMES if name not in lacking and plan.spaces_of(name)]
         if len(names) > 1:
             spec = RotationSpec(names, "auto", randomize=True, seed=1)
