@@ -51,7 +51,8 @@ family, in float64, with non-zero biases and non-unit gains.
   RMSNorm that changes the function; the mean of a random embedding is larger than that of a trained one, so how far
   the logits move here says nothing about a real model, only that the function is another.
 
-A model that no table explains is refused by name, and so is a tensor that its table does not explain. Of a
+A model that no table explains is refused by name, and takes a family file, which `spinquant plan --probe` drafts
+([families.md](families.md)). Refused is also a tensor that its table does not explain. Of a
 vision-language model the language part is rotated, and the projector, which writes to its residual stream; the twin
 that is tried before a model is touched is given text alone (the tests give images too).
 

@@ -1,7 +1,7 @@
 """A causal LM as a user has it: a class of its own, with its own names, registered with transformers.
 
-`trap` builds in what no rotation survives: `stream` scales the residual stream element by element, `values` what attention
-gives, `keys` computes attention without transformers' interface.
+`trap` builds in what no rotation survives: `stream` scales the residual stream element by element, `values` what
+attention gives, `keys` computes attention without transformers' interface.
 """
 
 import torch
@@ -17,7 +17,7 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward  # noqa: F401 - looked up by online.py
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 
 class AcmeConfig(PretrainedConfig):

@@ -1,4 +1,4 @@
-"""Probing: with every table hidden, what is found is what the table says; what is in the way is found, and forced it breaks."""
+"""Probing: with the tables hidden, what is found is what they say; what is in the way is named, and does break."""
 
 import re
 from dataclasses import replace
@@ -28,8 +28,8 @@ from test_family_file import config_of, shapes_of
 
 acme.register()
 
-# Grouped heads, biases, q/k norms, fused projections in every layout, 1 + w, norms behind the block, norms that subtract
-# the mean (with scales, biases, or neither), one norm for two readers, learned and computed positions, scalars.
+# Grouped heads, biases, q/k norms, fused projections in every layout, 1 + w, norms behind the block, norms that
+# subtract the mean (with scales, biases, or neither), one norm for two readers, positions of all kinds, scalars.
 KNOWN = [
     *("llama-tied", "mistral", "qwen2", "qwen3", "granite", "gemma", "phi3", "gemma2", "olmo2"),
     *("olmo", "starcoder2", "cohere2", "phi", "opt", "xglm", "codegen", "gpt_neox", "falcon-grouped", "gpt2"),
@@ -115,7 +115,11 @@ def test_sizes_that_the_config_calls_otherwise_are_found():
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("granitemoe", r"no linear|adds? multiples"), ("qwen3_moe", "layer 1 is built otherwise"), ("mamba", "no attention")],
+    [
+        ("granitemoe", r"no linear|adds? multiples"),
+        ("qwen3_moe", "layer 1 is built otherwise"),
+        ("mamba", "no attention"),
+    ],
 )
 def test_what_is_not_understood_is_said(name, reason):
     """A draft of the rest, or none; never a plan with a hole in it."""

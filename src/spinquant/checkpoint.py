@@ -180,7 +180,8 @@ def load_model(
 ) -> Any:
     """A causal LM in evaluation mode, from a folder or hub id; folders that spinquant wrote come with online parts.
 
-    family: a file that explains the model where no table does, see `use_family`; such folders know it already. Raises CheckpointError for anything missing, corrupted or not finite, naming it.
+    family: a file that explains the model where no table does, see `use_family`; such folders know it already. Raises
+    CheckpointError for anything missing, corrupted or not finite, naming it.
     """
     # Folders of our own format need its quantizer registered with transformers.
     import spinquant.formats.native  # noqa: F401

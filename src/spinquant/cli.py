@@ -15,6 +15,7 @@ import typer
 
 import spinquant
 from spinquant import report
+from spinquant.architectures import recorded_family
 from spinquant.calibrate import CalibrationText, load_text, token_windows
 from spinquant.checkpoint import (
     check_free,
@@ -96,7 +97,8 @@ def plan(
     scheme: Annotated[str | None, typer.Option(help="What a runtime is to run: W8A8, W4A16, ...")] = None,
     family: Family = None,
     probe: Annotated[
-        bool, typer.Option("--probe", help="Of a model that no table knows: try out what can be rotated; print a draft.")
+        bool,
+        typer.Option("--probe", help="Of a model that no table knows: try out what can be rotated; print a draft."),
     ] = False,
     draft: Annotated[Path | None, typer.Option(help="With --probe: file for the draft of a family file.")] = None,
     json_: Json = False,
@@ -120,6 +122,8 @@ def plan(
     made = spinquant.make_plan(config, shapes)
     rows = report.plan_rows(made, spec)
     notes = report.plan_notes(made, spec)
+    if recorded_family(config) is not None:
+        notes.append(f"the family {made.family} is a family file's, not one of the tables of this library")
     claims = runtime_rows(runtime, spec, wanted, made) if runtime else []
     if json_:
         plain = [{**row, "axes": [asdict(axis) for axis in row["axes"]]} for row in rows]

@@ -113,8 +113,8 @@ def rotate(
 ) -> Result:
     """Rotate a model in memory: fuse what can be fused, attach the rest (R3, R4), and prove that nothing changed.
 
-    rotations: by space, learned ones for instance, in place of those that the spec makes. family: a file that explains the model
-    where no table does, see `use_family`.
+    rotations: by space, learned ones for instance, in place of those that the spec makes. family: a file that explains
+    the model where no table does, see `use_family`.
     `sample`, int64 (batch, length), are real tokens to compare logits on. Raises ProofError, naming the first module
     that departs, when the function changed; the model is then spoilt and must not be used.
     """
@@ -173,11 +173,11 @@ def quantize(
 ) -> Result:
     """Rotate a model in memory, then quantize its weights, activations and KV cache.
 
-    rotations, family: as for `rotate`. Weights are rounded in place: to nearest (rtn), by GPTQ, or by GPTQ with the asymmetric
-    target (gptaq). All but plain rtn work on calibration `tokens`, int64 (samples, length). Activations and cache are
-    rounded at run time by hooks, which `spinquant.detach(model)` removes. Raises RotationError for a model that has
-    been through this before, SchemeError for a scheme that does not fit, CalibrationError for tokens that are missing
-    or do not serve, and what `rotate` raises.
+    rotations, family: as for `rotate`. Weights are rounded in place: to nearest (rtn), by GPTQ, or by GPTQ with the
+    asymmetric target (gptaq). All but plain rtn work on calibration `tokens`, int64 (samples, length). Activations and
+    cache are rounded at run time by hooks, which `spinquant.detach(model)` removes. Raises RotationError for a model
+    that has been through this before, SchemeError for a scheme that does not fit, CalibrationError for tokens that are
+    missing or do not serve, and what `rotate` raises.
     """
     scheme, options = parse_scheme(scheme), options or Options()
     calibration = check_calibration(method, scheme, calibration)

@@ -160,8 +160,8 @@ def check(deviation: Deviation, dtype: torch.dtype, *, what: str) -> None:
 class Sizing:
     """What has to be known of a model's class for a small one to be made of it; see `Family` for the first three.
 
-    kv_heads, group: at most so many heads of keys, and of queries for each of them. head_dim: largest size of a head; by
-    default it stays what it is.
+    kv_heads, group: at most so many heads of keys, and of queries for each of them. head_dim: largest size of a head;
+    by default it stays what it is.
     """
 
     filled: bool = False

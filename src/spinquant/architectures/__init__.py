@@ -77,8 +77,9 @@ def known_model_types() -> list[str]:
 def make_plan(config: Any, shapes: Shapes, *, family: FamilyLike | None = None) -> Plan:
     """The plan of a model, from its config and the names and shapes of its tensors (a checkpoint's or a module's).
 
-    family: a family file in place of our tables, see `use_family`. Raises ArchitectureError when no table knows the model_type, when the model is not a causal LM (or a
-    vision-language model whose language part is one), or when a tensor is not explained.
+    family: a family file in place of our tables, see `use_family`. Raises ArchitectureError when no table knows the
+    model_type, when the model is not a causal LM (or a vision-language model whose language part is one), or when a
+    tensor is not explained.
     """
     use_family(config, family)
     model_type = getattr(config, "model_type", None)
@@ -92,12 +93,12 @@ def make_plan(config: Any, shapes: Shapes, *, family: FamilyLike | None = None) 
     for name in classes if recorded_family(config) is None else ():
         if not name.endswith("ForConditionalGeneration" if sees else ("ForCausalLM", "LMHeadModel")):
             raise ArchitectureError(f"architecture {name!r} is not a causal LM: expected a ...ForCausalLM class")
-    family = family_of(config)
-    if family is None:  # a guess would be a model that loads and talks nonsense
+    table = family_of(config)
+    if table is None:  # a guess would be a model that loads and talks nonsense
         inside = f" (language part {config.get_text_config().model_type!r})" if sees else ""
         raise ArchitectureError(
             f"no table explains model_type {model_type!r}{inside}. Known: {', '.join(known_model_types())}. "
             "`spinquant plan MODEL --probe` tries out what can be rotated and drafts a family file, which "
             "--family takes (docs/families.md)."
         )
-    return build_plan(family, config, shapes)
+    return build_plan(table, config, shapes)

@@ -243,7 +243,9 @@ def _check_whole(family: Family) -> None:
     known = {name.removesuffix("?") for name in family.tensors}
     for module in (module for group in family.linears for module in group):
         if f"{module}.weight" not in known:
-            raise ArchitectureError(f"family {family.name!r}: linear {_starred(module)!r} has no weight among its tensors")
+            raise ArchitectureError(
+                f"family {family.name!r}: linear {_starred(module)!r} has no weight among its tensors"
+            )
     for name, living in family.tensors.items():
         for where in living:
             space = where.space if isinstance(where, Part) else where
@@ -284,7 +286,9 @@ def _from_roles(file: FamilyFile) -> Family:
 
     attention = file.attention
     if attention is not None:
-        values = attention.values and Part(VALUE, attention.values.start, attention.values.length, attention.values.period)
+        values = attention.values and Part(
+            VALUE, attention.values.start, attention.values.length, attention.values.period
+        )
         rows: Living = VALUE if attention.v is not None else values
         for name in attention.inputs():
             linear(name, rows if name in (attention.v, attention.qkv, attention.kv) else None, RESIDUAL)

@@ -308,7 +308,9 @@ CODEGEN = GPTJ.like(
     "codegen",
     rename={"q_proj": "qkv_proj"},
     without=("k_proj", "v_proj"),
-    tensors={f"{_BLOCK}.attn.qkv_proj.weight": (Part(VALUE, *["hidden_size/4"] * 2, "3*hidden_size/4"), "residual")},
+    tensors={
+        f"{_BLOCK}.attn.qkv_proj.weight": (Part(VALUE, "hidden_size/4", "hidden_size/4", "3*hidden_size/4"), "residual")
+    },
     ignored=(r"transformer\.h\.\d+\.attn\.causal_mask",),
     heads=4,
 )

@@ -59,8 +59,9 @@ def learn_folder(
 ) -> LearnedRotations:
     """Learn rotations for a model folder or hub id into a folder, which appears complete or not at all.
 
-    family: a file that explains the model where no table does. The run is kept beside `out` until it is written, so that the same call goes on where another was stopped. Under
-    torchrun all processes work on it and the first one writes.
+    family: a file that explains the model where no table does. The run is kept beside `out` until it is written, so
+    that the same call goes on where another was stopped. Under torchrun all processes work on it and the first one
+    writes.
     """
     text, watch = text or LearnText(), watch or Watch()
     with _processes(device) as (first, place):

@@ -121,8 +121,8 @@ def learn(
     """Learn rotations for a model and a scheme on tokens, int64 (samples, length), and judge them on others.
 
     The model's gains are fused, and tied heads untied; its function stays. store: a folder where the run is kept, and
-    taken up by the same call; `settings` are whatever else it depends on, such as the model's files. family: a file that
-    explains the model where no table does, see `use_family`. Raises LearningError for what cannot be learned.
+    taken up by the same call; `settings` are whatever else it depends on, such as the model's files. family: a file
+    that explains the model where no table does, see `use_family`. Raises LearningError for what cannot be learned.
     """
     options, watch = options or LearnOptions(), watch or Watch()
     plan = plan_of(model, family=family)

@@ -13,11 +13,11 @@ WIDTH = 100
 
 
 def draft_text(probe: Probe) -> str:
-    """The draft, which `read_family` reads once the user has agreed; comments alone where there is too little to say."""
+    """The draft, which `read_family` reads; comments alone where there is too little to say."""
     lines = [
         f"# Draft of a family file for model_type {probe.model_type!r}, found by trying.",
-        "# Each statement was tried by itself on a small random model of the class, in float64. Read it, correct it, and",
-        "# agree to it by passing it with --family; the rotations are then proved on such a model once more.",
+        "# Each statement was tried by itself on a small random model of the class, in float64. Read it, correct it,",
+        "# and agree to it by passing it with --family; the rotations are then proved on such a model once more.",
         "#",
         *_tried(f"Proved: logits moved by less than {TOLERANCE:g} (relative)", [f for f in probe.findings if f.holds]),
         *_tried("Failed: what is refused below, and why", [f for f in probe.findings if not f.holds]),

@@ -2,11 +2,11 @@
 
 Everything here is read off numbers, and is a candidate until the twin has survived it (`probe.py`):
 
-- the residual stream enters a layer as s and leaves it as s + sum_m c_m y_m, a scalar c_m for every module m whose output
-  y_m is written to it; modules with c_m = 0 are no writers;
+- the residual stream enters a layer as s and leaves it as s + sum_m c_m y_m, a scalar c_m for every module m whose
+  output y_m is written to it; modules with c_m = 0 are no writers;
 - a norm belongs to the stream where its input is such a sum;
-- a linear reads a norm where its input is a multiple of the norm's output, and the stream itself where each token's input
-  is a multiple of the stream (after subtracting the mean, perhaps), which a norm without a scale gives;
+- a linear reads a norm where its input is a multiple of the norm's output, and the stream itself where each token's
+  input is a multiple of the stream (after subtracting the mean, perhaps), which a norm without a scale gives;
 - a row of a linear makes a value where a nudge of it arrives at a writer's input as it is: attention weights sum to 1.
 """
 
@@ -53,7 +53,8 @@ class Part:
     """What was found in a layer, or around the layers.
 
     fed: by reader of the stream, the writers whose inputs it moves. looks_back: the readers whose output at one token
-    moves such inputs at later ones, as keys and values do. centred: its norms subtract the mean. problems: why the stream cannot be explained.
+    moves such inputs at later ones, as keys and values do. centred: its norms subtract the mean. problems: why the
+    stream cannot be explained.
     """
 
     norms: list[Norm] = field(default_factory=list)
@@ -253,9 +254,7 @@ def _why_unexplained(layer: Call, parts: Sequence[Call]) -> str:
                 f"{layer.name} scales {' and '.join(scaled)} element by element{by}, and diag(g) R = R diag(g) holds "
                 "only where all of g is equal"
             )
-    return (
-        f"{layer.name} does not add multiples of what its linears give to the residual stream"
-    )
+    return f"{layer.name} does not add multiples of what its linears give to the residual stream"
 
 
 def _follows(parameter: Tensor, scale: Tensor) -> bool:
@@ -283,7 +282,7 @@ def _add_readers(part: Part, linears: Sequence[Call], norms: Sequence[Call], str
 
 
 def explain_ends(model: Any, calls: Mapping[str, Call], first: Call, last: Call) -> Part:
-    """What writes to the stream before the first layer (the first is the embedding of tokens), and what reads it last."""
+    """What writes to the stream before the first layer, the embedding of tokens first, and what reads it last."""
     part = Part()
     names = {module: name for name, module in model.named_modules()}
     embedding, head = names.get(model.get_input_embeddings()), names.get(model.get_output_embeddings())
@@ -292,7 +291,9 @@ def explain_ends(model: Any, calls: Mapping[str, Call], first: Call, last: Call)
         return part
     order = list(calls)
     before = [calls[name] for name in order if order.index(name) < order.index(first.name)]
-    sources = {c.name: s for c in before if own_parameters(c.module) and (s := _spread(c.output, first.input)) is not None}
+    sources = {
+        c.name: s for c in before if own_parameters(c.module) and (s := _spread(c.output, first.input)) is not None
+    }
     sums, error = combination(first.input, list(sources.values()))
     written = [name for name, number in zip(sources, sums, strict=True) if abs(number) > EXACT]
     part.writers = [embedding, *(name for name in written if name != embedding)] if error <= EXACT else [embedding]
@@ -307,7 +308,9 @@ def explain_ends(model: Any, calls: Mapping[str, Call], first: Call, last: Call)
         if scale_of(calls[name]) is not None:
             part.problems.append(f"{name} scales what enters the residual stream element by element")
         elif not isinstance(calls[name].module, nn.Embedding):
-            part.problems.append(f"{name} ({type(calls[name].module).__name__}) writes to the residual stream, and is no embedding")
+            part.problems.append(
+                f"{name} ({type(calls[name].module).__name__}) writes to the residual stream, and is no embedding"
+            )
     part.writers = [name for name in part.writers if isinstance(calls[name].module, nn.Embedding)]
     inside = f"{first.name.rpartition('.')[0]}."
     outside = [c for c in calls.values() if not c.name.startswith(inside) and own_parameters(c.module)]

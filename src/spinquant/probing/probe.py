@@ -9,6 +9,7 @@ the reason and with how far the logits moved. A user who agrees passes the draft
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ SYNONYMS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One statement that was tried. moved: relative error of the logits; reason: why it does not hold, if it does not."""
+    """One statement that was tried. moved: relative error of the logits. reason: why it does not hold, else empty."""
 
     statement: str
     moved: float | None = None
@@ -163,7 +164,7 @@ def _look(twin: Any, sizing: Sizing) -> Seen | str:
     if not stacks:
         return f"{type(twin).__name__} has no list of {count} layers that run one after the other"
     layers = [calls[f"{stacks[0]}.{i}"] for i in range(count)]
-    if any(not torch.equal(a.output, b.input) for a, b in zip(layers, layers[1:], strict=False)):
+    if any(not torch.equal(a.output, b.input) for a, b in pairwise(layers)):
         return f"what a layer of {stacks[0]} gives is not what the next one gets"
     parts = tuple(
         explain_layer(twin, layer, [c for n, c in calls.items() if n.startswith(f"{layer.name}.")], tokens[:1])
@@ -202,8 +203,10 @@ class _Trial:
         family = family_from(data, "the draft")
         names = [name for name in ROTATION_NAMES if name not in lacking and plan.spaces_of(name)]
         if len(names) > 1:
-            spec = RotationSpec(names, "auto", randomize=True, seed=1)
-            self._try(f"{', '.join(names)} together, a rotation of its own for every layer", plan, make_rotations(plan, spec))
+            spec = RotationSpec(tuple(names), "auto", randomize=True, seed=1)
+            self._try(
+                f"{', '.join(names)} together, a rotation of its own for every layer", plan, make_rotations(plan, spec)
+            )
         return Probe(model_type, family, tuple(self.findings), tuple(self.draft.left))
 
     def _plan(self) -> Plan:
@@ -232,8 +235,10 @@ class _Trial:
         return replace(plan, gains=gains, onlines=()), {"residual": Orthogonal(torch.eye(size).double())}
 
     def _try_r1(self, plan: Plan) -> tuple[str, str] | None:
-        spec = RotationSpec("R1", "auto")
-        problems = list(dict.fromkeys(self._starred(p) for part in (*self.seen.layers, self.seen.ends) for p in part.problems))
+        spec = RotationSpec(("R1",), "auto")
+        problems = list(
+            dict.fromkeys(self._starred(p) for part in (*self.seen.layers, self.seen.ends) for p in part.problems)
+        )
         what = "R1: the residual stream can be rotated"
         plain = replace(plan, spaces=tuple(replace(space, centred=False) for space in plan.spaces))
         moved, error = self._moved(plain, make_rotations(plain, spec))
@@ -243,7 +248,9 @@ class _Trial:
             moved, error = self._moved(plan, make_rotations(plan, spec))
             what = f"{what} by rotations that keep the mean"
         # What looked like an obstacle may not be one: norms without a scale, say, commute with a rotation.
-        why = "" if moved <= TOLERANCE else "; ".join(problems) or error or "no part was found to be in the way by itself"
+        why = (
+            "" if moved <= TOLERANCE else "; ".join(problems) or error or "no part was found to be in the way by itself"
+        )
         self.findings.append(Finding(what, moved, why))
         return ("R1", f"found by probing: {why}") if why else None
 
@@ -265,7 +272,7 @@ class _Trial:
             self.findings.append(Finding(statement, None, expected or "no such space was found"))
             return (name, f"found by probing: {expected}") if expected else None
         seen: list[bool] = []
-        moved, error = self._moved(plan, make_rotations(plan, RotationSpec(name, "auto")), seen.append)
+        moved, error = self._moved(plan, make_rotations(plan, RotationSpec((name,), "auto")), seen.append)
         why = error
         if not why and moved > TOLERANCE:
             why = expected or "the logits move" + (

@@ -80,7 +80,9 @@ def same_layers(seen: Seen) -> str | None:
     first = described(seen.layers[0])
     for i, part in enumerate(seen.layers):
         if described(part) != first:
-            return f"layer {i} is built otherwise than layer 0, and a family file drafted from roles has one kind of layer"
+            return (
+                f"layer {i} is built otherwise than layer 0, and a family file drafted from roles has one kind of layer"
+            )
     return None
 
 
@@ -169,12 +171,14 @@ def _attention(found: Draft, seen: Sequence[Seen], part: Part, reading: list[str
     roles["o"] = first.starred(out)
     found.data["attention"] = roles
     if values is None:
-        between = [c.name for c in first.calls.values() if scale_of(c) and is_multiple(first.calls[out].input, c.output)]
+        between = [
+            c.name for c in first.calls.values() if scale_of(c) and is_multiple(first.calls[out].input, c.output)
+        ]
         found.values = (
             f"{first.starred(between[0])} scales what {first.starred(out)} reads of the values element by element"
             if between
-            else f"no row of {', '.join(first.starred(name) for name in inputs)} arrives at {first.starred(out)} as it is: "
-            "something acts on values in between, and an elementwise map does not commute with a rotation"
+            else f"no row of {', '.join(first.starred(name) for name in inputs)} arrives at {first.starred(out)} as it "
+            "is: something acts on values in between, and an elementwise map does not commute with a rotation"
         )
     else:
         found.values = _layout(found, seen, values, whole, roles)
@@ -194,7 +198,7 @@ def _layout(found: Draft, seen: Sequence[Seen], values: Values, whole: bool, rol
             if span is None:
                 return f"the rows of {one.starred(values.linear)} that make values are not evenly spaced"
         every.append((one, mine, rows, span))
-    heads = [(one.config, _head_size(one, mine)) for one, mine, _, _ in every]
+    heads = [(one.config, _head_size(one, mine) or 0) for one, mine, _, _ in every]
     size = formula(heads, ("head_dim", "v_head_dim")) if all(size for _, size in heads) else None
     if size is None:
         return f"the values of {seen[0].starred(values.linear)} are in no heads of a size that the config gives"
@@ -209,7 +213,9 @@ def _layout(found: Draft, seen: Sequence[Seen], values: Values, whole: bool, rol
             continue
         text = formula(numbers, FORMULAS)
         if text is None:
-            return f"the config gives no {[number for _, number in numbers]}, the {key} of the values in {values.linear}"
+            return (
+                f"the config gives no {[number for _, number in numbers]}, the {key} of the values in {values.linear}"
+            )
         parts[key] = text
     roles["values"] = parts
     return None
@@ -261,7 +267,9 @@ def _mlp(found: Draft, seen: Sequence[Seen], original: Any, reading: list[str], 
     absent = [f"{name}|4*hidden_size" for name in WIDTHS if hasattr(first.config, name)]
     size = formula(widths, (*WIDTHS, *absent))
     if size is None:
-        found.left.append(f"the config gives no {[number for _, number in widths]}, the width of {first.starred(outs[0])}")
+        found.left.append(
+            f"the config gives no {[number for _, number in widths]}, the width of {first.starred(outs[0])}"
+        )
         return set()
     if size == "4*hidden_size" and absent:
         size = next((text for text in absent if formula(widths, (text,)) == text), size)

@@ -1,6 +1,6 @@
-"""What goes through the modules of a small model: inputs and outputs in order of execution, and how they answer a nudge."""
+"""What goes through the modules of a small model, in order of execution, and how it answers a nudge."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -118,8 +118,7 @@ def _first_tensor(values: Sequence[Any]) -> Tensor | None:
     for value in values:
         if isinstance(value, Tensor):
             return value
-        if isinstance(value, tuple | list) and (inner := _first_tensor(value)) is not None:
+        inside = tuple(value.values()) if isinstance(value, Mapping) else value
+        if isinstance(inside, tuple | list) and (inner := _first_tensor(inside)) is not None:
             return inner
-        if hasattr(value, "last_hidden_state"):
-            return value.last_hidden_state
     return None
