@@ -1,7 +1,7 @@
 """A causal LM as a user has it: a class of its own, with its own names, registered with transformers.
 
 `trap` builds in what no rotation survives: `stream` scales the residual stream element by element, `values` what
-attention gives, `keys` computes attention without transformers' interface.
+attention gives, `keys` computes attention without transformers' interface, `alone` without a cache too.
 """
 
 import torch
@@ -66,9 +66,9 @@ class Mixer(nn.Module):
         angles = positions[:, None, :, None] * 0.5 ** torch.arange(self.head // 2)
         turn = torch.polar(torch.ones_like(angles, dtype=x.dtype), angles.to(x.dtype))
         q, k = (torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (-1, 2))) * turn).flatten(-2) for t in (q, k))
-        if past_key_values is not None:
+        if past_key_values is not None and self.config.trap != "alone":
             k, v = past_key_values.update(k, v, self.layer_idx)
-        name = "sdpa" if self.config.trap == "keys" else self.config._attn_implementation
+        name = "sdpa" if self.config.trap in ("keys", "alone") else self.config._attn_implementation
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         y, _ = attend(self, q, k, v, mask, scaling=self.head**-0.5, dropout=0.0)
         y = y.flatten(-2)

@@ -53,7 +53,7 @@ LAYERS = [
     {"modifier", "llmcompressor"},
     {"report", "demo", "demo_page"},
     {"cli_options", "cli_output"},
-    {"cli_learn"},
+    {"cli_learn", "cli_probe"},
     {"cli"},
     {"__main__"},
 ]

@@ -109,6 +109,15 @@ def test_a_class_of_the_users_own(trap, rotation, named, tmp_path):
         assert not torch.allclose(logits(model, ids), before, atol=1e-3)
 
 
+def test_what_changes_nothing_because_it_does_nothing_is_no_proof():
+    """Neither queries nor keys pass where R3 would rotate them: the logits stay, and R3 is refused all the same."""
+    found = probe(acme.AcmeConfig(trap="alone"))
+    assert [finding.reason for finding in found.findings if not finding.holds] == [
+        "keys are not handed to a cache, where they could be rotated"
+    ]
+    assert [refusal.rotation for refusal in found.family.refused] == ["R3"]
+
+
 def test_sizes_that_the_config_calls_otherwise_are_found():
     assert probe(acme.AcmeConfig()).family.config == {"intermediate_size": "mlp_dim"}
 

@@ -56,6 +56,7 @@ from spinquant.cli_options import (
     parse_spec,
 )
 from spinquant.cli_output import err_console, out_console, print_json, print_result, stages, step_report
+from spinquant.cli_probe import probe_command
 from spinquant.errors import ArchitectureError, CheckpointError, LearningError, SchemeError, SpinquantError
 from spinquant.evaluation import compare_models
 from spinquant.evaluation import evaluate as evaluate_model
@@ -65,7 +66,6 @@ from spinquant.formats.runtimes import format_for, runtime_rows
 from spinquant.learning.folder import LearnText, learn_from, read_learned, remove_store
 from spinquant.learning.learn import LearnOptions, Watch
 from spinquant.pipeline import Options
-from spinquant.probing.draft import draft_text, write_draft
 from spinquant.quantization.blockwise import Calibration
 from spinquant.quantization.gptq import GPTQOptions
 from spinquant.quantization.scheme import parse_scheme, static_parts
@@ -118,7 +118,7 @@ def plan(
     check_unquantized(config, model)
     shapes = {name: info.shape for name, info in read_headers(model).items()}
     if probe:
-        return _probe(config, shapes, draft, json_)
+        return probe_command(config, shapes, draft, json_)
     made = spinquant.make_plan(config, shapes)
     rows = report.plan_rows(made, spec)
     notes = report.plan_notes(made, spec)
@@ -136,22 +136,6 @@ def plan(
         for note in notes:
             out_console.print(f"- {note}", highlight=False)
     if any(row["error"] for row in rows) or not all(claim["runs"] for claim in claims):
-        raise typer.Exit(1)
-
-
-def _probe(config: Any, shapes: dict[str, Any], draft: Path | None, json_: bool) -> None:
-    found = spinquant.probe(config, shapes=shapes)
-    if draft is not None and found.family is not None:
-        write_draft(found, draft)
-    if json_:
-        family = found.family and found.family.recorded()
-        findings = [{**asdict(finding), "holds": finding.holds} for finding in found.findings]
-        print_json({"model_type": found.model_type, "family": family, "findings": findings, "left": found.left})
-    elif draft is None or found.family is None:
-        typer.echo(draft_text(found), nl=False)
-    else:
-        err_console.print(f"draft: {draft}; agree to it with --family {draft}", highlight=False)
-    if found.family is None:
         raise typer.Exit(1)
 
 
