@@ -20,10 +20,10 @@ from spinquant.architectures.build import build_plan
 from spinquant.architectures.family_file import FamilyFile, family_from, to_family
 from spinquant.architectures.table import Named
 from spinquant.errors import ArchitectureError, SpinquantError
-from spinquant.module import fuse_module, model_class, tensor_shapes
+from spinquant.module import fuse_module, model_class, module_and_attribute, tensor_shapes
 from spinquant.online import attach
 from spinquant.plan import ROTATION_NAMES, Plan
-from spinquant.probing.explain import explain_ends, explain_layer
+from spinquant.probing.explain import LINEARS, explain_ends, explain_layer
 from spinquant.probing.roles import Draft, Seen, draft, same_layers
 from spinquant.probing.trace import run, trace
 from spinquant.proof import Float64Arithmetic, Sizing, difference, greedy_logits, make_twin, twin_config
@@ -221,10 +221,16 @@ class _Trial:
         known |= {f"{name.removesuffix('weight')}bias" for name in file.gains if file.centred}
         known |= {f"{module}.bias" for group in file.linears for module in group}
         known |= {f"{file.head.removesuffix('weight')}bias"}
+        multiplied: dict[str, None] = {}
         for name, shape in self.seen.shapes.items():
             star = self.seen.starred(name)
-            if star.replace("*", "{i}") not in known and not self._is_bias_of_norm(star):
-                data["tensors"][star] = ["-"] * len(shape)
+            if star.replace("*", "{i}") in known or self._is_bias_of_norm(star):
+                continue
+            data["tensors"][star] = ["-"] * len(shape)
+            if len(shape) > 2 or (isinstance(module_and_attribute(self.twin, name)[0], LINEARS) and len(shape) > 1):
+                multiplied[star] = None
+        if multiplied:
+            self.draft.left.append(f"{', '.join(multiplied)}: in no role, so neither rotated nor quantized")
 
     def _is_bias_of_norm(self, name: str) -> bool:
         return f"{name.removesuffix('bias')}weight" in self.draft.data["norms"]
