@@ -57,7 +57,8 @@ family, in float64, with non-zero biases and non-unit gains.
 - Several verdicts in a cell are those of the table's several instances (`tests/families.py`). *not loaded*: the peers'
   environment has an older transformers ({peer_transformers}), which does not know the config.
 
-A model that no table explains is refused by name, and so is a tensor that its table does not explain. Of a
+A model that no table explains is refused by name, and takes a family file, which `spinquant plan --probe` drafts
+([families.md](families.md)). Refused is also a tensor that its table does not explain. Of a
 vision-language model the language part is rotated, and the projector, which writes to its residual stream; the twin
 that is tried before a model is touched is given text alone (the tests give images too).
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, XGLMConfig
+from transformers import AutoModelForCausalLM, CTRLConfig
 
 from conftest import byte_tokenizer, logits, tiny_model, tokens
 from spinquant import cli, load, read_learned
@@ -221,12 +221,12 @@ def test_debug_shows_the_traceback(run):
 
 
 def test_an_unknown_architecture_is_refused_by_name(run, tmp_path):
-    config = XGLMConfig(d_model=32, ffn_dim=32, num_layers=1, attention_heads=2, vocab_size=256)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "xglm")
+    config = CTRLConfig(n_embd=32, dff=32, n_layer=1, n_head=2, vocab_size=256)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "ctrl")
     for command in (["plan"], ["rotate", tmp_path / "out"], ["quantize", tmp_path / "out", "--scheme", "W4A4"]):
-        code, _, errors = run(command[0], tmp_path / "xglm", *command[1:])
+        code, _, errors = run(command[0], tmp_path / "ctrl", *command[1:])
         assert code == 1
-        assert "xglm" in errors
+        assert "ctrl" in errors
 
 
 def test_a_folder_without_tokenizer_can_be_rotated(run, tmp_path):

@@ -138,6 +138,59 @@ def test_activations_are_the_rotated_ones(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_what_runs_online_is_rotated(name):
+    """The inputs of second MLP linears (R4), and the keys (R3) and values (R2) that the cache holds."""
+    model, ids = tiny(name), tokens(1, 8)
+    plan = plan_of(model)
+    spaces = {o.module: o.space for o in plan.onlines if o.site == "input"}
+    allowed = [r for r in ("R2", "R3", "R4") if r in FAMILIES[name].allowed]
+    rotations = make_rotations(plan, RotationSpec(allowed, "auto", randomize=True))
+    states = {}
+    for when in ("before", "after"):
+        with captured(model, spaces, inputs=True) as inputs, Float64Arithmetic(), torch.no_grad():
+            cache = model(ids, use_cache=True).past_key_values if plan.attentions else None
+            states[when] = dict(inputs), cached(cache)
+        if when == "before":
+            fuse_module(model, plan, rotations)
+            attach(model, plan, rotations)
+    before, after = states["before"], states["after"]
+    for module, space in spaces.items():
+        if space in rotations and module in before[0]:
+            assert close(after[0][module], rotations[space].apply(before[0][module])), module
+            assert not torch.allclose(after[0][module], before[0][module], atol=1e-2), module
+    for part, rotation in (("value", "R2"), ("query_key", "R3")):
+        if rotation not in allowed:
+            continue
+        layers = [o.space.rpartition(".")[0] for o in plan.onlines if o.site == "query_key"]
+        found = [(old[part], new[part]) for old, new in zip(before[1], after[1], strict=True)]
+        assert len(found) == len(layers) > 0
+        for layer, (old, new) in zip(layers, found, strict=True):
+            turn = rotations.get(f"{layer}.{part}") or rotations[f"{layer}.key_value_latent"]
+            if old.shape[-1] % turn.order == 0:  # else what is cached is no head's
+                assert close(new, turn.apply(old)), (layer, part)
+                assert not torch.allclose(new, old, atol=1e-2), (layer, part)
+
+
+def cached(cache):
+    """Keys and values of the layers of a cache that have them, (batch, heads, tokens, size)."""
+    layers = [layer for layer in getattr(cache, "layers", ()) if getattr(layer, "keys", None) is not None]
+    return [{"query_key": layer.keys.clone(), "value": layer.values.clone()} for layer in layers]
+
+
+def test_both_kinds_of_attention_are_tried_where_a_class_has_both():
+    """Sliding windows and full attention, within the instances of a class."""
+    from conftest import CONFIGS
+
+    tried = {}
+    for make in (*(instance.config for instance in FAMILIES.values()), *CONFIGS.values()):
+        text = make().get_text_config()
+        tried.setdefault(text.model_type, set()).update(getattr(text, "layer_types", None) or ())
+    for model_type, kinds in tried.items():
+        usual = getattr(AutoConfig.for_model(model_type).get_text_config(), "layer_types", None) or ()
+        assert set(usual) <= kinds, model_type
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_saved_and_loaded_it_is_the_same_model(name, tmp_path):
     """Names of a checkpoint give the plan that names of the module give; a rotated model loads as its own class."""
     model, ids = tiny(name), tokens()

@@ -18,7 +18,15 @@ LAYERS = [
     {"centred"},
     {"rotation", "quantization.floating", "quantization.integer", "quantization.progress", "learning.cayley"},
     {"saved_rotations", "quantization.rotated", "learning", "learning.objectives", "learning.state"},
-    {"fuse", "architectures", "architectures.table", "architectures.build", "architectures.prediction", *TABLES},
+    {
+        "fuse",
+        "architectures",
+        "architectures.table",
+        "architectures.build",
+        "architectures.prediction",
+        "architectures.family_file",
+        *TABLES,
+    },
     {
         "module",
         "cache",
@@ -53,14 +61,18 @@ LAYERS = [
     {"stream", "disk_model"},
     {"along", "along.counterparts", "along.target", "along.experts", "along.lora", "along.heads", "along.folder"},
     {"disk_proof"},
-    {"mapped_plan", "transform_config"},
+    {"mapped_plan", "transform_config", "probing", "probing.trace"},
+    {"probing.explain"},
+    {"probing.roles"},
+    {"probing.probe"},
+    {"probing.draft"},
     {"pipeline", "demo_model"},
     {"streamed_folders"},
     {"preparation", "folders", "learning.folder"},
     {"modifier", "llmcompressor"},
     {"report", "demo", "demo_page"},
     {"cli_options", "cli_output"},
-    {"cli_learn", "cli_quantize", "cli_along"},
+    {"cli_learn", "cli_quantize", "cli_along", "cli_probe"},
     {"cli"},
     {"__main__"},
 ]
@@ -133,6 +145,6 @@ def test_public_names_have_docstrings():
 def test_hooks_and_registrations_are_where_they_belong():
     for name, path in modules().items():
         text = path.read_text()
-        if name not in ("online", "calibrate", "vllm_plugin"):
+        if name not in ("online", "calibrate", "probing.trace", "vllm_plugin"):
             assert "register_forward" not in text, name
         assert "import *" not in text, name

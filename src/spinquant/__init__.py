@@ -7,7 +7,8 @@ loads the folders written here with their online rotations and quantizers attach
 from importlib.metadata import version
 
 from spinquant.along.folder import rotate_adapter
-from spinquant.architectures import make_plan
+from spinquant.architectures import make_plan, use_family
+from spinquant.architectures.family_file import FamilyFile, read_family
 from spinquant.cache import QuantizedCache
 from spinquant.calibrate import CalibrationText, calibration_tokens, load_text, token_windows
 from spinquant.checkpoint import load_model as load
@@ -38,6 +39,8 @@ from spinquant.module import fuse_module, plan_of
 from spinquant.online import Attachment, attach
 from spinquant.pipeline import Options, Result, quantize, rotate
 from spinquant.plan import Plan
+from spinquant.probing.draft import draft_text
+from spinquant.probing.probe import Probe, probe
 from spinquant.proof import prove
 from spinquant.quantization.blockwise import Calibration
 from spinquant.quantization.gptq import GPTQOptions, Moments, gptq
@@ -57,6 +60,7 @@ __all__ = [
     "Comparison",
     "EndToEndOptions",
     "Evaluation",
+    "FamilyFile",
     "GPTQOptions",
     "Hadamard",
     "HadamardOrderError",
@@ -70,6 +74,7 @@ __all__ = [
     "Options",
     "Orthogonal",
     "Plan",
+    "Probe",
     "ProofError",
     "QuantizedCache",
     "Quantizer",
@@ -88,6 +93,7 @@ __all__ = [
     "calibration_tokens",
     "compare_models",
     "detach",
+    "draft_text",
     "evaluate",
     "fuse_module",
     "gptq",
@@ -102,9 +108,11 @@ __all__ = [
     "make_rotations",
     "parse_scheme",
     "plan_of",
+    "probe",
     "prove",
     "quantize",
     "quantize_folder",
+    "read_family",
     "read_headers",
     "read_learned",
     "rotate",
@@ -112,4 +120,5 @@ __all__ = [
     "rotate_folder",
     "save",
     "token_windows",
+    "use_family",
 ]

@@ -5,10 +5,10 @@ running the model with every block replaced by one that passes hidden states on:
 blocks' weights are not touched. Samples have the same length, so one set of arguments serves all of them.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ def _replaced(
     """Within the block, every decoder block returns function(name, hidden states, keyword arguments)."""
 
     def stand_in(name: str) -> Callable[..., Tensor]:
-        called = list(inspect.signature(modules[name].forward).parameters)[1:]
+        called = list(signature(modules[name].forward).parameters)[1:]
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if len(args) > len(called):

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
+from spinquant.architectures import FamilyLike, use_family
 from spinquant.errors import CheckpointError
 from spinquant.module import model_class
 
@@ -76,8 +77,8 @@ def folder_of(model: str | Path, *, allow_pickle: bool = False) -> Path:
         raise CheckpointError(f"{str(model)!r} is no folder here, and downloading it failed: {reason}") from None
 
 
-def load_config(model: str | Path) -> Any:
-    """The transformers config of a folder or hub id.
+def load_config(model: str | Path, *, family: FamilyLike | None = None) -> Any:
+    """The transformers config of a folder or hub id, with the family file that explains it, where one is given.
 
     Raises CheckpointError when config.json is missing, is not JSON, or names no architecture that transformers knows.
     """
@@ -95,9 +96,11 @@ def load_config(model: str | Path) -> Any:
             )
     try:
         place = folder_of(model) if is_local(model) else model
-        return AutoConfig.from_pretrained(place, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise CheckpointError(f"cannot read the config of {str(model)!r}: {_first_line(error)}") from None
+    use_family(config, family)
+    return config
 
 
 def read_headers(model: str | Path) -> dict[str, TensorInfo]:
@@ -180,10 +183,12 @@ def load_model(
     device: torch.device | str = "cpu",
     allow_pickle: bool = False,
     check_values: bool = True,
+    family: FamilyLike | None = None,
 ) -> Any:
     """A causal LM in evaluation mode, from a folder or hub id; folders that spinquant wrote come with online parts.
 
-    Raises CheckpointError for anything missing, corrupted or not finite, naming it.
+    family: a file that explains the model where no table does, see `use_family`; such folders know it already. Raises
+    CheckpointError for anything missing, corrupted or not finite, naming it.
     """
     # Folders of our own format need its quantizer registered with transformers.
     import spinquant.formats.native  # noqa: F401
@@ -218,6 +223,7 @@ def load_model(
     missing = sorted(info.get("missing_keys", ()))
     if missing:
         raise CheckpointError(f"{str(model)!r} lacks tensor {missing[0]!r} (and {len(missing) - 1} others)")
+    use_family(loaded.config, family)
     if check_values:
         check_finite(loaded, str(model))
     return loaded.eval().to(device)

@@ -15,6 +15,7 @@ import typer
 
 import spinquant
 from spinquant import report
+from spinquant.architectures import recorded_family
 from spinquant.calibrate import load_text, token_windows
 from spinquant.checkpoint import (
     check_unquantized,
@@ -38,6 +39,7 @@ from spinquant.cli_options import (
     Device,
     DropMtp,
     Dtype,
+    Family,
     Force,
     Json,
     Learned,
@@ -57,9 +59,10 @@ from spinquant.cli_options import (
     parse_spec,
 )
 from spinquant.cli_output import err_console, out_console, print_json, print_result, stages
+from spinquant.cli_probe import probe_command
 from spinquant.cli_quantize import EXAMPLES as QUANTIZE_EXAMPLES
 from spinquant.cli_quantize import quantize
-from spinquant.errors import CheckpointError, SchemeError, SpinquantError
+from spinquant.errors import ArchitectureError, CheckpointError, SchemeError, SpinquantError
 from spinquant.evaluation import compare_models
 from spinquant.evaluation import evaluate as evaluate_model
 from spinquant.folders import rotate_folder
@@ -93,21 +96,35 @@ def plan(
     randomize: Randomize = False,
     runtime: Runtime = None,
     scheme: Annotated[str | None, typer.Option(help="What a runtime is to run: W8A8, W4A16, ...")] = None,
+    family: Family = None,
+    probe: Annotated[
+        bool,
+        typer.Option("--probe", help="Of a model that no table knows: try out what can be rotated; print a draft."),
+    ] = False,
+    draft: Annotated[Path | None, typer.Option(help="With --probe: file for the draft of a family file.")] = None,
     json_: Json = False,
 ) -> None:
     """Show which tensors each rotation touches, from the config and the safetensors headers alone.
 
-    With --runtime, also what that runtime runs, why, and what would work instead.
+    With --runtime, also what that runtime runs, why, and what would work instead. With --probe, try small random
+    models of the class, and draft a family file, which --family takes.
     """
+    if draft is not None and not probe:
+        raise ArchitectureError("--draft is the file that --probe writes: give --probe too")
     if scheme is not None and runtime is None:
         raise SchemeError("--scheme says what a runtime is to run: give --runtime too")
     wanted = parse_scheme(scheme) if scheme is not None else None
     spec = parse_spec(rotations, type, block_size, randomize, 0)
-    config = load_config(model)
+    config = load_config(model, family=family)
     check_unquantized(config, model)
-    made = spinquant.make_plan(config, {name: info.shape for name, info in read_headers(model).items()})
+    shapes = {name: info.shape for name, info in read_headers(model).items()}
+    if probe:
+        return probe_command(config, shapes, draft, json_)
+    made = spinquant.make_plan(config, shapes)
     rows = report.plan_rows(made, spec)
     notes = report.plan_notes(made, spec)
+    if recorded_family(config) is not None:
+        notes.append(f"the family {made.family} is a family file's, not one of the tables of this library")
     claims = runtime_rows(runtime, spec, wanted, made) if runtime else []
     if json_:
         plain = [{**row, "axes": [asdict(axis) for axis in row["axes"]]} for row in rows]
@@ -144,6 +161,7 @@ def rotate(
     drop_mtp: DropMtp = False,
     proof: Proof = True,
     compare: Compare = True,
+    family: Family = None,
     json_: Json = False,
 ) -> None:
     """Fuse R1 and R2 into a plain folder that transformers, vLLM and others load with nothing of ours installed.
@@ -166,6 +184,7 @@ def rotate(
             max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
             also=also or (),
             options=Options(prove=proof, allow_inexact=allow_inexact, drop_mtp=drop_mtp, progress=progress),
+            family=family,
         )
     print_result(json_, {**result.record(), "seconds": result.seconds}, report.result_table(result, str(out)))
 

@@ -14,6 +14,7 @@ from spinquant.cli_options import (
     BlockSize,
     Device,
     Dtype,
+    Family,
     Force,
     Json,
     Model,
@@ -98,6 +99,7 @@ def learn(
     device: Device = "cpu",
     force: Force = False,
     allow_pickle: AllowPickle = False,
+    family: Family = None,
     json_: Json = False,
 ) -> None:
     """Learn rotations for a model and a scheme; they are kept only where they beat the best of several random ones.
@@ -140,6 +142,7 @@ def learn(
             dtype=parse_dtype(dtype) or "auto",
             force=force,
             allow_pickle=allow_pickle,
+            family=family,
             watch=Watch(progress, step_report(progress)),
         )
     if int(os.environ.get("RANK", "0")) == 0:

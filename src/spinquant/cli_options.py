@@ -68,6 +68,12 @@ Also = Annotated[
         show_default=False,
     ),
 ]
+Family = Annotated[
+    Path | None,
+    typer.Option(
+        help="TOML file with the family of a model that no table knows: docs/families.md.", show_default=False
+    ),
+]
 Windows = Annotated[int, typer.Option(help="Windows, spread evenly over the text; 0 for all.")]
 
 

@@ -15,6 +15,7 @@ from spinquant.cli_options import (
     Device,
     DropMtp,
     Dtype,
+    Family,
     Force,
     Json,
     Learned,
@@ -110,6 +111,7 @@ def quantize(
     drop_mtp: DropMtp = False,
     proof: Proof = True,
     compare: Compare = True,
+    family: Family = None,
     json_: Json = False,
 ) -> None:
     """Rotate and quantize into a folder that `spinquant.load`, or transformers after `import spinquant`, loads.
@@ -144,6 +146,7 @@ def quantize(
     read = source if chosen and (calibrated or not learn_first) else None
     shard = None if max_shard_size is None else parse_size(max_shard_size)
     where: dict[str, Any] = {"runtime": runtime, "format": format, "force": force, "allow_pickle": allow_pickle}
+    where["family"] = family
     with stages() as progress:
         found, store = read_learned(learned) if learned else None, None
         if learn_first:
@@ -160,6 +163,7 @@ def quantize(
                 device=device,
                 dtype=parse_dtype(dtype) or "auto",
                 allow_pickle=allow_pickle,
+                family=family,
                 watch=Watch(progress, step_report(progress)),
             )
         result = quantize_folder(

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spinquant.along.folder import read_along
-from spinquant.architectures import make_plan
+from spinquant.architectures import FamilyLike, make_plan, recorded_family
 from spinquant.architectures.prediction import COUNTS
 from spinquant.calibrate import CalibrationText, calibration_tokens
 from spinquant.checkpoint import (
@@ -135,6 +135,7 @@ def rotate_folder(
     max_shard_size: int | None = None,
     also: Sequence[str | Path] = (),
     options: Options | None = None,
+    family: FamilyLike | None = None,
 ) -> Result:
     """Rotate a folder or hub id into a plain folder that transformers loads with nothing of ours installed.
 
@@ -145,22 +146,27 @@ def rotate_folder(
     learned: rotations to use in place of random ones; the spec is then theirs. dtype: of the weights written, by
     default as in the source. text: of the real tokens on which logits are compared; None for no comparison.
     max_shard_size: bytes, by default the shards of the source. also: folders of adapters (peft's LoRA) and draft heads
-    (EAGLE-3) of the model, which are rotated with it, into `adapters/NAME` of `out`. Raises RotationError for rotations
-    that need work at run time (R3, R4): a plain folder cannot hold them; and for what cannot ride along.
+    (EAGLE-3) of the model, which are rotated with it, into `adapters/NAME` of `out`. family: a file that explains the
+    model where no table does, see `use_family`. Raises RotationError for rotations that need work at run time (R3, R4):
+    a plain folder cannot hold them; and for what cannot ride along.
     """
     spec, rotations = (learned.spec, learned.rotations) if learned else (spec, None)
     check_format("hf", Scheme(), spec)
     options = options or Options()
     if not (allow_pickle and has_pickles_only(folder_of(model, allow_pickle=True))):
         along = read_along(also)
-        request = Request(spec, dtype, device, max_shard_size, text, options=options, learned=learned, also=along)
+        request = Request(
+            spec, dtype, device, max_shard_size, text, options=options, learned=learned, also=along, family=family
+        )
         return stream_folder(model, out, request, force=force)
     if max_shard_size is not None or also:
         raise CheckpointError(
             "pickle weights are not streamed: leave --max-shard-size and --also out, or convert them first"
         )
     check_free(out, force=force, source=model)
-    loaded, tokenizer, sample, notes = _open(model, dtype, text or "auto", allow_pickle, device, options.drop_mtp)
+    loaded, tokenizer, sample, notes = _open(
+        model, dtype, text or "auto", allow_pickle, device, options.drop_mtp, family
+    )
     result = rotate(loaded, spec, rotations=rotations, sample=None if text is None else sample, options=options)
     if dtype is not None:
         _cast(loaded, dtype)
@@ -187,10 +193,11 @@ def quantize_folder(
     options: Options | None = None,
     format: Format = "native",
     runtime: str | None = None,
+    family: FamilyLike | None = None,
 ) -> Result:
     """Rotate and quantize a folder or hub id into a folder that `spinquant.load` and transformers load.
 
-    learned: rotations to use in place of random ones; the spec is then theirs.
+    learned: rotations to use in place of random ones; the spec is then theirs. family: as for `rotate_folder`.
     dtype: of everything that is not quantized, and of the arithmetic; by default as in the source. format: of the
     folder, see `check_format`, which is asked before any work. runtime: refuse what it does not run, see
     `formats/runtimes.py`.
@@ -213,14 +220,15 @@ def quantize_folder(
         format=format,
         force=force,
         allow_pickle=allow_pickle,
+        family=family,
     )
     options = options or Options()
     if streamed:
-        request = Request(spec, dtype, device, max_shard_size, text, scheme, options, learned)
+        request = Request(spec, dtype, device, max_shard_size, text, scheme, options, learned, family=family)
         return stream_folder(model, out, request, force=force)
     check = partial(check_plan, scheme=scheme, spec=spec) if format == "compressed-tensors" else None
     loaded, tokenizer, sample, notes = _open(
-        model, dtype, text or "auto", allow_pickle, device, options.drop_mtp, check
+        model, dtype, text or "auto", allow_pickle, device, options.drop_mtp, family, check
     )
     if dtype is not None:
         _cast(loaded, dtype)
@@ -231,7 +239,7 @@ def quantize_folder(
         notes["calibration_text"] = {"text": name, "samples": tokens.shape[0], "length": tokens.shape[1]}
         settings = [version("spinquant"), scheme, spec, method, calibrated, options.precision, loaded.dtype]
         settings += [digest(tokens), weights_digest(model)]
-        settings += [learned.digest() if learned else None]
+        settings += [learned.digest() if learned else None, recorded_family(loaded.config)]
         store = BlockStore(Path(out).parent / f".{Path(out).name}.calibration", json.dumps([repr(s) for s in settings]))
     result = quantize(
         loaded,
@@ -266,6 +274,7 @@ def check_request(
     format: str = "native",
     force: bool = False,
     allow_pickle: bool = False,
+    family: FamilyLike | None = None,
 ) -> tuple[Calibration | None, bool]:
     """What `quantize_folder` refuses before work starts: (the calibration that there will be, whether it is streamed).
 
@@ -273,7 +282,7 @@ def check_request(
     CheckpointError for an `out` that is not free.
     """
     if runtime is not None:
-        check_for(runtime, format, scheme, spec, None if allow_pickle else model)
+        check_for(runtime, format, scheme, spec, None if allow_pickle else model, family=family)
     calibrated = check_calibration(method, scheme, calibration)
     if calibrated is None and calibration_text is not None:
         raise CalibrationError(
@@ -295,7 +304,15 @@ def _learned_note(learned: LearnedRotations | None) -> dict[str, Any]:
     return {"learned": learned.record} if learned else {}
 
 
-def check_for(runtime: str, format: str, scheme: Scheme, spec: RotationSpec, model: str | Path | None) -> None:
+def check_for(
+    runtime: str,
+    format: str,
+    scheme: Scheme,
+    spec: RotationSpec,
+    model: str | Path | None,
+    *,
+    family: FamilyLike | None = None,
+) -> None:
     """Raise SchemeError or RotationError for what a runtime does not load or run."""
     reads = runtime_of(runtime).format
     if format not in ("hf", reads):
@@ -303,7 +320,7 @@ def check_for(runtime: str, format: str, scheme: Scheme, spec: RotationSpec, mod
     check_runtime(runtime, scheme, spec)  # before the model is looked at, which may be on the hub
     if model is not None:
         shapes = {name: info.shape for name, info in read_headers(model).items()}
-        check_runtime(runtime, scheme, spec, make_plan(load_config(model), shapes))
+        check_runtime(runtime, scheme, spec, make_plan(load_config(model), shapes, family=family))
 
 
 def _open(
@@ -313,9 +330,10 @@ def _open(
     allow_pickle: bool,
     device: str,
     drop_mtp: bool,
+    family: FamilyLike | None,
     check: Callable[[Plan], None] | None = None,
 ) -> tuple[Any, Any, Tensor, dict[str, Any]]:
-    config = load_config(model)
+    config = load_config(model, family=family)
     check_unquantized(config, model)
     if not allow_pickle:
         # An architecture that no table explains is refused before gigabytes are loaded.
@@ -327,7 +345,7 @@ def _open(
                 f"{str(model)!r} holds layers for multi-token prediction ({plan.predictors[0]}, ...), and transformers "
                 "loads the model without them: they would be missing from the result. Say so with --drop-mtp"
             )
-    loaded = load_model(model, allow_pickle=allow_pickle, device=device)
+    loaded = load_model(model, allow_pickle=allow_pickle, device=device, family=family)
     if drop_mtp:
         for name in (name for name in COUNTS if hasattr(loaded.config, name)):
             setattr(loaded.config, name, 0)

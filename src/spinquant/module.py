@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from spinquant.architectures import make_plan
+from spinquant.architectures import FamilyLike, make_plan
 from spinquant.centred import check_centred
 from spinquant.errors import CheckpointError
 from spinquant.fuse import fuse_in_place
@@ -20,9 +20,9 @@ def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
 
 
-def plan_of(model: nn.Module) -> Plan:
-    """The plan of a loaded transformers model. Raises ArchitectureError as `make_plan` does."""
-    return make_plan(model.config, tensor_shapes(model))
+def plan_of(model: Any, *, family: FamilyLike | None = None) -> Plan:
+    """The plan of a loaded transformers model. family and errors: as of `make_plan`."""
+    return make_plan(model.config, tensor_shapes(model), family=family)
 
 
 @torch.no_grad()

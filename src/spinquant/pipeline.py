@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from spinquant.architectures import FamilyLike, use_family
 from spinquant.errors import CalibrationError, RotationError, SchemeError
 from spinquant.formats.native import is_marked, mark, unmark
 from spinquant.module import fuse_module, plan_of, tensor_shapes
@@ -111,15 +112,18 @@ def rotate(
     rotations: Mapping[str, Rotation] | None = None,
     sample: Tensor | None = None,
     options: Options | None = None,
+    family: FamilyLike | None = None,
 ) -> Result:
     """Rotate a model in memory: fuse what can be fused, attach the rest (R3, R4), and prove that nothing changed.
 
-    rotations: by space, learned ones for instance, in place of those that the spec makes.
+    rotations: by space, learned ones for instance, in place of those that the spec makes. family: a file that explains
+    the model where no table does, see `use_family`.
     `sample`, int64 (batch, length), are real tokens to compare logits on. Raises ProofError, naming the first module
     that departs, when the function changed; the model is then spoilt and must not be used.
     """
     spec, options = spec or RotationSpec(), options or Options()
     check_fresh(model)
+    use_family(model.config, family)
     plan = plan_of(model)
     if rotations is None:
         rotations = make_rotations(plan, spec)
@@ -168,20 +172,22 @@ def quantize(
     sample: Tensor | None = None,
     store: BlockStore | None = None,
     options: Options | None = None,
+    family: FamilyLike | None = None,
 ) -> Result:
     """Rotate a model in memory, then quantize its weights, activations and KV cache.
 
-    rotations: as for `rotate`. Weights are rounded in place: to nearest (rtn), by GPTQ, or by GPTQ with the asymmetric
-    target (gptaq). All but plain rtn work on calibration `tokens`, int64 (samples, length). Activations and cache are
-    rounded at run time by hooks, which `spinquant.detach(model)` removes. Raises RotationError for a model that has
-    been through this before, SchemeError for a scheme that does not fit, CalibrationError for tokens that are missing
-    or do not serve, and what `rotate` raises.
+    rotations, family: as for `rotate`. Weights are rounded in place: to nearest (rtn), by GPTQ, or by GPTQ with the
+    asymmetric target (gptaq). All but plain rtn work on calibration `tokens`, int64 (samples, length). Activations and
+    cache are rounded at run time by hooks, which `spinquant.detach(model)` removes. Raises RotationError for a model
+    that has been through this before, SchemeError for a scheme that does not fit, CalibrationError for tokens that are
+    missing or do not serve, and what `rotate` raises.
     """
     scheme, options = parse_scheme(scheme), options or Options()
     calibration = check_calibration(method, scheme, calibration)
     if calibration is not None and (tokens is None or tokens.numel() == 0):
         raise CalibrationError(f"{method} works on calibration tokens, int64 (samples, length), and none were given")
     check_fresh(model)
+    use_family(model.config, family)
     check_groups(plan_of(model), tensor_shapes(model), scheme)
     rotated = rotate(model, spec or RotationSpec(()), rotations=rotations, sample=sample, options=options)
     unmark(model)

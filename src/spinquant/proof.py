@@ -10,7 +10,7 @@ whose output departs is named: outputs are compared in execution order, each rot
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from spinquant.architectures import family_of
-from spinquant.architectures.table import Family
+from spinquant.architectures import FamilyLike, family_of, use_family
+from spinquant.architectures.table import Named
 from spinquant.calibrate import captured, device_of
 from spinquant.errors import ProofError
 from spinquant.fuse import rotate_axis
@@ -86,6 +86,8 @@ class Float64Arithmetic(TorchFunctionMode):
         function: Any = torch.Tensor.double if func is torch.Tensor.float else func
         widened = [torch.float64 if a is torch.float32 else a for a in args]
         named = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        if func is torch.full and isinstance(args[-1], float):  # float32 unless told; XGLM fills with float64's lowest
+            named.setdefault("dtype", torch.float64)
         return function(*widened, **named)
 
 
@@ -156,16 +158,41 @@ def check(deviation: Deviation, dtype: torch.dtype, *, what: str) -> None:
         )
 
 
-def twin_config(config: Any) -> Any:
-    """The same config with few small layers: one layer of every kind that the original has, at least two."""
-    return _twin(config, family_of(config))
+@dataclass(frozen=True)
+class Sizing:
+    """What has to be known of a model's class for a small one to be made of it; see `Family` for the first three.
+
+    kv_heads, group: at most so many heads of keys, and of queries for each of them. head_dim: largest size of a head;
+    by default it stays what it is.
+    """
+
+    filled: bool = False
+    heads: int = 1
+    names: Mapping[str, str] = field(default_factory=dict)
+    kv_heads: int = 2
+    group: int = 3
+    head_dim: int | None = None
+    hidden: int = TWIN_HIDDEN
+    intermediate: int = TWIN_INTERMEDIATE
 
 
-def _twin(config: Any, family: Family | None) -> Any:
+def twin_config(config: Any, sizing: Sizing | None = None) -> Any:
+    """The same config with few small layers: one layer of every kind that the original has, at least two.
+
+    sizing: by default as the model's family says.
+    """
+    if sizing is None:
+        family = family_of(config)
+        sizing = Sizing(family.filled, family.heads, family.names) if family else Sizing()
+    return _twin(config, sizing)
+
+
+def _twin(config: Any, sizing: Sizing) -> Any:
     text = config.get_text_config()
     if text is not config:
-        return _twin_with_vision(config, _twin(text, family))
-    data = copy.deepcopy(config.to_dict())
+        return _twin_with_vision(config, _twin(text, sizing))
+    data, original, names = copy.deepcopy(config.to_dict()), config, sizing.names
+    config = Named(config, names)
     layers = config.num_hidden_layers
     per_layer = {key: value for key, value in data.items() if isinstance(value, list) and len(value) == layers > 0}
     kinds: dict[tuple[str, ...], int] = {}
@@ -176,19 +203,23 @@ def _twin(config: Any, family: Family | None) -> Any:
     data.update({key: [value[i] for i in kept] for key, value in per_layer.items()})
     small: dict[str, Any] = {
         "num_hidden_layers": len(kept),
-        **_small_heads(config, family),
+        **_small_heads(config, sizing),
         "vocab_size": TWIN_VOCABULARY,
     }
-    small.update({name: TWIN_INTERMEDIATE for name in INTERMEDIATES if getattr(config, name, None)})
+    small.update({name: sizing.intermediate for name in INTERMEDIATES if getattr(config, name, None)})
     small.update({name: size for name, size in TWIN_SIZES.items() if (getattr(config, name, None) or 0) > size})
     small.update({name: 16 for name in ("mamba_d_head",) if getattr(config, name, None)})
     if getattr(config, "attn_layer_indices", None):
         small["attn_layer_indices"] = [1]
+    if getattr(config, "attention_types", None):  # GPT-Neo's kinds of layers, and how often they are repeated
+        small["attention_types"] = [[[config.attention_layers[i] for i in kept], 1]]
+        small["window_size"] = 6
     if getattr(config, "sliding_window", None):
         small["sliding_window"] = 6  # shorter than the tokens of the proof, so that the window matters
     # Some classes have names of their own for these.
-    data.update({getattr(config, "attribute_map", {}).get(name, name): size for name, size in small.items()})
-    return _made(config, data)
+    own = getattr(config, "attribute_map", {})
+    data.update({own.get(named := names.get(name, name), named): size for name, size in small.items()})
+    return _made(original, data)
 
 
 def _twin_with_vision(config: Any, text: Any) -> Any:
@@ -217,27 +248,30 @@ def _made(config: Any, data: dict[str, Any]) -> Any:
         return type(config).from_dict({**data, **dict.fromkeys(tokens, 0)})
 
 
-def _small_heads(config: Any, family: Family | None) -> dict[str, int]:
+def _small_heads(config: Any, sizing: Sizing) -> dict[str, int]:
     """Few heads of the size that the original's have, and a hidden size that they fill where the class wants it."""
     if not hasattr(config, "num_attention_heads"):  # no attention; heads of the recurrence
         own = {"head_dim": 16, "n_groups": 1} if hasattr(config, "n_groups") else {}
-        return {"hidden_size": TWIN_HIDDEN, **own}
+        return {"hidden_size": sizing.hidden, **own}
     names = [name for name in ("num_kv_heads", "num_key_value_heads") if getattr(config, name, None)]
     kv_heads = getattr(config, names[0]) if names else config.num_attention_heads
-    few = min(2, kv_heads)
-    heads = few * min(config.num_attention_heads // kv_heads, 3)
+    few = min(max(sizing.kv_heads, sizing.heads), kv_heads)
+    heads = few * min(config.num_attention_heads // kv_heads, sizing.group)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    found = {**dict.fromkeys(names, few), "num_attention_heads": heads, "hidden_size": TWIN_HIDDEN}
-    if family is None or not family.filled:
+    head_dim = min(head_dim, sizing.head_dim or head_dim)
+    found = {**dict.fromkeys(names, few), "num_attention_heads": heads, "hidden_size": sizing.hidden}
+    if not sizing.filled:
         return {**found, "head_dim": head_dim}
     own = {"head_dim": head_dim} if "head_dim" in config.to_dict() else {}
     return {**found, **own, "hidden_size": heads * head_dim}
 
 
-def make_twin(config: Any, *, seed: int = 0, attn_implementation: str | None = None) -> nn.Module:
+def make_twin(
+    config: Any, *, seed: int = 0, attn_implementation: str | None = None, sizing: Sizing | None = None
+) -> nn.Module:
     """A float64 model of `twin_config` with random weights, non-zero biases and non-unit gains."""
     model = model_class(config).from_config(
-        twin_config(config), dtype=torch.float64, attn_implementation=attn_implementation
+        twin_config(config, sizing), dtype=torch.float64, attn_implementation=attn_implementation
     )
     exact_experts(model)
     generator = torch.Generator().manual_seed(seed)
@@ -261,12 +295,20 @@ def exact_experts(model: Any) -> None:
 Planner = Callable[[Any], tuple[Plan, Mapping[str, Rotation]]]
 
 
-def prove(config: Any, spec: RotationSpec, *, seed: int = 0, planner: Planner | None = None) -> Deviation:
+def prove(
+    config: Any,
+    spec: RotationSpec,
+    *,
+    seed: int = 0,
+    planner: Planner | None = None,
+    family: FamilyLike | None = None,
+) -> Deviation:
     """Try the rotations of a spec on the twin of a config; or a plan and rotations, as `planner(twin)` gives them.
 
-    Raises ProofError, naming the first module that departs, when logits (whole sequences, or token by token through
-    a KV cache) move by more than float64 rounding.
+    family: a family file that explains the config, see `use_family`. Raises ProofError, naming the first module that
+    departs, when logits (whole sequences, or token by token through a KV cache) move by more than float64 rounding.
     """
+    use_family(config, family)
     with Float64Arithmetic(), torch.random.fork_rng(devices=[]):  # a model's initialisation draws from the global state
         twin = make_twin(config, seed=seed)
         if planner is None:

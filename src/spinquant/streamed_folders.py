@@ -21,7 +21,7 @@ from safetensors.torch import save as save_bytes
 
 from spinquant.along.folder import ADAPTERS, along_digests, write_along
 from spinquant.along.target import Target
-from spinquant.architectures import make_plan, prediction_tensors
+from spinquant.architectures import RECORDED, FamilyLike, make_plan, prediction_tensors, recorded_family
 from spinquant.architectures.prediction import COUNTS
 from spinquant.calibrate import load_text, token_windows
 from spinquant.centred import check_centred
@@ -72,7 +72,7 @@ class Request:
     max_shard_size: bytes; None for the shards of the source. text: of the real tokens on which the result is compared
     with the source, as in `load_text`; None for no comparison. scheme: weights are rounded to nearest; None for
     rotations alone. learned: rotations in place of those that the spec makes, which then describes them. also: folders
-    of adapters and heads that ride along, by name.
+    of adapters and heads that ride along, by name. family: a file that explains the model where no table does.
     """
 
     spec: RotationSpec
@@ -84,8 +84,9 @@ class Request:
     options: Options = field(default_factory=Options)
     learned: LearnedRotations | None = None
     also: Mapping[str, Path] = field(default_factory=dict)
+    family: FamilyLike | None = None
 
-    def settings(self, model: str | Path, folder: Path) -> dict[str, Any]:
+    def settings(self, model: str | Path, folder: Path, config: Any) -> dict[str, Any]:
         """Everything that decides the bytes of the result, as JSON."""
         return {
             "spinquant": version("spinquant"),
@@ -102,6 +103,7 @@ class Request:
             "learned": None if self.learned is None else self.learned.digest(),
             "drop_mtp": self.options.drop_mtp,
             "also": along_digests(self.also),
+            "family": recorded_family(config),
         }
 
 
@@ -125,7 +127,7 @@ def stream_folder(model: str | Path, out: str | Path, request: Request, *, force
     check_device(request.device)
     folder = folder_of(model)
     check_replaceable(out, force=True, source=folder)
-    config = load_config(model)
+    config = load_config(model, family=request.family)
     if fp8_block(config) is None:
         check_unquantized(config, model)
     dropped = prediction_tensors(config, read_headers(folder)) if request.options.drop_mtp else ()
@@ -135,7 +137,7 @@ def stream_folder(model: str | Path, out: str | Path, request: Request, *, force
         if request.options.prove and run.result.rotations:
             with clock.phase("prove"):
                 run.result = replace(run.result, twin=prove(config, request.spec))
-        with _open(out, request.settings(model, folder), force) as work:
+        with _open(out, request.settings(model, folder, config), force) as work:
             if not work.published:  # else a run before was killed between its last rename and tidying up
                 run.take_along(work)  # first: what cannot be rotated should be refused before gigabytes are
                 if not run.is_plain:  # what is quantized cannot be compared any more
@@ -211,6 +213,8 @@ class _Run:
         self.changes: dict[str, Any] = {"tie_word_embeddings": False} if unties else {}
         if request.options.drop_mtp:
             self.changes |= dict.fromkeys((name for name in COUNTS if hasattr(config, name)), 0)
+        if recorded_family(config) is not None:  # so that what is written needs no family file
+            self.changes[RECORDED] = recorded_family(config)
         if request.dtype is not None:
             self.changes["dtype"] = str(request.dtype).removeprefix("torch.")
         if not self.is_plain:
@@ -272,6 +276,8 @@ def _unquantized(config: Any) -> Any:
 
 def _why_not(plan: Plan, model: Any, source: Source) -> str | None:
     lacking = unfillable(model, source, {tie.tensor: tie.source for tie in plan.ties})
+    if model.base_model is model:
+        return "the model's class has no base model, whose blocks could be run one by one"
     if lacking is not None:
         return f"the model's class keeps {lacking!r} in another form than the checkpoint"
     largest = max(math.prod(stored.entry.shape) for stored in source.tensors.values())
@@ -350,7 +356,7 @@ def write_beside(result: Result, folder: Path) -> None:
 
 def _change(config: dict[str, Any], changes: Mapping[str, Any]) -> None:
     for key, value in changes.items():
-        if key == "quantization_config":
+        if key in ("quantization_config", RECORDED):
             config[key] = value
             continue
         # Configs of old transformers say torch_dtype, those of models with several parts say it for the text part.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from spinquant.architectures.table import INSIDE, Family, Living, Norm, Part, holds, size_of
+from spinquant.architectures.table import INSIDE, Family, Living, Named, Norm, Part, holds, size_of
 from spinquant.errors import ArchitectureError
 from spinquant.plan import Axis, Experts, Gain, Online, Plan, Space, Span, Tie
 
@@ -35,7 +35,8 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
         )
     # A module holds a tied head under both names, a checkpoint under one: the plan is the same for both.
     shapes = {**shapes, family.head: shapes.get(family.head, shapes.get(family.embedding, ()))}
-    build = _Build(family, config.get_text_config() if hasattr(config, "get_text_config") else config, shapes)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    build = _Build(family, Named(text, family.names), shapes)
     axes, onlines = build.axes(), build.onlines()
     used = {axis.space for axis in axes} | {online.space for online in onlines}
 
@@ -164,8 +165,8 @@ class _Build:
             if name not in found and not any(re.fullmatch(pattern, name) for pattern in self.family.ignored):
                 raise ArchitectureError(
                     f"tensor {name!r} (shape {tuple(shape)}) is not explained by the table of {self.family.name!r}: "
-                    "rotating around it could change the model. The table knows the tensors of transformers' own "
-                    "classes."
+                    "rotating around it could change the model. A table knows the tensors of one class alone; one "
+                    "that differs needs a family file (--family)."
                 )
         return found
 

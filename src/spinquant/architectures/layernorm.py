@@ -133,6 +133,34 @@ OPT_POST = OPT.like(
     when=("not do_layer_norm_before",),
 )
 
+XGLM = OPT.like(
+    "xglm",
+    "xglm",
+    rename={"model.decoder.final_layer_norm": "model.layer_norm", "model.decoder.": "model."},
+    without=("embed_positions",),
+    refused=(
+        OWN_ATTENTION,
+        Refusal(
+            "R1",
+            "model.embed_positions adds sines and cosines to the residual stream, which its class computes and no "
+            "checkpoint holds, so that what is added cannot be rotated as the stream would be",
+        ),
+    ),
+    ignored=(r"model\.embed_positions\.weights",),  # which checkpoints store all the same
+    when=(),
+)
+BIOGPT = OPT.like(
+    "biogpt",
+    "biogpt",
+    rename={
+        "model.decoder.final_layer_norm": "biogpt.layer_norm",
+        "model.decoder.": "biogpt.",
+        "lm_head": "output_projection",
+    },
+    spaces={HIDDEN: ("R4", "intermediate_size")},
+    when=(),
+)
+
 
 def _fused(layer: str, attention: str, values: Part, names: Mapping[str, str]) -> Family:
     """A family with q, k and v in one linear, and an MLP without a gate."""
@@ -275,6 +303,37 @@ GPT_BIGCODE_MULTI_QUERY = GPT_BIGCODE.like(
     tensors={f"{_QKV}.weight": (Part(VALUE, "hidden_size + head_dim", "head_dim"), "residual")},
     when=("multi_query",),
 )
+# Rows of four groups of heads; in each, queries, then values, then keys.
+CODEGEN = GPTJ.like(
+    "codegen",
+    "codegen",
+    rename={"q_proj": "qkv_proj"},
+    without=("k_proj", "v_proj"),
+    tensors={
+        f"{_BLOCK}.attn.qkv_proj.weight": (Part(VALUE, "hidden_size/4", "hidden_size/4", "3*hidden_size/4"), "residual")
+    },
+    ignored=(r"transformer\.h\.\d+\.attn\.causal_mask",),
+    heads=4,
+)
+GPT_NEO = OPT.like(
+    "gpt_neo",
+    "gpt_neo",
+    rename={
+        "model.decoder.layers": "transformer.h",
+        "self_attn_layer_norm": "ln_1",
+        "{i}.final_layer_norm": "{i}.ln_2",
+        "model.decoder.final_layer_norm": "transformer.ln_f",
+        "model.decoder.embed_tokens": "transformer.wte",
+        "model.decoder.embed_positions": "transformer.wpe",
+        ".self_attn": ".attn.attention",
+        "fc1": "mlp.c_fc",
+        "fc2": "mlp.c_proj",
+    },
+    spaces={HIDDEN: ("R4", "intermediate_size|4*hidden_size")},
+    refused=(OWN_ATTENTION,),
+    ignored=(r"transformer\.h\.\d+\.attn\.attention\.(masked_)?bias",),
+    when=(),
+)
 # Conv1D stores (in, out).
 GPT2 = GPT_BIGCODE.like(
     "gpt2",
@@ -291,20 +350,7 @@ GPT2 = GPT_BIGCODE.like(
 )
 
 FAMILIES = (
-    *(
-        OLMO,
-        NEMOTRON,
-        JAIS2,
-        STARCODER2,
-        COHERE,
-        STABLELM,
-        STABLELM_PARALLEL,
-        PHI,
-        GPTJ,
-        OPT,
-        OPT_POST,
-        GPT_NEOX,
-        PERSIMMON,
-    ),
+    *(OLMO, NEMOTRON, JAIS2, STARCODER2, COHERE, STABLELM, STABLELM_PARALLEL, PHI, GPTJ, OPT, OPT_POST, XGLM, BIOGPT),
+    *(GPT_NEOX, PERSIMMON, CODEGEN, GPT_NEO),
     *(FALCON_SEQUENTIAL, FALCON, FALCON_GROUPED, BLOOM, MPT, GPT_BIGCODE, GPT_BIGCODE_MULTI_QUERY, GPT2),
 )

@@ -241,7 +241,13 @@ DEEPSEEK = GLM4_MOE.like(
 )
 
 # The same attention over an MLP alone.
-MLA_DENSE = DEEPSEEK.like("mla, dense", "youtu", "minicpm3", without=(".experts", ".shared_experts", f"{MLP}.gate."))
+MLA_DENSE = DEEPSEEK.like(
+    "mla, dense",
+    "youtu",
+    "minicpm3",
+    without=(".experts", ".shared_experts", f"{MLP}.gate."),
+    gains={_NORM: (f"{MLP}.gate_proj", f"{MLP}.up_proj")},
+)
 
 # An indexer chooses the keys that are attended to, from the normed input and from the queries' latent.
 _INDEXER = f"{ATTENTION}.indexer"

@@ -9,7 +9,7 @@ live) and of a norm, the bias of the head. A family that is like another says wh
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from spinquant.errors import ArchitectureError
@@ -61,9 +61,11 @@ class Family:
     attention_part: what the names of an attention's tensors begin with where other modules have its name.
     when: conditions on the config under which the table holds, see `holds`.
     filled: heads times their size is the hidden size, whatever the config says of the size of a head.
+    heads: the number of heads is a multiple of this one, as far as a small model is concerned.
     transposed: weights of linears are stored as (in, out), as Conv1D does.
     choices: alternatives of which every layer has at least one, each as the prefixes of its tensors, the first of
         which marks it. What belongs to an absent alternative alone is not missing.
+    names: what the config calls a size whose usual name it lacks.
     ignored: names, as regular expressions, of tensors that live in no space and may be there or not.
     stored: (regular expression, replacement) pairs that turn names in checkpoints into names in modules.
     """
@@ -85,9 +87,11 @@ class Family:
     norm_offset: float = 0.0
     centred: bool = False
     filled: bool = False
+    heads: int = 1
     transposed: bool = False
     experts: str | None = None
     choices: tuple[tuple[tuple[str, ...], ...], ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     stored: tuple[tuple[str, str], ...] = ()
 
@@ -142,6 +146,16 @@ def _merged(old: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]
     changed = {key.removesuffix("?") for key in change}
     kept = {key: value for key, value in old.items() if key.removesuffix("?") not in changed}
     return {**kept, **{key: value for key, value in change.items() if value is not None}}
+
+
+class Named:
+    """A config under the usual names of its sizes, where a family says what they are called."""
+
+    def __init__(self, config: Any, names: Mapping[str, str]):
+        self._config, self._names = config, names
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, self._names.get(name, name))
 
 
 def holds(condition: str, config: Any) -> bool:

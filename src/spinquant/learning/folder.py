@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from spinquant.architectures import FamilyLike, recorded_family
 from spinquant.calibrate import CalibrationText, calibration_tokens
 from spinquant.checkpoint import atomic_folder, check_free, load_model, load_tokenizer, weights_digest
 from spinquant.errors import CheckpointError, SpinquantError, TextError
@@ -54,11 +55,13 @@ def learn_folder(
     force: bool = False,
     allow_pickle: bool = False,
     watch: Watch | None = None,
+    family: FamilyLike | None = None,
 ) -> LearnedRotations:
     """Learn rotations for a model folder or hub id into a folder, which appears complete or not at all.
 
-    The run is kept beside `out` until it is written, so that the same call goes on where another was stopped. Under
-    torchrun all processes work on it and the first one writes.
+    family: a file that explains the model where no table does. The run is kept beside `out` until it is written, so
+    that the same call goes on where another was stopped. Under torchrun all processes work on it and the first one
+    writes.
     """
     text, watch = text or LearnText(), watch or Watch()
     with _processes(device) as (first, place):
@@ -75,6 +78,7 @@ def learn_folder(
             dtype=dtype,
             allow_pickle=allow_pickle,
             watch=watch,
+            family=family,
         )
         if first:
             write_learned(learned, out, force=force)
@@ -94,14 +98,15 @@ def learn_from(
     dtype: torch.dtype | str = "auto",
     allow_pickle: bool = False,
     watch: Watch | None = None,
+    family: FamilyLike | None = None,
 ) -> tuple[LearnedRotations, Path]:
     """Learned rotations of a model folder or hub id, and where the run is kept until `remove_store`."""
     watch = watch or Watch()
-    loaded = load_model(model, dtype=dtype, device=device, allow_pickle=allow_pickle)
+    loaded = load_model(model, dtype=dtype, device=device, allow_pickle=allow_pickle, family=family)
     check_groups(plan_of(loaded), tensor_shapes(loaded), scheme)
     name, tokens, held_out = _texts(loaded, model, text, watch)
     store = Path(out).parent / f".{Path(out).name}.learning"
-    settings = [weights_digest(model), str(loaded.dtype)]
+    settings = [weights_digest(model), str(loaded.dtype), recorded_family(loaded.config)]
     learned = learn(loaded, scheme, spec, tokens, held_out, options, store=store, settings=settings, watch=watch)
     about = {
         "text": name,

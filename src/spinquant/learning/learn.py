@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from spinquant.architectures import FamilyLike
 from spinquant.calibrate import device_of
 from spinquant.errors import LearningError
 from spinquant.learning.end_to_end import EndToEndOptions, Step, learn_end_to_end
@@ -118,15 +119,16 @@ def learn(
     store: Path | None = None,
     settings: Sequence[Any] = (),
     watch: Watch | None = None,
+    family: FamilyLike | None = None,
 ) -> LearnedRotations:
     """Learn rotations for a model and a scheme on tokens, int64 (samples, length), and judge them on others.
 
     The model's gains are fused, and tied heads untied; its function stays. store: a folder where the run is kept, and
-    taken up by the same call; `settings` are whatever else it depends on, such as the model's files. Raises
-    LearningError for what cannot be learned.
+    taken up by the same call; `settings` are whatever else it depends on, such as the model's files. family: a file
+    that explains the model where no table does, see `use_family`. Raises LearningError for what cannot be learned.
     """
     options, watch = options or LearnOptions(), watch or Watch()
-    plan = plan_of(model)
+    plan = plan_of(model, family=family)
     names = learned_spaces(plan, spec, scheme, options)
     if options.end_to_end.weights and scheme.weights is None:
         raise LearningError(f"scheme {scheme} leaves weights at 16 bits: there is nothing to round while learning")

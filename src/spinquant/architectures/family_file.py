@@ -1,0 +1,349 @@
+"""A family of architectures as its users write it: a TOML file, checked, then a table like ours.
+
+A file says either how the family differs from one that has a table (`like`), or which module plays which part:
+embedding, norms and what reads them, attention, MLP, head. In names `*` stands for the layer; `-` stands for an axis
+that lives in no space. See docs/families.md.
+"""
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from spinquant.architectures.table import Family, Living, Norm, Part, Refusal
+from spinquant.errors import ArchitectureError
+from spinquant.plan import Site
+
+RESIDUAL, NOWHERE = "residual", "-"
+VALUE, QUERY_KEY, HIDDEN = (f"layers.{{i}}.{name}" for name in ("value", "query_key", "hidden"))
+FROM_THE_START = ("layer", "embedding", "head", "attention", "mlp")
+
+
+def _checked(name: str) -> str:
+    if name.count("*") > 1:
+        raise ValueError("expected at most one *, which stands for the number of the layer")
+    return name
+
+
+Name = Annotated[str, Field(min_length=1), AfterValidator(_checked)]
+Size = Annotated[str, Field(min_length=1, description="an attribute of the config, or a formula of several")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class SpanEntry(_Part):
+    """The part of an axis that lives in a space: `length` elements from `start` in every `period`, else in the axis."""
+
+    space: Name
+    start: Size
+    length: Size
+    period: Size | None = None
+
+
+class ValueRows(_Part):
+    """Where the values are in a linear that makes more than values: as in `SpanEntry`."""
+
+    start: Size
+    length: Size
+    period: Size | None = None
+
+
+class SpaceEntry(_Part):
+    """The rotation of a space, and the number of elements that it mixes."""
+
+    rotation: Literal["R1", "R2", "R3", "R4"]
+    size: Size
+
+
+class NormEntry(_Part):
+    """What reads a norm that normalises another space than the residual one."""
+
+    readers: list[Name]
+    space: Name
+
+
+class OnlineEntry(_Part):
+    """A module that rotates a space at run time."""
+
+    site: Site
+    space: Name
+
+
+class RefusalEntry(_Part):
+    """A rotation that the family rules out, and why; with `when`, for configs of which that holds."""
+
+    rotation: Literal["R1", "R2", "R3", "R4"]
+    reason: str = Field(min_length=1)
+    when: str | None = None
+
+
+class AttentionRoles(_Part):
+    """The attention of a layer, and its linears: q, k and v, or one that makes several of them.
+
+    A fused linear needs `values`, its rows that are values. head_size: of a head, as R2 and R3 rotate it.
+    """
+
+    module: Name
+    o: Name
+    q: Name | None = None
+    k: Name | None = None
+    v: Name | None = None
+    qkv: Name | None = None
+    kv: Name | None = None
+    values: ValueRows | None = None
+    head_size: Size = "head_dim"
+
+    @model_validator(mode="after")
+    def _complete(self) -> "AttentionRoles":
+        given = {name for name in ("q", "k", "v", "qkv", "kv") if getattr(self, name) is not None}
+        if given not in ({"q", "k", "v"}, {"q", "kv"}, {"qkv"}):
+            raise ValueError(f"expected q, k and v, or q and kv, or qkv; found {', '.join(sorted(given)) or 'none'}")
+        if self.v is not None and self.values is not None:
+            raise ValueError("values says which rows of qkv or kv are values, and there is a linear v")
+        return self
+
+    def inputs(self) -> tuple[str, ...]:
+        """The linears that read what attention reads."""
+        return tuple(name for name in (self.q, self.k, self.v, self.qkv, self.kv) if name is not None)
+
+
+class MlpRoles(_Part):
+    """The MLP of a layer: linears that go in, the one that comes out, and the size of what is between."""
+
+    inputs: list[Name] = Field(alias="in", min_length=1)
+    out: Name
+    size: Size = "intermediate_size"
+
+
+class FamilyFile(BaseModel):
+    """A family as its users write it. Fields that are no parts of the model are those of `table.Family`.
+
+    embedding: of tokens, and further ones (of positions) that are added to it. config: names that the config has for
+    sizes whose usual names (hidden_size, num_hidden_layers, ...) it lacks.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(min_length=1)
+    model_types: list[str] = Field(min_length=1)
+    like: str | None = None
+    rename: dict[str, str] = {}
+    without: list[str] = []
+    layer: Name | None = None
+    embedding: Name | list[Name] | None = None
+    head: Name | None = None
+    attention: AttentionRoles | None = None
+    mlp: MlpRoles | None = None
+    norms: dict[Name, list[Name] | NormEntry] = {}
+    tensors: dict[Name, list[Name | SpanEntry]] = {}
+    spaces: dict[Name, SpaceEntry] = {}
+    onlines: dict[Name, OnlineEntry] = {}
+    linears: list[list[Name]] | None = None
+    refused: list[RefusalEntry] | None = None
+    ignored: list[str] | None = None
+    stored: list[tuple[str, str]] | None = None
+    when: list[str] | None = None
+    config: dict[str, str] = {}
+    hidden_size: Size = "hidden_size"
+    norm_offset: float | None = None
+    centred: bool | None = None
+    filled: bool | None = None
+    transposed: bool | None = None
+    heads: int | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "FamilyFile":
+        if self.like is not None:
+            given = [key for key in FROM_THE_START if getattr(self, key) is not None]
+            if given:
+                raise ValueError(
+                    f"{given[0]} describes a family from the start, and like takes it from {self.like!r}: say what "
+                    "differs with rename, without, norms, tensors, ..."
+                )
+            return self
+        lacking = [key for key in ("layer", "embedding", "head") if getattr(self, key) is None]
+        if lacking:
+            raise ValueError(f"{lacking[0]} is missing: expected it, or like = the name of a family that has a table")
+        if self.rename or self.without:
+            raise ValueError("rename and without change a family that this one is like: expected like beside them")
+        return self
+
+    def recorded(self) -> dict[str, Any]:
+        """What was written, as JSON; `family_from` reads it."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+def read_family(path: str | Path) -> FamilyFile:
+    """The family in a TOML file. Raises ArchitectureError, naming file, key, and what was expected."""
+    path = Path(path)
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArchitectureError(f"cannot read the family file {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ArchitectureError(f"the family file {path} is not TOML: {error}") from None
+    return family_from(data, str(path))
+
+
+def family_from(data: Mapping[str, Any], origin: str) -> FamilyFile:
+    """The family that some data describe. Raises ArchitectureError, naming where they come from, and the key."""
+    try:
+        return FamilyFile.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        found = "" if first["type"] in ("missing", "value_error") else f", found {first['input']!r}"
+        what = first["msg"].removeprefix("Value error, ")
+        raise ArchitectureError(f"{origin}: {f'key {key}: ' if key else ''}{what}{found}") from None
+
+
+def to_family(file: FamilyFile, tables: Iterable[Family]) -> Family:
+    """The table that a family file describes. Raises ArchitectureError for a `like` that no table has."""
+    if file.like is None:
+        base = _from_roles(file)
+    else:
+        known = {table.name: table for table in tables}
+        if file.like not in known:
+            raise ArchitectureError(
+                f"family {file.name!r}: key like: no table is called {file.like!r}. Known: {', '.join(sorted(known))}"
+            )
+        base = known[file.like]
+    changes: dict[str, Any] = {
+        "tensors": {_layered(name): _living(axes) for name, axes in file.tensors.items()},
+        "gains": {_layered(name): _norm(norm) for name, norm in file.norms.items()},
+        "spaces": {_layered(name): (space.rotation, space.size) for name, space in file.spaces.items()},
+        "onlines": {_layered(name): (online.site, _layered(online.space)) for name, online in file.onlines.items()},
+        "names": file.config,
+    }
+    if file.refused is not None:
+        changes["refused"] = tuple(Refusal(r.rotation, r.reason, r.when) for r in file.refused)
+    if file.linears is not None:
+        changes["linears"] = tuple(tuple(_layered(name) for name in group) for group in file.linears)
+    for key in ("ignored", "when"):
+        if getattr(file, key) is not None:
+            changes[key] = tuple(getattr(file, key))
+    if file.stored is not None:
+        changes["stored"] = tuple(file.stored)
+    for key in ("norm_offset", "centred", "filled", "transposed", "heads"):
+        if getattr(file, key) is not None:
+            changes[key] = getattr(file, key)
+    rename = {_layered(old): _layered(new) for old, new in file.rename.items()}
+    without = tuple(_layered(part) for part in file.without)
+    family = base.like(file.name, *file.model_types, rename=rename, without=without, **changes)
+    _check_whole(family)
+    return family
+
+
+def _check_whole(family: Family) -> None:
+    """Raise ArchitectureError for names that one part of a family uses and no other explains."""
+    known = {name.removesuffix("?") for name in family.tensors}
+    for module in (module for group in family.linears for module in group):
+        if f"{module}.weight" not in known:
+            raise ArchitectureError(
+                f"family {family.name!r}: linear {_starred(module)!r} has no weight among its tensors"
+            )
+    for name, living in family.tensors.items():
+        for where in living:
+            space = where.space if isinstance(where, Part) else where
+            if space is not None and space not in family.spaces:
+                raise ArchitectureError(
+                    f"family {family.name!r}: tensor {_starred(name)!r} lives in {_starred(space)!r}, expected - or "
+                    f"one of {', '.join(_starred(space) for space in family.spaces)}"
+                )
+    for name, norm in family.gains.items():
+        space = norm.space if isinstance(norm, Norm) else RESIDUAL
+        for reader in family.readers(name):
+            living = family.tensors.get(f"{reader}.weight", family.tensors.get(f"{reader}.weight?"))
+            living = family.tensors.get(reader) if living is None else living
+            if living is None or space not in living:
+                raise ArchitectureError(
+                    f"family {family.name!r}: norm {_starred(name)!r} is read by {_starred(reader)!r}, which has no "
+                    f"axis in {_starred(space)!r}"
+                )
+    for module, (_, space) in family.onlines.items():
+        if space not in family.spaces:
+            raise ArchitectureError(
+                f"family {family.name!r}: online {_starred(module)!r} rotates {_starred(space)!r}, which is no space"
+            )
+
+
+def _from_roles(file: FamilyFile) -> Family:
+    """The table that follows from which module plays which part."""
+    assert file.layer is not None and file.embedding is not None and file.head is not None
+    embeddings = [_layered(name) for name in _listed(file.embedding)]
+    head = _layered(file.head)
+    tensors: dict[str, tuple[Living, ...]] = {f"{name}.weight": (None, RESIDUAL) for name in (*embeddings, head)}
+    spaces = {RESIDUAL: ("R1", file.hidden_size)}
+    onlines: dict[str, tuple[Site, str]] = {}
+    linears: list[tuple[str, ...]] = []
+
+    def linear(name: str, rows: Living, columns: Living) -> None:
+        tensors[f"{_layered(name)}.weight"] = (columns, rows) if file.transposed else (rows, columns)
+
+    attention = file.attention
+    if attention is not None:
+        values = attention.values and Part(
+            VALUE, attention.values.start, attention.values.length, attention.values.period
+        )
+        rows: Living = VALUE if attention.v is not None else values
+        for name in attention.inputs():
+            linear(name, rows if name in (attention.v, attention.qkv, attention.kv) else None, RESIDUAL)
+        linear(attention.o, RESIDUAL, VALUE if rows is not None else None)
+        spaces |= {VALUE: ("R2", attention.head_size), QUERY_KEY: ("R3", attention.head_size)}
+        onlines[_layered(attention.module)] = ("query_key", QUERY_KEY)
+        linears += [tuple(_layered(name) for name in attention.inputs()), (_layered(attention.o),)]
+    if file.mlp is not None:
+        for name in file.mlp.inputs:
+            linear(name, None, RESIDUAL)
+        linear(file.mlp.out, RESIDUAL, HIDDEN)
+        spaces[HIDDEN] = ("R4", file.mlp.size)
+        onlines[_layered(file.mlp.out)] = ("input", HIDDEN)
+        linears += [tuple(_layered(name) for name in file.mlp.inputs), (_layered(file.mlp.out),)]
+    return Family(
+        name=file.name,
+        model_types=tuple(file.model_types),
+        tensors=tensors,
+        spaces=spaces,
+        gains={},
+        onlines=onlines,
+        linears=tuple(linears),
+        attention=_layered(attention.module) if attention is not None else "",
+        block=_layered(file.layer),
+        embedding=f"{embeddings[0]}.weight",
+        head=f"{head}.weight",
+    )
+
+
+def _layered(name: str) -> str:
+    """The name as tables write it."""
+    return name.replace("*", "{i}")
+
+
+def _starred(name: str) -> str:
+    """The name as users write it."""
+    return name.replace("{i}", "*")
+
+
+def _living(axes: list[str | SpanEntry]) -> tuple[Living, ...]:
+    return tuple(
+        Part(_layered(axis.space), axis.start, axis.length, axis.period)
+        if isinstance(axis, SpanEntry)
+        else None
+        if axis == NOWHERE
+        else _layered(axis)
+        for axis in axes
+    )
+
+
+def _norm(norm: list[str] | NormEntry) -> tuple[str, ...] | Norm:
+    if isinstance(norm, NormEntry):
+        return Norm(tuple(_layered(name) for name in norm.readers), _layered(norm.space))
+    return tuple(_layered(name) for name in norm)
+
+
+def _listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value

@@ -1,0 +1,1 @@
+"""What a model that no table knows looks like, found by trying it out; see `probe.py`."""

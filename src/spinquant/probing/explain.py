@@ -1,0 +1,331 @@
+"""From what went through a small model to which module plays which part.
+
+Everything here is read off numbers, and is a candidate until the twin has survived it (`probe.py`):
+
+- the residual stream enters a layer as s and leaves it as s + sum_m c_m y_m, a scalar c_m for every module m whose
+  output y_m is written to it; modules with c_m = 0 are no writers;
+- a norm belongs to the stream where its input is such a sum;
+- a linear reads a norm where its input is a multiple of the norm's output, and the stream itself where each token's
+  input is a multiple of the stream (after subtracting the mean, perhaps), which a norm without a scale gives;
+- a row of a linear makes a value where a nudge of it arrives at a writer's input as it is: attention weights sum to 1.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from spinquant.probing.trace import Call, answers
+
+EXACT = 1e-9  # relative error of what float64 explains
+NUDGE = 1e-3
+MOST_ROWS = 4096  # of a linear whose outputs are nudged, each in a sequence of its own
+LINEARS = (nn.Linear, Conv1D)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm of the residual stream: the tensor that scales, what it adds to it (0 or 1), and its readers.
+
+    offset: None where the scale is neither w nor 1 + w. centred: it subtracts the mean.
+    """
+
+    scale: str
+    offset: float | None
+    centred: bool
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Values:
+    """The rows of a linear that make values, and the channels at which each arrives in the input of `reader`."""
+
+    linear: str
+    reader: str
+    channels: Mapping[int, tuple[int, ...]]
+
+
+@dataclass
+class Part:
+    """What was found in a layer, or around the layers.
+
+    fed: by reader of the stream, the writers whose inputs it moves. looks_back: the readers whose output at one token
+    moves such inputs at later ones, as keys and values do. centred: its norms subtract the mean. problems: why the
+    stream cannot be explained.
+    """
+
+    norms: list[Norm] = field(default_factory=list)
+    readers: list[str] = field(default_factory=list)
+    writers: list[str] = field(default_factory=list)
+    values: list[Values] = field(default_factory=list)
+    fed: dict[str, list[str]] = field(default_factory=dict)
+    looks_back: set[str] = field(default_factory=set)
+    attention: str | None = None
+    centred: bool = False
+    problems: list[str] = field(default_factory=list)
+
+
+def combination(target: Tensor, parts: Sequence[Tensor]) -> tuple[list[float], float]:
+    """Scalars by which parts add up to the target, as well as they can, and the relative error of that."""
+    if not parts:
+        return [], 1.0
+    columns = torch.stack([part.flatten() for part in parts], dim=1)
+    found = torch.linalg.lstsq(columns, target.flatten().unsqueeze(1), driver="gelsd").solution
+    error = (columns @ found).squeeze(1) - target.flatten()
+    return found.squeeze(1).tolist(), (error.norm() / target.norm()).item()
+
+
+def is_multiple(x: Tensor, y: Tensor) -> bool:
+    """Whether one tensor is a number times the other."""
+    # Some modules flatten tokens.
+    return x.shape[-1] == y.shape[-1] and x.numel() == y.numel() and combination(x, [y])[1] <= EXACT
+
+
+def is_normed(x: Tensor, y: Tensor, *, centred: bool = False) -> bool:
+    """Whether each token of x is a number times that of y, or of y without its mean."""
+    if x.shape != y.shape:
+        return False
+    source = y - y.mean(-1, keepdim=True) if centred else y
+    scale = (x * source).sum(-1, keepdim=True) / (source * source).sum(-1, keepdim=True)
+    return bool((x - scale * source).norm() <= EXACT * x.norm())
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of a module itself, by name."""
+    return dict(module.named_parameters(recurse=False))
+
+
+def scale_of(call: Call) -> str | None:
+    """The name of the parameter by which a module scales element by element; None for what is no norm."""
+    parameters = own_parameters(call.module)
+    scales = [name for name, p in parameters.items() if p.ndim == 1 and p.shape[0] == call.output.shape[-1]]
+    weights = [name for name in scales if name != "bias"]
+    same = call.input.shape == call.output.shape
+    return weights[0] if same and len(weights) == 1 and len(scales) == len(parameters) else None
+
+
+@torch.no_grad()
+def offset_of(call: Call) -> float | None:
+    """0 for a norm that multiplies by its weight, 1 for one that multiplies by 1 + weight; found by trying it."""
+    name = scale_of(call)
+    assert name is not None
+    parameters = own_parameters(call.module)
+    saved = {key: p.detach().clone() for key, p in parameters.items()}
+    weight = saved[name]
+    try:
+        if "bias" in parameters:
+            parameters["bias"].zero_()
+        parameters[name].copy_(torch.ones_like(weight))
+        unit = call.module(call.input)
+        parameters[name].copy_(weight)
+        found = call.module(call.input)
+    finally:
+        for key, p in parameters.items():
+            p.copy_(saved[key])
+    for offset in (0.0, 1.0):
+        expected = unit / (1.0 + offset) * (weight + offset)
+        if (found - expected).norm() <= 1e-6 * expected.norm():  # some norms are computed in float32
+            return offset
+    return None
+
+
+@torch.no_grad()
+def subtracts_mean(call: Call) -> bool:
+    """Whether a norm gives the same for an input that is shifted."""
+    plain, shifted = call.module(call.input), call.module(call.input + 1)
+    return bool((plain - shifted).norm() <= 1e-6 * plain.norm())
+
+
+def explain_layer(model: Any, layer: Call, calls: Sequence[Call], tokens: Tensor) -> Part:
+    """What the modules inside a layer are to the residual stream. calls: those inside, in order of execution."""
+    part = Part()
+    hidden = layer.output.shape[-1]
+    leaves = [call for call in calls if own_parameters(call.module)]
+    parts: list[Call] = []
+    for call in leaves:  # a module may hand on what one inside it gives
+        if call.output.shape == layer.output.shape and not any(torch.equal(call.output, p.output) for p in parts):
+            parts.append(call)
+    part.writers = _writers(part, layer, parts)
+    stream = [layer.input]
+    for call in calls:  # values of the stream on its way through the layer
+        if call.input.shape == layer.input.shape and not isinstance(call.module, LINEARS):
+            sums, error = combination(call.input, [layer.input, *(c.output for c in parts)])
+            if error <= EXACT and _is_stream(sums, parts) and not any(is_multiple(call.input, s) for s in stream):
+                stream.append(call.input)
+    scaled = [call for call in leaves if scale_of(call) and call.output.shape[-1] == hidden]
+    # Where the stream is not explained, every norm that linears read may be one of it.
+    norms = [call for call in scaled if part.problems or any(is_multiple(call.input, value) for value in stream)]
+    linears = [call for call in leaves if isinstance(call.module, LINEARS)]
+    _add_readers(part, linears, norms, stream)
+    part.attention = next((c.name for c in calls if any("past" in word for word in c.keywords)), None)
+    reading = {name for norm in part.norms for name in norm.readers} | set(part.readers)
+    part.writers = [name for name in part.writers if name not in reading]
+    outs = [call for call in linears if call.name in part.writers]
+    for call in linears:
+        if call.name not in reading or call.output.shape[-1] > MOST_ROWS:
+            continue
+        moved = answers(model, call, outs, tokens, NUDGE)
+        # A nudge of all keys alike does not reach the scores, unless positions turn them.
+        later = answers(model, call, outs, tokens, NUDGE, where=slice(0, 1))
+        both = {name: max(moved[name].abs().max(), later[name].abs().max()) for name in moved}
+        part.fed[call.name] = [name for name, size in both.items() if size > 1e-6 * NUDGE]
+        fed = part.fed[call.name][:1]
+        if any(later[name][:, 1:].abs().max() > 1e-6 * NUDGE for name in fed):
+            part.looks_back.add(call.name)
+        for name, delta in moved.items():
+            channels = _carried(delta) if call.name in part.looks_back else {}
+            if channels:
+                part.values.append(Values(call.name, name, channels))
+                break
+    return part
+
+
+def _is_stream(sums: Sequence[float], parts: Sequence[Call]) -> bool:
+    """Whether a sum has the stream in it: what entered the layer, or a norm of it that took its place."""
+    return abs(sums[0]) > EXACT or sum(abs(number) > EXACT for number in sums) > 1
+
+
+def _carried(delta: Tensor) -> dict[int, tuple[int, ...]]:
+    """Of (rows, T, channels), how an input moved under each nudge: the rows that arrive as they are, and where."""
+    found = {}
+    for row, moved in enumerate(delta):
+        arrived = (moved - NUDGE).abs().amax(0) <= 1e-6 * NUDGE
+        elsewhere = moved[:, ~arrived]
+        if arrived.any() and (elsewhere.numel() == 0 or elsewhere.abs().max() <= 1e-6 * NUDGE):
+            found[row] = tuple(arrived.nonzero().flatten().tolist())
+    return found
+
+
+def _writers(part: Part, layer: Call, parts: Sequence[Call]) -> list[str]:
+    """The modules whose outputs a layer adds to the stream; adds to the part's problems what is in the way."""
+    sums, error = combination(layer.output, [layer.input, *(call.output for call in parts)])
+    if error > EXACT:
+        part.problems.append(_why_unexplained(layer, parts))
+        # The best that can be said: linears of the right width that do not read what others of them read.
+        return [c.name for c in parts if isinstance(c.module, LINEARS) and not is_normed(c.input, layer.input)]
+    writing = [call for call, number in zip(parts, sums[1:], strict=True) if abs(number) > EXACT]
+    for call in writing:
+        if scale_of(call):
+            part.problems.append(
+                f"{call.name}.{scale_of(call)} scales what is added to the residual stream element by element, and "
+                "diag(g) R = R diag(g) holds only where all of g is equal"
+            )
+        elif not isinstance(call.module, LINEARS):
+            part.problems.append(f"{call.name} ({type(call.module).__name__}) writes to the stream and is no linear")
+    if abs(sums[0]) <= EXACT and not part.problems:
+        part.problems.append(f"{layer.name} does not hand the residual stream on")
+    # A linear whose output goes through a norm on its way is still the place where a branch ends.
+    names, behind = {call.name for call in writing}, [call for call in writing if scale_of(call)]
+    while behind:
+        norm = behind.pop()
+        earlier = [call for call in parts if call is not norm]
+        sums, error = combination(norm.input, [layer.input, *(call.output for call in earlier)])
+        for call, number in zip(earlier, sums[1:], strict=True):
+            if error <= EXACT and abs(number) > EXACT and call.name not in names:
+                names.add(call.name)
+                behind += [call] if scale_of(call) else []
+    return [call.name for call in parts if call.name in names and isinstance(call.module, LINEARS)]
+
+
+def _why_unexplained(layer: Call, parts: Sequence[Call]) -> str:
+    """Names what acts element by element, where that explains what a layer does to the stream."""
+    columns = torch.stack([layer.input, *(call.output for call in parts)]).flatten(1, 2)  # (parts, tokens, hidden)
+    if columns.shape[1] > columns.shape[0]:
+        a, b = columns.permute(2, 1, 0), layer.output.flatten(0, 1).T.unsqueeze(-1)  # one problem per channel
+        found = torch.linalg.lstsq(a, b).solution
+        if (a @ found - b).norm() <= 1e-6 * b.norm():
+            found = found.squeeze(-1)  # (hidden, parts)
+            names = ["the residual stream", *(f"what {call.name} gives" for call in parts)]
+            scaled = [
+                name
+                for name, number in zip(names, found.T, strict=True)
+                if number.abs().max() > EXACT and (number - number.mean()).abs().max() > 1e-6 * number.abs().max()
+            ]
+            inside = [
+                f"{layer.name}.{name}"
+                for name, p in layer.module.named_parameters()
+                if p.numel() == layer.output.shape[-1] and any(_follows(p.detach().flatten(), n) for n in found.T)
+            ]
+            by = f" by {inside[0]}" if inside else ""
+            return (
+                f"{layer.name} scales {' and '.join(scaled)} element by element{by}, and diag(g) R = R diag(g) holds "
+                "only where all of g is equal"
+            )
+    return f"{layer.name} does not add multiples of what its linears give to the residual stream"
+
+
+def _follows(parameter: Tensor, scale: Tensor) -> bool:
+    return any(is_multiple(scale, p) for p in (parameter, 1 + parameter)) if parameter.any() else False
+
+
+def _add_readers(part: Part, linears: Sequence[Call], norms: Sequence[Call], stream: Sequence[Tensor]) -> None:
+    """Norms with the linears that read them, and the linears that read the stream without a norm that scales."""
+    found = [
+        Norm(
+            f"{norm.name}.{scale_of(norm)}",
+            offset_of(norm),
+            subtracts_mean(norm),
+            tuple(call.name for call in linears if is_multiple(call.input, norm.output)),
+        )
+        for norm in norms
+    ]
+    taken = {name for norm in found for name in norm.readers}
+    part.norms = [norm for norm in found if norm.readers]
+    others = [call for call in linears if call.name not in taken]
+    plain = [call.name for call in others if any(is_normed(call.input, value) for value in stream)]
+    centred = [call.name for call in others if any(is_normed(call.input, value, centred=True) for value in stream)]
+    part.readers = [call.name for call in others if call.name in (*plain, *centred)]
+    part.centred = any(norm.centred for norm in part.norms) or any(name not in plain for name in centred)
+
+
+def explain_ends(model: Any, calls: Mapping[str, Call], first: Call, last: Call) -> Part:
+    """What writes to the stream before the first layer, the embedding of tokens first, and what reads it last."""
+    part = Part()
+    names = {module: name for name, module in model.named_modules()}
+    embedding, head = names.get(model.get_input_embeddings()), names.get(model.get_output_embeddings())
+    if embedding is None or head is None or embedding not in calls or head not in calls:
+        part.problems.append("the model does not say which modules are its embedding and its head")
+        return part
+    order = list(calls)
+    before = [calls[name] for name in order if order.index(name) < order.index(first.name)]
+    sources = {
+        c.name: s for c in before if own_parameters(c.module) and (s := _spread(c.output, first.input)) is not None
+    }
+    sums, error = combination(first.input, list(sources.values()))
+    written = [name for name, number in zip(sources, sums, strict=True) if abs(number) > EXACT]
+    part.writers = [embedding, *(name for name in written if name != embedding)] if error <= EXACT else [embedding]
+    if error > EXACT:
+        part.problems.append(
+            f"what enters {first.name} is not the sum of what embeddings give: something else "
+            "is added to the residual stream, which cannot be rotated"
+        )
+    elif embedding not in written:
+        part.problems.append(f"what {embedding} gives is not written to the residual stream as it is")
+    for name in part.writers:
+        if scale_of(calls[name]) is not None:
+            part.problems.append(f"{name} scales what enters the residual stream element by element")
+        elif not isinstance(calls[name].module, nn.Embedding):
+            part.problems.append(
+                f"{name} ({type(calls[name].module).__name__}) writes to the residual stream, and is no embedding"
+            )
+    part.writers = [name for name in part.writers if isinstance(calls[name].module, nn.Embedding)]
+    inside = f"{first.name.rpartition('.')[0]}."
+    outside = [c for c in calls.values() if not c.name.startswith(inside) and own_parameters(c.module)]
+    norms = [c for c in outside if scale_of(c) and is_multiple(c.input, last.output)]
+    _add_readers(part, [calls[head]], norms, [last.output])
+    if not part.norms and not part.readers:
+        part.problems.append(f"{head} reads neither the residual stream nor a norm of it")
+    return part
+
+
+def _spread(output: Tensor, like: Tensor) -> Tensor | None:
+    """What a module gives, for every sequence of the batch; None where it is no part of the stream."""
+    if output.ndim and output.shape[-1] == like.shape[-1] and output.ndim in (2, 3):
+        try:
+            return output.expand(like.shape) if output.ndim == 3 else output.unsqueeze(0).expand(like.shape)
+        except RuntimeError:
+            return None
+    return None

@@ -1,0 +1,312 @@
+"""A model that no table knows: what can be rotated in it, found by trying, and never used without being asked for.
+
+Small models of its class, in float64 with random weights, are run and looked into (`explain.py`); what was seen is said
+as a family (`roles.py`). Then each statement is tried by itself: one norm's scale is fused, one kind of space rotated,
+and the logits have to stay what they were to 1e-9. What survives is in the draft; what does not is refused there, with
+the reason and with how far the logits moved. A user who agrees passes the draft with --family.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spinquant.architectures import FAMILIES
+from spinquant.architectures.build import build_plan
+from spinquant.architectures.family_file import FamilyFile, family_from, to_family
+from spinquant.architectures.table import Named
+from spinquant.errors import ArchitectureError, SpinquantError
+from spinquant.module import fuse_module, model_class, module_and_attribute, tensor_shapes
+from spinquant.online import attach
+from spinquant.plan import ROTATION_NAMES, Plan
+from spinquant.probing.explain import LINEARS, explain_ends, explain_layer
+from spinquant.probing.roles import Draft, Seen, draft, same_layers
+from spinquant.probing.trace import run, trace
+from spinquant.proof import Float64Arithmetic, Sizing, difference, greedy_logits, make_twin, twin_config
+from spinquant.rotation import Orthogonal, Rotation, RotationSpec, make_rotations
+
+TOLERANCE = 1e-9
+HEAD = 16  # size of heads in small models, where nothing in the class asks for more
+LARGEST = 50_000_000  # parameters of a small model: beyond it the config's sizes were not understood
+# What configs call sizes whose usual name they lack.
+SYNONYMS = {
+    "hidden_size": ("d_model", "n_embd", "dim", "embed_dim", "model_dim", "width"),
+    "num_hidden_layers": ("n_layers", "n_layer", "num_layers", "depth"),
+    "num_attention_heads": ("n_heads", "n_head", "num_heads"),
+    "num_key_value_heads": ("n_kv_heads", "num_kv_heads", "n_head_kv", "kv_heads"),
+    "intermediate_size": ("ffn_dim", "ffn_hidden_size", "mlp_dim", "d_ff", "dff", "ff_dim", "hidden_dim"),
+    "head_dim": ("d_head", "head_size", "kv_channels"),
+    "vocab_size": ("n_vocab", "vocabulary_size", "padded_vocab_size"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One statement that was tried. moved: relative error of the logits. reason: why it does not hold, else empty."""
+
+    statement: str
+    moved: float | None = None
+    reason: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the function of the small model survived it."""
+        return self.moved is not None and self.moved <= TOLERANCE and not self.reason
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was found. family: a draft, None where there is too little to say; left: what it does not cover, and why."""
+
+    model_type: str
+    family: FamilyFile | None
+    findings: tuple[Finding, ...]
+    left: tuple[str, ...] = ()
+
+
+def probe(config: Any, *, shapes: Mapping[str, Sequence[int]] | None = None) -> Probe:
+    """Find out what can be rotated in the models of a config, with no table's help.
+
+    shapes: of a checkpoint's tensors, which the draft then has to explain too. Raises ArchitectureError where no small
+    model of the class can be made or run.
+    """
+    if config.get_text_config() is not config:
+        raise ArchitectureError(
+            f"{config.model_type!r} has parts beside its language model, and probing knows language models alone"
+        )
+    with Float64Arithmetic(), torch.random.fork_rng(devices=[]):
+        twins, sizing = _small_models(config)
+        seen = [_look(twin, sizing) for twin in twins]
+        for one in seen:
+            if isinstance(one, str):
+                return Probe(config.model_type, None, (), (one,))
+        looks = [one for one in seen if isinstance(one, Seen)]
+        why = next((reason for one in looks if (reason := same_layers(one))), None)
+        if why is not None:
+            return Probe(config.model_type, None, (), (why,))
+        with torch.device("meta"):
+            original = tensor_shapes(model_class(config).from_config(config))
+        drafted = draft(looks, (Named(config, sizing.names), original), sizing)
+        found = _Trial(twins[0], looks[0], drafted).outcome()
+    return found if found.family is None else _against(found, config, shapes or original)
+
+
+def _against(found: Probe, config: Any, shapes: Mapping[str, Sequence[int]]) -> Probe:
+    """The same, with a word where the draft does not explain the tensors of the checkpoint."""
+    assert found.family is not None
+    try:
+        build_plan(to_family(found.family, FAMILIES), config, shapes)
+    except ArchitectureError as error:
+        return replace(found, left=(*found.left, f"the checkpoint is not what the class makes: {error}"))
+    return found
+
+
+def _small_models(config: Any) -> tuple[list[Any], Sizing]:
+    """Two small models of different sizes that run and generate, and how they were sized."""
+    names = _names(config)
+    narrow = {"kv_heads": 4, "group": 2, "hidden": 64, "intermediate": 112}
+    known = getattr(Named(config, names), "head_dim", None) is not None
+    either = (False, True) if known else (True, False)
+    errors = []
+    for heads, head_dim, filled in ((h, d, f) for h in (1, 4) for d in (HEAD, None) for f in either):
+        sizing = Sizing(filled, heads, names, head_dim=head_dim)
+        try:
+            return [_running(config, one) for one in (sizing, replace(sizing, **narrow))], sizing
+        except Exception as error:  # whatever the code of a class that we do not know raises
+            errors.append(f"{type(error).__name__}: {error}".splitlines()[0])
+    raise ArchitectureError(
+        f"no small model of model_type {config.model_type!r} could be made and run, so that nothing can be tried: "
+        f"{errors[0]}"
+    )
+
+
+def _running(config: Any, sizing: Sizing) -> Any:
+    with torch.device("meta"):
+        hollow = model_class(config).from_config(twin_config(config, sizing))
+    size = sum(p.numel() for p in hollow.parameters())
+    if size > LARGEST:
+        raise ArchitectureError(f"with small sizes it has {size} parameters: the config has other names for its sizes")
+    twin = make_twin(config, sizing=sizing)
+    if not run(twin, _tokens(twin)).isfinite().all():
+        raise ArchitectureError("its logits are not finite")
+    greedy_logits(twin, _tokens(twin))
+    return twin
+
+
+def _names(config: Any) -> dict[str, str]:
+    """What the config calls sizes whose usual names it lacks, as far as we know such names."""
+    found = {}
+    for name, others in SYNONYMS.items():
+        if getattr(config, name, None) is None:
+            other = next((o for o in others if type(getattr(config, o, None)) is int), None)
+            if other is not None and not (name == "intermediate_size" and other in ("ffn_dim", "ffn_hidden_size")):
+                found[name] = other
+    return found
+
+
+def _tokens(twin: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = twin.get_input_embeddings().weight.shape[0]
+    return torch.randint(0, vocabulary - 1, (2, 9), generator=generator)
+
+
+def _look(twin: Any, sizing: Sizing) -> Seen | str:
+    """What a small model does; why that cannot be said, where it has no list of layers."""
+    tokens = _tokens(twin)
+    count = Named(twin.config, sizing.names).num_hidden_layers
+    stacks = [name for name, m in twin.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    calls = trace(twin, tokens)
+    stacks = [name for name in stacks if all(f"{name}.{i}" in calls for i in range(count))]
+    if not stacks:
+        return f"{type(twin).__name__} has no list of {count} layers that run one after the other"
+    layers = [calls[f"{stacks[0]}.{i}"] for i in range(count)]
+    if any(not torch.equal(a.output, b.input) for a, b in pairwise(layers)):
+        return f"what a layer of {stacks[0]} gives is not what the next one gets"
+    parts = tuple(
+        explain_layer(twin, layer, [c for n, c in calls.items() if n.startswith(f"{layer.name}.")], tokens[:1])
+        for layer in layers
+    )
+    ends = explain_ends(twin, calls, layers[0], layers[-1])
+    config = Named(twin.config, sizing.names)
+    return Seen(config, calls, f"{stacks[0]}.*", parts, ends, tensor_shapes(twin))
+
+
+class _Trial:
+    """Statements of a draft, tried on the small model one by one."""
+
+    def __init__(self, twin: Any, seen: Seen, drafted: Draft):
+        self.twin, self.seen, self.draft = twin, seen, drafted
+        self.tokens = _tokens(twin)
+        self.before, self.generated = run(twin, self.tokens), greedy_logits(twin, self.tokens)
+        self.findings: list[Finding] = []
+
+    def outcome(self) -> Probe:
+        """Everything that was tried, and the draft of what survived."""
+        model_type = self.draft.data["model_types"][0]
+        try:
+            self._explain_rest()
+            plan = self._plan()
+        except SpinquantError as error:
+            return Probe(model_type, None, (), (*self.draft.left, f"no plan follows from what was found: {error}"))
+        for norm in {self.seen.starred(gain.norm): None for gain in plan.gains}:
+            self._try(f"the scale of {norm} can be fused into its readers", *self._one_norm(plan, norm))
+        refused = [self._try_r1(plan)]
+        refused += [self._try_rotation(plan, name) for name in ROTATION_NAMES[1:]]
+        data = self.draft.data
+        lacking = dict(found for found in refused if found is not None)
+        if lacking:
+            data["refused"] = [{"rotation": name, "reason": why} for name, why in lacking.items()]
+        family = family_from(data, "the draft")
+        names = [name for name in ROTATION_NAMES if name not in lacking and plan.spaces_of(name)]
+        if len(names) > 1:
+            spec = RotationSpec(tuple(names), "auto", randomize=True, seed=1)
+            self._try(
+                f"{', '.join(names)} together, a rotation of its own for every layer", plan, make_rotations(plan, spec)
+            )
+        return Probe(model_type, family, tuple(self.findings), tuple(self.draft.left))
+
+    def _plan(self) -> Plan:
+        family = to_family(family_from(self.draft.data, "the draft"), FAMILIES)
+        return build_plan(family, self.twin.config, tensor_shapes(self.twin))
+
+    def _explain_rest(self) -> None:
+        """Add the tensors that the roles do not explain: they live in no space."""
+        data = self.draft.data
+        file = to_family(family_from({**data, "ignored": [".*"]}, "the draft"), FAMILIES)
+        known = {name.removesuffix("?") for name in file.tensors} | set(file.gains)
+        known |= {f"{name.removesuffix('weight')}bias" for name in file.gains if file.centred}
+        known |= {f"{module}.bias" for group in file.linears for module in group}
+        known |= {f"{file.head.removesuffix('weight')}bias"}
+        multiplied: dict[str, None] = {}
+        for name, shape in self.seen.shapes.items():
+            star = self.seen.starred(name)
+            if star.replace("*", "{i}") in known or self._is_bias_of_norm(star):
+                continue
+            data["tensors"][star] = ["-"] * len(shape)
+            if len(shape) > 2 or (isinstance(module_and_attribute(self.twin, name)[0], LINEARS) and len(shape) > 1):
+                multiplied[star] = None
+        if multiplied:
+            self.draft.left.append(f"{', '.join(multiplied)}: in no role, so neither rotated nor quantized")
+
+    def _is_bias_of_norm(self, name: str) -> bool:
+        return f"{name.removesuffix('bias')}weight" in self.draft.data["norms"]
+
+    def _one_norm(self, plan: Plan, norm: str) -> tuple[Plan, dict[str, Rotation]]:
+        gains = tuple(gain for gain in plan.gains if self.seen.starred(gain.norm) == norm)
+        size = plan.space["residual"].size
+        return replace(plan, gains=gains, onlines=()), {"residual": Orthogonal(torch.eye(size).double())}
+
+    def _try_r1(self, plan: Plan) -> tuple[str, str] | None:
+        spec = RotationSpec(("R1",), "auto")
+        problems = list(
+            dict.fromkeys(self._starred(p) for part in (*self.seen.layers, self.seen.ends) for p in part.problems)
+        )
+        what = "R1: the residual stream can be rotated"
+        plain = replace(plan, spaces=tuple(replace(space, centred=False) for space in plan.spaces))
+        moved, error = self._moved(plain, make_rotations(plain, spec))
+        if plan.space["residual"].centred:
+            reason = "; ".join(problems) or error or "norms subtract the mean, which not every rotation keeps"
+            self.findings.append(Finding(f"{what} by any rotation", moved, "" if moved <= TOLERANCE else reason))
+            moved, error = self._moved(plan, make_rotations(plan, spec))
+            what = f"{what} by rotations that keep the mean"
+        # What looked like an obstacle may not be one: norms without a scale, say, commute with a rotation.
+        why = (
+            "" if moved <= TOLERANCE else "; ".join(problems) or error or "no part was found to be in the way by itself"
+        )
+        self.findings.append(Finding(what, moved, why))
+        return ("R1", f"found by probing: {why}") if why else None
+
+    def _starred(self, text: str) -> str:
+        prefix = self.seen.pattern.removesuffix("*")
+        for i in range(len(self.seen.layers)):
+            text = text.replace(f"{prefix}{i}.", f"{prefix}*.").replace(f"{prefix}{i} ", f"{prefix}* ")
+        return text
+
+    def _try_rotation(self, plan: Plan, name: str) -> tuple[str, str] | None:
+        what = {
+            "R2": "values can be rotated head by head",
+            "R3": "queries and keys can be rotated behind their positions",
+            "R4": "the input of the MLP's last linear can be rotated at run time",
+        }[name]
+        statement = f"{name}: {what}"
+        expected = self.draft.values if name == "R2" else None
+        if not plan.spaces_of(name):
+            self.findings.append(Finding(statement, None, expected or "no such space was found"))
+            return (name, f"found by probing: {expected}") if expected else None
+        seen: list[bool] = []
+        moved, error = self._moved(plan, make_rotations(plan, RotationSpec((name,), "auto")), seen.append)
+        why = error
+        if not why and moved > TOLERANCE:
+            why = expected or "the logits move" + (
+                ": queries do not pass transformers' attention interface, behind which they could be rotated"
+                if name == "R3"
+                else ""
+            )
+        if not why and name == "R3" and not seen:
+            why = "keys are not handed to a cache, where they could be rotated"
+        self.findings.append(Finding(statement, moved, why))
+        return (name, f"found by probing: {why}") if why else None
+
+    def _try(self, statement: str, plan: Plan, rotations: Mapping[str, Rotation]) -> None:
+        moved, error = self._moved(plan, rotations)
+        self.findings.append(Finding(statement, moved, error or ("" if moved <= TOLERANCE else "the logits move")))
+
+    def _moved(
+        self, plan: Plan, rotations: Mapping[str, Rotation], seen: Callable[[bool], object] | None = None
+    ) -> tuple[float, str]:
+        """How far logits move, of whole sequences and of greedy generation; and what stopped them, if anything did."""
+        model = copy.deepcopy(self.twin)
+        try:
+            fuse_module(model, plan, rotations)
+            with attach(model, plan, rotations) as attachment:
+                for site in attachment.keys_values.values():
+                    site.watch = lambda keys, values: seen(True) if seen else None
+                moved = difference(self.before, run(model, self.tokens)).relative
+                cached = difference(self.generated, greedy_logits(model, self.tokens)).relative
+        except Exception as error:  # the code of a class that we do not know, with online parts that it may not expect
+            return float("inf"), f"{type(error).__name__}: {error}".splitlines()[0]
+        return max(moved, cached), ""
