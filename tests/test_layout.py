@@ -39,7 +39,7 @@ LAYERS = [
         "quantization.blockwise",
     },
     {"mappings", "learnable", "source", "resumable"},
-    {"formats.native_packing"},
+    {"formats.native_packing", "shards"},
     {"stream", "disk_model"},
     {"disk_proof"},
     {"mapped_plan", "transform_config"},

@@ -7,112 +7,29 @@ bounded. Shards are finished one after the other, so that a run that was killed 
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from spinquant import fuse
-from spinquant.checkpoint import SINGLE
 from spinquant.errors import CheckpointError
 from spinquant.plan import Plan
 from spinquant.resumable import Resumable
-from spinquant.rotation import Rotation
+from spinquant.shards import Change, Job, Shard, job_of, layout_bytes
 from spinquant.source import Source
 from spinquant.tensorfile import TensorFile
-
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 # Bytes of the source read at once where a tensor can be cut: a few slices of `fuse`, little beside what Python itself
 # takes.
 BAND = 1 << 23
 # Bytes in flight, buffers to read into and results to be written. A single band may be larger.
 IN_FLIGHT = 1 << 26
-
-
-class Packing(Protocol):
-    """How the tensors of the rotated model are stored in the folder."""
-
-    @property
-    def extras(self) -> Mapping[str, Tensor]:
-        """Tensors of the folder that come from no tensor of the model."""
-        ...
-
-    def is_whole(self, name: str) -> bool:
-        """Whether a tensor cannot be packed rows at a time."""
-        ...
-
-    def layout(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Layout:
-        """Dtypes and shapes of what a tensor is stored as. A row of the tensor is a row, or a run, of each of them."""
-        ...
-
-    def pack(self, name: str, rows: Tensor) -> dict[str, Tensor]:
-        """What rows of a tensor are stored as."""
-        ...
-
-
-class Plain:
-    """Tensors stored as they are."""
-
-    extras: Mapping[str, Tensor] = {}
-
-    def is_whole(self, name: str) -> bool:
-        return False
-
-    def layout(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Layout:
-        return {name: (dtype, shape)}
-
-    def pack(self, name: str, rows: Tensor) -> dict[str, Tensor]:
-        return {name: rows}
-
-
-@dataclass(frozen=True)
-class Job:
-    """One tensor of the rotated model: its name, the tensor of the source that it is made of, what it is stored as."""
-
-    name: str
-    source: str
-    dtype: torch.dtype
-    stored: Layout
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A file of the result."""
-
-    file: str
-    jobs: tuple[Job, ...]
-    extras: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def layout(self) -> Layout:
-        """All tensors of the file."""
-        found: Layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.extras.items()}
-        for job in self.jobs:
-            found |= job.stored
-        return found
-
-
-@dataclass(frozen=True)
-class Change:
-    """What becomes of the tensors: see `fuse.transform`.
-
-    dtype: of floating tensors, None as in the source; fp8_dtype: then of those that are FP8 there.
-    """
-
-    plan: Plan
-    rotations: Mapping[str, Rotation]
-    gains: Mapping[str, Tensor]
-    packing: Packing = field(default_factory=Plain)
-    dtype: torch.dtype | None = None
-    fp8_dtype: torch.dtype = torch.bfloat16
-    precision: torch.dtype | None = None
-    device: torch.device | str = "cpu"
 
 
 def read_gains(source: Source, plan: Plan) -> dict[str, Tensor]:
@@ -124,49 +41,6 @@ def read_gains(source: Source, plan: Plan) -> dict[str, Tensor]:
     for name, gain in found.items():
         _check_source(source, name, gain)
     return found
-
-
-def make_shards(
-    source: Source, change: Change, *, untied: Sequence[tuple[str, str]] = (), max_shard_size: int | None = None
-) -> list[Shard]:
-    """The files of the result: those of the source, or files of at most `max_shard_size` bytes.
-
-    untied: (name, source) of tensors that the checkpoint does not hold because they are tied; they come last.
-    """
-    by_file: dict[str, list[Job]] = {file: [] for file in source.files}
-    for name, stored in source.tensors.items():
-        by_file[stored.file].append(_job(source, change, name, name))
-    last = source.files[-1]
-    by_file[last] += [_job(source, change, name, origin) for name, origin in untied if name not in source.tensors]
-    extras = change.packing.extras
-    if max_shard_size is None:
-        return [Shard(file, tuple(jobs), extras if file == last else {}) for file, jobs in by_file.items()]
-    parts: list[list[Job]] = [[]]
-    room = max_shard_size
-    for job in (job for jobs in by_file.values() for job in jobs):
-        size = _nbytes(job.stored)
-        if parts[-1] and size > room:
-            parts.append([])
-            room = max_shard_size
-        parts[-1].append(job)
-        room -= size
-    names = [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
-    names = [SINGLE] if len(parts) == 1 else names
-    return [
-        Shard(name, tuple(jobs), extras if name == names[-1] else {}) for name, jobs in zip(names, parts, strict=True)
-    ]
-
-
-def _job(source: Source, change: Change, name: str, origin: str) -> Job:
-    stored = source.tensors[origin]
-    dtype = change.fp8_dtype if stored.scale else stored.dtype
-    if change.dtype is not None and dtype.is_floating_point:
-        dtype = change.dtype
-    return Job(name, origin, dtype, change.packing.layout(name, dtype, stored.entry.shape))
-
-
-def _nbytes(layout: Layout) -> int:
-    return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in layout.values())
 
 
 @dataclass(frozen=True)
@@ -279,7 +153,7 @@ class _Pipeline:
                 # What the band needs at most: itself, as wide as it is computed (FP8), and what it is stored as.
                 stored = self.source.tensors[coming[0].job.source]
                 need = coming[0].nbytes * (1 if stored.scale is None else 1 + stored.dtype.itemsize)
-                need += _nbytes(coming[0].job.stored) * coming[0].nbytes // max(1, stored.nbytes)
+                need += layout_bytes(coming[0].job.stored) * coming[0].nbytes // max(1, stored.nbytes)
                 if self.in_flight and self.in_flight + need > IN_FLIGHT:
                     break
                 band = coming.popleft()
@@ -389,7 +263,7 @@ class Rotated:
         rows = self.source.whole(origin)
         if not rows.is_floating_point():
             return rows
-        return _fused(self.change, _job(self.source, self.change, name, origin), rows).cpu()
+        return _fused(self.change, job_of(self.source, self.change, name, origin), rows).cpu()
 
 
 def _refuse(source: Source, job: Job, first: int, count: int, fused: Tensor) -> None:

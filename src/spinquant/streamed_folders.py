@@ -50,8 +50,9 @@ from spinquant.quantization.scheme import Scheme
 from spinquant.resumable import Resumable, write_file
 from spinquant.rotation import RotationSpec, check_given, in_precision, make_rotations, online_part
 from spinquant.saved_rotations import to_save
+from spinquant.shards import Change, Plain, Shard, make_shards
 from spinquant.source import Source, fp8_block
-from spinquant.stream import Change, Plain, Rotated, Shard, Timing, make_shards, read_gains, stream
+from spinquant.stream import Rotated, Timing, read_gains, stream
 
 # Weights in any form: what is not streamed stays behind.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".tflite")
