@@ -54,7 +54,7 @@ from spinquant.cli_options import (
     parse_spec,
 )
 from spinquant.cli_output import err_console, out_console, print_json, print_result, stages, step_report
-from spinquant.errors import CheckpointError, LearningError, SchemeError, SpinquantError
+from spinquant.errors import CheckpointError, LearningError, ProcessError, SchemeError, SpinquantError
 from spinquant.evaluation import compare_models
 from spinquant.evaluation import evaluate as evaluate_model
 from spinquant.folders import check_for, check_format, quantize_folder, rotate_folder
@@ -63,6 +63,7 @@ from spinquant.formats.runtimes import format_for, runtime_rows
 from spinquant.learning.folder import LearnText, learn_from, read_learned, remove_store
 from spinquant.learning.learn import LearnOptions, Watch
 from spinquant.pipeline import Options
+from spinquant.processes import is_first
 from spinquant.quantization.blockwise import Calibration
 from spinquant.quantization.gptq import GPTQOptions
 from spinquant.quantization.scheme import parse_scheme, static_parts
@@ -420,6 +421,8 @@ def main() -> None:
     except SpinquantError as error:
         if debug:
             raise
+        if not is_first() and not isinstance(error, ProcessError):
+            raise SystemExit(1) from None  # the first process hears of it, and says so
         err_console.print("error:", style="bold red", end=" ")
         err_console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from None

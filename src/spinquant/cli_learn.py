@@ -1,6 +1,5 @@
 """The command `learn`."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -122,5 +121,4 @@ def learn(
             allow_pickle=allow_pickle,
             watch=Watch(progress, step_report(progress)),
         )
-    if int(os.environ.get("RANK", "0")) == 0:
-        print_result(json_, learned.record, report.learning_table(learned, str(out)))
+    print_result(json_, learned.record, report.learning_table(learned, str(out)))

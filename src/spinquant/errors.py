@@ -44,3 +44,7 @@ class CalibrationError(SpinquantError):
 
 class LearningError(SpinquantError):
     """Rotations cannot be learned as asked, or their learning went astray."""
+
+
+class ProcessError(SpinquantError):
+    """Another process of the job ended, or failed, before its work was done."""

@@ -11,6 +11,7 @@ from spinquant.checkpoint import SINGLE
 from spinquant.plan import Plan
 from spinquant.rotation import Rotation
 from spinquant.source import Source
+from spinquant.tensorfile import in_order
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -76,6 +77,11 @@ class Shard:
         for job in self.jobs:
             found |= job.stored
         return found
+
+    @property
+    def order(self) -> list[str]:
+        """The tensors in the order in which they lie in the file."""
+        return in_order(self.layout)
 
 
 @dataclass(frozen=True)

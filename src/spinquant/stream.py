@@ -1,6 +1,5 @@
 """Backend: fuse rotations into a checkpoint, tensor by tensor, shard by shard; the model is never in memory.
 
-A tensor is cut into bands of rows where its first axis lies in no rotated space, and taken as a whole where it does.
 While one band is computed the next is read and the one before is written, by a thread each; the bytes in flight are
 bounded. Shards are finished one after the other, so that a run that was killed goes on behind the last.
 """
@@ -9,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,8 +19,10 @@ from torch import Tensor
 from spinquant import fuse
 from spinquant.errors import CheckpointError
 from spinquant.plan import Plan
-from spinquant.resumable import Resumable
+from spinquant.processes import Processes
+from spinquant.resumable import Growing
 from spinquant.shards import Change, Job, Shard, job_of, layout_bytes
+from spinquant.sharing import Band, bands_in_order, shared
 from spinquant.source import Source
 from spinquant.tensorfile import TensorFile
 
@@ -43,31 +44,9 @@ def read_gains(source: Source, plan: Plan) -> dict[str, Tensor]:
     return found
 
 
-@dataclass(frozen=True)
-class _Band:
-    job: Job
-    first: int
-    last: int
-    nbytes: int
-
-
-def _bands(source: Source, change: Change, job: Job) -> Iterator[_Band]:
-    entry, nbytes = source.tensors[job.source].entry, source.tensors[job.source].nbytes
-    rows, step = entry.rows, entry.rows
-    whole = change.packing.is_whole(job.name)
-    if not whole and entry.shape and 0 in fuse.free_axes(job.name, len(entry.shape), change.plan, change.rotations):
-        # Whole slices: the products are then those of the module backend, to the last bit.
-        elements = max(1, torch.Size(entry.shape).numel())
-        slice_rows = max(1, fuse.SLICE * rows // elements)
-        step = max(1, BAND * rows // max(1, nbytes) // slice_rows) * slice_rows
-    for first in range(0, max(1, rows), max(1, step)):
-        last = min(first + step, rows)
-        yield _Band(job, first, last, nbytes * (last - first) // max(1, rows))
-
-
 @dataclass
 class Timing:
-    """Seconds in which each of the three threads was at work, and the bytes read."""
+    """Seconds in which each of the three threads was at work, and the bytes of the source taken."""
 
     read: float = 0.0
     compute: float = 0.0
@@ -79,43 +58,60 @@ def stream(
     source: Source,
     shards: Sequence[Shard],
     change: Change,
-    out: Resumable,
+    out: Growing,
     *,
+    processes: Processes | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Timing:
     """Write the shards that are not finished yet. `progress(done, total)` counts bytes of the source.
 
+    processes: who takes part, each calling this with the same arguments; the whole result is there when all have met.
     Raises CheckpointError, naming the tensor, for numbers that are not finite.
     """
-    bands = {shard.file: [band for job in shard.jobs for band in _bands(source, change, job)] for shard in shards}
-    total = sum(band.nbytes for found in bands.values() for band in found)
-    timing, done = Timing(), 0
+    processes = processes or Processes(0, 1)
+    bands = {shard.file: bands_in_order(source, change, shard, BAND) for shard in shards}
+    total = sum(band.nbytes for inside in bands.values() for band in inside)
+    finished = _finished(shards, out, processes)
+    done = sum(band.nbytes for file, inside in bands.items() if finished[file] for band in inside)
+    mine = shared(bands, processes.size, finished)[processes.rank]
+    timing = Timing()
+    left = [shard for shard in shards if not finished[shard.file]]
     with ExitStack() as files, _Pipeline(source, change, timing) as pipeline:
-        for shard in shards:
-            if out.is_finished(shard.file):
-                done += sum(band.nbytes for band in bands[shard.file])
-                if progress:
-                    progress(done, total)
-                continue
+        if processes.size > 1:
+            # Everybody writes into files that are there, and as long as they will be.
+            for shard in left if processes.first else ():
+                with closing(TensorFile(out.unfinished(shard.file), shard.layout)) as file:
+                    file.begin()
+            processes.meet()
+        for shard in left:
             file = TensorFile(out.unfinished(shard.file), shard.layout)
             files.callback(file.close)
-            pipeline.write(file.begin)
-            for name, tensor in shard.extras.items():
+            if processes.size == 1:
+                pipeline.write(file.begin)
+            for name, tensor in shard.extras.items() if processes.first else ():
                 pipeline.write(partial(file.write, name, 0, tensor.contiguous()))
-            # In the order of the file, so that it can be hashed while it is written.
-            order = {name: i for i, name in enumerate(file.entries)}
-            inside = sorted(bands[shard.file], key=lambda band: (order[next(iter(band.job.stored))], band.first))
-            for band in pipeline.run(file, inside):
-                done += band.nbytes
+            for band in pipeline.run(file, mine[shard.file]):
+                written = processes.add("bytes", band.nbytes) if processes.size > 1 else 0
+                timing.nbytes += band.nbytes
+                processes.look()
                 if progress:
-                    progress(done, total)
-            pipeline.write(partial(_finish, out, shard.file, file))
-    timing.nbytes = total
+                    progress(done + (written or timing.nbytes), total)
+            pipeline.write(partial(_finish, out, shard.file, file, processes))
     return timing
 
 
-def _finish(out: Resumable, name: str, file: TensorFile) -> None:
-    out.finish(name, file.finish())
+def _finished(shards: Sequence[Shard], out: Growing, processes: Processes) -> dict[str, bool]:
+    """Which shards are finished; each process looks at some of them."""
+    mine = {shard.file: out.is_finished(shard.file) for shard in shards[processes.rank :: processes.size]}
+    found = {file: done for part in processes.gather(mine) for file, done in part.items()}
+    return {shard.file: found[shard.file] for shard in shards}
+
+
+def _finish(out: Growing, name: str, file: TensorFile, processes: Processes) -> None:
+    """The process that is the last to have written its part of a shard finishes it."""
+    file.sync()
+    if processes.add(f"written/{name}", 1) == processes.size:
+        out.finish(name, file.finish())
 
 
 class _Pipeline:
@@ -143,9 +139,9 @@ class _Pipeline:
         """Have the writer take a step, after all before it."""
         self.written.append((self.writer.submit(partial(self._timed, "write", step)), nbytes, buffer))
 
-    def run(self, file: TensorFile, bands: Sequence[_Band]) -> Iterator[_Band]:
+    def run(self, file: TensorFile, bands: Sequence[Band]) -> Iterator[Band]:
         """Take bands through reading, computing and writing; yields each when it is computed."""
-        waiting: deque[tuple[_Band, Tensor, int, Future[Tensor]]] = deque()
+        waiting: deque[tuple[Band, Tensor, int, Future[Tensor]]] = deque()
         coming = deque(bands)
         while coming or waiting:
             self._collect()
@@ -171,7 +167,7 @@ class _Pipeline:
             self.write(partial(self._put, file, band, results), need, buffer)
             yield band
 
-    def _put(self, file: TensorFile, band: _Band, results: dict[str, Tensor]) -> None:
+    def _put(self, file: TensorFile, band: Band, results: dict[str, Tensor]) -> None:
         rows = self.source.tensors[band.job.source].entry.rows
         for name, tensor in results.items():
             file.write(name, band.first * file.entries[name].rows // max(1, rows), tensor)

@@ -1,33 +1,24 @@
-"""From a folder or hub id to a new folder without loading the model: what is around the stream.
-
-Everything that is not a weight is copied as it is; config.json is changed where it has to be. Other formats of the same
-weights (pickles, GGUF, consolidated.safetensors, ...) stay behind: they would still hold the unrotated model.
-"""
+"""From a folder or hub id to a new folder without loading the model: what is around the stream."""
 
 import copy
 import json
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as save_bytes
 
 from spinquant.architectures import make_plan
 from spinquant.calibrate import load_text, token_windows
 from spinquant.centred import check_centred
 from spinquant.checkpoint import (
-    BESIDE,
-    INDEX,
-    RECORD,
-    ROTATIONS,
-    SINGLE,
     check_device,
     check_replaceable,
     check_unquantized,
@@ -37,29 +28,30 @@ from spinquant.checkpoint import (
     load_tokenizer,
     weights_digest,
 )
+from spinquant.companions import dtype_of, write_beside, write_companions
 from spinquant.disk_model import Weights, hollow_model, unfillable
 from spinquant.disk_proof import compare_on_disk, tolerance_of
-from spinquant.errors import CheckpointError, SchemeError, SpinquantError
+from spinquant.errors import CheckpointError, ProcessError, SchemeError, SpinquantError
 from spinquant.formats.native import make_config
 from spinquant.formats.native_packing import NativePacking
 from spinquant.learning.learn import LearnedRotations
 from spinquant.pipeline import Options, Result, check_groups
 from spinquant.plan import Plan
+from spinquant.processes import Processes, joined
 from spinquant.proof import check, prove
 from spinquant.quantization.scheme import Scheme
-from spinquant.resumable import Resumable, write_file
+from spinquant.resumable import Growing, Resumable
 from spinquant.rotation import RotationSpec, check_given, in_precision, make_rotations, online_part
-from spinquant.saved_rotations import to_save
-from spinquant.shards import Change, Plain, Shard, make_shards
+from spinquant.shards import Change, Plain, make_shards
 from spinquant.source import Source, fp8_block
 from spinquant.stream import Rotated, Timing, read_gains, stream
 
-# Weights in any form: what is not streamed stays behind.
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".tflite")
 STREAMED = "stream"  # the stage of a run that counts bytes
 SAMPLE_TOKENS = 128  # real tokens on which the fused model is compared with the original
 # A decoder block is loaded for that where it takes at most so many times the largest tensor in float32, or bytes.
 BLOCK_SHARE, BLOCK_FREE = 2, 1 << 28
+# The others wait while the first process compares; that one of them ended is seen otherwise.
+_LONGEST = timedelta(days=7)
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -116,34 +108,45 @@ def stream_folder(model: str | Path, out: str | Path, request: Request, *, force
     a source that is damaged, an `out` that exists, or a stopped run that was asked for something else.
     """
     clock = _Clock()
-    check_device(request.device)
-    folder = folder_of(model)
-    check_replaceable(out, force=True, source=folder)
-    config = load_config(model)
-    if fp8_block(config) is None:
-        check_unquantized(config, model)
-    source = Source(folder, config)
-    try:
-        run = _Run(source, config, request, model)
-        if request.options.prove and run.result.rotations:
-            with clock.phase("prove"):
-                run.result = replace(run.result, twin=prove(config, request.spec))
-        with _open(out, request.settings(model, folder), force) as work:
-            if not work.published:  # else a run before was killed between its last rename and tidying up
-                if not run.is_plain:  # what is quantized cannot be compared any more
-                    with clock.phase("compare"):
-                        run.compare(Rotated(source, run.change, run.untied))
-                progress = request.options.stage(STREAMED)
-                clock.add(stream(source, run.shards, run.change, work, progress=progress))
-                write_companions(source, run.shards, work.data, run.changes)
+    with joined(request.device, timeout=_LONGEST) as processes, processes.together():
+        check_device(processes.device)
+        folder = folder_of(model)
+        check_replaceable(out, force=True, source=folder)
+        config = load_config(model)
+        if fp8_block(config) is None:
+            check_unquantized(config, model)
+        with closing(Source(folder, config)) as source:
+            run = _Run(source, config, replace(request, device=processes.device), model)
+            if request.options.prove and run.result.rotations and processes.first:
+                with clock.phase("prove"):
+                    run.result = replace(run.result, twin=prove(config, request.spec))
+            with _open(out, request.settings(model, folder), force, processes) as work:
+                _write(run, work, Growing(out), processes, clock)
+        result = replace(run.result, seconds=clock.seconds(processes))
+    return result
+
+
+def _write(run: "_Run", work: Resumable | None, files: Growing, processes: Processes, clock: "_Clock") -> None:
+    """Write the folder; the first process, which has `work`, does all that is no tensor."""
+    # Published already where a run before was killed between its last rename and tidying up.
+    if not processes.agree(work is not None and work.published):
+        with processes.locked(files.home / "processes"):
+            if work and not run.is_plain:  # what is quantized cannot be compared any more
+                with clock.phase("compare"):
+                    run.compare(Rotated(run.source, run.change, run.untied))
+            progress = run.request.options.stage(STREAMED)
+            clock.add(stream(run.source, run.shards, run.change, files, processes=processes, progress=progress))
+            processes.meet()
+            if work:
+                write_companions(run.source, run.shards, work.data, run.changes)
                 if run.is_plain:
                     with clock.phase("compare"), closing(Source(work.data, load_config(work.data))) as written:
                         run.compare(written)
                 write_beside(run.result, work.data)
-            work.publish()
-    finally:
-        source.close()
-    return replace(run.result, seconds=clock.seconds())
+            processes.meet()
+    if work:
+        work.publish()
+    processes.meet()
 
 
 class _Clock:
@@ -165,10 +168,12 @@ class _Clock:
             self._phases[name] += getattr(timing, name)
         self._bytes += timing.nbytes
 
-    def seconds(self) -> dict[str, float]:
-        """By phase, in total, and the megabytes that were read."""
+    def seconds(self, processes: Processes) -> dict[str, float]:
+        """By phase (summed over processes), in total, and the megabytes that were read."""
         total = time.perf_counter() - self._start
-        return {**self._phases, "total": total, "megabytes": self._bytes / 1e6}
+        found = processes.gather({**self._phases, "megabytes": self._bytes / 1e6})
+        summed = {name: sum(one[name] for one in found) for name in found[0]}
+        return {**summed, "total": total, "processes": processes.size}
 
 
 class _Run:
@@ -192,7 +197,7 @@ class _Run:
             read_gains(source, plan),
             packing=packing,
             dtype=request.dtype,
-            fp8_dtype=_dtype_of(config),
+            fp8_dtype=dtype_of(config),
             precision=request.options.precision,
             device=request.device,
         )
@@ -283,10 +288,20 @@ def sample_tokens(folder: Path, config: Any, text: str) -> tuple[str, torch.Tens
 
 
 @contextmanager
-def _open(out: str | Path, settings: Mapping[str, Any], force: bool) -> Iterator[Resumable]:
+def _open(
+    out: str | Path, settings: Mapping[str, Any], force: bool, processes: Processes
+) -> Iterator[Resumable | None]:
+    """The folder in the making, for the first process; the others come when it is there."""
+    if not processes.first:
+        processes.meet()
+        yield None
+        return
     work, keep = Resumable(out, settings, force=force), True
     try:
+        processes.meet()
         yield work
+    except ProcessError:
+        raise  # what is finished is of use to the run that goes on
     except SpinquantError:
         keep = False  # the same would happen again
         raise
@@ -299,64 +314,3 @@ def _open(out: str | Path, settings: Mapping[str, Any], force: bool) -> Iterator
         ) from error
     finally:
         work.close(keep=keep)
-
-
-def write_companions(source: Source, shards: Sequence[Shard], folder: Path, changes: Mapping[str, Any]) -> None:
-    """Write all that lies beside the weights: the index, the config with its changes, and copies of everything else."""
-    names = {shard.file: shard.layout for shard in shards}
-    if list(names) != [SINGLE]:
-        sizes = sum(torch.Size(s).numel() * d.itemsize for layout in names.values() for d, s in layout.values())
-        weight_map = {name: file for file, layout in names.items() for name in layout}
-        index = {
-            "metadata": {**source.index_metadata, "total_size": sizes},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
-        write_file(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
-    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-    if fp8_block(config) is not None:
-        del config["quantization_config"]
-        changes = {"dtype": str(_dtype_of(config)).removeprefix("torch."), **changes}
-    _change(config, changes)
-    write_file(folder / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
-    for path in companions(source.folder):
-        write_file(folder / path, source.folder / path)
-
-
-def companions(folder: Path) -> list[Path]:
-    """The files of a folder that are copied, relative to it: no weights, nothing hidden, nothing of ours."""
-    found = []
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in inside.parts)
-        if hidden or inside.parts[0] == BESIDE or not path.is_file() or inside == Path("config.json"):
-            continue
-        if path.suffix not in WEIGHTS and not path.name.endswith(".index.json"):
-            found.append(inside)
-    return found
-
-
-def write_beside(result: Result, folder: Path) -> None:
-    """Write the rotations and the record of how the folder came about."""
-    write_file(folder / BESIDE / ROTATIONS, save_bytes(to_save(result.rotations)[1]))
-    record = json.dumps(result.record(), indent=1, default=dict)
-    write_file(folder / BESIDE / RECORD, (record + "\n").encode())
-
-
-def _change(config: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    for key, value in changes.items():
-        if key == "quantization_config":
-            config[key] = value
-            continue
-        # Configs of old transformers say torch_dtype, those of models with several parts say it for the text part.
-        places = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
-        keys = [(part, name) for part in places for name in (key, f"torch_{key}") if name in part]
-        for part, name in keys or [(config, key)]:
-            part[name] = value
-
-
-def _dtype_of(config: Any) -> torch.dtype:
-    """The dtype that an FP8 checkpoint computes in."""
-    values = config if isinstance(config, dict) else {"dtype": getattr(config, "dtype", None)}
-    found = values.get("dtype") or values.get("torch_dtype")
-    found = getattr(torch, found) if isinstance(found, str) else found
-    return found if found in (torch.float32, torch.float16, torch.bfloat16) else torch.bfloat16

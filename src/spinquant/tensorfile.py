@@ -116,10 +116,15 @@ def read_rows(file: int, entry: Entry, first: int, last: int, buffer: Tensor) ->
     return whole.view(entry.dtype).view((last - first, *entry.shape[1:]) if entry.shape else ())
 
 
+def in_order(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> list[str]:
+    """The names of tensors as they follow each other in a file."""
+    order = list(DTYPES)
+    return sorted(tensors, key=lambda name: (order.index(NAMES[tensors[name][0]]), name.encode()))
+
+
 def lay_out(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, Entry]]:
     """The beginning of a file with these tensors, and where each of them goes."""
-    order = list(DTYPES)
-    names = sorted(tensors, key=lambda name: (order.index(NAMES[tensors[name][0]]), name.encode()))
+    names = in_order(tensors)
     header: dict[str, object] = {"__metadata__": METADATA}
     offset = 0
     for name in names:
@@ -164,9 +169,13 @@ class TensorFile:
         row = (entry.end - entry.start) // max(1, entry.rows)
         self._put(rows.reshape(-1).view(torch.uint8).numpy().data, entry.start + first * row)
 
+    def sync(self) -> None:
+        """Bring what was written so far to the disk."""
+        os.fsync(self._file)
+
     def finish(self) -> str:
         """Bring the file to the disk, and close it; its SHA-256."""
-        os.fsync(self._file)
+        self.sync()
         buffer = bytearray(_HASHED_AT_ONCE)
         while count := os.preadv(self._file, [buffer], self._hashed):
             self._hash.update(memoryview(buffer)[:count])
