@@ -12,7 +12,7 @@ TABLES = {f"architectures.{name}" for name in ("llama", "postnorm", "layernorm",
 # Lowest first; a module imports from lower or equal layers only.
 LAYERS = [
     {"errors", "workspace"},
-    {"plots", "processes"},
+    {"plots", "processes", "hidden_states"},
     {"tensorfile"},
     {"plan", "galois", "hadamard_bases", "kronecker", "hadamard", "quantization.scheme"},
     {"centred"},
