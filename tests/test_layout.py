@@ -45,7 +45,7 @@ LAYERS = [
     {"disk_proof"},
     {"mapped_plan", "transform_config"},
     {"pipeline", "demo_model"},
-    {"companions"},
+    {"companions", "disk_calibration"},
     {"streamed_folders"},
     {"preparation", "folders", "learning.folder"},
     {"modifier", "llmcompressor"},

@@ -131,7 +131,9 @@ def test_shards_of_packed_weights(folder, tmp_path):
 def test_what_is_not_streamed_takes_no_shard_size(folder, tmp_path):
     scheme = parse_scheme("W4A16")
     with pytest.raises(CheckpointError, match="--max-shard-size"):
-        quantize_folder(folder, tmp_path / "out", scheme, ALL, method="gptq", text="manual", max_shard_size=1)
+        quantize_folder(
+            folder, tmp_path / "out", scheme, ALL, format="compressed-tensors", text="manual", max_shard_size=1
+        )
 
 
 def test_an_infinite_weight_is_named(folder, tmp_path):

@@ -82,3 +82,12 @@ def dtype_of(config: Any) -> torch.dtype:
     found = values.get("dtype") or values.get("torch_dtype")
     found = getattr(torch, found) if isinstance(found, str) else found
     return found if found in (torch.float32, torch.float16, torch.bfloat16) else torch.bfloat16
+
+
+def model_dtype(config: Any, source: Source) -> torch.dtype:
+    """The dtype in which transformers would load a checkpoint: what its config says, else the widest in it."""
+    found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    if isinstance(found, torch.dtype):
+        return found
+    floating = [stored.dtype for stored in source.tensors.values() if stored.dtype.is_floating_point]
+    return max(floating, key=lambda dtype: (dtype.itemsize, dtype != torch.bfloat16))

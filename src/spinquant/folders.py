@@ -1,8 +1,8 @@
 """From a folder or hub id to a new folder, which appears complete or not at all."""
 
 import json
+from contextlib import closing
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,8 +26,8 @@ from spinquant.checkpoint import (
     load_model,
     load_tokenizer,
     read_headers,
-    weights_digest,
 )
+from spinquant.disk_calibration import Calibrating, store_for, why_not
 from spinquant.errors import CalibrationError, CheckpointError, RotationError, SchemeError
 from spinquant.formats.compressed_config import check_scheme, quantization_scheme
 from spinquant.formats.compressed_tensors import write_compressed
@@ -36,11 +36,12 @@ from spinquant.formats.runtimes import check_runtime, runtime_of
 from spinquant.learning.learn import LearnedRotations
 from spinquant.pipeline import Method, Options, Result, check_calibration, quantize, rotate
 from spinquant.plan import MERGEABLE
+from spinquant.processes import is_alone
 from spinquant.quantization.blockwise import Calibration
-from spinquant.quantization.progress import BlockStore, digest
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import RotationSpec, online_part
 from spinquant.saved_rotations import to_save
+from spinquant.source import Source
 from spinquant.streamed_folders import Request, sample_tokens, stream_folder
 
 Format = Literal["native", "compressed-tensors", "hf"]
@@ -183,10 +184,10 @@ def quantize_folder(
     dtype: of everything that is not quantized, and of the arithmetic; by default as in the source. format: of the
     folder, see `check_format`, which is asked before any work. runtime: refuse what it does not run, see
     `formats/runtimes.py`.
-    What needs no calibration is streamed (see `stream.py`), but for compressed-tensors and pickles: the model is never
-    loaded, and the result has none. Else finished blocks of a calibration are kept beside `out` until it is written. In
-    both cases the same call goes on where another was stopped. max_shard_size: bytes, of a stream; by default the
-    shards of the source.
+    The model is never loaded, and the result has none (see `stream.py`, and `disk_calibration.py` for what needs
+    calibration), but for compressed-tensors, pickles, and calibrated models whose class keeps weights in another form
+    than the checkpoint. Finished blocks of a calibration are kept beside `out` until it is written; the same call goes
+    on where another was stopped. max_shard_size: bytes, of a stream; by default the shards of the source.
     """
     spec, rotations = (learned.spec, learned.rotations) if learned else (spec, None)
     if runtime is not None:
@@ -199,27 +200,28 @@ def quantize_folder(
     check_format(format, scheme, spec, clips=calibrated is not None and calibrated.clips)
     options = options or Options()
     pickles = allow_pickle and has_pickles_only(folder_of(model, allow_pickle=True))
-    if calibrated is None and format != "compressed-tensors" and not pickles:
-        request = Request(spec, dtype, device, max_shard_size, text, scheme, options, learned)
+    calibrating = None
+    if calibrated is not None:
+        calibrating = Calibrating(method, calibrated, calibration_text or CalibrationText(seed=spec.seed))
+    if format != "compressed-tensors" and not pickles and (calibrated is None or from_disk(model)):
+        request = Request(spec, dtype, device, max_shard_size, text, scheme, options, learned, calibrating)
         return stream_folder(model, out, request, force=force)
     if max_shard_size is not None:
         raise CheckpointError(
-            "only round-to-nearest folders in format native or hf are streamed from safetensors: leave "
-            "--max-shard-size out"
+            "only folders in format native or hf are streamed from safetensors: leave --max-shard-size out"
         )
+    if not is_alone():
+        raise CheckpointError("this model is loaded as a whole, by one process: repeat the command without torchrun")
     check_free(out, force=force, source=model)
     loaded, tokenizer, sample, notes = _open(model, dtype, text or "auto", allow_pickle, device)
     if dtype is not None:
         _cast(loaded, dtype)
     tokens, store = None, None
-    if calibrated is not None:
-        source = calibration_text or CalibrationText(seed=spec.seed)
-        name, tokens = calibration_tokens(loaded, tokenizer, source, progress=options.stage("generate text"))
+    if calibrating is not None:
+        progress = options.stage("generate text")
+        name, tokens = calibration_tokens(loaded, tokenizer, calibrating.text, progress=progress)
         notes["calibration_text"] = {"text": name, "samples": tokens.shape[0], "length": tokens.shape[1]}
-        settings = [version("spinquant"), scheme, spec, method, calibrated, options.precision, loaded.dtype]
-        settings += [digest(tokens), weights_digest(model)]
-        settings += [learned.digest() if learned else None]
-        store = BlockStore(Path(out).parent / f".{Path(out).name}.calibration", json.dumps([repr(s) for s in settings]))
+        store = store_for(out, model, scheme, spec, calibrating, tokens, loaded.dtype, options, learned)
     result = quantize(
         loaded,
         scheme,
@@ -237,6 +239,13 @@ def quantize_folder(
     if store is not None:
         store.remove()
     return result
+
+
+def from_disk(model: str | Path) -> bool:
+    """Whether the decoder blocks of a folder can be calibrated one by one from disk, in the form they are stored in."""
+    config, folder = load_config(model), folder_of(model)
+    with closing(Source(folder, config)) as source:
+        return why_not(config, make_plan(config, source.shapes), source) is None
 
 
 def _learned_note(learned: LearnedRotations | None) -> dict[str, Any]:

@@ -37,13 +37,15 @@ class Options:
 
     prove: try the rotations on a small model of the same architecture first. allow_inexact: save even when the
     logits of real tokens moved by more than rounding. precision: dtype of fusing (see `fuse.transform`) and of online
-    rotations, by default the wider of the tensor's own and float32.
+    rotations, by default the wider of the tensor's own and float32. memory: bytes that the hidden states of a
+    calibration from disk may take before they go to a file; by default a quarter of what is available.
     progress(stage, done, total): called as the work goes on.
     """
 
     prove: bool = True
     allow_inexact: bool = False
     precision: torch.dtype | None = None
+    memory: int | None = None
     progress: Stage | None = None
 
     def stage(self, name: str) -> Callable[[int, int], None]:

@@ -34,6 +34,11 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def is_alone() -> bool:
+    """Whether torchrun started no other process beside this one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1
+
+
 @contextmanager
 def joined(device: str = "cpu", *, timeout: timedelta | None = None) -> Iterator["Processes"]:
     """This process among those of its job, which are joined where torchrun started several.

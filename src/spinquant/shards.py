@@ -32,6 +32,14 @@ class Packing(Protocol):
         """Dtypes and shapes of what a tensor is stored as. A row of the tensor is a row, or a run, of each of them."""
         ...
 
+    def is_made(self, name: str) -> bool:
+        """Whether it is known what a tensor is stored as, without its numbers."""
+        ...
+
+    def made(self, name: str) -> dict[str, Tensor]:
+        """What such a tensor is stored as."""
+        ...
+
     def pack(self, name: str, rows: Tensor) -> dict[str, Tensor]:
         """What rows of a tensor are stored as."""
         ...
@@ -47,6 +55,12 @@ class Plain:
 
     def layout(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Layout:
         return {name: (dtype, shape)}
+
+    def is_made(self, name: str) -> bool:
+        return False
+
+    def made(self, name: str) -> dict[str, Tensor]:
+        raise KeyError(name)
 
     def pack(self, name: str, rows: Tensor) -> dict[str, Tensor]:
         return {name: rows}

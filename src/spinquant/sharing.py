@@ -31,6 +31,9 @@ class Band:
 def bands_of(source: Source, change: Change, job: Job, size: int) -> Iterator[Band]:
     """The bands of a tensor, of about `size` bytes where it can be cut."""
     entry, nbytes = source.tensors[job.source].entry, source.tensors[job.source].nbytes
+    if change.packing.is_made(job.name):
+        yield Band(job, 0, entry.rows, 0)
+        return
     rows, step = entry.rows, entry.rows
     whole = change.packing.is_whole(job.name)
     if not whole and entry.shape and 0 in fuse.free_axes(job.name, len(entry.shape), change.plan, change.rotations):

@@ -22,7 +22,7 @@ from spinquant.plan import Plan
 from spinquant.processes import Processes
 from spinquant.resumable import Growing
 from spinquant.shards import Change, Job, Shard, job_of, layout_bytes
-from spinquant.sharing import Band, bands_in_order, shared
+from spinquant.sharing import Band, bands_in_order, bands_of, shared
 from spinquant.source import Source
 from spinquant.tensorfile import TensorFile
 
@@ -141,7 +141,7 @@ class _Pipeline:
 
     def run(self, file: TensorFile, bands: Sequence[Band]) -> Iterator[Band]:
         """Take bands through reading, computing and writing; yields each when it is computed."""
-        waiting: deque[tuple[Band, Tensor, int, Future[Tensor]]] = deque()
+        waiting: deque[tuple[Band, Tensor, int, Future[Any]]] = deque()
         coming = deque(bands)
         while coming or waiting:
             self._collect()
@@ -149,23 +149,31 @@ class _Pipeline:
                 # What the band needs at most: itself, as wide as it is computed (FP8), and what it is stored as.
                 stored = self.source.tensors[coming[0].job.source]
                 need = coming[0].nbytes * (1 if stored.scale is None else 1 + stored.dtype.itemsize)
-                need += layout_bytes(coming[0].job.stored) * coming[0].nbytes // max(1, stored.nbytes)
+                share = coming[0].last - coming[0].first, max(1, stored.entry.rows)
+                need += layout_bytes(coming[0].job.stored) * share[0] // share[1]
                 if self.in_flight and self.in_flight + need > IN_FLIGHT:
                     break
                 band = coming.popleft()
                 buffer = self._buffer(band.nbytes)
                 self.in_flight += need
-                read = partial(self.source.read, band.job.source, band.first, band.last, buffer)
+                read = partial(self._read, band, buffer)
                 waiting.append((band, buffer, need, self.reader.submit(partial(self._timed, "read", read))))
             if not waiting:
                 self._collect(one=True)
                 continue
             band, buffer, need, future = waiting.popleft()
-            rows = future.result()
-            results = self._timed("compute", partial(changed, self.source, self.change, band.job, band.first, rows))
-            del rows
+            results = self._timed("compute", partial(self._changed, band, future.result()))
+            del future
             self.write(partial(self._put, file, band, results), need, buffer)
             yield band
+
+    def _read(self, band: Band, buffer: Tensor) -> Tensor | dict[str, Tensor]:
+        if self.change.packing.is_made(band.job.name):
+            return self.change.packing.made(band.job.name)
+        return self.source.read(band.job.source, band.first, band.last, buffer)
+
+    def _changed(self, band: Band, rows: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
+        return rows if isinstance(rows, dict) else changed(self.source, self.change, band.job, band.first, rows)
 
     def _put(self, file: TensorFile, band: Band, results: dict[str, Tensor]) -> None:
         rows = self.source.tensors[band.job.source].entry.rows
@@ -260,6 +268,14 @@ class Rotated:
         if not rows.is_floating_point():
             return rows
         return _fused(self.change, job_of(self.source, self.change, name, origin), rows).cpu()
+
+    @torch.no_grad()
+    def parts(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """Rows of a tensor of the rotated model in order, each part with the number of its first row."""
+        job = job_of(self.source, self.change, name, self._origins[name])
+        for band in bands_of(self.source, self.change, job, BAND):
+            rows = self.source.read(job.source, band.first, band.last, torch.empty(band.nbytes, dtype=torch.uint8))
+            yield band.first, (_fused(self.change, job, rows).cpu() if rows.is_floating_point() else rows)
 
 
 def _refuse(source: Source, job: Job, first: int, count: int, fused: Tensor) -> None:

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +20,7 @@ from spinquant.calibrate import load_text, token_windows
 from spinquant.centred import check_centred
 from spinquant.checkpoint import (
     check_device,
+    check_free,
     check_replaceable,
     check_unquantized,
     folder_of,
@@ -28,17 +29,19 @@ from spinquant.checkpoint import (
     load_tokenizer,
     weights_digest,
 )
-from spinquant.companions import dtype_of, write_beside, write_companions
+from spinquant.companions import dtype_of, model_dtype, write_beside, write_companions
+from spinquant.disk_calibration import Calibrating, calibrate_on_disk, store_for, tokens_for
 from spinquant.disk_model import Weights, hollow_model, unfillable
 from spinquant.disk_proof import compare_on_disk, tolerance_of
-from spinquant.errors import CheckpointError, ProcessError, SchemeError, SpinquantError
+from spinquant.errors import CalibrationError, CheckpointError, ProcessError, SchemeError, SpinquantError
 from spinquant.formats.native import make_config
-from spinquant.formats.native_packing import NativePacking
+from spinquant.formats.native_packing import Finished, NativePacking
 from spinquant.learning.learn import LearnedRotations
 from spinquant.pipeline import Options, Result, check_groups
 from spinquant.plan import Plan
 from spinquant.processes import Processes, joined
 from spinquant.proof import check, prove
+from spinquant.quantization.progress import BlockStore
 from spinquant.quantization.scheme import Scheme
 from spinquant.resumable import Growing, Resumable
 from spinquant.rotation import RotationSpec, check_given, in_precision, make_rotations, online_part
@@ -60,8 +63,9 @@ class Request:
     """What a stream is asked to do.
 
     max_shard_size: bytes; None for the shards of the source. text: of the real tokens on which the result is compared
-    with the source, as in `load_text`; None for no comparison. scheme: weights are rounded to nearest; None for
-    rotations alone. learned: rotations in place of those that the spec makes, which then describes them.
+    with the source, as in `load_text`; None for no comparison. scheme: what is quantized; None for rotations alone.
+    learned: rotations in place of those that the spec makes, which then describes them. calibrating: how, where weights
+    are not just rounded to nearest.
     """
 
     spec: RotationSpec
@@ -72,6 +76,7 @@ class Request:
     scheme: Scheme | None = None
     options: Options = field(default_factory=Options)
     learned: LearnedRotations | None = None
+    calibrating: Calibrating | None = None
 
     def settings(self, model: str | Path, folder: Path) -> dict[str, Any]:
         """Everything that decides the bytes of the result, as JSON."""
@@ -88,6 +93,7 @@ class Request:
             "text": self.text,
             "scheme": None if self.scheme is None else self.scheme.to_dict(),
             "learned": None if self.learned is None else self.learned.digest(),
+            "calibrating": None if self.calibrating is None else asdict(self.calibrating),
         }
 
 
@@ -101,7 +107,10 @@ def parse_size(text: str) -> int:
 
 
 def stream_folder(model: str | Path, out: str | Path, request: Request, *, force: bool = False) -> Result:
-    """Rotate a folder or hub id, and round its weights to nearest where a scheme says so, tensor by tensor.
+    """Rotate a folder or hub id, and quantize its weights where a scheme says so, tensor by tensor.
+
+    Where they are calibrated, decoder block by decoder block first; what that finds is kept beside `out` until it is
+    written.
 
     The result is a plain folder, or one in our own format where something is quantized or rotated at run time. A run
     that was stopped goes on where it was when it is repeated. The result has no model in it. Raises CheckpointError for
@@ -112,6 +121,10 @@ def stream_folder(model: str | Path, out: str | Path, request: Request, *, force
         check_device(processes.device)
         folder = folder_of(model)
         check_replaceable(out, force=True, source=folder)
+        if request.calibrating:
+            if processes.size > 1:
+                raise CalibrationError("one process calibrates: repeat the command without torchrun")
+            check_free(out, force=force, source=folder)  # before hours of calibration
         config = load_config(model)
         if fp8_block(config) is None:
             check_unquantized(config, model)
@@ -120,8 +133,11 @@ def stream_folder(model: str | Path, out: str | Path, request: Request, *, force
             if request.options.prove and run.result.rotations and processes.first:
                 with clock.phase("prove"):
                     run.result = replace(run.result, twin=prove(config, request.spec))
+            store = run.calibrate(out, clock) if request.calibrating else None
             with _open(out, request.settings(model, folder), force, processes) as work:
                 _write(run, work, Growing(out), processes, clock)
+            if store is not None:
+                store.remove()
         result = replace(run.result, seconds=clock.seconds(processes))
     return result
 
@@ -131,7 +147,8 @@ def _write(run: "_Run", work: Resumable | None, files: Growing, processes: Proce
     # Published already where a run before was killed between its last rename and tidying up.
     if not processes.agree(work is not None and work.published):
         with processes.locked(files.home / "processes"):
-            if work and not run.is_plain:  # what is quantized cannot be compared any more
+            # What is quantized cannot be compared any more; a calibration has compared before it began.
+            if work and not run.is_plain and not run.request.calibrating:
                 with clock.phase("compare"):
                     run.compare(Rotated(run.source, run.change, run.untied))
             progress = run.request.options.stage(STREAMED)
@@ -154,7 +171,8 @@ class _Clock:
 
     def __init__(self):
         self._start = time.perf_counter()
-        self._phases: dict[str, float] = dict.fromkeys(("prove", "read", "compute", "write", "compare"), 0.0)
+        phases = ("prove", "calibrate", "read", "compute", "write", "compare")
+        self._phases: dict[str, float] = dict.fromkeys(phases, 0.0)
         self._bytes = 0
 
     @contextmanager
@@ -180,7 +198,7 @@ class _Run:
     """What follows from a request and a source: the plan, the shards, the changes of the config."""
 
     def __init__(self, source: Source, config: Any, request: Request, model: str | Path):
-        self.source, self.request, self.config = source, request, config
+        self.source, self.request, self.config, self.model = source, request, config, model
         plan = make_plan(config, source.shapes)
         scheme, learned = request.scheme, request.learned
         rotations = make_rotations(plan, request.spec) if learned is None else learned.rotations
@@ -190,12 +208,11 @@ class _Run:
             check_groups(plan, hollow_model(_unquantized(config), torch.float32), scheme)
         self.online = in_precision(online_part(plan, rotations), request.options.precision)
         self.is_plain = not self.online and (scheme is None or scheme == Scheme(lm_head=scheme.lm_head))
-        packing = Plain() if self.is_plain else NativePacking(plan, scheme or Scheme(), self.online)
         self.change = Change(
             plan,
             rotations,
             read_gains(source, plan),
-            packing=packing,
+            packing=Plain(),
             dtype=request.dtype,
             fp8_dtype=dtype_of(config),
             precision=request.options.precision,
@@ -204,18 +221,59 @@ class _Run:
         rounded_head = scheme is not None and scheme.lm_head and scheme.weights is not None
         unties = bool(plan.ties) and ("residual" in rotations or rounded_head)
         self.untied = [(tie.tensor, tie.source) for tie in plan.ties] if unties else []
-        self.shards = make_shards(source, self.change, untied=self.untied, max_shard_size=request.max_shard_size)
         self.changes: dict[str, Any] = {"tie_word_embeddings": False} if unties else {}
         if request.dtype is not None:
             self.changes["dtype"] = str(request.dtype).removeprefix("torch.")
-        if not self.is_plain:
-            described = make_config(plan, self.online, request.spec, scheme or Scheme())
-            self.changes["quantization_config"] = json.loads(json.dumps(described.to_dict()))
         method = None if scheme is None else "rtn"
         notes: dict[str, Any] = {"source": str(model)}
         if learned is not None:
             notes["learned"] = learned.record
         self.result = Result(None, plan, request.spec, rotations, scheme=scheme, method=method, notes=notes)
+        self._store_as(None)
+
+    def _store_as(self, finished: Finished | None) -> None:
+        """Fix what is written, once all clip ratios are known. finished: weights that a calibration has rounded."""
+        request, plan = self.request, self.result.plan
+        if not self.is_plain:
+            scheme = request.scheme or Scheme()
+            self.change = replace(self.change, packing=NativePacking(plan, scheme, self.online, finished))
+            described = make_config(plan, self.online, request.spec, scheme, self.result.clips)
+            self.changes["quantization_config"] = json.loads(json.dumps(described.to_dict()))
+        self.shards = make_shards(self.source, self.change, untied=self.untied, max_shard_size=request.max_shard_size)
+
+    def calibrate(self, out: str | Path, clock: _Clock) -> BlockStore:
+        """Quantize block by block into a store, from which the stream will take the weights."""
+        request, plan, how = self.request, self.result.plan, self.request.calibrating
+        assert how is not None and request.scheme is not None
+        rotated = Rotated(self.source, self.change, self.untied)
+        with clock.phase("compare"):
+            self.compare(rotated)
+        with clock.phase("calibrate"):
+            config = _unquantized(self.config)
+            dtype = request.dtype or model_dtype(config, self.source)
+            progress = request.options.stage("generate text")
+            name, tokens = tokens_for(self.model, how.text, dtype=request.dtype or "auto", progress=progress)
+            store = store_for(
+                out, self.model, request.scheme, request.spec, how, tokens, dtype, request.options, request.learned
+            )
+            clips = calibrate_on_disk(
+                config,
+                plan,
+                self.online,
+                rotated,
+                request.scheme,
+                tokens,
+                how,
+                store,
+                dtype=dtype,
+                device=request.device,
+                options=request.options,
+            )
+        about = {"text": name, "samples": tokens.shape[0], "length": tokens.shape[1]}
+        notes = {**self.result.notes, "calibration_text": about}
+        self.result = replace(self.result, method=how.method, calibration=how.calibration, clips=clips, notes=notes)
+        self._store_as(Finished(store, dtype))
+        return store
 
     def compare(self, after: Weights) -> None:
         """Compare the logits of real tokens before and after, where the blocks of the model can be filled from disk."""

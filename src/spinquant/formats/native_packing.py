@@ -4,12 +4,16 @@ See `native.py` for the format. Rows of a weight do not influence each other, so
 NVFP4 alone has a scale for the whole tensor, which is therefore kept together.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from spinquant.formats.native import BANK, distinct_rotations
 from spinquant.plan import Plan
 from spinquant.quantization.integer import Packed
+from spinquant.quantization.progress import BlockStore
 from spinquant.quantization.rtn import linears_of, quantize_weight
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import Rotation
@@ -18,11 +22,23 @@ from spinquant.rotation import Rotation
 PIECE = 1 << 20
 
 
-class NativePacking:
-    """Linears that a scheme covers as packed integers (flat at 16 bits), online rotations beside them."""
+@dataclass(frozen=True)
+class Finished:
+    """Weights that a calibration has rounded already, and the dtype of their scales."""
 
-    def __init__(self, plan: Plan, scheme: Scheme, online: dict[str, Rotation]):
-        self.quantizer = scheme.weights
+    store: BlockStore
+    dtype: torch.dtype
+
+
+class NativePacking:
+    """Linears that a scheme covers as packed integers (flat at 16 bits), online rotations beside them.
+
+    finished: weights that are taken from there, and not rounded here.
+    """
+
+    def __init__(self, plan: Plan, scheme: Scheme, online: dict[str, Rotation], finished: Finished | None = None):
+        self.quantizer, self.finished = scheme.weights, finished
+        self.blocks = (*plan.blocks, plan.head.removesuffix(".weight"))
         self.covered = {f"{name}.weight": name for name in linears_of(plan, scheme)}
         self.extras = {
             f"{BANK}.{i}.{name}": tensor
@@ -45,9 +61,18 @@ class NativePacking:
         groups = columns // (self.quantizer.group_size or columns)
         found = {
             name: (torch.int32, (rows, -(-columns // (32 // self.quantizer.bits)))),
-            f"{name}_scale": (dtype, (rows, groups)),
+            f"{name}_scale": (dtype if self.finished is None else self.finished.dtype, (rows, groups)),
         }
         return found if self.quantizer.symmetric else {**found, f"{name}_zero": (torch.uint8, (rows, groups))}
+
+    def is_made(self, name: str) -> bool:
+        return self.finished is not None and self.quantizer is not None and name in self.covered
+
+    def made(self, name: str) -> dict[str, Tensor]:
+        assert self.finished is not None
+        linear = self.covered[name]
+        block = next(b for b in self.blocks if linear == b or linear.startswith(f"{b}."))
+        return _stored(name, self.finished.store.packed(block, linear).tensors())
 
     def pack(self, name: str, rows: Tensor) -> dict[str, Tensor]:
         if name not in self.covered:
@@ -57,4 +82,8 @@ class NativePacking:
         step = len(rows) if self.is_whole(name) else max(1, PIECE // rows.shape[1])
         packed: list[Packed] = [quantize_weight(part, self.quantizer) for part in rows.split(step)]
         parts = [torch.cat(tensors) for tensors in zip(*(piece.tensors() for piece in packed), strict=True)]
-        return dict(zip((name, f"{name}_scale", f"{name}_zero"), parts, strict=False))
+        return _stored(name, parts)
+
+
+def _stored(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    return dict(zip((name, f"{name}_scale", f"{name}_zero"), tensors, strict=False))

@@ -73,8 +73,9 @@ def quantize_blocks(
 
     error_feedback: GPTQ, else round to nearest. store: where finished blocks are kept, so that a run that was killed
     goes on. home: where the weights are, by default in the model; of one that gives them out and forgets them again,
-    the store alone has what was found. hidden: empty, for the hidden states; by default in memory. The model must have no online parts attached. Raises CalibrationError, naming the module, for activations
-    that are not finite and for a second moment that is singular.
+    the store alone has what was found. hidden: empty, for the hidden states; by default in memory. The model must have
+    no online parts attached. Raises CalibrationError, naming the module, for activations that are not finite and for a
+    second moment that is singular.
     """
     if home is None:
         home = InMemory(model, calibration.device)
