@@ -43,7 +43,7 @@ from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.rtn import linears_of, quantize_weight, round_weights
 from spinquant.quantization.scheme import Quantizer, Scheme, parse_scheme
 from spinquant.rotation import Rotation, RotationSpec
-from spinquant.streamed_folders import SAMPLE_TOKENS
+from spinquant.stream_run import SAMPLE_TOKENS
 
 Progress = Callable[[str, int, int], None]
 

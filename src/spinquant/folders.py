@@ -42,7 +42,8 @@ from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import RotationSpec, online_part
 from spinquant.saved_rotations import to_save
 from spinquant.source import Source
-from spinquant.streamed_folders import Request, sample_tokens, stream_folder
+from spinquant.stream_run import Request, sample_tokens
+from spinquant.streamed_folders import stream_folder
 
 Format = Literal["native", "compressed-tensors", "hf"]
 
@@ -185,7 +186,7 @@ def quantize_folder(
     folder, see `check_format`, which is asked before any work. runtime: refuse what it does not run, see
     `formats/runtimes.py`.
     The model is never loaded, and the result has none (see `stream.py`, and `disk_calibration.py` for what needs
-    calibration), but for compressed-tensors, pickles, and calibrated models whose class keeps weights in another form
+    calibration), but for pickles and calibrated models whose class keeps weights in another form
     than the checkpoint. Finished blocks of a calibration are kept beside `out` until it is written; the same call goes
     on where another was stopped. max_shard_size: bytes, of a stream; by default the shards of the source.
     """
@@ -203,12 +204,14 @@ def quantize_folder(
     calibrating = None
     if calibrated is not None:
         calibrating = Calibrating(method, calibrated, calibration_text or CalibrationText(seed=spec.seed))
-    if format != "compressed-tensors" and not pickles and (calibrated is None or from_disk(model)):
-        request = Request(spec, dtype, device, max_shard_size, text, scheme, options, learned, calibrating)
+    if not pickles and (calibrated is None or from_disk(model)):
+        stored = "native" if format == "hf" else format
+        request = Request(spec, dtype, device, max_shard_size, text, scheme, options, learned, calibrating, stored)
         return stream_folder(model, out, request, force=force)
     if max_shard_size is not None:
         raise CheckpointError(
-            "only folders in format native or hf are streamed from safetensors: leave --max-shard-size out"
+            "pickles are loaded as a whole, and so are models for calibration whose class keeps weights in another "
+            "form than the checkpoint: leave --max-shard-size out"
         )
     if not is_alone():
         raise CheckpointError("this model is loaded as a whole, by one process: repeat the command without torchrun")

@@ -4,7 +4,6 @@ See `native.py` for the format. Rows of a weight do not influence each other, so
 NVFP4 alone has a scale for the whole tensor, which is therefore kept together.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ from spinquant.plan import Plan
 from spinquant.quantization.integer import Packed
 from spinquant.quantization.progress import BlockStore
 from spinquant.quantization.rtn import linears_of, quantize_weight
-from spinquant.quantization.scheme import Scheme
+from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.rotation import Rotation
 
 # Elements rounded at once: a few copies of them in float32 are in memory.
@@ -24,10 +23,23 @@ PIECE = 1 << 20
 
 @dataclass(frozen=True)
 class Finished:
-    """Weights that a calibration has rounded already, and the dtype of their scales."""
+    """Weights that a calibration has rounded already, by block, and the dtype of their scales."""
 
     store: BlockStore
+    blocks: tuple[str, ...]
     dtype: torch.dtype
+
+    def of(self, linear: str) -> Packed:
+        """The weight of a linear."""
+        block = next(b for b in self.blocks if linear == b or linear.startswith(f"{b}."))
+        return self.store.packed(block, linear)
+
+
+def round_rows(rows: Tensor, quantizer: Quantizer) -> Packed:
+    """Rows of a weight (out, in) rounded to nearest; pieces at a time, unless their scales depend on each other."""
+    step = len(rows) if quantizer.kind == "nvfp4" else max(1, PIECE // rows.shape[1])
+    packed = [quantize_weight(part, quantizer) for part in rows.split(step)]
+    return packed[0].with_tensors(*map(torch.cat, zip(*(piece.tensors() for piece in packed), strict=True)))
 
 
 class NativePacking:
@@ -38,7 +50,6 @@ class NativePacking:
 
     def __init__(self, plan: Plan, scheme: Scheme, online: dict[str, Rotation], finished: Finished | None = None):
         self.quantizer, self.finished = scheme.weights, finished
-        self.blocks = (*plan.blocks, plan.head.removesuffix(".weight"))
         self.covered = {f"{name}.weight": name for name in linears_of(plan, scheme)}
         self.extras = {
             f"{BANK}.{i}.{name}": tensor
@@ -70,20 +81,15 @@ class NativePacking:
 
     def made(self, name: str) -> dict[str, Tensor]:
         assert self.finished is not None
-        linear = self.covered[name]
-        block = next(b for b in self.blocks if linear == b or linear.startswith(f"{b}."))
-        return _stored(name, self.finished.store.packed(block, linear).tensors())
+        return _stored(name, self.finished.of(self.covered[name]))
 
     def pack(self, name: str, rows: Tensor) -> dict[str, Tensor]:
         if name not in self.covered:
             return {name: rows}
         if self.quantizer is None:
             return {name: rows.flatten()}
-        step = len(rows) if self.is_whole(name) else max(1, PIECE // rows.shape[1])
-        packed: list[Packed] = [quantize_weight(part, self.quantizer) for part in rows.split(step)]
-        parts = [torch.cat(tensors) for tensors in zip(*(piece.tensors() for piece in packed), strict=True)]
-        return _stored(name, parts)
+        return _stored(name, round_rows(rows, self.quantizer))
 
 
-def _stored(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-    return dict(zip((name, f"{name}_scale", f"{name}_zero"), tensors, strict=False))
+def _stored(name: str, packed: Packed) -> dict[str, Tensor]:
+    return dict(zip((name, f"{name}_scale", f"{name}_zero"), packed.tensors(), strict=False))
