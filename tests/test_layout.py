@@ -13,7 +13,7 @@ TABLES = {f"architectures.{name}" for name in ("llama", "postnorm", "layernorm",
 LAYERS = [
     {"errors", "workspace"},
     {"plots", "processes", "hidden_states"},
-    {"tensorfile"},
+    {"tensorfile", "source_hash"},
     {"plan", "galois", "hadamard_bases", "kronecker", "hadamard", "quantization.scheme"},
     {"centred"},
     {"rotation", "quantization.floating", "quantization.integer", "quantization.progress", "learning.cayley"},

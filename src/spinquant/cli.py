@@ -31,6 +31,7 @@ from spinquant.cli_options import (
     AllowInexact,
     AllowPickle,
     BlockSize,
+    Checksums,
     Compare,
     Device,
     Dtype,
@@ -39,6 +40,7 @@ from spinquant.cli_options import (
     Learned,
     Length,
     MaxShardSize,
+    Memory,
     Model,
     Out,
     Proof,
@@ -137,6 +139,7 @@ def rotate(
     text: Text = "auto",
     device: Device = "cpu",
     max_shard_size: MaxShardSize = None,
+    checksums: Checksums = None,
     force: Force = False,
     allow_pickle: AllowPickle = False,
     allow_inexact: AllowInexact = False,
@@ -162,6 +165,7 @@ def rotate(
             allow_pickle=allow_pickle,
             device=device,
             max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
+            checksums=checksums,
             options=Options(prove=proof, allow_inexact=allow_inexact, progress=progress),
         )
     print_result(json_, {**result.record(), "seconds": result.seconds}, report.result_table(result, str(out)))
@@ -224,6 +228,8 @@ def quantize(
     text: Text = "auto",
     device: Device = "cpu",
     max_shard_size: MaxShardSize = None,
+    checksums: Checksums = None,
+    memory: Memory = None,
     force: Force = False,
     allow_pickle: AllowPickle = False,
     allow_inexact: AllowInexact = False,
@@ -233,8 +239,8 @@ def quantize(
 ) -> None:
     """Rotate and quantize into a folder that `spinquant.load`, or transformers after `import spinquant`, loads.
 
-    With `--format compressed-tensors`, into one that vLLM serves. What needs no calibration text is streamed: the model
-    is never loaded.
+    With `--format compressed-tensors`, into one that vLLM serves. The model is never loaded: what needs no calibration
+    is streamed, and what does goes decoder block by decoder block.
     """
     spec = parse_spec(rotations, type, block_size, randomize, seed)
     if format is None:
@@ -289,7 +295,13 @@ def quantize(
             allow_pickle=allow_pickle,
             device=device,
             max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
-            options=Options(prove=proof, allow_inexact=allow_inexact, progress=progress),
+            checksums=checksums,
+            options=Options(
+                prove=proof,
+                allow_inexact=allow_inexact,
+                memory=None if memory is None else parse_size(memory),
+                progress=progress,
+            ),
             runtime=runtime,
             format=format,  # pyright: ignore[reportArgumentType] - checked by the function
         )

@@ -129,6 +129,7 @@ def rotate_folder(
     allow_pickle: bool = False,
     device: str = "cpu",
     max_shard_size: int | None = None,
+    checksums: Path | None = None,
     options: Options | None = None,
 ) -> Result:
     """Rotate a folder or hub id into a plain folder that transformers loads with nothing of ours installed.
@@ -139,17 +140,22 @@ def rotate_folder(
 
     learned: rotations to use in place of random ones; the spec is then theirs. dtype: of the weights written, by
     default as in the source. text: of the real tokens on which logits are compared; None for no comparison.
-    max_shard_size: bytes, by default the shards of the source. Raises RotationError for rotations that need work at
-    run time (R3, R4): a plain folder cannot hold them.
+    max_shard_size: bytes, by default the shards of the source. checksums: a list as sha256sum writes it, which the
+    files of the source have to fulfil. Raises RotationError for rotations that need work at run time (R3, R4): a plain
+    folder cannot hold them.
     """
     spec, rotations = (learned.spec, learned.rotations) if learned else (spec, None)
     check_format("hf", Scheme(), spec)
     options = options or Options()
     if not (allow_pickle and has_pickles_only(folder_of(model, allow_pickle=True))):
-        request = Request(spec, dtype, device, max_shard_size, text, options=options, learned=learned)
+        request = Request(
+            spec, dtype, device, max_shard_size, text, options=options, learned=learned, checksums=checksums
+        )
         return stream_folder(model, out, request, force=force)
-    if max_shard_size is not None:
-        raise CheckpointError("pickle weights are not streamed: leave --max-shard-size out, or convert them first")
+    if max_shard_size is not None or checksums is not None:
+        raise CheckpointError(
+            "pickle weights are not streamed: leave --max-shard-size and --checksums out, or convert them first"
+        )
     check_free(out, force=force, source=model)
     loaded, tokenizer, sample, notes = _open(model, dtype, text or "auto", allow_pickle, device)
     result = rotate(loaded, spec, rotations=rotations, sample=None if text is None else sample, options=options)
@@ -175,6 +181,7 @@ def quantize_folder(
     allow_pickle: bool = False,
     device: str = "cpu",
     max_shard_size: int | None = None,
+    checksums: Path | None = None,
     options: Options | None = None,
     format: Format = "native",
     runtime: str | None = None,
@@ -188,7 +195,7 @@ def quantize_folder(
     The model is never loaded, and the result has none (see `stream.py`, and `disk_calibration.py` for what needs
     calibration), but for pickles and calibrated models whose class keeps weights in another form
     than the checkpoint. Finished blocks of a calibration are kept beside `out` until it is written; the same call goes
-    on where another was stopped. max_shard_size: bytes, of a stream; by default the shards of the source.
+    on where another was stopped. max_shard_size, checksums: of a stream, as for `rotate_folder`.
     """
     spec, rotations = (learned.spec, learned.rotations) if learned else (spec, None)
     if runtime is not None:
@@ -206,12 +213,14 @@ def quantize_folder(
         calibrating = Calibrating(method, calibrated, calibration_text or CalibrationText(seed=spec.seed))
     if not pickles and (calibrated is None or from_disk(model)):
         stored = "native" if format == "hf" else format
-        request = Request(spec, dtype, device, max_shard_size, text, scheme, options, learned, calibrating, stored)
+        request = Request(
+            spec, dtype, device, max_shard_size, text, scheme, options, learned, calibrating, stored, checksums
+        )
         return stream_folder(model, out, request, force=force)
-    if max_shard_size is not None:
+    if max_shard_size is not None or checksums is not None:
         raise CheckpointError(
             "pickles are loaded as a whole, and so are models for calibration whose class keeps weights in another "
-            "form than the checkpoint: leave --max-shard-size out"
+            "form than the checkpoint: leave --max-shard-size and --checksums out"
         )
     if not is_alone():
         raise CheckpointError("this model is loaded as a whole, by one process: repeat the command without torchrun")

@@ -3,7 +3,8 @@
 While it grows it lies beside its final name:
 
     .OUT.partial/settings.json     what the run was asked to do: another run with the same settings goes on
-    .OUT.partial/finished/F.json   checksum and size of file F, written after F is on the disk under its name
+    .OUT.partial/finished/F.json   checksum and size of file F, written after F is on the disk under its name, and what
+                                   was read of the source until then
     .OUT.partial/data/             becomes OUT, by one rename
     .OUT.partial/old/              what OUT was before, until OUT is replaced
 
@@ -22,6 +23,7 @@ from typing import Any
 
 from spinquant.checkpoint import BESIDE, check_replaceable
 from spinquant.errors import CheckpointError
+from spinquant.source_hash import Prefix
 from spinquant.tensorfile import file_hash
 
 CHECKSUMS = "checksums.sha256"
@@ -35,6 +37,7 @@ class Growing:
     def __init__(self, out: str | Path):
         self.home = Path(out).parent / f".{Path(out).name}.partial"
         self.data, self.finished = self.home / "data", self.home / "finished"
+        self._sources = self.home / "source" / "files.json"
 
     def is_finished(self, name: str) -> bool:
         """Whether a file was finished by a run before, and still is what it was."""
@@ -53,13 +56,28 @@ class Growing:
         """Where a file is written until `finish`."""
         return self.data / f"{name}{UNFINISHED}"
 
-    def finish(self, name: str, sha256: str) -> None:
-        """Give a file, which is on the disk as a whole, its name, and enter it as finished."""
+    def finish(self, name: str, sha256: str, source: Mapping[str, Prefix] | None = None) -> None:
+        """Give a file, which is on the disk as a whole, its name, and enter it as finished.
+
+        source: what was read of the source so far, by its files.
+        """
         path = self.unfinished(name)
         size = path.stat().st_size
         path.replace(self.data / name)
         sync_folder(self.data)
-        write_file(self.finished / f"{name}.json", _json({"sha256": sha256, "bytes": size}))
+        write_file(self.finished / f"{name}.json", _json({"sha256": sha256, "bytes": size, "source": source or {}}))
+
+    def journal(self) -> list[dict[str, Prefix]]:
+        """What was read of the source for all that is finished."""
+        entries = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.finished.glob("*.json"))]
+        found = [about.get("source", {}) for about in entries]
+        if self._sources.is_file():
+            found.append(json.loads(self._sources.read_text(encoding="utf-8")))
+        return [{name: (length, sha256) for name, (length, sha256) in one.items()} for one in found]
+
+    def enter_source(self, files: Mapping[str, Prefix]) -> None:
+        """Enter what the whole source is, where that was looked at first."""
+        write_file(self._sources, _json(files))
 
 
 class Resumable:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from spinquant import fuse
-from spinquant.shards import Change, Job, Shard
+from spinquant.shards import Change, Job, Shard, layout_bytes
 from spinquant.source import Source
 
 # Pieces of one shard for each process, so that they can be spread evenly.
@@ -47,10 +47,22 @@ def bands_of(source: Source, change: Change, job: Job, size: int) -> Iterator[Ba
 
 
 def bands_in_order(source: Source, change: Change, shard: Shard, size: int) -> list[Band]:
-    """The bands of a shard in the order of its file, so that it can be hashed while it is written."""
+    """The bands of a shard in the order of its file, or of the source's, whichever is larger.
+
+    That one can be hashed while it goes by; the two orders are one where a tensor is stored under its name and dtype.
+    """
     order = {name: i for i, name in enumerate(shard.order)}
-    jobs = sorted(shard.jobs, key=lambda job: order[next(iter(job.stored))])
+    places = {job.name: (source.tensors[job.source].file, source.tensors[job.source].entry.start) for job in shard.jobs}
+    read, written = (sum(sizes) for sizes in zip(*(_sizes(source, job) for job in shard.jobs), strict=True))
+    if written >= read:
+        jobs = sorted(shard.jobs, key=lambda job: order[next(iter(job.stored))])
+    else:
+        jobs = sorted(shard.jobs, key=lambda job: places[job.name])
     return [band for job in jobs for band in bands_of(source, change, job, size)]
+
+
+def _sizes(source: Source, job: Job) -> tuple[int, int]:
+    return source.tensors[job.source].nbytes, layout_bytes(job.stored)
 
 
 def shared(

@@ -1,12 +1,13 @@
 """Backend: fuse rotations into a checkpoint, tensor by tensor, shard by shard; the model is never in memory.
 
-While one band is computed the next is read and the one before is written, by a thread each; the bytes in flight are
-bounded. Shards are finished one after the other, so that a run that was killed goes on behind the last.
+While one band is computed the next is read and the one before is written, by a thread each, and a thread each hashes
+what was read and what is written; the bytes in flight are bounded. Shards are finished one after the other, so that a
+run that was killed goes on behind the last.
 """
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from spinquant.resumable import Growing
 from spinquant.shards import Change, Job, Shard, job_of, layout_bytes
 from spinquant.sharing import Band, bands_in_order, bands_of, shared
 from spinquant.source import Source
+from spinquant.source_hash import Prefix, SourceHash
 from spinquant.tensorfile import TensorFile
 
 # Bytes of the source read at once where a tensor can be cut: a few slices of `fuse`, little beside what Python itself
@@ -46,10 +48,12 @@ def read_gains(source: Source, plan: Plan) -> dict[str, Tensor]:
 
 @dataclass
 class Timing:
-    """Seconds in which each of the three threads was at work, and the bytes of the source taken."""
+    """Seconds in which each of the threads was at work, and the bytes of the source taken."""
 
     read: float = 0.0
+    check: float = 0.0
     compute: float = 0.0
+    hash: float = 0.0
     write: float = 0.0
     nbytes: int = 0
 
@@ -61,11 +65,13 @@ def stream(
     out: Growing,
     *,
     processes: Processes | None = None,
+    hashes: SourceHash | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Timing:
     """Write the shards that are not finished yet. `progress(done, total)` counts bytes of the source.
 
     processes: who takes part, each calling this with the same arguments; the whole result is there when all have met.
+    hashes: takes what is read, and is journalled; of a single process.
     Raises CheckpointError, naming the tensor, for numbers that are not finite.
     """
     processes = processes or Processes(0, 1)
@@ -76,7 +82,7 @@ def stream(
     mine = shared(bands, processes.size, finished)[processes.rank]
     timing = Timing()
     left = [shard for shard in shards if not finished[shard.file]]
-    with ExitStack() as files, _Pipeline(source, change, timing) as pipeline:
+    with ExitStack() as files, _Pipeline(source, change, timing, hashes) as pipeline:
         if processes.size > 1:
             # Everybody writes into files that are there, and as long as they will be.
             for shard in left if processes.first else ():
@@ -89,14 +95,14 @@ def stream(
             if processes.size == 1:
                 pipeline.write(file.begin)
             for name, tensor in shard.extras.items() if processes.first else ():
-                pipeline.write(partial(file.write, name, 0, tensor.contiguous()))
+                pipeline.put(file, {name: (0, tensor.contiguous())})
             for band in pipeline.run(file, mine[shard.file]):
                 written = processes.add("bytes", band.nbytes) if processes.size > 1 else 0
                 timing.nbytes += band.nbytes
                 processes.look()
                 if progress:
                     progress(done + (written or timing.nbytes), total)
-            pipeline.write(partial(_finish, out, shard.file, file, processes))
+            pipeline.finish(partial(_finish, out, shard.file, file, processes))
     return timing
 
 
@@ -107,20 +113,20 @@ def _finished(shards: Sequence[Shard], out: Growing, processes: Processes) -> di
     return {shard.file: found[shard.file] for shard in shards}
 
 
-def _finish(out: Growing, name: str, file: TensorFile, processes: Processes) -> None:
+def _finish(out: Growing, name: str, file: TensorFile, processes: Processes, read: Mapping[str, Prefix] | None) -> None:
     """The process that is the last to have written its part of a shard finishes it."""
     file.sync()
     if processes.add(f"written/{name}", 1) == processes.size:
-        out.finish(name, file.finish())
+        out.finish(name, file.finish(), read)
 
 
 class _Pipeline:
     """Reads ahead and writes behind, in order, within bounded memory."""
 
-    def __init__(self, source: Source, change: Change, timing: Timing):
-        self.source, self.change, self.timing = source, change, timing
-        self.reader, self.writer = _Worker(), _Worker()
-        self.written: deque[tuple[Future[Any], int, Tensor | None]] = deque()
+    def __init__(self, source: Source, change: Change, timing: Timing, hashes: SourceHash | None):
+        self.source, self.change, self.timing, self.hashes = source, change, timing, hashes
+        self.reader, self.checker, self.writer, self.hasher = self.workers = tuple(_Worker() for _ in range(4))
+        self.written: deque[tuple[list[Future[Any]], int, Tensor | None]] = deque()
         self.in_flight = 0
         self.free: list[Tensor] = []
 
@@ -132,16 +138,43 @@ class _Pipeline:
             if kind is None:
                 self._collect(all_=True)
         finally:
-            self.reader.close()
-            self.writer.close()
+            for worker in self.workers:
+                worker.failed = True  # none takes another step
+            for worker in self.workers:
+                worker.close()
 
-    def write(self, step: Callable[[], object], nbytes: int = 0, buffer: Tensor | None = None) -> None:
+    def write(self, step: Callable[[], object]) -> None:
         """Have the writer take a step, after all before it."""
-        self.written.append((self.writer.submit(partial(self._timed, "write", step)), nbytes, buffer))
+        self.written.append(([self._have(self.writer, "write", step)], 0, None))
+
+    def put(
+        self, file: TensorFile, parts: Mapping[str, tuple[int, Tensor]], nbytes: int = 0, buffer: Tensor | None = None
+    ) -> None:
+        """Have rows of tensors (from which row, and rows) written and hashed; then their memory is free again."""
+        steps = [
+            (worker, phase, partial(_each, function, parts))
+            for worker, phase, function in ((self.writer, "write", file.write), (self.hasher, "hash", file.follow))
+        ]
+        self.written.append(([self._have(*step) for step in steps], nbytes, buffer))
+
+    def finish(self, step: Callable[[Mapping[str, Prefix] | None], object]) -> None:
+        """Have the writer take a last step on a file, once it is hashed, given what was read so far."""
+        hashed = self.hasher.submit(lambda: None)
+        read = None if self.hashes is None else self._have(self.checker, "check", self.hashes.prefixes)
+
+        def last() -> None:
+            hashed.result()
+            found = None if read is None else read.result()
+            self._timed("write", lambda: step(found))
+
+        self.written.append(([self.writer.submit(last)], 0, None))
+
+    def _have(self, worker: "_Worker", phase: str, step: Callable[[], Any]) -> Future[Any]:
+        return worker.submit(partial(self._timed, phase, step))
 
     def run(self, file: TensorFile, bands: Sequence[Band]) -> Iterator[Band]:
         """Take bands through reading, computing and writing; yields each when it is computed."""
-        waiting: deque[tuple[Band, Tensor, int, Future[Any]]] = deque()
+        waiting: deque[tuple[Band, Tensor, int, Future[Any], Future[Any]]] = deque()
         coming = deque(bands)
         while coming or waiting:
             self._collect()
@@ -156,15 +189,20 @@ class _Pipeline:
                 band = coming.popleft()
                 buffer = self._buffer(band.nbytes)
                 self.in_flight += need
-                read = partial(self._read, band, buffer)
-                waiting.append((band, buffer, need, self.reader.submit(partial(self._timed, "read", read))))
+                read = self._have(self.reader, "read", partial(self._read, band, buffer))
+                checked = self.checker.submit(partial(self._check, band, buffer, read))
+                waiting.append((band, buffer, need, read, checked))
             if not waiting:
                 self._collect(one=True)
                 continue
-            band, buffer, need, future = waiting.popleft()
-            results = self._timed("compute", partial(self._changed, band, future.result()))
-            del future
-            self.write(partial(self._put, file, band, results), need, buffer)
+            band, buffer, need, read, checked = waiting.popleft()
+            checked.result()  # before the memory is used for the result
+            results = self._timed("compute", partial(self._changed, band, read.result()))
+            del read, checked
+            rows = max(1, self.source.tensors[band.job.source].entry.rows)
+            parts = {name: (band.first * file.entries[name].rows // rows, part) for name, part in results.items()}
+            self.put(file, parts, need, buffer)
+            del results, parts
             yield band
 
     def _read(self, band: Band, buffer: Tensor) -> Tensor | dict[str, Tensor]:
@@ -175,17 +213,22 @@ class _Pipeline:
     def _changed(self, band: Band, rows: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
         return rows if isinstance(rows, dict) else changed(self.source, self.change, band.job, band.first, rows)
 
-    def _put(self, file: TensorFile, band: Band, results: dict[str, Tensor]) -> None:
-        rows = self.source.tensors[band.job.source].entry.rows
-        for name, tensor in results.items():
-            file.write(name, band.first * file.entries[name].rows // max(1, rows), tensor)
-        results.clear()
+    def _check(self, band: Band, buffer: Tensor, read: Future[Any]) -> None:
+        """Take what was read into the hash of its file."""
+        rows = read.result()
+        if self.hashes is None or isinstance(rows, dict):
+            return
+        stored = self.source.tensors[band.job.source]
+        row = stored.nbytes // max(1, stored.entry.rows)
+        start, length = stored.entry.start + band.first * row, (band.last - band.first) * row
+        self._timed("check", partial(self.hashes.add, stored.file, start, buffer[:length]))
 
     def _collect(self, *, one: bool = False, all_: bool = False) -> None:
         """Take back the memory of what is written; raises what went wrong."""
-        while self.written and (one or all_ or self.written[0][0].done()):
-            future, nbytes, buffer = self.written.popleft()
-            future.result()
+        while self.written and (one or all_ or all(future.done() for future in self.written[0][0])):
+            futures, nbytes, buffer = self.written.popleft()
+            for future in futures:
+                future.result()
             self.in_flight -= nbytes
             if buffer is not None:
                 self.free.append(buffer)
@@ -206,6 +249,11 @@ class _Pipeline:
             return step()
         finally:
             setattr(self.timing, phase, getattr(self.timing, phase) + time.perf_counter() - start)
+
+
+def _each(function: Callable[[str, int, Tensor], object], parts: Mapping[str, tuple[int, Tensor]]) -> None:
+    for name, (first, rows) in parts.items():
+        function(name, first, rows)
 
 
 class _Worker:

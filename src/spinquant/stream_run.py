@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -51,7 +51,7 @@ class Clock:
 
     def __init__(self):
         self._start = time.perf_counter()
-        phases = ("prove", "calibrate", "read", "compute", "write", "compare")
+        phases = ("prove", "calibrate", "read", "check", "compute", "write", "hash", "compare")
         self._phases: dict[str, float] = dict.fromkeys(phases, 0.0)
         self._bytes = 0
 
@@ -62,7 +62,7 @@ class Clock:
         self._phases[name] += time.perf_counter() - start
 
     def add(self, timing: Timing) -> None:
-        for name in ("read", "compute", "write"):
+        for name in ("read", "check", "compute", "write", "hash"):
             self._phases[name] += getattr(timing, name)
         self._bytes += timing.nbytes
 
@@ -81,7 +81,8 @@ class Request:
     max_shard_size: bytes; None for the shards of the source. text: of the real tokens on which the result is compared
     with the source, as in `load_text`; None for no comparison. scheme: what is quantized; None for rotations alone.
     learned: rotations in place of those that the spec makes, which then describes them. calibrating: how, where weights
-    are not just rounded to nearest. format: native or compressed-tensors, of what is no plain folder.
+    are not just rounded to nearest. format: native or compressed-tensors, of what is no plain folder. checksums: a list
+    of SHA-256 that the files of the source have to have.
     """
 
     spec: RotationSpec
@@ -94,6 +95,7 @@ class Request:
     learned: LearnedRotations | None = None
     calibrating: Calibrating | None = None
     format: str = "native"
+    checksums: Path | None = None
 
     def settings(self, model: str | Path, folder: Path) -> dict[str, Any]:
         """Everything that decides the bytes of the result, as JSON."""
@@ -160,6 +162,10 @@ class Run:
             self.change = replace(self.change, packing=packing)
             self.changes["quantization_config"] = json.loads(json.dumps(described))
         self.shards = make_shards(self.source, self.change, untied=self.untied, max_shard_size=request.max_shard_size)
+
+    def note_source(self, found: Mapping[str, str]) -> None:
+        """Record the SHA-256 of the source's files."""
+        self.result = replace(self.result, notes={**self.result.notes, "source_files": dict(found)})
 
     def calibrate(self, out: str | Path, clock: Clock) -> BlockStore:
         """Quantize block by block into a store, from which the stream will take the weights."""

@@ -24,6 +24,7 @@ from spinquant.processes import Processes, joined
 from spinquant.proof import prove
 from spinquant.resumable import Growing, Resumable
 from spinquant.source import Source, fp8_block
+from spinquant.source_hash import Known, SourceHash, known_hashes
 from spinquant.stream import Rotated, stream
 from spinquant.stream_run import Clock, Request, Run
 
@@ -66,19 +67,25 @@ def stream_folder(model: str | Path, out: str | Path, request: Request, *, force
             check_unquantized(config, model)
         with closing(Source(folder, config)) as source:
             run = Run(source, config, replace(request, device=processes.device), model)
+            known = known_hashes(folder, source.files, request.checksums)
+            if request.calibrating:
+                with clock.phase("check"):
+                    run.note_source(SourceHash(folder, source.files).finish(source.files, known))
             if request.options.prove and run.result.rotations and processes.first:
                 with clock.phase("prove"):
                     run.result = replace(run.result, twin=prove(config, request.spec))
             store = run.calibrate(out, clock) if request.calibrating else None
             with _open(out, request.settings(model, folder), force, processes) as work:
-                _write(run, work, Growing(out), processes, clock)
+                _write(run, work, Growing(out), processes, clock, known)
             if store is not None:
                 store.remove()
         result = replace(run.result, seconds=clock.seconds(processes))
     return result
 
 
-def _write(run: "Run", work: Resumable | None, files: Growing, processes: Processes, clock: "Clock") -> None:
+def _write(
+    run: Run, work: Resumable | None, files: Growing, processes: Processes, clock: Clock, known: Mapping[str, Known]
+) -> None:
     """Write the folder; the first process, which has `work`, does all that is no tensor."""
     # Published already where a run before was killed between its last rename and tidying up.
     if not processes.agree(work is not None and work.published):
@@ -87,8 +94,16 @@ def _write(run: "Run", work: Resumable | None, files: Growing, processes: Proces
             if work and not run.is_plain and not run.request.calibrating:
                 with clock.phase("compare"):
                     run.compare(Rotated(run.source, run.change, run.untied))
+            hashes = None
+            if not run.request.calibrating:
+                with clock.phase("check"):
+                    hashes = _checked_source(run, files, processes, known)
             progress = run.request.options.stage(STREAMED)
-            clock.add(stream(run.source, run.shards, run.change, files, processes=processes, progress=progress))
+            kind: dict[str, Any] = {"processes": processes, "hashes": hashes, "progress": progress}
+            clock.add(stream(run.source, run.shards, run.change, files, **kind))
+            if hashes is not None:
+                with clock.phase("check"):
+                    run.note_source(hashes.finish(run.source.files, known))
             processes.meet()
             if work:
                 write_companions(run.source, run.shards, work.data, run.changes)
@@ -100,6 +115,27 @@ def _write(run: "Run", work: Resumable | None, files: Growing, processes: Proces
     if work:
         work.publish()
     processes.meet()
+
+
+def _checked_source(run: Run, files: Growing, processes: Processes, known: Mapping[str, Known]) -> SourceHash | None:
+    """Hold the source against what a run before has read; what takes the rest while it is read, by one process.
+
+    None of several processes reads a whole file, so they hash the files first, each some of them.
+    """
+    source, journal = run.source, files.journal()
+    hashes = SourceHash(source.folder, source.files)
+    if processes.size == 1:
+        hashes.check(journal)
+        return hashes
+    mine = source.files[processes.rank :: processes.size]
+    hashes.check([{name: prefix for name, prefix in one.items() if name in mine} for one in journal])
+    hashes.finish(mine, known)
+    found = processes.gather({name: hashes.files[name].prefix() for name in mine})
+    whole = {name: prefix for one in found for name, prefix in sorted(one.items())}
+    run.note_source({name: sha256 for name, (_, sha256) in sorted(whole.items())})
+    if processes.first:
+        files.enter_source(whole)
+    return None
 
 
 @contextmanager
