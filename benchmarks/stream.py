@@ -224,7 +224,8 @@ def run(scratch: Path, shape: dict, repeats: int, only: list[str], python: Path 
     for name, (seconds, cpu, peak, phases) in best.items():
         print(
             f"  {name:9} {seconds:7.2f} s = {seconds / cp[0]:5.2f} x cp, {cpu:6.2f} CPU-s; products alone "
-            f"{limits[name]:6.2f} s ({seconds / limits[name]:.2f} x, CPU once started {(cpu - started) / limits[name]:.2f} x); computing "
+            f"{limits[name]:6.2f} s ({seconds / limits[name]:.2f} x, CPU once started "
+            f"{(cpu - started) / limits[name]:.2f} x); computing "
             f"{phases['compute']:.2f} s, reading {phases['read']:.2f} s, writing {phases['write']:.2f} s, hashing "
             f"{phases['check']:.2f} and {phases['hash']:.2f} s; peak {peak / 1e6:.0f} MB"
         )
