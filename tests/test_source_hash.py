@@ -117,6 +117,11 @@ def test_a_source_that_changed_unseen_is_not_gone_on_with(size, model, tmp_path)
     with pytest.raises(CheckpointError, match=f"{shard.name} has changed since this run began"):
         rotate_folder(model, tmp_path / "out", SPEC, **given)
     assert not (tmp_path / "out").exists()
+    flip(shard)
+    times = {path.name: path.stat().st_mtime_ns for path in finished}
+    rotate_folder(model, tmp_path / "out", SPEC, **given)  # behind what was finished
+    kept = {f"{p.name}.json": p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.safetensors")}
+    assert all(kept[name] < time for name, time in times.items())
 
 
 def test_a_hash_is_that_of_the_file_however_it_is_read(tmp_path):

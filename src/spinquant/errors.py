@@ -30,6 +30,10 @@ class CheckpointError(SpinquantError):
     """A model folder is missing, incomplete, corrupted, or holds values that are not finite."""
 
 
+class SourceChangedError(CheckpointError):
+    """The source of a run that goes on is no longer what was read."""
+
+
 class ProofError(SpinquantError):
     """Rotating changed the function of the model."""
 

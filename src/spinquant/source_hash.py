@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spinquant.errors import CheckpointError
+from spinquant.errors import CheckpointError, SourceChangedError
 
 # The number of bytes, and the SHA-256 of so many first bytes of a file.
 Prefix = tuple[int, str]
@@ -85,7 +85,7 @@ class SourceHash:
         return {name: self.files[name].prefix() for name, end in self._read.items() if end}
 
     def check(self, journal: Iterable[Mapping[str, Prefix]]) -> None:
-        """Read again what was read before. Raises CheckpointError, naming the file, when it is not what it was."""
+        """Read again what was read before. Raises SourceChangedError, naming the file, when it is not what it was."""
         found: dict[str, dict[int, str]] = {}
         for prefixes in journal:
             for name, (length, sha256) in prefixes.items():
@@ -94,9 +94,10 @@ class SourceHash:
             for length, sha256 in sorted(prefixes.items()):
                 self.files[name].read_to(length)
                 if self.files[name].prefix() != (length, sha256):
-                    raise CheckpointError(
+                    raise SourceChangedError(
                         f"{self.files[name].path} has changed since this run began: its first {length} bytes are not "
-                        "what was read then. Give it its old content, or start anew with --force"
+                        "what was read then. Give it its old content, or delete the unfinished result (.OUT.partial) "
+                        "to start anew"
                     )
 
     def finish(self, files: Iterable[str], known: Mapping[str, "Known"]) -> dict[str, str]:

@@ -18,7 +18,14 @@ from spinquant.checkpoint import (
     load_config,
 )
 from spinquant.companions import write_beside, write_companions
-from spinquant.errors import CalibrationError, CheckpointError, ProcessError, SchemeError, SpinquantError
+from spinquant.errors import (
+    CalibrationError,
+    CheckpointError,
+    ProcessError,
+    SchemeError,
+    SourceChangedError,
+    SpinquantError,
+)
 from spinquant.pipeline import Result
 from spinquant.processes import Processes, joined
 from spinquant.proof import prove
@@ -151,7 +158,7 @@ def _open(
     try:
         processes.meet()
         yield work
-    except ProcessError:
+    except (ProcessError, SourceChangedError):
         raise  # what is finished is of use to the run that goes on
     except SpinquantError:
         keep = False  # the same would happen again
