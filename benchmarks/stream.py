@@ -7,7 +7,11 @@ Hadamard factors take, and what a dense product takes.
 
     python benchmarks/stream.py                       # 1B shape, 2.5 GB
     python benchmarks/stream.py --shape 8b            # 16 GB, and as much again for the result
+    python benchmarks/stream.py --peer PYTHON         # and llm-compressor, in an environment that has it
     python benchmarks/stream.py --layers 4 16 48 --plot memory.png   # peak memory against the size of the model
+
+What the machine has no room for is skipped, and said: a shape that the disk cannot hold twice, and the peer where the
+model takes more than the memory that is available.
 """
 
 import argparse
@@ -25,6 +29,7 @@ from pathlib import Path
 import torch
 
 from spinquant.hadamard import hadamard_factors
+from spinquant.hidden_states import available_memory
 from spinquant.tensorfile import TensorFile
 
 SHAPES = {
@@ -133,6 +138,23 @@ def stream(folder: Path, out: Path, *options: str) -> tuple[float, float, int, d
     return seconds, cpu, peak, json.loads(output)["seconds"]
 
 
+def peer(python: Path, folder: Path, out: Path, nbytes: int) -> tuple[float, float, int, dict] | None:
+    """The same of llm-compressor, which loads the model; None, with a word of why, where that cannot be."""
+    if available_memory() < 1.2 * nbytes:
+        print(
+            f"  llm-compressor skipped: it loads {nbytes / 1e9:.1f} GB, and {available_memory() / 1e9:.1f} GB are free"
+        )
+        return None
+    os.sync()
+    script = Path(__file__).parent / "stream_peer.py"
+    seconds, cpu, peak, output = timed([str(python), str(script), str(folder), str(out)])
+    start = time.perf_counter()
+    subprocess.run(["sync", *map(str, out.iterdir())], check=True)
+    seconds += time.perf_counter() - start
+    shutil.rmtree(out)
+    return seconds, cpu, peak, json.loads(output.splitlines()[-1])["seconds"]
+
+
 def multiplied(shape: dict, *, online: bool) -> dict[str, int]:
     """Elements that are rotated by R1, and by R4."""
     hidden = shape["hidden"]
@@ -166,7 +188,7 @@ def factor_seconds(elements: int, order: int) -> float:
     )
 
 
-def run(scratch: Path, shape: dict, repeats: int, only: list[str]) -> dict:
+def run(scratch: Path, shape: dict, repeats: int, only: list[str], python: Path | None = None) -> dict:
     folder, out = scratch / "model", scratch / "out"
     nbytes = generate(folder, shape)
     elements = multiplied(shape, online=True)
@@ -184,25 +206,44 @@ def run(scratch: Path, shape: dict, repeats: int, only: list[str]) -> dict:
     }
     commands = {name: options for name, options in commands.items() if name in only}
     runs: dict[str, list] = {name: [] for name in commands}
-    copies = []
+    copies, peers = [], []
     for _ in range(repeats):  # in turn, so that drift of the machine's speed hits all
         copies.append(copy(folder, out))
         for name, options in commands.items():
             runs[name].append(stream(folder, out, *options))
+        if python is not None and (found := peer(python, folder, out, nbytes)) is not None:
+            peers.append(found)
     shutil.rmtree(folder)
+    started = timed([sys.executable, "-m", "spinquant.cli", "--help"])[1]
     best = {name: min(found) for name, found in runs.items()}
     cp = min(copies)
     largest = 4 * max(torch.Size(size).numel() for size in tensor_shapes(shape).values())
     print(f"\n{shape['layers']} layers, {nbytes / 1e9:.2f} GB; cp and sync: {cp[0]:.2f} s, {cp[1]:.2f} CPU-s")
+    print(f"  starting Python with torch and transformers: {started:.2f} CPU-s, in all figures of ours")
     print(f"  products: dense {gemm / 1e9:.0f} Gflop/s; bound on memory {(3 * largest + 5e8) / 1e6:.0f} MB")
     for name, (seconds, cpu, peak, phases) in best.items():
         print(
             f"  {name:9} {seconds:7.2f} s = {seconds / cp[0]:5.2f} x cp, {cpu:6.2f} CPU-s; products alone "
-            f"{limits[name]:6.2f} s ({seconds / limits[name]:.2f} x, CPU {cpu / limits[name]:.2f} x); computing "
-            f"{phases['compute']:.2f} s, reading {phases['read']:.2f} s, writing {phases['write']:.2f} s; peak "
-            f"{peak / 1e6:.0f} MB"
+            f"{limits[name]:6.2f} s ({seconds / limits[name]:.2f} x, CPU once started "
+            f"{(cpu - started) / limits[name]:.2f} x); computing "
+            f"{phases['compute']:.2f} s, reading {phases['read']:.2f} s, writing {phases['write']:.2f} s, hashing "
+            f"{phases['check']:.2f} and {phases['hash']:.2f} s; peak {peak / 1e6:.0f} MB"
         )
-    return {"bytes": nbytes, "cp_seconds": copies, "runs": runs, "limits": limits, "gemm": gemm, "largest": largest}
+    if peers:
+        seconds, cpu, peak, phases = min(peers)
+        print(f"  llm-compressor, R1 and R2: {seconds:.2f} s, {cpu:.2f} CPU-s, {phases}; peak {peak / 1e6:.0f} MB")
+        if "R1,R2" in best:
+            ours = best["R1,R2"]
+            print(f"    = {seconds / ours[0]:.2f} x our time, {cpu / ours[1]:.2f} x CPU, {peak / ours[2]:.2f} x memory")
+    return {
+        "peer": peers,
+        "bytes": nbytes,
+        "cp_seconds": copies,
+        "runs": runs,
+        "limits": limits,
+        "gemm": gemm,
+        "largest": largest,
+    }
 
 
 def plot(results: list[dict], path: Path) -> None:
@@ -231,6 +272,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="+", default=["R1,R2", "R1,R2,R4", "dense R1"], help="of the three runs")
     parser.add_argument("--scratch", type=Path, help="folder on the disk to be measured")
+    parser.add_argument("--peer", type=Path, help="interpreter of an environment with llm-compressor")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -248,7 +290,7 @@ def main() -> None:
             if free < need:
                 print(f"skipped {layers} layers: {need / 1e9:.0f} GB of disk are needed, {free / 1e9:.0f} GB are free")
                 continue
-            results.append(run(Path(scratch), chosen, arguments.repeats, arguments.only))
+            results.append(run(Path(scratch), chosen, arguments.repeats, arguments.only, arguments.peer))
     if arguments.plot and results:
         plot(results, arguments.plot)
     if arguments.json:

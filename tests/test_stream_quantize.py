@@ -128,10 +128,12 @@ def test_shards_of_packed_weights(folder, tmp_path):
     assert torch.equal(logits(load(tmp_path / "out"), tokens()), logits(model, tokens()))
 
 
-def test_what_is_not_streamed_takes_no_shard_size(folder, tmp_path):
-    scheme = parse_scheme("W4A16")
+def test_pickles_take_no_shard_size(folder, tmp_path):
+    torch.save(weights(folder), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    given = {"allow_pickle": True, "text": "manual", "max_shard_size": 1}
     with pytest.raises(CheckpointError, match="--max-shard-size"):
-        quantize_folder(folder, tmp_path / "out", scheme, ALL, method="gptq", text="manual", max_shard_size=1)
+        quantize_folder(folder, tmp_path / "out", parse_scheme("W4A16"), ALL, **given)
 
 
 def test_an_infinite_weight_is_named(folder, tmp_path):

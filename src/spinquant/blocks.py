@@ -6,30 +6,77 @@ blocks' weights are not touched. Samples have the same length, so one set of arg
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from spinquant.calibrate import captured, device_of
 from spinquant.errors import CalibrationError
+from spinquant.hidden_states import HiddenStates
 
 
 @dataclass(frozen=True)
 class BlockCalls:
     """What blocks are called with: hidden states before the first, (1, length, width) each, and arguments by block."""
 
-    hidden: list[Tensor]
+    hidden: HiddenStates
     arguments: Mapping[str, Mapping[str, Any]]
 
 
+class Home(Protocol):
+    """Where the weights of a model are while nothing works on them; within each of these blocks some are at hand."""
+
+    @property
+    def model(self) -> Any: ...
+
+    def outside(self, tokens: Tensor) -> AbstractContextManager[object]:
+        """All but the decoder blocks and the head; of the embedding the rows of these tokens."""
+        ...
+
+    def block(self, name: str) -> AbstractContextManager[object]:
+        """The weights of one decoder block."""
+        ...
+
+    def head(self) -> AbstractContextManager[object]:
+        """The weight of the head."""
+        ...
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A whole model in memory. device: where a block is worked on, by default where it is."""
+
+    model: Any
+    device: torch.device | str | None = None
+
+    def outside(self, tokens: Tensor) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    @contextmanager
+    def block(self, name: str) -> Iterator[None]:
+        block = self.model.get_submodule(name)
+        usual = device_of(block)
+        block.to(self.device or usual)
+        try:
+            yield
+        finally:
+            block.to(usual)
+
+    def head(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+
 @torch.no_grad()
-def block_calls(model: Any, blocks: Sequence[str], tokens: Tensor) -> BlockCalls:
-    """Learn what the blocks are called with for each row of `tokens`, int64 (samples, length)."""
-    hidden: list[Tensor] = []
+def block_calls(model: Any, blocks: Sequence[str], tokens: Tensor, hidden: HiddenStates | None = None) -> BlockCalls:
+    """Learn what the blocks are called with for each row of `tokens`, int64 (samples, length).
+
+    hidden: empty, where the states are put.
+    """
+    hidden = HiddenStates() if hidden is None else hidden
     arguments: dict[str, Mapping[str, Any]] = {}
 
     def keep(name: str, states: Tensor, others: Mapping[str, Any]) -> Tensor:

@@ -35,6 +35,7 @@ from spinquant.cli_options import (
     AllowPickle,
     Also,
     BlockSize,
+    Checksums,
     Compare,
     Device,
     DropMtp,
@@ -62,13 +63,14 @@ from spinquant.cli_output import err_console, out_console, print_json, print_res
 from spinquant.cli_probe import probe_command
 from spinquant.cli_quantize import EXAMPLES as QUANTIZE_EXAMPLES
 from spinquant.cli_quantize import quantize
-from spinquant.errors import ArchitectureError, CheckpointError, SchemeError, SpinquantError
+from spinquant.errors import ArchitectureError, CheckpointError, ProcessError, SchemeError, SpinquantError
 from spinquant.evaluation import compare_models
 from spinquant.evaluation import evaluate as evaluate_model
 from spinquant.folders import rotate_folder
 from spinquant.formats.runtimes import runtime_rows
 from spinquant.learning.folder import read_learned
 from spinquant.pipeline import Options
+from spinquant.processes import is_first
 from spinquant.quantization.scheme import parse_scheme
 from spinquant.resumable import check_checksums
 from spinquant.streamed_folders import parse_size
@@ -155,6 +157,7 @@ def rotate(
     device: Device = "cpu",
     max_shard_size: MaxShardSize = None,
     also: Also = None,
+    checksums: Checksums = None,
     force: Force = False,
     allow_pickle: AllowPickle = False,
     allow_inexact: AllowInexact = False,
@@ -182,6 +185,7 @@ def rotate(
             allow_pickle=allow_pickle,
             device=device,
             max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
+            checksums=checksums,
             also=also or (),
             options=Options(prove=proof, allow_inexact=allow_inexact, drop_mtp=drop_mtp, progress=progress),
             family=family,
@@ -314,6 +318,8 @@ def main() -> None:
     except SpinquantError as error:
         if debug:
             raise
+        if not is_first() and not isinstance(error, ProcessError):
+            raise SystemExit(1) from None  # the first process hears of it, and says so
         err_console.print("error:", style="bold red", end=" ")
         err_console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from None

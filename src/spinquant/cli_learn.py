@@ -1,6 +1,5 @@
 """The command `learn`."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -145,8 +144,7 @@ def learn(
             family=family,
             watch=Watch(progress, step_report(progress)),
         )
-    if int(os.environ.get("RANK", "0")) == 0:
-        print_result(json_, learned.record, report.learning_table(learned, str(out)))
+    print_result(json_, learned.record, report.learning_table(learned, str(out)))
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

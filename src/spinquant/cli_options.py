@@ -42,6 +42,14 @@ Proof = Annotated[bool, typer.Option("--proof/--no-proof", help="Try the rotatio
 MaxShardSize = Annotated[
     str | None, typer.Option(help="Largest file of weights, such as 5GB; by default the files of the source.")
 ]
+Checksums = Annotated[
+    Path | None,
+    typer.Option(help="SHA-256 of the model's files, as sha256sum writes them: refuse a file that has another."),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="Calibration: room for hidden states before they go to disk; a quarter of what is free."),
+]
 Compare = Annotated[
     bool, typer.Option("--compare/--no-compare", help="Compare logits on real tokens before and after rotating.")
 ]

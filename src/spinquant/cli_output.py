@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from spinquant.learning.end_to_end import Step
+from spinquant.processes import is_first
 from spinquant.streamed_folders import STREAMED
 
 out_console, err_console = Console(), Console(stderr=True)
@@ -26,7 +27,7 @@ def stages() -> Iterator[Any]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err_console, transient=True) as bars:
+    with Progress(*columns, console=err_console, transient=True, disable=not is_first()) as bars:
         tasks: dict[str, Any] = {}
         begun: dict[str, tuple[float, int]] = {}
 
@@ -50,7 +51,9 @@ def _amount(stage: str, done: int, total: int, speed: float) -> str:
 
 
 def print_result(as_json: bool, data: dict[str, Any], table: Any) -> None:
-    """The table, or the data as JSON."""
+    """The table, or the data as JSON; of several processes the first one prints."""
+    if not is_first():
+        return
     if as_json:
         print_json(data)
     else:

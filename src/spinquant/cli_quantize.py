@@ -11,6 +11,7 @@ from spinquant.cli_options import (
     AllowInexact,
     AllowPickle,
     BlockSize,
+    Checksums,
     Compare,
     Device,
     DropMtp,
@@ -20,6 +21,7 @@ from spinquant.cli_options import (
     Json,
     Learned,
     MaxShardSize,
+    Memory,
     Model,
     Out,
     Proof,
@@ -105,6 +107,8 @@ def quantize(
     text: Text = "auto",
     device: Device = "cpu",
     max_shard_size: MaxShardSize = None,
+    checksums: Checksums = None,
+    memory: Memory = None,
     force: Force = False,
     allow_pickle: AllowPickle = False,
     allow_inexact: AllowInexact = False,
@@ -116,8 +120,8 @@ def quantize(
 ) -> None:
     """Rotate and quantize into a folder that `spinquant.load`, or transformers after `import spinquant`, loads.
 
-    With `--format compressed-tensors`, into one that vLLM serves. What needs no calibration text is streamed: the model
-    is never loaded.
+    With `--format compressed-tensors`, into one that vLLM serves. The model is never loaded: what needs no calibration
+    is streamed, and what does goes decoder block by decoder block.
     """
     spec = parse_spec(rotations, type, block_size, randomize, seed)
     if format is None:
@@ -146,7 +150,7 @@ def quantize(
     read = source if chosen and (calibrated or not learn_first) else None
     shard = None if max_shard_size is None else parse_size(max_shard_size)
     where: dict[str, Any] = {"runtime": runtime, "format": format, "force": force, "allow_pickle": allow_pickle}
-    where["family"] = family
+    where |= {"family": family, "checksums": checksums}
     with stages() as progress:
         found, store = read_learned(learned) if learned else None, None
         if learn_first:
@@ -179,7 +183,13 @@ def quantize(
             text=text if compare else None,
             device=device,
             max_shard_size=shard,
-            options=Options(prove=proof, allow_inexact=allow_inexact, drop_mtp=drop_mtp, progress=progress),
+            options=Options(
+                prove=proof,
+                allow_inexact=allow_inexact,
+                drop_mtp=drop_mtp,
+                memory=None if memory is None else parse_size(memory),
+                progress=progress,
+            ),
             **where,
         )
         if store is not None:

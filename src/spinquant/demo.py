@@ -44,7 +44,7 @@ from spinquant.quantization.rtn import quantize_weight, round_weights
 from spinquant.quantization.scheme import Quantizer, Scheme, parse_scheme
 from spinquant.quantization.weights import weights_of
 from spinquant.rotation import Rotation, RotationSpec
-from spinquant.streamed_folders import SAMPLE_TOKENS
+from spinquant.stream_run import SAMPLE_TOKENS
 
 Progress = Callable[[str, int, int], None]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spinquant.blocks import after_blocks, block_calls, run_block
 from spinquant.calibrate import captured
-from spinquant.disk_model import Weights, filled, hollow_model
+from spinquant.disk_model import OnDisk, Weights
 from spinquant.fuse import rotate_axis
 from spinquant.online import attach
 from spinquant.plan import Plan
@@ -40,11 +40,10 @@ def compare_on_disk(
 
     tolerance: relative error beyond which a module departs. online: rotations of `after` that are applied at run time.
     """
-    ties = {tie.tensor: tie.source for tie in plan.ties}
-    walks = [_Walk(config, plan, source, ties, tokens, dtype) for source in (before, after)]
-    model = walks[0].model
+    walks = [_Walk(config, plan, source, tokens, dtype) for source in (before, after)]
+    model = walks[0].home.model
     if online:
-        attach(walks[1].model, plan, online)
+        attach(walks[1].home.model, plan, online)
     departed: str | None = None
     total = len(plan.blocks) + 1
     for done, block in enumerate(plan.blocks):
@@ -72,35 +71,26 @@ def compare_on_disk(
 class _Walk:
     """Hidden states on their way through one checkpoint."""
 
-    def __init__(
-        self, config: Any, plan: Plan, source: Weights, ties: Mapping[str, str], tokens: Tensor, dtype: torch.dtype
-    ):
-        self.plan, self.source, self.ties, self.dtype = plan, source, ties, dtype
-        self.model = hollow_model(config, dtype)
-        with self._filled(self._outside()), self._arithmetic():
-            calls = block_calls(self.model, plan.blocks, tokens)
+    def __init__(self, config: Any, plan: Plan, source: Weights, tokens: Tensor, dtype: torch.dtype):
+        self.plan, self.home, self.dtype = plan, OnDisk(config, plan, source, dtype), dtype
+        with self.home.outside(tokens), self._arithmetic():
+            calls = block_calls(self.home.model, plan.blocks, tokens)
         self.states, self.arguments = calls.hidden[0], calls.arguments
 
     def step(self, block: str, names: list[str]) -> dict[str, Tensor]:
         """Move the states through a block; outputs of the modules in it, in order of execution."""
-        weights = [name for name in self.model.state_dict() if name.startswith(f"{block}.")]
-        with self._filled(weights), self._arithmetic(), captured(self.model, names) as outputs:
-            self.states = run_block(self.model.get_submodule(block), self.states, self.arguments[block])
+        model = self.home.model
+        with self.home.block(block), self._arithmetic(), captured(model, names) as outputs:
+            self.states = run_block(model.get_submodule(block), self.states, self.arguments[block])
         return outputs
 
     def logits(self) -> Tensor:
         """What the head makes of the states."""
-        with self._filled(self._outside()), self._arithmetic():
-            states = after_blocks(self.model, self.plan.blocks, self.states)
-        with self._filled([self.plan.head]), self._arithmetic():
-            return self.model.get_submodule(self.plan.head.removesuffix(".weight"))(states)
-
-    def _outside(self) -> list[str]:
-        blocks = tuple(f"{block}." for block in self.plan.blocks)
-        return [name for name in self.model.state_dict() if not name.startswith(blocks) and name != self.plan.head]
-
-    def _filled(self, names: list[str]) -> AbstractContextManager[None]:
-        return filled(self.model, names, self.source, self.ties, self.dtype)
+        model = self.home.model
+        with self.home.outside(torch.zeros(1, 1, dtype=torch.int64)), self._arithmetic():
+            states = after_blocks(model, self.plan.blocks, self.states)
+        with self.home.head(), self._arithmetic():
+            return model.get_submodule(self.plan.head.removesuffix(".weight"))(states)
 
     def _arithmetic(self) -> AbstractContextManager[object]:
         return Float64Arithmetic() if self.dtype == torch.float64 else nullcontext()

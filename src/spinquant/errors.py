@@ -30,6 +30,10 @@ class CheckpointError(SpinquantError):
     """A model folder is missing, incomplete, corrupted, or holds values that are not finite."""
 
 
+class SourceChangedError(CheckpointError):
+    """The source of a run that goes on is no longer what was read."""
+
+
 class ProofError(SpinquantError):
     """Rotating changed the function of the model."""
 
@@ -44,3 +48,7 @@ class CalibrationError(SpinquantError):
 
 class LearningError(SpinquantError):
     """Rotations cannot be learned as asked, or their learning went astray."""
+
+
+class ProcessError(SpinquantError):
+    """Another process of the job ended, or failed, before its work was done."""

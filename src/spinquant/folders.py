@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,8 +30,8 @@ from spinquant.checkpoint import (
     load_model,
     load_tokenizer,
     read_headers,
-    weights_digest,
 )
+from spinquant.disk_calibration import Calibrating, store_for, why_not
 from spinquant.errors import CalibrationError, CheckpointError, RotationError, SchemeError
 from spinquant.formats.compressed_config import check_plan, check_scheme, quantization_scheme
 from spinquant.formats.compressed_tensors import write_compressed
@@ -40,12 +40,14 @@ from spinquant.formats.runtimes import check_runtime, runtime_of
 from spinquant.learning.learn import LearnedRotations
 from spinquant.pipeline import Method, Options, Result, check_calibration, quantize, rotate
 from spinquant.plan import MERGEABLE, Plan
+from spinquant.processes import is_alone
 from spinquant.quantization.blockwise import Calibration
-from spinquant.quantization.progress import BlockStore, digest
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import RotationSpec, online_part
 from spinquant.saved_rotations import to_save
-from spinquant.streamed_folders import Request, sample_tokens, stream_folder
+from spinquant.source import Source
+from spinquant.stream_run import Request, sample_tokens
+from spinquant.streamed_folders import stream_folder
 
 Format = Literal["native", "compressed-tensors", "hf"]
 
@@ -134,6 +136,7 @@ def rotate_folder(
     device: str = "cpu",
     max_shard_size: int | None = None,
     also: Sequence[str | Path] = (),
+    checksums: Path | None = None,
     options: Options | None = None,
     family: FamilyLike | None = None,
 ) -> Result:
@@ -145,7 +148,8 @@ def rotate_folder(
 
     learned: rotations to use in place of random ones; the spec is then theirs. dtype: of the weights written, by
     default as in the source. text: of the real tokens on which logits are compared; None for no comparison.
-    max_shard_size: bytes, by default the shards of the source. also: folders of adapters (peft's LoRA) and draft heads
+    max_shard_size: bytes, by default the shards of the source. checksums: a list as sha256sum writes it,
+    which the files of the source have to fulfil. also: folders of adapters (peft's LoRA) and draft heads
     (EAGLE-3) of the model, which are rotated with it, into `adapters/NAME` of `out`. family: a file that explains the
     model where no table does, see `use_family`. Raises RotationError for rotations that need work at run time (R3, R4):
     a plain folder cannot hold them; and for what cannot ride along.
@@ -154,14 +158,22 @@ def rotate_folder(
     check_format("hf", Scheme(), spec)
     options = options or Options()
     if not (allow_pickle and has_pickles_only(folder_of(model, allow_pickle=True))):
-        along = read_along(also)
         request = Request(
-            spec, dtype, device, max_shard_size, text, options=options, learned=learned, also=along, family=family
+            spec,
+            dtype,
+            device,
+            max_shard_size,
+            text,
+            options=options,
+            learned=learned,
+            checksums=checksums,
+            also=read_along(also),
+            family=family,
         )
         return stream_folder(model, out, request, force=force)
-    if max_shard_size is not None or also:
+    if max_shard_size is not None or checksums is not None or also:
         raise CheckpointError(
-            "pickle weights are not streamed: leave --max-shard-size and --also out, or convert them first"
+            "pickle weights are not streamed: leave --max-shard-size, --checksums and --also out, or convert them first"
         )
     check_free(out, force=force, source=model)
     loaded, tokenizer, sample, notes = _open(
@@ -190,6 +202,7 @@ def quantize_folder(
     allow_pickle: bool = False,
     device: str = "cpu",
     max_shard_size: int | None = None,
+    checksums: Path | None = None,
     options: Options | None = None,
     format: Format = "native",
     runtime: str | None = None,
@@ -201,10 +214,10 @@ def quantize_folder(
     dtype: of everything that is not quantized, and of the arithmetic; by default as in the source. format: of the
     folder, see `check_format`, which is asked before any work. runtime: refuse what it does not run, see
     `formats/runtimes.py`.
-    What needs no calibration is streamed (see `stream.py`), but for compressed-tensors and pickles: the model is never
-    loaded, and the result has none. Else finished blocks of a calibration are kept beside `out` until it is written. In
-    both cases the same call goes on where another was stopped. max_shard_size: bytes, of a stream; by default the
-    shards of the source.
+    The model is never loaded, and the result has none (see `stream.py`, and `disk_calibration.py` for what needs
+    calibration), but for pickles and calibrated models whose class keeps weights in another form
+    than the checkpoint. Finished blocks of a calibration are kept beside `out` until it is written; the same call goes
+    on where another was stopped. max_shard_size, checksums: of a stream, as for `rotate_folder`.
     """
     spec, rotations = (learned.spec, learned.rotations) if learned else (spec, None)
     calibrated, streamed = check_request(
@@ -216,6 +229,7 @@ def quantize_folder(
         calibration,
         calibration_text=calibration_text,
         max_shard_size=max_shard_size,
+        checksums=checksums,
         runtime=runtime,
         format=format,
         force=force,
@@ -223,8 +237,24 @@ def quantize_folder(
         family=family,
     )
     options = options or Options()
+    calibrating = None
+    if calibrated is not None:
+        calibrating = Calibrating(method, calibrated, calibration_text or CalibrationText(seed=spec.seed))
     if streamed:
-        request = Request(spec, dtype, device, max_shard_size, text, scheme, options, learned, family=family)
+        request = Request(
+            spec,
+            dtype,
+            device,
+            max_shard_size,
+            text,
+            scheme,
+            options,
+            learned,
+            calibrating,
+            "native" if format == "hf" else format,
+            checksums,
+            family=family,
+        )
         return stream_folder(model, out, request, force=force)
     check = partial(check_plan, scheme=scheme, spec=spec) if format == "compressed-tensors" else None
     loaded, tokenizer, sample, notes = _open(
@@ -233,14 +263,22 @@ def quantize_folder(
     if dtype is not None:
         _cast(loaded, dtype)
     tokens, store = None, None
-    if calibrated is not None:
-        source = calibration_text or CalibrationText(seed=spec.seed)
-        name, tokens = calibration_tokens(loaded, tokenizer, source, progress=options.stage("generate text"))
+    if calibrating is not None:
+        progress = options.stage("generate text")
+        name, tokens = calibration_tokens(loaded, tokenizer, calibrating.text, progress=progress)
         notes["calibration_text"] = {"text": name, "samples": tokens.shape[0], "length": tokens.shape[1]}
-        settings = [version("spinquant"), scheme, spec, method, calibrated, options.precision, loaded.dtype]
-        settings += [digest(tokens), weights_digest(model)]
-        settings += [learned.digest() if learned else None, recorded_family(loaded.config)]
-        store = BlockStore(Path(out).parent / f".{Path(out).name}.calibration", json.dumps([repr(s) for s in settings]))
+        store = store_for(
+            out,
+            model,
+            scheme,
+            spec,
+            calibrating,
+            tokens,
+            loaded.dtype,
+            options,
+            learned,
+            recorded_family(loaded.config),
+        )
     result = quantize(
         loaded,
         scheme,
@@ -270,6 +308,7 @@ def check_request(
     *,
     calibration_text: CalibrationText | None = None,
     max_shard_size: int | None = None,
+    checksums: Path | None = None,
     runtime: str | None = None,
     format: str = "native",
     force: bool = False,
@@ -290,14 +329,23 @@ def check_request(
         )
     check_format(format, scheme, spec, clips=calibrated is not None and calibrated.clips)
     pickles = allow_pickle and has_pickles_only(folder_of(model, allow_pickle=True))
-    streamed = calibrated is None and format != "compressed-tensors" and not pickles
-    if max_shard_size is not None and not streamed:
+    streamed = not pickles and (calibrated is None or from_disk(model, family))
+    if (max_shard_size is not None or checksums is not None) and not streamed:
         raise CheckpointError(
-            "only round-to-nearest folders in format native or hf are streamed from safetensors: leave "
-            "--max-shard-size out"
+            "pickles are loaded as a whole, and so are models for calibration whose class keeps weights in another "
+            "form than the checkpoint: leave --max-shard-size and --checksums out"
         )
+    if not streamed and not is_alone():
+        raise CheckpointError("this model is loaded as a whole, by one process: repeat the command without torchrun")
     check_free(out, force=force, source=model)
     return calibrated, streamed
+
+
+def from_disk(model: str | Path, family: FamilyLike | None = None) -> bool:
+    """Whether the decoder blocks of a folder can be calibrated one by one from disk, in the form they are stored in."""
+    config, folder = load_config(model, family=family), folder_of(model)
+    with closing(Source(folder, config)) as source:
+        return why_not(config, make_plan(config, source.shapes), source) is None
 
 
 def _learned_note(learned: LearnedRotations | None) -> dict[str, Any]:

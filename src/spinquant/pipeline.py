@@ -40,7 +40,8 @@ class Options:
     prove: try the rotations on a small model of the same architecture first. allow_inexact: save even when the
     logits of real tokens moved by more than rounding. precision: dtype of fusing (see `fuse.transform`) and of online
     rotations, by default the wider of the tensor's own and float32. drop_mtp: of a checkpoint, leave out layers for
-    multi-token prediction, which R1 cannot take along.
+    multi-token prediction, which R1 cannot take along. memory: bytes that the hidden states of a calibration from disk
+    may take before they go to a file; by default a quarter of what is available.
     progress(stage, done, total): called as the work goes on.
     """
 
@@ -48,6 +49,7 @@ class Options:
     allow_inexact: bool = False
     precision: torch.dtype | None = None
     drop_mtp: bool = False
+    memory: int | None = None
     progress: Stage | None = None
 
     def stage(self, name: str) -> Callable[[int, int], None]:

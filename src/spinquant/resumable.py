@@ -3,7 +3,8 @@
 While it grows it lies beside its final name:
 
     .OUT.partial/settings.json     what the run was asked to do: another run with the same settings goes on
-    .OUT.partial/finished/F.json   checksum and size of file F, written after F is on the disk under its name
+    .OUT.partial/finished/F.json   checksum and size of file F, written after F is on the disk under its name, and what
+                                   was read of the source until then
     .OUT.partial/data/             becomes OUT, by one rename
     .OUT.partial/old/              what OUT was before, until OUT is replaced
 
@@ -22,6 +23,7 @@ from typing import Any
 
 from spinquant.checkpoint import BESIDE, check_replaceable
 from spinquant.errors import CheckpointError
+from spinquant.source_hash import Prefix
 from spinquant.tensorfile import file_hash
 
 CHECKSUMS = "checksums.sha256"
@@ -29,8 +31,57 @@ UNFINISHED = ".spinquant-writing"
 _COPIED_AT_ONCE = 1 << 23
 
 
+class Growing:
+    """The files of the folder `out` in the making, for everybody who writes some of them."""
+
+    def __init__(self, out: str | Path):
+        self.home = Path(out).parent / f".{Path(out).name}.partial"
+        self.data, self.finished = self.home / "data", self.home / "finished"
+        self._sources = self.home / "source" / "files.json"
+
+    def is_finished(self, name: str) -> bool:
+        """Whether a file was finished by a run before, and still is what it was."""
+        entry, path = self.entry(name), self.data / name
+        return entry is not None and path.is_file() and path.stat().st_size == entry[1] and file_hash(path) == entry[0]
+
+    def entry(self, name: str) -> tuple[str, int] | None:
+        """Checksum and size of a finished file."""
+        try:
+            about = json.loads((self.finished / f"{name}.json").read_text(encoding="utf-8"))
+        except OSError:
+            return None
+        return about["sha256"], about["bytes"]
+
+    def unfinished(self, name: str) -> Path:
+        """Where a file is written until `finish`."""
+        return self.data / f"{name}{UNFINISHED}"
+
+    def finish(self, name: str, sha256: str, source: Mapping[str, Prefix] | None = None) -> None:
+        """Give a file, which is on the disk as a whole, its name, and enter it as finished.
+
+        source: what was read of the source so far, by its files.
+        """
+        path = self.unfinished(name)
+        size = path.stat().st_size
+        path.replace(self.data / name)
+        sync_folder(self.data)
+        write_file(self.finished / f"{name}.json", _json({"sha256": sha256, "bytes": size, "source": source or {}}))
+
+    def journal(self) -> list[dict[str, Prefix]]:
+        """What was read of the source for all that is finished."""
+        entries = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.finished.glob("*.json"))]
+        found = [about.get("source", {}) for about in entries]
+        if self._sources.is_file():
+            found.append(json.loads(self._sources.read_text(encoding="utf-8")))
+        return [{name: (length, sha256) for name, (length, sha256) in one.items()} for one in found]
+
+    def enter_source(self, files: Mapping[str, Prefix]) -> None:
+        """Enter what the whole source is, where that was looked at first."""
+        write_file(self._sources, _json(files))
+
+
 class Resumable:
-    """The folder `out` in the making.
+    """The folder `out` in the making, for the one process that owns it.
 
     Raises CheckpointError when `out` exists and `force` is off, when another run is writing it, and when a run with
     other settings was stopped half-way and `force` is off.
@@ -38,8 +89,8 @@ class Resumable:
 
     def __init__(self, out: str | Path, settings: Mapping[str, Any], *, force: bool = False):
         self.out = Path(out)
-        self.home = self.out.parent / f".{self.out.name}.partial"
-        self.data, self._finished, self._old = self.home / "data", self.home / "finished", self.home / "old"
+        self.files = Growing(self.out)
+        self.home, self.data, self._old = self.files.home, self.files.data, self.files.home / "old"
         self.settings = json.loads(json.dumps(settings))
         self.force = force
         self._lock = -1
@@ -86,7 +137,7 @@ class Resumable:
             for path in self.home.iterdir():
                 shutil.rmtree(path)
             self.data.mkdir()
-            self._finished.mkdir()
+            self.files.finished.mkdir()
             # Last, so that settings without data mean data that has become OUT.
             write_file(self.home / "settings.json", _json(self.settings))
 
@@ -95,31 +146,6 @@ class Resumable:
             return json.loads((self.home / "settings.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-
-    def is_finished(self, name: str) -> bool:
-        """Whether a file was finished by a run before, and still is what it was."""
-        entry, path = self.entry(name), self.data / name
-        return entry is not None and path.is_file() and path.stat().st_size == entry[1] and file_hash(path) == entry[0]
-
-    def entry(self, name: str) -> tuple[str, int] | None:
-        """Checksum and size of a finished file."""
-        try:
-            about = json.loads((self._finished / f"{name}.json").read_text(encoding="utf-8"))
-        except OSError:
-            return None
-        return about["sha256"], about["bytes"]
-
-    def unfinished(self, name: str) -> Path:
-        """Where a file is written until `finish`."""
-        return self.data / f"{name}{UNFINISHED}"
-
-    def finish(self, name: str, sha256: str) -> None:
-        """Give a file, which is on the disk as a whole, its name, and enter it as finished."""
-        path = self.unfinished(name)
-        size = path.stat().st_size
-        path.replace(self.data / name)
-        sync_folder(self.data)
-        write_file(self._finished / f"{name}.json", _json({"sha256": sha256, "bytes": size}))
 
     def publish(self) -> None:
         """Checksums into the folder, and the folder to its final name. Whatever is in it must be on the disk."""
@@ -132,7 +158,7 @@ class Resumable:
                 if name.endswith(UNFINISHED):  # left by a run before that was killed
                     path.unlink()
                     continue
-                entry = self.entry(name)
+                entry = self.files.entry(name)
                 lines.append(f"{entry[0] if entry else file_hash(path)}  {name}\n")
             write_file(self.data / BESIDE / CHECKSUMS, "".join(lines).encode())
             for folder in {path.parent for path in self.data.rglob("*")}:
@@ -152,7 +178,7 @@ class Resumable:
                 path.replace(self.out)
         if self.data.exists():
             self._remove_settings()  # first, since settings without data mean that data has become OUT
-        for folder in (self.data, self._finished, self._old, self.home):
+        for folder in (self.data, self.files.finished, self._old, self.home):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _remove_settings(self) -> None:
@@ -162,7 +188,7 @@ class Resumable:
     def close(self, *, keep: bool = True) -> None:
         """Let other runs go on with the folder; without `keep`, or where nothing is finished, it goes."""
         try:
-            if self.data.exists() and not (keep and any(self._finished.glob("*.json"))):
+            if self.data.exists() and not (keep and any(self.files.finished.glob("*.json"))):
                 self.discard()
         finally:
             os.close(self._lock)

@@ -7,7 +7,7 @@ as the numbers they stand for, in float32:  w[i, j] = q[i, j] scale_inv[i // row
 import json
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from spinquant.errors import CheckpointError
 from spinquant.tensorfile import Entry, read_entries, read_rows
 
 SCALE = "_scale_inv"
+_PART = 1 << 23  # bytes
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -105,6 +106,15 @@ class Source:
         stored = self.tensors[name]
         buffer = torch.empty(stored.nbytes, dtype=torch.uint8)
         return self.read(name, 0, stored.entry.rows, buffer)
+
+    def parts(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """The rows of a tensor, some at a time, each part with the number of its first row; the next overwrites it."""
+        stored = self.tensors[name]
+        rows = stored.entry.rows
+        step = max(1, _PART * rows // max(1, stored.nbytes))
+        buffer = torch.empty(min(step, rows) * stored.nbytes // max(1, rows), dtype=torch.uint8)
+        for first in range(0, rows, step):
+            yield first, self.read(name, first, min(first + step, rows), buffer)
 
     def close(self) -> None:
         """Close all files."""

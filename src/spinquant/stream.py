@@ -1,118 +1,38 @@
 """Backend: fuse rotations into a checkpoint, tensor by tensor, shard by shard; the model is never in memory.
 
-A tensor is cut into bands of rows where its first axis lies in no rotated space, and taken as a whole where it does.
-While one band is computed the next is read and the one before is written, by a thread each; the bytes in flight are
-bounded. Shards are finished one after the other, so that a run that was killed goes on behind the last.
+While one band is computed the next is read and the one before is written, by a thread each, and a thread each hashes
+what was read and what is written; the bytes in flight are bounded. Shards are finished one after the other, so that a
+run that was killed goes on behind the last.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from spinquant import fuse
-from spinquant.checkpoint import SINGLE
 from spinquant.errors import CheckpointError
 from spinquant.plan import Plan
-from spinquant.resumable import Resumable
-from spinquant.rotation import Rotation
+from spinquant.processes import Processes
+from spinquant.resumable import Growing
+from spinquant.shards import Change, Job, Shard, job_of, layout_bytes
+from spinquant.sharing import Band, bands_in_order, bands_of, shared
 from spinquant.source import Source
+from spinquant.source_hash import Prefix, SourceHash
 from spinquant.tensorfile import TensorFile
-
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 # Bytes of the source read at once where a tensor can be cut: a few slices of `fuse`, little beside what Python itself
 # takes.
 BAND = 1 << 23
 # Bytes in flight, buffers to read into and results to be written. A single band may be larger.
 IN_FLIGHT = 1 << 26
-
-
-class Packing(Protocol):
-    """How the tensors of the rotated model are stored in the folder."""
-
-    @property
-    def extras(self) -> Mapping[str, Tensor]:
-        """Tensors of the folder that come from no tensor of the model."""
-        ...
-
-    def is_whole(self, name: str) -> bool:
-        """Whether a tensor cannot be packed rows at a time."""
-        ...
-
-    def layout(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Layout:
-        """Dtypes and shapes of what a tensor is stored as. A row of the tensor is a row, or a run, of each of them."""
-        ...
-
-    def pack(self, name: str, rows: Tensor) -> dict[str, Tensor]:
-        """What rows of a tensor are stored as."""
-        ...
-
-
-class Plain:
-    """Tensors stored as they are."""
-
-    extras: Mapping[str, Tensor] = {}
-
-    def is_whole(self, name: str) -> bool:
-        return False
-
-    def layout(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Layout:
-        return {name: (dtype, shape)}
-
-    def pack(self, name: str, rows: Tensor) -> dict[str, Tensor]:
-        return {name: rows}
-
-
-@dataclass(frozen=True)
-class Job:
-    """One tensor of the rotated model: its name, the tensor of the source that it is made of, what it is stored as."""
-
-    name: str
-    source: str
-    dtype: torch.dtype
-    stored: Layout
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A file of the result."""
-
-    file: str
-    jobs: tuple[Job, ...]
-    extras: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def layout(self) -> Layout:
-        """All tensors of the file."""
-        found: Layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.extras.items()}
-        for job in self.jobs:
-            found |= job.stored
-        return found
-
-
-@dataclass(frozen=True)
-class Change:
-    """What becomes of the tensors: see `fuse.transform`.
-
-    dtype: of floating tensors, None as in the source; fp8_dtype: then of those that are FP8 there.
-    """
-
-    plan: Plan
-    rotations: Mapping[str, Rotation]
-    gains: Mapping[str, Tensor]
-    packing: Packing = field(default_factory=Plain)
-    dtype: torch.dtype | None = None
-    fp8_dtype: torch.dtype = torch.bfloat16
-    precision: torch.dtype | None = None
-    device: torch.device | str = "cpu"
 
 
 def read_gains(source: Source, plan: Plan) -> dict[str, Tensor]:
@@ -126,77 +46,14 @@ def read_gains(source: Source, plan: Plan) -> dict[str, Tensor]:
     return found
 
 
-def make_shards(
-    source: Source, change: Change, *, untied: Sequence[tuple[str, str]] = (), max_shard_size: int | None = None
-) -> list[Shard]:
-    """The files of the result: those of the source, or files of at most `max_shard_size` bytes.
-
-    untied: (name, source) of tensors that the checkpoint does not hold because they are tied; they come last.
-    """
-    by_file: dict[str, list[Job]] = {file: [] for file in source.files}
-    for name, stored in source.tensors.items():
-        by_file[stored.file].append(_job(source, change, name, name))
-    last = source.files[-1]
-    by_file[last] += [_job(source, change, name, origin) for name, origin in untied if name not in source.tensors]
-    extras = change.packing.extras
-    if max_shard_size is None:
-        return [Shard(file, tuple(jobs), extras if file == last else {}) for file, jobs in by_file.items()]
-    parts: list[list[Job]] = [[]]
-    room = max_shard_size
-    for job in (job for jobs in by_file.values() for job in jobs):
-        size = _nbytes(job.stored)
-        if parts[-1] and size > room:
-            parts.append([])
-            room = max_shard_size
-        parts[-1].append(job)
-        room -= size
-    names = [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
-    names = [SINGLE] if len(parts) == 1 else names
-    return [
-        Shard(name, tuple(jobs), extras if name == names[-1] else {}) for name, jobs in zip(names, parts, strict=True)
-    ]
-
-
-def _job(source: Source, change: Change, name: str, origin: str) -> Job:
-    stored = source.tensors[origin]
-    dtype = change.fp8_dtype if stored.scale else stored.dtype
-    if change.dtype is not None and dtype.is_floating_point:
-        dtype = change.dtype
-    return Job(name, origin, dtype, change.packing.layout(name, dtype, stored.entry.shape))
-
-
-def _nbytes(layout: Layout) -> int:
-    return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in layout.values())
-
-
-@dataclass(frozen=True)
-class _Band:
-    job: Job
-    first: int
-    last: int
-    nbytes: int
-
-
-def _bands(source: Source, change: Change, job: Job) -> Iterator[_Band]:
-    entry, nbytes = source.tensors[job.source].entry, source.tensors[job.source].nbytes
-    rows, step = entry.rows, entry.rows
-    whole = change.packing.is_whole(job.name)
-    if not whole and entry.shape and 0 in fuse.free_axes(job.name, len(entry.shape), change.plan, change.rotations):
-        # Whole slices: the products are then those of the module backend, to the last bit.
-        elements = max(1, torch.Size(entry.shape).numel())
-        slice_rows = max(1, fuse.SLICE * rows // elements)
-        step = max(1, BAND * rows // max(1, nbytes) // slice_rows) * slice_rows
-    for first in range(0, max(1, rows), max(1, step)):
-        last = min(first + step, rows)
-        yield _Band(job, first, last, nbytes * (last - first) // max(1, rows))
-
-
 @dataclass
 class Timing:
-    """Seconds in which each of the three threads was at work, and the bytes read."""
+    """Seconds in which each of the threads was at work, and the bytes of the source taken."""
 
     read: float = 0.0
+    check: float = 0.0
     compute: float = 0.0
+    hash: float = 0.0
     write: float = 0.0
     nbytes: int = 0
 
@@ -205,52 +62,71 @@ def stream(
     source: Source,
     shards: Sequence[Shard],
     change: Change,
-    out: Resumable,
+    out: Growing,
     *,
+    processes: Processes | None = None,
+    hashes: SourceHash | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Timing:
     """Write the shards that are not finished yet. `progress(done, total)` counts bytes of the source.
 
+    processes: who takes part, each calling this with the same arguments; the whole result is there when all have met.
+    hashes: takes what is read, and is journalled; of a single process.
     Raises CheckpointError, naming the tensor, for numbers that are not finite.
     """
-    bands = {shard.file: [band for job in shard.jobs for band in _bands(source, change, job)] for shard in shards}
-    total = sum(band.nbytes for found in bands.values() for band in found)
-    timing, done = Timing(), 0
-    with ExitStack() as files, _Pipeline(source, change, timing) as pipeline:
-        for shard in shards:
-            if out.is_finished(shard.file):
-                done += sum(band.nbytes for band in bands[shard.file])
-                if progress:
-                    progress(done, total)
-                continue
+    processes = processes or Processes(0, 1)
+    bands = {shard.file: bands_in_order(source, change, shard, BAND) for shard in shards}
+    total = sum(band.nbytes for inside in bands.values() for band in inside)
+    finished = _finished(shards, out, processes)
+    done = sum(band.nbytes for file, inside in bands.items() if finished[file] for band in inside)
+    mine = shared(bands, processes.size, finished)[processes.rank]
+    timing = Timing()
+    left = [shard for shard in shards if not finished[shard.file]]
+    with ExitStack() as files, _Pipeline(source, change, timing, hashes) as pipeline:
+        if processes.size > 1:
+            # Everybody writes into files that are there, and as long as they will be.
+            for shard in left if processes.first else ():
+                with closing(TensorFile(out.unfinished(shard.file), shard.layout)) as file:
+                    file.begin()
+            processes.meet()
+        for shard in left:
             file = TensorFile(out.unfinished(shard.file), shard.layout)
             files.callback(file.close)
-            pipeline.write(file.begin)
-            for name, tensor in shard.extras.items():
-                pipeline.write(partial(file.write, name, 0, tensor.contiguous()))
-            # In the order of the file, so that it can be hashed while it is written.
-            order = {name: i for i, name in enumerate(file.entries)}
-            inside = sorted(bands[shard.file], key=lambda band: (order[next(iter(band.job.stored))], band.first))
-            for band in pipeline.run(file, inside):
-                done += band.nbytes
+            if processes.size == 1:
+                pipeline.write(file.begin)
+            for name, tensor in shard.extras.items() if processes.first else ():
+                pipeline.put(file, {name: (0, tensor.contiguous())})
+            for band in pipeline.run(file, mine[shard.file]):
+                written = processes.add("bytes", band.nbytes) if processes.size > 1 else 0
+                timing.nbytes += band.nbytes
+                processes.look()
                 if progress:
-                    progress(done, total)
-            pipeline.write(partial(_finish, out, shard.file, file))
-    timing.nbytes = total
+                    progress(done + (written or timing.nbytes), total)
+            pipeline.finish(partial(_finish, out, shard.file, file, processes))
     return timing
 
 
-def _finish(out: Resumable, name: str, file: TensorFile) -> None:
-    out.finish(name, file.finish())
+def _finished(shards: Sequence[Shard], out: Growing, processes: Processes) -> dict[str, bool]:
+    """Which shards are finished; each process looks at some of them."""
+    mine = {shard.file: out.is_finished(shard.file) for shard in shards[processes.rank :: processes.size]}
+    found = {file: done for part in processes.gather(mine) for file, done in part.items()}
+    return {shard.file: found[shard.file] for shard in shards}
+
+
+def _finish(out: Growing, name: str, file: TensorFile, processes: Processes, read: Mapping[str, Prefix] | None) -> None:
+    """The process that is the last to have written its part of a shard finishes it."""
+    file.sync()
+    if processes.add(f"written/{name}", 1) == processes.size:
+        out.finish(name, file.finish(), read)
 
 
 class _Pipeline:
     """Reads ahead and writes behind, in order, within bounded memory."""
 
-    def __init__(self, source: Source, change: Change, timing: Timing):
-        self.source, self.change, self.timing = source, change, timing
-        self.reader, self.writer = _Worker(), _Worker()
-        self.written: deque[tuple[Future[Any], int, Tensor | None]] = deque()
+    def __init__(self, source: Source, change: Change, timing: Timing, hashes: SourceHash | None):
+        self.source, self.change, self.timing, self.hashes = source, change, timing, hashes
+        self.reader, self.checker, self.writer, self.hasher = self.workers = tuple(_Worker() for _ in range(4))
+        self.written: deque[tuple[list[Future[Any]], int, Tensor | None]] = deque()
         self.in_flight = 0
         self.free: list[Tensor] = []
 
@@ -262,16 +138,43 @@ class _Pipeline:
             if kind is None:
                 self._collect(all_=True)
         finally:
-            self.reader.close()
-            self.writer.close()
+            for worker in self.workers:
+                worker.failed = True  # none takes another step
+            for worker in self.workers:
+                worker.close()
 
-    def write(self, step: Callable[[], object], nbytes: int = 0, buffer: Tensor | None = None) -> None:
+    def write(self, step: Callable[[], object]) -> None:
         """Have the writer take a step, after all before it."""
-        self.written.append((self.writer.submit(partial(self._timed, "write", step)), nbytes, buffer))
+        self.written.append(([self._have(self.writer, "write", step)], 0, None))
 
-    def run(self, file: TensorFile, bands: Sequence[_Band]) -> Iterator[_Band]:
+    def put(
+        self, file: TensorFile, parts: Mapping[str, tuple[int, Tensor]], nbytes: int = 0, buffer: Tensor | None = None
+    ) -> None:
+        """Have rows of tensors (from which row, and rows) written and hashed; then their memory is free again."""
+        steps = [
+            (worker, phase, partial(_each, function, parts))
+            for worker, phase, function in ((self.writer, "write", file.write), (self.hasher, "hash", file.follow))
+        ]
+        self.written.append(([self._have(*step) for step in steps], nbytes, buffer))
+
+    def finish(self, step: Callable[[Mapping[str, Prefix] | None], object]) -> None:
+        """Have the writer take a last step on a file, once it is hashed, given what was read so far."""
+        hashed = self.hasher.submit(lambda: None)
+        read = None if self.hashes is None else self._have(self.checker, "check", self.hashes.prefixes)
+
+        def last() -> None:
+            hashed.result()
+            found = None if read is None else read.result()
+            self._timed("write", lambda: step(found))
+
+        self.written.append(([self.writer.submit(last)], 0, None))
+
+    def _have(self, worker: "_Worker", phase: str, step: Callable[[], Any]) -> Future[Any]:
+        return worker.submit(partial(self._timed, phase, step))
+
+    def run(self, file: TensorFile, bands: Sequence[Band]) -> Iterator[Band]:
         """Take bands through reading, computing and writing; yields each when it is computed."""
-        waiting: deque[tuple[_Band, Tensor, int, Future[Tensor]]] = deque()
+        waiting: deque[tuple[Band, Tensor, int, Future[Any], Future[Any]]] = deque()
         coming = deque(bands)
         while coming or waiting:
             self._collect()
@@ -279,35 +182,53 @@ class _Pipeline:
                 # What the band needs at most: itself, as wide as it is computed (FP8), and what it is stored as.
                 stored = self.source.tensors[coming[0].job.source]
                 need = coming[0].nbytes * (1 if stored.scale is None else 1 + stored.dtype.itemsize)
-                need += _nbytes(coming[0].job.stored) * coming[0].nbytes // max(1, stored.nbytes)
+                share = coming[0].last - coming[0].first, max(1, stored.entry.rows)
+                need += layout_bytes(coming[0].job.stored) * share[0] // share[1]
                 if self.in_flight and self.in_flight + need > IN_FLIGHT:
                     break
                 band = coming.popleft()
                 buffer = self._buffer(band.nbytes)
                 self.in_flight += need
-                read = partial(self.source.read, band.job.source, band.first, band.last, buffer)
-                waiting.append((band, buffer, need, self.reader.submit(partial(self._timed, "read", read))))
+                read = self._have(self.reader, "read", partial(self._read, band, buffer))
+                checked = self.checker.submit(partial(self._check, band, buffer, read))
+                waiting.append((band, buffer, need, read, checked))
             if not waiting:
                 self._collect(one=True)
                 continue
-            band, buffer, need, future = waiting.popleft()
-            rows = future.result()
-            results = self._timed("compute", partial(changed, self.source, self.change, band.job, band.first, rows))
-            del rows
-            self.write(partial(self._put, file, band, results), need, buffer)
+            band, buffer, need, read, checked = waiting.popleft()
+            checked.result()  # before the memory is used for the result
+            results = self._timed("compute", partial(self._changed, band, read.result()))
+            del read, checked
+            rows = max(1, self.source.tensors[band.job.source].entry.rows)
+            parts = {name: (band.first * file.entries[name].rows // rows, part) for name, part in results.items()}
+            self.put(file, parts, need, buffer)
+            del results, parts
             yield band
 
-    def _put(self, file: TensorFile, band: _Band, results: dict[str, Tensor]) -> None:
-        rows = self.source.tensors[band.job.source].entry.rows
-        for name, tensor in results.items():
-            file.write(name, band.first * file.entries[name].rows // max(1, rows), tensor)
-        results.clear()
+    def _read(self, band: Band, buffer: Tensor) -> Tensor | dict[str, Tensor]:
+        if self.change.packing.is_made(band.job.name):
+            return self.change.packing.made(band.job.name)
+        return self.source.read(band.job.source, band.first, band.last, buffer)
+
+    def _changed(self, band: Band, rows: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
+        return rows if isinstance(rows, dict) else changed(self.source, self.change, band.job, band.first, rows)
+
+    def _check(self, band: Band, buffer: Tensor, read: Future[Any]) -> None:
+        """Take what was read into the hash of its file."""
+        rows = read.result()
+        if self.hashes is None or isinstance(rows, dict):
+            return
+        stored = self.source.tensors[band.job.source]
+        row = stored.nbytes // max(1, stored.entry.rows)
+        start, length = stored.entry.start + band.first * row, (band.last - band.first) * row
+        self._timed("check", partial(self.hashes.add, stored.file, start, buffer[:length]))
 
     def _collect(self, *, one: bool = False, all_: bool = False) -> None:
         """Take back the memory of what is written; raises what went wrong."""
-        while self.written and (one or all_ or self.written[0][0].done()):
-            future, nbytes, buffer = self.written.popleft()
-            future.result()
+        while self.written and (one or all_ or all(future.done() for future in self.written[0][0])):
+            futures, nbytes, buffer = self.written.popleft()
+            for future in futures:
+                future.result()
             self.in_flight -= nbytes
             if buffer is not None:
                 self.free.append(buffer)
@@ -328,6 +249,11 @@ class _Pipeline:
             return step()
         finally:
             setattr(self.timing, phase, getattr(self.timing, phase) + time.perf_counter() - start)
+
+
+def _each(function: Callable[[str, int, Tensor], object], parts: Mapping[str, tuple[int, Tensor]]) -> None:
+    for name, (first, rows) in parts.items():
+        function(name, first, rows)
 
 
 class _Worker:
@@ -389,7 +315,15 @@ class Rotated:
         rows = self.source.whole(origin)
         if not rows.is_floating_point():
             return rows
-        return _fused(self.change, _job(self.source, self.change, name, origin), rows).cpu()
+        return _fused(self.change, job_of(self.source, self.change, name, origin), rows).cpu()
+
+    @torch.no_grad()
+    def parts(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """Rows of a tensor of the rotated model in order, each part with the number of its first row."""
+        job = job_of(self.source, self.change, name, self._origins[name])
+        for band in bands_of(self.source, self.change, job, BAND):
+            rows = self.source.read(job.source, band.first, band.last, torch.empty(band.nbytes, dtype=torch.uint8))
+            yield band.first, (_fused(self.change, job, rows).cpu() if rows.is_floating_point() else rows)
 
 
 def _refuse(source: Source, job: Job, first: int, count: int, fused: Tensor) -> None:

@@ -1,110 +1,46 @@
-"""From a folder or hub id to a new folder without loading the model: what is around the stream.
+"""From a folder or hub id to a new folder without loading the model: what is around the stream."""
 
-Everything that is not a weight is copied as it is; config.json is changed where it has to be. Other formats of the same
-weights (pickles, GGUF, consolidated.safetensors, ...) stay behind: they would still hold the unrotated model.
-"""
-
-import copy
-import json
-import math
 import re
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save as save_bytes
-
-from spinquant.along.folder import ADAPTERS, along_digests, write_along
-from spinquant.along.target import Target
-from spinquant.architectures import RECORDED, FamilyLike, make_plan, prediction_tensors, recorded_family
-from spinquant.architectures.prediction import COUNTS
-from spinquant.calibrate import load_text, token_windows
-from spinquant.centred import check_centred
+from spinquant.architectures import prediction_tensors
 from spinquant.checkpoint import (
-    BESIDE,
-    INDEX,
-    RECORD,
-    ROTATIONS,
-    SINGLE,
     check_device,
+    check_free,
     check_replaceable,
     check_unquantized,
-    companions,
     folder_of,
     is_full,
     load_config,
-    load_tokenizer,
     read_headers,
-    weights_digest,
 )
-from spinquant.disk_model import Weights, hollow_model, unfillable
-from spinquant.disk_proof import compare_on_disk, tolerance_of
-from spinquant.errors import CheckpointError, SchemeError, SpinquantError
-from spinquant.formats.native import make_config
-from spinquant.formats.native_packing import NativePacking
-from spinquant.learning.learn import LearnedRotations
-from spinquant.pipeline import Options, Result, check_groups
-from spinquant.plan import Plan
-from spinquant.proof import check, prove
-from spinquant.quantization.scheme import Scheme
-from spinquant.resumable import Resumable, write_file
-from spinquant.rotation import RotationSpec, check_given, in_precision, make_rotations, online_part
-from spinquant.saved_rotations import to_save
+from spinquant.companions import write_beside, write_companions
+from spinquant.errors import (
+    CalibrationError,
+    CheckpointError,
+    ProcessError,
+    SchemeError,
+    SourceChangedError,
+    SpinquantError,
+)
+from spinquant.pipeline import Result
+from spinquant.processes import Processes, joined
+from spinquant.proof import prove
+from spinquant.resumable import Growing, Resumable
 from spinquant.source import Source, fp8_block
-from spinquant.stream import Change, Plain, Rotated, Shard, Timing, make_shards, read_gains, stream
+from spinquant.source_hash import Known, SourceHash, known_hashes
+from spinquant.stream import Rotated, stream
+from spinquant.stream_run import Clock, Request, Run
 
 STREAMED = "stream"  # the stage of a run that counts bytes
-SAMPLE_TOKENS = 128  # real tokens on which the fused model is compared with the original
-# A decoder block is loaded for that where it takes at most so many times the largest tensor in float32, or bytes.
-BLOCK_SHARE, BLOCK_FREE = 2, 1 << 28
+# The others wait while the first process compares; that one of them ended is seen otherwise.
+_LONGEST = timedelta(days=7)
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a stream is asked to do.
-
-    max_shard_size: bytes; None for the shards of the source. text: of the real tokens on which the result is compared
-    with the source, as in `load_text`; None for no comparison. scheme: weights are rounded to nearest; None for
-    rotations alone. learned: rotations in place of those that the spec makes, which then describes them. also: folders
-    of adapters and heads that ride along, by name. family: a file that explains the model where no table does.
-    """
-
-    spec: RotationSpec
-    dtype: torch.dtype | None = None
-    device: str = "cpu"
-    max_shard_size: int | None = None
-    text: str | None = "auto"
-    scheme: Scheme | None = None
-    options: Options = field(default_factory=Options)
-    learned: LearnedRotations | None = None
-    also: Mapping[str, Path] = field(default_factory=dict)
-    family: FamilyLike | None = None
-
-    def settings(self, model: str | Path, folder: Path, config: Any) -> dict[str, Any]:
-        """Everything that decides the bytes of the result, as JSON."""
-        return {
-            "spinquant": version("spinquant"),
-            "torch": torch.__version__,
-            "model": str(model),
-            "files": weights_digest(folder),
-            **self.spec.to_dict(),
-            "dtype": str(self.dtype),
-            "precision": str(self.options.precision),
-            "device": self.device,
-            "max_shard_size": self.max_shard_size,
-            "text": self.text,
-            "scheme": None if self.scheme is None else self.scheme.to_dict(),
-            "learned": None if self.learned is None else self.learned.digest(),
-            "drop_mtp": self.options.drop_mtp,
-            "also": along_digests(self.also),
-            "family": recorded_family(config),
-        }
 
 
 def parse_size(text: str) -> int:
@@ -117,201 +53,118 @@ def parse_size(text: str) -> int:
 
 
 def stream_folder(model: str | Path, out: str | Path, request: Request, *, force: bool = False) -> Result:
-    """Rotate a folder or hub id, and round its weights to nearest where a scheme says so, tensor by tensor.
+    """Rotate a folder or hub id, and quantize its weights where a scheme says so, tensor by tensor.
+
+    Where they are calibrated, decoder block by decoder block first; what that finds is kept beside `out` until it is
+    written.
 
     The result is a plain folder, or one in our own format where something is quantized or rotated at run time. A run
     that was stopped goes on where it was when it is repeated. The result has no model in it. Raises CheckpointError for
     a source that is damaged, an `out` that exists, or a stopped run that was asked for something else.
     """
-    clock = _Clock()
-    check_device(request.device)
-    folder = folder_of(model)
-    check_replaceable(out, force=True, source=folder)
-    config = load_config(model, family=request.family)
-    if fp8_block(config) is None:
-        check_unquantized(config, model)
-    dropped = prediction_tensors(config, read_headers(folder)) if request.options.drop_mtp else ()
-    source = Source(folder, config, without=frozenset(dropped))
-    try:
-        run = _Run(source, config, request, model)
-        if request.options.prove and run.result.rotations:
-            with clock.phase("prove"):
-                run.result = replace(run.result, twin=prove(config, request.spec))
-        with _open(out, request.settings(model, folder, config), force) as work:
-            if not work.published:  # else a run before was killed between its last rename and tidying up
+    clock = Clock()
+    with joined(request.device, timeout=_LONGEST) as processes, processes.together():
+        check_device(processes.device)
+        folder = folder_of(model)
+        check_replaceable(out, force=True, source=folder)
+        if request.calibrating:
+            if processes.size > 1:
+                raise CalibrationError("one process calibrates: repeat the command without torchrun")
+            check_free(out, force=force, source=folder)  # before hours of calibration
+        config = load_config(model, family=request.family)
+        if fp8_block(config) is None:
+            check_unquantized(config, model)
+        dropped = prediction_tensors(config, read_headers(folder)) if request.options.drop_mtp else ()
+        with closing(Source(folder, config, without=frozenset(dropped))) as source:
+            run = Run(source, config, replace(request, device=processes.device), model)
+            known = known_hashes(folder, source.files, request.checksums)
+            if request.calibrating:
+                with clock.phase("check"):
+                    run.note_source(SourceHash(folder, source.files).finish(source.files, known))
+            if request.options.prove and run.result.rotations and processes.first:
+                with clock.phase("prove"):
+                    run.result = replace(run.result, twin=prove(config, request.spec))
+            store = run.calibrate(out, clock) if request.calibrating else None
+            with _open(out, request.settings(model, folder, config), force, processes) as work:
+                _write(run, work, Growing(out), processes, clock, known)
+            if store is not None:
+                store.remove()
+        result = replace(run.result, seconds=clock.seconds(processes))
+    return result
+
+
+def _write(
+    run: Run, work: Resumable | None, files: Growing, processes: Processes, clock: Clock, known: Mapping[str, Known]
+) -> None:
+    """Write the folder; the first process, which has `work`, does all that is no tensor."""
+    # Published already where a run before was killed between its last rename and tidying up.
+    if not processes.agree(work is not None and work.published):
+        with processes.locked(files.home / "processes"):
+            if work:
                 run.take_along(work)  # first: what cannot be rotated should be refused before gigabytes are
-                if not run.is_plain:  # what is quantized cannot be compared any more
-                    with clock.phase("compare"):
-                        run.compare(Rotated(source, run.change, run.untied))
-                progress = request.options.stage(STREAMED)
-                clock.add(stream(source, run.shards, run.change, work, progress=progress))
-                write_companions(source, run.shards, work.data, run.changes)
+            # What is quantized cannot be compared any more; a calibration has compared before it began.
+            if work and not run.is_plain and not run.request.calibrating:
+                with clock.phase("compare"):
+                    run.compare(Rotated(run.source, run.change, run.untied))
+            hashes = None
+            if not run.request.calibrating:
+                with clock.phase("check"):
+                    hashes = _checked_source(run, files, processes, known)
+            progress = run.request.options.stage(STREAMED)
+            kind: dict[str, Any] = {"processes": processes, "hashes": hashes, "progress": progress}
+            clock.add(stream(run.source, run.shards, run.change, files, **kind))
+            if hashes is not None:
+                with clock.phase("check"):
+                    run.note_source(hashes.finish(run.source.files, known))
+            processes.meet()
+            if work:
+                write_companions(run.source, run.shards, work.data, run.changes)
                 if run.is_plain:
                     with clock.phase("compare"), closing(Source(work.data, load_config(work.data))) as written:
                         run.compare(written)
                 write_beside(run.result, work.data)
-            work.publish()
-    finally:
-        source.close()
-    return replace(run.result, seconds=clock.seconds())
+            processes.meet()
+    if work:
+        work.publish()
+    processes.meet()
 
 
-class _Clock:
-    """Seconds by phase; reading, computing and writing overlap."""
+def _checked_source(run: Run, files: Growing, processes: Processes, known: Mapping[str, Known]) -> SourceHash | None:
+    """Hold the source against what a run before has read; what takes the rest while it is read, by one process.
 
-    def __init__(self):
-        self._start = time.perf_counter()
-        self._phases: dict[str, float] = dict.fromkeys(("prove", "read", "compute", "write", "compare"), 0.0)
-        self._bytes = 0
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._phases[name] += time.perf_counter() - start
-
-    def add(self, timing: Timing) -> None:
-        for name in ("read", "compute", "write"):
-            self._phases[name] += getattr(timing, name)
-        self._bytes += timing.nbytes
-
-    def seconds(self) -> dict[str, float]:
-        """By phase, in total, and the megabytes that were read."""
-        total = time.perf_counter() - self._start
-        return {**self._phases, "total": total, "megabytes": self._bytes / 1e6}
-
-
-class _Run:
-    """What follows from a request and a source: the plan, the shards, the changes of the config."""
-
-    def __init__(self, source: Source, config: Any, request: Request, model: str | Path):
-        self.source, self.request, self.config = source, request, config
-        plan = make_plan(config, source.shapes)
-        scheme, learned = request.scheme, request.learned
-        rotations = make_rotations(plan, request.spec) if learned is None else learned.rotations
-        check_given(plan, request.spec, rotations)
-        check_centred(plan, rotations)
-        if scheme is not None:
-            check_groups(plan, source.shapes, scheme)
-        self.online = in_precision(online_part(plan, rotations), request.options.precision)
-        self.is_plain = not self.online and (scheme is None or scheme == Scheme(lm_head=scheme.lm_head))
-        packing = Plain() if self.is_plain else NativePacking(plan, scheme or Scheme(), self.online)
-        self.change = Change(
-            plan,
-            rotations,
-            read_gains(source, plan),
-            packing=packing,
-            dtype=request.dtype,
-            fp8_dtype=_dtype_of(config),
-            precision=request.options.precision,
-            device=request.device,
-        )
-        rounded_head = scheme is not None and scheme.lm_head and scheme.weights is not None
-        unties = bool(plan.ties) and ("residual" in rotations or rounded_head)
-        self.untied = [(tie.tensor, tie.source) for tie in plan.ties] if unties else []
-        self.shards = make_shards(source, self.change, untied=self.untied, max_shard_size=request.max_shard_size)
-        self.changes: dict[str, Any] = {"tie_word_embeddings": False} if unties else {}
-        if request.options.drop_mtp:
-            self.changes |= dict.fromkeys((name for name in COUNTS if hasattr(config, name)), 0)
-        if recorded_family(config) is not None:  # so that what is written needs no family file
-            self.changes[RECORDED] = recorded_family(config)
-        if request.dtype is not None:
-            self.changes["dtype"] = str(request.dtype).removeprefix("torch.")
-        if not self.is_plain:
-            described = make_config(plan, self.online, request.spec, scheme or Scheme())
-            self.changes["quantization_config"] = json.loads(json.dumps(described.to_dict()))
-        method = None if scheme is None else "rtn"
-        notes: dict[str, Any] = {"source": str(model)}
-        if learned is not None:
-            notes["learned"] = learned.record
-        self.result = Result(None, plan, request.spec, rotations, scheme=scheme, method=method, notes=notes)
-
-    def take_along(self, work: Resumable) -> None:
-        """Write the adapters and heads that ride along, rotated."""
-        change, found = self.change, {}
-        target = Target(str(work.out), self.config, self.source, change.plan, change.rotations)
-        for name, folder in self.request.also.items():
-            found[name] = write_along(folder, target, work.data / ADAPTERS / name)
-        if found:
-            self.result = replace(self.result, notes={**self.result.notes, "along": found})
-
-    def compare(self, after: Weights) -> None:
-        """Compare the logits of real tokens before and after, where the blocks of the model can be filled from disk."""
-        request, result, source = self.request, self.result, self.source
-        if request.text is None or not result.rotations:
-            return
-        config = _unquantized(self.config)
-        written = [job.dtype for shard in self.shards for job in shard.jobs if job.dtype.is_floating_point]
-        dtype = max((*written, *(stored.dtype for stored in source.tensors.values())), key=_width)
-        reason = _why_not(result.plan, hollow_model(config, dtype), source)
-        if reason is not None:
-            self.result = replace(result, notes={**result.notes, "real_tokens": f"not compared: {reason}"})
-            return
-        name, tokens = sample_tokens(source.folder, config, request.text)
-        narrowest = min(written, key=_width)
-        real = compare_on_disk(
-            config,
-            result.plan,
-            result.rotations,
-            source,
-            after,
-            tokens,
-            dtype=dtype,
-            tolerance=tolerance_of(narrowest),
-            online=self.online,
-            progress=request.options.stage("compare"),
-        )
-        if not request.options.allow_inexact:
-            check(real, narrowest, what="this model")
-        self.result = replace(result, real=real, notes={**result.notes, "sample_text": name})
-
-
-def _unquantized(config: Any) -> Any:
-    """A copy of a config that says nothing of FP8, which is read as the numbers that it stands for."""
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
-
-
-def _why_not(plan: Plan, model: Any, source: Source) -> str | None:
-    lacking = unfillable(model, source, {tie.tensor: tie.source for tie in plan.ties})
-    if model.base_model is model:
-        return "the model's class has no base model, whose blocks could be run one by one"
-    if lacking is not None:
-        return f"the model's class keeps {lacking!r} in another form than the checkpoint"
-    largest = max(math.prod(stored.entry.shape) for stored in source.tensors.values())
-    state = model.state_dict()
-    for block in plan.blocks:
-        size = sum(tensor.nbytes for name, tensor in state.items() if name.startswith(f"{block}."))
-        if size > BLOCK_SHARE * 4 * largest + BLOCK_FREE:
-            return f"{block} has {size} bytes, more than what a stream may hold in memory"
+    None of several processes reads a whole file, so they hash the files first, each some of them.
+    """
+    source, journal = run.source, files.journal()
+    hashes = SourceHash(source.folder, source.files)
+    if processes.size == 1:
+        hashes.check(journal)
+        return hashes
+    mine = source.files[processes.rank :: processes.size]
+    hashes.check([{name: prefix for name, prefix in one.items() if name in mine} for one in journal])
+    hashes.finish(mine, known)
+    found = processes.gather({name: hashes.files[name].prefix() for name in mine})
+    whole = {name: prefix for one in found for name, prefix in sorted(one.items())}
+    run.note_source({name: sha256 for name, (_, sha256) in sorted(whole.items())})
+    if processes.first:
+        files.enter_source(whole)
     return None
 
 
-def _width(dtype: torch.dtype) -> tuple[bool, int, int]:
-    # bfloat16 is the coarser of the two half types.
-    return dtype.is_floating_point, dtype.itemsize, dtype != torch.bfloat16
-
-
-def sample_tokens(folder: Path, config: Any, text: str) -> tuple[str, torch.Tensor]:
-    """(name, tokens) of real text, int64 (1, length); random tokens for a folder that has no tokenizer."""
-    try:
-        tokenizer = load_tokenizer(folder)
-    except CheckpointError:
-        # A folder of weights alone can be rotated too; random tokens then stand in for text.
-        generator = torch.Generator().manual_seed(0)
-        vocabulary = config.get_text_config().vocab_size
-        return "random tokens (no tokenizer)", torch.randint(0, vocabulary, (1, SAMPLE_TOKENS), generator=generator)
-    name, content = load_text(text)
-    return name, token_windows(tokenizer, content[:20_000], length=SAMPLE_TOKENS, count=1)
-
-
 @contextmanager
-def _open(out: str | Path, settings: Mapping[str, Any], force: bool) -> Iterator[Resumable]:
+def _open(
+    out: str | Path, settings: Mapping[str, Any], force: bool, processes: Processes
+) -> Iterator[Resumable | None]:
+    """The folder in the making, for the first process; the others come when it is there."""
+    if not processes.first:
+        processes.meet()
+        yield None
+        return
     work, keep = Resumable(out, settings, force=force), True
     try:
+        processes.meet()
         yield work
+    except (ProcessError, SourceChangedError):
+        raise  # what is finished is of use to the run that goes on
     except SpinquantError:
         keep = False  # the same would happen again
         raise
@@ -324,51 +177,3 @@ def _open(out: str | Path, settings: Mapping[str, Any], force: bool) -> Iterator
         ) from error
     finally:
         work.close(keep=keep)
-
-
-def write_companions(source: Source, shards: Sequence[Shard], folder: Path, changes: Mapping[str, Any]) -> None:
-    """Write all that lies beside the weights: the index, the config with its changes, and copies of everything else."""
-    names = {shard.file: shard.layout for shard in shards}
-    if list(names) != [SINGLE]:
-        sizes = sum(torch.Size(s).numel() * d.itemsize for layout in names.values() for d, s in layout.values())
-        weight_map = {name: file for file, layout in names.items() for name in layout}
-        index = {
-            "metadata": {**source.index_metadata, "total_size": sizes},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
-        write_file(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
-    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-    if fp8_block(config) is not None:
-        del config["quantization_config"]
-        changes = {"dtype": str(_dtype_of(config)).removeprefix("torch."), **changes}
-    _change(config, changes)
-    write_file(folder / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
-    for path in companions(source.folder):
-        write_file(folder / path, source.folder / path)
-
-
-def write_beside(result: Result, folder: Path) -> None:
-    """Write the rotations and the record of how the folder came about."""
-    write_file(folder / BESIDE / ROTATIONS, save_bytes(to_save(result.rotations)[1]))
-    record = json.dumps(result.record(), indent=1, default=dict)
-    write_file(folder / BESIDE / RECORD, (record + "\n").encode())
-
-
-def _change(config: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    for key, value in changes.items():
-        if key in ("quantization_config", RECORDED):
-            config[key] = value
-            continue
-        # Configs of old transformers say torch_dtype, those of models with several parts say it for the text part.
-        places = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
-        keys = [(part, name) for part in places for name in (key, f"torch_{key}") if name in part]
-        for part, name in keys or [(config, key)]:
-            part[name] = value
-
-
-def _dtype_of(config: Any) -> torch.dtype:
-    """The dtype that an FP8 checkpoint computes in."""
-    values = config if isinstance(config, dict) else {"dtype": getattr(config, "dtype", None)}
-    found = values.get("dtype") or values.get("torch_dtype")
-    found = getattr(torch, found) if isinstance(found, str) else found
-    return found if found in (torch.float32, torch.float16, torch.bfloat16) else torch.bfloat16

@@ -59,7 +59,7 @@ def compressed_state(model: Any, plan: Plan, rotations: Mapping[str, Rotation], 
     if scheme.weights is not None:
         for name in linears_of(plan, scheme):
             linear = model.get_submodule(name)
-            packed = _compress(linear, name, scheme)
+            packed = compress(name, linear.weight.detach(), *_grid_of(linear, name), scheme)
             del state[f"{name}.weight"]
             state |= {f"{name}.{key}": tensor for key, tensor in packed.items()}
     for name, rotation in stored_transforms(plan, rotations):
@@ -90,13 +90,16 @@ def stored_transforms(plan: Plan, rotations: Mapping[str, Rotation]) -> Iterator
             yield f"{modules[0]}.{group}_input.weight", rotations[spaces[modules[0]]]
 
 
-def _compress(linear: nn.Module, name: str, scheme: Scheme) -> dict[str, Tensor]:
+def compress(name: str, weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> dict[str, Tensor]:
+    """What the library stores for the linear `name`, whose weight (out, in) lies on this grid, by names behind its own.
+
+    Raises CheckpointError when unpacking would give another weight.
+    """
     from compressed_tensors.compressors import BaseCompressor
 
     quantizer = scheme.weights
     assert quantizer is not None
-    weight: Tensor = linear.weight.detach()  # pyright: ignore
-    state = _on_grid(linear, name, quantizer)
+    state = _on_grid(weight, scale, zero, quantizer)
     compressor: Any = BaseCompressor.get_value_from_registry(format_of(scheme))
     described = quantization_scheme(scheme)
     # In float32, where dividing a weight by its scale gives back its code for certain.
@@ -114,17 +117,21 @@ def _compress(linear: nn.Module, name: str, scheme: Scheme) -> dict[str, Tensor]
     return {key: tensor.contiguous() for key, tensor in packed.items()}
 
 
-def _on_grid(linear: nn.Module, name: str, quantizer: Quantizer) -> dict[str, Tensor]:
-    """Weight, scale and zero point of a linear, as the library's compressors take them."""
+def _grid_of(linear: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point that quantization left with a linear."""
     scale = linear._buffers.get("weight_scale")
     if scale is None:
         raise CheckpointError(f"{name} was not quantized: its grid (weight_scale) is missing")
-    state = {"weight": linear.weight.detach(), "weight_scale": scale}  # pyright: ignore
-    zero = linear._buffers.get("weight_zero")
+    return scale, linear._buffers.get("weight_zero")
+
+
+def _on_grid(weight: Tensor, scale: Tensor, zero: Tensor | None, quantizer: Quantizer) -> dict[str, Tensor]:
+    """Weight, scale and zero point of a linear, as the library's compressors take them."""
+    state = {"weight": weight, "weight_scale": scale}
     if zero is not None:  # theirs are signed
         state["weight_zero_point"] = (zero.to(torch.int16) - 2 ** (quantizer.bits - 1)).to(torch.int8)
     if quantizer.kind == "nvfp4":
         factor = tensor_factor(scale.to(torch.float32))
         state["weight_scale"] = scale.to(torch.float32) / factor
         state["weight_global_scale"] = (1 / factor).reshape(1)
-    return state  # pyright: ignore[reportReturnType]
+    return state

@@ -4,14 +4,17 @@ See `native.py` for the format. Rows of a weight do not influence each other, so
 NVFP4 alone has a scale for the whole tensor, which is therefore kept together.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from spinquant.formats.native import BANK, distinct_rotations, packed_layout
 from spinquant.plan import Plan
 from spinquant.quantization.integer import Packed
+from spinquant.quantization.progress import BlockStore
 from spinquant.quantization.rtn import quantize_weight
-from spinquant.quantization.scheme import Scheme
+from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.quantization.weights import PARTS, linear_weights, weights_of
 from spinquant.rotation import Rotation
 
@@ -19,11 +22,38 @@ from spinquant.rotation import Rotation
 PIECE = 1 << 20
 
 
-class NativePacking:
-    """Linears that a scheme covers as packed integers (flat at 16 bits), online rotations beside them."""
+@dataclass(frozen=True)
+class Finished:
+    """Weights that a calibration has rounded already, by block, and the dtype of their scales."""
 
-    def __init__(self, plan: Plan, scheme: Scheme, online: dict[str, Rotation]):
-        self.quantizer = scheme.weights
+    store: BlockStore
+    blocks: tuple[str, ...]
+    dtype: torch.dtype
+
+    def of(self, tensor: str) -> Packed:
+        """A weight by the name of its tensor."""
+        block = next(b for b in self.blocks if tensor.startswith(f"{b}."))
+        return self.store.packed(block, tensor)
+
+
+def round_rows(rows: Tensor, quantizer: Quantizer) -> Packed:
+    """Rows of a weight (out, in), or matrices of a stack, rounded to nearest.
+
+    Pieces at a time, unless their scales depend on each other.
+    """
+    step = len(rows) if quantizer.kind == "nvfp4" else max(1, PIECE * len(rows) // max(1, rows.numel()))
+    packed = [quantize_weight(part, quantizer) for part in rows.split(step)]
+    return packed[0].with_tensors(*map(torch.cat, zip(*(piece.tensors() for piece in packed), strict=True)))
+
+
+class NativePacking:
+    """Linears that a scheme covers as packed integers (flat at 16 bits), online rotations beside them.
+
+    finished: weights that are taken from there, and not rounded here.
+    """
+
+    def __init__(self, plan: Plan, scheme: Scheme, online: dict[str, Rotation], finished: Finished | None = None):
+        self.quantizer, self.finished = scheme.weights, finished
         # At 16 bits a linear alone is flat: that is enough for a plain model to refuse the folder.
         found = (linear_weights if scheme.weights is None else weights_of)(plan, scheme)
         self.covered = {weight.tensor: weight for weight in found}
@@ -49,15 +79,23 @@ class NativePacking:
             return {name: (dtype, shape)}
         if self.quantizer is None:
             return {name: (dtype, (torch.Size(shape).numel(),))}
+        dtype = dtype if self.finished is None else self.finished.dtype
         return packed_layout(name, dtype, self.covered[name].turned(torch.empty(shape, device="meta")), self.quantizer)
+
+    def is_made(self, name: str) -> bool:
+        return self.finished is not None and self.quantizer is not None and name in self.covered
+
+    def made(self, name: str) -> dict[str, Tensor]:
+        assert self.finished is not None
+        return _stored(name, self.finished.of(name))
 
     def pack(self, name: str, rows: Tensor) -> dict[str, Tensor]:
         if name not in self.covered:
             return {name: rows}
         if self.quantizer is None:
             return {name: rows.flatten()}
-        matrices = self.covered[name].turned(rows)
-        step = len(matrices) if self.is_whole(name) else max(1, PIECE * len(matrices) // max(1, matrices.numel()))
-        packed: list[Packed] = [quantize_weight(part, self.quantizer) for part in matrices.split(step)]
-        parts = [torch.cat(tensors) for tensors in zip(*(piece.tensors() for piece in packed), strict=True)]
-        return dict(zip((name, *(f"{name}_{part}" for part in PARTS)), parts, strict=False))
+        return _stored(name, round_rows(self.covered[name].turned(rows), self.quantizer))
+
+
+def _stored(name: str, packed: Packed) -> dict[str, Tensor]:
+    return dict(zip((name, *(f"{name}_{part}" for part in PARTS)), packed.tensors(), strict=False))

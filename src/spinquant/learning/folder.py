@@ -1,10 +1,7 @@
 """Learned rotations on disk: rotations.safetensors and learned.json, a folder that `rotate` and `quantize` take."""
 
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from spinquant.errors import CheckpointError, SpinquantError, TextError
 from spinquant.learning.learn import LearnedRotations, LearnOptions, Watch, learn
 from spinquant.module import plan_of, tensor_shapes
 from spinquant.pipeline import check_groups
+from spinquant.processes import joined
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import RotationSpec
 from spinquant.saved_rotations import saved, to_save
@@ -64,8 +62,8 @@ def learn_folder(
     writes.
     """
     text, watch = text or LearnText(), watch or Watch()
-    with _processes(device) as (first, place):
-        if first:
+    with joined(device) as processes:
+        if processes.first:
             check_free(out, force=force, source=model)
         learned, store = learn_from(
             model,
@@ -74,15 +72,17 @@ def learn_folder(
             spec,
             options,
             text=text,
-            device=place,
+            device=processes.device,
             dtype=dtype,
             allow_pickle=allow_pickle,
             watch=watch,
             family=family,
         )
-        if first:
+        if processes.first:
             write_learned(learned, out, force=force)
             remove_store(store)
+        if processes.size > 1:
+            dist.barrier()
     return learned
 
 
@@ -183,22 +183,3 @@ def read_learned(folder: str | Path) -> LearnedRotations:
             f"{folder} holds no learned rotations ({error}): expected a folder that `spinquant learn` wrote"
         ) from None
     return LearnedRotations(rotations, spec, {k: v for k, v in about.items() if k not in ("rotations", "spaces")})
-
-
-@contextmanager
-def _processes(device: str) -> Iterator[tuple[bool, str]]:
-    """(whether this is the first process, its device); joins the others where torchrun started several."""
-    if "RANK" not in os.environ or dist.is_initialized():
-        yield not dist.is_initialized() or dist.get_rank() == 0, device
-        return
-    rank = int(os.environ["RANK"])
-    kind = torch.device(device).type
-    if kind == "cuda":
-        torch.cuda.set_device(local := int(os.environ.get("LOCAL_RANK", rank)))
-        device = f"cuda:{local}"
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    try:
-        yield rank == 0, device
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()

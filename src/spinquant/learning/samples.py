@@ -69,7 +69,7 @@ def collect(
     try:
         with attachment.exact():
             calls = block_calls(model, plan.blocks, tokens)
-            states = calls.hidden
+            states = list(calls.hidden)
             for done, name in enumerate(plan.blocks):
                 block = model.get_submodule(name)
                 home = device_of(block)

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spinquant.blocks import BlockCalls, after_blocks, block_calls, check_finite_output, run_block
+from spinquant.blocks import Home, InMemory, after_blocks, block_calls, check_finite_output, run_block
 from spinquant.calibrate import captured, captured_call, device_of
 from spinquant.errors import CalibrationError, SchemeError
+from spinquant.hidden_states import HiddenStates
 from spinquant.module import named_tensor, untie
 from spinquant.online import Attachment, attach
 from spinquant.plan import Experts, Plan
@@ -67,19 +68,26 @@ def quantize_blocks(
     *,
     error_feedback: bool = True,
     store: BlockStore | None = None,
+    home: Home | None = None,
+    hidden: HiddenStates | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Clips:
     """Quantize the weights of a rotated model in place, on tokens, int64 (samples, length); the clip ratios found.
 
     error_feedback: GPTQ, else round to nearest. store: where finished blocks are kept, so that a run that was killed
-    goes on. The model must have no online parts attached. Raises CalibrationError, naming the module, for activations
-    that are not finite and for a second moment that is singular.
+    goes on. home: where the weights are, by default in the model; of one that gives them out and forgets them again,
+    the store alone has what was found. hidden: empty, for the hidden states; by default in memory. The model must have
+    no online parts attached. Raises CalibrationError, naming the module, for activations that are not finite and for a
+    second moment that is singular.
     """
-    if scheme.lm_head and scheme.weights is not None:
-        untie(model, plan)
+    if home is None:
+        home = InMemory(model, calibration.device)
+        if scheme.lm_head and scheme.weights is not None:
+            untie(model, plan)
     attachment = attach(model, plan, rotations, scheme)
     try:
-        walk = _Walk(model, plan, scheme, tokens, calibration, attachment, error_feedback)
+        hidden = HiddenStates() if hidden is None else hidden
+        walk = _Walk(home, plan, scheme, tokens, calibration, attachment, error_feedback, hidden)
         total = len(plan.blocks)
         for done, name in enumerate(plan.blocks):
             finished = store.load(name) if store else None
@@ -88,7 +96,12 @@ def quantize_blocks(
                 store.save(name, walk.packed, walk.clips)
             if progress:
                 progress(done + 1, total)
-        walk.head()
+        if scheme.lm_head and scheme.weights is not None:
+            name = plan.head.removesuffix(".weight")
+            finished = store.load(name) if store else None
+            walk.head(name, finished)
+            if store and finished is None:
+                store.save(name, walk.packed, walk.clips)
         return walk.clips
     finally:
         attachment.remove()
@@ -99,22 +112,23 @@ class _Walk:
 
     def __init__(
         self,
-        model: Any,
+        home: Home,
         plan: Plan,
         scheme: Scheme,
         tokens: Tensor,
         calibration: Calibration,
         attachment: Attachment,
         error_feedback: bool,
+        hidden: HiddenStates,
     ):
-        self.model, self.plan, self.scheme = model, plan, scheme
+        self.home, self.model, self.plan, self.scheme = home, home.model, plan, scheme
         self.calibration, self.attachment = calibration, attachment
         self.options = calibration.gptq if error_feedback and scheme.weights is not None else None
-        calls: BlockCalls = block_calls(model, plan.blocks, tokens)
-        self.arguments = calls.arguments
-        self.states = calls.hidden
+        with home.outside(tokens):
+            self.arguments = block_calls(self.model, plan.blocks, tokens, hidden).arguments
+        self.states = hidden
         asymmetric = self.options is not None and bool(self.options.asymmetry)
-        self.exact = [state.clone() for state in calls.hidden] if asymmetric else None
+        self.exact = hidden.copy() if asymmetric else None
         self.clips = Clips({}, {}, {})
         self.weights = weights_of(plan, scheme)
         self.packed: dict[str, Packed] = {}
@@ -122,11 +136,9 @@ class _Walk:
     def block(self, name: str, finished: "tuple[Mapping[str, Packed], Clips] | None") -> None:
         """Quantize one block, or take over what a run before has found, and move the states through it."""
         block = self.model.get_submodule(name)
-        home = device_of(block)
-        block.to(self.calibration.device or home)
         groups = [group for group in self.plan.linears if group[0].startswith(f"{name}.")]
         stacks = [experts for experts in self.plan.experts if experts.module.startswith(f"{name}.")]
-        try:
+        with self.home.block(name):
             self.packed = {}
             if finished is not None:
                 self._advance_exact(name, block)
@@ -143,24 +155,25 @@ class _Walk:
                 output = self._run(block, state, name)
                 check_finite_output(block, name, state, self.arguments[name], output)
                 self.states[i] = output.to(state.device)
-        finally:
-            block.to(home)
 
-    def head(self) -> None:
-        """Quantize the output head where the scheme says so."""
-        if not self.scheme.lm_head or self.scheme.weights is None:
+    def head(self, name: str, finished: "tuple[Mapping[str, Packed], Clips] | None") -> None:
+        """Quantize the output head, or take over what a run before has found."""
+        self.packed = {}
+        if finished is not None:
+            with self.home.head():
+                self._take_over(*finished)
             return
-        name = self.plan.head.removesuffix(".weight")
-        head = self.model.get_submodule(name)
         moments = Moments()
-        if "activations" in static_parts(self.scheme):
-            last = (after_blocks(self.model, self.plan.blocks, state) for state in self.states)
-            self._set_clips(Clips({name: max(float(x.abs().amax()) for x in last) or 1.0}, {}, {}))
-        for i, state in enumerate(self.states if self.options is not None else ()):
-            x = after_blocks(self.model, self.plan.blocks, state)
-            exact = None if self.exact is None else after_blocks(self.model, self.plan.blocks, self.exact[i])
-            moments.add(self._rounded(x, name), exact)
-        self._round_group((name,), head.weight.device, moments)
+        with self.home.outside(torch.zeros(1, 1, dtype=torch.int64)):
+            if "activations" in static_parts(self.scheme):
+                last = (after_blocks(self.model, self.plan.blocks, state) for state in self.states)
+                self._set_clips(Clips({name: max(float(x.abs().amax()) for x in last) or 1.0}, {}, {}))
+            for i, state in enumerate(self.states if self.options is not None else ()):
+                x = after_blocks(self.model, self.plan.blocks, state)
+                exact = None if self.exact is None else after_blocks(self.model, self.plan.blocks, self.exact[i])
+                moments.add(self._rounded(x, name), exact)
+        with self.home.head():
+            self._round_group((name,), self.model.get_submodule(name).weight.device, moments)
 
     def _rounded(self, x: Tensor, name: str) -> Tensor:
         site = self.attachment.inputs.get(name)
@@ -177,7 +190,8 @@ class _Walk:
         if self.exact is None:
             return
         with self.attachment.exact():
-            self.exact = [run_block(block, s, self.arguments[name]).to(s.device) for s in self.exact]
+            for i, state in enumerate(self.exact):
+                self.exact[i] = run_block(block, state, self.arguments[name]).to(state.device)
 
     def _take_over(self, packed: Mapping[str, Packed], clips: Clips) -> None:
         for weight in self.weights:
@@ -211,25 +225,27 @@ class _Walk:
         # The weights as they are now, for the unquantized states.
         inside = [w.tensor for w in self.weights if w.tensor.startswith(f"{name}.")] if self.exact is not None else []
         whole = {tensor: named_tensor(self.model, tensor).data.clone() for tensor in inside}
-        before = None if self.exact is None else list(self.exact)
         # Groups of linears, and stacks of experts, that are calibrated on one pass.
         stages: list[tuple[Sequence[tuple[str, ...]], Sequence[Experts]]] = [(groups, stacks)]
         if self.calibration.sequential:
             stages = [*(([group], ()) for group in groups), ((), stacks)]
+        # One stage reads each state before it replaces it; later ones would find it replaced.
+        before = self.exact.copy() if self.exact is not None and len(stages) > 1 else self.exact
         for number, (stage, routing) in enumerate(stages):
             moments = {group: Moments() for group in stage}
             routed: dict[str, Routed] = {}
             exactly: dict[str, Routed] = {}
-            for i, state in enumerate(self.states if stage or routing else ()):
+            for i, state in enumerate(self.states if stage or routing or number == 0 else ()):
                 exact: Mapping[str, Tensor] = {}
                 if before is not None and self.exact is not None:
                     with self._weights(whole), routed_calls(self.model, routing, exactly):
                         # The first time to the end of the block, for the states that the next block will need.
                         stop = number > 0 and not routing
-                        exact, output = self._inputs(block, name, stage, before[i], rounded=False, stop=stop)
+                        start = before[i]
+                        exact, output = self._inputs(block, name, stage, start, rounded=False, stop=stop)
                     if number == 0:
                         assert output is not None
-                        self.exact[i] = output.to(before[i].device)
+                        self.exact[i] = output.to(start.device)
                 with routed_calls(self.model, routing, routed):
                     stop = not routing
                     inputs, _ = self._inputs(
@@ -366,7 +382,7 @@ class _Walk:
         if self.scheme.activations is not None and "activations" not in static:
             found: dict[str, list[Tensor]] = {}
             share = max(1, len(self.states) // CLIP_INPUT_SAMPLES)
-            states = self.states[::share]
+            states = [self.states[i] for i in range(0, len(self.states), share)]
             step = max(1, len(states) * states[0].shape[1] // CLIP_TOKENS)
             routed: dict[str, Routed] = {}
             with routed_calls(self.model, stacks, routed):
@@ -389,7 +405,8 @@ class _Walk:
         if self.scheme.kv is not None and "kv" not in static:
             for attention in (a for a in self.plan.attentions if a.startswith(f"{name}.")):
                 share = max(1, len(self.states) // CLIP_CACHE_SAMPLES)
-                self._search_kv_clips(name, block, attention, self.states[::share][:CLIP_CACHE_SAMPLES])
+                chosen = range(0, len(self.states), share)[:CLIP_CACHE_SAMPLES]
+                self._search_kv_clips(name, block, attention, [self.states[i] for i in chosen])
 
     def _search_kv_clips(self, name: str, block: nn.Module, attention: str, states: Sequence[Tensor]) -> None:
         module, site = self.model.get_submodule(attention), self.attachment.keys_values[attention]

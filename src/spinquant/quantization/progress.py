@@ -65,6 +65,14 @@ class BlockStore:
             )
         return packed, Clips.from_dict(about["clips"])
 
+    def packed(self, block: str, linear: str) -> Packed:
+        """One weight of a finished block."""
+        with safe_open(self._file(block), framework="pt") as file:
+            meta = json.loads(file.metadata()["about"])["linears"][linear]
+            names = sorted(name for name in file.keys() if name.startswith(f"{linear}/"))
+            words, scale, *zero = (file.get_tensor(name) for name in names)
+        return Packed(words, scale, zero[0] if zero else None, meta["length"], Quantizer(**meta["quantizer"]))
+
     def remove(self) -> None:
         """Delete the folder: the run it served is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,78 @@
+"""What lies beside the weights of a folder that is written as a stream: config, index, copies of everything else.
+
+Everything that is not a weight is copied as it is; config.json is changed where it has to be. Other formats of the same
+weights (pickles, GGUF, consolidated.safetensors, ...) stay behind: they would still hold the unrotated model.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as save_bytes
+
+from spinquant.architectures import RECORDED
+from spinquant.checkpoint import BESIDE, INDEX, RECORD, ROTATIONS, SINGLE, companions
+from spinquant.pipeline import Result
+from spinquant.resumable import write_file
+from spinquant.saved_rotations import to_save
+from spinquant.shards import Shard
+from spinquant.source import Source, fp8_block
+
+
+def write_companions(source: Source, shards: Sequence[Shard], folder: Path, changes: Mapping[str, Any]) -> None:
+    """Write all that lies beside the weights: the index, the config with its changes, and copies of everything else."""
+    names = {shard.file: shard.layout for shard in shards}
+    if list(names) != [SINGLE]:
+        sizes = sum(torch.Size(s).numel() * d.itemsize for layout in names.values() for d, s in layout.values())
+        weight_map = {name: file for file, layout in names.items() for name in layout}
+        index = {
+            "metadata": {**source.index_metadata, "total_size": sizes},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        write_file(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    if fp8_block(config) is not None:
+        del config["quantization_config"]
+        changes = {"dtype": str(dtype_of(config)).removeprefix("torch."), **changes}
+    _change(config, changes)
+    write_file(folder / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+    for path in companions(source.folder):
+        write_file(folder / path, source.folder / path)
+
+
+def write_beside(result: Result, folder: Path) -> None:
+    """Write the rotations and the record of how the folder came about."""
+    write_file(folder / BESIDE / ROTATIONS, save_bytes(to_save(result.rotations)[1]))
+    record = json.dumps(result.record(), indent=1, default=dict)
+    write_file(folder / BESIDE / RECORD, (record + "\n").encode())
+
+
+def _change(config: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    for key, value in changes.items():
+        if key in ("quantization_config", RECORDED):
+            config[key] = value
+            continue
+        # Configs of old transformers say torch_dtype, those of models with several parts say it for the text part.
+        places = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+        keys = [(part, name) for part in places for name in (key, f"torch_{key}") if name in part]
+        for part, name in keys or [(config, key)]:
+            part[name] = value
+
+
+def dtype_of(config: Any) -> torch.dtype:
+    """The dtype that an FP8 checkpoint computes in."""
+    values = config if isinstance(config, dict) else {"dtype": getattr(config, "dtype", None)}
+    found = values.get("dtype") or values.get("torch_dtype")
+    found = getattr(torch, found) if isinstance(found, str) else found
+    return found if found in (torch.float32, torch.float16, torch.bfloat16) else torch.bfloat16
+
+
+def model_dtype(config: Any, source: Source) -> torch.dtype:
+    """The dtype in which transformers would load a checkpoint: what its config says, else the widest in it."""
+    found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    if isinstance(found, torch.dtype):
+        return found
+    floating = [stored.dtype for stored in source.tensors.values() if stored.dtype.is_floating_point]
+    return max(floating, key=lambda dtype: (dtype.itemsize, dtype != torch.bfloat16))

@@ -1,0 +1,129 @@
+"""Hidden states of calibration samples: in memory, or in a file once they are more than there is room for.
+
+Samples come one at a time and are replaced one at a time. The file has no name: whatever ends the process, its disk
+space is free again. It is read and written, not mapped, since pages of a mapped file would count as resident.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spinquant.errors import CalibrationError
+
+# Share of the memory that is available which hidden states may take, where nothing else is said.
+SHARE = 1 / 4
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+class HiddenStates:
+    """A sequence of tensors of one shape and dtype. Two of them, (copies), share the room.
+
+    room: bytes that they may take in memory, None for any number; what is beyond lies in a file in `folder`. States
+    whose room is bounded are kept in main memory, others on the device that they come from.
+    """
+
+    def __init__(self, room: int | None = None, folder: Path | None = None):
+        self.room, self._folder = room, folder
+        self._kept: list[Tensor] = []
+        self._file = -1
+        self._spilt: list[tuple[int, torch.dtype, tuple[int, ...]]] = []  # place in the file, dtype and shape
+        self._length = 0
+
+    def __len__(self) -> int:
+        return len(self._kept) + len(self._spilt)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int) -> Tensor:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        if index < len(self._kept):
+            return self._kept[index]
+        place, dtype, shape = self._spilt[index - len(self._kept)]
+        found = torch.empty(shape, dtype=dtype)
+        view = memoryview(found.reshape(-1).view(torch.uint8).numpy().data)
+        while len(view):
+            count = os.preadv(self._file, [view], place)
+            if count == 0:
+                raise CalibrationError(f"the file of hidden states in {self._folder} was cut short")
+            view, place = view[count:], place + count
+        return found
+
+    def __setitem__(self, index: int, state: Tensor) -> None:
+        if index < len(self._kept):
+            self._kept[index] = state if self.room is None else state.cpu()
+            return
+        place, dtype, shape = self._spilt[index - len(self._kept)]
+        if state.nbytes != torch.Size(shape).numel() * dtype.itemsize:
+            place, self._length = self._length, self._length + state.nbytes
+        self._spilt[index - len(self._kept)] = place, state.dtype, tuple(state.shape)
+        self._write(state, place)
+
+    def append(self, state: Tensor) -> None:
+        """Add a state at the end."""
+        if self.room is None:
+            self._kept.append(state)
+            return
+        taken = sum(kept.nbytes for kept in self._kept)
+        if not self._spilt and taken + state.nbytes <= self.room:
+            self._kept.append(state.cpu())
+            return
+        self._spilt.append((self._length, state.dtype, tuple(state.shape)))
+        self._write(state, self._length)
+        self._length += state.nbytes
+
+    @property
+    def spilt(self) -> int:
+        """How many of them lie in the file."""
+        return len(self._spilt)
+
+    def copy(self) -> "HiddenStates":
+        """The same states once more, with as much room."""
+        found = HiddenStates(self.room, self._folder)
+        for state in self:
+            found.append(state.clone())
+        return found
+
+    def close(self) -> None:
+        """Give the file's space back."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        self._kept.clear()
+        self._spilt.clear()
+
+    def __del__(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+
+    def _write(self, state: Tensor, place: int) -> None:
+        if self._file < 0:
+            with tempfile.TemporaryFile(dir=self._folder) as file:
+                self._file = os.dup(file.fileno())
+        view = memoryview(state.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        while len(view):
+            count = os.pwrite(self._file, view, place)
+            view, place = view[count:], place + count
+
+
+def room_by_default() -> int:
+    """Bytes that hidden states may take: a share of what is available now, to the machine and to the container."""
+    return int(SHARE * available_memory())
+
+
+def available_memory() -> int:
+    """Bytes of main memory that are free, or can be made free, now."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+        limit, used = ((_CGROUP / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
+        found += [max(0, int(limit) - int(used))]
+    except (OSError, ValueError):  # not Linux, no container, or no limit
+        pass
+    return min(found)

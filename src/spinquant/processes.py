@@ -1,0 +1,238 @@
+"""Processes that work on one result together: who they are, and how all of them end when one does.
+
+torchrun starts them, on one machine or several. They tell each other what they have done through the store in which
+torch.distributed met, and never wait inside a collective, which would not return once a process is gone. Each holds a
+lock on a file of its own beside the result; the operating system takes it back however the process ends, and whoever
+waits looks at the locks of the others.
+"""
+
+import fcntl
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from spinquant import errors
+from spinquant.errors import ProcessError, SpinquantError
+
+_POLLED = 0.05  # seconds between two looks at what is waited for
+_LOOKED = 1.0  # seconds between two looks at the locks of the others, while there is work
+
+
+def is_first() -> bool:
+    """Whether this process is the one of its job that speaks to the user, as torchrun says."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def is_alone() -> bool:
+    """Whether torchrun started no other process beside this one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1
+
+
+@contextmanager
+def joined(device: str = "cpu", *, timeout: timedelta | None = None) -> Iterator["Processes"]:
+    """This process among those of its job, which are joined where torchrun started several.
+
+    device: to work on; under torchrun on GPUs every process takes one of its own. timeout: of torch's own collectives.
+    """
+    if "RANK" not in os.environ or dist.is_initialized():
+        yield _here(device)
+        return
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.set_device(local := int(os.environ.get("LOCAL_RANK", os.environ["RANK"])))
+        device = f"cuda:{local}"
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timeout)
+    try:
+        yield _here(device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _here(device: str) -> "Processes":
+    if not dist.is_initialized():
+        return Processes(0, 1, device)
+    rank, store = dist.get_rank(), dist.distributed_c10d._get_default_store()
+    # One process may take part in several results, one after the other.
+    turn = store.add(f"spinquant/turns/{rank}", 1)
+    return Processes(rank, dist.get_world_size(), device, dist.PrefixStore(f"spinquant/{turn}", store))  # pyright: ignore
+
+
+class Processes:
+    """This process among `size`, and what it tells and asks the others. A single one finds everything done at once."""
+
+    def __init__(self, rank: int, size: int, device: str = "cpu", store: Any = None):
+        self.rank, self.size, self.device = rank, size, device
+        self._store, self._met, self._asked = store, 0, 0
+        self._locks: Path | None = None
+        self._looked = time.monotonic()
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that does what only one may do."""
+        return self.rank == 0
+
+    def add(self, name: str, amount: int) -> int:
+        """Add to a number that all share; what it is then."""
+        if self._store is None:
+            return amount
+        try:
+            return self._store.add(name, amount)
+        except RuntimeError:
+            self._raise_fate(final=True)
+            raise
+
+    def meet(self) -> None:
+        """Wait until every process is here. Raises ProcessError, or their error, when one ended before."""
+        if self.size == 1:
+            return
+        self._met += 1
+        name = f"met/{self._met}"
+        here = self.add(name, 1)
+        while here < self.size:
+            time.sleep(_POLLED)
+            dead = self._dead()
+            here = self.add(name, 0)  # who has been here may have ended since
+            if dead and here < self.size:
+                self._raise_fate(final=True)
+            self._raise_error()
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every process gives, JSON, by rank."""
+        if self._store is None:
+            return [value]
+        self._asked += 1
+        self._store.set(f"value/{self._asked}/{self.rank}", json.dumps(value))
+        self.meet()
+        return [json.loads(self._store.get(f"value/{self._asked}/{rank}")) for rank in range(self.size)]
+
+    def agree(self, value: Any) -> Any:
+        """What the first process gives."""
+        return self.gather(value)[0]
+
+    def look(self) -> None:
+        """Raise ProcessError, or their error, when another process has ended; looks no oftener than once in a while."""
+        if self.size > 1 and time.monotonic() - self._looked > _LOOKED:
+            self._looked = time.monotonic()
+            self._raise_fate(final=False)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Within the block an error of one process is raised by all, and so is the end of one."""
+        if self.size == 1:
+            yield
+            return
+        with self._terminated():
+            try:
+                yield
+            except ProcessError:
+                raise
+            except BaseException as error:
+                self._raise_error()  # it may be what another one did on its way out that failed here
+                self._tell(error)
+                raise
+
+    @contextmanager
+    def locked(self, folder: Path) -> Iterator[None]:
+        """Within the block the others see by a lock in `folder`, which all of them share, that this one lives."""
+        if self.size == 1:
+            yield
+            return
+        folder.mkdir(exist_ok=True)
+        file = os.open(folder / str(self.rank), os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            self.meet()
+            self._locks = folder
+            yield
+        finally:
+            self._locks = None
+            os.close(file)
+
+    @contextmanager
+    def _terminated(self) -> Iterator[None]:
+        # torchrun ends the others as soon as one has ended: they say why before they go.
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def end(number: int, frame: FrameType | None) -> None:
+            self._raise_fate(final=False)
+            raise ProcessError(f"the job was told to end ({signal.Signals(number).name}). {_AGAIN}")
+
+        before = signal.signal(signal.SIGTERM, end)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _tell(self, error: BaseException) -> None:
+        known = isinstance(error, SpinquantError)
+        message = str(error) if known else f"{type(error).__name__}: {error}"
+        about = {"rank": self.rank, "kind": type(error).__name__ if known else "", "message": message}
+        try:
+            if self._store.add("errors", 1) == 1:
+                self._store.set("error", json.dumps(about))
+        except RuntimeError:  # the store has ended before us, and with it whoever could be told
+            return
+
+    def _raise_error(self) -> None:
+        """Raise what another process has told."""
+        try:
+            about: Mapping[str, Any] | None = None
+            if self._store.check(["error"]):
+                about = json.loads(self._store.get("error"))
+        except RuntimeError:
+            raise ProcessError(self._ended([0])) from None
+        if about is None or about["rank"] == self.rank:
+            return
+        kind = getattr(errors, about["kind"], None)
+        if kind is not None:
+            raise kind(f"{self._called(about['rank'])}: {about['message']}")
+        raise ProcessError(f"{self._called(about['rank'])} failed: {about['message']}. {_AGAIN}")
+
+    def _raise_fate(self, *, final: bool) -> None:
+        dead = self._dead()
+        self._raise_error()  # told before the lock went
+        if dead:
+            raise ProcessError(self._ended(dead))
+        if final:
+            raise ProcessError(f"the processes of this job lost each other. {_AGAIN}")
+
+    def _dead(self) -> list[int]:
+        """Ranks whose locks are free."""
+        found = []
+        for rank in range(self.size) if self._locks else ():
+            if rank == self.rank or self._locks is None:
+                continue
+            try:
+                file = os.open(self._locks / str(rank), os.O_RDWR)
+            except FileNotFoundError:  # the folder is gone, because the result is complete
+                continue
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                found.append(rank)
+            except OSError:
+                pass
+            finally:
+                os.close(file)
+        return found
+
+    def _called(self, rank: int) -> str:
+        return f"process {rank} of {self.size}"
+
+    def _ended(self, ranks: list[int]) -> str:
+        return f"{', '.join(map(self._called, ranks))} ended before its work was done. {_AGAIN}"
+
+
+_AGAIN = "Repeat the same command: it goes on behind what was finished"

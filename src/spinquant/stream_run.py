@@ -1,0 +1,330 @@
+"""What follows from the request for a stream: the plan, the shards and how they are stored, and what is checked."""
+
+import copy
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spinquant.along.folder import ADAPTERS, along_digests, write_along
+from spinquant.along.target import Target
+from spinquant.architectures import RECORDED, FamilyLike, make_plan, recorded_family
+from spinquant.architectures.prediction import COUNTS
+from spinquant.calibrate import load_text, token_windows
+from spinquant.centred import check_centred
+from spinquant.checkpoint import (
+    load_tokenizer,
+    weights_digest,
+)
+from spinquant.companions import dtype_of, model_dtype
+from spinquant.disk_calibration import Calibrating, calibrate_on_disk, store_for, tokens_for
+from spinquant.disk_model import Weights, hollow_model, unfillable
+from spinquant.disk_proof import compare_on_disk, tolerance_of
+from spinquant.errors import CheckpointError
+from spinquant.formats.compressed_config import check_plan, quantization_config
+from spinquant.formats.compressed_packing import CompressedPacking
+from spinquant.formats.native import make_config
+from spinquant.formats.native_packing import Finished, NativePacking
+from spinquant.learning.learn import LearnedRotations
+from spinquant.pipeline import Options, Result, check_groups
+from spinquant.plan import Plan
+from spinquant.processes import Processes
+from spinquant.proof import check
+from spinquant.quantization.progress import BlockStore
+from spinquant.quantization.scheme import Scheme
+from spinquant.resumable import Resumable
+from spinquant.rotation import RotationSpec, check_given, in_precision, make_rotations, online_part
+from spinquant.shards import Change, Packing, Plain, make_shards
+from spinquant.source import Source
+from spinquant.stream import Rotated, Timing, read_gains
+
+SAMPLE_TOKENS = 128  # real tokens on which the fused model is compared with the original
+# A decoder block is loaded for that where it takes at most so many times the largest tensor in float32, or bytes.
+BLOCK_SHARE, BLOCK_FREE = 2, 1 << 28
+
+
+class Clock:
+    """Seconds by phase; reading, computing and writing overlap."""
+
+    def __init__(self):
+        self._start = time.perf_counter()
+        phases = ("prove", "calibrate", "read", "check", "compute", "write", "hash", "compare")
+        self._phases: dict[str, float] = dict.fromkeys(phases, 0.0)
+        self._bytes = 0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._phases[name] += time.perf_counter() - start
+
+    def add(self, timing: Timing) -> None:
+        for name in ("read", "check", "compute", "write", "hash"):
+            self._phases[name] += getattr(timing, name)
+        self._bytes += timing.nbytes
+
+    def seconds(self, processes: Processes) -> dict[str, float]:
+        """By phase (summed over processes), in total, and the megabytes that were read."""
+        total = time.perf_counter() - self._start
+        found = processes.gather({**self._phases, "megabytes": self._bytes / 1e6})
+        summed = {name: sum(one[name] for one in found) for name in found[0]}
+        return {**summed, "total": total, "processes": processes.size}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a stream is asked to do.
+
+    max_shard_size: bytes; None for the shards of the source. text: of the real tokens on which the result is compared
+    with the source, as in `load_text`; None for no comparison. scheme: what is quantized; None for rotations alone.
+    learned: rotations in place of those that the spec makes, which then describes them. calibrating: how, where weights
+    are not just rounded to nearest. format: native or compressed-tensors, of what is no plain folder. checksums: a list
+    of SHA-256 that the files of the source have to have. also: folders of adapters and heads that ride along, by name.
+    family: a file that explains the model where no table does.
+    """
+
+    spec: RotationSpec
+    dtype: torch.dtype | None = None
+    device: str = "cpu"
+    max_shard_size: int | None = None
+    text: str | None = "auto"
+    scheme: Scheme | None = None
+    options: Options = field(default_factory=Options)
+    learned: LearnedRotations | None = None
+    calibrating: Calibrating | None = None
+    format: str = "native"
+    checksums: Path | None = None
+    also: Mapping[str, Path] = field(default_factory=dict)
+    family: FamilyLike | None = None
+
+    def settings(self, model: str | Path, folder: Path, config: Any) -> dict[str, Any]:
+        """Everything that decides the bytes of the result, as JSON."""
+        return {
+            "spinquant": version("spinquant"),
+            "torch": torch.__version__,
+            "model": str(model),
+            "files": weights_digest(folder),
+            **self.spec.to_dict(),
+            "dtype": str(self.dtype),
+            "precision": str(self.options.precision),
+            "device": self.device,
+            "max_shard_size": self.max_shard_size,
+            "text": self.text,
+            "scheme": None if self.scheme is None else self.scheme.to_dict(),
+            "learned": None if self.learned is None else self.learned.digest(),
+            "calibrating": None if self.calibrating is None else asdict(self.calibrating),
+            "format": self.format,
+            "drop_mtp": self.options.drop_mtp,
+            "also": along_digests(self.also),
+            "family": recorded_family(config),
+        }
+
+
+class Run:
+    """What follows from a request and a source: the plan, the shards, the changes of the config."""
+
+    def __init__(self, source: Source, config: Any, request: Request, model: str | Path):
+        self.source, self.request, self.config, self.model = source, request, config, model
+        plan = make_plan(config, source.shapes)
+        scheme, learned = request.scheme, request.learned
+        rotations = make_rotations(plan, request.spec) if learned is None else learned.rotations
+        check_given(plan, request.spec, rotations)
+        check_centred(plan, rotations)
+        if scheme is not None:
+            check_groups(plan, source.shapes, scheme)
+            if request.format == "compressed-tensors":
+                check_plan(plan, scheme, request.spec)
+        self.online = in_precision(online_part(plan, rotations), request.options.precision)
+        self.is_plain = not self.online and (scheme is None or scheme == Scheme(lm_head=scheme.lm_head))
+        self.change = Change(
+            plan,
+            rotations,
+            read_gains(source, plan),
+            packing=Plain(),
+            dtype=request.dtype,
+            fp8_dtype=dtype_of(config),
+            precision=request.options.precision,
+            device=request.device,
+        )
+        rounded_head = scheme is not None and scheme.lm_head and scheme.weights is not None
+        unties = bool(plan.ties) and ("residual" in rotations or rounded_head)
+        self.untied = [(tie.tensor, tie.source) for tie in plan.ties] if unties else []
+        self.changes: dict[str, Any] = {"tie_word_embeddings": False} if unties else {}
+        if request.options.drop_mtp:
+            self.changes |= dict.fromkeys((name for name in COUNTS if hasattr(config, name)), 0)
+        if recorded_family(config) is not None:  # so that what is written needs no family file
+            self.changes[RECORDED] = recorded_family(config)
+        if request.dtype is not None:
+            self.changes["dtype"] = str(request.dtype).removeprefix("torch.")
+        method = None if scheme is None else "rtn"
+        notes: dict[str, Any] = {"source": str(model)}
+        if learned is not None:
+            notes["learned"] = learned.record
+        self.result = Result(None, plan, request.spec, rotations, scheme=scheme, method=method, notes=notes)
+        self._store_as(None)
+
+    def _store_as(self, finished: Finished | None) -> None:
+        """Fix what is written, once all clip ratios are known. finished: weights that a calibration has rounded."""
+        request = self.request
+        if not self.is_plain:
+            packing, described = FORMATS[request.format](self, request.scheme or Scheme(), finished)
+            self.change = replace(self.change, packing=packing)
+            self.changes["quantization_config"] = json.loads(json.dumps(described))
+        self.shards = make_shards(self.source, self.change, untied=self.untied, max_shard_size=request.max_shard_size)
+
+    def note_source(self, found: Mapping[str, str]) -> None:
+        """Record the SHA-256 of the source's files."""
+        self.result = replace(self.result, notes={**self.result.notes, "source_files": dict(found)})
+
+    def calibrate(self, out: str | Path, clock: Clock) -> BlockStore:
+        """Quantize block by block into a store, from which the stream will take the weights."""
+        request, plan, how = self.request, self.result.plan, self.request.calibrating
+        assert how is not None and request.scheme is not None
+        rotated = Rotated(self.source, self.change, self.untied)
+        with clock.phase("compare"):
+            self.compare(rotated)
+        with clock.phase("calibrate"):
+            config = _unquantized(self.config)
+            dtype = request.dtype or model_dtype(config, self.source)
+            progress = request.options.stage("generate text")
+            name, tokens = tokens_for(
+                self.model, how.text, dtype=request.dtype or "auto", family=request.family, progress=progress
+            )
+            store = store_for(
+                out,
+                self.model,
+                request.scheme,
+                request.spec,
+                how,
+                tokens,
+                dtype,
+                request.options,
+                request.learned,
+                recorded_family(config),
+            )
+            clips = calibrate_on_disk(
+                config,
+                plan,
+                self.online,
+                rotated,
+                request.scheme,
+                tokens,
+                how,
+                store,
+                dtype=dtype,
+                device=request.device,
+                options=request.options,
+            )
+        about = {"text": name, "samples": tokens.shape[0], "length": tokens.shape[1]}
+        notes = {**self.result.notes, "calibration_text": about}
+        self.result = replace(self.result, method=how.method, calibration=how.calibration, clips=clips, notes=notes)
+        self._store_as(Finished(store, (*plan.blocks, plan.head.removesuffix(".weight")), dtype))
+        return store
+
+    def take_along(self, work: Resumable) -> None:
+        """Write the adapters and heads that ride along, rotated."""
+        change, found = self.change, {}
+        target = Target(str(work.out), self.config, self.source, change.plan, change.rotations)
+        for name, folder in self.request.also.items():
+            found[name] = write_along(folder, target, work.data / ADAPTERS / name)
+        if found:
+            self.result = replace(self.result, notes={**self.result.notes, "along": found})
+
+    def compare(self, after: Weights) -> None:
+        """Compare the logits of real tokens before and after, where the blocks of the model can be filled from disk."""
+        request, result, source = self.request, self.result, self.source
+        if request.text is None or not result.rotations:
+            return
+        config = _unquantized(self.config)
+        written = [job.dtype for shard in self.shards for job in shard.jobs if job.dtype.is_floating_point]
+        dtype = max((*written, *(stored.dtype for stored in source.tensors.values())), key=_width)
+        reason = _why_not(result.plan, hollow_model(config, dtype), source)
+        if reason is not None:
+            self.result = replace(result, notes={**result.notes, "real_tokens": f"not compared: {reason}"})
+            return
+        name, tokens = sample_tokens(source.folder, config, request.text)
+        narrowest = min(written, key=_width)
+        real = compare_on_disk(
+            config,
+            result.plan,
+            result.rotations,
+            source,
+            after,
+            tokens,
+            dtype=dtype,
+            tolerance=tolerance_of(narrowest),
+            online=self.online,
+            progress=request.options.stage("compare"),
+        )
+        if not request.options.allow_inexact:
+            check(real, narrowest, what="this model")
+        self.result = replace(result, real=real, notes={**result.notes, "sample_text": name})
+
+
+def _native(run: Run, scheme: Scheme, finished: Finished | None) -> tuple[Packing, dict[str, Any]]:
+    """How tensors are stored in our own format, and its `quantization_config`."""
+    plan = run.result.plan
+    described = make_config(plan, run.online, run.request.spec, scheme, run.result.clips)
+    return NativePacking(plan, scheme, run.online, finished), described.to_dict()
+
+
+def _compressed(run: Run, scheme: Scheme, finished: Finished | None) -> tuple[Packing, dict[str, Any]]:
+    """How tensors are stored for compressed-tensors, and its `quantization_config`."""
+    plan, config = run.result.plan, _unquantized(run.config)
+    dtype = run.request.dtype or model_dtype(config, run.source)
+    packing = CompressedPacking(plan, scheme, run.online, dtype, finished, run.result.clips)
+    linears = [n for n, m in hollow_model(config, dtype).named_modules() if isinstance(m, torch.nn.Linear)]
+    covered = set(packing.covered.values())
+    ignore = [name for name in linears if name not in covered]
+    return packing, quantization_config(plan, run.online, scheme, ignore=ignore)
+
+
+FORMATS = {"native": _native, "compressed-tensors": _compressed}
+
+
+def _unquantized(config: Any) -> Any:
+    """A copy of a config that says nothing of FP8, which is read as the numbers that it stands for."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def _why_not(plan: Plan, model: Any, source: Source) -> str | None:
+    lacking = unfillable(model, source, {tie.tensor: tie.source for tie in plan.ties})
+    if model.base_model is model:
+        return "the model's class has no base model, whose blocks could be run one by one"
+    if lacking is not None:
+        return f"the model's class keeps {lacking!r} in another form than the checkpoint"
+    largest = max(math.prod(stored.entry.shape) for stored in source.tensors.values())
+    state = model.state_dict()
+    for block in plan.blocks:
+        size = sum(tensor.nbytes for name, tensor in state.items() if name.startswith(f"{block}."))
+        if size > BLOCK_SHARE * 4 * largest + BLOCK_FREE:
+            return f"{block} has {size} bytes, more than what a stream may hold in memory"
+    return None
+
+
+def _width(dtype: torch.dtype) -> tuple[bool, int, int]:
+    # bfloat16 is the coarser of the two half types.
+    return dtype.is_floating_point, dtype.itemsize, dtype != torch.bfloat16
+
+
+def sample_tokens(folder: Path, config: Any, text: str) -> tuple[str, torch.Tensor]:
+    """(name, tokens) of real text, int64 (1, length); random tokens for a folder that has no tokenizer."""
+    try:
+        tokenizer = load_tokenizer(folder)
+    except CheckpointError:
+        # A folder of weights alone can be rotated too; random tokens then stand in for text.
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = config.get_text_config().vocab_size
+        return "random tokens (no tokenizer)", torch.randint(0, vocabulary, (1, SAMPLE_TOKENS), generator=generator)
+    name, content = load_text(text)
+    return name, token_windows(tokenizer, content[:20_000], length=SAMPLE_TOKENS, count=1)
