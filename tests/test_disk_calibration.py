@@ -15,8 +15,8 @@ from families import FAMILIES
 from spinquant import Options, RotationSpec, load, parse_scheme, quantize, quantize_folder
 from spinquant.calibrate import CalibrationText, calibration_tokens
 from spinquant.checkpoint import load_tokenizer
-from spinquant.folders import from_disk
 from spinquant.hidden_states import HiddenStates
+from spinquant.preconditions import from_disk
 from spinquant.quantization.blockwise import Calibration
 from spinquant.quantization.gptq import GPTQOptions
 from test_stream import assert_same, digest, weights

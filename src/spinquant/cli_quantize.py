@@ -37,12 +37,13 @@ from spinquant.cli_options import (
 )
 from spinquant.cli_output import print_result, stages, step_report
 from spinquant.errors import LearningError
-from spinquant.folders import check_request, quantize_folder
+from spinquant.folders import quantize_folder
 from spinquant.formats.compressed_config import as_stored
 from spinquant.formats.runtimes import format_for
 from spinquant.learning.folder import LearnText, learn_from, read_learned, remove_store
 from spinquant.learning.learn import LearnOptions, Watch
 from spinquant.pipeline import Options
+from spinquant.preconditions import check_request
 from spinquant.quantization.blockwise import Calibration
 from spinquant.quantization.gptq import GPTQOptions
 from spinquant.quantization.scheme import parse_scheme, static_parts

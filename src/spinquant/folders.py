@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,21 +30,19 @@ from spinquant.checkpoint import (
     load_tokenizer,
     read_headers,
 )
-from spinquant.disk_calibration import Calibrating, store_for, why_not
-from spinquant.errors import CalibrationError, CheckpointError, RotationError, SchemeError
-from spinquant.formats.compressed_config import check_plan, check_scheme, quantization_scheme
+from spinquant.disk_calibration import Calibrating, store_for
+from spinquant.errors import CheckpointError
+from spinquant.formats.compressed_config import check_plan
 from spinquant.formats.compressed_tensors import write_compressed
 from spinquant.formats.native import is_marked
-from spinquant.formats.runtimes import check_runtime, runtime_of
 from spinquant.learning.learn import LearnedRotations
-from spinquant.pipeline import Method, Options, Result, check_calibration, quantize, rotate
-from spinquant.plan import MERGEABLE, Plan
-from spinquant.processes import is_alone
+from spinquant.pipeline import Method, Options, Result, quantize, rotate
+from spinquant.plan import Plan
+from spinquant.preconditions import check_format, check_request
 from spinquant.quantization.blockwise import Calibration
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import RotationSpec, online_part
 from spinquant.saved_rotations import to_save
-from spinquant.source import Source
 from spinquant.stream_run import Request, sample_tokens
 from spinquant.streamed_folders import stream_folder
 
@@ -86,41 +83,6 @@ def save(
         save_file(tensors, folder / BESIDE / ROTATIONS)
         record = json.dumps(result.record(), indent=1, default=dict)
         (folder / BESIDE / RECORD).write_text(record + "\n", encoding="utf-8")
-
-
-def check_format(format: str, scheme: Scheme, spec: RotationSpec, *, clips: bool = False) -> None:
-    """Raise SchemeError or RotationError, saying what would work, for what a format of folders cannot hold.
-
-    clips: clip ratios of activations and cache are searched.
-    """
-    online = [name for name in spec.rotations if name not in MERGEABLE]
-    if format == "hf":
-        if scheme != Scheme(lm_head=scheme.lm_head):
-            raise SchemeError(
-                f"format hf is a plain 16-bit folder, which cannot hold {scheme}: use --scheme none, or --format "
-                "compressed-tensors or native"
-            )
-        if online:
-            raise RotationError(
-                f"{', '.join(online)} run at run time, which a plain folder cannot say. Leave them out, or write a "
-                "folder with online parts: spinquant quantize MODEL OUT --scheme none --rotations "
-                + ",".join(spec.rotations)
-            )
-    elif format == "compressed-tensors":
-        check_scheme(scheme, spec)
-        if clips:
-            raise SchemeError(
-                "runtimes cover the whole range of an activation, so searched clip ratios cannot be written for "
-                "compressed-tensors. Leave --clips out, or write --format native"
-            )
-        quantization_scheme(scheme)  # raises where the library is missing
-        if scheme.weights is None and scheme.kv is None and not online:
-            raise SchemeError(
-                "nothing is quantized and nothing rotated online, so compressed-tensors has nothing to say: use "
-                "--format hf"
-            )
-    elif format != "native":
-        raise SchemeError(f"unknown format {format!r}: expected native, compressed-tensors or hf")
 
 
 def rotate_folder(
@@ -298,77 +260,8 @@ def quantize_folder(
     return result
 
 
-def check_request(
-    model: str | Path,
-    out: str | Path,
-    scheme: Scheme,
-    spec: RotationSpec,
-    method: str,
-    calibration: Calibration | None,
-    *,
-    calibration_text: CalibrationText | None = None,
-    max_shard_size: int | None = None,
-    checksums: Path | None = None,
-    runtime: str | None = None,
-    format: str = "native",
-    force: bool = False,
-    allow_pickle: bool = False,
-    family: FamilyLike | None = None,
-) -> tuple[Calibration | None, bool]:
-    """What `quantize_folder` refuses before work starts: (the calibration that there will be, whether it is streamed).
-
-    Raises what `quantize_folder` raises for schemes, formats, runtimes and options that do not go together, and
-    CheckpointError for an `out` that is not free.
-    """
-    if runtime is not None:
-        check_for(runtime, format, scheme, spec, None if allow_pickle else model, family=family)
-    calibrated = check_calibration(method, scheme, calibration)
-    if calibrated is None and calibration_text is not None:
-        raise CalibrationError(
-            f"a calibration text is given, and method {method} without --clips reads none: leave it out"
-        )
-    check_format(format, scheme, spec, clips=calibrated is not None and calibrated.clips)
-    pickles = allow_pickle and has_pickles_only(folder_of(model, allow_pickle=True))
-    streamed = not pickles and (calibrated is None or from_disk(model, family))
-    if (max_shard_size is not None or checksums is not None) and not streamed:
-        raise CheckpointError(
-            "pickles are loaded as a whole, and so are models for calibration whose class keeps weights in another "
-            "form than the checkpoint: leave --max-shard-size and --checksums out"
-        )
-    if not streamed and not is_alone():
-        raise CheckpointError("this model is loaded as a whole, by one process: repeat the command without torchrun")
-    check_free(out, force=force, source=model)
-    return calibrated, streamed
-
-
-def from_disk(model: str | Path, family: FamilyLike | None = None) -> bool:
-    """Whether the decoder blocks of a folder can be calibrated one by one from disk, in the form they are stored in."""
-    config, folder = load_config(model, family=family), folder_of(model)
-    with closing(Source(folder, config)) as source:
-        return why_not(config, make_plan(config, source.shapes), source) is None
-
-
 def _learned_note(learned: LearnedRotations | None) -> dict[str, Any]:
     return {"learned": learned.record} if learned else {}
-
-
-def check_for(
-    runtime: str,
-    format: str,
-    scheme: Scheme,
-    spec: RotationSpec,
-    model: str | Path | None,
-    *,
-    family: FamilyLike | None = None,
-) -> None:
-    """Raise SchemeError or RotationError for what a runtime does not load or run."""
-    reads = runtime_of(runtime).format
-    if format not in ("hf", reads):
-        raise SchemeError(f"{runtime} reads {reads or 'no'} folders of ours, not {format}: leave --format out")
-    check_runtime(runtime, scheme, spec)  # before the model is looked at, which may be on the hub
-    if model is not None:
-        shapes = {name: info.shape for name, info in read_headers(model).items()}
-        check_runtime(runtime, scheme, spec, make_plan(load_config(model), shapes, family=family))
 
 
 def _open(

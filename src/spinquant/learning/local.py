@@ -44,7 +44,7 @@ class LocalOptions:
     objective: Objective = "error"
     solver: Solver = "cayley"
     steps: int = 200
-    lr: float = 1.0
+    lr: float = 0.5
     optimizer: Optimizer = "adam"
     rows: int = 1024
     batch: int = 64

@@ -8,33 +8,28 @@ through the unquantized blocks.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from spinquant.blocks import Home, InMemory, after_blocks, block_calls, check_finite_output, run_block
-from spinquant.calibrate import captured, captured_call, device_of
+from spinquant.blocks import Home, InMemory, after_blocks, block_calls, check_finite_output
+from spinquant.calibrate import device_of
 from spinquant.errors import CalibrationError, SchemeError
 from spinquant.hidden_states import HiddenStates
 from spinquant.module import named_tensor, untie
 from spinquant.online import Attachment, attach
 from spinquant.plan import Experts, Plan
-from spinquant.quantization.clip import best_ratio, search_input_clip
-from spinquant.quantization.experts import Calls, Routed, between, expert_products, routed_calls
+from spinquant.quantization.experts import Calls, Routed, between, routed_calls
 from spinquant.quantization.gptq import GPTQOptions, Moments, gptq
 from spinquant.quantization.integer import Packed, dequantize, fake_quantize, stacked
 from spinquant.quantization.progress import BlockStore
+from spinquant.quantization.ranges import Work, find_peaks, search_cache_clips, search_input_clips
 from spinquant.quantization.rtn import quantize_weight
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme, static_parts, with_clip
 from spinquant.quantization.weights import Weight, weights_of
 from spinquant.rotation import Rotation
-
-# Clip ratios of activations are searched on so many tokens, taken from so many samples; those of the cache on whole
-# samples, since attention needs all of its tokens.
-CLIP_TOKENS, CLIP_INPUT_SAMPLES, CLIP_CACHE_SAMPLES = 1024, 8, 2
 
 
 @dataclass(frozen=True)
@@ -135,25 +130,24 @@ class _Walk:
 
     def block(self, name: str, finished: "tuple[Mapping[str, Packed], Clips] | None") -> None:
         """Quantize one block, or take over what a run before has found, and move the states through it."""
-        block = self.model.get_submodule(name)
-        groups = [group for group in self.plan.linears if group[0].startswith(f"{name}.")]
-        stacks = [experts for experts in self.plan.experts if experts.module.startswith(f"{name}.")]
+        work = Work(self.model, self.plan, self.scheme, self.attachment, name, self.states, self.arguments[name])
         with self.home.block(name):
             self.packed = {}
             if finished is not None:
-                self._advance_exact(name, block)
+                self._advance_exact(work)
                 self._take_over(*finished)
             else:
                 if static_parts(self.scheme):
-                    self._find_peaks(name, block, groups, stacks)
+                    self._set_clips(find_peaks(work))
                 if self.calibration.clips:
-                    self._search_clips(name, block, groups, stacks)
-                self._round_block(name, block, groups, stacks)
+                    self._set_clips(search_input_clips(work))
+                    self._set_clips(search_cache_clips(work))
+                self._round_block(work)
                 if static_parts(self.scheme):
-                    self._find_peaks(name, block, groups, stacks)  # once more, as the rounded weights have them
+                    self._set_clips(find_peaks(work))  # once more, as the rounded weights have them
             for i, state in enumerate(self.states):
-                output = self._run(block, state, name)
-                check_finite_output(block, name, state, self.arguments[name], output)
+                output = work.run(state, rounded=self.calibration.round_inputs)
+                check_finite_output(work.block, name, state, work.arguments, output)
                 self.states[i] = output.to(state.device)
 
     def head(self, name: str, finished: "tuple[Mapping[str, Packed], Clips] | None") -> None:
@@ -181,17 +175,11 @@ class _Walk:
             return x
         return fake_quantize(x, site.quantizer)
 
-    def _run(self, block: nn.Module, state: Tensor, name: str) -> Tensor:
-        with nullcontext() if self.calibration.round_inputs else self.attachment.exact():
-            return run_block(block, state, self.arguments[name])
-
-    def _advance_exact(self, name: str, block: nn.Module) -> None:
+    def _advance_exact(self, work: Work) -> None:
         """Move the exact states through the block, whose weights are still whole."""
-        if self.exact is None:
-            return
-        with self.attachment.exact():
-            for i, state in enumerate(self.exact):
-                self.exact[i] = run_block(block, state, self.arguments[name]).to(state.device)
+        for i, state in enumerate(self.exact or ()):
+            assert self.exact is not None
+            self.exact[i] = work.run(state, rounded=False).to(state.device)
 
     def _take_over(self, packed: Mapping[str, Packed], clips: Clips) -> None:
         for weight in self.weights:
@@ -210,20 +198,20 @@ class _Walk:
         both = ((getattr(self.clips, part), getattr(clips, part)) for part in ("inputs", "keys", "values"))
         self.clips = Clips(*({**old, **new} for old, new in both))
 
-    def _round_block(
-        self, name: str, block: nn.Module, groups: Sequence[tuple[str, ...]], stacks: Sequence[Experts]
-    ) -> None:
+    def _round_block(self, work: Work) -> None:
+        groups, stacks, home = work.groups, work.stacks, device_of(work.block)
         if self.scheme.weights is None:
-            self._advance_exact(name, block)
+            self._advance_exact(work)
             return
         if self.options is None:
             for group in groups:
-                self._round_group(group, device_of(block), None)
+                self._round_group(group, home, None)
             for experts in stacks:
                 self._round_experts(experts, None)
             return
         # The weights as they are now, for the unquantized states.
-        inside = [w.tensor for w in self.weights if w.tensor.startswith(f"{name}.")] if self.exact is not None else []
+        own = [w.tensor for w in self.weights if w.tensor.startswith(f"{work.name}.")]
+        inside = own if self.exact is not None else []
         whole = {tensor: named_tensor(self.model, tensor).data.clone() for tensor in inside}
         # Groups of linears, and stacks of experts, that are calibrated on one pass.
         stages: list[tuple[Sequence[tuple[str, ...]], Sequence[Experts]]] = [(groups, stacks)]
@@ -242,40 +230,21 @@ class _Walk:
                         # The first time to the end of the block, for the states that the next block will need.
                         stop = number > 0 and not routing
                         start = before[i]
-                        exact, output = self._inputs(block, name, stage, start, rounded=False, stop=stop)
+                        exact, output = work.inputs(stage, start, rounded=False, stop=stop)
                     if number == 0:
                         assert output is not None
                         self.exact[i] = output.to(start.device)
                 with routed_calls(self.model, routing, routed):
-                    stop = not routing
-                    inputs, _ = self._inputs(
-                        block, name, stage, state, rounded=self.calibration.round_inputs, stop=stop
-                    )
+                    rounded = self.calibration.round_inputs
+                    inputs, _ = work.inputs(stage, state, rounded=rounded, stop=not routing)
                 for group in stage:
                     if group[0] in inputs:  # not every module has to run
                         moments[group].add(inputs[group[0]], exact.get(group[0]))
             for group in stage:
-                self._round_group(group, device_of(block), moments[group])
+                self._round_group(group, home, moments[group])
             for experts in routing:
                 calls = Calls(routed[experts.module], exactly.get(experts.module), whole)
                 self._round_experts(experts, calls)
-
-    def _inputs(
-        self,
-        block: nn.Module,
-        name: str,
-        groups: Sequence[tuple[str, ...]],
-        state: Tensor,
-        *,
-        rounded: bool,
-        stop: bool = True,
-    ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Inputs of the groups, by the first linear of each; and the block's output, None where it was not finished."""
-        output = None
-        with nullcontext() if rounded else self.attachment.exact():
-            with captured(self.model, [group[0] for group in groups], inputs=True, stop=stop) as found:
-                output = run_block(block, state, self.arguments[name])
-        return found, output
 
     @contextmanager
     def _weights(self, wanted: Mapping[str, Tensor]) -> Iterator[None]:
@@ -343,99 +312,6 @@ class _Walk:
                         same = between(self.model, experts, expert, same, calls.whole[experts.first[0]])
             found.add(rows, same)
         return found if found.tokens else None
-
-    def _find_peaks(
-        self, name: str, block: nn.Module, groups: Sequence[tuple[str, ...]], stacks: Sequence[Experts]
-    ) -> None:
-        """The ranges of static quantizers: the largest magnitudes on the calibration text."""
-        parts = static_parts(self.scheme)
-        sites = {n: s for n, s in self.attachment.keys_values.items() if "kv" in parts and n.startswith(f"{name}.")}
-        inputs: dict[str, float] = {}
-        keys: dict[str, float] = {}
-        values: dict[str, float] = {}
-
-        def follow(attention: str) -> Callable[[Tensor, Tensor], None]:
-            def watch(k: Tensor, v: Tensor) -> None:
-                _raise_peak(keys, attention, k)
-                _raise_peak(values, attention, v)
-
-            return watch
-
-        for attention, site in sites.items():
-            site.watch = follow(attention)
-        follow_inputs = {n: self.attachment.inputs[n] for e in stacks for n in (e.first[0], e.second[0])}
-        for tensor, site in follow_inputs.items() if "activations" in parts else ():
-            site.watch = partial(_raise_peak, inputs, tensor)
-        for state in self.states:
-            found, _ = self._inputs(block, name, groups, state, rounded=False, stop=False)
-            for first, x in found.items() if "activations" in parts else ():
-                _raise_peak(inputs, first, x)
-        for site in (*sites.values(), *follow_inputs.values()):
-            site.watch = None
-        # Where everything was zero, any range will do.
-        self._set_clips(Clips(*({n: peak or 1.0 for n, peak in found.items()} for found in (inputs, keys, values))))
-
-    def _search_clips(
-        self, name: str, block: nn.Module, groups: Sequence[tuple[str, ...]], stacks: Sequence[Experts]
-    ) -> None:
-        static = static_parts(self.scheme)
-        if self.scheme.activations is not None and "activations" not in static:
-            found: dict[str, list[Tensor]] = {}
-            share = max(1, len(self.states) // CLIP_INPUT_SAMPLES)
-            states = [self.states[i] for i in range(0, len(self.states), share)]
-            step = max(1, len(states) * states[0].shape[1] // CLIP_TOKENS)
-            routed: dict[str, Routed] = {}
-            with routed_calls(self.model, stacks, routed):
-                for state in states:
-                    inputs, _ = self._inputs(block, name, groups, state, rounded=False, stop=not stacks)
-                    for first, x in inputs.items():
-                        found.setdefault(first, []).append(x.flatten(0, -2)[::step])
-            quantizer = _present(self.scheme.activations)
-            ratios = {}
-            for group in (group for group in groups if group[0] in found):
-                inside = [w for w in self.weights if w.tensor.removesuffix(".weight") in group]
-                weight = torch.cat([w.matrices(self.model) for w in inside])
-                ratios[group[0]] = search_input_clip([(torch.cat(found[group[0]]), weight)], quantizer)
-            for experts in stacks:
-                with self.attachment.exact():
-                    pairs = expert_products(self.model, experts, routed[experts.module], step)
-                for tensors, products in zip((experts.first, experts.second), pairs, strict=True):
-                    ratios[tensors[0]] = search_input_clip(products, quantizer)
-            self._set_clips(Clips(ratios, {}, {}))
-        if self.scheme.kv is not None and "kv" not in static:
-            for attention in (a for a in self.plan.attentions if a.startswith(f"{name}.")):
-                share = max(1, len(self.states) // CLIP_CACHE_SAMPLES)
-                chosen = range(0, len(self.states), share)[:CLIP_CACHE_SAMPLES]
-                self._search_kv_clips(name, block, attention, [self.states[i] for i in chosen])
-
-    def _search_kv_clips(self, name: str, block: nn.Module, attention: str, states: Sequence[Tensor]) -> None:
-        module, site = self.model.get_submodule(attention), self.attachment.keys_values[attention]
-        calls = []
-        with self.attachment.exact():
-            for state in states:
-                with captured_call(module) as call:
-                    run_block(block, state, self.arguments[name])
-                calls.append((call, _first(module(*call.args, **call.kwargs))))
-
-        def error(keys: Quantizer, values: Quantizer) -> float:
-            site.keys, site.values = keys, values
-            with self.attachment.exact():
-                site.rounds = True
-                outputs = [(_first(module(*call.args, **call.kwargs)), exact) for call, exact in calls]
-            return sum(float((output - exact).square().sum()) for output, exact in outputs)
-
-        quantizer = _present(self.scheme.kv)
-        keys = best_ratio(lambda ratio: error(replace(quantizer, clip=ratio), quantizer))
-        values = best_ratio(lambda ratio: error(replace(quantizer, clip=keys), replace(quantizer, clip=ratio)))
-        self._set_clips(Clips({}, {attention: keys}, {attention: values}))
-
-
-def _raise_peak(peaks: dict[str, float], name: str, x: Tensor) -> None:
-    peaks[name] = max(peaks.get(name, 0.0), float(x.abs().amax()))
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _present(quantizer: Quantizer | None) -> Quantizer:
