@@ -237,24 +237,24 @@ def run(monkeypatch, capsys):
 def test_commands_from_the_draft_to_the_quantized_folder(run, tmp_path):
     """A class of transformers' that has no table here, as its user meets it."""
     config = AutoConfig.for_model(
-        "internlm3",
+        "nanochat",
         **{"vocab_size": 256, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2, "head_dim": 16},
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": None, "bias": True, "qkv_bias": True},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": None},
     )
     folder, toml, rotated, small = (tmp_path / name for name in ("model", "mine.toml", "rotated", "small"))
     random_weights(AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     code, _, errors = run("rotate", folder, rotated)
-    assert code == 1 and "internlm3" in errors and "--probe" in errors
+    assert code == 1 and "nanochat" in errors and "--probe" in errors
     code, out, _ = run("plan", folder, "--probe")
     assert code == 0 and "R1: the residual stream can be rotated" in out
     assert run("plan", folder, "--probe", "--draft", toml)[0] == 0
-    assert toml.read_text() == out and read_family(toml).name == "internlm3"
+    assert toml.read_text() == out and read_family(toml).name == "nanochat"
     code, _, errors = run("plan", folder, "--probe", "--draft", toml)
     assert code == 1 and "may hold what you corrected" in errors
     assert run("plan", folder, "--draft", toml)[0] == 1
     code, out, _ = run("plan", folder, "--family", toml, "--json")
-    assert code == 0 and json.loads(out)["plan"]["family"] == "internlm3"
+    assert code == 0 and json.loads(out)["plan"]["family"] == "nanochat"
     assert run("rotate", folder, rotated, "--family", toml)[0] == 0
     assert run("verify", folder, rotated, "--tolerance", "0.001", "--length", "32", "--windows", "1")[0] == 0
     arguments = ["--scheme", "W4A8KV8", "--family", toml, "--method", "gptq", "--samples", "4", "--sample-length", "16"]

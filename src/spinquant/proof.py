@@ -86,7 +86,8 @@ class Float64Arithmetic(TorchFunctionMode):
         function: Any = torch.Tensor.double if func is torch.Tensor.float else func
         widened = [torch.float64 if a is torch.float32 else a for a in args]
         named = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
-        if func is torch.full and isinstance(args[-1], float):  # float32 unless told; XGLM fills with float64's lowest
+        # Filled tensors are float32 unless told; XGLM fills with float64's lowest.
+        if func is torch.full and isinstance(named.get("fill_value", args[1] if len(args) > 1 else None), float):
             named.setdefault("dtype", torch.float64)
         return function(*widened, **named)
 
