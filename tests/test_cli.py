@@ -328,7 +328,7 @@ def test_quantize_learns_in_one_go(run, learned, tmp_path):
         (["--format", "hf"], "plain 16-bit folder"),
         (["--method", "gptq", "--scheme", "A4"], "method rtn"),
         (["--runtime", "vllm"], "vllm"),
-        (["--max-shard-size", "1MB", "--clips"], "--max-shard-size"),
+        (["--learned", "elsewhere"], "give one of them"),
     ],
 )
 def test_what_quantizing_would_refuse_is_refused_before_learning(run, learned, tmp_path, monkeypatch, more, word):

@@ -160,9 +160,15 @@ def test_narrowing_the_dtype_keeps_the_last_bit(dtype, folder, tmp_path):
         "calibration_text": spinquant.CalibrationText("manual", samples=2, length=32),
     }
     scheme, out = parse_scheme("W8A8"), tmp_path / "out"
-    result = spinquant.quantize_folder(folder, out, scheme, spec, dtype=dtype, text="manual", **calibrated)
-    ids = tokens(1, 200)
-    assert torch.equal(logits(load(tmp_path / "out"), ids), logits(result.model, ids))
+    spinquant.quantize_folder(folder, out, scheme, spec, dtype=dtype, text="manual", **calibrated)
+    narrow, wide, ids = load(out), load(folder), tokens(1, 200)
+    assert narrow.dtype == dtype
+    assert torch.equal(narrow.model.rotary_emb.inv_freq, wide.model.rotary_emb.inv_freq)
+    # What is saved again and loaded is the same to the last bit.
+    narrow.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again"), ids), logits(narrow, ids))
+    expected = logits(wide, ids)
+    assert (logits(narrow, ids) - expected).norm() < 0.2 * expected.norm()
 
 
 def test_nothing_but_weights_lies_beside_the_weights(tmp_path):

@@ -170,11 +170,14 @@ class Processes:
             self._raise_fate(final=False)
             raise ProcessError(f"the job was told to end ({signal.Signals(number).name}). {_AGAIN}")
 
-        before = signal.signal(signal.SIGTERM, end)
+        after = signal.signal(signal.SIGTERM, end)
         try:
             yield
+        except ProcessError:
+            after = signal.SIG_IGN  # torchrun may tell us only now, when all that is left is to say why
+            raise
         finally:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, after)
 
     def _tell(self, error: BaseException) -> None:
         known = isinstance(error, SpinquantError)
