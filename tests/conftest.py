@@ -1,6 +1,7 @@
 """Tiny random models of transformers' own classes: non-zero biases, non-unit gains, float64, seeded."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -18,6 +19,7 @@ from transformers import (
     SmolLM3Config,
 )
 
+from spinquant import cli
 from spinquant.demo_model import demo_model
 from spinquant.errors import CheckpointError
 from spinquant.proof import Float64Arithmetic
@@ -122,3 +124,29 @@ def real_folder():
         if os.environ.get("CI"):
             raise
         pytest.skip(f"no real model: {error}")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(*arguments) -> (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["spinquant", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Streams cut tiny tensors too, into several slices and bands."""
+    monkeypatch.setattr("spinquant.fuse.SLICE", 600)
+    monkeypatch.setattr("spinquant.stream.BAND", 5000)
+    monkeypatch.setattr("spinquant.stream.IN_FLIGHT", 20_000)
+    monkeypatch.setattr("spinquant.formats.native_packing.PIECE", 500)

@@ -10,24 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, CTRLConfig
 
 from conftest import byte_tokenizer, logits, tiny_model, tokens
-from spinquant import cli, load, read_learned
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """run(*arguments) -> (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["spinquant", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+from spinquant import load, read_learned
 
 
 @pytest.mark.parametrize("command", ["plan", "rotate", "quantize", "learn", "evaluate", "verify", "demo"])

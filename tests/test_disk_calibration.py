@@ -26,12 +26,7 @@ TEXT = CalibrationText("manual", 5, 16)
 UNPROVED = Options(prove=False)
 
 
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    """Tiny tensors are cut too, into several slices and bands."""
-    monkeypatch.setattr("spinquant.fuse.SLICE", 600)
-    monkeypatch.setattr("spinquant.stream.BAND", 5000)
-    monkeypatch.setattr("spinquant.stream.IN_FLIGHT", 20_000)
+pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
 def saved(path, name, dtype):

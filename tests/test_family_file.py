@@ -17,7 +17,6 @@ from families import FAMILIES as INSTANCES
 from spinquant import (
     Options,
     RotationSpec,
-    cli,
     load,
     make_plan,
     plan_of,
@@ -217,21 +216,6 @@ def test_what_is_saved_is_loaded_elsewhere_without_the_file(acme_family, acme_fo
         assert torch.equal(torch.load(tmp_path / f"{scheme}.logits"), mine)
         assert (mine - before).norm() / before.norm() < (1e-4 if scheme == "none" else 0.2)
     assert {online.site for online in plan_of(load(tmp_path / "none")).onlines} == {"input", "query_key"}
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["spinquant", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def test_commands_from_the_draft_to_the_quantized_folder(run, tmp_path):

@@ -28,13 +28,7 @@ ALL = RotationSpec("R1,R2,R3,R4", seed=1)
 UNPROVED = Options(prove=False)
 
 
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    """Tiny tensors are cut too."""
-    monkeypatch.setattr("spinquant.fuse.SLICE", 600)
-    monkeypatch.setattr("spinquant.stream.BAND", 5000)
-    monkeypatch.setattr("spinquant.stream.IN_FLIGHT", 20_000)
-    monkeypatch.setattr("spinquant.formats.native_packing.PIECE", 500)
+pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
 def in_memory(folder, out, scheme, spec):
