@@ -10,7 +10,6 @@ import pytest
 from conftest import tiny_model
 from spinquant import Quantizer, RotationError, RotationSpec, Scheme, SchemeError, parse_scheme, plan_of
 from spinquant.formats.runtimes import RUNTIMES, Claim, check_runtime, format_for, runtime_rows, scheme_names
-from test_cli import run  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "runtimes.md"
@@ -131,7 +130,7 @@ def test_names_leave_out_what_does_not_matter_to_a_kernel():
     assert scheme_names(Scheme(weights=Quantizer(4, group_size=16))) == ("W4A16_ASYM",)
 
 
-def test_plan_tells_what_a_runtime_runs(run, folder):  # noqa: F811
+def test_plan_tells_what_a_runtime_runs(run, folder):
     code, out, _ = run("plan", folder, "--runtime", "vllm-cpu", "--scheme", "W8A8", "--json")
     rows = {row["what"]: row for row in json.loads(out)["runtime"]}
     assert code == 1  # R3 and R4 are among the default rotations
@@ -159,14 +158,14 @@ def test_plan_tells_what_a_runtime_runs(run, folder):  # noqa: F811
         (["--scheme", "none", "--format", "hf"], "R3, R4 run at run time"),
     ],
 )
-def test_refusals_come_before_work(run, folder, tmp_path, arguments, word):  # noqa: F811
+def test_refusals_come_before_work(run, folder, tmp_path, arguments, word):
     code, _, errors = run("quantize", folder, tmp_path / "out", *arguments)
     assert code == 1
     assert word in errors and len(errors.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_quantize_for_a_runtime_writes_its_format(run, folder, tmp_path):  # noqa: F811
+def test_quantize_for_a_runtime_writes_its_format(run, folder, tmp_path):
     for name, arguments, method in (
         ("a", ("--scheme", "W8A8", "--runtime", "vllm-cpu", "--rotations", "R1,R2"), "compressed-tensors"),
         ("b", ("--scheme", "none", "--format", "hf", "--rotations", "R1,R2"), None),
