@@ -62,8 +62,12 @@ def model(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    """As the processes cut them: slices decide the last bit."""
+    """As the processes cut them, with a thread each as torchrun gives them: both decide the last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     monkeypatch.setattr("spinquant.fuse.SLICE", 600)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_rotating_by_two_is_rotating_by_one(model, tmp_path):
