@@ -32,7 +32,7 @@ from spinquant.tensorfile import TensorFile
 # takes.
 BAND = 1 << 23
 # Bytes in flight, buffers to read into and results to be written. A single band may be larger.
-IN_FLIGHT = 1 << 26
+IN_FLIGHT = 1 << 25
 
 
 def read_gains(source: Source, plan: Plan) -> dict[str, Tensor]:
