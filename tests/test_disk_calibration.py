@@ -60,11 +60,18 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("llama", torch.float32), ("phi3", torch.bfloat16), ("opt", torch.float32)]
+    ("name", "dtype"),
+    [
+        ("llama", torch.float32),
+        ("phi3", torch.bfloat16),
+        ("opt", torch.float32),
+        ("gpt2", torch.float32),
+        ("gpt_oss", torch.float32),
+    ],
 )
 def test_from_disk_is_in_memory_bit_for_bit(name, dtype, case, tmp_path):
     method, calibration, words = CASES[case]
-    spec = ALL if name != "opt" else RotationSpec("R1,R2")
+    spec = ALL if name not in ("opt", "gpt2") else RotationSpec("R1,R2")
     scheme = parse_scheme(words, lm_head=case == "gptq")
     folder = saved(tmp_path / "model", name, dtype)
     assert from_disk(folder)

@@ -612,7 +612,9 @@ def test_what_cannot_be_learned_is_refused():
         LocalOptions(solver="procrustes", lr=2.0, optimizer="sgd")
     with pytest.raises(LearningError, match="solver qr does not use optimizer"):
         LocalOptions(solver="qr", optimizer="sgd")
-    with pytest.raises(LearningError, match="the weighting is fisher"):
+    with pytest.raises(LearningError, match="weighting fisher with factor 2"):
         LocalOptions(factor=2.0)
+    with pytest.raises(LearningError, match="factor other than 1"):
+        LocalOptions(weighting="massive")
     with pytest.raises(LearningError, match="nothing to checkpoint"):
         LocalOptions(weighting="uniform", checkpointing=True)

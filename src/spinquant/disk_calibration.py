@@ -4,11 +4,9 @@ The walk over blocks is that of `quantization/blockwise.py`, on a model that is 
 it finds is in the store, block by block, from which the stream then writes its shards.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +15,16 @@ from torch import Tensor
 
 from spinquant.architectures import FamilyLike
 from spinquant.calibrate import CalibrationText, calibration_tokens
-from spinquant.checkpoint import load_model, load_tokenizer, weights_digest
-from spinquant.disk_model import OnDisk, Weights, hollow_model, unfillable
+from spinquant.checkpoint import load_model, load_tokenizer
+from spinquant.disk_model import OnDisk, Weights
 from spinquant.errors import CheckpointError
 from spinquant.hidden_states import HiddenStates, room_by_default
-from spinquant.learning.learn import LearnedRotations
 from spinquant.pipeline import Method, Options
 from spinquant.plan import Plan
 from spinquant.quantization.blockwise import Calibration, quantize_blocks
-from spinquant.quantization.progress import BlockStore, digest
+from spinquant.quantization.progress import BlockStore
 from spinquant.quantization.scheme import Clips, Scheme
-from spinquant.rotation import Rotation, RotationSpec
+from spinquant.rotation import Rotation
 
 
 @dataclass(frozen=True)
@@ -37,25 +34,6 @@ class Calibrating:
     method: Method
     calibration: Calibration
     text: CalibrationText = field(default_factory=CalibrationText)
-
-
-def store_for(
-    out: str | Path,
-    model: str | Path,
-    scheme: Scheme,
-    spec: RotationSpec,
-    calibrating: Calibrating,
-    tokens: Tensor,
-    dtype: torch.dtype,
-    options: Options,
-    learned: LearnedRotations | None,
-    family: Any = None,
-) -> BlockStore:
-    """Where finished blocks are kept until `out` is written, under a name of everything that decides them."""
-    settings = [version("spinquant"), scheme, spec, calibrating.method, calibrating.calibration, options.precision]
-    settings += [dtype, digest(tokens), weights_digest(model), learned.digest() if learned else None]
-    settings += [family]
-    return BlockStore(Path(out).parent / f".{Path(out).name}.calibration", json.dumps([repr(s) for s in settings]))
 
 
 def tokens_for(
@@ -74,12 +52,6 @@ def tokens_for(
     generated = text.text == "generated" or (tokenizer is None and text.text == "auto")
     loaded = load_model(model, dtype=dtype, family=family) if generated else None
     return calibration_tokens(loaded, tokenizer, text, progress=progress)
-
-
-def why_not(config: Any, plan: Plan, source: Weights) -> str | None:
-    """Why the blocks of a model cannot be filled from a checkpoint; None where they can."""
-    lacking = unfillable(hollow_model(config, torch.float32), source, {tie.tensor: tie.source for tie in plan.ties})
-    return None if lacking is None else f"the model's class keeps {lacking!r} in another form than the checkpoint"
 
 
 def calibrate_on_disk(

@@ -48,12 +48,15 @@ def hollow_model(config: Any, dtype: torch.dtype) -> Any:
         return model_class(config).from_config(config, dtype=dtype).eval()
 
 
-def unfillable(model: nn.Module, source: Weights, ties: Mapping[str, str]) -> str | None:
-    """The first tensor of a model that a checkpoint does not hold under its name and shape; None where it holds all."""
+def unfillable(model: Any, source: Weights, plan: Plan) -> str | None:
+    """Why the blocks of a model cannot be filled from a checkpoint and run one by one; None where they can."""
+    if model.base_model is model:
+        return "the model's class has no base model, whose blocks could be run one by one"
+    ties = {tie.tensor: tie.source for tie in plan.ties}
     for name, tensor in model.state_dict().items():
         stored = source.tensors.get(name) or source.tensors.get(ties.get(name, ""))
         if stored is None or stored.entry.shape != tuple(tensor.shape):
-            return name
+            return f"the model's class keeps {name!r} in another form than the checkpoint"
     return None
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spinquant.along.folder import read_along
-from spinquant.architectures import FamilyLike, make_plan, recorded_family
+from spinquant.architectures import FamilyLike, make_plan
 from spinquant.architectures.prediction import COUNTS
 from spinquant.calibrate import CalibrationText, calibration_tokens
 from spinquant.checkpoint import (
@@ -30,7 +30,7 @@ from spinquant.checkpoint import (
     load_tokenizer,
     read_headers,
 )
-from spinquant.disk_calibration import Calibrating, store_for
+from spinquant.disk_calibration import Calibrating
 from spinquant.errors import CheckpointError
 from spinquant.formats.compressed_config import check_plan
 from spinquant.formats.compressed_tensors import write_compressed
@@ -43,7 +43,7 @@ from spinquant.quantization.blockwise import Calibration
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import RotationSpec, online_part
 from spinquant.saved_rotations import to_save
-from spinquant.stream_run import Request, sample_tokens
+from spinquant.stream_run import Request, sample_tokens, store_for
 from spinquant.streamed_folders import stream_folder
 
 Format = Literal["native", "compressed-tensors", "hf"]
@@ -202,21 +202,21 @@ def quantize_folder(
     calibrating = None
     if calibrated is not None:
         calibrating = Calibrating(method, calibrated, calibration_text or CalibrationText(seed=spec.seed))
+    request = Request(
+        spec,
+        dtype,
+        device,
+        max_shard_size,
+        text,
+        scheme,
+        options,
+        learned,
+        calibrating,
+        "native" if format == "hf" else format,
+        checksums,
+        family=family,
+    )
     if streamed:
-        request = Request(
-            spec,
-            dtype,
-            device,
-            max_shard_size,
-            text,
-            scheme,
-            options,
-            learned,
-            calibrating,
-            "native" if format == "hf" else format,
-            checksums,
-            family=family,
-        )
         return stream_folder(model, out, request, force=force)
     check = partial(check_plan, scheme=scheme, spec=spec) if format == "compressed-tensors" else None
     loaded, tokenizer, sample, notes = _open(
@@ -229,18 +229,7 @@ def quantize_folder(
         progress = options.stage("generate text")
         name, tokens = calibration_tokens(loaded, tokenizer, calibrating.text, progress=progress)
         notes["calibration_text"] = {"text": name, "samples": tokens.shape[0], "length": tokens.shape[1]}
-        store = store_for(
-            out,
-            model,
-            scheme,
-            spec,
-            calibrating,
-            tokens,
-            loaded.dtype,
-            options,
-            learned,
-            recorded_family(loaded.config),
-        )
+        store = store_for(out, model, request, tokens, loaded.dtype, loaded.config)
     result = quantize(
         loaded,
         scheme,

@@ -6,10 +6,12 @@ Found out now it costs nothing; found out at the end, hours.
 from contextlib import closing
 from pathlib import Path
 
+import torch
+
 from spinquant.architectures import FamilyLike, make_plan
 from spinquant.calibrate import CalibrationText
 from spinquant.checkpoint import check_free, folder_of, has_pickles_only, load_config, read_headers
-from spinquant.disk_calibration import why_not
+from spinquant.disk_model import hollow_model, unfillable
 from spinquant.errors import CalibrationError, CheckpointError, RotationError, SchemeError
 from spinquant.formats.compressed_config import check_scheme, quantization_scheme
 from spinquant.formats.runtimes import check_runtime, runtime_of
@@ -104,7 +106,8 @@ def from_disk(model: str | Path, family: FamilyLike | None = None) -> bool:
     """Whether the decoder blocks of a folder can be calibrated one by one from disk, in the form they are stored in."""
     config, folder = load_config(model, family=family), folder_of(model)
     with closing(Source(folder, config)) as source:
-        return why_not(config, make_plan(config, source.shapes), source) is None
+        plan = make_plan(config, source.shapes)
+        return unfillable(hollow_model(config, torch.float32), source, plan) is None
 
 
 def check_for(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from spinquant.along.folder import ADAPTERS, along_digests, write_along
 from spinquant.along.target import Target
@@ -24,7 +25,7 @@ from spinquant.checkpoint import (
     weights_digest,
 )
 from spinquant.companions import dtype_of, model_dtype
-from spinquant.disk_calibration import Calibrating, calibrate_on_disk, store_for, tokens_for
+from spinquant.disk_calibration import Calibrating, calibrate_on_disk, tokens_for
 from spinquant.disk_model import Weights, hollow_model, unfillable
 from spinquant.disk_proof import compare_on_disk, tolerance_of
 from spinquant.errors import CheckpointError
@@ -37,7 +38,7 @@ from spinquant.pipeline import Options, Result, check_groups
 from spinquant.plan import Plan
 from spinquant.processes import Processes
 from spinquant.proof import check
-from spinquant.quantization.progress import BlockStore
+from spinquant.quantization.progress import BlockStore, digest
 from spinquant.quantization.scheme import Scheme
 from spinquant.resumable import Resumable
 from spinquant.rotation import RotationSpec, check_given, in_precision, make_rotations, online_part
@@ -127,6 +128,18 @@ class Request:
         }
 
 
+def store_for(
+    out: str | Path, model: str | Path, request: Request, tokens: Tensor, dtype: torch.dtype, config: Any
+) -> BlockStore:
+    """Where finished blocks of a calibration are kept until `out` is written, under a name of all that decides them."""
+    how = request.calibrating
+    assert how is not None
+    settings = [version("spinquant"), request.scheme, request.spec, how.method, how.calibration]
+    settings += [request.options.precision, dtype, digest(tokens), weights_digest(model)]
+    settings += [request.learned.digest() if request.learned else None, recorded_family(config)]
+    return BlockStore(Path(out).parent / f".{Path(out).name}.calibration", json.dumps([repr(s) for s in settings]))
+
+
 class Run:
     """What follows from a request and a source: the plan, the shards, the changes of the config."""
 
@@ -197,18 +210,7 @@ class Run:
             name, tokens = tokens_for(
                 self.model, how.text, dtype=request.dtype or "auto", family=request.family, progress=progress
             )
-            store = store_for(
-                out,
-                self.model,
-                request.scheme,
-                request.spec,
-                how,
-                tokens,
-                dtype,
-                request.options,
-                request.learned,
-                recorded_family(config),
-            )
+            store = store_for(out, self.model, request, tokens, dtype, config)
             clips = calibrate_on_disk(
                 config,
                 plan,
@@ -298,11 +300,9 @@ def _unquantized(config: Any) -> Any:
 
 
 def _why_not(plan: Plan, model: Any, source: Source) -> str | None:
-    lacking = unfillable(model, source, {tie.tensor: tie.source for tie in plan.ties})
-    if model.base_model is model:
-        return "the model's class has no base model, whose blocks could be run one by one"
-    if lacking is not None:
-        return f"the model's class keeps {lacking!r} in another form than the checkpoint"
+    reason = unfillable(model, source, plan)
+    if reason is not None:
+        return reason
     largest = max(math.prod(stored.entry.shape) for stored in source.tensors.values())
     state = model.state_dict()
     for block in plan.blocks:

@@ -43,4 +43,5 @@ def plan_beside(plan: Plan, counterparts: Mapping[str, Counterpart]) -> Plan:
         biases = [name for name, counterpart in counterparts.items() if counterpart.tensor == gain.bias]
         if readers or biases:
             gains.append(replace(gain, readers=readers, bias=biases[0] if biases else None))
-    return replace(plan, axes=axes, gains=tuple(gains), onlines=(), ties=(), linears=(), attentions=(), blocks=())
+    empty = dict.fromkeys(("onlines", "ties", "linears", "experts", "attentions", "blocks", "renamed"), ())
+    return replace(plan, axes=axes, gains=tuple(gains), **empty)

@@ -45,20 +45,18 @@ def stacked_counterpart(name: str, module: str, tensors: Mapping[str, Tensor], t
 
 def _experts(module: str, target: Target) -> list[_Expert]:
     """The weights of a layer's experts, whose spaces are those of every one of them."""
-    names = [target.module_name(f"{module}.{part}") for part in ("gate_up_proj", "down_proj")]
-    if names[0] in target.names:
-        found = []
-        for part, name in zip(("up", "down"), names, strict=True):
-            tensor = target.names[name]
-            sizes = target.source.tensors[tensor].entry.shape
-            # Experts read the residual space and write to it: the other axis is inside.
-            residual = next(axis.dim for axis in target.plan.axes_of[tensor] if axis.space == "residual")
-            inputs = residual if part == "up" else 3 - residual
-            found.append(_Expert(tensor, 3 - inputs, inputs, (sizes[3 - inputs], sizes[inputs])))
-        return found
-    gate, down = (target.names.get(target.module_name(f"{module}.0.{part}_proj.weight")) for part in ("gate", "down"))
-    if gate is None or down is None:
+    # A module's name by that of a tensor of it.
+    name = target.module_name(f"{module}.down_proj").rpartition(".")[0]
+    experts = next((experts for experts in target.plan.experts if experts.module == name), None)
+    if experts is None:
         raise RotationError(f"the adapter updates experts of {module!r}, and the model has none of that name")
-    (inner, outer), (wide, narrow) = (target.source.tensors[tensor].entry.shape for tensor in (gate, down))
-    # Gate and up are one parameter of the module.
-    return [_Expert(gate, 0, 1, (2 * inner, outer)), _Expert(down, 0, 1, (wide, narrow))]
+    found = []
+    for tensors in (experts.first, experts.second):
+        shape = target.source.tensors[tensors[0]].entry.shape
+        outputs, inputs = len(shape) - 2, len(shape) - 1
+        if experts.transposed:
+            outputs, inputs = inputs, outputs
+        # Gate and up are one parameter of the module, and may be two tensors of a checkpoint.
+        parts = len(tensors) // len(experts.second)
+        found.append(_Expert(tensors[0], outputs, inputs, (parts * shape[outputs], shape[inputs])))
+    return found

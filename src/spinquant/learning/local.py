@@ -66,8 +66,11 @@ class LocalOptions:
             raise LearningError("steps, rows, batch and save_every must be at least 1")
         if not self.lr > 0 or not self.factor > 0:
             raise LearningError("lr and factor must be positive")
-        if self.weighting != "massive" and self.factor != 1.0:
-            raise LearningError(f"factor {self.factor} weights massive rows, and the weighting is {self.weighting}")
+        if (self.weighting == "massive") != (self.factor != 1.0):
+            raise LearningError(
+                f"weighting {self.weighting} with factor {self.factor}: weighting massive counts massive rows by a "
+                "factor other than 1, and the others by none"
+            )
         if self.weighting != "fisher" and self.checkpointing:
             raise LearningError(f"weighting {self.weighting} takes no gradients, so there is nothing to checkpoint")
         unused = {"qr": ("optimizer",), "procrustes": ("objective", "lr", "optimizer", "batch")}.get(self.solver, ())

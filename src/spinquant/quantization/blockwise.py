@@ -289,9 +289,7 @@ class _Walk:
         done: tuple[list[Packed], list[Packed]] = ([], [])
         for expert in range(len(matrices[0])):
             for number, weight in enumerate(weights):
-                moments = None
-                if calls is not None and (number == 0 or done[0]):
-                    moments = self._expert_moments(experts, expert, calls, number)
+                moments = None if calls is None else self._expert_moments(experts, expert, calls, number)
                 label = f"expert {expert} of {weight.tensor}"
                 packed = self._rounded_weight(matrices[number][expert], moments, label)
                 done[number].append(packed)
