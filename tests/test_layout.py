@@ -11,7 +11,7 @@ TABLES = {f"architectures.{name}" for name in ("llama", "postnorm", "layernorm",
 
 # Lowest first; a module imports from lower or equal layers only.
 LAYERS = [
-    {"errors", "workspace"},
+    {"errors", "workspace", "threads"},
     {"plots", "processes", "hidden_states"},
     {"tensorfile", "source_hash"},
     {"plan", "galois", "hadamard_bases", "kronecker", "hadamard", "quantization.scheme"},

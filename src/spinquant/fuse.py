@@ -7,7 +7,9 @@ The module and stream backends, and learning, all call `transform`; there is no 
 rotated, and no case per layer type: embedding, input side, output side, bias, attention heads are axes.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch import Tensor
 from spinquant.errors import RotationError
 from spinquant.plan import Gain, Plan, Span
 from spinquant.rotation import Rotation
+from spinquant.threads import each, single_threaded
 from spinquant.workspace import workspace
 
 # Elements fused at once, which then stay in cache.
@@ -38,6 +41,19 @@ def transform(
     work: working memory that the result may share, contiguous, of the tensor's shape and the dtype of the arithmetic.
     Returns the same shape, dtype and device; the input itself when nothing touches it.
     """
+    return _fused(name, tensor, plan, gains, rotations, precision, work).to(tensor.dtype)
+
+
+def _fused(
+    name: str,
+    tensor: Tensor,
+    plan: Plan,
+    gains: Mapping[str, Tensor],
+    rotations: Mapping[str, Rotation],
+    precision: torch.dtype | None,
+    work: Tensor | None,
+) -> Tensor:
+    """`transform` before it is rounded."""
     gain = plan.gain_of_norm.get(name)
     if gain is not None and gain.space in rotations:
         return torch.full_like(tensor, 1.0 - gain.offset)
@@ -47,7 +63,7 @@ def transform(
         return tensor
     # Rounding once, at the end, keeps half-precision checkpoints as close to the original as the format allows.
     wide = _wide(tensor, precision)
-    fused = tensor if tensor.dtype == wide else tensor.to(wide) if work is None else work.copy_(tensor)
+    fused = tensor if tensor.dtype == wide else tensor.to(wide) if work is None else _copy(tensor, work)
     for scale, dim in scales:
         shape = [-1 if d == dim else 1 for d in range(fused.ndim)]
         fused = torch.mul(fused, scale.to(fused.device, wide).view(shape), out=work)
@@ -56,7 +72,7 @@ def transform(
         fused = _without_gain(fused, gains[shifted.norm].to(fused.device, wide) + shifted.offset, shifted)
     for axis in axes:
         fused = rotate_axis(fused, axis.dim, rotations[axis.space], axis.span, out=work)
-    return fused.to(tensor.dtype)
+    return fused
 
 
 def _without_gain(bias: Tensor, scale: Tensor, gain: Gain) -> Tensor:
@@ -78,32 +94,76 @@ def fuse_in_place(
     rotations: Mapping[str, Rotation],
     *,
     precision: torch.dtype | None = None,
+    shape: Sequence[int] | None = None,
 ) -> None:
-    """`transform` into the tensor's own memory, slice by slice. Rows alone may be given where axis 0 is free."""
-    for part in slices(name, tensor, plan, rotations):
-        work = working_memory(part, precision)
-        part.copy_(transform(name, part, plan, gains, rotations, precision=precision, work=work))
+    """`transform` into the tensor's own memory, slice by slice. On a CPU the number of threads changes no bit.
+
+    Rows alone may be given, whole slices of them (`rows_at_once`), with the `shape` of the tensor that they are of.
+    """
+
+    def fuse(part: Tensor) -> None:
+        _copy(_fused(name, part, plan, gains, rotations, precision, working_memory(part, precision)), part)
+
+    with single_threaded() if tensor.device.type == "cpu" else nullcontext():
+        each(fuse, slices(name, tensor, plan, rotations, shape))
 
 
-def free_axes(name: str, ndim: int, plan: Plan, rotations: Mapping[str, Rotation]) -> list[int]:
-    """The axes of a tensor along which it may be cut, and its parts fused by themselves."""
-    touched = {dim for g, dim in plan.gains_of.get(name, ()) if g.space in rotations}
-    touched |= {axis.dim for axis in plan.axes_of.get(name, ()) if axis.space in rotations}
-    return [dim for dim in range(ndim) if dim not in touched]
+def _copy(source: Tensor, target: Tensor) -> Tensor:
+    """The target, with the numbers of the source."""
+    if target.numel() <= 2 * SLICE:
+        return target.copy_(source)
+    rows = max(1, SLICE * len(target) // target.numel())
+    each(lambda pair: pair[0].copy_(pair[1]), zip(target.split(rows), source.split(rows), strict=True))
+    return target
 
 
-def slices(name: str, tensor: Tensor, plan: Plan, rotations: Mapping[str, Rotation]) -> Sequence[Tensor]:
+def _units(name: str, ndim: int, plan: Plan, rotations: Mapping[str, Rotation]) -> dict[int, int]:
+    """The axes of a tensor along which it may be cut and its parts fused by themselves, and at multiples of what."""
+    units = dict.fromkeys(range(ndim), 1)
+    for axis in plan.axes_of.get(name, ()):
+        if axis.space in rotations:
+            # Heads, or blocks of a rotation, follow each other along the axis, and each is rotated by itself.
+            units[axis.dim] = 0 if axis.span is not None else math.lcm(units[axis.dim], rotations[axis.space].order)
+    for gain, dim in plan.gains_of.get(name, ()):
+        if gain.space in rotations:
+            units[dim] = 0
+    if name in plan.gain_of_bias:
+        units[0] = 0
+    return {dim: unit for dim, unit in units.items() if unit}
+
+
+def rows_at_once(name: str, shape: Sequence[int], plan: Plan, rotations: Mapping[str, Rotation]) -> int | None:
+    """The rows of a slice of a tensor that is cut along its first axis; None for one that is not."""
+    cut = _cut(name, shape, plan, rotations)
+    return cut[1] if cut is not None and cut[0] == 0 else None
+
+
+def _cut(name: str, shape: Sequence[int], plan: Plan, rotations: Mapping[str, Rotation]) -> tuple[int, int] | None:
+    """The axis along which a tensor is cut into slices, and the length of one; None where there is none.
+
+    That of the smallest unit: its slices may be as small as they should be. A tensor without such an axis stays whole.
+    """
+    elements = max(1, math.prod(shape))
+    units = _units(name, len(shape), plan, rotations)
+    for dim, unit in sorted(units.items(), key=lambda item: (item[1], item[0])):
+        if unit < shape[dim] or unit == 1:
+            return dim, max(unit, SLICE * shape[dim] // elements // unit * unit)
+    return None
+
+
+def slices(
+    name: str, tensor: Tensor, plan: Plan, rotations: Mapping[str, Rotation], shape: Sequence[int] | None = None
+) -> Sequence[Tensor]:
     """Views that make up the tensor, each of which `transform` takes by itself; none where it changes nothing.
 
-    They are cut along an axis that nothing touches, where there is one: an embedding of gigabytes then needs megabytes
-    of working memory, which stay in cache.
+    They are cut along an axis that nothing touches, or that is rotated block by block, where there is one: an embedding
+    of gigabytes then needs megabytes of working memory, which stay in cache. shape: of the tensor, if these are rows.
     """
-    free = free_axes(name, tensor.ndim, plan, rotations)
-    if len(free) == tensor.ndim and name not in plan.gain_of_norm:
+    units = _units(name, tensor.ndim, plan, rotations)
+    if list(units.values()) == [1] * tensor.ndim and name not in plan.gain_of_norm:
         return ()
-    if not free:
-        return (tensor,)
-    return tensor.split(max(1, SLICE * tensor.shape[free[0]] // max(1, tensor.numel())), free[0])
+    cut = _cut(name, shape or tensor.shape, plan, rotations)
+    return (tensor,) if cut is None else tensor.split(cut[1], cut[0])
 
 
 def working_memory(tensor: Tensor, precision: torch.dtype | None) -> Tensor:

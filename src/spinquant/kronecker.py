@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from spinquant.errors import RotationError
+from spinquant.threads import each
 from spinquant.workspace import workspace
 
 # Elements per chunk. Measured with 32 MiB of L3: 2^18 is up to 20 % slower (calls), 2^21 up to twice (cache).
@@ -83,11 +84,14 @@ def _apply(x: Tensor, factors: Sequence[Tensor], transpose: bool, dim: int, out:
     # A chunk is some whole rows, or some columns of one row where a row is longer than a chunk.
     count = max(1, _CHUNK // (order * width)) if on_cpu else len(rows)
     columns = min(width, max(16, _CHUNK // order)) if on_cpu else width
-    for start in range(0, len(rows), count):
-        for left in range(0, width, columns):
-            source = rows[start : start + count, :, left : left + columns]
-            target = results[start : start + count, :, left : left + columns]
-            _apply_chunk(source, target, _steps(parts, source.shape[-1]), dtype)
+
+    def transform(corner: tuple[int, int]) -> None:
+        start, left = corner
+        source = rows[start : start + count, :, left : left + columns]
+        target = results[start : start + count, :, left : left + columns]
+        _apply_chunk(source, target, _steps(parts, source.shape[-1]), dtype)
+
+    each(transform, [(start, left) for start in range(0, len(rows), count) for left in range(0, width, columns)])
     return result
 
 

@@ -13,6 +13,7 @@ from spinquant.errors import CheckpointError
 from spinquant.fuse import fuse_in_place
 from spinquant.plan import Plan
 from spinquant.rotation import Rotation
+from spinquant.workspace import kept_whole
 
 
 def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -48,10 +49,11 @@ def fuse_module(
         untie(model, plan)
     parameters = dict(model.named_parameters())
     gains = {gain.norm: parameters[gain.norm].detach().clone() for gain in plan.gains}
-    for done, (name, parameter) in enumerate(parameters.items()):
-        fuse_in_place(name, parameter, plan, gains, rotations, precision=precision)
-        if progress:
-            progress(done + 1, len(parameters))
+    with kept_whole():
+        for done, (name, parameter) in enumerate(parameters.items()):
+            fuse_in_place(name, parameter, plan, gains, rotations, precision=precision)
+            if progress:
+                progress(done + 1, len(parameters))
 
 
 def model_class(config: Any) -> Any:

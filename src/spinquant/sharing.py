@@ -8,8 +8,6 @@ of which one process would have too much is thereby taken by several, each writi
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from spinquant import fuse
 from spinquant.shards import Change, Job, Shard, layout_bytes
 from spinquant.source import Source
@@ -36,10 +34,9 @@ def bands_of(source: Source, change: Change, job: Job, size: int) -> Iterator[Ba
         return
     rows, step = entry.rows, entry.rows
     whole = change.packing.is_whole(job.name)
-    if not whole and entry.shape and 0 in fuse.free_axes(job.name, len(entry.shape), change.plan, change.rotations):
+    slice_rows = fuse.rows_at_once(job.name, entry.shape, change.plan, change.rotations) if entry.shape else None
+    if not whole and slice_rows:
         # Whole slices: the products are then those of the module backend, to the last bit.
-        elements = max(1, torch.Size(entry.shape).numel())
-        slice_rows = max(1, fuse.SLICE * rows // elements)
         step = max(1, size * rows // max(1, nbytes) // slice_rows) * slice_rows
     for first in range(0, max(1, rows), max(1, step)):
         last = min(first + step, rows)

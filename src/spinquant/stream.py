@@ -27,6 +27,8 @@ from spinquant.sharing import Band, bands_in_order, bands_of, shared
 from spinquant.source import Source
 from spinquant.source_hash import Prefix, SourceHash
 from spinquant.tensorfile import TensorFile
+from spinquant.threads import single_threaded
+from spinquant.workspace import kept_whole
 
 # Bytes of the source read at once where a tensor can be cut: a few slices of `fuse`, little beside what Python itself
 # takes.
@@ -82,7 +84,7 @@ def stream(
     mine = shared(bands, processes.size, finished)[processes.rank]
     timing = Timing()
     left = [shard for shard in shards if not finished[shard.file]]
-    with ExitStack() as files, _Pipeline(source, change, timing, hashes) as pipeline:
+    with ExitStack() as files, kept_whole(), _Pipeline(source, change, timing, hashes) as pipeline:
         if processes.size > 1:
             # Everybody writes into files that are there, and as long as they will be.
             for shard in left if processes.first else ():
@@ -126,6 +128,7 @@ class _Pipeline:
     def __init__(self, source: Source, change: Change, timing: Timing, hashes: SourceHash | None):
         self.source, self.change, self.timing, self.hashes = source, change, timing, hashes
         self.reader, self.checker, self.writer, self.hasher = self.workers = tuple(_Worker() for _ in range(4))
+        self.waiting: deque[tuple[Band, Tensor, int, Future[Any], Future[Any]]] = deque()
         self.written: deque[tuple[list[Future[Any]], int, Tensor | None]] = deque()
         self.in_flight = 0
         self.free: list[Tensor] = []
@@ -174,7 +177,7 @@ class _Pipeline:
 
     def run(self, file: TensorFile, bands: Sequence[Band]) -> Iterator[Band]:
         """Take bands through reading, computing and writing; yields each when it is computed."""
-        waiting: deque[tuple[Band, Tensor, int, Future[Any], Future[Any]]] = deque()
+        waiting = self.waiting
         coming = deque(bands)
         while coming or waiting:
             self._collect()
@@ -184,7 +187,7 @@ class _Pipeline:
                 need = coming[0].nbytes * (1 if stored.scale is None else 1 + stored.dtype.itemsize)
                 share = coming[0].last - coming[0].first, max(1, stored.entry.rows)
                 need += layout_bytes(coming[0].job.stored) * share[0] // share[1]
-                if self.in_flight and self.in_flight + need > IN_FLIGHT:
+                if self.in_flight and self.in_flight + need > IN_FLIGHT + self._large(need):
                     break
                 band = coming.popleft()
                 buffer = self._buffer(band.nbytes)
@@ -234,14 +237,18 @@ class _Pipeline:
                 self.free.append(buffer)
             one = False
 
+    def _large(self, need: int) -> int:
+        """What the one band that is as large as it has to be may take besides."""
+        sizes = [need, *(one[2] for one in self.waiting), *(nbytes for _, nbytes, _ in self.written)]
+        return max(0, max(sizes) - IN_FLIGHT // 2)
+
     def _buffer(self, nbytes: int) -> Tensor:
-        fitting = [buffer for buffer in self.free if len(buffer) >= nbytes]
-        if fitting:
-            buffer = min(fitting, key=len)
-            self.free = [other for other in self.free if other is not buffer]
-            return buffer
-        self.free = [buffer for buffer in self.free if len(buffer) <= BAND]
-        return torch.empty(max(nbytes, BAND), dtype=torch.uint8)
+        kind = [buffer for buffer in self.free if (len(buffer) > BAND) == (nbytes > BAND)]
+        fitting = [buffer for buffer in kind if len(buffer) >= nbytes]
+        # One that is too small for a large band goes before another takes its place.
+        gone = min(fitting, key=len) if fitting else next(iter(kind), None)
+        self.free = [buffer for buffer in self.free if buffer is not gone]
+        return gone if fitting and gone is not None else torch.empty(max(nbytes, BAND), dtype=torch.uint8)
 
     def _timed(self, phase: str, step: Callable[[], Any]) -> Any:
         start = time.perf_counter()
@@ -284,18 +291,22 @@ def changed(source: Source, change: Change, job: Job, first: int, rows: Tensor) 
     """What rows of a tensor, from row `first` on, are stored as. Their own memory may be used for it."""
     if not rows.is_floating_point():
         return change.packing.pack(job.name, rows)
-    fused = _fused(change, job, rows)
-    # The sum of finite numbers is finite or overflows; only then every number has to be looked at.
-    if not torch.isfinite(fused.sum()) and not torch.isfinite(fused).all():
-        _refuse(source, job, first, len(rows) if rows.ndim else 1, fused)
+    # One operation that threads share would leave them waiting for the next, on cores that readers and writers need.
+    with single_threaded():
+        fused = _fused(source, change, job, rows)
+        # The sum of finite numbers is finite or overflows; only then every number has to be looked at.
+        if not torch.isfinite(fused.sum()) and not torch.isfinite(fused).all():
+            _refuse(source, job, first, len(rows) if rows.ndim else 1, fused)
     return {name: tensor.cpu().contiguous() for name, tensor in change.packing.pack(job.name, fused).items()}
 
 
-def _fused(change: Change, job: Job, rows: Tensor) -> Tensor:
+def _fused(source: Source, change: Change, job: Job, rows: Tensor) -> Tensor:
     moved = rows.to(change.device)
     if job.dtype.itemsize > moved.dtype.itemsize:
         moved = moved.to(job.dtype)  # widened before anything is rounded
-    fuse.fuse_in_place(job.name, moved, change.plan, change.gains, change.rotations, precision=change.precision)
+    shape = source.tensors[job.source].entry.shape
+    given = change.plan, change.gains, change.rotations
+    fuse.fuse_in_place(job.name, moved, *given, precision=change.precision, shape=shape)
     return moved.to(job.dtype)
 
 
@@ -315,7 +326,7 @@ class Rotated:
         rows = self.source.whole(origin)
         if not rows.is_floating_point():
             return rows
-        return _fused(self.change, job_of(self.source, self.change, name, origin), rows).cpu()
+        return _fused(self.source, self.change, job_of(self.source, self.change, name, origin), rows).cpu()
 
     @torch.no_grad()
     def parts(self, name: str) -> Iterator[tuple[int, Tensor]]:
@@ -323,7 +334,7 @@ class Rotated:
         job = job_of(self.source, self.change, name, self._origins[name])
         for band in bands_of(self.source, self.change, job, BAND):
             rows = self.source.read(job.source, band.first, band.last, torch.empty(band.nbytes, dtype=torch.uint8))
-            yield band.first, (_fused(self.change, job, rows).cpu() if rows.is_floating_point() else rows)
+            yield band.first, (_fused(self.source, self.change, job, rows).cpu() if rows.is_floating_point() else rows)
 
 
 def _refuse(source: Source, job: Job, first: int, count: int, fused: Tensor) -> None:

@@ -3,6 +3,8 @@
 import ctypes
 import math
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ _KEPT = 8 << 20
 class _Local(threading.local):
     def __init__(self):
         self.slots: dict[int, Tensor] = {}
+        self.largest: float = _KEPT
 
 
 _local = _Local()
@@ -26,7 +29,7 @@ def workspace(slot: int, shape: tuple[int, ...], dtype: torch.dtype, like: Tenso
     """
     size = math.prod(shape) * dtype.itemsize
     # Fake tensors and their kind allocate in a way of their own.
-    if like.device.type != "cpu" or size > _KEPT or type(like) not in (Tensor, nn.Parameter):
+    if like.device.type != "cpu" or size > _local.largest or type(like) not in (Tensor, nn.Parameter):
         return torch.empty(shape, dtype=dtype, device=like.device)
     kept = _local.slots.get(slot)
     if kept is None or len(kept) < size:
@@ -34,6 +37,17 @@ def workspace(slot: int, shape: tuple[int, ...], dtype: torch.dtype, like: Tenso
         with torch.inference_mode(False):
             kept = _local.slots[slot] = torch.empty(size, dtype=torch.uint8, device="cpu")
     return kept[:size].view(dtype).view(shape)
+
+
+@contextmanager
+def kept_whole() -> Iterator[None]:
+    """Within the block this thread keeps working memory of any size: of tensor after tensor that cannot be cut."""
+    before, _local.largest = _local.largest, math.inf
+    try:
+        yield
+    finally:
+        _local.largest = before
+        _local.slots = {slot: kept for slot, kept in _local.slots.items() if len(kept) <= before}
 
 
 def give_back() -> None:

@@ -1,0 +1,85 @@
+"""Arithmetic in one thread for each piece: how many threads there are decides how long it takes, and nothing else."""
+
+import threading
+
+import pytest
+import torch
+
+from spinquant.fuse import fuse_in_place
+from spinquant.plan import Axis, Gain, Plan, Space
+from spinquant.rotation import RotationSpec, make_rotations
+from spinquant.threads import each, single_threaded
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def plan(order: int) -> Plan:
+    spaces = Space("residual", "R1", order), Space("inner", "R4", 2 * order)
+    axes = Axis("up", 1, "residual"), Axis("down", 0, "residual"), Axis("down", 1, "inner")
+    gains = (Gain("norm", "residual", (("up", 1),)),)
+    return Plan("test", spaces, axes, gains, onlines=(), ties=(), linears=(), attentions=(), blocks=(), head="head")
+
+
+@pytest.mark.parametrize("name", ["up", "down"])
+@pytest.mark.parametrize("kind", ["random-hadamard", "random-matrix"])
+def test_the_number_of_threads_changes_no_bit(name, kind):
+    """Seven rows are left over for the last slice: two threads that share a product of so few end in other bits."""
+    order = 512
+    rotations = make_rotations(plan(order), RotationSpec("R1,R4", kind))
+    shape = (2048 + 7, order) if name == "up" else (order, 2 * order)
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    gains = {"norm": torch.rand(order, generator=torch.Generator().manual_seed(1)) + 0.5}
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(tensor.clone())
+        fuse_in_place(name, found[-1], plan(order), gains, rotations)
+        assert torch.get_num_threads() == threads
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert not torch.equal(found[0], tensor)
+
+
+def test_pieces_go_side_by_side_each_in_one_thread():
+    torch.set_num_threads(2)
+    both = threading.Barrier(2)
+    seen = []
+
+    def piece(number: int) -> None:
+        both.wait(timeout=30)  # nobody gets past it alone
+        inner: list[int] = []
+        each(inner.append, range(3))  # pieces of a piece, in order
+        seen.append((torch.get_num_threads(), torch.is_grad_enabled(), inner))
+
+    with torch.no_grad(), single_threaded():
+        each(piece, range(2))
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+    assert seen == [(1, False, [0, 1, 2])] * 2
+
+
+def test_an_error_comes_when_no_piece_is_at_work():
+    torch.set_num_threads(2)
+    ended = []
+
+    def piece(number: int) -> None:
+        if number == 0:
+            raise ValueError("first")
+        threading.Event().wait(0.05)
+        ended.append(number)
+
+    with pytest.raises(ValueError, match="first"), single_threaded():
+        each(piece, range(4))
+    assert sorted(ended) == [1, 2, 3]
+    assert torch.get_num_threads() == 2
+
+
+def test_outside_pieces_follow_each_other():
+    torch.set_num_threads(2)
+    found = []
+    each(lambda number: found.append((number, threading.current_thread() is threading.main_thread())), range(3))
+    assert found == [(0, True), (1, True), (2, True)]
