@@ -23,7 +23,7 @@ from spinquant import (
 from spinquant.evaluation import divergence
 from spinquant.learnable import learn as learn_parameters
 from spinquant.learning.cayley import Descent, cayley, nearer, orthogonality_error
-from spinquant.learning.end_to_end import EndToEndOptions, _rows_of, learn_end_to_end
+from spinquant.learning.end_to_end import LOSSES, EndToEndOptions, _rows_of, learn_end_to_end
 from spinquant.learning.learn import Watch, _with_signs, learned_spaces
 from spinquant.learning.local import LocalOptions, learn_locally, rounding_errors
 from spinquant.learning.network import fuse_gains, learning_scheme, rounding
@@ -33,7 +33,7 @@ from spinquant.learning.state import StateFile
 from spinquant.online import attachment_of
 from spinquant.proof import Float64Arithmetic
 from spinquant.quantization.integer import fake_quantize
-from spinquant.quantization.rotated import Moving, Turn, round_rotated
+from spinquant.quantization.rotated import Moving, Tally, Turn, round_rotated
 from spinquant.quantization.rtn import round_weights
 from spinquant.quantization.scheme import Quantizer
 from spinquant.rotation import Orthogonal, matrix, random_orthogonal
@@ -147,6 +147,30 @@ def test_gradients_through_the_range(quantizer):
     torch.testing.assert_close(found, y)
     (gradient,) = torch.autograd.grad((found - target).square().sum(), moving.skew)
     torch.testing.assert_close((gradient - gradient.T).tril(-1), expected)
+
+
+@pytest.mark.parametrize("quantizer", [Quantizer(3), Quantizer(4, symmetric=True), Quantizer(3, group_size=8)])
+def test_gradients_of_the_expected_cost(quantizer):
+    """Against autograd: 1/2 ||g||^2 ||e||^2 / n of every group, with errors that go with the range and g as it is."""
+    x, start, g = random(7, 24), orthogonal(8, 3), random(7, 24, seed=4)
+    skew = torch.zeros(8, 8, dtype=torch.float64, requires_grad=True)
+    group = quantizer.group_size or 24
+    z = x @ torch.block_diag(*[cayley(start, skew)] * 3)
+    groups = z.unflatten(-1, (-1, group))
+    high, low = groups.amax(-1, keepdim=True), groups.amin(-1, keepdim=True)
+    span = torch.maximum(high, -low) if quantizer.symmetric else high.clamp(min=0) - low.clamp(max=0)
+    error = (fake_quantize(z, quantizer) - z).unflatten(-1, (-1, group)).detach()
+    error = error / span.detach() * span
+    slopes = (g @ torch.block_diag(*[start] * 3)).unflatten(-1, (-1, group))
+    cost = 0.5 * (slopes.square().sum(-1) * error.square().sum(-1) / group).sum()
+    (expected,) = torch.autograd.grad(cost, skew)
+    tally = Tally()
+    moving = Moving.starting(start, tally=tally)
+    y = round_rotated(x.requires_grad_(), (Turn(moving),), quantizer)
+    at_x, gradient = torch.autograd.grad(y, (x, moving.skew), g)
+    torch.testing.assert_close(at_x, g)
+    torch.testing.assert_close((gradient - gradient.T).tril(-1), expected)
+    assert tally.take() == pytest.approx(float(cost.detach())) and tally.take() == 0.0
 
 
 def next_token_loss(model, ids):
@@ -381,7 +405,7 @@ def kl_of(rotations, ids):
     return float((exact.exp() * (exact - found)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("loss", ["kl", "cross-entropy"])
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_learning_end_to_end_lowers_the_loss(loss, optimizer):
     options = replace(FAST, steps=40, batch=16, lr=0.6, loss=loss, optimizer=optimizer)
@@ -389,7 +413,7 @@ def test_learning_end_to_end_lowers_the_loss(loss, optimizer):
     learned, history = run(options, ids=ids)
     assert all(step.orthogonality < 1e-5 for step in history)
     assert sum(s.loss for s in history[-5:]) < sum(s.loss for s in history[:5])
-    if loss == "kl":
+    if loss != "cross-entropy":
         rotations = {space: Orthogonal(r) for space, r in learned.items()}
         assert kl_of(rotations, ids) < 0.9 * kl_of(None, ids)
 
@@ -618,3 +642,5 @@ def test_what_cannot_be_learned_is_refused():
         LocalOptions(weighting="massive")
     with pytest.raises(LearningError, match="nothing to checkpoint"):
         LocalOptions(weighting="uniform", checkpointing=True)
+    with pytest.raises(LearningError, match="loss fisher does not use top_tokens, range_gradient"):
+        EndToEndOptions(top_tokens=64, range_gradient=False)

@@ -24,8 +24,8 @@ from spinquant.learning.end_to_end import EndToEndOptions
 from spinquant.rotation import matrix
 
 dist.init_process_group("gloo")
-through = replace(FAST, batch=2, steps=3)
-options = LearnOptions("end-to-end", baselines=2, shard=sys.argv[3] == "shard", end_to_end=through)
+through = replace(FAST, batch=2, steps=3, loss=sys.argv[3])
+options = LearnOptions("end-to-end", baselines=2, shard=sys.argv[4] == "shard", end_to_end=through)
 model, *_ = prepared(dtype=torch.float64)
 # No 4-bit cache: it makes numbers equal, and a tie for the largest has no one gradient.
 found = learn(model, parse_scheme("A4"), RotationSpec(ALL), tokens(8, 24), tokens(2, 24, seed=9), options)
@@ -42,13 +42,13 @@ dist.destroy_process_group()
 """
 
 
-def launch(tmp_path, processes, how="plain"):
-    script, out = tmp_path / "worker.py", tmp_path / f"{processes}-{how}.safetensors"
+def launch(tmp_path, processes, loss, how="plain"):
+    script, out = tmp_path / "worker.py", tmp_path / f"{processes}.safetensors"
     script.write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [*command, str(script), str(Path(__file__).parent), str(out), how],
+        [*command, str(script), str(Path(__file__).parent), str(out), loss, how],
         capture_output=True,
         text=True,
         env=environment,
@@ -59,9 +59,9 @@ def launch(tmp_path, processes, how="plain"):
     return load_file(out)
 
 
-@pytest.mark.parametrize("how", ["plain", "shard"])
-def test_two_processes_with_one_sample_are_one_with_two(tmp_path, how):
-    one, two = launch(tmp_path, 1), launch(tmp_path, 2, how)
+@pytest.mark.parametrize(("loss", "how"), [("fisher", "plain"), ("kl", "shard")])
+def test_two_processes_with_one_sample_are_one_with_two(tmp_path, loss, how):
+    one, two = launch(tmp_path, 1, loss), launch(tmp_path, 2, loss, how)
     assert torch.allclose(one["losses"], two["losses"], atol=1e-6)
     for space, r in one.items():
         torch.testing.assert_close(two[space], r, atol=1e-5, rtol=0)

@@ -56,7 +56,7 @@ def learn(
         typer.Option("--learn", help="Rotations to learn: R1,R2,R3 by default, where rotated; R4 needs a block size."),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps; 200 for local, 100 for end-to-end.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Length of a step; 0.5 for local, 0.3 end to end.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Length of a step; 0.5, and 0.15 end to end after local.")] = None,
     objective: Annotated[str | None, typer.Option(help="local: error (default), whip or kurtosis.")] = None,
     solver: Annotated[str | None, typer.Option(help="local: cayley (default), qr or procrustes.")] = None,
     rows: Annotated[int | None, typer.Option(help="local: activations sampled at each quantizer; 1024.")] = None,
@@ -71,7 +71,7 @@ def learn(
         float | None, typer.Option(help="local, --weighting massive: how often a row with a massive activation counts.")
     ] = None,
     loss: Annotated[
-        str | None, typer.Option(help="end-to-end: kl (to the 16-bit model; default), or cross-entropy.")
+        str | None, typer.Option(help="end-to-end: fisher (expected KL; default), kl or cross-entropy.")
     ] = None,
     batch: Annotated[int | None, typer.Option(help="end-to-end: samples of a step; 8.")] = None,
     micro_batch: Annotated[

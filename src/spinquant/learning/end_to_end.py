@@ -1,15 +1,15 @@
 """Learning through the quantized network (SpinQuant, arXiv 2405.16406): Cayley descent on the loss itself.
 
 The model's weights are frozen and stay as they are (`network.py`); gradients pass straight through rounding to the
-rotations. The loss is next-token cross-entropy, or KL to the 16-bit model on its most likely tokens. Steps have
-decreasing lengths; the tokens of each come from a stream that the seed alone decides, so that a run can be taken up at
-any step. Under torch.distributed every process takes its share of a step's samples and gradients are averaged: several
-processes make the steps of one.
+rotations. The loss is what rounding is expected to cost (`quantization/rotated.py`), KL to the 16-bit model on its most
+likely tokens, or next-token cross-entropy. Steps have decreasing lengths; the tokens of each come from a stream that
+the seed alone decides, so that a run can be taken up at any step. Under torch.distributed every process takes its share
+of a step's samples and gradients are averaged: several processes make the steps of one.
 """
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 import torch
@@ -25,13 +25,14 @@ from spinquant.learning.network import checkpointed, learning_scheme, rounding
 from spinquant.learning.state import StateFile
 from spinquant.online import Attachment
 from spinquant.plan import Plan
-from spinquant.quantization.rotated import Moving
+from spinquant.quantization.rotated import Moving, Tally
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import Rotation, generator_for, matrix
 
-Loss = Literal["cross-entropy", "kl"]
+Loss = Literal["fisher", "kl", "cross-entropy"]
 Schedule = Literal["cosine", "linear", "constant"]
 LOSSES, SCHEDULES = get_args(Loss), get_args(Schedule)
+FROM_RANDOM, FROM_LOCAL = 0.5, 0.15  # lengths of a step
 ORTHOGONAL = 1e-5  # how far R^T R may be from the identity at any step
 
 
@@ -39,17 +40,19 @@ ORTHOGONAL = 1e-5  # how far R^T R may be from the identity at any step
 class EndToEndOptions:
     """How rotations are learned through the network.
 
-    batch: samples of a step; micro_batch: of one pass, by default all that a process has of a step. lr: length of a
-    step, ||A||. top_tokens: of the 16-bit model, that KL is taken over. range_gradient: see `quantization/rotated.py`;
-    without it gradients are the paper's. weights: round weights too, anew at every step.
+    loss: "fisher" is the KL that errors of random direction would cost to second order, with gradients through ranges
+    alone; "kl" and "cross-entropy" are what the network does, with the gradients of the paper and, if `range_gradient`,
+    those through ranges. top_tokens: of the 16-bit model, that "kl" is taken over. batch: samples of a step;
+    micro_batch: of one pass, by default all that a process has of a step. lr: length of a step, ||A||, by default
+    FROM_RANDOM, or FROM_LOCAL where local learning came first. weights: round weights too, anew at every step.
     checkpointing: keep the inputs of decoder blocks alone, and compute the rest again on the way back.
     """
 
-    loss: Loss = "kl"
+    loss: Loss = "fisher"
     steps: int = 100
     batch: int = 8
     micro_batch: int | None = None
-    lr: float = 0.3
+    lr: float | None = None
     schedule: Schedule = "cosine"
     optimizer: Optimizer = "adam"
     momentum: float = 0.0
@@ -68,10 +71,14 @@ class EndToEndOptions:
             if value not in known:
                 raise LearningError(f"unknown {name} {value!r}: expected one of {', '.join(known)}")
         counts = (self.steps, self.batch, self.micro_batch or 1, self.top_tokens, self.save_every)
-        if min(counts) < 1 or not self.lr > 0 or not 0 <= self.momentum < 1:
+        if min(counts) < 1 or not self.length > 0 or not 0 <= self.momentum < 1:
             raise LearningError(
                 "steps, batch, micro_batch, top_tokens, save_every and lr must be positive, momentum in [0, 1)"
             )
+        unused = {"fisher": ("top_tokens", "range_gradient"), "cross-entropy": ("top_tokens",)}.get(self.loss, ())
+        changed = [f.name for f in fields(self) if f.name in unused and getattr(self, f.name) != f.default]
+        if changed:
+            raise LearningError(f"loss {self.loss} does not use {', '.join(changed)}: leave them out")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -80,7 +87,12 @@ class EndToEndOptions:
     def length_of(self, step: int) -> float:
         """Length of a step."""
         ways = {"cosine": cosine(step, self.steps), "linear": 1 - step / self.steps, "constant": 1.0}
-        return self.lr * ways[self.schedule]
+        return self.length * ways[self.schedule]
+
+    @property
+    def length(self) -> float:
+        """Length of the first step."""
+        return FROM_RANDOM if self.lr is None else self.lr
 
 
 @dataclass(frozen=True)
@@ -115,7 +127,9 @@ def learn_end_to_end(
     device = device_of(model)
     wide = torch.promote_types(model.dtype, torch.float32)
     starts = {name: matrix(rotations[space], wide).to(device) for space, name in learned.items()}
-    moving = {n: Moving.starting(start, range_gradient=options.range_gradient) for n, start in starts.items()}
+    tally = Tally() if options.loss == "fisher" else None
+    how: dict[str, Any] = {"range_gradient": options.range_gradient, "tally": tally}
+    moving = {name: Moving.starting(start, **how) for name, start in starts.items()}
     used: dict[str, Rotation] = {
         space: moving[learned[space]] if space in learned else r for space, r in rotations.items()
     }
@@ -135,7 +149,8 @@ def learn_end_to_end(
             for number in range(len(history), options.steps):
                 start = time.perf_counter()
                 rows = _rows_of(number, len(tokens), options.batch, seed)
-                loss = _gradients(model, attachment, moving, tokens[rows], options)
+                labels = [generator_for(seed, f"labels {number}/{place}") for place in range(len(rows))]
+                loss = _gradients(model, attachment, moving, tokens[rows], options, tally, labels)
                 gradients = {name: m.skew.grad for name, m in moving.items()}
                 descent.step({n: g for n, g in gradients.items() if g is not None}, options.length_of(number))
                 for m in moving.values():
@@ -170,19 +185,37 @@ def _rows_of(step: int, samples: int, batch: int, seed: int) -> Tensor:
 
 
 def _gradients(
-    model: Any, attachment: Attachment, moving: Mapping[str, Moving], rows: Tensor, options: EndToEndOptions
+    model: Any,
+    attachment: Attachment,
+    moving: Mapping[str, Moving],
+    rows: Tensor,
+    options: EndToEndOptions,
+    tally: Tally | None,
+    labels: Sequence[torch.Generator],
 ) -> float:
-    """Leave the gradients of the mean loss of all rows with the rotations; returns that loss."""
+    """Leave the gradients of the mean loss of all rows with the rotations; returns that loss.
+
+    labels: what those of a row are drawn with.
+    """
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
     if len(rows) % world:
         raise LearningError(f"a batch of {len(rows)} samples cannot be shared among {world} processes")
-    own = rows[rank::world].to(device_of(model))
+    own, labels = rows[rank::world].to(device_of(model)), labels[rank::world]
     total = torch.zeros((), device=own.device, dtype=torch.float64)
-    for part in own.split(options.micro_batch or len(own)):
-        loss = _loss(model, attachment, part, options) * (len(part) / len(rows))
-        loss.backward()
-        total += loss.detach()
+    size = options.micro_batch or len(own)
+    for first, part in zip(range(0, len(own), size), own.split(size), strict=True):
+        if tally is not None:
+            _surprise_of_labels(model, part, labels[first : first + size]).backward()
+            total += tally.take() / rows.numel()
+        else:
+            loss = _loss(model, attachment, part, options) * (len(part) / len(rows))
+            loss.backward()
+            total += loss.detach()
+    if tally is not None:
+        for m in moving.values():
+            if m.skew.grad is not None:
+                m.skew.grad.div_(rows.numel())
     if world > 1:
         dist.all_reduce(total)
         for m in moving.values():
@@ -192,6 +225,16 @@ def _gradients(
             f"the loss is {float(total)}: the model or its tokens are damaged, or {model.dtype} overflows"
         )
     return float(total)
+
+
+def _surprise_of_labels(model: Any, rows: Tensor, labels: Sequence[torch.Generator]) -> Tensor:
+    """-log p(y) of labels y drawn from the network's own predictions, of all tokens together."""
+    logits = wide(model(input_ids=rows, use_cache=False).logits)
+    drawn = [
+        torch.multinomial(own.softmax(-1).cpu(), 1, generator=generator)
+        for own, generator in zip(logits.detach(), labels, strict=True)
+    ]
+    return -logits.log_softmax(-1).gather(-1, torch.stack(drawn).to(logits.device)).sum()
 
 
 def _loss(model: Any, attachment: Attachment, rows: Tensor, options: EndToEndOptions) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from spinquant.architectures import FamilyLike
 from spinquant.calibrate import device_of
 from spinquant.errors import LearningError
-from spinquant.learning.end_to_end import EndToEndOptions, Step, learn_end_to_end
+from spinquant.learning.end_to_end import FROM_LOCAL, EndToEndOptions, Step, learn_end_to_end
 from spinquant.learning.judge import Candidate, Score, judge, with_clips
 from spinquant.learning.local import LocalOptions, learn_locally, rounding_errors
 from spinquant.learning.network import fuse_gains, learning_scheme, shard_blocks
@@ -193,7 +193,9 @@ def learn(
     leading = _best(candidates, scores)
     if options.method in ("end-to-end", "local+end-to-end") or (options.method == "auto" and leading != "local"):
         name = "end-to-end" if options.method == "end-to-end" else "local+end-to-end"
-        begin = candidates[leading].rotations
+        begin, through_options = candidates[leading].rotations, options.end_to_end
+        if leading == "local" and through_options.lr is None:
+            through_options = replace(through_options, lr=FROM_LOCAL)
         with _timed(clock, "end-to-end"):
             through, steps = learn_end_to_end(
                 model,
@@ -202,7 +204,7 @@ def learn(
                 names,
                 scheme,
                 tokens,
-                options.end_to_end,
+                through_options,
                 seed=options.seed,
                 state=StateFile(store / "end-to-end.safetensors", settings) if store else None,
                 report=lambda step: watch.step(name, step, options.end_to_end.steps),

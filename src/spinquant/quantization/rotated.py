@@ -12,10 +12,16 @@ a rotation can do is to make the range of a token small. So e is also taken as s
 the step, goes with the range: the largest and smallest number of a group then have the gradient
 
     p = +-(sum of e g R over the group) / range        and A has  - z^T p  besides
+
+Both are noisy: e g R holds what the errors of all other quantizers do to the loss too, which has nothing to do with
+this rotation. Where g is the gradient of log p(y), y drawn from the network's own predictions, it is known what an
+error of random direction costs on average (Fisher information, see `learning/sensitivity.py`):
+
+    1/2 ||g||^2 ||e||^2 / n for a group of n numbers,  p = +-||g||^2 ||e||^2 / (n range)   and A has  - z^T p  alone
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,22 +33,37 @@ from spinquant.quantization.scheme import Quantizer
 from spinquant.rotation import Orthogonal, Rotation, check_blocks, nearest_orthogonal
 
 
+@dataclass
+class Tally:
+    """What rounding is expected to cost, 1/2 ||g||^2 ||e||^2 / n, by quantizer and backward pass."""
+
+    costs: list[Tensor] = field(default_factory=list)
+
+    def take(self) -> float:
+        """The sum since the last call."""
+        total = sum(float(cost) for cost in self.costs)
+        self.costs.clear()
+        return total
+
+
 @dataclass(frozen=True, eq=False)
 class Moving:
     """A dense rotation that is being learned: weight, (n, n), changes in place; skew is the leaf that takes gradients.
 
     The gradient of `skew` is that of the loss with respect to A, where the rotation is `weight` (I - A) and A is zero.
-    range_gradient: with the part that comes through the range of a group.
+    range_gradient: with the part that comes through the range of a group. tally: gradients are those of the expected
+    cost instead, which is added to it; the loss has to be the surprise of labels drawn from the network's predictions.
     """
 
     weight: Tensor
     skew: Tensor
     range_gradient: bool = True
+    tally: Tally | None = None
 
     @classmethod
-    def starting(cls, weight: Tensor, *, range_gradient: bool = True) -> "Moving":
+    def starting(cls, weight: Tensor, *, range_gradient: bool = True, tally: Tally | None = None) -> "Moving":
         """A rotation that starts at a matrix, which is copied."""
-        return cls(weight.clone(), torch.zeros_like(weight).requires_grad_(), range_gradient)
+        return cls(weight.clone(), torch.zeros_like(weight).requires_grad_(), range_gradient, tally)
 
     @property
     def order(self) -> int:
@@ -104,29 +125,38 @@ class _RoundRotated(torch.autograd.Function):
         wide = torch.promote_types(grad.dtype, torch.float32)
         error, z = (saved.to(wide) for saved in ctx.saved_tensors)
         moved = turned(grad.to(wide), ctx.turns)
+        group = group_of(z.shape[-1], ctx.quantizer)
         moving = [turn for turn in ctx.turns if isinstance(turn.rotation, Moving)]
-        gradients = [_rows(error, turn).T @ _rows(moved, turn) for turn in moving]
-        if any(turn.rotation.range_gradient for turn in moving):
-            ends = _at_the_ends(error, moved, z, ctx.quantizer)
+        tally = moving[0].rotation.tally
+        if tally is not None:
+            errors, slopes = (t.unflatten(-1, (-1, group)).square().sum(-1, keepdim=True) for t in (error, moved))
+            slope = errors * slopes / group
+            tally.costs.append(slope.sum(dtype=torch.float64) / 2)
+            gradients = [torch.zeros_like(turn.rotation.weight, dtype=wide) for turn in moving]
+        else:
+            slope = (error * moved).unflatten(-1, (-1, group)).sum(-1, keepdim=True)
+            gradients = [_rows(error, turn).T @ _rows(moved, turn) for turn in moving]
+        if tally is not None or any(turn.rotation.range_gradient for turn in moving):
+            ends = _at_the_ends(slope, z.unflatten(-1, (-1, group)), ctx.quantizer)
             for turn, gradient in zip(moving, gradients, strict=True):
-                if turn.rotation.range_gradient:
+                if tally is not None or turn.rotation.range_gradient:
                     _subtract(gradient, _rows(z, turn), _rows(ends, turn))
         return grad, None, None, *(g.to(t.rotation.skew.dtype) for g, t in zip(gradients, moving, strict=True))
 
 
-def _at_the_ends(error: Tensor, moved: Tensor, z: Tensor, quantizer: Quantizer) -> Tensor:
-    """The gradient of the loss at the numbers that set a group's range, zero at all others; the shape of z."""
-    group = group_of(z.shape[-1], quantizer)
-    groups = z.unflatten(-1, (-1, group))
-    slope = (error * moved).unflatten(-1, (-1, group)).sum(-1, keepdim=True)  # by the logarithm of the range
-    ends = torch.zeros_like(groups)
+def _at_the_ends(slope: Tensor, groups: Tensor, quantizer: Quantizer) -> Tensor:
+    """The gradient of the loss at the numbers that set a group's range, zero at all others: (.., groups * group).
+
+    groups: (.., groups, group). slope: (.., groups, 1), the derivative by the logarithm of a group's range.
+    """
+    ends, tiny = torch.zeros_like(groups), torch.finfo(groups.dtype).tiny
     if quantizer.kind != "int" or quantizer.symmetric:
         peak, at = groups.abs().max(-1, keepdim=True)
         signs = groups.gather(-1, at).sign()
-        return ends.scatter_(-1, at, signs * slope / peak.clamp(min=torch.finfo(z.dtype).tiny)).flatten(-2)
+        return ends.scatter_(-1, at, signs * slope / peak.clamp(min=tiny)).flatten(-2)
     high, at_high = groups.max(-1, keepdim=True)
     low, at_low = groups.min(-1, keepdim=True)
-    pull = slope / (high.clamp(min=0) - low.clamp(max=0)).clamp(min=torch.finfo(z.dtype).tiny)
+    pull = slope / (high.clamp(min=0) - low.clamp(max=0)).clamp(min=tiny)
     # A range starts or ends at zero where all numbers are on one side of it.
     ends.scatter_add_(-1, at_high, torch.where(high > 0, pull, 0.0))
     ends.scatter_add_(-1, at_low, torch.where(low < 0, -pull, 0.0))
