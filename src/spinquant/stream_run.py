@@ -26,7 +26,7 @@ from spinquant.checkpoint import (
 )
 from spinquant.companions import dtype_of, model_dtype
 from spinquant.disk_calibration import Calibrating, calibrate_on_disk, tokens_for
-from spinquant.disk_model import Weights, hollow_model, unfillable
+from spinquant.disk_model import Weights, form_in, hollow_model, unfillable
 from spinquant.disk_proof import compare_on_disk, tolerance_of
 from spinquant.errors import CheckpointError
 from spinquant.formats.compressed_config import check_plan, quantization_config
@@ -35,7 +35,6 @@ from spinquant.formats.native import make_config
 from spinquant.formats.native_packing import Finished, NativePacking
 from spinquant.learning.learn import LearnedRotations
 from spinquant.pipeline import Options, Result, check_groups
-from spinquant.plan import Plan
 from spinquant.processes import Processes
 from spinquant.proof import check
 from spinquant.quantization.progress import BlockStore, digest
@@ -227,7 +226,8 @@ class Run:
         about = {"text": name, "samples": tokens.shape[0], "length": tokens.shape[1]}
         notes = {**self.result.notes, "calibration_text": about}
         self.result = replace(self.result, method=how.method, calibration=how.calibration, clips=clips, notes=notes)
-        self._store_as(Finished(store, (*plan.blocks, plan.head.removesuffix(".weight")), dtype))
+        form = form_in(hollow_model(config, dtype), rotated, plan)
+        self._store_as(Finished(store, (*plan.blocks, plan.head.removesuffix(".weight")), dtype, form))
         return store
 
     def take_along(self, work: Resumable) -> None:
@@ -247,7 +247,7 @@ class Run:
         config = _unquantized(self.config)
         written = [job.dtype for shard in self.shards for job in shard.jobs if job.dtype.is_floating_point]
         dtype = max((*written, *(stored.dtype for stored in source.tensors.values())), key=_width)
-        reason = _why_not(result.plan, hollow_model(config, dtype), source)
+        reason = self._why_not_compared(hollow_model(config, dtype))
         if reason is not None:
             self.result = replace(result, notes={**result.notes, "real_tokens": f"not compared: {reason}"})
             return
@@ -268,6 +268,21 @@ class Run:
         if not request.options.allow_inexact:
             check(real, narrowest, what="this model")
         self.result = replace(result, real=real, notes={**result.notes, "sample_text": name})
+
+    def _why_not_compared(self, model: Any) -> str | None:
+        plan, source, options = self.result.plan, self.source, self.request.options
+        reason = unfillable(model, source, plan)
+        if reason is not None or self.request.calibrating is not None:  # a calibration loads every block anyway
+            return reason
+        largest = max(math.prod(stored.entry.shape) for stored in source.tensors.values())
+        room = max(BLOCK_SHARE * 4 * largest + BLOCK_FREE, options.memory or 0)
+        state = model.state_dict()
+        for block in plan.blocks:
+            size = sum(tensor.nbytes for name, tensor in state.items() if name.startswith(f"{block}."))
+            if size > room:
+                needed = math.ceil(size / 1e8) / 10
+                return f"{block} takes more than the {room} bytes of a stream; --memory {needed:.1f}GB allows it"
+        return None
 
 
 def _native(run: Run, scheme: Scheme, finished: Finished | None) -> tuple[Packing, dict[str, Any]]:
@@ -297,19 +312,6 @@ def _unquantized(config: Any) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
-
-
-def _why_not(plan: Plan, model: Any, source: Source) -> str | None:
-    reason = unfillable(model, source, plan)
-    if reason is not None:
-        return reason
-    largest = max(math.prod(stored.entry.shape) for stored in source.tensors.values())
-    state = model.state_dict()
-    for block in plan.blocks:
-        size = sum(tensor.nbytes for name, tensor in state.items() if name.startswith(f"{block}."))
-        if size > BLOCK_SHARE * 4 * largest + BLOCK_FREE:
-            return f"{block} has {size} bytes, more than what a stream may hold in memory"
-    return None
 
 
 def _width(dtype: torch.dtype) -> tuple[bool, int, int]:

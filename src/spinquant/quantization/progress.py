@@ -65,12 +65,13 @@ class BlockStore:
             )
         return packed, Clips.from_dict(about["clips"])
 
-    def packed(self, block: str, linear: str) -> Packed:
-        """One weight of a finished block."""
+    def packed(self, block: str, linear: str, part: tuple[int, slice] | None = None) -> Packed:
+        """One weight of a finished block; part: rows of one matrix of a stack alone."""
         with safe_open(self._file(block), framework="pt") as file:
             meta = json.loads(file.metadata()["about"])["linears"][linear]
             names = sorted(name for name in file.keys() if name.startswith(f"{linear}/"))
-            words, scale, *zero = (file.get_tensor(name) for name in names)
+            whole = (file.get_slice(name) for name in names)
+            words, scale, *zero = (found[:] if part is None else found[part] for found in whole)
         return Packed(words, scale, zero[0] if zero else None, meta["length"], Quantizer(**meta["quantizer"]))
 
     def remove(self) -> None:
