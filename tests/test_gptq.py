@@ -107,8 +107,8 @@ def test_floating_formats_are_rounded_with_error_feedback_too(kind):
 @pytest.mark.parametrize("group", [None, 48])
 def test_rows_do_not_influence_each_other(group):
     weight, x = random(10, 288, seed=3), correlated(1000, 288)
-    quantizer, moments = Quantizer(4, symmetric=True, group_size=group, clip="mse"), moments_of(x)
-    whole, part = gptq(weight, moments, quantizer), gptq(weight[3:5], moments, quantizer)
+    quantizer = Quantizer(4, symmetric=True, group_size=group, clip="mse")
+    whole, part = gptq(weight, moments_of(x), quantizer), gptq(weight[3:5], moments_of(x), quantizer)
     assert torch.equal(whole.words[3:5], part.words) and torch.allclose(whole.scale[3:5], part.scale)
 
 
