@@ -151,7 +151,9 @@ def _moved(work: Tensor, cross: Tensor, lower: Tensor, backwards: Tensor, share:
     for rows, target in zip(work.split(PANEL), moved.split(PANEL), strict=True):
         exact = rows.to(lower)
         product = torch.cat([exact @ part.to(lower) for part in cross.split(PANEL, dim=1)], dim=1)
-        step = torch.cholesky_solve(product[:, backwards].T, lower).T
+        # Not cholesky_solve, which copies the factor.
+        half = torch.linalg.solve_triangular(lower, product[:, backwards].T, upper=False)
+        step = torch.linalg.solve_triangular(lower.mT, half, upper=True).T
         target[:, backwards] = rows[:, backwards] + (share * step).to(work.dtype)
     return moved
 
@@ -184,7 +186,7 @@ def _round_columns(
     stored: torch.dtype,
     fixed_grids: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rounded weight, as stored; scales (out, groups), zero points (out, groups). `upper` is in the order of columns."""
+    """Rounded weight, as stored; scales and zero points, (out, groups). `upper` is in the order of columns."""
     columns = work.shape[1]
     group = group_of(columns, quantizer)
     scales, zeros = (work.new_empty(work.shape[0], columns // group) for _ in range(2))
