@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,17 +29,17 @@ from spinquant.companions import dtype_of, model_dtype
 from spinquant.disk_calibration import Calibrating, calibrate_on_disk, tokens_for
 from spinquant.disk_model import Weights, form_in, hollow_model, unfillable
 from spinquant.disk_proof import compare_on_disk, tolerance_of
-from spinquant.errors import CheckpointError
+from spinquant.errors import CheckpointError, ProcessError, SpinquantError
 from spinquant.formats.compressed_config import check_plan, quantization_config
 from spinquant.formats.compressed_packing import CompressedPacking
 from spinquant.formats.native import make_config
 from spinquant.formats.native_packing import Finished, NativePacking
 from spinquant.learning.learn import LearnedRotations
-from spinquant.pipeline import Options, Result, check_groups
+from spinquant.pipeline import Options, Result, Stage, check_groups
 from spinquant.processes import Processes
 from spinquant.proof import check
 from spinquant.quantization.progress import BlockStore, digest
-from spinquant.quantization.scheme import Scheme
+from spinquant.quantization.scheme import Clips, Scheme
 from spinquant.resumable import Resumable
 from spinquant.rotation import RotationSpec, check_given, in_precision, make_rotations, online_part
 from spinquant.shards import Change, Packing, Plain, make_shards
@@ -127,6 +128,11 @@ class Request:
         }
 
 
+def store_folder(out: str | Path) -> Path:
+    """Where a calibration for `out` is kept until it is written."""
+    return Path(out).parent / f".{Path(out).name}.calibration"
+
+
 def store_for(
     out: str | Path, model: str | Path, request: Request, tokens: Tensor, dtype: torch.dtype, config: Any
 ) -> BlockStore:
@@ -136,7 +142,7 @@ def store_for(
     settings = [version("spinquant"), request.scheme, request.spec, how.method, how.calibration]
     settings += [request.options.precision, dtype, digest(tokens), weights_digest(model)]
     settings += [request.learned.digest() if request.learned else None, recorded_family(config)]
-    return BlockStore(Path(out).parent / f".{Path(out).name}.calibration", json.dumps([repr(s) for s in settings]))
+    return BlockStore(store_folder(out), json.dumps([repr(s) for s in settings]))
 
 
 class Run:
@@ -195,24 +201,54 @@ class Run:
         """Record the SHA-256 of the source's files."""
         self.result = replace(self.result, notes={**self.result.notes, "source_files": dict(found)})
 
-    def calibrate(self, out: str | Path, clock: Clock) -> BlockStore:
-        """Quantize block by block into a store, from which the stream will take the weights."""
-        request, plan, how = self.request, self.result.plan, self.request.calibrating
-        assert how is not None and request.scheme is not None
+    def calibrate(self, out: str | Path, clock: Clock, processes: Processes) -> BlockStore:
+        """Quantize block by block into a store, from which the stream will take the weights.
+
+        The first process does that while the others wait, for as long as it takes; then all know what it found.
+        """
+        plan, how = self.result.plan, self.request.calibrating
+        assert how is not None
+        config = _unquantized(self.config)
+        dtype = self.request.dtype or model_dtype(config, self.source)
         rotated = Rotated(self.source, self.change, self.untied)
+        folder = store_folder(out)
+        try:
+            with processes.locked(folder / "processes"):
+                mine = self._calibrated(out, config, dtype, rotated, clock, processes) if processes.first else None
+                found = processes.agree(mine)
+        except SpinquantError as error:
+            if processes.first and not isinstance(error, ProcessError) and not any(folder.glob("*.safetensors")):
+                shutil.rmtree(folder, ignore_errors=True)  # nothing but locks is in it
+            raise
+        store = BlockStore(folder, found["fingerprint"])
+        notes = {**self.result.notes, "calibration_text": found["text"]}
+        clips = Clips.from_dict(found["clips"])
+        self.result = replace(self.result, method=how.method, calibration=how.calibration, clips=clips, notes=notes)
+        form = form_in(hollow_model(config, dtype), rotated, plan)
+        self._store_as(Finished(store, (*plan.blocks, plan.head.removesuffix(".weight")), dtype, form))
+        return store
+
+    def _calibrated(
+        self, out: str | Path, config: Any, dtype: torch.dtype, rotated: Rotated, clock: Clock, processes: Processes
+    ) -> dict[str, Any]:
+        """What a calibration finds beside the store, as JSON."""
+        request, how = self.request, self.request.calibrating
+        assert how is not None and request.scheme is not None
         with clock.phase("compare"):
             self.compare(rotated)
         with clock.phase("calibrate"):
-            config = _unquantized(self.config)
-            dtype = request.dtype or model_dtype(config, self.source)
-            progress = request.options.stage("generate text")
+            options = replace(request.options, progress=_looking(request.options.progress, processes))
             name, tokens = tokens_for(
-                self.model, how.text, dtype=request.dtype or "auto", family=request.family, progress=progress
+                self.model,
+                how.text,
+                dtype=request.dtype or "auto",
+                family=request.family,
+                progress=options.stage("generate text"),
             )
             store = store_for(out, self.model, request, tokens, dtype, config)
             clips = calibrate_on_disk(
                 config,
-                plan,
+                self.result.plan,
                 self.online,
                 rotated,
                 request.scheme,
@@ -221,14 +257,10 @@ class Run:
                 store,
                 dtype=dtype,
                 device=request.device,
-                options=request.options,
+                options=options,
             )
         about = {"text": name, "samples": tokens.shape[0], "length": tokens.shape[1]}
-        notes = {**self.result.notes, "calibration_text": about}
-        self.result = replace(self.result, method=how.method, calibration=how.calibration, clips=clips, notes=notes)
-        form = form_in(hollow_model(config, dtype), rotated, plan)
-        self._store_as(Finished(store, (*plan.blocks, plan.head.removesuffix(".weight")), dtype, form))
-        return store
+        return {"fingerprint": store.fingerprint, "clips": clips.to_dict(), "text": about}
 
     def take_along(self, work: Resumable) -> None:
         """Write the adapters and heads that ride along, rotated."""
@@ -304,6 +336,17 @@ def _compressed(run: Run, scheme: Scheme, finished: Finished | None) -> tuple[Pa
 
 
 FORMATS = {"native": _native, "compressed-tensors": _compressed}
+
+
+def _looking(progress: Stage | None, processes: Processes) -> Stage:
+    """Progress that ends when another process has ended."""
+
+    def report(stage: str, done: int, total: int) -> None:
+        processes.look()
+        if progress:
+            progress(stage, done, total)
+
+    return report
 
 
 def _unquantized(config: Any) -> Any:

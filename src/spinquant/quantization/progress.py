@@ -19,14 +19,19 @@ from spinquant.quantization.scheme import Clips, Quantizer
 
 
 class BlockStore:
-    """A folder of finished blocks, made when the first is finished. Blocks of another fingerprint are removed."""
+    """A folder of finished blocks, made when the first is finished. Blocks of another fingerprint are removed.
+
+    What else is in the folder stays until `remove`.
+    """
 
     def __init__(self, folder: Path, fingerprint: str):
         self.folder = folder
         marker = folder / "fingerprint"
         self.fingerprint = fingerprint
         if folder.exists() and (not marker.exists() or marker.read_text(encoding="utf-8") != fingerprint):
-            shutil.rmtree(folder)
+            marker.unlink(missing_ok=True)
+            for path in (*folder.glob("*.safetensors"), *folder.glob("*.partial")):
+                path.unlink()
 
     def save(self, block: str, packed: Mapping[str, Packed], clips: Clips) -> None:
         """Keep a block's packed weights by linear, and all clip ratios found so far."""
