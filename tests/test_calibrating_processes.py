@@ -3,13 +3,19 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from conftest import byte_tokenizer, random_weights
 from families import FAMILIES
+from spinquant.errors import ProcessError
+from spinquant.processes import Processes
+from spinquant.streamed_folders import check_same
 from test_stream import digest
 
 # The command line; one process may die as soon as the first has kept so many blocks.
@@ -52,14 +58,6 @@ def model(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def alone(model, tmp_path_factory):
-    """What one process writes."""
-    folder = tmp_path_factory.mktemp("alone")
-    assert launch(folder, model, folder / "out", processes=1).returncode == 0
-    return digest(folder / "out")
-
-
 def launch(folder: Path, model: Path, out: Path, *, processes: int = 2, dying: int = -1, kept: int = 0, more=()):
     script = folder / "worker.py"
     script.write_text(WORKER)
@@ -70,26 +68,18 @@ def launch(folder: Path, model: Path, out: Path, *, processes: int = 2, dying: i
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
 
-def test_two_write_what_one_writes(model, alone, tmp_path):
-    run = launch(tmp_path, model, tmp_path / "out")
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert digest(tmp_path / "out") == alone
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "worker.py"]
-
-
-@pytest.mark.parametrize("dying", [0, 1])
-def test_one_dies_while_the_first_calibrates_and_the_same_command_goes_on(dying, model, alone, tmp_path):
+def test_one_dies_while_it_calibrates_and_two_go_on_to_what_one_writes(model, tmp_path, run):
+    torch.set_num_threads(1)  # as torchrun has it: the number decides the last bits
+    assert run("quantize", model, tmp_path / "alone", *COMMAND, *TEXT)[0] == 0
     out, store = tmp_path / "out", tmp_path / ".out.calibration"
-    run = launch(tmp_path, model, out, dying=dying, kept=2)
-    assert run.returncode != 0
-    assert f"process {dying} of 2 ended before its work was done" in run.stderr, run.stderr[-3000:]
-    assert not out.exists()
-    kept = {path.name: path.stat().st_mtime_ns for path in store.glob("*.safetensors")}
-    assert len(kept) == 2
+    ended = launch(tmp_path, model, out, dying=0, kept=2)
+    assert ended.returncode != 0 and not out.exists()
+    assert "process 0 of 2 ended before its work was done" in ended.stderr, ended.stderr[-3000:]
+    assert len(list(store.glob("*.safetensors"))) == 2
     again = launch(tmp_path, model, out)
     assert again.returncode == 0, again.stderr[-3000:]
-    assert digest(out) == alone
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "worker.py"]
+    assert digest(out) == digest(tmp_path / "alone")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out", "worker.py"]
 
 
 def test_an_error_of_the_calibration_is_told_once_and_nothing_stays(model, tmp_path):
@@ -104,3 +94,18 @@ def test_processes_that_learn_first_share_what_they_learned(model, tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     assert (tmp_path / "out" / "spinquant" / "record.json").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "worker.py"]
+
+
+def test_processes_that_were_asked_for_different_things_are_told_what():
+    """Where the model lies may differ between machines, and nothing else."""
+
+    def found(settings):
+        store = dist.HashStore()
+        with ThreadPoolExecutor(2) as pool:
+            futures = [pool.submit(check_same, one, Processes(i, 2, store=store)) for i, one in enumerate(settings)]
+        return [future.exception() for future in futures]
+
+    asked = {"model": "/a", "dtype": "None", "learned": "0123"}
+    assert found([asked, {**asked, "model": "/b"}]) == [None, None]
+    for error in found([asked, {**asked, "learned": "3210"}]):
+        assert isinstance(error, ProcessError) and "differ in learned:" in str(error)

@@ -74,7 +74,7 @@ def stream_folder(model: str | Path, out: str | Path, request: Request, *, force
         dropped = prediction_tensors(config, read_headers(folder)) if request.options.drop_mtp else ()
         with closing(Source(folder, config, without=frozenset(dropped))) as source:
             settings = request.settings(model, folder, config)
-            _check_same(settings, processes)
+            check_same(settings, processes)
             run = Run(source, config, replace(request, device=processes.device), model)
             known = known_hashes(folder, source.files, request.checksums)
             if request.calibrating and processes.first:
@@ -92,7 +92,7 @@ def stream_folder(model: str | Path, out: str | Path, request: Request, *, force
     return result
 
 
-def _check_same(settings: Mapping[str, Any], processes: Processes) -> None:
+def check_same(settings: Mapping[str, Any], processes: Processes) -> None:
     """Raise ProcessError where processes were asked for different things, or have learned different rotations."""
     found = processes.gather({name: value for name, value in settings.items() if name != "model"})
     names = sorted({name for one in found for name in one if one[name] != found[0][name]})
