@@ -68,8 +68,17 @@ def launch(folder: Path, model: Path, out: Path, *, processes: int = 2, dying: i
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
 
+@pytest.fixture
+def one_thread():
+    """As torchrun gives its processes: the number decides the last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_one_dies_while_it_calibrates_and_two_go_on_to_what_one_writes(model, tmp_path, run):
-    torch.set_num_threads(1)  # as torchrun has it: the number decides the last bits
     assert run("quantize", model, tmp_path / "alone", *COMMAND, *TEXT)[0] == 0
     out, store = tmp_path / "out", tmp_path / ".out.calibration"
     ended = launch(tmp_path, model, out, dying=0, kept=2)
@@ -97,7 +106,7 @@ def test_processes_that_learn_first_share_what_they_learned(model, tmp_path):
 
 
 def test_processes_that_were_asked_for_different_things_are_told_what():
-    """Where the model lies may differ between machines, and nothing else."""
+    """Each machine may have a copy of the model; nothing else may differ."""
 
     def found(settings):
         store = dist.HashStore()
@@ -105,7 +114,7 @@ def test_processes_that_were_asked_for_different_things_are_told_what():
             futures = [pool.submit(check_same, one, Processes(i, 2, store=store)) for i, one in enumerate(settings)]
         return [future.exception() for future in futures]
 
-    asked = {"model": "/a", "dtype": "None", "learned": "0123"}
-    assert found([asked, {**asked, "model": "/b"}]) == [None, None]
+    asked = {"model": "/a", "files": "12ab", "dtype": "None", "learned": "0123"}
+    assert found([asked, {**asked, "model": "/b", "files": "34cd"}]) == [None, None]
     for error in found([asked, {**asked, "learned": "3210"}]):
         assert isinstance(error, ProcessError) and "differ in learned:" in str(error)

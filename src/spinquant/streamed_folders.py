@@ -94,7 +94,8 @@ def stream_folder(model: str | Path, out: str | Path, request: Request, *, force
 
 def check_same(settings: Mapping[str, Any], processes: Processes) -> None:
     """Raise ProcessError where processes were asked for different things, or have learned different rotations."""
-    found = processes.gather({name: value for name, value in settings.items() if name != "model"})
+    # Each machine may have a copy of the model, elsewhere and of another time.
+    found = processes.gather({name: value for name, value in settings.items() if name not in ("model", "files")})
     names = sorted({name for one in found for name in one if one[name] != found[0][name]})
     if names:
         raise ProcessError(

@@ -32,6 +32,8 @@ class BlockStore:
             marker.unlink(missing_ok=True)
             for path in (*folder.glob("*.safetensors"), *folder.glob("*.partial")):
                 path.unlink()
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
     def save(self, block: str, packed: Mapping[str, Packed], clips: Clips) -> None:
         """Keep a block's packed weights by linear, and all clip ratios found so far."""
