@@ -19,7 +19,7 @@ from spinquant.hidden_states import HiddenStates
 from spinquant.preconditions import from_disk
 from spinquant.quantization.blockwise import Calibration
 from spinquant.quantization.gptq import GPTQOptions
-from test_stream import assert_same, digest, weights
+from test_stream import assert_same, digest
 
 ALL = RotationSpec("R1,R2,R3,R4")
 TEXT = CalibrationText("manual", 5, 16)
@@ -50,9 +50,11 @@ def in_memory(folder, out, scheme, spec, method, calibration):
     return model, found
 
 
+# Those that the checkpoint holds one by one and the model's class stacks; DeepSeek's with dense layers before.
+EXPERTS = ("mixtral", "qwen3_moe", "deepseek_v3")
 CASES = {
     "gptq": ("gptq", Calibration(), "W4A8KV4"),
-    "gptaq": ("gptaq", Calibration(clips=True), "W3g16A4KV4"),
+    "gptaq": ("gptaq", Calibration(clips=True), "W3g8A4KV4"),
     "sequential": ("gptaq", Calibration(GPTQOptions(0.02, True), sequential=True, round_inputs=False), "W4A4"),
     "rtn": ("rtn", Calibration(clips=True), "W4A4KV4"),
 }
@@ -67,11 +69,15 @@ CASES = {
         ("opt", torch.float32),
         ("gpt2", torch.float32),
         ("gpt_oss", torch.float32),
+        ("mixtral", torch.float32),
+        ("qwen3_moe", torch.bfloat16),
+        ("deepseek_v3", torch.float32),
     ],
 )
 def test_from_disk_is_in_memory_bit_for_bit(name, dtype, case, tmp_path):
     method, calibration, words = CASES[case]
-    spec = ALL if name not in ("opt", "gpt2") else RotationSpec("R1,R2")
+    spec = RotationSpec(FAMILIES[name].allowed) if name in EXPERTS else ALL
+    spec = RotationSpec("R1,R2") if name in ("opt", "gpt2") else spec
     scheme = parse_scheme(words, lm_head=case == "gptq")
     folder = saved(tmp_path / "model", name, dtype)
     assert from_disk(folder)
@@ -170,9 +176,3 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path):
     assert bytes_[1] - bytes_[0] > 240e6
     # Two blocks' worth, and what differs from run to run.
     assert peaks[1] - peaks[0] < 0.25 * (bytes_[1] - bytes_[0]), peaks
-
-
-def test_weights_in_another_form_are_loaded_as_a_whole(tmp_path):
-    """Stacked experts have no file to be read from one by one."""
-    assert not from_disk(saved(tmp_path / "model", "mixtral", torch.float32))
-    assert weights(tmp_path / "model")

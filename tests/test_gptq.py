@@ -1,6 +1,9 @@
 """Laws of GPTQ and of quantizing block by block."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,7 +75,9 @@ def by_definition(weight, x, quantizer, damping):
 
 @pytest.mark.parametrize("quantizer", [Quantizer(4, symmetric=True), Quantizer(3)])
 @pytest.mark.parametrize("columns", [20, BLOCK_COLUMNS + 9])
-def test_it_is_the_greedy_least_squares_solution(quantizer, columns):
+@pytest.mark.parametrize("panel", [7, 512])
+def test_it_is_the_greedy_least_squares_solution(quantizer, columns, panel, monkeypatch):
+    monkeypatch.setattr("spinquant.quantization.gptq.PANEL", panel)
     weight, x = random(6, columns, seed=3), correlated(400, columns)
     found = dequantize(gptq(weight, moments_of(x), quantizer, GPTQOptions(damping=0.01)))
     torch.testing.assert_close(found, by_definition(weight, x, quantizer, 0.01), rtol=0, atol=1e-9)
@@ -107,8 +112,8 @@ def test_floating_formats_are_rounded_with_error_feedback_too(kind):
 @pytest.mark.parametrize("group", [None, 48])
 def test_rows_do_not_influence_each_other(group):
     weight, x = random(10, 288, seed=3), correlated(1000, 288)
-    quantizer, moments = Quantizer(4, symmetric=True, group_size=group, clip="mse"), moments_of(x)
-    whole, part = gptq(weight, moments, quantizer), gptq(weight[3:5], moments, quantizer)
+    quantizer = Quantizer(4, symmetric=True, group_size=group, clip="mse")
+    whole, part = gptq(weight, moments_of(x), quantizer), gptq(weight[3:5], moments_of(x), quantizer)
     assert torch.equal(whole.words[3:5], part.words) and torch.allclose(whole.scale[3:5], part.scale)
 
 
@@ -131,18 +136,57 @@ def test_dead_inputs_are_rounded_to_nearest_and_disturb_nothing():
     assert not torch.equal(found[:, living], nearest[:, living])
 
 
-def test_asymmetric_target_is_the_other_models_output():
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("panel", [6, 512])
+def test_asymmetric_target_is_the_other_models_output(panel, act_order, monkeypatch):
     """With fine grids the solution is the least-squares fit of W X~ by Q X, not W."""
+    monkeypatch.setattr("spinquant.quantization.gptq.PANEL", panel)
     weight, exact = random(8, 40, seed=1), correlated(3000, 40)
     x = 0.8 * exact + 0.3 * random(3000, 40, seed=9)
     quantizer = Quantizer(8, symmetric=True)
     fitted = torch.linalg.lstsq(x, exact @ weight.T).solution.T
-    found = dequantize(gptq(weight, moments_of(x, exact), quantizer, GPTQOptions(damping=0, asymmetry=1.0)))
+    found = dequantize(gptq(weight, moments_of(x, exact), quantizer, GPTQOptions(0, act_order, 1.0)))
     plain = dequantize(gptq(weight, moments_of(x, exact), quantizer))
     assert (found - fitted).norm() < 0.02 * fitted.norm()
     assert (plain - fitted).norm() > 0.1 * fitted.norm()
     error = ((found @ x.T) - (weight @ exact.T)).norm()
     assert error < 0.97 * ((plain @ x.T) - (weight @ exact.T)).norm()
+
+
+PEAK = """
+import re
+from pathlib import Path
+import torch
+import spinquant.quantization.gptq
+from spinquant.quantization.gptq import GPTQOptions, Moments, gptq
+from spinquant.quantization.scheme import Quantizer
+
+spinquant.quantization.gptq.PANEL = 128  # small beside the matrices, as it is beside large ones
+
+def memory(word):
+    return 1024 * int(re.search(rf"{word}:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1))
+
+def used(n, exact):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(64, n, generator=generator), torch.randn(32, n, generator=generator)
+    start = memory("VmRSS")
+    moments = Moments()
+    moments.add(x, x if exact else None)
+    Path("/proc/self/clear_refs").write_text("5")
+    gptq(weight, moments, Quantizer(4), GPTQOptions(act_order=True, asymmetry=0.5))
+    return (memory("VmHWM") - start) / (8 * n * n)
+
+used(256, True)  # whatever is loaded at its first use
+print(used(2560, False), used(2560, True))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
+def test_memory_is_that_of_one_float64_matrix_and_of_the_moments():
+    """Of n inputs, in units of n x n in float64; the moments are float32, half of one each."""
+    run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    symmetric, asymmetric = map(float, run.stdout.split())
+    assert 1 < symmetric < 2 and 1 < asymmetric < 2.4, run.stdout
 
 
 def test_moments_it_cannot_use_are_refused():

@@ -57,7 +57,7 @@ LAYERS = [
         "quantization.ranges",
         "quantization.blockwise",
     },
-    {"mappings", "learnable", "source", "resumable"},
+    {"mappings", "learnable", "source", "resumable", "stored_form"},
     {"formats.native_packing", "shards"},
     {"formats.compressed_packing"},
     {"sharing", "disk_model"},

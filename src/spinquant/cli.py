@@ -46,6 +46,7 @@ from spinquant.cli_options import (
     Learned,
     Length,
     MaxShardSize,
+    Memory,
     Model,
     Out,
     Proof,
@@ -158,6 +159,7 @@ def rotate(
     max_shard_size: MaxShardSize = None,
     also: Also = None,
     checksums: Checksums = None,
+    memory: Memory = None,
     force: Force = False,
     allow_pickle: AllowPickle = False,
     allow_inexact: AllowInexact = False,
@@ -187,7 +189,13 @@ def rotate(
             max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
             checksums=checksums,
             also=also or (),
-            options=Options(prove=proof, allow_inexact=allow_inexact, drop_mtp=drop_mtp, progress=progress),
+            options=Options(
+                prove=proof,
+                allow_inexact=allow_inexact,
+                drop_mtp=drop_mtp,
+                progress=progress,
+                memory=None if memory is None else parse_size(memory),
+            ),
             family=family,
         )
     print_result(json_, {**result.record(), "seconds": result.seconds}, report.result_table(result, str(out)))

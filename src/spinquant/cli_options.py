@@ -48,7 +48,10 @@ Checksums = Annotated[
 ]
 Memory = Annotated[
     str | None,
-    typer.Option(help="Calibration: room for hidden states before they go to disk; a quarter of what is free."),
+    typer.Option(
+        help="Room for hidden states of a calibration before they go to disk (by default a quarter of what is free), "
+        "and for a decoder block that is compared."
+    ),
 ]
 Compare = Annotated[
     bool, typer.Option("--compare/--no-compare", help="Compare logits on real tokens before and after rotating.")

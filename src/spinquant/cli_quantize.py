@@ -1,5 +1,6 @@
 """The command `quantize`."""
 
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -44,6 +45,7 @@ from spinquant.learning.folder import LearnText, learn_from, read_learned, remov
 from spinquant.learning.learn import LearnOptions, Watch
 from spinquant.pipeline import Options
 from spinquant.preconditions import check_request
+from spinquant.processes import Processes, joined
 from spinquant.quantization.blockwise import Calibration
 from spinquant.quantization.gptq import GPTQOptions
 from spinquant.quantization.scheme import parse_scheme, static_parts
@@ -152,7 +154,8 @@ def quantize(
     shard = None if max_shard_size is None else parse_size(max_shard_size)
     where: dict[str, Any] = {"runtime": runtime, "format": format, "force": force, "allow_pickle": allow_pickle}
     where |= {"family": family, "checksums": checksums}
-    with stages() as progress:
+    # Processes that learn together stay together.
+    with stages() as progress, joined(device) if learn_first else nullcontext(Processes(0, 1, device)) as processes:
         found, store = read_learned(learned) if learned else None, None
         if learn_first:
             # What would be refused afterwards is refused before.
@@ -165,7 +168,7 @@ def quantize(
                 spec,
                 options,
                 text=LearnText(source),
-                device=device,
+                device=processes.device,
                 dtype=parse_dtype(dtype) or "auto",
                 allow_pickle=allow_pickle,
                 family=family,
@@ -182,7 +185,7 @@ def quantize(
             calibration_text=read,
             dtype=parse_dtype(dtype),
             text=text if compare else None,
-            device=device,
+            device=processes.device,
             max_shard_size=shard,
             options=Options(
                 prove=proof,
@@ -193,6 +196,6 @@ def quantize(
             ),
             **where,
         )
-        if store is not None:
+        if store is not None and processes.first:
             remove_store(store)
     print_result(json_, {**result.record(), "seconds": result.seconds}, report.result_table(result, str(out)))

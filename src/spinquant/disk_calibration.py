@@ -77,7 +77,7 @@ def calibrate_on_disk(
     with closing(HiddenStates(room, store.folder.parent)) as hidden:
         return quantize_blocks(
             home.model,
-            plan,
+            home.plan,
             online,
             scheme,
             tokens,

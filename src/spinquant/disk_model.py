@@ -1,9 +1,12 @@
 """A transformers model without weights, whose parts are filled from a checkpoint while they are at work.
 
+What the model stacks and the checkpoint holds one by one is put together on the way (`stored_form.py`).
+
 The model is made with every `torch.empty` on the meta device: that is where modules get the memory of their weights,
 and nothing else. Whatever else a model computes when it is made (rotary frequencies, scales of embeddings) is real.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +18,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from spinquant.errors import CheckpointError
-from spinquant.module import model_class, module_and_attribute
+from spinquant.module import model_class, module_and_attribute, plan_of
 from spinquant.plan import Plan
 from spinquant.source import Stored
+from spinquant.stored_form import Form, Piece, form_of
 from spinquant.workspace import give_back
 
 
@@ -52,17 +56,20 @@ def unfillable(model: Any, source: Weights, plan: Plan) -> str | None:
     """Why the blocks of a model cannot be filled from a checkpoint and run one by one; None where they can."""
     if model.base_model is model:
         return "the model's class has no base model, whose blocks could be run one by one"
-    ties = {tie.tensor: tie.source for tie in plan.ties}
-    for name, tensor in model.state_dict().items():
-        stored = source.tensors.get(name) or source.tensors.get(ties.get(name, ""))
-        if stored is None or stored.entry.shape != tuple(tensor.shape):
-            return f"the model's class keeps {name!r} in another form than the checkpoint"
-    return None
+    missing = form_in(model, source, plan).missing
+    return missing and f"the model's class keeps {missing!r} in a form that cannot be made of the checkpoint's"
+
+
+def form_in(model: Any, source: Weights, plan: Plan) -> Form:
+    """How a checkpoint, whose plan it is, keeps the tensors of a model."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return form_of(model.config, plan, shapes, {name: stored.entry.shape for name, stored in source.tensors.items()})
 
 
 class OnDisk:
     """The blocks of a hollow model (`blocks.Home`), each filled while it is at work.
 
+    plan: of the checkpoint; that of the model, whose tensors may have other names and stack others, is `plan` here.
     dtype: of the model; device: where what is filled is put.
     """
 
@@ -70,9 +77,9 @@ class OnDisk:
         self, config: Any, plan: Plan, source: Weights, dtype: torch.dtype, device: torch.device | str = "cpu"
     ):
         self.model = hollow_model(config, dtype)
-        self._plan, self._source, self._dtype, self._device = plan, source, dtype, device
-        # Names that a checkpoint does not hold, with the names of those that they share.
-        self._ties = {tie.tensor: tie.source for tie in plan.ties}
+        self.plan, self.form = plan_of(self.model), form_in(self.model, source, plan)
+        self._source, self._dtype, self._device = source, dtype, device
+        self._dtypes = _dtypes(self.model, dtype)
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
@@ -81,8 +88,8 @@ class OnDisk:
     @contextmanager
     def outside(self, tokens: Tensor) -> Iterator[None]:
         """All but the decoder blocks and the head; of the embedding the rows of these tokens."""
-        blocks = tuple(f"{block}." for block in self._plan.blocks)
-        names = [n for n in self.model.state_dict() if not n.startswith(blocks) and n != self._plan.head]
+        blocks = tuple(f"{block}." for block in self.plan.blocks)
+        names = [n for n in self.model.state_dict() if not n.startswith(blocks) and n != self.plan.head]
         table = self.model.get_input_embeddings().weight
         looked_up = next((name for name in names if _get(self.model, name) is table), None)
         with self._filled([name for name in names if name != looked_up]):
@@ -111,7 +118,7 @@ class OnDisk:
     @contextmanager
     def head(self) -> Iterator[None]:
         """The weight of the head."""
-        with self._filled([self._plan.head]):
+        with self._filled([self.plan.head]):
             yield
 
     @contextmanager
@@ -119,31 +126,51 @@ class OnDisk:
         """Within the block, the named weights are there. Afterwards the model is hollow again."""
         try:
             for name in names:
-                found = self._source.whole(self._origin(name))
-                found = found.to(self._dtype) if found.is_floating_point() else found
-                _set(self.model, name, found.to(self._device))
+                _set(self.model, name, self._whole(name).to(self._device))
             yield
         finally:
             for name in names:
                 _set(self.model, name, _get(self.model, name).to("meta"))
 
-    def _origin(self, name: str) -> str:
-        if name not in self._source.tensors and name not in self._ties:
+    def _whole(self, name: str) -> Tensor:
+        """A tensor of the model; of a stack, one tensor of the checkpoint at a time is held beside it."""
+        pieces = self._pieces(name)
+        if pieces[0].expert is None:
+            found = self._source.whole(pieces[0].stored)
+            return found.to(self._dtypes[name]) if found.is_floating_point() else found
+        stack = torch.empty(_get(self.model, name).shape, dtype=self._dtypes[name])
+        for piece in pieces:
+            stack[piece.expert, piece.first : piece.first + piece.rows] = self._source.whole(piece.stored)
+        return stack
+
+    def _pieces(self, name: str) -> tuple[Piece, ...]:
+        pieces = self.form.pieces[name]
+        if not pieces:
             raise CheckpointError(f"{self._source.folder} has no tensor {name!r}")
-        return name if name in self._source.tensors else self._ties[name]
+        return pieces
 
     def _rows(self, name: str, tokens: Tensor) -> Tensor:
         """A table with the rows of these tokens; the others are memory that is never touched, and so not there."""
         wanted = tokens.unique().cpu()
-        shape = self._source.tensors[self._origin(name)].entry.shape
+        origin = self._pieces(name)[0].stored
+        shape = self._source.tensors[origin].entry.shape
         memory = np.zeros(torch.Size(shape).numel() * self._dtype.itemsize, dtype=np.uint8)
         table = torch.from_numpy(memory).view(self._dtype).view(shape)
-        for first, rows in self._source.parts(self._origin(name)):
+        for first, rows in self._source.parts(origin):
             here = wanted[(wanted >= first) & (wanted < first + len(rows))]
             table[here] = rows[here - first].to(self._dtype)
         if torch.device(self._device).type != "cpu":
             table = table.to(self._device)
         return table
+
+
+def _dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtypes that transformers gives the tensors of a model it loads in a dtype: some stay float32."""
+    kept = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(dtype)]
+    return {
+        name: torch.float32 if any(pattern.search(name) for pattern in kept) else tensor.dtype
+        for name, tensor in model.state_dict().items()
+    }
 
 
 def _get(model: nn.Module, name: str) -> Tensor:

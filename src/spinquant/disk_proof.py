@@ -18,7 +18,15 @@ from spinquant.disk_model import OnDisk, Weights
 from spinquant.fuse import rotate_axis
 from spinquant.online import attach
 from spinquant.plan import Plan
-from spinquant.proof import TOLERANCE, Deviation, Float64Arithmetic, difference, output_axis
+from spinquant.proof import (
+    TOLERANCE,
+    Deviation,
+    Float64Arithmetic,
+    computing_modules,
+    difference,
+    exact_experts,
+    output_axis,
+)
 from spinquant.rotation import Rotation
 
 
@@ -38,20 +46,20 @@ def compare_on_disk(
 ) -> Deviation:
     """How far logits of the tokens, (1, length), move from one checkpoint to the other, computed in `dtype`.
 
-    tolerance: relative error beyond which a module departs. online: rotations of `after` that are applied at run time.
+    plan: of the checkpoints. tolerance: relative error beyond which a module departs. online: rotations of `after`
+    that are applied at run time.
     """
     walks = [_Walk(config, plan, source, tokens, dtype) for source in (before, after)]
-    model = walks[0].home.model
+    model, plan = walks[0].home.model, walks[0].home.plan
     if online:
         attach(walks[1].home.model, plan, online)
+    compared = computing_modules(plan)
     departed: str | None = None
     total = len(plan.blocks) + 1
     for done, block in enumerate(plan.blocks):
-        names = [name for group in plan.linears for name in group if name.startswith(f"{block}.")]
+        names = [name for name in compared if name.startswith(f"{block}.")]
         first, second = (walk.step(block, names) for walk in walks)
-        for name in names if departed is None else ():
-            if name not in first:
-                continue
+        for name in first if departed is None else ():
             axis, expected = output_axis(model, plan, name), first[name]
             if axis is not None and axis.space in rotations:
                 expected = rotate_axis(expected, -1, rotations[axis.space], axis.span)
@@ -72,7 +80,10 @@ class _Walk:
     """Hidden states on their way through one checkpoint."""
 
     def __init__(self, config: Any, plan: Plan, source: Weights, tokens: Tensor, dtype: torch.dtype):
-        self.plan, self.home, self.dtype = plan, OnDisk(config, plan, source, dtype), dtype
+        self.home, self.dtype = OnDisk(config, plan, source, dtype), dtype
+        self.plan = self.home.plan
+        if dtype == torch.float64:
+            exact_experts(self.home.model)
         with self.home.outside(tokens), self._arithmetic():
             calls = block_calls(self.home.model, plan.blocks, tokens)
         self.states, self.arguments = calls.hidden[0], calls.arguments

@@ -41,7 +41,8 @@ class Options:
     logits of real tokens moved by more than rounding. precision: dtype of fusing (see `fuse.transform`) and of online
     rotations, by default the wider of the tensor's own and float32. drop_mtp: of a checkpoint, leave out layers for
     multi-token prediction, which R1 cannot take along. memory: bytes that the hidden states of a calibration from disk
-    may take before they go to a file; by default a quarter of what is available.
+    may take before they go to a file, by default a quarter of what is available; and that a block may take which a
+    stream loads to compare it, where that is more than it takes anyway.
     progress(stage, done, total): called as the work goes on.
     """
 

@@ -93,8 +93,8 @@ def check_request(
     streamed = not pickles and (calibrated is None or from_disk(model, family))
     if (max_shard_size is not None or checksums is not None) and not streamed:
         raise CheckpointError(
-            "pickles are loaded as a whole, and so are models for calibration whose class keeps weights in another "
-            "form than the checkpoint: leave --max-shard-size and --checksums out"
+            "pickles are loaded as a whole, and so are models for calibration whose weights cannot be made of the "
+            "checkpoint's block by block: leave --max-shard-size and --checksums out"
         )
     if not streamed and not is_alone():
         raise CheckpointError("this model is loaded as a whole, by one process: repeat the command without torchrun")
@@ -103,7 +103,7 @@ def check_request(
 
 
 def from_disk(model: str | Path, family: FamilyLike | None = None) -> bool:
-    """Whether the decoder blocks of a folder can be calibrated one by one from disk, in the form they are stored in."""
+    """Whether the decoder blocks of a folder can be calibrated one by one from disk."""
     config, folder = load_config(model, family=family), folder_of(model)
     with closing(Source(folder, config)) as source:
         plan = make_plan(config, source.shapes)

@@ -148,13 +148,18 @@ class Processes:
         if self.size == 1:
             yield
             return
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         file = os.open(folder / str(self.rank), os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             self.meet()
             self._locks = folder
             yield
+        except ProcessError:
+            raise
+        except BaseException as error:
+            self._tell(error)  # while the lock says that this process is there to be asked
+            raise
         finally:
             self._locks = None
             os.close(file)

@@ -95,7 +95,7 @@ class Float64Arithmetic(TorchFunctionMode):
 @torch.no_grad()
 def snapshot(model: nn.Module, plan: Plan, tokens: Tensor) -> Snapshot:
     """Run the tokens, (batch, length), through the model and keep what `compare` needs."""
-    names = [name for group in plan.linears for name in group]
+    names = computing_modules(plan)
     embeddings = sorted({axis.tensor.removesuffix(".weight") for axis in plan.axes if axis.space == "residual"})
     modules = dict.fromkeys([*names, *embeddings])
     present = {name for name, _ in model.named_modules()}
@@ -108,6 +108,11 @@ def snapshot(model: nn.Module, plan: Plan, tokens: Tensor) -> Snapshot:
     finally:
         model.train(training)
     return Snapshot(tokens, logits, dict(outputs))
+
+
+def computing_modules(plan: Plan) -> list[str]:
+    """The modules whose outputs are compared: linears, and experts of a layer as a whole."""
+    return [*(name for group in plan.linears for name in group), *(experts.module for experts in plan.experts)]
 
 
 def compare(before: Snapshot, model: nn.Module, plan: Plan, rotations: Mapping[str, Rotation]) -> Deviation:
@@ -129,6 +134,11 @@ def compare(before: Snapshot, model: nn.Module, plan: Plan, rotations: Mapping[s
 
 def output_axis(model: nn.Module, plan: Plan, name: str) -> Axis | None:
     """The axis of a module's weight that its output has, where it lives in a space."""
+    stack = next((experts for experts in plan.experts if experts.module == name), None)
+    if stack is not None:
+        # (experts, out, in), or (experts, in, out)
+        axes = plan.axes_of.get(stack.second[0], ())
+        return next((axis for axis in axes if axis.dim == (2 if stack.transposed else 1)), None)
     module = model.get_submodule(name)
     if not isinstance(module, nn.Linear | nn.Embedding | Conv1D):
         return None

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,20 +27,19 @@ from spinquant.checkpoint import (
 )
 from spinquant.companions import dtype_of, model_dtype
 from spinquant.disk_calibration import Calibrating, calibrate_on_disk, tokens_for
-from spinquant.disk_model import Weights, hollow_model, unfillable
+from spinquant.disk_model import Weights, form_in, hollow_model, unfillable
 from spinquant.disk_proof import compare_on_disk, tolerance_of
-from spinquant.errors import CheckpointError
+from spinquant.errors import CheckpointError, ProcessError, SpinquantError
 from spinquant.formats.compressed_config import check_plan, quantization_config
 from spinquant.formats.compressed_packing import CompressedPacking
 from spinquant.formats.native import make_config
 from spinquant.formats.native_packing import Finished, NativePacking
 from spinquant.learning.learn import LearnedRotations
-from spinquant.pipeline import Options, Result, check_groups
-from spinquant.plan import Plan
+from spinquant.pipeline import Options, Result, Stage, check_groups
 from spinquant.processes import Processes
 from spinquant.proof import check
 from spinquant.quantization.progress import BlockStore, digest
-from spinquant.quantization.scheme import Scheme
+from spinquant.quantization.scheme import Clips, Scheme
 from spinquant.resumable import Resumable
 from spinquant.rotation import RotationSpec, check_given, in_precision, make_rotations, online_part
 from spinquant.shards import Change, Packing, Plain, make_shards
@@ -128,6 +128,11 @@ class Request:
         }
 
 
+def store_folder(out: str | Path) -> Path:
+    """Where a calibration for `out` is kept until it is written."""
+    return Path(out).parent / f".{Path(out).name}.calibration"
+
+
 def store_for(
     out: str | Path, model: str | Path, request: Request, tokens: Tensor, dtype: torch.dtype, config: Any
 ) -> BlockStore:
@@ -137,7 +142,7 @@ def store_for(
     settings = [version("spinquant"), request.scheme, request.spec, how.method, how.calibration]
     settings += [request.options.precision, dtype, digest(tokens), weights_digest(model)]
     settings += [request.learned.digest() if request.learned else None, recorded_family(config)]
-    return BlockStore(Path(out).parent / f".{Path(out).name}.calibration", json.dumps([repr(s) for s in settings]))
+    return BlockStore(store_folder(out), json.dumps([repr(s) for s in settings]))
 
 
 class Run:
@@ -196,24 +201,54 @@ class Run:
         """Record the SHA-256 of the source's files."""
         self.result = replace(self.result, notes={**self.result.notes, "source_files": dict(found)})
 
-    def calibrate(self, out: str | Path, clock: Clock) -> BlockStore:
-        """Quantize block by block into a store, from which the stream will take the weights."""
-        request, plan, how = self.request, self.result.plan, self.request.calibrating
-        assert how is not None and request.scheme is not None
+    def calibrate(self, out: str | Path, clock: Clock, processes: Processes) -> BlockStore:
+        """Quantize block by block into a store, from which the stream will take the weights.
+
+        The first process does that while the others wait, for as long as it takes; then all know what it found.
+        """
+        plan, how = self.result.plan, self.request.calibrating
+        assert how is not None
+        config = _unquantized(self.config)
+        dtype = self.request.dtype or model_dtype(config, self.source)
         rotated = Rotated(self.source, self.change, self.untied)
+        folder = store_folder(out)
+        try:
+            with processes.locked(folder / "processes"):
+                mine = self._calibrated(out, config, dtype, rotated, clock, processes) if processes.first else None
+                found = processes.agree(mine)
+        except SpinquantError as error:
+            if processes.first and not isinstance(error, ProcessError) and not any(folder.glob("*.safetensors")):
+                shutil.rmtree(folder, ignore_errors=True)  # nothing but locks is in it
+            raise
+        store = BlockStore(folder, found["fingerprint"])
+        notes = {**self.result.notes, "calibration_text": found["text"]}
+        clips = Clips.from_dict(found["clips"])
+        self.result = replace(self.result, method=how.method, calibration=how.calibration, clips=clips, notes=notes)
+        form = form_in(hollow_model(config, dtype), rotated, plan)
+        self._store_as(Finished(store, (*plan.blocks, plan.head.removesuffix(".weight")), dtype, form))
+        return store
+
+    def _calibrated(
+        self, out: str | Path, config: Any, dtype: torch.dtype, rotated: Rotated, clock: Clock, processes: Processes
+    ) -> dict[str, Any]:
+        """What a calibration finds beside the store, as JSON."""
+        request, how = self.request, self.request.calibrating
+        assert how is not None and request.scheme is not None
         with clock.phase("compare"):
             self.compare(rotated)
         with clock.phase("calibrate"):
-            config = _unquantized(self.config)
-            dtype = request.dtype or model_dtype(config, self.source)
-            progress = request.options.stage("generate text")
+            options = replace(request.options, progress=_looking(request.options.progress, processes))
             name, tokens = tokens_for(
-                self.model, how.text, dtype=request.dtype or "auto", family=request.family, progress=progress
+                self.model,
+                how.text,
+                dtype=request.dtype or "auto",
+                family=request.family,
+                progress=options.stage("generate text"),
             )
             store = store_for(out, self.model, request, tokens, dtype, config)
             clips = calibrate_on_disk(
                 config,
-                plan,
+                self.result.plan,
                 self.online,
                 rotated,
                 request.scheme,
@@ -222,13 +257,10 @@ class Run:
                 store,
                 dtype=dtype,
                 device=request.device,
-                options=request.options,
+                options=options,
             )
         about = {"text": name, "samples": tokens.shape[0], "length": tokens.shape[1]}
-        notes = {**self.result.notes, "calibration_text": about}
-        self.result = replace(self.result, method=how.method, calibration=how.calibration, clips=clips, notes=notes)
-        self._store_as(Finished(store, (*plan.blocks, plan.head.removesuffix(".weight")), dtype))
-        return store
+        return {"fingerprint": store.fingerprint, "clips": clips.to_dict(), "text": about}
 
     def take_along(self, work: Resumable) -> None:
         """Write the adapters and heads that ride along, rotated."""
@@ -247,7 +279,7 @@ class Run:
         config = _unquantized(self.config)
         written = [job.dtype for shard in self.shards for job in shard.jobs if job.dtype.is_floating_point]
         dtype = max((*written, *(stored.dtype for stored in source.tensors.values())), key=_width)
-        reason = _why_not(result.plan, hollow_model(config, dtype), source)
+        reason = self._why_not_compared(hollow_model(config, dtype))
         if reason is not None:
             self.result = replace(result, notes={**result.notes, "real_tokens": f"not compared: {reason}"})
             return
@@ -268,6 +300,21 @@ class Run:
         if not request.options.allow_inexact:
             check(real, narrowest, what="this model")
         self.result = replace(result, real=real, notes={**result.notes, "sample_text": name})
+
+    def _why_not_compared(self, model: Any) -> str | None:
+        plan, source, options = self.result.plan, self.source, self.request.options
+        reason = unfillable(model, source, plan)
+        if reason is not None or self.request.calibrating is not None:  # a calibration loads every block anyway
+            return reason
+        largest = max(math.prod(stored.entry.shape) for stored in source.tensors.values())
+        room = max(BLOCK_SHARE * 4 * largest + BLOCK_FREE, options.memory or 0)
+        state = model.state_dict()
+        for block in plan.blocks:
+            size = sum(tensor.nbytes for name, tensor in state.items() if name.startswith(f"{block}."))
+            if size > room:
+                needed = math.ceil(size / 1e8) / 10
+                return f"{block} takes more than the {room} bytes of a stream; --memory {needed:.1f}GB allows it"
+        return None
 
 
 def _native(run: Run, scheme: Scheme, finished: Finished | None) -> tuple[Packing, dict[str, Any]]:
@@ -291,25 +338,23 @@ def _compressed(run: Run, scheme: Scheme, finished: Finished | None) -> tuple[Pa
 FORMATS = {"native": _native, "compressed-tensors": _compressed}
 
 
+def _looking(progress: Stage | None, processes: Processes) -> Stage:
+    """Progress that ends when another process has ended."""
+
+    def report(stage: str, done: int, total: int) -> None:
+        processes.look()
+        if progress:
+            progress(stage, done, total)
+
+    return report
+
+
 def _unquantized(config: Any) -> Any:
     """A copy of a config that says nothing of FP8, which is read as the numbers that it stands for."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
-
-
-def _why_not(plan: Plan, model: Any, source: Source) -> str | None:
-    reason = unfillable(model, source, plan)
-    if reason is not None:
-        return reason
-    largest = max(math.prod(stored.entry.shape) for stored in source.tensors.values())
-    state = model.state_dict()
-    for block in plan.blocks:
-        size = sum(tensor.nbytes for name, tensor in state.items() if name.startswith(f"{block}."))
-        if size > BLOCK_SHARE * 4 * largest + BLOCK_FREE:
-            return f"{block} has {size} bytes, more than what a stream may hold in memory"
-    return None
 
 
 def _width(dtype: torch.dtype) -> tuple[bool, int, int]:

@@ -21,7 +21,6 @@ from spinquant.checkpoint import (
 )
 from spinquant.companions import write_beside, write_companions
 from spinquant.errors import (
-    CalibrationError,
     CheckpointError,
     ProcessError,
     SchemeError,
@@ -68,29 +67,42 @@ def stream_folder(model: str | Path, out: str | Path, request: Request, *, force
         folder = folder_of(model)
         check_replaceable(out, force=True, source=folder)
         if request.calibrating:
-            if processes.size > 1:
-                raise CalibrationError("one process calibrates: repeat the command without torchrun")
             check_free(out, force=force, source=folder)  # before hours of calibration
         config = load_config(model, family=request.family)
         if fp8_block(config) is None:
             check_unquantized(config, model)
         dropped = prediction_tensors(config, read_headers(folder)) if request.options.drop_mtp else ()
         with closing(Source(folder, config, without=frozenset(dropped))) as source:
+            settings = request.settings(model, folder, config)
+            check_same(settings, processes)
             run = Run(source, config, replace(request, device=processes.device), model)
             known = known_hashes(folder, source.files, request.checksums)
-            if request.calibrating:
+            if request.calibrating and processes.first:
                 with clock.phase("check"):
                     run.note_source(SourceHash(folder, source.files).finish(source.files, known))
             if request.options.prove and run.result.rotations and processes.first:
                 with clock.phase("prove"):
                     run.result = replace(run.result, twin=prove(config, request.spec))
-            store = run.calibrate(out, clock) if request.calibrating else None
-            with _open(out, request.settings(model, folder, config), force, processes) as work:
+            store = run.calibrate(out, clock, processes) if request.calibrating else None
+            with _open(out, settings, force, processes) as work:
                 _write(run, work, Growing(out), processes, clock, known)
-            if store is not None:
+            if store is not None and processes.first:
                 store.remove()
         result = replace(run.result, seconds=clock.seconds(processes))
     return result
+
+
+def check_same(settings: Mapping[str, Any], processes: Processes) -> None:
+    """Raise ProcessError where processes were asked for different things, or have learned different rotations."""
+    # Each machine may have a copy of the model, elsewhere and of another time.
+    found = processes.gather({name: value for name, value in settings.items() if name not in ("model", "files")})
+    names = sorted({name for one in found for name in one if one[name] != found[0][name]})
+    if names:
+        raise ProcessError(
+            f"the processes of this job differ in {', '.join(names)}: start all of them with the same command, on the "
+            "same files. Rotations that they have learned may differ in the last bits where their machines do: then "
+            "use `spinquant learn` first, and --learned with what it writes"
+        )
 
 
 def _write(

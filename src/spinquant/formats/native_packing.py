@@ -17,6 +17,7 @@ from spinquant.quantization.rtn import quantize_weight
 from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.quantization.weights import PARTS, linear_weights, weights_of
 from spinquant.rotation import Rotation
+from spinquant.stored_form import Form
 
 # Elements rounded at once: a few copies of them in float32 are in memory.
 PIECE = 1 << 20
@@ -24,16 +25,23 @@ PIECE = 1 << 20
 
 @dataclass(frozen=True)
 class Finished:
-    """Weights that a calibration has rounded already, by block, and the dtype of their scales."""
+    """Weights that a calibration has rounded already, by block of the model, and the dtype of their scales.
+
+    form: where the tensors of the checkpoint are in the model's.
+    """
 
     store: BlockStore
     blocks: tuple[str, ...]
     dtype: torch.dtype
+    form: Form
 
-    def of(self, tensor: str) -> Packed:
-        """A weight by the name of its tensor."""
-        block = next(b for b in self.blocks if tensor.startswith(f"{b}."))
-        return self.store.packed(block, tensor)
+    def of(self, stored: str) -> Packed:
+        """A weight by the name of its tensor in the checkpoint."""
+        piece = self.form.of_stored[stored]
+        block = next(b for b in self.blocks if piece.tensor.startswith(f"{b}."))
+        if piece.expert is None:
+            return self.store.packed(block, piece.tensor)
+        return self.store.packed(block, piece.tensor, (piece.expert, slice(piece.first, piece.first + piece.rows)))
 
 
 def round_rows(rows: Tensor, quantizer: Quantizer) -> Packed:

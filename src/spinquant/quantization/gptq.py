@@ -28,6 +28,8 @@ from spinquant.quantization.scheme import Quantizer
 
 # Columns whose errors are taken out of the rest of the weight at once, by one product.
 BLOCK_COLUMNS = 128
+# Rows of a large matrix that are worked on at once, so that what lies between is small.
+PANEL = 512
 
 
 @dataclass(frozen=True)
@@ -80,51 +82,99 @@ class Moments:
 def gptq(weight: Tensor, moments: Moments, quantizer: Quantizer, options: GPTQOptions | None = None) -> Packed:
     """A weight (out, in) as packed integers that keep the linear's outputs on the calibration inputs.
 
-    Inputs that were always zero are rounded to nearest. Raises CalibrationError when the second moment is not positive
-    definite even with the damping, or is not finite.
+    The moments are used up: beside what is rounded there is then one (in, in) matrix in float64, and one in float32 for
+    an asymmetric target. Inputs that were always zero are rounded to nearest. Raises CalibrationError when the second
+    moment is not positive definite even with the damping, or is not finite.
     """
     options = options or GPTQOptions()
-    square, root = _factors(weight, moments, options.damping)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    work = weight.to(wide)
-    if options.asymmetry and moments.cross is not None:
-        # W C H^-1, by the triangular factors of H.
-        cross = moments.cross.to(root) / moments.tokens
-        moved = torch.cholesky_solve((work.to(root) @ cross).T, root).T
-        work = work + (options.asymmetry * moved).to(wide)
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True).to(wide)
-    importance = square.diagonal().to(wide)
+    cross, moments.cross = moments.cross, None
+    diagonal = _damped_diagonal(moments, weight.device, options.damping)
+    importance = diagonal.to(wide)
     if options.act_order:
         order = importance.argsort(descending=True, stable=True)
-        reordered = square[order][:, order]
-        root = torch.linalg.cholesky(reordered)
-        upper = torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True).to(wide)
     else:
         order = torch.arange(weight.shape[1], device=weight.device)
+    lower = _factor(moments, diagonal, order.flip(0), options.damping)
+    work = weight.to(wide)
+    if cross is not None and options.asymmetry:
+        work = _moved(work, cross.div_(moments.tokens), lower, order.flip(0), options.asymmetry)
+    del cross
+    upper = _inverse_factor(lower, wide)
+    del lower
     fixed = options.act_order or quantizer.kind == "nvfp4"
     rounded, scale, zero = _round_columns(work, upper, order, importance, quantizer, weight.dtype, fixed)
-    return quantize_on_grid(rounded.to(weight.dtype), scale.to(weight.dtype), zero, quantizer)
+    del work, upper
+    return quantize_on_grid(rounded, scale.to(weight.dtype), zero, quantizer)
 
 
-def _factors(weight: Tensor, moments: Moments, damping: float) -> tuple[Tensor, Tensor]:
-    """The damped second moment and its lower Cholesky factor, float64: half the digits are lost in the inverse."""
+def _damped_diagonal(moments: Moments, device: torch.device, damping: float) -> Tensor:
+    """That of the damped second moment, float64. Raises CalibrationError where there is none, or it is not finite."""
     if moments.square is None or moments.tokens == 0:
         raise CalibrationError("no calibration token reached it: give more text, or leave it out of the quantization")
-    square = moments.square.to(weight.device, torch.float64) / moments.tokens
-    if not square.isfinite().all():
+    diagonal = moments.square.diagonal().to(device, torch.float64) / moments.tokens
+    if not diagonal.isfinite().all():  # no other element of x x^T is larger
         raise CalibrationError("its inputs are not finite on the calibration text")
-    diagonal = square.diagonal()
     mean = diagonal.mean()
     # Alone and of average size, a dead input is rounded to nearest and takes no part in the rest.
     diagonal[diagonal == 0] = mean if mean > 0 else 1.0
-    diagonal += damping * diagonal.mean()
-    root, failed = torch.linalg.cholesky_ex(square)
+    return diagonal + damping * diagonal.mean()
+
+
+def _factor(moments: Moments, diagonal: Tensor, backwards: Tensor, damping: float) -> Tensor:
+    """The lower Cholesky factor of the damped second moment with its columns backwards; of the moments it is forgotten.
+
+    Float64: half the digits are lost in the inverse. The factor takes the place of the matrix.
+    """
+    square = moments.square
+    assert square is not None
+    damped = torch.empty(square.shape, dtype=torch.float64, device=diagonal.device)
+    chosen = backwards.to(square.device)
+    for rows, target in zip(chosen.split(PANEL), damped.split(PANEL), strict=True):
+        target.copy_(square[rows][:, chosen]).div_(moments.tokens)
+    moments.square, square = None, None
+    damped.diagonal().copy_(diagonal[backwards])
+    failed = torch.empty((), dtype=torch.int32, device=damped.device)
+    # Column by column, as LAPACK has it: laid out otherwise there would be a copy.
+    torch.linalg.cholesky_ex(damped.mT, out=(damped.mT, failed))
     if failed:
         raise CalibrationError(
-            f"the second moment of its inputs is singular ({moments.tokens} tokens for {len(square)} inputs, damping "
+            f"the second moment of its inputs is singular ({moments.tokens} tokens for {len(damped)} inputs, damping "
             f"{damping}): give more calibration tokens, or more damping"
         )
-    return square, root
+    return damped.mT
+
+
+def _moved(work: Tensor, cross: Tensor, lower: Tensor, backwards: Tensor, share: float) -> Tensor:
+    """W and a share of the way to W*: of W C H^-1, by the triangular factor of H with its columns backwards."""
+    moved = torch.empty_like(work)
+    for rows, target in zip(work.split(PANEL), moved.split(PANEL), strict=True):
+        exact = rows.to(lower)
+        product = torch.cat([exact @ part.to(lower) for part in cross.split(PANEL, dim=1)], dim=1)
+        # Not cholesky_solve, which copies the factor.
+        half = torch.linalg.solve_triangular(lower, product[:, backwards].T, upper=False)
+        step = torch.linalg.solve_triangular(lower.mT, half, upper=True).T
+        target[:, backwards] = rows[:, backwards] + (share * step).to(work.dtype)
+    return moved
+
+
+def _inverse_factor(lower: Tensor, dtype: torch.dtype) -> Tensor:
+    """The upper Cholesky factor U of H^-1, from the lower one, L, of H with its columns backwards. L is used up.
+
+    With P the reversal, P H P = L L^T, so H^-1 = (P L^-1 P)^T (P L^-1 P). L is inverted in place, panel by panel:
+    rows of L^-1 are -D^-1 (L_rows X) and D^-1, where X is what is inverted already and D their corner.
+    """
+    for start in range(0, len(lower), PANEL):
+        end = min(start + PANEL, len(lower))
+        unit = torch.eye(end - start, dtype=lower.dtype, device=lower.device)
+        corner = torch.linalg.solve_triangular(lower[start:end, start:end], unit, upper=False)
+        lower[start:end, :start] = -corner @ (lower[start:end, :start] @ lower[:start, :start])
+        lower[start:end, start:end] = corner
+    upper = torch.empty(lower.shape, dtype=dtype, device=lower.device)
+    for start in range(0, len(lower), PANEL):
+        end = min(start + PANEL, len(lower))
+        upper[len(lower) - end : len(lower) - start] = lower[start:end].flip(0, 1)
+    return upper
 
 
 def _round_columns(
@@ -136,7 +186,7 @@ def _round_columns(
     stored: torch.dtype,
     fixed_grids: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rounded weight, scales (out, groups), zero points (out, groups). `upper` is in the order of the columns."""
+    """Rounded weight, as stored; scales and zero points, (out, groups). `upper` is in the order of columns."""
     columns = work.shape[1]
     group = group_of(columns, quantizer)
     scales, zeros = (work.new_empty(work.shape[0], columns // group) for _ in range(2))
@@ -146,8 +196,9 @@ def _round_columns(
     if quantizer.kind == "nvfp4":  # the scales of one tensor depend on each other
         scales = within_reach(scales, work.unflatten(-1, (-1, group)).abs().amax(dim=-1))
     moving = work[:, order].contiguous()
-    rounded = torch.empty_like(moving)
-    groups = (order // group).tolist()
+    rounded = torch.empty_like(moving, dtype=stored)
+    places = order.tolist()
+    groups = [place // group for place in places]
     for start in range(0, columns, BLOCK_COLUMNS):
         end = min(start + BLOCK_COLUMNS, columns)
         # Columns are rows here: one column of the weight is then one run of memory.
@@ -163,13 +214,11 @@ def _round_columns(
                 )
             column, scale, zero = block[j], scales[:, g], zeros[:, g]
             nearest = decode(encode(column, scale, zero, quantizer), scale, zero)
-            rounded[:, start + j] = nearest
+            rounded[:, places[start + j]] = nearest
             torch.sub(column, nearest, out=errors[j]).div_(corner[j, j])
             block[j + 1 :].addr_(corner[j, j + 1 :], errors[j], alpha=-1)
         moving[:, end:].addmm_(errors.T, upper[start:end, end:], alpha=-1)
-    back = torch.empty_like(rounded)
-    back[:, order] = rounded
-    return back, scales, zeros
+    return rounded, scales, zeros
 
 
 def _pending(moving: Tensor, errors: Tensor, upper: Tensor, start: int, end: int, until: int) -> Tensor:

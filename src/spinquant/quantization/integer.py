@@ -7,7 +7,8 @@ an unsigned integer. A floating format has the zero point 0, and its codes are t
 is the same formula; only where codes are packed do they become integers. Everything acts on the last axis, in groups.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -168,23 +169,41 @@ def quantize(x: Tensor, quantizer: Quantizer, *, clip: Tensor | None = None) -> 
 def quantize_on_grid(x: Tensor, scale: Tensor, zero: Tensor | None, quantizer: Quantizer) -> Packed:
     """x coded with a given scale and zero point, (.., groups). Exact for x that lies on that grid."""
     wide = _wide(x.dtype)
-    groups = x.unflatten(-1, (scale.shape[-1], -1)).to(wide)
-    codes = encode(groups, _column(scale, wide), _zero_column(zero, scale, quantizer, wide), quantizer)
-    if quantizer.kind != "int":
-        codes = to_bits(codes, quantizer.kind)
-    words = pack(codes.flatten(-2), quantizer.bits)
+    found = []
+    for part, scales, zeros in _in_parts(x.numel(), x, scale, zero):
+        groups = part.unflatten(-1, (scale.shape[-1], -1)).to(wide)
+        codes = encode(groups, _column(scales, wide), _zero_column(zeros, scales, quantizer, wide), quantizer)
+        if quantizer.kind != "int":
+            codes = to_bits(codes, quantizer.kind)
+        found.append(pack(codes.flatten(-2), quantizer.bits))
     stored_zero = None if quantizer.symmetric or zero is None else zero.to(torch.uint8)
+    words = found[0] if len(found) == 1 else torch.cat(found)
     return Packed(words, scale, stored_zero, x.shape[-1], quantizer)
 
 
 def dequantize(packed: Packed) -> Tensor:
     """The numbers, in the dtype of the scale, shape (.., length)."""
-    scale, quantizer = packed.scale, packed.quantizer
-    wide = _wide(scale.dtype)
-    bits = unpack(packed.words, quantizer.bits, packed.length).unflatten(-1, (scale.shape[-1], -1))
-    codes = bits.to(wide) if quantizer.kind == "int" else from_bits(bits, quantizer.kind).to(wide)
-    zero = _zero_column(packed.zero, scale, quantizer, wide)
-    return decode(codes, _column(scale, wide), zero).flatten(-2).to(scale.dtype)
+    quantizer, wide = packed.quantizer, _wide(packed.scale.dtype)
+    found = []
+    numbers = packed.length * math.prod(packed.words.shape[:-1])
+    for words, scale, stored in _in_parts(numbers, packed.words, packed.scale, packed.zero):
+        bits = unpack(words, quantizer.bits, packed.length).unflatten(-1, (scale.shape[-1], -1))
+        codes = bits.to(wide) if quantizer.kind == "int" else from_bits(bits, quantizer.kind).to(wide)
+        zero = _zero_column(stored, scale, quantizer, wide)
+        found.append(decode(codes, _column(scale, wide), zero).flatten(-2).to(scale.dtype))
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _in_parts(
+    numbers: int, x: Tensor, scale: Tensor, zero: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Some of the first axis of all three at a time, so that the copies on the way to codes and back are small."""
+    if x.ndim == 1 or numbers <= BLOCK:
+        yield x, scale, zero
+        return
+    step = max(1, BLOCK * len(x) // numbers)
+    zeros = [None] * len(range(0, len(x), step)) if zero is None else zero.split(step)
+    yield from zip(x.split(step), scale.split(step), zeros, strict=True)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -19,14 +19,21 @@ from spinquant.quantization.scheme import Clips, Quantizer
 
 
 class BlockStore:
-    """A folder of finished blocks, made when the first is finished. Blocks of another fingerprint are removed."""
+    """A folder of finished blocks, made when the first is finished. Blocks of another fingerprint are removed.
+
+    What else is in the folder stays until `remove`.
+    """
 
     def __init__(self, folder: Path, fingerprint: str):
         self.folder = folder
         marker = folder / "fingerprint"
         self.fingerprint = fingerprint
         if folder.exists() and (not marker.exists() or marker.read_text(encoding="utf-8") != fingerprint):
-            shutil.rmtree(folder)
+            marker.unlink(missing_ok=True)
+            for path in (*folder.glob("*.safetensors"), *folder.glob("*.partial")):
+                path.unlink()
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
     def save(self, block: str, packed: Mapping[str, Packed], clips: Clips) -> None:
         """Keep a block's packed weights by linear, and all clip ratios found so far."""
@@ -65,12 +72,13 @@ class BlockStore:
             )
         return packed, Clips.from_dict(about["clips"])
 
-    def packed(self, block: str, linear: str) -> Packed:
-        """One weight of a finished block."""
+    def packed(self, block: str, linear: str, part: tuple[int, slice] | None = None) -> Packed:
+        """One weight of a finished block; part: rows of one matrix of a stack alone."""
         with safe_open(self._file(block), framework="pt") as file:
             meta = json.loads(file.metadata()["about"])["linears"][linear]
             names = sorted(name for name in file.keys() if name.startswith(f"{linear}/"))
-            words, scale, *zero = (file.get_tensor(name) for name in names)
+            whole = (file.get_slice(name) for name in names)
+            words, scale, *zero = (found[:] if part is None else found[part] for found in whole)
         return Packed(words, scale, zero[0] if zero else None, meta["length"], Quantizer(**meta["quantizer"]))
 
     def remove(self) -> None:

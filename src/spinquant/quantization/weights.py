@@ -39,7 +39,11 @@ class Weight:
 
     def put(self, model: nn.Module, packed: Packed) -> None:
         """Put quantized numbers into the model, with the grid that they lie on (`X_scale`, `X_zero`) as buffers."""
-        self.matrices(model).copy_(dequantize(packed))
+        matrices = self.matrices(model)
+        if matrices.ndim == 2:
+            matrices.copy_(dequantize(packed))
+        for i, matrix in enumerate(matrices if matrices.ndim > 2 else ()):  # a stack is most of a block
+            matrix.copy_(dequantize(packed.with_tensors(*(tensor[i] for tensor in packed.tensors()))))
         self.keep_grid(model, packed.scale, packed.zero)
 
     def keep_grid(self, model: nn.Module, scale: Tensor, zero: Tensor | None) -> None:

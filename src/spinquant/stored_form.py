@@ -1,0 +1,96 @@
+"""In which form a checkpoint keeps the tensors of its model: under another name, or an expert at a time.
+
+A model stacks the experts of a layer, gate above up: `experts.gate_up_proj` (experts, gate + up, in). Checkpoints hold
+`experts.E.gate_proj.weight`, `experts.E.up_proj.weight`, ... (out, in), often under older names. A piece says which
+part of which of the model's tensors one tensor of the checkpoint is; a tensor that is stored as it is has one piece.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from spinquant.architectures import family_of, module_names
+from spinquant.plan import Plan
+
+# Tensors of the model that are several of a checkpoint, one above the other.
+_ABOVE = {"gate_up_proj": ("gate_proj", "up_proj")}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where a tensor of the checkpoint is in the model.
+
+    tensor: of the model. stored: of the checkpoint. expert: whose matrix of a stack it is in, None for a tensor that is
+    stored as it is. first, rows: its place in that matrix, (out, in).
+    """
+
+    tensor: str
+    stored: str
+    expert: int | None = None
+    first: int = 0
+    rows: int = 0
+
+
+@dataclass(frozen=True)
+class Form:
+    """The pieces of each of the model's tensors. missing: the first of them that the checkpoint cannot make up."""
+
+    pieces: Mapping[str, tuple[Piece, ...]]
+    missing: str | None = None
+
+    @cached_property
+    def of_stored(self) -> Mapping[str, Piece]:
+        """Pieces by the checkpoint's tensors. One that two of the model's share is what its own name says."""
+        found: dict[str, Piece] = {}
+        for pieces in self.pieces.values():
+            for piece in pieces:
+                if piece.stored not in found or piece.tensor == piece.stored:
+                    found[piece.stored] = piece
+        return found
+
+
+def form_of(config: Any, plan: Plan, tensors: Mapping[str, Sequence[int]], stored: Mapping[str, Sequence[int]]) -> Form:
+    """How a checkpoint keeps a model, from the shapes of both.
+
+    plan: of the checkpoint. tensors: the model's shapes. stored: the checkpoint's.
+    """
+    family = family_of(config)
+    assert family is not None  # or there would be no plan
+    names = module_names(family, stored)
+    for tie in plan.ties:
+        names.setdefault(next(iter(module_names(family, [tie.tensor]))), tie.source)
+    pieces: dict[str, tuple[Piece, ...]] = {}
+    missing: str | None = None
+    for tensor, shape in tensors.items():
+        origin = names.get(tensor)
+        if origin is not None and tuple(stored.get(origin, ())) == tuple(shape):
+            pieces[tensor] = (Piece(tensor, origin),)
+            continue
+        found = tuple(_of_experts(tensor, shape, names, stored))
+        if not found:
+            missing = missing or tensor
+        pieces[tensor] = found
+    return Form(pieces, missing)
+
+
+def _of_experts(
+    tensor: str, shape: Sequence[int], names: Mapping[str, str], stored: Mapping[str, Sequence[int]]
+) -> Iterator[Piece]:
+    """The pieces of a stack; none where the checkpoint has not all of them, or in another shape."""
+    module, _, last = tensor.rpartition(".")
+    if len(shape) != 3:
+        return
+    found: list[Piece] = []
+    for expert in range(shape[0]):
+        first = 0
+        for part in _ABOVE.get(last, (last,)):
+            origin = names.get(f"{module}.{expert}.{part}.weight", "")
+            rows, *columns = stored.get(origin, (0,))
+            if columns != [shape[2]]:
+                return
+            found.append(Piece(tensor, origin, expert, first, rows))
+            first += rows
+        if first != shape[1]:
+            return
+    yield from found
