@@ -65,6 +65,14 @@ ONE_MIXER = {
     "chunk_size": 4,
 }
 MIXERS = ["linear_attention", "full_attention", "mlp", "moe"]
+# The heads fill twice the hidden size.
+ZAMBA = {
+    **{key: size for key, size in SMALL.items() if key not in ("head_dim", "num_hidden_layers")},
+    **{"hidden_size": 48, "num_hidden_layers": 4, "mamba_d_state": 8, "pad_token_id": 0},
+    "layers_block_type": ["linear_attention", "hybrid", "hybrid", "hybrid"],
+}
+SHARING = ["hybrid", "linear_attention", "hybrid", "hybrid"]
+ZAMBA2 = {"n_mamba_heads": 6, "mamba_ngroups": 2, "chunk_size": 4, "adapter_rank": 8}
 COHERE = {"prefix_dense_intermediate_size": 40, "layer_types": LAYERS, "sliding_window": 5}
 MLA = {
     **MOE,
@@ -239,6 +247,19 @@ FAMILIES: dict[str, Instance] = {
         **MAMBA,
     ),
     "lfm2": of("lfm2", FULL, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
+    "zamba": of("zamba", ZAMBA, n_mamba_heads=2, mamba_dt_rank=4),
+    "zamba2": of("zamba2", ZAMBA, layers_block_type=SHARING, num_mem_blocks=2, **ZAMBA2),
+    "zamba2-adapters": of(
+        "zamba2",
+        ZAMBA,
+        layers_block_type=SHARING,
+        num_mem_blocks=2,
+        num_key_value_heads=6,
+        use_shared_attention_adapter=True,
+        use_mem_rope=True,
+        add_bias_linear=True,
+        **ZAMBA2,
+    ),
     "nemotron_h": of("nemotron_h", ONE_MIXER, layers_block_type=MIXERS),
     "nemotron_h-latent": of("nemotron_h", ONE_MIXER, layers_block_type=MIXERS, moe_latent_size=32, use_bias=True),
     "mamba": of("mamba", FULL, lacks="R2 R3 R4", state_size=8, time_step_rank=4),

@@ -23,6 +23,7 @@ LAYERS = [
         "architectures",
         "architectures.table",
         "architectures.build",
+        "architectures.shared_blocks",
         "architectures.prediction",
         "architectures.family_file",
         *TABLES,

@@ -52,9 +52,8 @@ def unfillable(model: Any, source: Weights, plan: Plan) -> str | None:
     """Why the blocks of a model cannot be filled from a checkpoint and run one by one; None where they can."""
     if model.base_model is model:
         return "the model's class has no base model, whose blocks could be run one by one"
-    ties = {tie.tensor: tie.source for tie in plan.ties}
     for name, tensor in model.state_dict().items():
-        stored = source.tensors.get(name) or source.tensors.get(ties.get(name, ""))
+        stored = source.tensors.get(name) or source.tensors.get(plan.tied.get(name, ""))
         if stored is None or stored.entry.shape != tuple(tensor.shape):
             return f"the model's class keeps {name!r} in another form than the checkpoint"
     return None
@@ -71,8 +70,6 @@ class OnDisk:
     ):
         self.model = hollow_model(config, dtype)
         self._plan, self._source, self._dtype, self._device = plan, source, dtype, device
-        # Names that a checkpoint does not hold, with the names of those that they share.
-        self._ties = {tie.tensor: tie.source for tie in plan.ties}
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
@@ -128,9 +125,9 @@ class OnDisk:
                 _set(self.model, name, _get(self.model, name).to("meta"))
 
     def _origin(self, name: str) -> str:
-        if name not in self._source.tensors and name not in self._ties:
+        if name not in self._source.tensors and name not in self._plan.tied:
             raise CheckpointError(f"{self._source.folder} has no tensor {name!r}")
-        return name if name in self._source.tensors else self._ties[name]
+        return name if name in self._source.tensors else self._plan.tied[name]
 
     def _rows(self, name: str, tokens: Tensor) -> Tensor:
         """A table with the rows of these tokens; the others are memory that is never touched, and so not there."""

@@ -74,7 +74,7 @@ QWEN2_VL = Vision(
     ("qwen2_vl", "qwen2_5_vl"),
     {"model.visual.merger.mlp.2.weight": _WRITER, "model.visual.merger.mlp.2.bias": ("residual",)},
     (r"model\.visual\.(patch_embed|blocks|merger\.ln_q|merger\.mlp\.0)\..*",),
-    text=replace(LLAMA, filled=True),
+    text=replace(LLAMA, filled=1),
     stored=_QWEN_NAMES,
 )
 _QWEN3_INSIDE = r"model\.visual\.(patch_embed|pos_embed|blocks|merger\.norm|merger\.linear_fc1)\..*"
