@@ -7,7 +7,10 @@ import spinquant
 
 SOURCE = Path(spinquant.__file__).parent
 
-TABLES = {f"architectures.{name}" for name in ("llama", "postnorm", "layernorm", "moe", "hybrid", "vision")}
+TABLES = {
+    f"architectures.{name}"
+    for name in ("llama", "postnorm", "layernorm", "moe", "hybrid", "hyperconnected", "relatives", "vision")
+}
 
 # Lowest first; a module imports from lower or equal layers only.
 LAYERS = [

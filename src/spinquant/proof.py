@@ -52,6 +52,10 @@ TWIN_SIZES = {
     "num_heads": 2 * TWIN_HIDDEN // 16,
     **dict.fromkeys(("n_mamba_heads", "mamba_ngroups"), 2),
     "adapter_rank": 16,
+    # Latents, and parts of an attention that chooses or compresses.
+    **dict.fromkeys(("o_groups", "hc_mult", "index_n_heads"), 2),
+    **dict.fromkeys(("o_lora_rank", "index_head_dim"), 16),
+    "index_topk": 4,
 }
 # What a class computes from the rest of its config, and keeps there.
 DERIVED = ("attention_hidden_size", "mamba_headdim", "kv_channels", "num_query_groups")
@@ -222,6 +226,8 @@ def _twin(config: Any, sizing: Sizing) -> Any:
         small["attn_layer_indices"] = [1]
     if getattr(config, "hybrid_layer_ids", None):
         small["hybrid_layer_ids"] = [place for place, i in enumerate(kept) if i in config.hybrid_layer_ids]
+    if getattr(config, "compress_rates", None):  # so that the tokens of a proof are compressed too
+        small["compress_rates"] = dict.fromkeys(config.compress_rates, 4)
     for name in DERIVED:
         data.pop(name, None)
     if getattr(config, "attention_types", None):  # GPT-Neo's kinds of layers, and how often they are repeated

@@ -15,12 +15,13 @@ MAMBA1 = (*_MAMBA, "x_proj.weight", "dt_proj.weight", "dt_proj.bias")
 MAMBA2 = (*_MAMBA, "dt_bias")
 
 
-def _with_mixer(
+def with_mixer(
     family: Family,
     mixer: str,
     inside: tuple[str, ...],
     *,
     reads: tuple[str, ...] = ("in_proj",),
+    writes: str = "out_proj",
     norm: str = _INPUT,
     beside: bool = False,
 ) -> Family:
@@ -31,11 +32,11 @@ def _with_mixer(
         *family.model_types,
         tensors={
             **{f"{mixer}.{name}.weight": (None, "residual") for name in reads},
-            f"{mixer}.out_proj.weight": ("residual", None),
+            f"{mixer}.{writes}.weight": ("residual", None),
             **{f"{mixer}.{name}": INSIDE for name in inside},
         },
         gains={norm: (*family.readers(norm), *(f"{mixer}.{name}" for name in reads))},
-        linears=(tuple(f"{mixer}.{name}" for name in reads), (f"{mixer}.out_proj",), *family.linears),
+        linears=(tuple(f"{mixer}.{name}" for name in reads), (f"{mixer}.{writes}",), *family.linears),
         choices=family.choices if beside else (*family.choices, alternatives),
     )
 
@@ -46,20 +47,20 @@ _GATED = Refusal(
     "element before o_proj, and (x R) * g is not (x * g) R",
 )
 _DELTA = ("dt_bias", "A_log", "conv1d.weight", "norm.weight")
-QWEN3_NEXT = _with_mixer(
+QWEN3_NEXT = with_mixer(
     QWEN2_MOE.like("qwen3_next", "qwen3_next", norm_offset=1.0, refused=(_GATED,)),
     f"{LAYER}.linear_attn",
     _DELTA,
     reads=("in_proj_qkvz", "in_proj_ba"),
 )
 _QWEN3_5_READS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
-QWEN3_5 = _with_mixer(
+QWEN3_5 = with_mixer(
     LLAMA.like("qwen3_5", "qwen3_5_text", norm_offset=1.0, refused=(_GATED,)),
     f"{LAYER}.linear_attn",
     _DELTA,
     reads=_QWEN3_5_READS,
 )
-QWEN3_5_MOE = _with_mixer(
+QWEN3_5_MOE = with_mixer(
     QWEN2_MOE.like("qwen3_5_moe", "qwen3_5_moe_text", norm_offset=1.0, refused=(_GATED,)),
     f"{LAYER}.linear_attn",
     _DELTA,
@@ -72,7 +73,7 @@ _FORWARD = {
     "model.norm": "model.final_layernorm",
 }
 _NORMS = tuple(f"{name}_layernorm.weight" for name in ("dt", "b", "c"))
-JAMBA = _with_mixer(QWEN3_MOE, f"{LAYER}.mamba", (*MAMBA1, *_NORMS)).like(
+JAMBA = with_mixer(QWEN3_MOE, f"{LAYER}.mamba", (*MAMBA1, *_NORMS)).like(
     "jamba",
     "jamba",
     rename={"mlp.gate.": "mlp.router.", **_FORWARD},
@@ -87,12 +88,12 @@ JAMBA = _with_mixer(QWEN3_MOE, f"{LAYER}.mamba", (*MAMBA1, *_NORMS)).like(
     },
     experts="num_experts",
 )
-BAMBA = _with_mixer(LLAMA, f"{LAYER}.mamba", (*MAMBA2, "norm.weight")).like("bamba", "bamba", rename=_FORWARD)
+BAMBA = with_mixer(LLAMA, f"{LAYER}.mamba", (*MAMBA2, "norm.weight")).like("bamba", "bamba", rename=_FORWARD)
 # Attention and Mamba side by side, each scaled by a number.
-FALCON_H1 = _with_mixer(LLAMA, f"{LAYER}.mamba", (*MAMBA2, "norm.weight?"), beside=True).like(
+FALCON_H1 = with_mixer(LLAMA, f"{LAYER}.mamba", (*MAMBA2, "norm.weight?"), beside=True).like(
     "falcon_h1", "falcon_h1", rename=_FORWARD
 )
-GRANITE_HYBRID = _with_mixer(GRANITE_MOE, f"{LAYER}.mamba", (*MAMBA2, "norm.weight")).like(
+GRANITE_HYBRID = with_mixer(GRANITE_MOE, f"{LAYER}.mamba", (*MAMBA2, "norm.weight")).like(
     "granitemoehybrid",
     "granitemoehybrid",
     without=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "{e}"),
@@ -108,7 +109,7 @@ GRANITE_HYBRID = _with_mixer(GRANITE_MOE, f"{LAYER}.mamba", (*MAMBA2, "norm.weig
 )
 
 _CONVOLUTION = f"{LAYER}.conv"
-LFM2 = _with_mixer(LLAMA, _CONVOLUTION, ("conv.weight", "conv.bias?")).like(
+LFM2 = with_mixer(LLAMA, _CONVOLUTION, ("conv.weight", "conv.bias?")).like(
     "lfm2",
     "lfm2",
     rename={

@@ -172,11 +172,15 @@ class Named:
 
 
 def holds(condition: str, config: Any) -> bool:
-    """Whether an attribute of a config is on; after "not", whether it is off. Dots lead into configs inside it."""
+    """Whether an attribute of a config is on, or is what stands behind `=`; after "not", whether it is not.
+
+    Dots lead into configs inside it.
+    """
+    path, _, expected = condition.removeprefix("not ").partition("=")
     value = config
-    for name in condition.removeprefix("not ").split("."):
+    for name in path.split("."):
         value = getattr(value, name, None)
-    return bool(value) != condition.startswith("not ")
+    return (str(value) == expected if expected else bool(value)) != condition.startswith("not ")
 
 
 def size_of(config: Any, expression: str) -> int:
