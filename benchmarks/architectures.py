@@ -179,13 +179,22 @@ WITHOUT: dict[str, tuple[str, ...]] = {
     ),
     "another name for a model type that has a table (GPT-2)": ("gpt-sw3",),
     "norms behind the residual sum, or scales on the stream, in classes of their own (R1 is impossible)": (
-        *("ctrl", "gemma3n", "gemma3n_text", "gemma4", "gemma4_assistant", "gemma4_text", "gemma4_unified"),
-        *("gemma4_unified_assistant", "gemma4_unified_text", "minimax", "minimax_m3_vl_text", "openai-gpt", "zaya"),
+        *("gemma3n", "gemma3n_text", "gemma4", "gemma4_assistant", "gemma4_text", "gemma4_unified"),
+        *("gemma4_unified_assistant", "gemma4_unified_text", "minimax", "openai-gpt", "zaya"),
     ),
     "pre-norm decoders whose attention or MLP is of a kind that no table describes yet": (
-        *("axk2", "bailing_hybrid", "cohere_compass_text", "cpmant", "dbrx", "dots3_note_text", "gpt_neox_japanese"),
+        *(
+            "axk2",
+            "bailing_hybrid",
+            "cohere_compass_text",
+            "cpmant",
+            "ctrl",
+            "dbrx",
+            "dots3_note_text",
+            "gpt_neox_japanese",
+        ),
         *("hy_v4", "inkling2_text", "inkling_text", "jetmoe", "kimi_linear", "longcat_flash", "mimo_v2_flash"),
-        *("modernbert-decoder", "qwen4_exp_text", "recurrent_gemma"),
+        *("minimax_m3_vl_text", "modernbert-decoder", "qwen4_exp_text", "recurrent_gemma"),
     ),
     "no residual stream through decoder layers alone (recurrences, stacks that are gone through again, bytes)": (
         *("beam", "blt", "hrm_text", "rwkv", "xlstm"),
@@ -214,13 +223,13 @@ def coverage() -> list[str]:
         "",
         *lines,
         "",
-        "Such a model is refused by name, and the message says what to do: `spinquant plan MODEL --probe` tries out what "
-        "can be rotated and drafts a family file, which `--family` takes ([families.md](families.md)).",
+        "Such a model is refused by name, and the message says what to do: `spinquant plan MODEL --probe` tries out "
+        "what can be rotated and drafts a family file, which `--family` takes ([families.md](families.md)).",
         "",
         "The layers of Zamba share blocks, tied by the switch that ties embedding and head. R1 has to turn it off, so "
         "every layer then has a block of its own, under its own name, which plain transformers load as they are; the "
-        "result is larger for it. So are quantized folders, where each layer's block is rounded by itself. R2 alone keeps "
-        "them shared.",
+        "result is larger for it. So are quantized folders, where each layer's block is rounded by itself. R2 alone "
+        "keeps them shared.",
     ]
 
 
