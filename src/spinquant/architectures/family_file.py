@@ -123,7 +123,8 @@ class FamilyFile(BaseModel):
     """A family as its users write it. Fields that are no parts of the model are those of `table.Family`.
 
     embedding: of tokens, and further ones (of positions) that are added to it. config: names that the config has for
-    sizes whose usual names (hidden_size, num_hidden_layers, ...) it lacks.
+    sizes whose usual names (hidden_size, num_hidden_layers, ...) it lacks. choices: alternatives of which every layer
+    has at least one, each as what the names of its tensors begin with.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -146,6 +147,7 @@ class FamilyFile(BaseModel):
     refused: list[RefusalEntry] | None = None
     ignored: list[str] | None = None
     stored: list[tuple[str, str]] | None = None
+    choices: list[list[list[Name]]] | None = None
     when: list[str] | None = None
     config: dict[str, str] = {}
     hidden_size: Size = "hidden_size"
@@ -223,6 +225,10 @@ def to_family(file: FamilyFile, tables: Iterable[Family]) -> Family:
         changes["refused"] = tuple(Refusal(r.rotation, r.reason, r.when) for r in file.refused)
     if file.linears is not None:
         changes["linears"] = tuple(tuple(_layered(name) for name in group) for group in file.linears)
+    if file.choices is not None:
+        changes["choices"] = tuple(
+            tuple(tuple(_layered(name) for name in alternative) for alternative in choice) for choice in file.choices
+        )
     for key in ("ignored", "when"):
         if getattr(file, key) is not None:
             changes[key] = tuple(getattr(file, key))

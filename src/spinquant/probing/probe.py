@@ -23,9 +23,12 @@ from spinquant.errors import ArchitectureError, SpinquantError
 from spinquant.module import fuse_module, model_class, module_and_attribute, tensor_shapes
 from spinquant.online import attach
 from spinquant.plan import ROTATION_NAMES, Plan
+from spinquant.probing.branches import EXPERTS
 from spinquant.probing.explain import LINEARS, explain_ends, explain_layer
-from spinquant.probing.roles import Draft, Seen, draft, same_layers
-from spinquant.probing.trace import run, trace
+from spinquant.probing.kinds import choices_of, groups_of
+from spinquant.probing.roles import draft, same_attention
+from spinquant.probing.seen import Draft, Seen
+from spinquant.probing.trace import cached_layers, run, trace
 from spinquant.proof import Float64Arithmetic, Sizing, difference, greedy_logits, make_twin, twin_config
 from spinquant.rotation import Orthogonal, Rotation, RotationSpec, make_rotations
 
@@ -85,7 +88,7 @@ def probe(config: Any, *, shapes: Mapping[str, Sequence[int]] | None = None) -> 
             if isinstance(one, str):
                 return Probe(config.model_type, None, (), (one,))
         looks = [one for one in seen if isinstance(one, Seen)]
-        why = next((reason for one in looks if (reason := same_layers(one))), None)
+        why = next((reason for one in looks if (reason := same_attention(one))), None)
         if why is not None:
             return Probe(config.model_type, None, (), (why,))
         with torch.device("meta"):
@@ -170,6 +173,8 @@ def _look(twin: Any, sizing: Sizing) -> Seen | str:
         explain_layer(twin, layer, [c for n, c in calls.items() if n.startswith(f"{layer.name}.")], tokens[:1])
         for layer in layers
     )
+    for part, caches in zip(parts, cached_layers(twin, tokens, count), strict=True):
+        part.attention = part.attention if caches else None
     ends = explain_ends(twin, calls, layers[0], layers[-1])
     config = Named(twin.config, sizing.names)
     return Seen(config, calls, f"{stacks[0]}.*", parts, ends, tensor_shapes(twin))
@@ -194,6 +199,7 @@ class _Trial:
             return Probe(model_type, None, (), (*self.draft.left, f"no plan follows from what was found: {error}"))
         for norm in {self.seen.starred(gain.norm): None for gain in plan.gains}:
             self._try(f"the scale of {norm} can be fused into its readers", *self._one_norm(plan, norm))
+        plan = self._without_impossible_experts(plan)
         refused = [self._try_r1(plan)]
         refused += [self._try_rotation(plan, name) for name in ROTATION_NAMES[1:]]
         data = self.draft.data
@@ -209,6 +215,25 @@ class _Trial:
             )
         return Probe(model_type, family, tuple(self.findings), tuple(self.draft.left))
 
+    def _without_impossible_experts(self, plan: Plan) -> Plan:
+        """The plan without R4 inside experts, where nothing stands between their two products."""
+        data, spaces = self.draft.data, {o.space for o in plan.onlines if o.site == "experts"}
+        if not spaces:
+            return plan
+        rotations = make_rotations(plan, RotationSpec(("R4",), "auto"))
+        moved, error = self._moved(plan, {space: rotations[space] for space in spaces})
+        why = error or ("" if moved <= TOLERANCE else "the logits move")
+        self.findings.append(Finding("R4: what is inside experts can be rotated at run time", moved, why))
+        if not why:
+            return plan
+        data["onlines"] = {name: online for name, online in data["onlines"].items() if online["site"] != "experts"}
+        inside = {online.space for online in plan.onlines if online.site == "input"}
+        data["spaces"] = {n: s for n, s in data["spaces"].items() if n != EXPERTS or EXPERTS in inside}
+        data["tensors"] = {
+            n: ["-" if axis == EXPERTS else axis for axis in axes] for n, axes in data["tensors"].items()
+        }
+        return self._plan()
+
     def _plan(self) -> Plan:
         family = to_family(family_from(self.draft.data, "the draft"), FAMILIES)
         return build_plan(family, self.twin.config, tensor_shapes(self.twin))
@@ -221,12 +246,18 @@ class _Trial:
         known |= {f"{name.removesuffix('weight')}bias" for name in file.gains if file.centred}
         known |= {f"{module}.bias" for group in file.linears for module in group}
         known |= {f"{file.head.removesuffix('weight')}bias"}
+        groups = groups_of(self.seen.shapes, self.seen.pattern)
+        choices, loose = choices_of(groups, len(self.seen.layers))
+        if choices:
+            data["choices"] = choices
+        for star in loose & set(data["tensors"]):
+            data["tensors"][f"{star}?"] = data["tensors"].pop(star)
         multiplied: dict[str, None] = {}
         for name, shape in self.seen.shapes.items():
             star = self.seen.starred(name)
             if star.replace("*", "{i}") in known or self._is_bias_of_norm(star):
                 continue
-            data["tensors"][star] = ["-"] * len(shape)
+            data["tensors"][f"{star}?" if star in loose else star] = ["-"] * len(shape)
             if len(shape) > 2 or (isinstance(module_and_attribute(self.twin, name)[0], LINEARS) and len(shape) > 1):
                 multiplied[star] = None
         if multiplied:

@@ -67,6 +67,15 @@ def run(model: Any, tokens: Tensor) -> Tensor:
         return model(input_ids=tokens, use_cache=False).logits
 
 
+@torch.no_grad()
+def cached_layers(model: Any, tokens: Tensor, count: int) -> list[bool]:
+    """By layer, whether its keys are in the cache; all of them where the cache does not say."""
+    with Float64Arithmetic():
+        cache = getattr(model(input_ids=tokens, use_cache=True), "past_key_values", None)
+    layers = getattr(cache, "layers", ())
+    return [getattr(layer, "keys", None) is not None for layer in layers] if len(layers) == count else [True] * count
+
+
 @contextmanager
 def _nudged(module: nn.Module, size: float, tokens: slice) -> Iterator[None]:
     """Within the block, element b of the module's output is larger by `size` in these tokens of sequence b."""
