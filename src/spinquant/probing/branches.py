@@ -1,7 +1,7 @@
 """Branches of a layer beside attention: MLPs, experts, and mixers of tokens that keep no keys.
 
-A branch is a linear that writes to the stream, with the readers whose outputs its input follows. It is an MLP where what
-a reader gives at one token stays at that token, and a mixer where later tokens feel it.
+A branch is a linear that writes to the stream, with the readers whose outputs its input follows. It is an MLP where
+what a reader gives at one token stays at that token, and a mixer where later tokens feel it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -62,7 +62,7 @@ def add_stacks(found: Draft, seen: Sequence[Seen]) -> dict[str, str]:
 
 
 def add_branches(found: Draft, seen: Sequence[Seen], original: Original, taken: set[str]) -> list[str]:
-    """Adds MLPs, shared experts and mixers to a draft; returns linears on the stream that no rotation but R1 reaches."""
+    """Adds MLPs, shared experts and mixers to a draft; returns linears on the stream that R1 alone reaches."""
     first, data = seen[0], found.data
     attention = data.get("attention") or {}
     inputs = [attention[key] for key in ("q", "k", "v", "qkv", "kv") if key in attention]

@@ -53,9 +53,9 @@ class Values:
 class Part:
     """What was found in a layer, or around the layers.
 
-    stacks: modules of experts that read and write the stream. fed: by reader of the stream, the writers whose inputs it moves. looks_back: the readers whose output at one token
-    moves such inputs at later ones, as keys and values do. centred: its norms subtract the mean. problems: why the
-    stream cannot be explained.
+    stacks: modules of experts that read and write the stream. fed: by reader of the stream, the writers whose inputs it
+    moves. looks_back: the readers whose output at one token moves such inputs at later ones, as keys and values do.
+    centred: its norms subtract the mean. problems: why the stream cannot be explained.
     """
 
     norms: list[Norm] = field(default_factory=list)

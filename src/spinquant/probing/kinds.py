@@ -1,8 +1,8 @@
 """Layers of several kinds in one probed model: which tensors are whose.
 
-Tensors that the same layers have belong together. Groups of which every layer has exactly one are alternatives (attention or a
-recurrence, one MLP or experts), which a family file says as `choices`; what belongs to no alternative may be absent, and
-is marked so.
+Tensors that the same layers have belong together. Groups of which every layer has exactly one are alternatives
+(attention or a recurrence, one MLP or experts), which a family file says as `choices`; what belongs to no alternative
+may be absent, and is marked so.
 """
 
 import re

@@ -24,6 +24,7 @@ from spinquant.module import fuse_module, model_class, module_and_attribute, ten
 from spinquant.online import attach
 from spinquant.plan import ROTATION_NAMES, Plan
 from spinquant.probing.branches import EXPERTS
+from spinquant.probing.checkpoints import with_single_experts
 from spinquant.probing.explain import LINEARS, explain_ends, explain_layer
 from spinquant.probing.kinds import choices_of, groups_of
 from spinquant.probing.roles import draft, same_attention
@@ -101,11 +102,21 @@ def probe(config: Any, *, shapes: Mapping[str, Sequence[int]] | None = None) -> 
 def _against(found: Probe, config: Any, shapes: Mapping[str, Sequence[int]]) -> Probe:
     """The same, with a word where the draft does not explain the tensors of the checkpoint."""
     assert found.family is not None
+    error = _unexplained(found.family, config, shapes)
+    if error is None:
+        return found
+    single = with_single_experts(found.family, config, shapes)
+    if single is not None and (error := _unexplained(single, config, shapes)) is None:
+        return replace(found, family=single)
+    return replace(found, left=(*found.left, f"the checkpoint is not what the class makes: {error}"))
+
+
+def _unexplained(family: FamilyFile, config: Any, shapes: Mapping[str, Sequence[int]]) -> ArchitectureError | None:
     try:
-        build_plan(to_family(found.family, FAMILIES), config, shapes)
+        build_plan(to_family(family, FAMILIES), config, shapes)
     except ArchitectureError as error:
-        return replace(found, left=(*found.left, f"the checkpoint is not what the class makes: {error}"))
-    return found
+        return error
+    return None
 
 
 def _small_models(config: Any) -> tuple[list[Any], Sizing]:
@@ -229,9 +240,8 @@ class _Trial:
         data["onlines"] = {name: online for name, online in data["onlines"].items() if online["site"] != "experts"}
         inside = {online.space for online in plan.onlines if online.site == "input"}
         data["spaces"] = {n: s for n, s in data["spaces"].items() if n != EXPERTS or EXPERTS in inside}
-        data["tensors"] = {
-            n: ["-" if axis == EXPERTS else axis for axis in axes] for n, axes in data["tensors"].items()
-        }
+        for axes in data["tensors"].values():
+            axes[:] = ["-" if axis == EXPERTS else axis for axis in axes]
         return self._plan()
 
     def _plan(self) -> Plan:
