@@ -179,7 +179,7 @@ WITHOUT: dict[str, tuple[str, ...]] = {
     ),
     "another name for a model type that has a table (GPT-2)": ("gpt-sw3",),
     "norms behind the residual sum, or scales on the stream, in classes of their own (R1 is impossible)": (
-        *("gemma3n", "gemma3n_text", "gemma4", "gemma4_assistant", "gemma4_text", "gemma4_unified"),
+        *("beam", "gemma3n", "gemma3n_text", "gemma4", "gemma4_assistant", "gemma4_text", "gemma4_unified"),
         *("gemma4_unified_assistant", "gemma4_unified_text", "minimax", "openai-gpt", "zaya"),
     ),
     "pre-norm decoders whose attention or MLP is of a kind that no table describes yet": (
@@ -197,7 +197,7 @@ WITHOUT: dict[str, tuple[str, ...]] = {
         *("minimax_m3_vl_text", "modernbert-decoder", "qwen4_exp_text", "recurrent_gemma"),
     ),
     "no residual stream through decoder layers alone (recurrences, stacks that are gone through again, bytes)": (
-        *("beam", "blt", "hrm_text", "rwkv", "xlstm"),
+        *("blt", "hrm_text", "rwkv", "xlstm"),
     ),
     "models that see or hear, whose towers no table describes": (
         *("dots3_note", "emu3", "fuyu", "got_ocr2", "llama4", "mllama", "moshi", "moss_transcribe_diarize"),
