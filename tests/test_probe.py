@@ -53,7 +53,8 @@ def usable(plan):
         "gains": {replace(gain, readers=tuple(sorted(gain.readers))) for gain in plan.gains if gain.space in kept},
         "onlines": {online for online in plan.onlines if online.space in kept},
         "refused": refused,
-        **{part: getattr(plan, part) for part in ("ties", "linears", "attentions", "blocks", "head")},
+        "linears": tuple(tuple(sorted(group)) for group in plan.linears),  # those of a group read one activation
+        **{part: getattr(plan, part) for part in ("ties", "attentions", "blocks", "head")},
     }
 
 
@@ -196,9 +197,18 @@ def test_what_is_not_understood_is_said(name, reason):
     assert rest and prove(config, RotationSpec(tuple(rest), "auto")).relative < 1e-12
 
 
-def test_parts_beside_the_language_model_are_refused():
-    with pytest.raises(ArchitectureError, match="language models alone"):
-        probe(config_of("llava"))
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_of_what_sees_the_language_part_is_found(name):
+    """R2 to R4 as the table has them; R1 is refused, since no image was tried."""
+    config = config_of(name)
+    shapes = shapes_of(config)
+    found = probe(config)
+    plan, table = make_plan(config, shapes, family=found.family), make_plan(config_of(name), shapes)
+    assert re.search(r"took no part in reading text", dict(plan.refused)["R1"])
+    expected = replace(table, refused=(("R1", "as the draft"),))
+    for part, value in usable(plan).items():
+        assert value == usable(expected)[part], part
+    assert prove(config_of(name), RotationSpec("R2,R3,R4", "auto"), family=found.family).relative < 1e-12
 
 
 def test_a_checkpoint_that_is_not_of_the_class_is_told_apart():

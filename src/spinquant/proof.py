@@ -222,6 +222,11 @@ def _twin(config: Any, sizing: Sizing) -> Any:
     small.update({name: sizing.intermediate for name in INTERMEDIATES if getattr(config, name, None)})
     small.update({name: size for name, size in TWIN_SIZES.items() if (getattr(config, name, None) or 0) > size})
     small.update({name: 16 for name in ("mamba_d_head",) if getattr(config, name, None)})
+    expand, hidden = (getattr(config, name, None) for name in ("mamba_expand", "expand")), int(small["hidden_size"])
+    width = next((int(factor * hidden) for factor in expand if factor), 0)  # of a recurrence, whose heads fill it
+    fills = [] if getattr(config, "mamba_d_ssm", None) else ["mamba_n_heads"]
+    fills += [] if hasattr(config, "num_attention_heads") else ["num_heads"]
+    small.update({name: width // 16 for name in fills if width and getattr(config, name, None)})
     if getattr(config, "attn_layer_indices", None):
         small["attn_layer_indices"] = [1]
     if getattr(config, "hybrid_layer_ids", None):

@@ -7,6 +7,7 @@ the reason and with how far the logits moved. A user who agrees passes the draft
 """
 
 import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -29,7 +30,7 @@ from spinquant.probing.explain import LINEARS, explain_ends, explain_layer
 from spinquant.probing.kinds import choices_of, groups_of
 from spinquant.probing.roles import draft, same_attention
 from spinquant.probing.seen import Draft, Seen
-from spinquant.probing.trace import cached_layers, run, trace
+from spinquant.probing.trace import cached_layers, run, silent_parts, trace
 from spinquant.proof import Float64Arithmetic, Sizing, difference, greedy_logits, make_twin, twin_config
 from spinquant.rotation import Orthogonal, Rotation, RotationSpec, make_rotations
 
@@ -75,13 +76,10 @@ class Probe:
 def probe(config: Any, *, shapes: Mapping[str, Sequence[int]] | None = None) -> Probe:
     """Find out what can be rotated in the models of a config, with no table's help.
 
-    shapes: of a checkpoint's tensors, which the draft then has to explain too. Raises ArchitectureError where no small
-    model of the class can be made or run.
+    shapes: of a checkpoint's tensors, which the draft then has to explain too. Of a model that sees or hears the
+    language part is probed, on text: R1 is refused, since nobody tried what else writes to the residual stream. Raises
+    ArchitectureError where no small model of the class can be made or run.
     """
-    if config.get_text_config() is not config:
-        raise ArchitectureError(
-            f"{config.model_type!r} has parts beside its language model, and probing knows language models alone"
-        )
     with Float64Arithmetic(), torch.random.fork_rng(devices=[]):
         twins, sizing = _small_models(config)
         seen = [_look(twin, sizing) for twin in twins]
@@ -94,7 +92,9 @@ def probe(config: Any, *, shapes: Mapping[str, Sequence[int]] | None = None) -> 
             return Probe(config.model_type, None, (), (why,))
         with torch.device("meta"):
             original = tensor_shapes(model_class(config).from_config(config))
-        drafted = draft(looks, (Named(config, sizing.names), original), sizing)
+        text = Named(config.get_text_config(), sizing.names)
+        drafted = draft(config.model_type, looks, (text, original), sizing)
+        drafted.silent = silent_parts(twins[0], looks[0].calls) if config.get_text_config() is not config else []
         found = _Trial(twins[0], looks[0], drafted).outcome()
     return found if found.family is None else _against(found, config, shapes or original)
 
@@ -121,9 +121,10 @@ def _unexplained(family: FamilyFile, config: Any, shapes: Mapping[str, Sequence[
 
 def _small_models(config: Any) -> tuple[list[Any], Sizing]:
     """Two small models of different sizes that run and generate, and how they were sized."""
-    names = _names(config)
+    config_of_text = config.get_text_config()
+    names = _names(config_of_text)
     narrow = {"kv_heads": 4, "group": 2, "hidden": 64, "intermediate": 112}
-    known = getattr(Named(config, names), "head_dim", None) is not None
+    known = getattr(Named(config_of_text, names), "head_dim", None) is not None
     either = (False, True) if known else (True, False)
     errors = []
     for heads, head_dim, filled in ((h, d, f) for h in (1, 4) for d in (HEAD, None) for f in either):
@@ -171,7 +172,8 @@ def _tokens(twin: Any) -> Tensor:
 def _look(twin: Any, sizing: Sizing) -> Seen | str:
     """What a small model does; why that cannot be said, where it has no list of layers."""
     tokens = _tokens(twin)
-    count = Named(twin.config, sizing.names).num_hidden_layers
+    config = Named(twin.config.get_text_config(), sizing.names)
+    count = config.num_hidden_layers
     stacks = [name for name, m in twin.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     calls = trace(twin, tokens)
     stacks = [name for name in stacks if all(f"{name}.{i}" in calls for i in range(count))]
@@ -187,7 +189,6 @@ def _look(twin: Any, sizing: Sizing) -> Seen | str:
     for part, caches in zip(parts, cached_layers(twin, tokens, count), strict=True):
         part.attention = part.attention if caches else None
     ends = explain_ends(twin, calls, layers[0], layers[-1])
-    config = Named(twin.config, sizing.names)
     return Seen(config, calls, f"{stacks[0]}.*", parts, ends, tensor_shapes(twin))
 
 
@@ -251,6 +252,8 @@ class _Trial:
     def _explain_rest(self) -> None:
         """Add the tensors that the roles do not explain: they live in no space."""
         data = self.draft.data
+        if self.draft.silent:
+            data["ignored"] = [rf"{re.escape(name)}\..*" for name in self.draft.silent]
         file = to_family(family_from({**data, "ignored": [".*"]}, "the draft"), FAMILIES)
         known = {name.removesuffix("?") for name in file.tensors} | set(file.gains)
         known |= {f"{name.removesuffix('weight')}bias" for name in file.gains if file.centred}
@@ -265,6 +268,8 @@ class _Trial:
         multiplied: dict[str, None] = {}
         for name, shape in self.seen.shapes.items():
             star = self.seen.starred(name)
+            if name.startswith(tuple(f"{part}." for part in self.draft.silent)):
+                continue
             if star.replace("*", "{i}") in known or self._is_bias_of_norm(star):
                 continue
             data["tensors"][f"{star}?" if star in loose else star] = ["-"] * len(shape)
@@ -287,6 +292,13 @@ class _Trial:
             dict.fromkeys(self._starred(p) for part in (*self.seen.layers, self.seen.ends) for p in part.problems)
         )
         what = "R1: the residual stream can be rotated"
+        if self.draft.silent:
+            why = (
+                f"{', '.join(self.draft.silent)} took no part in reading text, and may write to the residual stream "
+                "what it sees or hears, which would have to be rotated too"
+            )
+            self.findings.append(Finding(what, None, why))
+            return "R1", f"found by probing: {why}"
         plain = replace(plan, spaces=tuple(replace(space, centred=False) for space in plan.spaces))
         moved, error = self._moved(plain, make_rotations(plain, spec))
         if plan.space["residual"].centred:

@@ -43,9 +43,10 @@ def same_attention(seen: Seen) -> str | None:
     return None
 
 
-def draft(seen: Sequence[Seen], original: tuple[Any, Mapping[str, Sequence[int]]], sizing: Sizing) -> Draft:
+def draft(
+    model_type: str, seen: Sequence[Seen], original: tuple[Any, Mapping[str, Sequence[int]]], sizing: Sizing
+) -> Draft:
     """The family of small models of several sizes. original: the config and the shapes of the large one."""
-    model_type = original[0].model_type
     first = seen[0]
     star = first.starred
     data: dict[str, Any] = {"name": model_type, "model_types": [model_type], "layer": first.pattern}

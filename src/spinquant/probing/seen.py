@@ -40,11 +40,12 @@ class Seen:
 
 @dataclass
 class Draft:
-    """What a family file would say. left: what it cannot say, and why."""
+    """What a family file would say. left: what it cannot say, and why. silent: modules that text does not reach."""
 
     data: dict[str, Any]
     left: list[str] = field(default_factory=list)
     values: str | None = None
+    silent: list[str] = field(default_factory=list)
 
 
 def formula(sizes: Sequence[tuple[Any, int]], candidates: Sequence[str]) -> str | None:
