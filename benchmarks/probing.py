@@ -32,7 +32,10 @@ def outcome(name: str) -> tuple[bool, str]:
         return False, f"nothing: {error}"
     if found.family is None:
         return False, f"no draft: {found.left[0]}"
-    plan = usable(spinquant.make_plan(config, shapes, family=found.family))
+    try:
+        plan = usable(spinquant.make_plan(config, shapes, family=found.family))
+    except ArchitectureError as error:
+        return False, f"no plan: {error}"
     differing = [part for part in plan if plan[part] != expected[part]]
     refused = sorted(plan["refused"] - expected["refused"])
     return not differing, f"{', '.join(differing)}; refused beyond the table: {', '.join(refused) or 'nothing'}"

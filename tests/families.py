@@ -15,6 +15,7 @@ SMALL = {**SIZES, "num_hidden_layers": 2}
 # Families whose heads fill the hidden size.
 FULL = {k: v for k, v in {**SMALL, "num_attention_heads": 4, "hidden_size": 64}.items() if k != "head_dim"}
 LAYERS = ["full_attention", "sliding_attention"]
+CHUNKED = ["chunked_attention", "full_attention"]
 MOE = {
     **SMALL,
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
@@ -65,6 +66,23 @@ ONE_MIXER = {
     "chunk_size": 4,
 }
 MIXERS = ["linear_attention", "full_attention", "mlp", "moe"]
+# The heads fill twice the hidden size.
+ZAMBA = {
+    **{key: size for key, size in SMALL.items() if key not in ("head_dim", "num_hidden_layers")},
+    **{"hidden_size": 48, "num_hidden_layers": 4, "mamba_d_state": 8, "pad_token_id": 0},
+    "layers_block_type": ["linear_attention", "hybrid", "hybrid", "hybrid"],
+}
+SHARING = ["hybrid", "linear_attention", "hybrid", "hybrid"]
+ZAMBA2 = {"n_mamba_heads": 6, "mamba_ngroups": 2, "chunk_size": 4, "adapter_rank": 8}
+# Two residual streams, and every kind of layer.
+STREAMS = {
+    **MOE,
+    **{"num_hidden_layers": 3, "num_key_value_heads": 1, "q_lora_rank": 24, "o_groups": 2, "o_lora_rank": 16},
+    **{"index_n_heads": 2, "index_head_dim": 16, "index_topk": 2, "hc_mult": 2, "sliding_window": 6},
+    "compress_rates": dict.fromkeys(("compressed_sparse_attention", "heavily_compressed_attention"), 4),
+    "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+    "mlp_layer_types": ["hash_moe", "moe", "moe"],
+}
 COHERE = {"prefix_dense_intermediate_size": 40, "layer_types": LAYERS, "sliding_window": 5}
 MLA = {
     **MOE,
@@ -239,11 +257,60 @@ FAMILIES: dict[str, Instance] = {
         **MAMBA,
     ),
     "lfm2": of("lfm2", FULL, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
+    "zamba": of("zamba", ZAMBA, n_mamba_heads=2, mamba_dt_rank=4),
+    "zamba2": of("zamba2", ZAMBA, layers_block_type=SHARING, num_mem_blocks=2, **ZAMBA2),
+    "zamba2-adapters": of(
+        "zamba2",
+        ZAMBA,
+        layers_block_type=SHARING,
+        num_mem_blocks=2,
+        num_key_value_heads=6,
+        use_shared_attention_adapter=True,
+        use_mem_rope=True,
+        add_bias_linear=True,
+        **ZAMBA2,
+    ),
     "nemotron_h": of("nemotron_h", ONE_MIXER, layers_block_type=MIXERS),
     "nemotron_h-latent": of("nemotron_h", ONE_MIXER, layers_block_type=MIXERS, moe_latent_size=32, use_bias=True),
     "mamba": of("mamba", FULL, lacks="R2 R3 R4", state_size=8, time_step_rank=4),
     "falcon_mamba": of("falcon_mamba", FULL, lacks="R2 R3 R4", state_size=8, time_step_rank=4),
     "mamba2": of("mamba2", FULL, lacks="R2 R3 R4", state_size=8, num_heads=8, head_dim=16, n_groups=2, chunk_size=4),
+    # others but for a thing or two
+    "granite_swa": of("granite_swa", layer_types=LAYERS, sliding_window=5, attention_bias=True, mlp_bias=True),
+    "flint": of("flint", MOE, layer_types=LAYERS, sliding_window=5),
+    "vaultgemma": of("vaultgemma", layer_types=LAYERS, sliding_window=5, query_pre_attn_scalar=16),
+    "nanochat": of("nanochat", attention_bias=True),
+    "bitnet": of("bitnet", FULL, num_key_value_heads=2),
+    "diffllama": of("diffllama", num_attention_heads=8, num_key_value_heads=4, attention_bias=True),
+    "doge": of("doge", refused="R1", attention_bias=True, mlp_bias=True),
+    "hyperclovax": of("hyperclovax", refused="R1", attention_bias=True),
+    "hyperclovax-pre": of("hyperclovax", use_post_norm=False),
+    "granitemoe_swa": of("granitemoe_swa", MOE, shared_intermediate_size=48, layer_types=LAYERS, sliding_window=5),
+    "hy_v3": of("hy_v3", MOE, num_shared_experts=2),
+    "exaone_moe": of("exaone_moe", MOE, num_shared_experts=1, layer_types=LAYERS, sliding_window=5),
+    "laguna": of("laguna", MOE, shared_expert_intermediate_size=40, layer_types=LAYERS, sliding_window=5),
+    "laguna-gated": of("laguna", MOE, refused="R2", shared_expert_intermediate_size=40, gating="per-element"),
+    "kolibri1": of(
+        "kolibri1", MOE, refused="R1", shared_expert_intermediate_size=40, layer_types=LAYERS, sliding_window=5
+    ),
+    "flex_olmo": of("flex_olmo", MOE, refused="R1"),
+    "afmoe": of("afmoe", MOE, refused="R1 R2", num_dense_layers=1, num_shared_experts=1, layer_types=LAYERS),
+    "axk1": of("axk1", MLA, refused="R1 R3", q_lora_rank=24),
+    "aria_text": of("aria_text", MOE, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=2),
+    "llama4_text": of("llama4_text", MOE, intermediate_size_mlp=48, moe_layers=[1], layer_types=CHUNKED),
+    "lfm2_moe": of(
+        "lfm2_moe", MOE, head_dim=None, hidden_size=96, num_dense_layers=1, layer_types=["conv", "full_attention"]
+    ),
+    "lfm3": of(
+        "lfm3",
+        refused="R1",
+        layer_types=["conv", "full_attention", "sliding_attention"],
+        num_hidden_layers=3,
+        sliding_window=5,
+    ),
+    "lfm3-pre": of("lfm3", layer_types=["conv", "full_attention"], use_sandwich_norm=False),
+    "olmo_hybrid": of("olmo_hybrid", refused="R1", **DELTA),
+    "deepseek_v4": of("deepseek_v4", STREAMS, refused="R3"),
     # vision-language models
     "llava": seeing("llava", {"model_type": "llama"}, {"model_type": "clip_vision_model", **TOWER}),
     "llava-qwen2": seeing("llava", {"model_type": "qwen2"}, {"model_type": "clip_vision_model", **TOWER}),
@@ -258,6 +325,12 @@ FAMILIES: dict[str, Instance] = {
         {**QWEN_TOWER, "hidden_size": 32, "out_hidden_size": 96, "fullatt_block_indexes": [0]},
     ),
     "qwen3_vl": seeing("qwen3_vl", ROPE, {**DEEP_TOWER, "deepstack_visual_indexes": [0, 1]}),
+    "qwen3_5_moe-vision": seeing(
+        "qwen3_5_moe",
+        {**MOE, **ROPE, **DELTA, "vocab_size": VOCABULARY + 4, "shared_expert_intermediate_size": 48},
+        DEEP_TOWER,
+        refused="R2",
+    ),
     "qwen3_5-vision": seeing("qwen3_5", {**ROPE, **DELTA}, DEEP_TOWER, refused="R2"),
     "phi3-mha": of("phi3", FULL, num_key_value_heads=4, partial_rotary_factor=0.5),
 }

@@ -7,7 +7,10 @@ import spinquant
 
 SOURCE = Path(spinquant.__file__).parent
 
-TABLES = {f"architectures.{name}" for name in ("llama", "postnorm", "layernorm", "moe", "hybrid", "vision")}
+TABLES = {
+    f"architectures.{name}"
+    for name in ("llama", "postnorm", "layernorm", "moe", "hybrid", "hyperconnected", "relatives", "vision")
+}
 
 # Lowest first; a module imports from lower or equal layers only.
 LAYERS = [
@@ -23,6 +26,7 @@ LAYERS = [
         "architectures",
         "architectures.table",
         "architectures.build",
+        "architectures.shared_blocks",
         "architectures.prediction",
         "architectures.family_file",
         *TABLES,
@@ -65,8 +69,11 @@ LAYERS = [
     {"along", "along.counterparts", "along.target", "along.experts", "along.lora", "along.heads", "along.folder"},
     {"disk_proof"},
     {"mapped_plan", "transform_config", "probing", "probing.trace"},
+    {"probing.stacks", "probing.kinds"},
     {"probing.explain"},
-    {"probing.roles"},
+    {"probing.seen"},
+    {"probing.branches"},
+    {"probing.roles", "probing.checkpoints"},
     {"probing.probe"},
     {"probing.draft"},
     {"pipeline", "demo_model"},

@@ -20,9 +20,12 @@ from spinquant import (
     probe,
     prove,
     read_family,
+    read_headers,
 )
 from spinquant.errors import ArchitectureError, RotationError
+from spinquant.module import model_class
 from spinquant.probing.explain import combination, is_normed
+from spinquant.probing.kinds import choices_of, groups_of
 from spinquant.proof import Float64Arithmetic, greedy_logits
 from test_family_file import config_of, shapes_of
 
@@ -33,7 +36,11 @@ acme.register()
 KNOWN = [
     *("llama-tied", "mistral", "qwen2", "qwen3", "granite", "gemma", "phi3", "gemma2", "olmo2"),
     *("olmo", "starcoder2", "cohere2", "phi", "opt", "xglm", "codegen", "gpt_neox", "falcon-grouped", "gpt2"),
+    # Experts in every layer or after dense ones, as (out, in) and (in, out), beside shared ones that a gate weighs.
+    *("qwen2_moe", "gpt_oss"),
 ]
+# Attention in some layers, a delta net, a state space or a convolution in others, or nothing else.
+MIXED = ["qwen3_next", "lfm2", "mamba"]
 
 
 def usable(plan):
@@ -46,7 +53,8 @@ def usable(plan):
         "gains": {replace(gain, readers=tuple(sorted(gain.readers))) for gain in plan.gains if gain.space in kept},
         "onlines": {online for online in plan.onlines if online.space in kept},
         "refused": refused,
-        **{part: getattr(plan, part) for part in ("ties", "linears", "attentions", "blocks", "head")},
+        "linears": tuple(tuple(sorted(group)) for group in plan.linears),  # those of a group read one activation
+        **{part: getattr(plan, part) for part in ("ties", "attentions", "blocks", "head")},
     }
 
 
@@ -63,6 +71,51 @@ def test_what_is_found_is_what_the_table_says(name, monkeypatch):
     plan = make_plan(config, shapes, family=found.family)
     for part, value in usable(plan).items():
         assert value == expected[part], part
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_layers_of_several_kinds(name):
+    """What the table says, with a word on the linears that R1 alone reaches."""
+    config = config_of(name)
+    shapes = shapes_of(config)
+    found = probe(config)
+    assert found.left and found.family is not None
+    expected = usable(make_plan(config, shapes))
+    for part, value in usable(make_plan(config, shapes, family=found.family)).items():
+        assert value == expected[part], part
+    if found.family.choices:  # what one kind of layer has is missed in a layer of that kind
+        kept = {name: shape for name, shape in shapes.items() if not name.endswith("layers.1.self_attn.k_proj.weight")}
+        with pytest.raises(ArchitectureError, match=r"layers\.1\.self_attn\.k_proj\.weight.*missing"):
+            make_plan(config, kept, family=found.family)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_of_a_checkpoint_are_found_one_by_one(name, tmp_path):
+    """One draft explains the module, which stacks them, and the checkpoint, which does not."""
+    config = config_of(name)
+    stacked = shapes_of(config)
+    model_class(config).from_config(config).save_pretrained(tmp_path)
+    single = {name: info.shape for name, info in read_headers(tmp_path).items()}
+    assert not any("gate_up_proj" in name for name in single)
+    found = probe(config, shapes=single)
+    if name == "mixtral":  # its checkpoints have names of their own
+        assert any("not what the class makes" in text for text in found.left)
+        return
+    assert not found.left
+    for shapes in (stacked, single):
+        expected = usable(make_plan(config_of(name), shapes))
+        plan = usable(make_plan(config_of(name), shapes, family=found.family))
+        assert {part: plan[part] for part in plan} == {part: expected[part] for part in plan}
+    lost = "model.layers.1.mlp.experts.2.up_proj.weight"
+    with pytest.raises(ArchitectureError, match=re.escape(lost)):
+        make_plan(config, {n: s for n, s in single.items() if n != lost}, family=found.family)
+
+
+def test_alternatives_are_told_by_the_layers_that_have_them():
+    names = ["l.0.a.x", "l.0.a.y", "l.1.b.x", "l.2.a.x", "l.2.a.y", "l.0.n", "l.1.n", "l.2.n", "l.2.c.x"]
+    choices, loose = choices_of(groups_of(names, "l.*"), 3)
+    assert choices == [[["l.*.a."], ["l.*.b."]]]
+    assert loose == {"l.*.c.x"}
 
 
 @pytest.mark.parametrize(
@@ -125,8 +178,8 @@ def test_sizes_that_the_config_calls_otherwise_are_found():
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("granitemoe", r"experts\.down_proj: in no role, so neither rotated nor quantized"),
-        ("qwen3_moe", "layer 1 is built otherwise"),
+        ("llama4_text", r"R1: the residual stream can be rotated: model\.layers\.\* does not add multiples"),
+        ("deepseek_v3", "no layout of attention fits|no row of"),
         ("mamba", "no attention"),
     ],
 )
@@ -144,9 +197,18 @@ def test_what_is_not_understood_is_said(name, reason):
     assert rest and prove(config, RotationSpec(tuple(rest), "auto")).relative < 1e-12
 
 
-def test_parts_beside_the_language_model_are_refused():
-    with pytest.raises(ArchitectureError, match="language models alone"):
-        probe(config_of("llava"))
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_of_what_sees_the_language_part_is_found(name):
+    """R2 to R4 as the table has them; R1 is refused, since no image was tried."""
+    config = config_of(name)
+    shapes = shapes_of(config)
+    found = probe(config)
+    plan, table = make_plan(config, shapes, family=found.family), make_plan(config_of(name), shapes)
+    assert re.search(r"took no part in reading text", dict(plan.refused)["R1"])
+    expected = replace(table, refused=(("R1", "as the draft"),))
+    for part, value in usable(plan).items():
+        assert value == usable(expected)[part], part
+    assert prove(config_of(name), RotationSpec("R2,R3,R4", "auto"), family=found.family).relative < 1e-12
 
 
 def test_a_checkpoint_that_is_not_of_the_class_is_told_apart():

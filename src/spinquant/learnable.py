@@ -141,7 +141,7 @@ def learn(
             learned[name] = Learned(LearnableRotation(rotations[space], precision, device, centred=centred))
         current[space] = learned[name]
     parameters = dict(model.named_parameters())
-    gains = {gain.norm: parameters[gain.norm].detach().clone() for gain in plan.gains}
+    gains = {gain.norm: named_tensor(model, gain.norm).detach().clone() for gain in plan.gains}
     trained = tuple(name for name, parameter in parameters.items() if parameter.requires_grad)
     model.requires_grad_(False)
     norms: dict[str, Tensor] = {}

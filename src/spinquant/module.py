@@ -48,7 +48,7 @@ def fuse_module(
     if "residual" in rotations:
         untie(model, plan)
     parameters = dict(model.named_parameters())
-    gains = {gain.norm: parameters[gain.norm].detach().clone() for gain in plan.gains}
+    gains = {gain.norm: named_tensor(model, gain.norm).detach().clone() for gain in plan.gains}
     with kept_whole():
         for done, (name, parameter) in enumerate(parameters.items()):
             fuse_in_place(name, parameter, plan, gains, rotations, precision=precision)

@@ -101,7 +101,8 @@ class Experts:
 
 @dataclass(frozen=True)
 class Tie:
-    """A tensor that shares the memory of `source`, and cannot once the residual space is rotated."""
+    """A tensor that shares the memory of `source`, and cannot once the residual space is rotated: a head, or a tensor
+    of a block that layers share, which the same switch in the config ties."""
 
     tensor: str
     source: str
@@ -167,6 +168,11 @@ class Plan:
     def gain_of_bias(self) -> Mapping[str, Gain]:
         """Gains by the name of the norm's bias."""
         return {gain.bias: gain for gain in self.gains if gain.bias is not None}
+
+    @cached_property
+    def tied(self) -> Mapping[str, str]:
+        """By the name of a tied tensor, which a checkpoint may lack, the name of its source."""
+        return {tie.tensor: tie.source for tie in self.ties}
 
     @cached_property
     def _renamed(self) -> Mapping[str, str]:

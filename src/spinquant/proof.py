@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from spinquant.architectures import FamilyLike, family_of, use_family
-from spinquant.architectures.table import Named
+from spinquant.architectures.table import Named, size_of
 from spinquant.calibrate import captured, device_of
 from spinquant.errors import ProofError
 from spinquant.fuse import rotate_axis
@@ -50,7 +50,15 @@ TWIN_SIZES = {
     "mamba_num_heads": 8,
     "moe_shared_expert_intermediate_size": 32,
     "num_heads": 2 * TWIN_HIDDEN // 16,
+    **dict.fromkeys(("n_mamba_heads", "mamba_ngroups"), 2),
+    "adapter_rank": 16,
+    # Latents, and parts of an attention that chooses or compresses.
+    **dict.fromkeys(("o_groups", "hc_mult", "index_n_heads"), 2),
+    **dict.fromkeys(("o_lora_rank", "index_head_dim"), 16),
+    "index_topk": 4,
 }
+# What a class computes from the rest of its config, and keeps there.
+DERIVED = ("attention_hidden_size", "mamba_headdim", "kv_channels", "num_query_groups")
 
 
 @dataclass(frozen=True)
@@ -173,13 +181,14 @@ def check(deviation: Deviation, dtype: torch.dtype, *, what: str) -> None:
 class Sizing:
     """What has to be known of a model's class for a small one to be made of it; see `Family` for the first three.
 
-    kv_heads, group: at most so many heads of keys, and of queries for each of them. head_dim: largest size of a head;
-    by default it stays what it is.
+    each: layers of every kind. kv_heads, group: at most so many heads of keys, and of queries for each of them.
+    head_dim: largest size of a head; by default it stays what it is.
     """
 
-    filled: bool = False
+    filled: int = 0
     heads: int = 1
     names: Mapping[str, str] = field(default_factory=dict)
+    each: int = 1
     kv_heads: int = 2
     group: int = 3
     head_dim: int | None = None
@@ -188,13 +197,16 @@ class Sizing:
 
 
 def twin_config(config: Any, sizing: Sizing | None = None) -> Any:
-    """The same config with few small layers: one layer of every kind that the original has, at least two.
+    """The same config with few small layers: one of every kind that the original has (more where it takes more for a
+    block to be shared), at least two.
 
     sizing: by default as the model's family says.
     """
     if sizing is None:
         family = family_of(config)
         sizing = Sizing(family.filled, family.heads, family.names) if family else Sizing()
+        if family and family.shared:  # so that layers do share a block
+            sizing = replace(sizing, each=size_of(config, family.shared.blocks) + 1)
     return _twin(config, sizing)
 
 
@@ -206,10 +218,10 @@ def _twin(config: Any, sizing: Sizing) -> Any:
     config = Named(config, names)
     layers = config.num_hidden_layers
     per_layer = {key: value for key, value in data.items() if isinstance(value, list) and len(value) == layers > 0}
-    kinds: dict[tuple[str, ...], int] = {}
+    kinds: dict[tuple[str, ...], list[int]] = {}
     for i in range(layers):
-        kinds.setdefault(tuple(str(value[i]) for value in per_layer.values()), i)
-    kept = sorted(kinds.values())
+        kinds.setdefault(tuple(str(value[i]) for value in per_layer.values()), []).append(i)
+    kept = sorted(i for same in kinds.values() for i in same[: sizing.each])
     kept = kept if len(kept) > 1 else [*kept, *kept]
     data.update({key: [value[i] for i in kept] for key, value in per_layer.items()})
     small: dict[str, Any] = {
@@ -220,8 +232,19 @@ def _twin(config: Any, sizing: Sizing) -> Any:
     small.update({name: sizing.intermediate for name in INTERMEDIATES if getattr(config, name, None)})
     small.update({name: size for name, size in TWIN_SIZES.items() if (getattr(config, name, None) or 0) > size})
     small.update({name: 16 for name in ("mamba_d_head",) if getattr(config, name, None)})
+    expand, hidden = (getattr(config, name, None) for name in ("mamba_expand", "expand")), int(small["hidden_size"])
+    width = next((int(factor * hidden) for factor in expand if factor), 0)  # of a recurrence, whose heads fill it
+    fills = [] if getattr(config, "mamba_d_ssm", None) else ["mamba_n_heads"]
+    fills += [] if hasattr(config, "num_attention_heads") else ["num_heads"]
+    small.update({name: width // 16 for name in fills if width and getattr(config, name, None)})
     if getattr(config, "attn_layer_indices", None):
         small["attn_layer_indices"] = [1]
+    if getattr(config, "hybrid_layer_ids", None):
+        small["hybrid_layer_ids"] = [place for place, i in enumerate(kept) if i in config.hybrid_layer_ids]
+    if getattr(config, "compress_rates", None):  # so that the tokens of a proof are compressed too
+        small["compress_rates"] = dict.fromkeys(config.compress_rates, 4)
+    for name in DERIVED:
+        data.pop(name, None)
     if getattr(config, "attention_types", None):  # GPT-Neo's kinds of layers, and how often they are repeated
         small["attention_types"] = [[[config.attention_layers[i] for i in kept], 1]]
         small["window_size"] = 6
@@ -274,7 +297,7 @@ def _small_heads(config: Any, sizing: Sizing) -> dict[str, int]:
     if not sizing.filled:
         return {**found, "head_dim": head_dim}
     own = {"head_dim": head_dim} if "head_dim" in config.to_dict() else {}
-    return {**found, **own, "hidden_size": heads * head_dim}
+    return {**found, **own, "hidden_size": heads * head_dim // sizing.filled}
 
 
 def make_twin(

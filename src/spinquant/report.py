@@ -108,7 +108,13 @@ def plan_notes(plan: Plan, spec: RotationSpec) -> list[str]:
     notes = []
     online = [name for name in spec.rotations if name not in MERGEABLE]
     if "R1" in spec.rotations:
-        notes += [f"{tie.tensor} shares memory with {tie.source}: R1 unties them" for tie in plan.ties]
+        heads = [tie for tie in plan.ties if tie.tensor == plan.head]
+        notes += [f"{tie.tensor} shares memory with {tie.source}: R1 unties them" for tie in heads]
+        if len(plan.ties) > len(heads):
+            notes.append(
+                f"{len(plan.ties) - len(heads)} tensors are those of blocks that layers share: R1 (and rounding them) "
+                "gives every layer its own, so the result is larger"
+            )
     if online:
         needs = "; ".join(f"{name} {NEEDS[name]}" for name in online)
         notes.append(f"a plain runtime cannot run {', '.join(online)} ({needs}); spinquant.load attaches that")

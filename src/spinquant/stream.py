@@ -42,7 +42,8 @@ def read_gains(source: Source, plan: Plan) -> dict[str, Tensor]:
 
     Raises CheckpointError for one that is not finite: it would spoil its readers, and they be blamed.
     """
-    found = {gain.norm: source.whole(gain.norm) for gain in plan.gains}
+    names = (gain.norm for gain in plan.gains)
+    found = {name: source.whole(name if name in source.tensors else plan.tied[name]) for name in names}
     for name, gain in found.items():
         _check_source(source, name, gain)
     return found

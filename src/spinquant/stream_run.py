@@ -40,6 +40,7 @@ from spinquant.processes import Processes
 from spinquant.proof import check
 from spinquant.quantization.progress import BlockStore, digest
 from spinquant.quantization.scheme import Clips, Scheme
+from spinquant.quantization.weights import parts_tied
 from spinquant.resumable import Resumable
 from spinquant.rotation import RotationSpec, check_given, in_precision, make_rotations, online_part
 from spinquant.shards import Change, Packing, Plain, make_shards
@@ -171,8 +172,8 @@ class Run:
             precision=request.options.precision,
             device=request.device,
         )
-        rounded_head = scheme is not None and scheme.lm_head and scheme.weights is not None
-        unties = bool(plan.ties) and ("residual" in rotations or rounded_head)
+        parts = scheme is not None and not self.is_plain and parts_tied(plan, scheme)
+        unties = bool(plan.ties) and ("residual" in rotations or parts)
         self.untied = [(tie.tensor, tie.source) for tie in plan.ties] if unties else []
         self.changes: dict[str, Any] = {"tie_word_embeddings": False} if unties else {}
         if request.options.drop_mtp:

@@ -67,8 +67,7 @@ class Target:
 
     def original(self, name: str) -> Tensor:
         """A tensor of the plan as it was before rotating."""
-        ties = {tie.tensor: tie.source for tie in self.plan.ties}
-        return self.source.whole(name if name in self.source.tensors else ties[name])
+        return self.source.whole(name if name in self.source.tensors else self.plan.tied[name])
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from spinquant.architectures.shared_blocks import owners, with_shared_blocks
 from spinquant.architectures.table import INSIDE, Family, Living, Named, Norm, Part, holds, size_of
 from spinquant.errors import ArchitectureError
 from spinquant.plan import Axis, Experts, Gain, Online, Plan, Space, Span, Tie
@@ -36,7 +37,10 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
     # A module holds a tied head under both names, a checkpoint under one: the plan is the same for both.
     shapes = {**shapes, family.head: shapes.get(family.head, shapes.get(family.embedding, ()))}
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    build = _Build(family, Named(text, family.names), shapes)
+    named = Named(text, family.names)
+    shapes, shared = with_shared_blocks(family.shared, named, shapes, tied=tie)
+    tied = {family.head: family.embedding, **shared} if tie else {}
+    build = _Build(family, named, shapes)
     axes, onlines = build.axes(), build.onlines()
     used = {axis.space for axis in axes} | {online.space for online in onlines}
 
@@ -57,7 +61,7 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
             for gain in build.gains()
         ),
         onlines=onlines,
-        ties=(Tie(origin(family.head), origin(family.embedding)),) if tie else (),
+        ties=tuple(Tie(origin(name), origin(source)) for name, source in tied.items()),
         linears=build.linears(),
         attentions=tuple(name for name in build.each_layer(family.attention) if build.has(name)),
         blocks=tuple(build.each_layer(family.block)),
@@ -102,6 +106,17 @@ class _Build:
     @cached_property
     def _names(self) -> list[str]:
         return sorted(self.shapes)
+
+    @cached_property
+    def _owners(self) -> Mapping[int, int]:
+        return owners(self.family.shared, self.config, self._names)
+
+    def in_layer(self, living: Living, i: int | None) -> Living:
+        """Where an axis lives, of a layer; what layers share lives in the spaces of the first that has it."""
+        at = str(self._owners.get(i, i) if i is not None else i)
+        if isinstance(living, Part):
+            return Part(living.space.replace("{i}", at), living.start, living.length, living.period)
+        return living.replace("{i}", at) if living else None
 
     def is_there(self, prefix: str) -> bool:
         """Whether there is a tensor whose name begins so."""
@@ -154,7 +169,7 @@ class _Build:
             optional, pattern = pattern.endswith("?"), pattern.removesuffix("?")
             for name, i in self.each(pattern):
                 if name in self.shapes:
-                    found[name] = tuple(_in_layer(space, i) for space in living)
+                    found[name] = tuple(self.in_layer(space, i) for space in living)
                 elif not optional and self._is_needed(name, i):
                     raise ArchitectureError(
                         f"{self.family.name}: tensor {name!r} is missing; the config promises {len(self.layers)} "
@@ -233,6 +248,8 @@ class _Build:
             space = self.spaces[part.space if part else str(where)]
             span = self._span(name, dim, part) if part else None
             size, length = space.size, span.length if span else shape[dim]
+            if span and (span.start, span.length) == (0, span.period):
+                span = None  # copies of the space side by side: a rotation is repeated along its axis anyway
             if size == 0 or length % size or (space.name == "residual" and length != size):
                 raise ArchitectureError(
                     f"axis {dim} of {name!r} has length {length}, which does not fit the space {space.name!r} of "
@@ -259,7 +276,7 @@ class _Build:
                 if name not in self.shapes:
                     continue
                 readers = norm.readers if isinstance(norm, Norm) else norm
-                space = str(_in_layer(_space_of(norm), i))
+                space = str(self.in_layer(_space_of(norm), i))
                 pairs = tuple(pair for reader in readers for pair in self._read(reader, i, space))
                 bias = f"{name.removesuffix('weight')}bias"
                 bias = bias if bias in self.shapes else None
@@ -273,12 +290,12 @@ class _Build:
                 continue
             tensor = name if name in self.shapes else f"{name}.weight"
             if tensor in self.shapes:
-                yield tensor, self.explained[tensor].index(space)
+                yield tensor, _axis_in(self.explained[tensor], space)
 
     def onlines(self) -> tuple[Online, ...]:
         """One for every module that is there."""
         return tuple(
-            Online(name, site, str(_in_layer(space, i)))
+            Online(name, site, str(self.in_layer(space, i)))
             for pattern, (site, space) in self.family.onlines.items()
             for name, i in self.each(pattern)
             if self.has(name, pattern)
@@ -321,7 +338,6 @@ def _space_of(norm: tuple[str, ...] | Norm) -> str:
     return norm.space if isinstance(norm, Norm) else "residual"
 
 
-def _in_layer(living: Living, i: int | None) -> Living:
-    if isinstance(living, Part):
-        return Part(living.space.replace("{i}", str(i)), living.start, living.length, living.period)
-    return living.replace("{i}", str(i)) if living else None
+def _axis_in(living: Sequence[Living], space: str) -> int:
+    """The axis that lives in a space."""
+    return [where.space if isinstance(where, Part) else where for where in living].index(space)

@@ -2,7 +2,7 @@
 
 A file says either how the family differs from one that has a table (`like`), or which module plays which part:
 embedding, norms and what reads them, attention, MLP, head. In names `*` stands for the layer; `-` stands for an axis
-that lives in no space. See docs/families.md.
+that lives in no space, `#` for an expert. See docs/families.md.
 """
 
 import tomllib
@@ -22,8 +22,10 @@ FROM_THE_START = ("layer", "embedding", "head", "attention", "mlp")
 
 
 def _checked(name: str) -> str:
-    if name.count("*") > 1:
-        raise ValueError("expected at most one *, which stands for the number of the layer")
+    if name.count("*") > 1 or name.count("#") > 1:
+        raise ValueError(
+            "expected at most one *, which stands for the number of the layer, and one #, for that of an expert"
+        )
     return name
 
 
@@ -123,7 +125,8 @@ class FamilyFile(BaseModel):
     """A family as its users write it. Fields that are no parts of the model are those of `table.Family`.
 
     embedding: of tokens, and further ones (of positions) that are added to it. config: names that the config has for
-    sizes whose usual names (hidden_size, num_hidden_layers, ...) it lacks.
+    sizes whose usual names (hidden_size, num_hidden_layers, ...) it lacks. choices: alternatives of which every layer
+    has at least one, each as what the names of its tensors begin with.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -146,6 +149,7 @@ class FamilyFile(BaseModel):
     refused: list[RefusalEntry] | None = None
     ignored: list[str] | None = None
     stored: list[tuple[str, str]] | None = None
+    choices: list[list[list[Name]]] | None = None
     when: list[str] | None = None
     config: dict[str, str] = {}
     hidden_size: Size = "hidden_size"
@@ -154,6 +158,7 @@ class FamilyFile(BaseModel):
     filled: bool | None = None
     transposed: bool | None = None
     heads: int | None = Field(default=None, gt=0)
+    experts: Size | None = None
 
     @model_validator(mode="after")
     def _one_way(self) -> "FamilyFile":
@@ -223,18 +228,23 @@ def to_family(file: FamilyFile, tables: Iterable[Family]) -> Family:
         changes["refused"] = tuple(Refusal(r.rotation, r.reason, r.when) for r in file.refused)
     if file.linears is not None:
         changes["linears"] = tuple(tuple(_layered(name) for name in group) for group in file.linears)
+    if file.choices is not None:
+        changes["choices"] = tuple(
+            tuple(tuple(_layered(name) for name in alternative) for alternative in choice) for choice in file.choices
+        )
     for key in ("ignored", "when"):
         if getattr(file, key) is not None:
             changes[key] = tuple(getattr(file, key))
     if file.stored is not None:
         changes["stored"] = tuple(file.stored)
-    for key in ("norm_offset", "centred", "filled", "transposed", "heads"):
+    for key in ("norm_offset", "centred", "filled", "transposed", "heads", "experts"):
         if getattr(file, key) is not None:
             changes[key] = getattr(file, key)
     rename = {_layered(old): _layered(new) for old, new in file.rename.items()}
     without = tuple(_layered(part) for part in file.without)
     family = base.like(file.name, *file.model_types, rename=rename, without=without, **changes)
     _check_whole(family)
+    _check_experts(family)
     return family
 
 
@@ -269,6 +279,16 @@ def _check_whole(family: Family) -> None:
             raise ArchitectureError(
                 f"family {family.name!r}: online {_starred(module)!r} rotates {_starred(space)!r}, which is no space"
             )
+
+
+def _check_experts(family: Family) -> None:
+    """Raise ArchitectureError for names of experts of whom nobody says how many there are."""
+    named = next((name for name in (*family.tensors, *family.gains) if "{e}" in name), None)
+    if named is not None and family.experts is None:
+        raise ArchitectureError(
+            f"family {family.name!r}: tensor {_starred(named)!r} is an expert's, and key experts is missing: expected "
+            "what the config calls their number"
+        )
 
 
 def _from_roles(file: FamilyFile) -> Family:
@@ -320,12 +340,12 @@ def _from_roles(file: FamilyFile) -> Family:
 
 def _layered(name: str) -> str:
     """The name as tables write it."""
-    return name.replace("*", "{i}")
+    return name.replace("*", "{i}").replace("#", "{e}")
 
 
 def _starred(name: str) -> str:
     """The name as users write it."""
-    return name.replace("{i}", "*")
+    return name.replace("{i}", "*").replace("{e}", "#")
 
 
 def _living(axes: list[str | SpanEntry]) -> tuple[Living, ...]:

@@ -7,7 +7,7 @@ R3 as elsewhere, all layers with an MLP have R4.
 
 from spinquant.architectures.llama import ATTENTION, HIDDEN, LAYER, LLAMA, MLP, VALUE
 from spinquant.architectures.moe import EXPERT, GRANITE_MOE, QWEN2_MOE, QWEN3_MOE, SHARED
-from spinquant.architectures.table import INSIDE, Family, Refusal
+from spinquant.architectures.table import INSIDE, Family, Part, Refusal, Shared
 
 _INPUT = f"{LAYER}.input_layernorm.weight"
 _MAMBA = ("A_log", "D", "conv1d.weight", "conv1d.bias?")
@@ -15,12 +15,13 @@ MAMBA1 = (*_MAMBA, "x_proj.weight", "dt_proj.weight", "dt_proj.bias")
 MAMBA2 = (*_MAMBA, "dt_bias")
 
 
-def _with_mixer(
+def with_mixer(
     family: Family,
     mixer: str,
     inside: tuple[str, ...],
     *,
     reads: tuple[str, ...] = ("in_proj",),
+    writes: str = "out_proj",
     norm: str = _INPUT,
     beside: bool = False,
 ) -> Family:
@@ -31,11 +32,11 @@ def _with_mixer(
         *family.model_types,
         tensors={
             **{f"{mixer}.{name}.weight": (None, "residual") for name in reads},
-            f"{mixer}.out_proj.weight": ("residual", None),
+            f"{mixer}.{writes}.weight": ("residual", None),
             **{f"{mixer}.{name}": INSIDE for name in inside},
         },
         gains={norm: (*family.readers(norm), *(f"{mixer}.{name}" for name in reads))},
-        linears=(tuple(f"{mixer}.{name}" for name in reads), (f"{mixer}.out_proj",), *family.linears),
+        linears=(tuple(f"{mixer}.{name}" for name in reads), (f"{mixer}.{writes}",), *family.linears),
         choices=family.choices if beside else (*family.choices, alternatives),
     )
 
@@ -46,20 +47,20 @@ _GATED = Refusal(
     "element before o_proj, and (x R) * g is not (x * g) R",
 )
 _DELTA = ("dt_bias", "A_log", "conv1d.weight", "norm.weight")
-QWEN3_NEXT = _with_mixer(
+QWEN3_NEXT = with_mixer(
     QWEN2_MOE.like("qwen3_next", "qwen3_next", norm_offset=1.0, refused=(_GATED,)),
     f"{LAYER}.linear_attn",
     _DELTA,
     reads=("in_proj_qkvz", "in_proj_ba"),
 )
 _QWEN3_5_READS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
-QWEN3_5 = _with_mixer(
+QWEN3_5 = with_mixer(
     LLAMA.like("qwen3_5", "qwen3_5_text", norm_offset=1.0, refused=(_GATED,)),
     f"{LAYER}.linear_attn",
     _DELTA,
     reads=_QWEN3_5_READS,
 )
-QWEN3_5_MOE = _with_mixer(
+QWEN3_5_MOE = with_mixer(
     QWEN2_MOE.like("qwen3_5_moe", "qwen3_5_moe_text", norm_offset=1.0, refused=(_GATED,)),
     f"{LAYER}.linear_attn",
     _DELTA,
@@ -72,7 +73,7 @@ _FORWARD = {
     "model.norm": "model.final_layernorm",
 }
 _NORMS = tuple(f"{name}_layernorm.weight" for name in ("dt", "b", "c"))
-JAMBA = _with_mixer(QWEN3_MOE, f"{LAYER}.mamba", (*MAMBA1, *_NORMS)).like(
+JAMBA = with_mixer(QWEN3_MOE, f"{LAYER}.mamba", (*MAMBA1, *_NORMS)).like(
     "jamba",
     "jamba",
     rename={"mlp.gate.": "mlp.router.", **_FORWARD},
@@ -87,12 +88,12 @@ JAMBA = _with_mixer(QWEN3_MOE, f"{LAYER}.mamba", (*MAMBA1, *_NORMS)).like(
     },
     experts="num_experts",
 )
-BAMBA = _with_mixer(LLAMA, f"{LAYER}.mamba", (*MAMBA2, "norm.weight")).like("bamba", "bamba", rename=_FORWARD)
+BAMBA = with_mixer(LLAMA, f"{LAYER}.mamba", (*MAMBA2, "norm.weight")).like("bamba", "bamba", rename=_FORWARD)
 # Attention and Mamba side by side, each scaled by a number.
-FALCON_H1 = _with_mixer(LLAMA, f"{LAYER}.mamba", (*MAMBA2, "norm.weight?"), beside=True).like(
+FALCON_H1 = with_mixer(LLAMA, f"{LAYER}.mamba", (*MAMBA2, "norm.weight?"), beside=True).like(
     "falcon_h1", "falcon_h1", rename=_FORWARD
 )
-GRANITE_HYBRID = _with_mixer(GRANITE_MOE, f"{LAYER}.mamba", (*MAMBA2, "norm.weight")).like(
+GRANITE_HYBRID = with_mixer(GRANITE_MOE, f"{LAYER}.mamba", (*MAMBA2, "norm.weight")).like(
     "granitemoehybrid",
     "granitemoehybrid",
     without=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "{e}"),
@@ -108,7 +109,7 @@ GRANITE_HYBRID = _with_mixer(GRANITE_MOE, f"{LAYER}.mamba", (*MAMBA2, "norm.weig
 )
 
 _CONVOLUTION = f"{LAYER}.conv"
-LFM2 = _with_mixer(LLAMA, _CONVOLUTION, ("conv.weight", "conv.bias?")).like(
+LFM2 = with_mixer(LLAMA, _CONVOLUTION, ("conv.weight", "conv.bias?")).like(
     "lfm2",
     "lfm2",
     rename={
@@ -123,6 +124,91 @@ LFM2 = _with_mixer(LLAMA, _CONVOLUTION, ("conv.weight", "conv.bias?")).like(
         "model.norm": "model.embedding_norm",
     },
     spaces={"layers.{i}.hidden": ("R4", "intermediate_size")},
+)
+
+
+# Attention and an MLP that layers share stand before a Mamba layer in some of them. They read the hidden states beside
+# the embeddings, one norm over both: two copies of the residual space, each rotated by R1. Nothing is added on the way
+# through them, so what they hand on lives in that space too.
+_SHARED_BLOCK = f"{LAYER}.shared_transf"
+_BEFORE = tuple(f"{LAYER}.{mamba}" for mamba in ("mamba", "mamba_decoder.mamba"))
+_SIDE_BY_SIDE = Part("residual", "0", "hidden_size", "hidden_size")
+_ATTENTION_INPUTS = tuple(f"{_SHARED_BLOCK}.self_attn.{name}_proj" for name in "qkv")
+
+
+def _mamba_tensors(inside: tuple[str, ...]) -> dict[str, tuple]:
+    return {
+        **{f"{mamba}.in_proj.weight": (None, "residual") for mamba in _BEFORE},
+        **{f"{mamba}.out_proj.weight": ("residual", None) for mamba in _BEFORE},
+        **{f"{mamba}.{name}": INSIDE for mamba in _BEFORE for name in inside},
+    }
+
+
+ZAMBA = LLAMA.like(
+    "zamba",
+    "zamba",
+    filled=2,
+    rename={
+        "self_attn": "shared_transf.self_attn",
+        "mlp.": "shared_transf.feed_forward.",
+        "input_layernorm": "shared_transf.input_layernorm",
+        "post_attention_layernorm": "shared_transf.pre_ff_layernorm",
+        "model.norm": "model.final_layernorm",
+    },
+    without=("q_norm", "k_norm"),
+    tensors={
+        **{f"{name}.weight": (None, _SIDE_BY_SIDE) for name in _ATTENTION_INPUTS[:2]},
+        f"{_ATTENTION_INPUTS[2]}.weight": (VALUE, _SIDE_BY_SIDE),
+        f"{LAYER}.linear.weight": ("residual", "residual"),
+        **_mamba_tensors((*_MAMBA, "x_proj_weight", "dt_proj_weight", "dt_proj_bias")),
+    },
+    gains={
+        _INPUT: (f"{_BEFORE[0]}.in_proj",),
+        f"{LAYER}.mamba_decoder.input_layernorm.weight": (f"{_BEFORE[1]}.in_proj",),
+    },
+    linears=(
+        _ATTENTION_INPUTS,
+        (f"{_SHARED_BLOCK}.self_attn.o_proj",),
+        (f"{_SHARED_BLOCK}.feed_forward.gate_proj", f"{_SHARED_BLOCK}.feed_forward.up_proj"),
+        (f"{_SHARED_BLOCK}.feed_forward.down_proj",),
+        (f"{LAYER}.linear",),
+        *((f"{mamba}.{name}_proj",) for mamba in _BEFORE for name in ("in", "out")),
+    ),
+    choices=(
+        (
+            (f"{_BEFORE[0]}.", _INPUT),
+            (f"{LAYER}.linear.", f"{LAYER}.mamba_decoder.", f"{_SHARED_BLOCK}."),
+        ),
+    ),
+    shared=Shared(_SHARED_BLOCK, f"{LAYER}.linear.weight", "1"),
+)
+
+# Every layer adds to the shared weights products of two small ones of its own, which stay as they are in between.
+_ZAMBA2_BLOCK = f"{LAYER}.shared_transformer"
+_ADAPTERS = {name: f"{_ZAMBA2_BLOCK}.self_attn.linear_{name}_adapter_list.{{e}}" for name in "qkv"}
+_GATE_ADAPTER = f"{_ZAMBA2_BLOCK}.feed_forward.gate_up_proj_adapter_list.{{e}}"
+_ZAMBA2_NORMS = tuple(f"{_ZAMBA2_BLOCK}.{name}_layernorm.weight" for name in ("input", "pre_ff"))
+ZAMBA2 = ZAMBA.like(
+    "zamba2",
+    "zamba2",
+    rename={"shared_transf": "shared_transformer", "feed_forward.gate_proj": "feed_forward.gate_up_proj"},
+    without=("feed_forward.up_proj", "x_proj_weight", "dt_proj_weight", "dt_proj_bias"),
+    tensors={
+        **{f"{mamba}.{name}": INSIDE for mamba in _BEFORE for name in ("dt_bias", "norm.weight")},
+        **{f"{adapter}.0.weight?": (None, _SIDE_BY_SIDE) for adapter in _ADAPTERS.values()},
+        **{f"{adapter}.1.weight?": (VALUE if name == "v" else None, None) for name, adapter in _ADAPTERS.items()},
+        f"{_GATE_ADAPTER}.0.weight?": (None, "residual"),
+        f"{_GATE_ADAPTER}.1.weight?": (None, None),
+    },
+    gains={
+        _ZAMBA2_NORMS[0]: (
+            *(f"{_ZAMBA2_BLOCK}.self_attn.{name}_proj" for name in "qkv"),
+            *(f"{adapter}.0" for adapter in _ADAPTERS.values()),
+        ),
+        _ZAMBA2_NORMS[1]: (f"{_ZAMBA2_BLOCK}.feed_forward.gate_up_proj", f"{_GATE_ADAPTER}.0"),
+    },
+    experts="num_hidden_layers",  # one adapter at most for each layer
+    shared=Shared(_ZAMBA2_BLOCK, f"{LAYER}.linear.weight", "num_mem_blocks"),
 )
 
 
@@ -250,5 +336,5 @@ NEMOTRON_H_LATENT = _nemotron_h("nemotron_h, latent experts", None, _LATENT[:1],
 
 FAMILIES = (
     *(QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE, JAMBA, BAMBA, FALCON_H1, GRANITE_HYBRID, LFM2, MAMBA, MAMBA_2),
-    *(NEMOTRON_H, NEMOTRON_H_LATENT),
+    *(ZAMBA, ZAMBA2, NEMOTRON_H, NEMOTRON_H_LATENT),
 )

@@ -39,7 +39,7 @@ STARCODER2 = ARCEE.like(
     "starcoder2",
     "starcoder2",
     centred=True,
-    filled=True,
+    filled=1,
     rename={"mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"},
 )
 
@@ -59,15 +59,15 @@ COHERE = PARALLEL.like(
 )
 _HEAD_NORMS = (r"model\.layers\.\d+\.self_attn\.[qk]_layernorm\.norms\.\d+\.weight",)
 STABLELM = LLAMA.like(
-    "stablelm", "stablelm", centred=True, filled=True, when=("not use_parallel_residual",), ignored=_HEAD_NORMS
+    "stablelm", "stablelm", centred=True, filled=1, when=("not use_parallel_residual",), ignored=_HEAD_NORMS
 )
 STABLELM_PARALLEL = PARALLEL.like(
-    "stablelm, parallel", "stablelm", filled=True, when=("use_parallel_residual",), ignored=_HEAD_NORMS
+    "stablelm, parallel", "stablelm", filled=1, when=("use_parallel_residual",), ignored=_HEAD_NORMS
 )
 PHI = PARALLEL.like(
     "phi",
     "phi",
-    filled=True,
+    filled=1,
     rename={
         "o_proj": "dense",
         "up_proj": "fc1",
@@ -82,7 +82,7 @@ PHI = PARALLEL.like(
 GPTJ = PARALLEL.like(
     "gptj",
     "gptj",
-    filled=True,
+    filled=1,
     rename={
         LAYER: "transformer.h.{i}",
         "self_attn": "attn",
@@ -102,7 +102,7 @@ GPTJ = PARALLEL.like(
 OPT = ARCEE.like(
     "opt",
     "opt",
-    filled=True,
+    filled=1,
     centred=True,
     rename={
         "model.layers": "model.decoder.layers",
@@ -167,7 +167,7 @@ def _fused(layer: str, attention: str, values: Part, names: Mapping[str, str]) -
     return ARCEE.like(
         "fused",
         centred=True,
-        filled=True,
+        filled=1,
         rename={
             "q_proj": names["qkv"],
             "o_proj": names["out"],

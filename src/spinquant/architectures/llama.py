@@ -73,7 +73,7 @@ LLAMA = Family(
     ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
 )
 
-HELIUM = LLAMA.like("helium", "helium", filled=True)
+HELIUM = LLAMA.like("helium", "helium", filled=1)
 
 # The model multiplies by 1 + w, and scales its embeddings by a number.
 GEMMA = LLAMA.like("gemma", "gemma", norm_offset=1.0)
@@ -105,7 +105,7 @@ GLM = LLAMA.like(
 PHI3 = GLM.like(
     "phi3",
     "phi3",
-    filled=True,
+    filled=1,
     rename={"q_proj": "qkv_proj"},
     without=("k_proj", "v_proj"),
     tensors={

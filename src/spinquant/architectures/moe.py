@@ -123,7 +123,7 @@ MIXTRAL = QWEN3_MOE.like(
 OLMOE = MIXTRAL.like(
     "olmoe",
     "olmoe",
-    filled=True,
+    filled=1,
     stored=(),
     refused=(Refusal("R2", CLIPPED.format("model.layers.*.self_attn.v_proj", "o_proj"), "clip_qkv"),),
 )

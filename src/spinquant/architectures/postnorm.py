@@ -9,13 +9,15 @@ from spinquant.architectures.llama import ATTENTION, GLM, LAYER, LLAMA
 from spinquant.architectures.table import Refusal
 
 
-def _post_norm(*norms: str) -> tuple[Refusal, ...]:
+def post_norm(*norms: str, when: str | None = None) -> tuple[Refusal, ...]:
+    """R1 refused where these norms scale what a block adds to the stream."""
     return (
         Refusal(
             "R1",
             f"{' and '.join(f'model.layers.*.{norm}.weight' for norm in norms)} scale what a block adds to the "
             "residual stream element by element, and diag(g) R = R diag(g) holds only where all of g is equal; no "
             "linear reads the norm before the sum, so g cannot be fused away",
+            when,
         ),
     )
 
@@ -30,7 +32,7 @@ GEMMA2 = LLAMA.like(
         f"{LAYER}.post_attention_layernorm.weight": (None,),
         f"{LAYER}.post_feedforward_layernorm.weight": (None,),
     },
-    refused=_post_norm("post_attention_layernorm", "post_feedforward_layernorm"),
+    refused=post_norm("post_attention_layernorm", "post_feedforward_layernorm"),
 )
 
 # Attention and MLP read the residual stream as it is. The q/k norms of OLMo 2 act on all heads at once, before RoPE.
@@ -46,14 +48,14 @@ OLMO2 = LLAMA.like(
         f"{LAYER}.post_attention_layernorm.weight": (None,),
         f"{LAYER}.post_feedforward_layernorm.weight": (None,),
     },
-    refused=_post_norm("post_attention_layernorm", "post_feedforward_layernorm"),
+    refused=post_norm("post_attention_layernorm", "post_feedforward_layernorm"),
 )
 
 GLM4 = GLM.like(
     "glm4",
     "glm4",
     tensors={f"{LAYER}.post_self_attn_layernorm.weight": (None,), f"{LAYER}.post_mlp_layernorm.weight": (None,)},
-    refused=_post_norm("post_self_attn_layernorm", "post_mlp_layernorm"),
+    refused=post_norm("post_self_attn_layernorm", "post_mlp_layernorm"),
 )
 
 FAMILIES = (GEMMA2, OLMO2, GLM4)

@@ -41,6 +41,16 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """A module whose weights layers share: those that have a tensor `marker`; the first `blocks` of them have one each,
+    which the next have again, in turn."""
+
+    module: str
+    marker: str
+    blocks: str
+
+
+@dataclass(frozen=True)
 class Refusal:
     """A rotation that the architecture rules out, and why; under a condition, for configs of which it holds."""
 
@@ -60,7 +70,8 @@ class Family:
     linears: groups of module patterns that read one activation, in order of execution; absent ones are skipped.
     attention_part: what the names of an attention's tensors begin with where other modules have its name.
     when: conditions on the config under which the table holds, see `holds`.
-    filled: heads times their size is the hidden size, whatever the config says of the size of a head.
+    filled: heads times their size is so many times the hidden size, whatever the config says of the size of a head; 0
+        where that is as the config says.
     heads: the number of heads is a multiple of this one, as far as a small model is concerned.
     transposed: weights of linears are stored as (in, out), as Conv1D does.
     choices: alternatives of which every layer has at least one, each as the prefixes of its tensors, the first of
@@ -68,6 +79,7 @@ class Family:
     names: what the config calls a size whose usual name it lacks.
     ignored: names, as regular expressions, of tensors that live in no space and may be there or not.
     stored: (regular expression, replacement) pairs that turn names in checkpoints into names in modules.
+    shared: the module that layers share, tied by the switch that ties embedding and head.
     """
 
     name: str
@@ -86,7 +98,7 @@ class Family:
     refused: tuple[Refusal, ...] = ()
     norm_offset: float = 0.0
     centred: bool = False
-    filled: bool = False
+    filled: int = 0
     heads: int = 1
     transposed: bool = False
     experts: str | None = None
@@ -94,6 +106,7 @@ class Family:
     names: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     stored: tuple[tuple[str, str], ...] = ()
+    shared: Shared | None = None
 
     def readers(self, norm: str) -> tuple[str, ...]:
         """What reads a norm of the residual space."""
@@ -136,7 +149,7 @@ def _mapped(value: Any, renamed: Callable[[str], str], kept: Callable[[str], boo
     if isinstance(value, tuple):
         items = tuple(_mapped(item, renamed, kept) for item in value if not isinstance(item, str) or kept(item))
         return tuple(item for item in items if item != ())  # a group that lost all its members
-    if isinstance(value, Part | Norm):
+    if isinstance(value, Part | Norm | Shared):
         return replace(value, **{f.name: _mapped(getattr(value, f.name), renamed, kept) for f in fields(value)})
     return value
 
@@ -159,11 +172,15 @@ class Named:
 
 
 def holds(condition: str, config: Any) -> bool:
-    """Whether an attribute of a config is on; after "not", whether it is off. Dots lead into configs inside it."""
+    """Whether an attribute of a config is on, or is what stands behind `=`; after "not", whether it is not.
+
+    Dots lead into configs inside it.
+    """
+    path, _, expected = condition.removeprefix("not ").partition("=")
     value = config
-    for name in condition.removeprefix("not ").split("."):
+    for name in path.split("."):
         value = getattr(value, name, None)
-    return bool(value) != condition.startswith("not ")
+    return (str(value) == expected if expected else bool(value)) != condition.startswith("not ")
 
 
 def size_of(config: Any, expression: str) -> int:

@@ -7,7 +7,7 @@ before it is not rotated. Its language part is the text table's, under another p
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from spinquant.architectures.hybrid import QWEN3_5
+from spinquant.architectures.hybrid import QWEN3_5, QWEN3_5_MOE
 from spinquant.architectures.llama import LLAMA
 from spinquant.architectures.table import Family, Living
 
@@ -74,7 +74,7 @@ QWEN2_VL = Vision(
     ("qwen2_vl", "qwen2_5_vl"),
     {"model.visual.merger.mlp.2.weight": _WRITER, "model.visual.merger.mlp.2.bias": ("residual",)},
     (r"model\.visual\.(patch_embed|blocks|merger\.ln_q|merger\.mlp\.0)\..*",),
-    text=replace(LLAMA, filled=True),
+    text=replace(LLAMA, filled=1),
     stored=_QWEN_NAMES,
 )
 _QWEN3_INSIDE = r"model\.visual\.(patch_embed|pos_embed|blocks|merger\.norm|merger\.linear_fc1)\..*"
@@ -83,6 +83,7 @@ _QWEN3_WRITERS: dict[str, tuple[Living, ...]] = {
     "model.visual.merger.linear_fc2.bias": ("residual",),
 }
 QWEN3_5_VL = Vision(("qwen3_5",), _QWEN3_WRITERS, (_QWEN3_INSIDE,), text=QWEN3_5, stored=_QWEN_NAMES)
+QWEN3_5_MOE_VL = replace(QWEN3_5_VL, model_types=("qwen3_5_moe",), text=QWEN3_5_MOE)
 # What the tower saw at some depths (three, so far) is added to the residual stream after as many layers.
 _DEEP = [f"model.visual.deepstack_merger_list.{depth}.linear_fc2" for depth in range(8)]
 QWEN3_VL = Vision(
@@ -97,4 +98,4 @@ QWEN3_VL = Vision(
     stored=_QWEN_NAMES,
 )
 
-VISIONS = (LLAVA, GEMMA3, SMOLVLM, QWEN2_VL, QWEN3_5_VL, QWEN3_VL)
+VISIONS = (LLAVA, GEMMA3, SMOLVLM, QWEN2_VL, QWEN3_5_VL, QWEN3_5_MOE_VL, QWEN3_VL)

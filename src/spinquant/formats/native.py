@@ -24,12 +24,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spinquant.errors import CheckpointError
 from spinquant.fuse import rotate_axis
-from spinquant.module import module_and_attribute, named_tensor, plan_of
+from spinquant.module import module_and_attribute, named_tensor, plan_of, untie
 from spinquant.online import attach, attachment_of
 from spinquant.plan import Plan
 from spinquant.quantization.integer import Packed, dequantize, quantize_on_grid
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme
-from spinquant.quantization.weights import PARTS, Weight, linear_weights, weights_of
+from spinquant.quantization.weights import PARTS, Weight, linear_weights, parts_tied, weights_of
 from spinquant.rotation import Rotation, RotationSpec, online_part
 from spinquant.saved_rotations import empty_tensors, restore
 
@@ -223,6 +223,8 @@ def mark(
     clips: Clips | None = None,
 ) -> None:
     """Make `save_pretrained` of a model that was rotated and quantized in memory write this format."""
+    if parts_tied(plan, scheme):
+        untie(model, plan)
     quantizer = SpinQuantizer(make_config(plan, rotations, spec, scheme, clips), pre_quantized=True)
     quantizer.plan = plan
     quantizer.rotations = online_part(plan, rotations)

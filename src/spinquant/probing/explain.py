@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from spinquant.probing.stacks import is_router, is_stack
 from spinquant.probing.trace import Call, answers
 
 EXACT = 1e-9  # relative error of what float64 explains
@@ -52,13 +53,14 @@ class Values:
 class Part:
     """What was found in a layer, or around the layers.
 
-    fed: by reader of the stream, the writers whose inputs it moves. looks_back: the readers whose output at one token
-    moves such inputs at later ones, as keys and values do. centred: its norms subtract the mean. problems: why the
-    stream cannot be explained.
+    stacks: modules of experts that read and write the stream. fed: by reader of the stream, the writers whose inputs it
+    moves. looks_back: the readers whose output at one token moves such inputs at later ones, as keys and values do.
+    centred: its norms subtract the mean. problems: why the stream cannot be explained.
     """
 
     norms: list[Norm] = field(default_factory=list)
     readers: list[str] = field(default_factory=list)
+    stacks: list[str] = field(default_factory=list)
     writers: list[str] = field(default_factory=list)
     values: list[Values] = field(default_factory=list)
     fed: dict[str, list[str]] = field(default_factory=dict)
@@ -76,6 +78,16 @@ def combination(target: Tensor, parts: Sequence[Tensor]) -> tuple[list[float], f
     found = torch.linalg.lstsq(columns, target.flatten().unsqueeze(1), driver="gelsd").solution
     error = (columns @ found).squeeze(1) - target.flatten()
     return found.squeeze(1).tolist(), (error.norm() / target.norm()).item()
+
+
+def token_combination(target: Tensor, parts: Sequence[Tensor]) -> tuple[list[float], float]:
+    """As `combination`, with scalars of each token's own: the largest of each part, and the relative error."""
+    if len(parts) * 2 > target.shape[-1]:
+        return [0.0] * len(parts), 1.0  # that many explain anything
+    columns = torch.stack([part.flatten(0, -2) for part in parts], dim=-1)  # (tokens, hidden, parts)
+    found = torch.linalg.lstsq(columns, target.flatten(0, -2).unsqueeze(-1), driver="gelsd").solution
+    error = (columns @ found).squeeze(-1) - target.flatten(0, -2)
+    return found.abs().amax(0).squeeze(-1).tolist(), (error.norm() / target.norm()).item()
 
 
 def is_multiple(x: Tensor, y: Tensor) -> bool:
@@ -159,13 +171,15 @@ def explain_layer(model: Any, layer: Call, calls: Sequence[Call], tokens: Tensor
     # Where the stream is not explained, every norm that linears read may be one of it.
     norms = [call for call in scaled if part.problems or any(is_multiple(call.input, value) for value in stream)]
     linears = [call for call in leaves if isinstance(call.module, LINEARS)]
-    _add_readers(part, linears, norms, stream)
+    others = [call for call in leaves if is_stack(call) or is_router(call)]
+    _add_readers(part, [call for call in leaves if call in linears or call in others], norms, stream)
     part.attention = next((c.name for c in calls if any("past" in word for word in c.keywords)), None)
     reading = {name for norm in part.norms for name in norm.readers} | set(part.readers)
-    part.writers = [name for name in part.writers if name not in reading]
+    part.stacks = [call.name for call in leaves if is_stack(call) and call.name in part.writers]
+    part.writers = [name for name in part.writers if name not in reading and name not in part.stacks]
     outs = [call for call in linears if call.name in part.writers]
     for call in linears:
-        if call.name not in reading or call.output.shape[-1] > MOST_ROWS:
+        if not outs or call.name not in reading or call.output.shape[-1] > MOST_ROWS:
             continue
         moved = answers(model, call, outs, tokens, NUDGE)
         # A nudge of all keys alike does not reach the scores, unless positions turn them.
@@ -202,6 +216,8 @@ def _carried(delta: Tensor) -> dict[int, tuple[int, ...]]:
 def _writers(part: Part, layer: Call, parts: Sequence[Call]) -> list[str]:
     """The modules whose outputs a layer adds to the stream; adds to the part's problems what is in the way."""
     sums, error = combination(layer.output, [layer.input, *(call.output for call in parts)])
+    if error > EXACT:  # a gate may weigh a branch token by token, which a rotation does not see
+        sums, error = token_combination(layer.output, [layer.input, *(call.output for call in parts)])
     if error > EXACT:
         part.problems.append(_why_unexplained(layer, parts))
         # The best that can be said: linears of the right width that do not read what others of them read.
@@ -213,7 +229,7 @@ def _writers(part: Part, layer: Call, parts: Sequence[Call]) -> list[str]:
                 f"{call.name}.{scale_of(call)} scales what is added to the residual stream element by element, and "
                 "diag(g) R = R diag(g) holds only where all of g is equal"
             )
-        elif not isinstance(call.module, LINEARS):
+        elif not isinstance(call.module, LINEARS) and not is_stack(call):
             part.problems.append(f"{call.name} ({type(call.module).__name__}) writes to the stream and is no linear")
     if abs(sums[0]) <= EXACT and not part.problems:
         part.problems.append(f"{layer.name} does not hand the residual stream on")
@@ -227,7 +243,7 @@ def _writers(part: Part, layer: Call, parts: Sequence[Call]) -> list[str]:
             if error <= EXACT and abs(number) > EXACT and call.name not in names:
                 names.add(call.name)
                 behind += [call] if scale_of(call) else []
-    return [call.name for call in parts if call.name in names and isinstance(call.module, LINEARS)]
+    return [c.name for c in parts if c.name in names and (isinstance(c.module, LINEARS) or is_stack(c))]
 
 
 def _why_unexplained(layer: Call, parts: Sequence[Call]) -> str:

@@ -7,6 +7,7 @@ the reason and with how far the logits moved. A user who agrees passes the draft
 """
 
 import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -23,9 +24,13 @@ from spinquant.errors import ArchitectureError, SpinquantError
 from spinquant.module import fuse_module, model_class, module_and_attribute, tensor_shapes
 from spinquant.online import attach
 from spinquant.plan import ROTATION_NAMES, Plan
+from spinquant.probing.branches import EXPERTS
+from spinquant.probing.checkpoints import with_single_experts
 from spinquant.probing.explain import LINEARS, explain_ends, explain_layer
-from spinquant.probing.roles import Draft, Seen, draft, same_layers
-from spinquant.probing.trace import run, trace
+from spinquant.probing.kinds import choices_of, groups_of
+from spinquant.probing.roles import draft, same_attention
+from spinquant.probing.seen import Draft, Seen
+from spinquant.probing.trace import cached_layers, run, silent_parts, trace
 from spinquant.proof import Float64Arithmetic, Sizing, difference, greedy_logits, make_twin, twin_config
 from spinquant.rotation import Orthogonal, Rotation, RotationSpec, make_rotations
 
@@ -71,13 +76,10 @@ class Probe:
 def probe(config: Any, *, shapes: Mapping[str, Sequence[int]] | None = None) -> Probe:
     """Find out what can be rotated in the models of a config, with no table's help.
 
-    shapes: of a checkpoint's tensors, which the draft then has to explain too. Raises ArchitectureError where no small
-    model of the class can be made or run.
+    shapes: of a checkpoint's tensors, which the draft then has to explain too. Of a model that sees or hears the
+    language part is probed, on text: R1 is refused, since nobody tried what else writes to the residual stream. Raises
+    ArchitectureError where no small model of the class can be made or run.
     """
-    if config.get_text_config() is not config:
-        raise ArchitectureError(
-            f"{config.model_type!r} has parts beside its language model, and probing knows language models alone"
-        )
     with Float64Arithmetic(), torch.random.fork_rng(devices=[]):
         twins, sizing = _small_models(config)
         seen = [_look(twin, sizing) for twin in twins]
@@ -85,12 +87,14 @@ def probe(config: Any, *, shapes: Mapping[str, Sequence[int]] | None = None) -> 
             if isinstance(one, str):
                 return Probe(config.model_type, None, (), (one,))
         looks = [one for one in seen if isinstance(one, Seen)]
-        why = next((reason for one in looks if (reason := same_layers(one))), None)
+        why = next((reason for one in looks if (reason := same_attention(one))), None)
         if why is not None:
             return Probe(config.model_type, None, (), (why,))
         with torch.device("meta"):
             original = tensor_shapes(model_class(config).from_config(config))
-        drafted = draft(looks, (Named(config, sizing.names), original), sizing)
+        text = Named(config.get_text_config(), sizing.names)
+        drafted = draft(config.model_type, looks, (text, original), sizing)
+        drafted.silent = silent_parts(twins[0], looks[0].calls) if config.get_text_config() is not config else []
         found = _Trial(twins[0], looks[0], drafted).outcome()
     return found if found.family is None else _against(found, config, shapes or original)
 
@@ -98,18 +102,29 @@ def probe(config: Any, *, shapes: Mapping[str, Sequence[int]] | None = None) -> 
 def _against(found: Probe, config: Any, shapes: Mapping[str, Sequence[int]]) -> Probe:
     """The same, with a word where the draft does not explain the tensors of the checkpoint."""
     assert found.family is not None
+    error = _unexplained(found.family, config, shapes)
+    if error is None:
+        return found
+    single = with_single_experts(found.family, config, shapes)
+    if single is not None and (error := _unexplained(single, config, shapes)) is None:
+        return replace(found, family=single)
+    return replace(found, left=(*found.left, f"the checkpoint is not what the class makes: {error}"))
+
+
+def _unexplained(family: FamilyFile, config: Any, shapes: Mapping[str, Sequence[int]]) -> ArchitectureError | None:
     try:
-        build_plan(to_family(found.family, FAMILIES), config, shapes)
+        build_plan(to_family(family, FAMILIES), config, shapes)
     except ArchitectureError as error:
-        return replace(found, left=(*found.left, f"the checkpoint is not what the class makes: {error}"))
-    return found
+        return error
+    return None
 
 
 def _small_models(config: Any) -> tuple[list[Any], Sizing]:
     """Two small models of different sizes that run and generate, and how they were sized."""
-    names = _names(config)
+    config_of_text = config.get_text_config()
+    names = _names(config_of_text)
     narrow = {"kv_heads": 4, "group": 2, "hidden": 64, "intermediate": 112}
-    known = getattr(Named(config, names), "head_dim", None) is not None
+    known = getattr(Named(config_of_text, names), "head_dim", None) is not None
     either = (False, True) if known else (True, False)
     errors = []
     for heads, head_dim, filled in ((h, d, f) for h in (1, 4) for d in (HEAD, None) for f in either):
@@ -157,7 +172,8 @@ def _tokens(twin: Any) -> Tensor:
 def _look(twin: Any, sizing: Sizing) -> Seen | str:
     """What a small model does; why that cannot be said, where it has no list of layers."""
     tokens = _tokens(twin)
-    count = Named(twin.config, sizing.names).num_hidden_layers
+    config = Named(twin.config.get_text_config(), sizing.names)
+    count = config.num_hidden_layers
     stacks = [name for name, m in twin.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     calls = trace(twin, tokens)
     stacks = [name for name in stacks if all(f"{name}.{i}" in calls for i in range(count))]
@@ -170,8 +186,9 @@ def _look(twin: Any, sizing: Sizing) -> Seen | str:
         explain_layer(twin, layer, [c for n, c in calls.items() if n.startswith(f"{layer.name}.")], tokens[:1])
         for layer in layers
     )
+    for part, caches in zip(parts, cached_layers(twin, tokens, count), strict=True):
+        part.attention = part.attention if caches else None
     ends = explain_ends(twin, calls, layers[0], layers[-1])
-    config = Named(twin.config, sizing.names)
     return Seen(config, calls, f"{stacks[0]}.*", parts, ends, tensor_shapes(twin))
 
 
@@ -194,6 +211,7 @@ class _Trial:
             return Probe(model_type, None, (), (*self.draft.left, f"no plan follows from what was found: {error}"))
         for norm in {self.seen.starred(gain.norm): None for gain in plan.gains}:
             self._try(f"the scale of {norm} can be fused into its readers", *self._one_norm(plan, norm))
+        plan = self._without_impossible_experts(plan)
         refused = [self._try_r1(plan)]
         refused += [self._try_rotation(plan, name) for name in ROTATION_NAMES[1:]]
         data = self.draft.data
@@ -209,6 +227,24 @@ class _Trial:
             )
         return Probe(model_type, family, tuple(self.findings), tuple(self.draft.left))
 
+    def _without_impossible_experts(self, plan: Plan) -> Plan:
+        """The plan without R4 inside experts, where nothing stands between their two products."""
+        data, spaces = self.draft.data, {o.space for o in plan.onlines if o.site == "experts"}
+        if not spaces:
+            return plan
+        rotations = make_rotations(plan, RotationSpec(("R4",), "auto"))
+        moved, error = self._moved(plan, {space: rotations[space] for space in spaces})
+        why = error or ("" if moved <= TOLERANCE else "the logits move")
+        self.findings.append(Finding("R4: what is inside experts can be rotated at run time", moved, why))
+        if not why:
+            return plan
+        data["onlines"] = {name: online for name, online in data["onlines"].items() if online["site"] != "experts"}
+        inside = {online.space for online in plan.onlines if online.site == "input"}
+        data["spaces"] = {n: s for n, s in data["spaces"].items() if n != EXPERTS or EXPERTS in inside}
+        for axes in data["tensors"].values():
+            axes[:] = ["-" if axis == EXPERTS else axis for axis in axes]
+        return self._plan()
+
     def _plan(self) -> Plan:
         family = to_family(family_from(self.draft.data, "the draft"), FAMILIES)
         return build_plan(family, self.twin.config, tensor_shapes(self.twin))
@@ -216,17 +252,27 @@ class _Trial:
     def _explain_rest(self) -> None:
         """Add the tensors that the roles do not explain: they live in no space."""
         data = self.draft.data
+        if self.draft.silent:
+            data["ignored"] = [rf"{re.escape(name)}\..*" for name in self.draft.silent]
         file = to_family(family_from({**data, "ignored": [".*"]}, "the draft"), FAMILIES)
         known = {name.removesuffix("?") for name in file.tensors} | set(file.gains)
         known |= {f"{name.removesuffix('weight')}bias" for name in file.gains if file.centred}
         known |= {f"{module}.bias" for group in file.linears for module in group}
         known |= {f"{file.head.removesuffix('weight')}bias"}
+        groups = groups_of(self.seen.shapes, self.seen.pattern)
+        choices, loose = choices_of(groups, len(self.seen.layers))
+        if choices:
+            data["choices"] = choices
+        for star in loose & set(data["tensors"]):
+            data["tensors"][f"{star}?"] = data["tensors"].pop(star)
         multiplied: dict[str, None] = {}
         for name, shape in self.seen.shapes.items():
             star = self.seen.starred(name)
+            if name.startswith(tuple(f"{part}." for part in self.draft.silent)):
+                continue
             if star.replace("*", "{i}") in known or self._is_bias_of_norm(star):
                 continue
-            data["tensors"][star] = ["-"] * len(shape)
+            data["tensors"][f"{star}?" if star in loose else star] = ["-"] * len(shape)
             if len(shape) > 2 or (isinstance(module_and_attribute(self.twin, name)[0], LINEARS) and len(shape) > 1):
                 multiplied[star] = None
         if multiplied:
@@ -246,6 +292,13 @@ class _Trial:
             dict.fromkeys(self._starred(p) for part in (*self.seen.layers, self.seen.ends) for p in part.problems)
         )
         what = "R1: the residual stream can be rotated"
+        if self.draft.silent:
+            why = (
+                f"{', '.join(self.draft.silent)} took no part in reading text, and may write to the residual stream "
+                "what it sees or hears, which would have to be rotated too"
+            )
+            self.findings.append(Finding(what, None, why))
+            return "R1", f"found by probing: {why}"
         plain = replace(plan, spaces=tuple(replace(space, centred=False) for space in plan.spaces))
         moved, error = self._moved(plain, make_rotations(plain, spec))
         if plan.space["residual"].centred:

@@ -4,15 +4,14 @@ Two sizes, since one number may have several explanations: 32 rows may be two he
 formula is taken where it gives the numbers of both.
 """
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from spinquant.architectures.table import size_of
 from spinquant.errors import ArchitectureError
+from spinquant.probing.branches import add_branches, add_stacks
 from spinquant.probing.explain import Part, Values, is_multiple, scale_of
-from spinquant.probing.trace import Call
+from spinquant.probing.seen import Draft, Seen, formula, reading_of
 from spinquant.proof import Sizing
 
 _HEADS, _KV = "num_attention_heads*head_dim", "num_key_value_heads*head_dim"
@@ -25,75 +24,31 @@ FORMULAS = (
     *("hidden_size + 2*head_dim", "hidden_size/4", "2*hidden_size/4", "3*hidden_size/4"),
     *(f"{group}{rest}" for group in _GROUP for rest in ("", " + head_dim", " + 2*head_dim")),
 )
-WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "4*hidden_size")
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What was found in one small model: by layer, and at its ends. layers: the pattern of the names of layers."""
-
-    config: Any
-    calls: Mapping[str, Call]
-    pattern: str
-    layers: tuple[Part, ...]
-    ends: Part
-    shapes: Mapping[str, tuple[int, ...]]
-
-    def starred(self, name: str) -> str:
-        """The name with * for the layer."""
-        prefix = self.pattern.removesuffix("*")
-        return re.sub(rf"^{re.escape(prefix)}\d+(?=\.|$)", lambda match: self.pattern, name)
-
-
-@dataclass
-class Draft:
-    """What a family file would say. left: what it cannot say, and why."""
-
-    data: dict[str, Any]
-    left: list[str] = field(default_factory=list)
-    values: str | None = None
-
-
-def formula(sizes: Sequence[tuple[Any, int]], candidates: Sequence[str]) -> str | None:
-    """The first formula that gives every config its number; else an attribute that does."""
-
-    def fits(text: str) -> bool:
-        try:
-            return all(size_of(config, text) == number for config, number in sizes)
-        except (ArchitectureError, AttributeError, TypeError):
-            return False
-
-    zero = "0" if all(number == 0 for _, number in sizes) else None
-    named = [key for key, value in sizes[0][0].to_dict().items() if type(value) is int and value == sizes[0][1]]
-    return zero or next((text for text in [*candidates, *named] if fits(text)), None)
-
-
-def same_layers(seen: Seen) -> str | None:
-    """Why the layers of a model cannot be described as one; None where they can."""
+def same_attention(seen: Seen) -> str | None:
+    """Why the attentions of a model's layers cannot be described as one; None where they can."""
 
     def described(part: Part) -> Any:
-        norms = [(seen.starred(n.scale), n.offset, n.centred, [seen.starred(r) for r in n.readers]) for n in part.norms]
         values = [(seen.starred(v.linear), seen.starred(v.reader), dict(v.channels)) for v in part.values]
-        rest = [sorted(seen.starred(name) for name in names) for names in (part.readers, part.writers)]
-        return norms, values, rest, part.attention and seen.starred(part.attention)
+        return values, part.attention and seen.starred(part.attention)
 
-    first = described(seen.layers[0])
-    for i, part in enumerate(seen.layers):
-        if described(part) != first:
+    found = [(i, part) for i, part in enumerate(seen.layers) if part.attention is not None]
+    for i, part in found[1:]:
+        if described(part) != described(found[0][1]):
             return (
-                f"layer {i} is built otherwise than layer 0, and a family file drafted from roles has one kind of layer"
+                f"the attention of layer {i} is built otherwise than that of layer {found[0][0]}, and a family file "
+                "drafted from roles has one kind of attention"
             )
     return None
 
 
-def draft(seen: Sequence[Seen], original: tuple[Any, Mapping[str, Sequence[int]]], sizing: Sizing) -> Draft:
+def draft(
+    model_type: str, seen: Sequence[Seen], original: tuple[Any, Mapping[str, Sequence[int]]], sizing: Sizing
+) -> Draft:
     """The family of small models of several sizes. original: the config and the shapes of the large one."""
-    model_type = original[0].model_type
-    first, part = seen[0], seen[0].layers[0]
-
-    def star(name: str) -> str:
-        return first.starred(name)
-
+    first = seen[0]
+    star = first.starred
     data: dict[str, Any] = {"name": model_type, "model_types": [model_type], "layer": first.pattern}
     found = Draft(data)
     head = next(iter([*(r for n in first.ends.norms for r in n.readers), *first.ends.readers]), None)
@@ -106,41 +61,36 @@ def draft(seen: Sequence[Seen], original: tuple[Any, Mapping[str, Sequence[int]]
         data["filled"] = True
     if sizing.heads > 1:
         data["heads"] = sizing.heads
-    if any(one.centred for one in (part, first.ends)):
+    if any(one.centred for one in (*first.layers, first.ends)):
         data["centred"] = True
     if any(type(call.module).__name__ == "Conv1D" for call in first.calls.values()):
         data["transposed"] = True
-    norms = [*part.norms, *first.ends.norms]
-    offsets = {norm.offset for norm in norms}
+    every = [norm for part in first.layers for norm in part.norms] + first.ends.norms
+    offsets = {norm.offset for norm in every}
     if len(offsets) > 1 or None in offsets:
         found.left.append("the scales of the norms are neither all w nor all 1 + w, and cannot be fused as one kind")
     elif offsets == {1.0}:
         data["norm_offset"] = 1.0
-    reading = [r for norm in part.norms for r in norm.readers] + part.readers
-    order = {name: i for i, name in enumerate(first.calls)}
-    reading = sorted(dict.fromkeys(reading), key=order.__getitem__)
-    taken = _attention(found, seen, part, reading)
-    taken |= _mlp(found, seen, original, [r for r in reading if r not in taken], taken)
-    data["norms"] = {star(norm.scale): [star(reader) for reader in norm.readers] for norm in norms}
-    rest = [name for name in (*reading, *part.writers) if name not in taken]
-    tensors: dict[str, list[str]] = {}
-    for name in rest:
-        axes = ["residual" if name in part.writers else "-", "residual" if name in reading else "-"]
-        tensors[f"{star(name)}.weight"] = axes[::-1] if data.get("transposed") else axes
-    data["tensors"] = tensors
+    at = next((i for i, part in enumerate(first.layers) if part.attention is not None and part.values), None)
+    at = at if at is not None else next((i for i, part in enumerate(first.layers) if part.attention is not None), 0)
+    taken = {star(name) for name in _attention(found, seen, at)}
+    data["tensors"], data["spaces"], data["onlines"] = {}, {}, {}
+    read_through = add_stacks(found, seen)
+    rest = add_branches(found, seen, original, taken)
+    data["norms"] = {}
+    for norm in every:
+        readers = data["norms"].setdefault(star(norm.scale), [])
+        readers += [r for reader in norm.readers if (r := read_through.get(star(reader), star(reader))) not in readers]
     if rest:
-        written = ", ".join(star(name) for name in rest)
+        written = ", ".join(rest)
         found.left.append(f"{written}: on the residual stream, but in no role, so that neither R2 nor R4 reaches them")
-        roles = [data.get("attention") or {}, data.get("mlp") or {}]
-        inputs = [roles[0][key] for key in ("q", "k", "v", "qkv", "kv") if key in roles[0]]
-        groups = [inputs, [roles[0].get("o", "")], roles[1].get("in", []), [roles[1].get("out", "")]]
-        data["linears"] = [group for group in groups if any(group)] + [[star(name)] for name in rest]
     return found
 
 
-def _attention(found: Draft, seen: Sequence[Seen], part: Part, reading: list[str]) -> set[str]:
-    """Adds the attention to a draft; returns the linears that have a role in it."""
-    first = seen[0]
+def _attention(found: Draft, seen: Sequence[Seen], at: int) -> set[str]:
+    """Adds the attention of a layer to a draft; returns the linears that have a role in it."""
+    first, part = seen[0], seen[0].layers[at]
+    reading = reading_of(first, part)
     out = part.values[0].reader if part.values else None
     if out is None:
         # Values are changed on their way: the writer that the cache's module holds.
@@ -181,15 +131,15 @@ def _attention(found: Draft, seen: Sequence[Seen], part: Part, reading: list[str
             "is: something acts on values in between, and an elementwise map does not commute with a rotation"
         )
     else:
-        found.values = _layout(found, seen, values, whole, roles)
+        found.values = _layout(seen, at, values, whole, roles)
     return {*inputs, out}
 
 
-def _layout(found: Draft, seen: Sequence[Seen], values: Values, whole: bool, roles: dict[str, Any]) -> str | None:
+def _layout(seen: Sequence[Seen], at: int, values: Values, whole: bool, roles: dict[str, Any]) -> str | None:
     """Adds the size of a head, and the rows that are values, to the roles; returns why that cannot be said."""
     every = []
     for one in seen:
-        mine = next((v for v in one.layers[0].values if v.linear == values.linear), None)
+        mine = next((v for v in one.layers[at].values if v.linear == values.linear), None)
         if mine is None:
             return f"{one.starred(values.linear)} makes values in a small model of one size, and not in another"
         rows, span = one.calls[mine.linear].output.shape[-1], None
@@ -252,26 +202,3 @@ def _head_size(seen: Seen, values: Values) -> int | None:
     if expected and fits(expected):
         return expected
     return next((size for size in range(len(rows), 1, -1) if fits(size)), None)
-
-
-def _mlp(found: Draft, seen: Sequence[Seen], original: Any, reading: list[str], taken: set[str]) -> set[str]:
-    """Adds the MLP to a draft; returns the linears that have a role in it."""
-    first, (config, shapes) = seen[0], original
-    outs = [name for name in first.layers[0].writers if name not in taken]
-    if len(outs) != 1 or not reading:
-        found.left.append(f"{len(outs)} linears write to the stream beside attention, where one comes out of an MLP")
-        return set()
-    widths = [(one.config, one.calls[outs[0]].input.shape[-1]) for one in seen]
-    if f"{outs[0]}.weight" in shapes:
-        widths.append((config, shapes[f"{outs[0]}.weight"][0 if found.data.get("transposed") else 1]))
-    absent = [f"{name}|4*hidden_size" for name in WIDTHS if hasattr(first.config, name)]
-    size = formula(widths, (*WIDTHS, *absent))
-    if size is None:
-        found.left.append(
-            f"the config gives no {[number for _, number in widths]}, the width of {first.starred(outs[0])}"
-        )
-        return set()
-    if size == "4*hidden_size" and absent:
-        size = next((text for text in absent if formula(widths, (text,)) == text), size)
-    found.data["mlp"] = {"in": [first.starred(n) for n in reading], "out": first.starred(outs[0]), "size": size}
-    return {*reading, outs[0]}

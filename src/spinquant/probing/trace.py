@@ -67,6 +67,29 @@ def run(model: Any, tokens: Tensor) -> Tensor:
         return model(input_ids=tokens, use_cache=False).logits
 
 
+def silent_parts(model: Any, calls: Mapping[str, Call]) -> list[str]:
+    """The largest modules with parameters of which nothing was called."""
+    embedding = model.get_input_embeddings()
+    called = {*calls, *(name for name, module in model.named_modules() if module is embedding)}
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(part == name or part.startswith(f"{name}.") for part in called)
+        if not name or inside or name.startswith(tuple(f"{part}." for part in found)):
+            continue
+        if any(True for _ in module.parameters()):
+            found.append(name)
+    return found
+
+
+@torch.no_grad()
+def cached_layers(model: Any, tokens: Tensor, count: int) -> list[bool]:
+    """By layer, whether its keys are in the cache; all of them where the cache does not say."""
+    with Float64Arithmetic():
+        cache = getattr(model(input_ids=tokens, use_cache=True), "past_key_values", None)
+    layers = getattr(cache, "layers", ())
+    return [getattr(layer, "keys", None) is not None for layer in layers] if len(layers) == count else [True] * count
+
+
 @contextmanager
 def _nudged(module: nn.Module, size: float, tokens: slice) -> Iterator[None]:
     """Within the block, element b of the module's output is larger by `size` in these tokens of sequence b."""

@@ -28,7 +28,7 @@ from spinquant.quantization.progress import BlockStore
 from spinquant.quantization.ranges import Work, find_peaks, search_cache_clips, search_input_clips
 from spinquant.quantization.rtn import quantize_weight
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme, static_parts, with_clip
-from spinquant.quantization.weights import Weight, weights_of
+from spinquant.quantization.weights import Weight, parts_tied, weights_of
 from spinquant.rotation import Rotation
 
 
@@ -77,7 +77,7 @@ def quantize_blocks(
     """
     if home is None:
         home = InMemory(model, calibration.device)
-        if scheme.lm_head and scheme.weights is not None:
+        if scheme.weights is not None and parts_tied(plan, scheme):
             untie(model, plan)
     attachment = attach(model, plan, rotations, scheme)
     try:

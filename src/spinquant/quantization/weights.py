@@ -80,6 +80,15 @@ def _weights(plan: Plan, scheme: Scheme) -> Iterator[Weight]:
             yield Weight(tensor, experts.transposed)
 
 
+def parts_tied(plan: Plan, scheme: Scheme) -> bool:
+    """Whether tensors that share memory cannot under a scheme: each is rounded by itself.
+
+    At 16 bits our own format has flat weights, and transformers ties none: it would pad their biases.
+    """
+    covered = linear_weights(plan, scheme) if scheme.weights is None else weights_of(plan, scheme)
+    return not plan.tied.keys().isdisjoint(weight.tensor for weight in covered)
+
+
 def linear_weights(plan: Plan, scheme: Scheme) -> list[Weight]:
     """The weights of linears alone, with the head's where the scheme covers it."""
     found = [Weight(plan.weight_of(name), plan.transposed) for group in plan.linears for name in group]

@@ -1,0 +1,39 @@
+"""Blocks that layers share: modules of several layers with the weights of one.
+
+transformers ties them by the switch that ties embedding and head (`tie_word_embeddings`). A module then holds a shared
+tensor under every layer's name, a checkpoint under the first one's. R1 has to turn the switch off, since the head takes
+the gain of the last norm; every layer then has a tensor of its own, in memory and on disk.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from spinquant.architectures.table import Shared, size_of
+
+
+def owners(shared: Shared | None, config: Any, names: Iterable[str]) -> dict[int, int]:
+    """By layer that has a shared module, the first layer with the same one (itself, for that one)."""
+    if shared is None:
+        return {}
+    present, count = set(names), size_of(config, shared.blocks)
+    layers = [i for i in range(config.num_hidden_layers) if shared.marker.replace("{i}", str(i)) in present]
+    return {layer: layers[place % count] for place, layer in enumerate(layers)}
+
+
+def with_shared_blocks(
+    shared: Shared | None, config: Any, shapes: Mapping[str, Sequence[int]], *, tied: bool
+) -> tuple[dict[str, Sequence[int]], dict[str, str]]:
+    """The shapes with those of shared tensors under every layer's name, and by such a name the name it is tied to."""
+    found, ties = dict(shapes), {}
+    if shared is None or not tied:
+        return found, ties
+    for layer, owner in owners(shared, config, shapes).items():
+        if layer == owner:
+            continue
+        prefix, own = (f"{shared.module.replace('{i}', str(i))}." for i in (layer, owner))
+        for name, shape in sorted(shapes.items()):
+            if name.startswith(own):
+                copy = prefix + name.removeprefix(own)
+                found.setdefault(copy, shape)
+                ties[copy] = name
+    return found, ties

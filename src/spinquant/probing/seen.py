@@ -1,0 +1,69 @@
+"""What was seen in one small model, the draft that follows, and formulas that give the numbers of all of them."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from spinquant.architectures.table import size_of
+from spinquant.errors import ArchitectureError
+from spinquant.probing.explain import Part
+from spinquant.probing.trace import Call
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was found in one small model: by layer, and at its ends. layers: the pattern of the names of layers."""
+
+    config: Any
+    calls: Mapping[str, Call]
+    pattern: str
+    layers: tuple[Part, ...]
+    ends: Part
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def hidden(self) -> int:
+        """The width of the residual stream."""
+        return self.calls[self.pattern.replace("*", "0")].output.shape[-1]
+
+    def position(self, name: str, layer: int) -> float:
+        """How far into its layer a module is called, between 0 and 1."""
+        inside = [n for n in self.calls if n.startswith(f"{self.pattern.replace('*', str(layer))}.")]
+        return inside.index(name) / len(inside)
+
+    def starred(self, name: str) -> str:
+        """The name with * for the layer."""
+        prefix = self.pattern.removesuffix("*")
+        return re.sub(rf"^{re.escape(prefix)}\d+(?=\.|$)", lambda match: self.pattern, name)
+
+
+@dataclass
+class Draft:
+    """What a family file would say. left: what it cannot say, and why. silent: modules that text does not reach."""
+
+    data: dict[str, Any]
+    left: list[str] = field(default_factory=list)
+    values: str | None = None
+    silent: list[str] = field(default_factory=list)
+
+
+def formula(sizes: Sequence[tuple[Any, int]], candidates: Sequence[str]) -> str | None:
+    """The first formula that gives every config its number; else an attribute that does."""
+
+    def fits(text: str) -> bool:
+        try:
+            return all(size_of(config, text) == number for config, number in sizes)
+        except (ArchitectureError, AttributeError, TypeError):
+            return False
+
+    zero = "0" if all(number == 0 for _, number in sizes) else None
+    named = [key for key, value in sizes[0][0].to_dict().items() if type(value) is int and value == sizes[0][1]]
+    return zero or next((text for text in [*candidates, *named] if fits(text)), None)
+
+
+def reading_of(seen: Seen, part: Part) -> list[str]:
+    """What reads the stream in a layer, in order of execution."""
+    order = {name: i for i, name in enumerate(seen.calls)}
+    readers = [reader for norm in part.norms for reader in norm.readers] + part.readers
+    return sorted(dict.fromkeys(readers), key=order.__getitem__)
