@@ -1,10 +1,11 @@
 """Backend: fuse rotations into a checkpoint, tensor by tensor, shard by shard; the model is never in memory.
 
-While one band is computed the next is read and the one before is written, by a thread each, and a thread each hashes
-what was read and what is written; the bytes in flight are bounded. Shards are finished one after the other, so that a
-run that was killed goes on behind the last.
+While bands are computed, as many at once as torch may use threads, others are read and written, by a thread each, and a
+thread each hashes what was read and what is written; the bytes in flight are bounded. Shards are finished one after the
+other, so that a run that was killed goes on behind the last.
 """
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,12 +28,12 @@ from spinquant.sharing import Band, bands_in_order, bands_of, shared
 from spinquant.source import Source
 from spinquant.source_hash import Prefix, SourceHash
 from spinquant.tensorfile import TensorFile
-from spinquant.threads import single_threaded
+from spinquant.threads import one_of_several, single_threaded
 from spinquant.workspace import kept_whole
 
-# Bytes of the source read at once where a tensor can be cut: a few slices of `fuse`, little beside what Python itself
-# takes.
-BAND = 1 << 23
+# Bytes of the source read at once where a tensor can be cut: one slice of `fuse` of a half type, which stays in cache
+# while it is hashed, computed, hashed again and written.
+BAND = 1 << 21
 # Bytes in flight, buffers to read into and results to be written. A single band may be larger.
 IN_FLIGHT = 1 << 25
 
@@ -129,7 +130,9 @@ class _Pipeline:
     def __init__(self, source: Source, change: Change, timing: Timing, hashes: SourceHash | None):
         self.source, self.change, self.timing, self.hashes = source, change, timing, hashes
         self.reader, self.checker, self.writer, self.hasher = self.workers = tuple(_Worker() for _ in range(4))
-        self.waiting: deque[tuple[Band, Tensor, int, Future[Any], Future[Any]]] = deque()
+        self.computers = ThreadPoolExecutor(torch.get_num_threads(), initializer=one_of_several)
+        self.lock = threading.Lock()
+        self.waiting: deque[tuple[Band, Tensor, int, Future[Any] | Callable[[], Any]]] = deque()
         self.written: deque[tuple[list[Future[Any]], int, Tensor | None]] = deque()
         self.in_flight = 0
         self.free: list[Tensor] = []
@@ -146,6 +149,7 @@ class _Pipeline:
                 worker.failed = True  # none takes another step
             for worker in self.workers:
                 worker.close()
+            self.computers.shutdown(cancel_futures=True)
 
     def write(self, step: Callable[[], object]) -> None:
         """Have the writer take a step, after all before it."""
@@ -195,14 +199,16 @@ class _Pipeline:
                 self.in_flight += need
                 read = self._have(self.reader, "read", partial(self._read, band, buffer))
                 checked = self.checker.submit(partial(self._check, band, buffer, read))
-                waiting.append((band, buffer, need, read, checked))
+                compute = partial(self._computed, band, read, checked)
+                # A large one is computed here, where its working memory is kept, slice by slice at the same time.
+                large = need > IN_FLIGHT // 2
+                waiting.append((band, buffer, need, compute if large else self.computers.submit(compute)))
             if not waiting:
                 self._collect(one=True)
                 continue
-            band, buffer, need, read, checked = waiting.popleft()
-            checked.result()  # before the memory is used for the result
-            results = self._timed("compute", partial(self._changed, band, read.result()))
-            del read, checked
+            band, buffer, need, computed = waiting.popleft()
+            results = computed.result() if isinstance(computed, Future) else computed()
+            del computed
             rows = max(1, self.source.tensors[band.job.source].entry.rows)
             parts = {name: (band.first * file.entries[name].rows // rows, part) for name, part in results.items()}
             self.put(file, parts, need, buffer)
@@ -213,6 +219,11 @@ class _Pipeline:
         if self.change.packing.is_made(band.job.name):
             return self.change.packing.made(band.job.name)
         return self.source.read(band.job.source, band.first, band.last, buffer)
+
+    def _computed(self, band: Band, read: Future[Any], checked: Future[Any]) -> dict[str, Tensor]:
+        checked.result()  # before the memory is used for the result
+        rows = read.result()
+        return self._timed("compute", partial(self._changed, band, rows))
 
     def _changed(self, band: Band, rows: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
         return rows if isinstance(rows, dict) else changed(self.source, self.change, band.job, band.first, rows)
@@ -256,7 +267,8 @@ class _Pipeline:
         try:
             return step()
         finally:
-            setattr(self.timing, phase, getattr(self.timing, phase) + time.perf_counter() - start)
+            with self.lock:
+                setattr(self.timing, phase, getattr(self.timing, phase) + time.perf_counter() - start)
 
 
 def _each(function: Callable[[str, int, Tensor], object], parts: Mapping[str, tuple[int, Tensor]]) -> None:

@@ -63,6 +63,11 @@ def single_threaded() -> Iterator[None]:
         _crew.leave()
 
 
+def one_of_several() -> None:
+    """Say that this thread works beside others on pieces of its own: its pieces of pieces follow each other."""
+    _local.piece = True
+
+
 def each(function: Callable[[Piece], object], pieces: Iterable[Piece]) -> None:
     """Take all pieces through a function: side by side within `single_threaded`, else one after the other.
 
@@ -76,7 +81,7 @@ def each(function: Callable[[Piece], object], pieces: Iterable[Piece]) -> None:
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
     def alone(piece: Piece) -> None:
-        _local.piece = True
+        one_of_several()
         # Both are settings of a thread.
         with torch.inference_mode(inference), torch.set_grad_enabled(grad):
             function(piece)
