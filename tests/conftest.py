@@ -8,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     GraniteConfig,
@@ -23,6 +24,8 @@ from spinquant import cli
 from spinquant.demo_model import demo_model
 from spinquant.errors import CheckpointError
 from spinquant.proof import Float64Arithmetic
+
+transformers.utils.logging.disable_progress_bar()  # as the command line does
 
 VOCABULARY = 256
 

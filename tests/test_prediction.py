@@ -152,8 +152,19 @@ def test_dropped_it_is_gone_and_the_model_is_whole(source, tmp_path):
         rotate_folder(folder, tmp_path / "out", RotationSpec("R2", "auto"), options=QUICK)
 
 
-def test_a_model_that_is_loaded_would_lose_it_and_says_so(source, tmp_path):
+def test_a_calibration_from_disk_keeps_it(source, tmp_path):
     folder, _ = source
+    given = {"method": "gptq", "calibration_text": CalibrationText(samples=2, length=8)}
+    quantize_folder(folder, tmp_path / "out", parse_scheme("W4"), RotationSpec("R2"), dtype=torch.float32, **given)
+    found = load_file(tmp_path / "out" / "model-00002-of-00002.safetensors")
+    for name, tensor in load_file(folder / "model-00002-of-00002.safetensors").items():
+        assert torch.equal(found[name], tensor.float()), name
+
+
+def test_a_model_that_is_loaded_would_lose_it_and_says_so(source, tmp_path, monkeypatch):
+    folder, _ = source
+    # As of a class that keeps its weights in another form than the checkpoint.
+    monkeypatch.setattr("spinquant.preconditions.from_disk", lambda *_: False)
     text = CalibrationText(samples=1, length=8)
     with pytest.raises(CheckpointError, match=r"loads the model without them.*--drop-mtp"):
         quantize_folder(

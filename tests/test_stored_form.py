@@ -30,6 +30,8 @@ NAMES = [name for name, one in FAMILIES.items() if one.config().get_text_config(
 NAMES += ["llava", "opt", "gpt2"]
 TEXT = CalibrationText("manual", 4, 16)
 UNPROVED = Options(prove=False)
+# Forms that the tables do not know: these are loaded as a whole.
+UNFILLABLE = ("exaone_moe", "lfm2_moe", "llama4_text", "olmo_hybrid")
 
 
 def saved(path: Path, config, dtype=torch.float32, **options) -> Path:
@@ -64,6 +66,9 @@ def filled(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_filled_is_what_transformers_loads(name, tmp_path):
     folder = saved(tmp_path, FAMILIES[name].config(), max_shard_size="60KB")
+    assert from_disk(folder) == (name not in UNFILLABLE)
+    if name in UNFILLABLE:
+        return
     for dtype in (torch.float32, torch.bfloat16):  # in half types some tensors stay float32
         expected = load(folder, dtype=dtype).state_dict()
         found = filled(folder, dtype)

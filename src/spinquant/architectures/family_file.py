@@ -269,7 +269,7 @@ def _check_whole(family: Family) -> None:
         for reader in family.readers(name):
             living = family.tensors.get(f"{reader}.weight", family.tensors.get(f"{reader}.weight?"))
             living = family.tensors.get(reader) if living is None else living
-            if living is None or space not in living:
+            if living is None or space not in {where.space if isinstance(where, Part) else where for where in living}:
                 raise ArchitectureError(
                     f"family {family.name!r}: norm {_starred(name)!r} is read by {_starred(reader)!r}, which has no "
                     f"axis in {_starred(space)!r}"

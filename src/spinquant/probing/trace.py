@@ -83,11 +83,11 @@ def silent_parts(model: Any, calls: Mapping[str, Call]) -> list[str]:
 
 @torch.no_grad()
 def cached_layers(model: Any, tokens: Tensor, count: int) -> list[bool]:
-    """By layer, whether its keys are in the cache; all of them where the cache does not say."""
+    """By layer, whether its keys are in the cache; all of them where the cache does not say, or has nobody's."""
     with Float64Arithmetic():
         cache = getattr(model(input_ids=tokens, use_cache=True), "past_key_values", None)
-    layers = getattr(cache, "layers", ())
-    return [getattr(layer, "keys", None) is not None for layer in layers] if len(layers) == count else [True] * count
+    found = [getattr(layer, "keys", None) is not None for layer in getattr(cache, "layers", ())]
+    return found if len(found) == count and any(found) else [True] * count
 
 
 @contextmanager
