@@ -5,10 +5,12 @@ running the model with every block replaced by one that passes hidden states on:
 blocks' weights are not touched. Samples have the same length, so one set of arguments serves all of them.
 """
 
+import ast
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from inspect import signature
+from inspect import getsource, signature
+from textwrap import dedent
 from typing import Any, Protocol
 
 import torch
@@ -114,16 +116,18 @@ def _replaced(
 ) -> Iterator[None]:
     """Within the block, every decoder block returns function(name, hidden states, keyword arguments)."""
 
-    def stand_in(name: str) -> Callable[..., Tensor]:
+    def stand_in(name: str) -> Callable[..., Any]:
         called = list(signature(modules[name].forward).parameters)[1:]
+        values = _values_returned(modules[name])
 
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             if len(args) > len(called):
                 raise CalibrationError(
                     f"{name} is called with {len(args) + 1} positional arguments: expected hidden states and at most "
                     f"{', '.join(called)}"
                 )
-            return function(name, hidden_states, {**dict(zip(called, args, strict=False)), **kwargs})
+            found = function(name, hidden_states, {**dict(zip(called, args, strict=False)), **kwargs})
+            return found if not values else (found, *[None] * (values - 1))
 
         return forward
 
@@ -140,6 +144,19 @@ def _replaced(
                 module.__dict__.pop("forward", None)
             else:
                 module.forward = forward
+
+
+def _values_returned(block: nn.Module) -> int:
+    """How many values a block's forward gives as a tuple, which models take apart; 0 for hidden states alone.
+
+    Its code says so: without weights it cannot be run to see.
+    """
+    try:
+        code = ast.parse(dedent(getsource(type(block).forward)))
+    except (OSError, TypeError, SyntaxError):  # no source at hand
+        return 0
+    given = [node.value for node in ast.walk(code) if isinstance(node, ast.Return)]
+    return max((len(value.elts) for value in given if isinstance(value, ast.Tuple)), default=0)
 
 
 def check_finite_output(
