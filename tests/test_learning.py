@@ -23,7 +23,14 @@ from spinquant import (
 from spinquant.evaluation import divergence
 from spinquant.learnable import learn as learn_parameters
 from spinquant.learning.cayley import Descent, cayley, nearer, orthogonality_error
-from spinquant.learning.end_to_end import LOSSES, EndToEndOptions, _rows_of, learn_end_to_end
+from spinquant.learning.end_to_end import (
+    FROM_LOCAL,
+    FROM_RANDOM,
+    LOSSES,
+    EndToEndOptions,
+    _rows_of,
+    learn_end_to_end,
+)
 from spinquant.learning.learn import Watch, _with_signs, learned_spaces
 from spinquant.learning.local import LocalOptions, learn_locally, rounding_errors
 from spinquant.learning.network import fuse_gains, learning_scheme, rounding
@@ -559,6 +566,16 @@ def test_a_learned_rotation_that_loses_is_not_kept():
     assert learned.kept.startswith("random") and not learned.record["learned"]
     assert learned.spec.type_of("R1") == "random-hadamard"
     assert "end-to-end" in learned.record["scores"]
+
+
+@pytest.mark.parametrize(("method", "length"), [("end-to-end", FROM_RANDOM), ("local+end-to-end", FROM_LOCAL)])
+def test_the_record_says_how_long_the_steps_were(method, length):
+    options = replace(STORY, method=method, end_to_end=replace(FAST, steps=1, batch=4, lr=None))
+    _, learned = story(options)
+    assert "local" not in method or learned.record["scores"]["local"]["kl"] == min(
+        score["kl"] for name, score in learned.record["scores"].items() if name not in ("16-bit", method)
+    )
+    assert learned.record["options"]["end_to_end"]["lr"] == length
 
 
 def test_auto_goes_on_only_where_local_loses():

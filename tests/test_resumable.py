@@ -287,11 +287,11 @@ def test_a_truncated_shard_is_named_before_anything_is_replaced(small, tmp_path)
 RUN = """
 import sys, time
 from spinquant import Options, RotationSpec, rotate_folder, stream
-changed = stream.changed
+checked = stream._checked
 def slow(*args):
     time.sleep(float(sys.argv[3]))
-    return changed(*args)
-stream.changed = slow
+    return checked(*args)
+stream._checked = slow
 rotate_folder(sys.argv[1], sys.argv[2], RotationSpec("R1,R2"), text=None, options=Options(prove=False))
 """
 

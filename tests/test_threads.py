@@ -83,3 +83,31 @@ def test_outside_pieces_follow_each_other():
     found = []
     each(lambda number: found.append((number, threading.current_thread() is threading.main_thread())), range(3))
     assert found == [(0, True), (1, True), (2, True)]
+
+
+def test_threads_that_come_and_go_leave_the_number_as_it_was():
+    """Also where another thread is at work when the first has ended, and in threads that are new."""
+    torch.set_num_threads(3)
+    seen, inside, ended = [], threading.Event(), threading.Event()
+
+    def other() -> None:
+        torch.set_num_threads(3)
+        with single_threaded():
+            inside.set()
+            ended.wait(timeout=1)
+            seen.append(torch.get_num_threads())
+        seen.append(torch.get_num_threads())
+
+    thread = threading.Thread(target=other)
+    with single_threaded():
+        thread.start()
+        inside.wait(timeout=0.2)
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 3
+    ended.set()
+    thread.join()
+    assert seen == [1, 3] and torch.get_num_threads() == 3
+    one = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    one.start()
+    one.join()
+    assert seen[-1] == 3

@@ -33,34 +33,23 @@ def transform(
     *,
     precision: torch.dtype | None = None,
     work: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The tensor called `name` of the rotated model.
 
     gains: the original weights of the norms, by name. rotations: by space name; a space without one stays.
     precision: dtype of the arithmetic, by default float32 for half types and the tensor's own for others.
     work: working memory that the result may share, contiguous, of the tensor's shape and the dtype of the arithmetic.
-    Returns the same shape, dtype and device; the input itself when nothing touches it.
+    out: for the result; may be the tensor itself.
+    Returns the same shape, dtype and device; the input itself when nothing touches it and there is no `out`.
     """
-    return _fused(name, tensor, plan, gains, rotations, precision, work).to(tensor.dtype)
-
-
-def _fused(
-    name: str,
-    tensor: Tensor,
-    plan: Plan,
-    gains: Mapping[str, Tensor],
-    rotations: Mapping[str, Rotation],
-    precision: torch.dtype | None,
-    work: Tensor | None,
-) -> Tensor:
-    """`transform` before it is rounded."""
     gain = plan.gain_of_norm.get(name)
     if gain is not None and gain.space in rotations:
-        return torch.full_like(tensor, 1.0 - gain.offset)
+        return torch.full_like(tensor, 1.0 - gain.offset) if out is None else out.fill_(1.0 - gain.offset)
     scales = [(gains[g.norm] + g.offset, dim) for g, dim in plan.gains_of.get(name, ()) if g.space in rotations]
     axes = [axis for axis in plan.axes_of.get(name, ()) if axis.space in rotations]
     if not scales and not axes:
-        return tensor
+        return tensor if out is None else _copy(tensor, out)
     # Rounding once, at the end, keeps half-precision checkpoints as close to the original as the format allows.
     wide = _wide(tensor, precision)
     fused = tensor if tensor.dtype == wide else tensor.to(wide) if work is None else _copy(tensor, work)
@@ -72,7 +61,7 @@ def _fused(
         fused = _without_gain(fused, gains[shifted.norm].to(fused.device, wide) + shifted.offset, shifted)
     for axis in axes:
         fused = rotate_axis(fused, axis.dim, rotations[axis.space], axis.span, out=work)
-    return fused
+    return fused.to(tensor.dtype) if out is None else _copy(fused, out)
 
 
 def _without_gain(bias: Tensor, scale: Tensor, gain: Gain) -> Tensor:
@@ -102,7 +91,8 @@ def fuse_in_place(
     """
 
     def fuse(part: Tensor) -> None:
-        _copy(_fused(name, part, plan, gains, rotations, precision, working_memory(part, precision)), part)
+        work = working_memory(part, precision)
+        transform(name, part, plan, gains, rotations, precision=precision, work=work, out=part)
 
     with single_threaded() if tensor.device.type == "cpu" else nullcontext():
         each(fuse, slices(name, tensor, plan, rotations, shape))
@@ -110,6 +100,8 @@ def fuse_in_place(
 
 def _copy(source: Tensor, target: Tensor) -> Tensor:
     """The target, with the numbers of the source."""
+    if source is target:
+        return target
     if target.numel() <= 2 * SLICE:
         return target.copy_(source)
     rows = max(1, SLICE * len(target) // target.numel())

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,7 @@ from spinquant.sharing import Band, bands_in_order, bands_of, shared
 from spinquant.source import Source
 from spinquant.source_hash import Prefix, SourceHash
 from spinquant.tensorfile import TensorFile
-from spinquant.threads import one_of_several, single_threaded
+from spinquant.threads import all_threads, one_of_several, single_threaded
 from spinquant.workspace import kept_whole
 
 # Bytes of the source read at once where a tensor can be cut: one slice of `fuse` of a half type, which stays in cache
@@ -86,7 +86,9 @@ def stream(
     mine = shared(bands, processes.size, finished)[processes.rank]
     timing = Timing()
     left = [shard for shard in shards if not finished[shard.file]]
-    with ExitStack() as files, kept_whole(), _Pipeline(source, change, timing, hashes) as pipeline:
+    # Threads that share an operation would wait for each other, on cores that readers and writers need.
+    pipeline = _Pipeline(source, change, timing, hashes)
+    with single_threaded(), ExitStack() as files, kept_whole(), pipeline:
         if processes.size > 1:
             # Everybody writes into files that are there, and as long as they will be.
             for shard in left if processes.first else ():
@@ -199,9 +201,9 @@ class _Pipeline:
                 self.in_flight += need
                 read = self._have(self.reader, "read", partial(self._read, band, buffer))
                 checked = self.checker.submit(partial(self._check, band, buffer, read))
-                compute = partial(self._computed, band, read, checked)
                 # A large one is computed here, where its working memory is kept, slice by slice at the same time.
                 large = need > IN_FLIGHT // 2
+                compute = partial(self._computed, band, read, checked, large)
                 waiting.append((band, buffer, need, compute if large else self.computers.submit(compute)))
             if not waiting:
                 self._collect(one=True)
@@ -220,13 +222,24 @@ class _Pipeline:
             return self.change.packing.made(band.job.name)
         return self.source.read(band.job.source, band.first, band.last, buffer)
 
-    def _computed(self, band: Band, read: Future[Any], checked: Future[Any]) -> dict[str, Tensor]:
+    def _computed(self, band: Band, read: Future[Any], checked: Future[Any], large: bool) -> dict[str, Tensor]:
         checked.result()  # before the memory is used for the result
         rows = read.result()
-        return self._timed("compute", partial(self._changed, band, rows))
+        return rows if isinstance(rows, dict) else self._timed("compute", partial(self._changed, band, rows, large))
 
-    def _changed(self, band: Band, rows: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
-        return rows if isinstance(rows, dict) else changed(self.source, self.change, band.job, band.first, rows)
+    @torch.no_grad()
+    def _changed(self, band: Band, rows: Tensor, large: bool) -> dict[str, Tensor]:
+        fused = _checked(self.source, self.change, band, rows) if rows.is_floating_point() else rows
+        if large and len(band.job.stored) > 1:
+            # To pack a tensor that cannot be cut is one operation after the other, each for all threads.
+            wait([computed for *_, computed in self.waiting if isinstance(computed, Future)])
+            with all_threads():
+                return self._packed(band, fused)
+        return self._packed(band, fused)
+
+    def _packed(self, band: Band, fused: Tensor) -> dict[str, Tensor]:
+        packed = self.change.packing.pack(band.job.name, fused)
+        return {name: tensor.cpu().contiguous() for name, tensor in packed.items()}
 
     def _check(self, band: Band, buffer: Tensor, read: Future[Any]) -> None:
         """Take what was read into the hash of its file."""
@@ -299,18 +312,13 @@ class _Worker:
             raise
 
 
-@torch.no_grad()
-def changed(source: Source, change: Change, job: Job, first: int, rows: Tensor) -> dict[str, Tensor]:
-    """What rows of a tensor, from row `first` on, are stored as. Their own memory may be used for it."""
-    if not rows.is_floating_point():
-        return change.packing.pack(job.name, rows)
-    # One operation that threads share would leave them waiting for the next, on cores that readers and writers need.
-    with single_threaded():
-        fused = _fused(source, change, job, rows)
-        # The sum of finite numbers is finite or overflows; only then every number has to be looked at.
-        if not torch.isfinite(fused.sum()) and not torch.isfinite(fused).all():
-            _refuse(source, job, first, len(rows) if rows.ndim else 1, fused)
-    return {name: tensor.cpu().contiguous() for name, tensor in change.packing.pack(job.name, fused).items()}
+def _checked(source: Source, change: Change, band: Band, rows: Tensor) -> Tensor:
+    """Rows of a tensor, fused. Their own memory may be used for it. Raises CheckpointError where they overflow."""
+    fused = _fused(source, change, band.job, rows)
+    # The sum of finite numbers is finite or overflows; only then every number has to be looked at.
+    if not torch.isfinite(fused.sum()) and not torch.isfinite(fused).all():
+        _refuse(source, band.job, band.first, len(rows) if rows.ndim else 1, fused)
+    return fused
 
 
 def _fused(source: Source, change: Change, job: Job, rows: Tensor) -> Tensor:

@@ -19,34 +19,26 @@ Piece = TypeVar("Piece")
 
 
 class _Crew:
-    """The threads, while somebody is `single_threaded`; they outlive it, and their working memory with them."""
+    """The threads, while one thread is `single_threaded`; they outlive it, and their working memory with them."""
 
     def __init__(self):
-        self.lock, self.depth, self.threads = threading.Lock(), 0, 1
+        # How many threads torch takes is partly a setting of the thread, partly of the process: whoever changes it
+        # changes it back before another may.
+        self.lock, self.threads = threading.Lock(), 1
+        self.leader: int | None = None
         self.pool: ThreadPoolExecutor | None = None
         self.of: tuple[int, int] | None = None
 
-    def enter(self) -> None:
-        with self.lock:
-            self.depth += 1
-            if self.depth == 1:
-                self.threads = torch.get_num_threads()
-                torch.set_num_threads(1)
-
-    def leave(self) -> None:
-        with self.lock:
-            self.depth -= 1
-            if self.depth == 0:
-                torch.set_num_threads(self.threads)
+    def is_led(self) -> bool:
+        """Whether this thread is the one that is `single_threaded`."""
+        return self.leader == threading.get_ident()
 
     def members(self) -> ThreadPoolExecutor:
         """Threads that were started for this number of them, in this process: a fork has none of its parent's."""
-        with self.lock:
-            if self.pool is None or self.of != (os.getpid(), self.threads):
-                self.of = os.getpid(), self.threads
-                # Numbers of threads are kept by thread: a new one must not take them from the environment.
-                self.pool = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
-            return self.pool
+        if self.pool is None or self.of != (os.getpid(), self.threads):
+            self.of = os.getpid(), self.threads
+            self.pool = ThreadPoolExecutor(self.threads, initializer=one_of_several)
+        return self.pool
 
 
 _crew = _Crew()
@@ -55,17 +47,41 @@ _local = threading.local()
 
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """Within the block every operation of torch on the CPU takes one thread, in all threads of the process."""
-    _crew.enter()
+    """Within the block every operation of torch on the CPU takes one thread, and `each` takes pieces side by side.
+
+    One thread at a time is in such a block; threads that are `one_of_several` are in one anyhow.
+    """
+    if getattr(_local, "piece", False) or _crew.is_led():
+        yield
+        return
+    with _crew.lock:
+        _crew.threads, _crew.leader = torch.get_num_threads(), threading.get_ident()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            _crew.leader = None
+            torch.set_num_threads(_crew.threads)
+
+
+@contextmanager
+def all_threads() -> Iterator[None]:
+    """Within `single_threaded`: an operation that cannot be cut takes all threads, while no pieces are at work."""
+    if not _crew.is_led():
+        yield
+        return
+    torch.set_num_threads(_crew.threads)
     try:
         yield
     finally:
-        _crew.leave()
+        torch.set_num_threads(1)
 
 
 def one_of_several() -> None:
-    """Say that this thread works beside others on pieces of its own: its pieces of pieces follow each other."""
-    _local.piece = True
+    """Say that this thread works beside others on pieces of its own: in one thread, pieces of pieces in order."""
+    if not getattr(_local, "piece", False):
+        _local.piece = True
+        torch.set_num_threads(1)
 
 
 def each(function: Callable[[Piece], object], pieces: Iterable[Piece]) -> None:
@@ -74,14 +90,13 @@ def each(function: Callable[[Piece], object], pieces: Iterable[Piece]) -> None:
     Pieces of a piece follow each other. Raises what the first failing piece raised, when none is at work any more.
     """
     pieces = list(pieces)
-    if len(pieces) < 2 or _crew.depth == 0 or _crew.threads == 1 or getattr(_local, "piece", False):
+    if len(pieces) < 2 or not _crew.is_led() or _crew.threads == 1:
         for piece in pieces:
             function(piece)
         return
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
     def alone(piece: Piece) -> None:
-        one_of_several()
         # Both are settings of a thread.
         with torch.inference_mode(inference), torch.set_grad_enabled(grad):
             function(piece)

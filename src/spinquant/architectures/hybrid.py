@@ -109,20 +109,21 @@ GRANITE_HYBRID = with_mixer(GRANITE_MOE, f"{LAYER}.mamba", (*MAMBA2, "norm.weigh
 )
 
 _CONVOLUTION = f"{LAYER}.conv"
+LFM2_NAMES = {
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+    "self_attn.o_proj": "self_attn.out_proj",
+    "input_layernorm": "operator_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "q_norm": "q_layernorm",
+    "k_norm": "k_layernorm",
+    "model.norm": "model.embedding_norm",
+}
 LFM2 = with_mixer(LLAMA, _CONVOLUTION, ("conv.weight", "conv.bias?")).like(
     "lfm2",
     "lfm2",
-    rename={
-        "mlp.gate_proj": "feed_forward.w1",
-        "mlp.up_proj": "feed_forward.w3",
-        "mlp.down_proj": "feed_forward.w2",
-        "self_attn.o_proj": "self_attn.out_proj",
-        "input_layernorm": "operator_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "q_norm": "q_layernorm",
-        "k_norm": "k_layernorm",
-        "model.norm": "model.embedding_norm",
-    },
+    rename=LFM2_NAMES,
     spaces={"layers.{i}.hidden": ("R4", "intermediate_size")},
 )
 

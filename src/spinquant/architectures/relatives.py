@@ -5,7 +5,7 @@ rotation of the head, and so does a norm whose scale moves into the reader; a ga
 not. A norm behind a block, with a scale of its own, rules out R1 (see `postnorm.py`).
 """
 
-from spinquant.architectures.hybrid import LFM2, with_mixer
+from spinquant.architectures.hybrid import LFM2, LFM2_NAMES, with_mixer
 from spinquant.architectures.llama import ARCEE, ATTENTION, GEMMA, HIDDEN, LAYER, LLAMA, MLP, VALUE
 from spinquant.architectures.moe import DEEPSEEK, EXPERT, EXPERTS, GRANITE_MOE, MIXTRAL, QWEN3_MOE, with_shared
 from spinquant.architectures.postnorm import OLMO2, post_norm
@@ -219,25 +219,17 @@ LLAMA4 = with_shared(
     "intermediate_size",
 ).like("llama4", "llama4_text", rename={"mlp.": "feed_forward."})
 
-_LFM2_NAMES = {
-    "mlp.gate_proj": "feed_forward.w1",
-    "mlp.up_proj": "feed_forward.w3",
-    "mlp.down_proj": "feed_forward.w2",
+_LFM2_MOE_NAMES = {
     "experts.{e}.gate_proj": "experts.{e}.w1",
     "experts.{e}.up_proj": "experts.{e}.w3",
     "experts.{e}.down_proj": "experts.{e}.w2",
+    **LFM2_NAMES,
     "mlp.": "feed_forward.",
-    "self_attn.o_proj": "self_attn.out_proj",
-    "input_layernorm": "operator_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "q_norm": "q_layernorm",
-    "k_norm": "k_layernorm",
-    "model.norm": "model.embedding_norm",
 }
 LFM2_MOE = with_mixer(QWEN3_MOE, f"{LAYER}.conv", ("conv.weight", "conv.bias?")).like(
     "lfm2_moe",
     "lfm2_moe",
-    rename=_LFM2_NAMES,
+    rename=_LFM2_MOE_NAMES,
     tensors={f"{LAYER}.feed_forward.expert_bias?": (None,)},
     ignored=(*QWEN3_MOE.ignored, r"model\.layers\.\d+\.feed_forward\.expert_bias"),
 )

@@ -196,6 +196,8 @@ def learn(
         begin, through_options = candidates[leading].rotations, options.end_to_end
         if leading == "local" and through_options.lr is None:
             through_options = replace(through_options, lr=FROM_LOCAL)
+        taken = replace(through_options, lr=through_options.length)
+        record["options"] = replace(options, end_to_end=taken).to_dict()
         with _timed(clock, "end-to-end"):
             through, steps = learn_end_to_end(
                 model,
