@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from conftest import logits, random_weights, tiny_model, tokens
 from families import FAMILIES
-from spinquant import RotationSpec, load, rotate_adapter, rotate_folder
+from spinquant import LearnedRotations, RotationSpec, load, make_rotations, plan_of, rotate_adapter, rotate_folder
 from spinquant.along import lora as along_lora
 from spinquant.along.counterparts import plan_beside
 from spinquant.cli import app
@@ -22,6 +22,7 @@ from spinquant.module import model_class
 from spinquant.pipeline import Options
 from spinquant.proof import exact_experts
 from spinquant.quantization.scheme import parse_scheme
+from test_scales import scaled
 
 peft = pytest.importorskip("peft")
 
@@ -152,6 +153,22 @@ def test_under_online_rotations_it_is_loaded_onto_the_rotated_model(scheme, tmp_
         assert torch.allclose(after, expected, atol=1e-9)
     else:  # what rounding moved, it moves with the adapter too
         assert (after - expected).norm() < 3 * (before - base).norm() < 0.5 * (expected - base).norm()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_scales_reach_it(dora, tmp_path):
+    """Rows of B of up_proj, columns of A of down_proj, which reads what is scaled and not yet rotated."""
+    model = source("llama", tmp_path / "model")
+    targets = ["q_proj", "up_proj"] if dora else LINEARS
+    lora = adapter(model, tmp_path / "lora", target_modules=targets, use_dora=dora)
+    expected = answer(model, lora)
+    spec = RotationSpec("R1,R2,R4", "auto")
+    plan = plan_of(load(model))
+    learned = LearnedRotations(scaled(plan, make_rotations(plan, spec)), spec, {"kept": "scaled"})
+    quantize_folder(model, tmp_path / "out", parse_scheme("none"), spec, learned=learned, text=None, options=QUICK)
+    rotate_adapter(tmp_path / "out", lora, tmp_path / "rotated")
+    after = logits(adapted(load(tmp_path / "out"), tmp_path / "rotated"), tokens())
+    assert torch.allclose(after, expected, atol=1e-9)
 
 
 def test_updates_of_stacked_experts_are_rotated_inside_them(tmp_path):

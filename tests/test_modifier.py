@@ -28,8 +28,9 @@ from spinquant.mapped_plan import plan_from_mappings
 from spinquant.mappings import NormMapping, infer_mapping, infer_norm_mappings
 from spinquant.plan import Plan
 from spinquant.proof import TOLERANCE, Float64Arithmetic
-from spinquant.rotation import Hadamard, InPrecision, Orthogonal, matrix
+from spinquant.rotation import Hadamard, Orthogonal, matrix
 from spinquant.saved_rotations import restore
+from spinquant.wrapped import InPrecision
 
 ALL = "R1,R2,R3,R4"
 TYPES = ["hadamard", "random-hadamard", "random-matrix"]

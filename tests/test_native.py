@@ -12,8 +12,9 @@ from conftest import CONFIGS, byte_tokenizer, logits, tiny_model, tokens
 from spinquant import CheckpointError, RotationSpec, detach, load, parse_scheme, quantize, rotate, save
 from spinquant.formats.native import SpinQuantConfig, unmark
 from spinquant.quantization.blockwise import quantize_blocks
-from spinquant.rotation import matrix, online_part
+from spinquant.rotation import matrix
 from spinquant.saved_rotations import restore
+from spinquant.wrapped import online_part
 
 ALL = RotationSpec("R1,R2,R3,R4", seed=1)
 

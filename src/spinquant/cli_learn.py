@@ -85,6 +85,13 @@ def learn(
     ] = False,
     shard: Annotated[bool, typer.Option("--shard", help="end-to-end, torchrun: spread the weights (FSDP2).")] = False,
     signs: Annotated[int, typer.Option(help="Draws of signs per layer for R3 and R4; the best are taken.")] = 0,
+    scales: Annotated[
+        bool | None,
+        typer.Option(
+            "--scales/--no-scales",
+            help="Scale channels before R4, fused into up_proj and down_proj; where gradients are taken, by default.",
+        ),
+    ] = None,
     baselines: Annotated[int, typer.Option(help="Random rotations to beat.")] = 5,
     text: Annotated[str, typer.Option(help="Text to learn from: a file, manual, dataset:NAME, generated.")] = "auto",
     held_out: Annotated[str | None, typer.Option(help="Text to judge on; by default the end of --text.")] = None,
@@ -124,6 +131,7 @@ def learn(
         rotations=None if which is None else parse_rotation_names(which),
         baselines=baselines,
         signs=signs,
+        scales=scales,
         shard=shard,
         local=LocalOptions(**_given(local)),
         end_to_end=EndToEndOptions(**_given(through)),

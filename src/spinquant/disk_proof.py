@@ -15,7 +15,6 @@ from torch import Tensor
 from spinquant.blocks import after_blocks, block_calls, run_block
 from spinquant.calibrate import captured
 from spinquant.disk_model import OnDisk, Weights
-from spinquant.fuse import rotate_axis
 from spinquant.online import attach
 from spinquant.plan import Plan
 from spinquant.proof import (
@@ -25,7 +24,7 @@ from spinquant.proof import (
     computing_modules,
     difference,
     exact_experts,
-    output_axis,
+    expected_output,
 )
 from spinquant.rotation import Rotation
 
@@ -60,9 +59,7 @@ def compare_on_disk(
         names = [name for name in compared if name.startswith(f"{block}.")]
         first, second = (walk.step(block, names) for walk in walks)
         for name in first if departed is None else ():
-            axis, expected = output_axis(model, plan, name), first[name]
-            if axis is not None and axis.space in rotations:
-                expected = rotate_axis(expected, -1, rotations[axis.space], axis.span)
+            expected = expected_output(model, plan, rotations, name, first[name])
             if not difference(expected, second[name]).relative <= tolerance:
                 departed = name
                 break

@@ -41,10 +41,11 @@ from spinquant.plan import Plan
 from spinquant.preconditions import check_format, check_request
 from spinquant.quantization.blockwise import Calibration
 from spinquant.quantization.scheme import Scheme
-from spinquant.rotation import RotationSpec, online_part
+from spinquant.rotation import RotationSpec
 from spinquant.saved_rotations import to_save
 from spinquant.stream_run import Request, sample_tokens, store_for
 from spinquant.streamed_folders import stream_folder
+from spinquant.wrapped import online_part
 
 Format = Literal["native", "compressed-tensors", "hf"]
 

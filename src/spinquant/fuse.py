@@ -1,6 +1,7 @@
 """The pure core: one tensor in, the fused tensor out.
 
     T' = T, scaled along the axes that read a norm by that norm's gain (the bias of a norm is divided by it),
+         and along those that write or read a space with scales of its own by them, or their inverse,
          then contracted along every axis that lives in a rotated space with the rotation of that space
 
 The module and stream backends, and learning, all call `transform`; there is no other place where a weight is
@@ -8,7 +9,7 @@ rotated, and no case per layer type: embedding, input side, output side, bias, a
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -19,6 +20,7 @@ from spinquant.plan import Gain, Plan, Span
 from spinquant.rotation import Rotation
 from spinquant.threads import each, single_threaded
 from spinquant.workspace import workspace
+from spinquant.wrapped import Scaled
 
 # Elements fused at once, which then stay in cache.
 SLICE = 1 << 20
@@ -34,19 +36,22 @@ def transform(
     precision: torch.dtype | None = None,
     work: Tensor | None = None,
     out: Tensor | None = None,
+    place: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """The tensor called `name` of the rotated model.
 
     gains: the original weights of the norms, by name. rotations: by space name; a space without one stays.
     precision: dtype of the arithmetic, by default float32 for half types and the tensor's own for others.
     work: working memory that the result may share, contiguous, of the tensor's shape and the dtype of the arithmetic.
-    out: for the result; may be the tensor itself.
+    out: for the result; may be the tensor itself. place: (dim, element of it) at which a part of the tensor begins.
     Returns the same shape, dtype and device; the input itself when nothing touches it and there is no `out`.
     """
     gain = plan.gain_of_norm.get(name)
     if gain is not None and gain.space in rotations:
         return torch.full_like(tensor, 1.0 - gain.offset) if out is None else out.fill_(1.0 - gain.offset)
     scales = [(gains[g.norm] + g.offset, dim) for g, dim in plan.gains_of.get(name, ()) if g.space in rotations]
+    for scale, dim in scales_of(name, plan, rotations):
+        scales.append((scale.narrow(0, place[1], tensor.shape[dim]) if dim == place[0] else scale, dim))
     axes = [axis for axis in plan.axes_of.get(name, ()) if axis.space in rotations]
     if not scales and not axes:
         return tensor if out is None else _copy(tensor, out)
@@ -62,6 +67,18 @@ def transform(
     for axis in axes:
         fused = rotate_axis(fused, axis.dim, rotations[axis.space], axis.span, out=work)
     return fused.to(tensor.dtype) if out is None else _copy(fused, out)
+
+
+def scales_of(name: str, plan: Plan, rotations: Mapping[str, Rotation]) -> Iterator[tuple[Tensor, int]]:
+    """What the axes of a tensor are multiplied by because spaces have scales: (factors of the whole axis, its dim)."""
+    for scaling, dim, span, writes in plan.scalings_of.get(name, ()):
+        rotation = rotations.get(scaling.space)
+        if isinstance(rotation, Scaled):
+            factors = rotation.scale if writes else 1 / rotation.scale
+            if span is not None:
+                part, factors = factors, torch.ones(span.period, dtype=factors.dtype)
+                factors[span.start : span.start + span.length] = part
+            yield factors, dim
 
 
 def _without_gain(bias: Tensor, scale: Tensor, gain: Gain) -> Tensor:
@@ -84,18 +101,21 @@ def fuse_in_place(
     *,
     precision: torch.dtype | None = None,
     shape: Sequence[int] | None = None,
+    first: int = 0,
 ) -> None:
     """`transform` into the tensor's own memory, slice by slice. On a CPU the number of threads changes no bit.
 
-    Rows alone may be given, whole slices of them (`rows_at_once`), with the `shape` of the tensor that they are of.
+    Rows alone may be given, from row `first` on, whole slices of them (`rows_at_once`), with the `shape` of the tensor
+    that they are of.
     """
 
-    def fuse(part: Tensor) -> None:
+    def fuse(piece: tuple[Tensor, tuple[int, int]]) -> None:
+        part, place = piece
         work = working_memory(part, precision)
-        transform(name, part, plan, gains, rotations, precision=precision, work=work, out=part)
+        transform(name, part, plan, gains, rotations, precision=precision, work=work, out=part, place=place)
 
     with single_threaded() if tensor.device.type == "cpu" else nullcontext():
-        each(fuse, slices(name, tensor, plan, rotations, shape))
+        each(fuse, slices(name, tensor, plan, rotations, shape, first))
 
 
 def _copy(source: Tensor, target: Tensor) -> Tensor:
@@ -144,18 +164,29 @@ def _cut(name: str, shape: Sequence[int], plan: Plan, rotations: Mapping[str, Ro
 
 
 def slices(
-    name: str, tensor: Tensor, plan: Plan, rotations: Mapping[str, Rotation], shape: Sequence[int] | None = None
-) -> Sequence[Tensor]:
-    """Views that make up the tensor, each of which `transform` takes by itself; none where it changes nothing.
+    name: str,
+    tensor: Tensor,
+    plan: Plan,
+    rotations: Mapping[str, Rotation],
+    shape: Sequence[int] | None = None,
+    first: int = 0,
+) -> Sequence[tuple[Tensor, tuple[int, int]]]:
+    """Views that make up the tensor and their places, which `transform` takes one by one; none where nothing changes.
 
-    They are cut along an axis that nothing touches, or that is rotated block by block, where there is one: an embedding
-    of gigabytes then needs megabytes of working memory, which stay in cache. shape: of the tensor, if these are rows.
+    They are cut along an axis that nothing touches but scales, or that is rotated block by block, where there is one:
+    an embedding of gigabytes then needs megabytes of working memory, which stay in cache. shape: of the tensor, if
+    these are rows of it, from row `first` on.
     """
     units = _units(name, tensor.ndim, plan, rotations)
-    if list(units.values()) == [1] * tensor.ndim and name not in plan.gain_of_norm:
+    untouched = list(units.values()) == [1] * tensor.ndim and name not in plan.gain_of_norm
+    if untouched and not any(scales_of(name, plan, rotations)):
         return ()
     cut = _cut(name, shape or tensor.shape, plan, rotations)
-    return (tensor,) if cut is None else tensor.split(cut[1], cut[0])
+    if cut is None:
+        return ((tensor, (0, 0)),)
+    dim, length = cut
+    start = first if dim == 0 else 0
+    return [(part, (dim, start + i * length)) for i, part in enumerate(tensor.split(length, dim))]
 
 
 def working_memory(tensor: Tensor, precision: torch.dtype | None) -> Tensor:

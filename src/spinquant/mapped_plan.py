@@ -103,6 +103,7 @@ def held_against(plan: Plan, table: Plan) -> Plan:
         spaces=tuple(space for space in table.spaces if space.name in kept),
         axes=tuple(axis for axis in table.axes if axis.space in kept),
         onlines=tuple(online for online in table.onlines if online.space in kept),
+        scalings=tuple(scaling for scaling in table.scalings if scaling.space in kept),
         refused=tuple({**dict(table.refused), **refused}.items()),
     )
 

@@ -23,8 +23,9 @@ from spinquant.quantization.progress import BlockStore
 from spinquant.quantization.rtn import round_weights
 from spinquant.quantization.scheme import Clips, Scheme, parse_scheme, static_parts
 from spinquant.quantization.weights import weights_of
-from spinquant.rotation import Rotation, RotationSpec, check_given, in_precision, make_rotations, online_part
+from spinquant.rotation import Rotation, RotationSpec, make_rotations
 from spinquant.saved_rotations import to_save
+from spinquant.wrapped import check_given, in_precision, online_part
 
 Method = Literal["rtn", "gptq", "gptaq"]
 METHODS = get_args(Method)

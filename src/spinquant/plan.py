@@ -76,6 +76,18 @@ class Gain:
 
 
 @dataclass(frozen=True)
+class Scaling:
+    """A space that is written as one factor of a product: its channels may be scaled by any numbers but zero.
+
+    Rows of the writers (tensor, dim, span of it) take the scales, and axis `dim` of each reader is divided by them.
+    """
+
+    space: str
+    writers: tuple[tuple[str, int, Span | None], ...]
+    readers: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
 class Online:
     """A space that is rotated at run time: at the input of a linear, on the queries and keys of an attention, or inside
     stacked experts, before their second product."""
@@ -119,6 +131,7 @@ class Plan:
     linears that a checkpoint has under another name than the module.
     `refused` are rotations that the architecture rules out, with the mathematical reason.
     `predictors` are tensors of layers for multi-token prediction, which are in no space and in the checkpoint alone.
+    `scalings` say which spaces may be scaled channel by channel, which costs nothing at run time.
     """
 
     family: str
@@ -136,6 +149,7 @@ class Plan:
     transposed: bool = False
     renamed: tuple[tuple[str, str], ...] = ()
     predictors: tuple[str, ...] = ()
+    scalings: tuple[Scaling, ...] = ()
 
     @cached_property
     def space(self) -> Mapping[str, Space]:
@@ -168,6 +182,17 @@ class Plan:
     def gain_of_bias(self) -> Mapping[str, Gain]:
         """Gains by the name of the norm's bias."""
         return {gain.bias: gain for gain in self.gains if gain.bias is not None}
+
+    @cached_property
+    def scalings_of(self) -> Mapping[str, tuple[tuple[Scaling, int, Span | None, bool], ...]]:
+        """By tensor name (scaling, dim, span of it, whether the tensor writes the space)."""
+        found: defaultdict[str, list[tuple[Scaling, int, Span | None, bool]]] = defaultdict(list)
+        for scaling in self.scalings:
+            for tensor, dim, span in scaling.writers:
+                found[tensor].append((scaling, dim, span, True))
+            for tensor, dim in scaling.readers:
+                found[tensor].append((scaling, dim, None, False))
+        return {name: tuple(places) for name, places in found.items()}
 
     @cached_property
     def tied(self) -> Mapping[str, str]:

@@ -25,8 +25,9 @@ from spinquant.online import ATTENTIONS, check_implementation
 from spinquant.pipeline import check_fresh
 from spinquant.plan import ROTATION_NAMES, Plan
 from spinquant.proof import TWIN_BLOCK, Deviation, prove, twin_spec
-from spinquant.rotation import InPrecision, Rotation, RotationSpec, make_rotations
+from spinquant.rotation import Rotation, RotationSpec, make_rotations
 from spinquant.transform_config import TransformConfig, transform_config, translate
+from spinquant.wrapped import InPrecision
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from spinquant.architectures import FamilyLike, family_of, use_family
 from spinquant.architectures.table import Named, size_of
 from spinquant.calibrate import captured, device_of
 from spinquant.errors import ProofError
-from spinquant.fuse import rotate_axis
+from spinquant.fuse import rotate_axis, scales_of
 from spinquant.module import fuse_module, model_class, plan_of
 from spinquant.online import attach
 from spinquant.plan import Axis, Plan
@@ -131,13 +131,23 @@ def compare(before: Snapshot, model: nn.Module, plan: Plan, rotations: Mapping[s
     if deviation.relative <= tolerance:
         return deviation
     for name, output in before.outputs.items():
-        axis = output_axis(model, plan, name)
-        expected = output
-        if axis is not None and axis.space in rotations:
-            expected = rotate_axis(output, -1, rotations[axis.space], axis.span)
+        expected = expected_output(model, plan, rotations, name, output)
         if not difference(expected, after.outputs[name]).relative <= tolerance:
             return replace(deviation, module=name)
     return replace(deviation, module=plan.head.removesuffix(".weight"))
+
+
+def expected_output(
+    model: nn.Module, plan: Plan, rotations: Mapping[str, Rotation], name: str, output: Tensor
+) -> Tensor:
+    """What a module gives in the rotated model that gave the output before."""
+    for scale, dim in scales_of(f"{name}.weight", plan, rotations):
+        if dim == _output_dim(model, name):
+            output = output * scale.to(output.device, output.dtype)
+    axis = output_axis(model, plan, name)
+    if axis is None or axis.space not in rotations:
+        return output
+    return rotate_axis(output, -1, rotations[axis.space], axis.span)
 
 
 def output_axis(model: nn.Module, plan: Plan, name: str) -> Axis | None:
@@ -147,13 +157,18 @@ def output_axis(model: nn.Module, plan: Plan, name: str) -> Axis | None:
         # (experts, out, in), or (experts, in, out)
         axes = plan.axes_of.get(stack.second[0], ())
         return next((axis for axis in axes if axis.dim == (2 if stack.transposed else 1)), None)
+    dim = _output_dim(model, name)
+    axes = [axis for axis in plan.axes_of.get(f"{name}.weight", ()) if axis.dim == dim]
+    return axes[0] if axes else None
+
+
+def _output_dim(model: nn.Module, name: str) -> int | None:
+    """The axis of a module's weight that its output has."""
     module = model.get_submodule(name)
     if not isinstance(module, nn.Linear | nn.Embedding | Conv1D):
         return None
     # An embedding's is the last of its weight, and so is that of Conv1D, which stores (in, out); a linear's the first.
-    dim = 0 if isinstance(module, nn.Linear) else 1
-    axes = [axis for axis in plan.axes_of.get(f"{name}.weight", ()) if axis.dim == dim]
-    return axes[0] if axes else None
+    return 0 if isinstance(module, nn.Linear) else 1
 
 
 def difference(expected: Tensor, found: Tensor) -> Deviation:

@@ -132,43 +132,6 @@ class Kronecker:
         return _description("kronecker", self.order, hadamard_order=self.hadamard_order)
 
 
-@dataclass(frozen=True, eq=False)
-class InPrecision:
-    """A rotation whose arithmetic is done in a dtype of its own, whatever the dtype of what it rotates."""
-
-    rotation: Rotation
-    dtype: torch.dtype
-
-    @property
-    def order(self) -> int:
-        return self.rotation.order
-
-    def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
-        # Half types are rounded to before and after; sums are float32, as everywhere.
-        rounded = x.to(self.dtype).to(torch.promote_types(self.dtype, torch.float32))
-        y = self.rotation.apply(rounded, transpose=transpose, dim=dim).to(self.dtype).to(x.dtype)
-        return y if out is None else out.copy_(y)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return self.rotation.tensors()
-
-    def describe(self) -> dict[str, Any]:
-        return {**self.rotation.describe(), "precision": str(self.dtype).removeprefix("torch.")}
-
-
-def online_part(plan: Plan, rotations: Mapping[str, Rotation]) -> dict[str, Rotation]:
-    """Those of the rotations that are applied at run time, by space."""
-    return {online.space: rotations[online.space] for online in plan.onlines if online.space in rotations}
-
-
-def in_precision(rotations: Mapping[str, Rotation], dtype: torch.dtype | None) -> dict[str, Rotation]:
-    """The rotations, computing in the dtype; what was shared is shared again. None leaves them as they are."""
-    if dtype is None:
-        return dict(rotations)
-    wrapped = {id(rotation): InPrecision(rotation, dtype) for rotation in rotations.values()}
-    return {space: wrapped[id(rotation)] for space, rotation in rotations.items()}
-
-
 def nearest_orthogonal(square: Tensor) -> Tensor:
     """The orthogonal matrix with the largest trace against `square`, which is the nearest one: U V of its SVD."""
     u, _, v = torch.linalg.svd(square)
@@ -311,29 +274,6 @@ def make_rotations(plan: Plan, spec: RotationSpec) -> dict[str, Rotation]:
                 shared[key] = make_rotation(space, spec, f"{space.rotation}/{space.size}")
             found[space.name] = shared[key]
     return found
-
-
-def check_given(plan: Plan, spec: RotationSpec, rotations: Mapping[str, Rotation]) -> None:
-    """Raise RotationError for rotations, by space, that are not of this model and spec, or not orthogonal."""
-    wanted = plan.rotated(spec.rotations)
-    if set(rotations) != wanted:
-        odd = sorted(set(rotations) ^ wanted)[0]
-        raise RotationError(
-            f"the rotations given are not those of this model: {odd!r} is "
-            + ("not among them" if odd in wanted else f"no space that {', '.join(spec.rotations)} rotates")
-        )
-    for space in plan.spaces:
-        rotation = rotations.get(space.name)
-        if rotation is None:
-            continue
-        if space.size % rotation.order:
-            raise RotationError(f"the rotation of {space.name} has order {rotation.order}, and the space {space.size}")
-        if isinstance(rotation, Orthogonal):
-            error = rotation.weight.T @ rotation.weight - torch.eye(rotation.order, dtype=rotation.weight.dtype)
-            if not float(error.abs().max()) < 1e-6:
-                raise RotationError(
-                    f"the matrix of {space.name} is not orthogonal: off by {float(error.abs().max()):.1e}"
-                )
 
 
 def make_rotation(space: Space, spec: RotationSpec, label: str) -> Rotation:

@@ -8,18 +8,27 @@ from torch import Tensor
 
 from spinquant.centred import CentredHadamard, CentredRandomHadamard
 from spinquant.errors import RotationError
-from spinquant.rotation import Hadamard, InPrecision, Kronecker, Orthogonal, Rotation
+from spinquant.rotation import Hadamard, Kronecker, Orthogonal, Rotation
+from spinquant.wrapped import InPrecision, Scaled, bare
 
 
 def to_save(rotations: Mapping[str, Rotation]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(description, tensors) of rotations by space, each kept once however many spaces share it; see `saved`."""
-    kinds = list({id(rotation): rotation for rotation in rotations.values()}.values())
+    """(description, tensors) of rotations by space, each kept once however many spaces share it; see `saved`.
+
+    Scales are a space's own.
+    """
+    alone = {space: bare(rotation) for space, rotation in rotations.items()}
+    kinds = list({id(rotation): rotation for rotation in alone.values()}.values())
     index = {id(rotation): i for i, rotation in enumerate(kinds)}
-    about = {
+    about: dict[str, Any] = {
         "rotations": [rotation.describe() for rotation in kinds],
-        "spaces": {space: index[id(rotation)] for space, rotation in rotations.items()},
+        "spaces": {space: index[id(rotation)] for space, rotation in alone.items()},
     }
-    return about, {f"{i}.{k}": v.contiguous() for i, kind in enumerate(kinds) for k, v in kind.tensors().items()}
+    tensors = {f"{i}.{k}": v.contiguous() for i, kind in enumerate(kinds) for k, v in kind.tensors().items()}
+    scales = {space: rotation.scale for space, rotation in rotations.items() if isinstance(rotation, Scaled)}
+    if scales:
+        about["scaled"] = list(scales)
+    return about, tensors | {f"scale.{space}": scale.contiguous() for space, scale in scales.items()}
 
 
 def saved(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Rotation]:
@@ -32,7 +41,9 @@ def saved(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, 
             restore(described, {k.removeprefix(f"{i}."): v for k, v in tensors.items() if k.startswith(f"{i}.")})
             for i, described in enumerate(about["rotations"])
         ]
-        return {space: kinds[i] for space, i in about["spaces"].items()}
+        scaled = {space: tensors[f"scale.{space}"] for space in about.get("scaled", ())}
+        found = {space: kinds[i] for space, i in about["spaces"].items()}
+        return {s: Scaled(rotation, scaled[s]) if s in scaled else rotation for s, rotation in found.items()}
     except (KeyError, TypeError, IndexError) as error:
         raise RotationError(f"the description of saved rotations is incomplete: {error!r}") from None
 

@@ -314,20 +314,21 @@ class _Worker:
 
 def _checked(source: Source, change: Change, band: Band, rows: Tensor) -> Tensor:
     """Rows of a tensor, fused. Their own memory may be used for it. Raises CheckpointError where they overflow."""
-    fused = _fused(source, change, band.job, rows)
+    fused = _fused(source, change, band.job, rows, band.first)
     # The sum of finite numbers is finite or overflows; only then every number has to be looked at.
     if not torch.isfinite(fused.sum()) and not torch.isfinite(fused).all():
         _refuse(source, band.job, band.first, len(rows) if rows.ndim else 1, fused)
     return fused
 
 
-def _fused(source: Source, change: Change, job: Job, rows: Tensor) -> Tensor:
+def _fused(source: Source, change: Change, job: Job, rows: Tensor, first: int = 0) -> Tensor:
+    """Rows of a tensor, from row `first` on, in their own memory where their dtype stays."""
     moved = rows.to(change.device)
     if job.dtype.itemsize > moved.dtype.itemsize:
         moved = moved.to(job.dtype)  # widened before anything is rounded
     shape = source.tensors[job.source].entry.shape
     given = change.plan, change.gains, change.rotations
-    fuse.fuse_in_place(job.name, moved, *given, precision=change.precision, shape=shape)
+    fuse.fuse_in_place(job.name, moved, *given, precision=change.precision, shape=shape, first=first)
     return moved.to(job.dtype)
 
 
@@ -355,7 +356,9 @@ class Rotated:
         job = job_of(self.source, self.change, name, self._origins[name])
         for band in bands_of(self.source, self.change, job, BAND):
             rows = self.source.read(job.source, band.first, band.last, torch.empty(band.nbytes, dtype=torch.uint8))
-            yield band.first, (_fused(self.source, self.change, job, rows).cpu() if rows.is_floating_point() else rows)
+            if rows.is_floating_point():
+                rows = _fused(self.source, self.change, job, rows, band.first).cpu()
+            yield band.first, rows
 
 
 def _refuse(source: Source, job: Job, first: int, count: int, fused: Tensor) -> None:

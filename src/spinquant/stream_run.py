@@ -42,10 +42,11 @@ from spinquant.quantization.progress import BlockStore, digest
 from spinquant.quantization.scheme import Clips, Scheme
 from spinquant.quantization.weights import parts_tied
 from spinquant.resumable import Resumable
-from spinquant.rotation import RotationSpec, check_given, in_precision, make_rotations, online_part
+from spinquant.rotation import RotationSpec, make_rotations
 from spinquant.shards import Change, Packing, Plain, make_shards
 from spinquant.source import Source
 from spinquant.stream import Rotated, Timing, read_gains
+from spinquant.wrapped import check_given, in_precision, online_part
 
 SAMPLE_TOKENS = 128  # real tokens on which the fused model is compared with the original
 # A decoder block is loaded for that where it takes at most so many times the largest tensor in float32, or bytes.

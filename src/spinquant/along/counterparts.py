@@ -4,21 +4,26 @@ For y = W x, and W of the rotated model W' = R_out^T W diag(g) R_in, an update B
 
     A' = A diag(g) R_in        B' = R_out^T B
 
-so A has the input axis of W, its gain included, and B the output axis of W. `fuse.transform` does the rest.
+so A has the input axis of W, its gain and scales included, and B the output axis of W. `fuse.transform` does the rest.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from spinquant.plan import Plan
 
 
 @dataclass(frozen=True)
 class Counterpart:
-    """A tensor of the model, and which of its axes are which of the tensor that rides along (its dim: own dim)."""
+    """A tensor of the model, and which of its axes are which of the tensor that rides along (its dim: own dim).
+
+    before: axes of which that tensor reads what the model does not rotate yet, as a hook at the input of a linear does:
+    they follow scales alone.
+    """
 
     tensor: str
     dims: Mapping[int, int]
+    before: Mapping[int, int] = field(default_factory=dict)
 
 
 def plan_beside(plan: Plan, counterparts: Mapping[str, Counterpart]) -> Plan:
@@ -43,5 +48,21 @@ def plan_beside(plan: Plan, counterparts: Mapping[str, Counterpart]) -> Plan:
         biases = [name for name, counterpart in counterparts.items() if counterpart.tensor == gain.bias]
         if readers or biases:
             gains.append(replace(gain, readers=readers, bias=biases[0] if biases else None))
+    scalings = []
+    for scaling in plan.scalings:
+        writers = tuple(
+            (name, counterpart.dims[dim], span)
+            for tensor, dim, span in scaling.writers
+            for name, counterpart in counterparts.items()
+            if counterpart.tensor == tensor and dim in counterpart.dims
+        )
+        readers = tuple(
+            (name, {**counterpart.dims, **counterpart.before}[dim])
+            for tensor, dim in scaling.readers
+            for name, counterpart in counterparts.items()
+            if counterpart.tensor == tensor and dim in (*counterpart.dims, *counterpart.before)
+        )
+        if writers or readers:
+            scalings.append(replace(scaling, writers=writers, readers=readers))
     empty = dict.fromkeys(("onlines", "ties", "linears", "experts", "attentions", "blocks", "renamed"), ())
-    return replace(plan, axes=axes, gains=tuple(gains), **empty)
+    return replace(plan, axes=axes, gains=tuple(gains), scalings=tuple(scalings), **empty)

@@ -24,7 +24,7 @@ from spinquant.along.counterparts import Counterpart, plan_beside
 from spinquant.along.experts import stacked_counterpart
 from spinquant.along.target import Target
 from spinquant.errors import RotationError
-from spinquant.fuse import transform
+from spinquant.fuse import scales_of, transform
 
 PREFIX = "base_model.model."
 _NAME = re.compile(
@@ -127,7 +127,8 @@ def _counterpart(
     weight = _tensor(name, f"{module}.weight", target)
     outputs, inputs = (1, 0) if target.family.transposed else (0, 1)
     if part == "lora_A":
-        return Counterpart(weight, {} if _reads_online(module, target) else {inputs: 1})
+        online = _reads_online(module, target)
+        return Counterpart(weight, {} if online else {inputs: 1}, {inputs: 1} if online else {})
     if part == "lora_B":
         # The bias of B is one of the outputs of the linear, as B's rows are.
         return Counterpart(weight, {outputs: 0})
@@ -199,7 +200,8 @@ def _magnitude(name: str, scaled: Scaled, tensors: Mapping[str, Tensor], target:
     """m' of the module's head, in the dtype of m."""
     magnitude = tensors[name]
     gains = [g for g, _ in target.plan.gains_of.get(scaled.tensor, ()) if g.space in target.rotations]
-    if not gains:
+    channels = list(scales_of(scaled.tensor, target.plan, target.rotations))
+    if not gains and not channels:
         return magnitude
     wide = torch.promote_types(magnitude.dtype, torch.float32)
     a, b = (tensors[f"{scaled.module}.lora_{part}.weight"].to(wide) for part in "AB")
@@ -208,4 +210,10 @@ def _magnitude(name: str, scaled: Scaled, tensors: Mapping[str, Tensor], target:
     scale = torch.ones((), dtype=wide)
     for gain in gains:
         scale = scale * (target.gains[gain.norm].to(wide) + gain.offset)
-    return (magnitude.to(wide) * (updated * scale).norm(dim=1) / updated.norm(dim=1)).to(magnitude.dtype)
+    rows = torch.ones((), dtype=wide)
+    for factors, dim in channels:
+        if dim == (1 if target.family.transposed else 0):
+            rows = rows * factors.to(wide)
+        else:
+            scale = scale * factors.to(wide)
+    return (magnitude.to(wide) * rows * (updated * scale).norm(dim=1) / updated.norm(dim=1)).to(magnitude.dtype)

@@ -15,7 +15,7 @@ from typing import Any
 from spinquant.architectures.shared_blocks import owners, with_shared_blocks
 from spinquant.architectures.table import INSIDE, Family, Living, Named, Norm, Part, holds, size_of
 from spinquant.errors import ArchitectureError
-from spinquant.plan import Axis, Experts, Gain, Online, Plan, Space, Span, Tie
+from spinquant.plan import Axis, Experts, Gain, Online, Plan, Scaling, Space, Span, Tie
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -75,6 +75,14 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
             (weight, origin(weight))
             for weight in (f"{name}.weight" for group in build.linears() for name in group)
             if origin(weight) != weight
+        ),
+        scalings=tuple(
+            replace(
+                scaling,
+                writers=tuple((origin(name), dim, span) for name, dim, span in scaling.writers),
+                readers=tuple((origin(name), dim) for name, dim in scaling.readers),
+            )
+            for scaling in build.scalings(axes)
         ),
         refused=tuple((r.rotation, r.reason) for r in family.refused if r.when is None or holds(r.when, build.config)),
     )
@@ -291,6 +299,22 @@ class _Build:
             tensor = name if name in self.shapes else f"{name}.weight"
             if tensor in self.shapes:
                 yield tensor, _axis_in(self.explained[tensor], space)
+
+    def scalings(self, axes: Sequence[Axis]) -> Iterator[Scaling]:
+        """One for every space that some table entry says is scaled, if it is read."""
+        writers: dict[str, dict[tuple[str, int, Span | None], None]] = {}
+        for pattern, living in self.family.scaled.items():
+            for name, i in self.each(pattern):
+                where = self.in_layer(living, i)
+                for tensor, dim in ((f"{name}.weight", int(self.family.transposed)), (f"{name}.bias", 0)):
+                    if tensor in self.shapes and where is not None:
+                        part = where if isinstance(where, Part) else None
+                        span = self._span(tensor, dim, part) if part else None
+                        writers.setdefault(part.space if part else str(where), {})[tensor, dim, span] = None
+        for space, found in writers.items():
+            readers = tuple((axis.tensor, axis.dim) for axis in axes if axis.space == space)
+            if readers:
+                yield Scaling(space, tuple(found), readers)
 
     def onlines(self) -> tuple[Online, ...]:
         """One for every module that is there."""

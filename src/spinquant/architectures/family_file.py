@@ -145,6 +145,7 @@ class FamilyFile(BaseModel):
     tensors: dict[Name, list[Name | SpanEntry]] = {}
     spaces: dict[Name, SpaceEntry] = {}
     onlines: dict[Name, OnlineEntry] = {}
+    scaled: dict[Name, Name | SpanEntry] = {}
     linears: list[list[Name]] | None = None
     refused: list[RefusalEntry] | None = None
     ignored: list[str] | None = None
@@ -222,6 +223,7 @@ def to_family(file: FamilyFile, tables: Iterable[Family]) -> Family:
         "gains": {_layered(name): _norm(norm) for name, norm in file.norms.items()},
         "spaces": {_layered(name): (space.rotation, space.size) for name, space in file.spaces.items()},
         "onlines": {_layered(name): (online.site, _layered(online.space)) for name, online in file.onlines.items()},
+        "scaled": {_layered(name): _living([space])[0] for name, space in file.scaled.items()},
         "names": file.config,
     }
     if file.refused is not None:
@@ -274,6 +276,12 @@ def _check_whole(family: Family) -> None:
                     f"family {family.name!r}: norm {_starred(name)!r} is read by {_starred(reader)!r}, which has no "
                     f"axis in {_starred(space)!r}"
                 )
+    for module, where in family.scaled.items():
+        space = where.space if isinstance(where, Part) else where
+        if space not in family.spaces:
+            raise ArchitectureError(
+                f"family {family.name!r}: scaled {_starred(module)!r} is of {_starred(str(space))!r}, which is no space"
+            )
     for module, (_, space) in family.onlines.items():
         if space not in family.spaces:
             raise ArchitectureError(

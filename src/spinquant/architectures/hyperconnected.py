@@ -83,6 +83,8 @@ DEEPSEEK_V4 = _EXPERTS.like(
         "model.hc_head.hc_base": (None,),
         "model.hc_head.hc_scale": (None,),
     },
+    # What goes up is clamped before it is multiplied.
+    scaled={f"{MLP}.shared_experts.up_proj": None},
     spaces={VALUE: None, QUERY_LATENT: ("R2", "q_lora_rank"), "layers.{i}.query_key": ("R3", "head_dim")},
     gains={
         f"{LAYER}.input_layernorm.weight": (*_READS, *_COMPRESSING),

@@ -77,6 +77,7 @@ PHI = PARALLEL.like(
         "k_norm": "k_layernorm",
     },
     without=("gate_proj",),
+    scaled={f"{MLP}.fc1": None},
     tensors={f"{ATTENTION}.q_layernorm.bias?": (None,), f"{ATTENTION}.k_layernorm.bias?": (None,)},
 )
 GPTJ = PARALLEL.like(
@@ -94,6 +95,7 @@ GPTJ = PARALLEL.like(
         "model.embed_tokens": "transformer.wte",
     },
     without=("gate_proj", "q_norm", "k_norm"),
+    scaled={"transformer.h.{i}.mlp.fc_in": None},
     spaces={HIDDEN: ("R4", "n_inner|4*hidden_size")},
     refused=(OWN_ATTENTION,),
 )

@@ -59,6 +59,7 @@ LLAMA = Family(
         ATTENTION: ("query_key", "layers.{i}.query_key"),
         f"{MLP}.down_proj": ("input", HIDDEN),
     },
+    scaled={f"{MLP}.up_proj": HIDDEN},
     linears=(
         tuple(f"{ATTENTION}.{name}_proj" for name in "qkv"),
         (f"{ATTENTION}.o_proj",),
@@ -79,7 +80,7 @@ HELIUM = LLAMA.like("helium", "helium", filled=1)
 GEMMA = LLAMA.like("gemma", "gemma", norm_offset=1.0)
 
 # An MLP without a gate, whose activation (squared ReLU, xIELU) has at most scalar parameters.
-ARCEE = LLAMA.like("arcee", "arcee", without=("gate_proj",))
+ARCEE = LLAMA.like("arcee", "arcee", without=("gate_proj",), scaled={f"{MLP}.up_proj": None})
 APERTUS = ARCEE.like(
     "apertus",
     "apertus",
@@ -101,6 +102,7 @@ GLM = LLAMA.like(
     "glm",
     rename={"gate_proj": "gate_up_proj"},
     without=("mlp.up_proj",),
+    scaled={f"{MLP}.gate_up_proj": Part(HIDDEN, "intermediate_size", "intermediate_size")},
 )
 PHI3 = GLM.like(
     "phi3",

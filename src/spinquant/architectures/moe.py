@@ -60,6 +60,8 @@ def with_shared(family: Family, module: str, size: str, *, gate: str = "gate_pro
     inside = (f"{path}.{gate}", *((f"{path}.up_proj",) if gate == "gate_proj" else ()))
     weighing = f"{path}_gate"
     norm = _NORM if _NORM in family.gains else _INPUT
+    # Where one weight has both, the first half of its rows is the gate.
+    factor = {f"{path}.up_proj": SHARED} if gate == "gate_proj" else {f"{path}.{gate}": Part(SHARED, size, size)}
     return family.like(
         family.name,
         *family.model_types,
@@ -70,6 +72,7 @@ def with_shared(family: Family, module: str, size: str, *, gate: str = "gate_pro
         spaces={SHARED: ("R4", size)},
         gains={norm: (*family.readers(norm), *inside, weighing)},
         onlines={f"{path}.{down}": ("input", SHARED)},
+        scaled=factor,
         linears=(*family.linears, inside, (f"{path}.{down}",)),
     )
 

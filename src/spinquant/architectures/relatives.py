@@ -42,6 +42,7 @@ BITNET = LLAMA.like(
     filled=1,
     without=("q_norm", "k_norm"),
     tensors={f"{MLP}.ffn_sub_norm.weight": (None,)},
+    scaled={f"{MLP}.up_proj": None},
     gains={f"{ATTENTION}.attn_sub_norm.weight": Norm((f"{ATTENTION}.o_proj",), VALUE)},
 )
 # Two attentions over halves of the heads, one subtracted from the other, and a norm without a scale over pairs of them.

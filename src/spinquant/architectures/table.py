@@ -67,6 +67,8 @@ class Family:
     spaces: space pattern -> (rotation, its size). centred: norms subtract the mean of the residual space.
     gains: scale of a norm -> the linears, or tensors, that read it.
     onlines: module pattern -> (site, space pattern).
+    scaled: linears whose outputs are one factor of a product that makes up a space, or a part of whose outputs is, as
+        up_proj in act(gate) * up: scaling them scales the space.
     linears: groups of module patterns that read one activation, in order of execution; absent ones are skipped.
     attention_part: what the names of an attention's tensors begin with where other modules have its name.
     when: conditions on the config under which the table holds, see `holds`.
@@ -107,6 +109,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     stored: tuple[tuple[str, str], ...] = ()
     shared: Shared | None = None
+    scaled: Mapping[str, Living] = field(default_factory=dict)
 
     def readers(self, norm: str) -> tuple[str, ...]:
         """What reads a norm of the residual space."""

@@ -30,8 +30,9 @@ from spinquant.plan import Plan
 from spinquant.quantization.integer import Packed, dequantize, quantize_on_grid
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme
 from spinquant.quantization.weights import PARTS, Weight, linear_weights, parts_tied, weights_of
-from spinquant.rotation import Rotation, RotationSpec, online_part
+from spinquant.rotation import Rotation, RotationSpec
 from spinquant.saved_rotations import empty_tensors, restore
+from spinquant.wrapped import online_part
 
 METHOD = "spinquant"
 FORMAT_VERSION = 2  # 2: clip ratios of single places

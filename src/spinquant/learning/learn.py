@@ -1,8 +1,9 @@
 """Learned rotations, held against what needs no learning: the best of several random rotations of the same kind.
 
     1  random rotations of several seeds, with clip ratios, are judged on held-out text
-    2  from the best of them rotations are learned: on captured activations, end to end, or one after the other
-    3  what was learned is judged on the same text; whatever has the least KL to the 16-bit model is kept
+    2  spaces that can have scales get those with which rounding costs least
+    3  from the best of them rotations are learned: on captured activations, end to end, or one after the other
+    4  what was learned is judged on the same text; whatever has the least KL to the 16-bit model is kept
 
 A learned rotation that loses is not kept: the record says which was, and all scores.
 """
@@ -25,6 +26,7 @@ from spinquant.learning.judge import Candidate, Score, judge, with_clips
 from spinquant.learning.local import LocalOptions, learn_locally, rounding_errors
 from spinquant.learning.network import fuse_gains, learning_scheme, shard_blocks
 from spinquant.learning.samples import Site, collect
+from spinquant.learning.scales import fused_scales, unscale
 from spinquant.learning.sensitivity import predicted_kl, sensitive_sites
 from spinquant.learning.state import StateFile
 from spinquant.module import plan_of
@@ -33,6 +35,7 @@ from spinquant.quantization.progress import digest
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import Hadamard, Rotation, RotationSpec, generator_for, make_rotations, random_signs
 from spinquant.saved_rotations import to_save
+from spinquant.wrapped import Scaled
 
 Method = Literal["random", "local", "end-to-end", "local+end-to-end", "auto"]
 METHODS = get_args(Method)
@@ -40,6 +43,7 @@ LARGEST_ONLINE = 512  # order of a learned R4: it is a dense product at every to
 CLIP_WINDOWS = 2
 ROWS_OF_A_SAMPLE = 32  # rows of a site that one sample gives, so that they come from many
 DRAWN_OF_A_SAMPLE = 16  # of rows that are drawn by what they count, few of which count much
+SCALED_BY = 24  # samples that scales are computed from
 
 
 @dataclass(frozen=True)
@@ -50,15 +54,17 @@ class LearnOptions:
     local, and end-to-end after it only if local does not beat the random rotations. rotations: those that are learned,
     by default R1, R2, and R3 unless it is to be a plain Hadamard matrix; R3 and R4 become dense products at run time,
     so R4 needs a block size. signs: draws of random signs per layer for a Hadamard R3 or R4 that is not learned, of
-    which the one with the least error of rounding is taken; 0 leaves them. baselines: random rotations to beat. shard:
-    under torch.distributed, every process keeps a share of the weights (FSDP2); end-to-end alone, since local needs one
-    decoder block at a time anyway.
+    which the one with the least error of rounding is taken; 0 leaves them. scales: of spaces that can have them
+    (`Plan.scalings`), kept where they lessen KL; by default where gradients are taken anyway, which they need.
+    baselines: random rotations to beat. shard: under torch.distributed, every process keeps a share of the weights
+    (FSDP2); end-to-end alone, since local needs one decoder block at a time anyway.
     """
 
     method: Method = "auto"
     rotations: tuple[str, ...] | None = None
     baselines: int = 5
     signs: int = 0
+    scales: bool | None = None
     shard: bool = False
     local: LocalOptions = field(default_factory=LocalOptions)
     end_to_end: EndToEndOptions = field(default_factory=EndToEndOptions)
@@ -69,8 +75,22 @@ class LearnOptions:
             raise LearningError(f"unknown method {self.method!r}: expected one of {', '.join(METHODS)}")
         if self.baselines < 1 or self.signs < 0:
             raise LearningError("expected at least one random rotation to beat, and no negative number of draws")
-        if self.shard and (self.method != "end-to-end" or self.signs or self.end_to_end.weights):
-            raise LearningError("a sharded model is learned end to end, without signs, its weights not rounded")
+        if self.shard and (self.method != "end-to-end" or self.signs or self.scales or self.end_to_end.weights):
+            raise LearningError(
+                "a sharded model is learned end to end, without signs or scales, its weights not rounded"
+            )
+
+    @property
+    def scaling(self) -> bool:
+        """Whether scales are computed."""
+        if self.scales is None:
+            return (self.method == "end-to-end" and not self.shard) or self.differentiates
+        return self.scales
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether local learning takes gradients through the model."""
+        return self.method in ("local", "local+end-to-end", "auto") and self.local.weighting == "fisher"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -159,6 +179,26 @@ def learn(
                 judge(model, plan, one, rounds, held_out, progress=lambda *n: watch.stage(f"judge {name}", *n))
             )
 
+    scales: dict[str, Tensor] = {}
+    if options.scaling:
+        with _timed(clock, "scales"):
+            scales = fused_scales(
+                model,
+                plan,
+                start,
+                rounds,
+                tokens[:SCALED_BY],
+                generator=generator_for(options.seed, "scales"),
+                checkpointing=options.local.checkpointing or options.end_to_end.checkpointing,
+                progress=lambda *n: watch.stage("find scales", *n),
+            )
+    if scales:
+        add("scaled", start)
+        if scores["scaled"].kl >= scores[best].kl:
+            unscale(model, plan, scales)
+            scales = {}
+    unscaled = set(random) if scales else set(candidates)
+    record["scales"] = {space: [float(s.min()), float(s.max())] for space, s in scales.items()}
     local_too = options.method in ("local", "local+end-to-end", "auto")
     if local_too or options.signs:
         with _timed(clock, "local"):
@@ -215,6 +255,9 @@ def learn(
         add(name, through)
     kept = _best(candidates, scores)
     rotations = candidates[kept].rotations
+    found = described(plan, rotations, spec)
+    if kept not in unscaled:
+        rotations = {n: Scaled(r, scales[n]) if n in scales else r for n, r in rotations.items()}
     record |= {
         "kept": kept,
         "learned": kept not in random,
@@ -222,7 +265,7 @@ def learn(
         "scores": {name: score.to_dict() for name, score in scores.items()},
         "seconds": clock,
     }
-    return LearnedRotations(rotations, described(plan, rotations, spec), record)
+    return LearnedRotations(rotations, found, record)
 
 
 def learned_spaces(plan: Plan, spec: RotationSpec, scheme: Scheme, options: LearnOptions) -> dict[str, str]:

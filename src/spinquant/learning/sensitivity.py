@@ -57,12 +57,35 @@ def sensitive_sites(
     wanted = quantized_spaces(plan, spaces, scheme)
     attachment = attach(model, plan, {}, scheme, around=True)
     drawn = _Drawn(max(1, rows // len(tokens)), generator)
+    try:
+        _watch(attachment, wanted, drawn)
+        with attachment.exact():
+            own_predictions(model, plan, tokens, generator=generator, checkpointing=checkpointing, progress=progress)
+    finally:
+        attachment.remove()
+    return [
+        Site(name, space.name, quantizer, torch.cat(drawn.rows[name]), 0.5 * drawn.mass[name] / tokens.numel())
+        for name, (space, quantizer) in wanted.items()
+        if name in drawn.rows
+    ]
+
+
+def own_predictions(
+    model: Any,
+    plan: Plan,
+    tokens: Tensor,
+    *,
+    generator: torch.Generator,
+    checkpointing: bool,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Forward and back through the model, sample by sample: hooks get gradients of log p(y) at every token of tokens,
+    (samples, length), y drawn from the model's own predictions."""
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     model.enable_input_require_grads()  # without it nothing before the first weight that learns has a gradient
     try:
-        _watch(attachment, wanted, drawn)
-        with attachment.exact(), checkpointed(model, plan, checkpointing):
+        with checkpointed(model, plan, checkpointing):
             for done, row in enumerate(tokens.split(1)):
                 logits = wide(model(input_ids=row.to(device_of(model)), use_cache=False).logits[0])
                 own = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).to(logits.device)
@@ -73,12 +96,6 @@ def sensitive_sites(
         model.disable_input_require_grads()
         for parameter in frozen:
             parameter.requires_grad_(True)
-        attachment.remove()
-    return [
-        Site(name, space.name, quantizer, torch.cat(drawn.rows[name]), 0.5 * drawn.mass[name] / tokens.numel())
-        for name, (space, quantizer) in wanted.items()
-        if name in drawn.rows
-    ]
 
 
 class _Drawn:

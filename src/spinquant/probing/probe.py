@@ -27,6 +27,7 @@ from spinquant.plan import ROTATION_NAMES, Plan
 from spinquant.probing.branches import EXPERTS
 from spinquant.probing.checkpoints import with_single_experts
 from spinquant.probing.explain import LINEARS, explain_ends, explain_layer
+from spinquant.probing.factors import factors
 from spinquant.probing.kinds import choices_of, groups_of
 from spinquant.probing.roles import draft, same_attention
 from spinquant.probing.seen import Draft, Seen
@@ -215,6 +216,9 @@ class _Trial:
         refused = [self._try_r1(plan)]
         refused += [self._try_rotation(plan, name) for name in ROTATION_NAMES[1:]]
         data = self.draft.data
+        for factor in factors(data, plan, self.seen.shapes, self.seen.starred, self._moved, TOLERANCE):
+            data.setdefault("scaled", {})[factor.linear] = factor.entry
+            self.findings.append(Finding(f"{factor.space} can be scaled by the rows of {factor.linear}", factor.moved))
         lacking = dict(found for found in refused if found is not None)
         if lacking:
             data["refused"] = [{"rotation": name, "reason": why} for name, why in lacking.items()]
