@@ -13,6 +13,7 @@ from spinquant import (
     LearnedRotations,
     RotationSpec,
     attach,
+    fuse,
     fuse_module,
     load,
     make_rotations,
@@ -150,7 +151,8 @@ def test_streamed_they_give_what_they_give_in_memory(scheme, tmp_path, monkeypat
     model = tiny_model("llama").float()
     model.save_pretrained(tmp_path / "model")
     learned = learned_for(model)
-    monkeypatch.setattr(stream, "BAND", 3000)  # several bands for every tensor that can be cut
+    for module, name in ((stream, "BAND"), (fuse, "SLICE")):
+        monkeypatch.setattr(module, name, 500)  # several bands of every tensor that can be cut
     given = {"learned": learned, "text": None, "options": QUICK}
     quantize_folder(tmp_path / "model", tmp_path / "disk", parse_scheme(scheme), SPEC, **given)
     result = quantize(load(tmp_path / "model"), scheme, SPEC, rotations=learned.rotations, options=QUICK)
