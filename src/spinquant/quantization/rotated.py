@@ -124,10 +124,12 @@ class _RoundRotated(torch.autograd.Function):
             return grad, None, None, *[None] * len(ctx.needs_input_grad[3:])
         wide = torch.promote_types(grad.dtype, torch.float32)
         error, z = (saved.to(wide) for saved in ctx.saved_tensors)
-        moved = turned(grad.to(wide), ctx.turns)
         group = group_of(z.shape[-1], ctx.quantizer)
         moving = [turn for turn in ctx.turns if isinstance(turn.rotation, Moving)]
         tally = moving[0].rotation.tally
+        # Lengths alone are needed of the expected cost's gradients, and rotating whole groups keeps them.
+        kept = tally is not None and all(_turns_inside(turn, group) for turn in ctx.turns)
+        moved = grad.to(wide) if kept else turned(grad.to(wide), ctx.turns)
         if tally is not None:
             errors, slopes = (t.unflatten(-1, (-1, group)).square().sum(-1, keepdim=True) for t in (error, moved))
             slope = errors * slopes / group
@@ -142,6 +144,11 @@ class _RoundRotated(torch.autograd.Function):
                 if tally is not None or turn.rotation.range_gradient:
                     _subtract(gradient, _rows(z, turn), _rows(ends, turn))
         return grad, None, None, *(g.to(t.rotation.skew.dtype) for g, t in zip(gradients, moving, strict=True))
+
+
+def _turns_inside(turn: Turn, group: int) -> bool:
+    """Whether every group is rotated within itself."""
+    return turn.dim == -1 and turn.span is None and group % turn.rotation.order == 0
 
 
 def _at_the_ends(slope: Tensor, groups: Tensor, quantizer: Quantizer) -> Tensor:
