@@ -23,14 +23,13 @@ from spinquant import (
     save,
     stream,
 )
-from spinquant.architectures.llama import LLAMA
 from spinquant.calibrate import captured
 from spinquant.errors import LearningError, RotationError
 from spinquant.fuse import fuse_in_place, slices, transform
 from spinquant.learning.learn import LearnOptions, learn
 from spinquant.learning.local import LocalOptions
 from spinquant.learning.network import fuse_gains, learning_scheme
-from spinquant.learning.scales import best_scales, fused_scales, unscale
+from spinquant.learning.scales import add_up, fused_scales, scale_sums, unscale
 from spinquant.module import named_tensor
 from spinquant.pipeline import Options
 from spinquant.proof import Float64Arithmetic, compare, snapshot
@@ -185,6 +184,17 @@ def test_the_comparison_from_disk_knows_them(tmp_path):
 # Which they should be
 
 
+def scales_of(model, plan, scheme, ids):
+    sums = filled(model, plan, make_rotations(plan, SPEC), scheme, ids)
+    return {space: both.scale() for space, both in sums.items()}
+
+
+def filled(model, plan, rotations, scheme, ids):
+    sums = scale_sums(plan, rotations, scheme)
+    add_up(model, plan, sums, scheme, ids, generator=torch.Generator().manual_seed(0))
+    return sums
+
+
 def prepared():
     """A model with a few large channels in its MLPs that matter no more than the others."""
     model = random_weights(tiny_model("llama"))
@@ -201,8 +211,7 @@ def test_the_sums_are_those_of_all_rows():
     model, plan = prepared()
     ids = tokens(3, 12)
     scheme = learning_scheme(parse_scheme("W4A4KV4"), weights=False)
-    how = {"generator": torch.Generator().manual_seed(0)}
-    found = best_scales(model, plan, scheme, ids, **how)
+    found = scales_of(model, plan, scheme, ids)
     rows: dict[str, list] = {space: [] for space in found}
     inputs = {f"model.layers.{i}.mlp.down_proj": f"layers.{i}.hidden" for i in range(len(found))}
     generator = torch.Generator().manual_seed(0)
@@ -257,8 +266,7 @@ def test_fused_they_keep_the_function_and_go_again():
     expected = logits(model, ids)
     rotations = make_rotations(plan, SPEC)
     scheme = learning_scheme(parse_scheme("W4A4KV4"), weights=False)
-    how = {"generator": torch.Generator().manual_seed(0)}
-    scales = fused_scales(model, plan, rotations, scheme, tokens(2, 12), **how)
+    scales = fused_scales(model, plan, filled(model, plan, rotations, scheme, tokens(2, 12)), ids[:1])
     assert set(scales) == {scaling.space for scaling in plan.scalings}
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert {name.split(".")[4] for name in changed} == {"up_proj", "down_proj"}
@@ -266,32 +274,36 @@ def test_fused_they_keep_the_function_and_go_again():
     unscale(model, plan, scales)
     assert all(torch.allclose(p, before[n], atol=1e-12) for n, p in model.named_parameters())
     # A space that is not rotated has none: nothing would be rounded there in other coordinates.
-    assert not fused_scales(model, plan, {"residual": Hadamard(1)}, scheme, tokens(2, 12), **how)
-    assert not fused_scales(model, plan, rotations, parse_scheme("KV4"), tokens(2, 12), **how)
+    assert not scale_sums(plan, {"residual": Hadamard(1)}, scheme) and not scale_sums(
+        plan, rotations, parse_scheme("KV4")
+    )
+    assert not fused_scales(model, plan, {}, ids[:1])
 
 
 def test_a_table_that_is_wrong_about_them_is_found_out():
     """What passes through the activation is no factor of a product."""
     model, plan = prepared()
-    wrong = LLAMA.like("wrong", "llama", scaled={"model.layers.{i}.mlp.up_proj": None})
-    wrong = replace(wrong, scaled={"model.layers.{i}.mlp.gate_proj": "layers.{i}.hidden"})
     scalings = tuple(
         replace(s, writers=tuple((t.replace("up_proj", "gate_proj"), d, span) for t, d, span in s.writers))
         for s in plan.scalings
     )
     scheme = learning_scheme(parse_scheme("W4A4KV4"), weights=False)
-    how = {"generator": torch.Generator().manual_seed(0)}
+    wrong = replace(plan, scalings=scalings)
     with pytest.raises(LearningError, match=r"they are not\. Learn without"):
-        fused_scales(model, replace(plan, scalings=scalings), make_rotations(plan, SPEC), scheme, tokens(2, 12), **how)
+        fused_scales(model, wrong, filled(model, wrong, make_rotations(plan, SPEC), scheme, tokens(2, 12)), tokens(1))
 
 
 QUICKLY = LearnOptions(method="local", baselines=2, local=LocalOptions(steps=5, rows=64, batch=32))
 
 
-def test_learning_keeps_them_where_they_lessen_kl():
+@pytest.mark.parametrize("signs", [0, 2])
+def test_learning_keeps_them_where_they_lessen_kl(signs):
+    """Signs of R4 are chosen by rows that scales change, so those take a pass of their own."""
     model, _ = prepared()
     original, _ = prepared()
-    learned = learn(model, parse_scheme("W4A4KV4"), SPEC, tokens(16, 24), tokens(4, 24, seed=9), QUICKLY)
+    options = replace(QUICKLY, signs=signs)
+    learned = learn(model, parse_scheme("W4A4KV4"), SPEC, tokens(16, 24), tokens(4, 24, seed=9), options)
+    assert ("scales" in learned.record["seconds"]) == bool(signs)
     scores = {name: score["kl"] for name, score in learned.record["scores"].items()}
     assert scores["scaled"] < 0.9 * min(scores["random 0"], scores["random 1"])
     assert learned.kept in ("local", "scaled")
@@ -317,7 +329,7 @@ def test_learning_keeps_them_where_they_lessen_kl():
 
 def test_scales_that_lose_are_taken_out_again(monkeypatch):
     monkeypatch.setattr(
-        "spinquant.learning.scales._Sums.scale", lambda self: torch.linspace(-4, 4, len(self.large)).double().exp()
+        "spinquant.learning.scales.Sums.scale", lambda self: torch.linspace(-4, 4, len(self.large)).double().exp()
     )
     model, _ = prepared()
     learned = learn(model, parse_scheme("W4A4KV4"), SPEC, tokens(16, 24), tokens(4, 24, seed=9), QUICKLY)

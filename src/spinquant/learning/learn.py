@@ -26,7 +26,7 @@ from spinquant.learning.judge import Candidate, Score, judge, with_clips
 from spinquant.learning.local import LocalOptions, learn_locally, rounding_errors
 from spinquant.learning.network import fuse_gains, learning_scheme, shard_blocks
 from spinquant.learning.samples import Site, collect
-from spinquant.learning.scales import fused_scales, unscale
+from spinquant.learning.scales import Sums, add_up, fused_scales, scale_sums, unscale, watches
 from spinquant.learning.sensitivity import predicted_kl, sensitive_sites
 from spinquant.learning.state import StateFile
 from spinquant.module import plan_of
@@ -43,7 +43,7 @@ LARGEST_ONLINE = 512  # order of a learned R4: it is a dense product at every to
 CLIP_WINDOWS = 2
 ROWS_OF_A_SAMPLE = 32  # rows of a site that one sample gives, so that they come from many
 DRAWN_OF_A_SAMPLE = 16  # of rows that are drawn by what they count, few of which count much
-SCALED_BY = 24  # samples that scales are computed from
+SCALED_BY = 32  # samples that scales are computed from, where the rows of local learning are not taken anyway
 
 
 @dataclass(frozen=True)
@@ -179,19 +179,26 @@ def learn(
                 judge(model, plan, one, rounds, held_out, progress=lambda *n: watch.stage(f"judge {name}", *n))
             )
 
-    scales: dict[str, Tensor] = {}
-    if options.scaling:
+    local_too = options.method in ("local", "local+end-to-end", "auto")
+    sums = scale_sums(plan, start, rounds) if options.scaling else {}
+    sites: list[Site] | None = None
+    if sums and options.differentiates and not set(sums) & set(_sampled(plan, names, options, spec)):
+        # What scales change is not among the rows, so one pass through the model serves both.
+        with _timed(clock, "local"):
+            sites = _collect(model, plan, names, rounds, tokens, options, spec, watch, sums)
+    elif sums:
         with _timed(clock, "scales"):
-            scales = fused_scales(
+            add_up(
                 model,
                 plan,
-                start,
+                sums,
                 rounds,
                 tokens[:SCALED_BY],
                 generator=generator_for(options.seed, "scales"),
                 checkpointing=options.local.checkpointing or options.end_to_end.checkpointing,
                 progress=lambda *n: watch.stage("find scales", *n),
             )
+    scales = fused_scales(model, plan, sums, tokens[:1])
     if scales:
         add("scaled", start)
         if scores["scaled"].kl >= scores[best].kl:
@@ -199,14 +206,14 @@ def learn(
             scales = {}
     unscaled = set(random) if scales else set(candidates)
     record["scales"] = {space: [float(s.min()), float(s.max())] for space, s in scales.items()}
-    local_too = options.method in ("local", "local+end-to-end", "auto")
     if local_too or options.signs:
         with _timed(clock, "local"):
-            sites = _collect(model, plan, names, rounds, tokens, options, spec, watch)
+            sites = _collect(model, plan, names, rounds, tokens, options, spec, watch) if sites is None else sites
             start = _with_signs(plan, start, sites, options, names)
         if options.signs:
             add("random signs", start)
     if local_too:
+        assert sites is not None
         with _timed(clock, "local"):
             own = [site for site in sites if site.space in names]
             local = learn_locally(
@@ -333,15 +340,23 @@ def _collect(
     options: LearnOptions,
     spec: RotationSpec,
     watch: Watch,
+    sums: Mapping[str, Sums] | None = None,
 ) -> list[Site]:
-    online = [s.name for r in ("R3", "R4") if r in spec.rotations and options.signs for s in plan.spaces_of(r)]
-    spaces = [*names, *(space for space in online if space not in names)]
+    """Rows to learn from. sums: what is added up on the way, where gradients are taken."""
+    spaces = _sampled(plan, names, options, spec)
     given: dict[str, Any] = {"rows": options.local.rows, "generator": generator_for(options.seed, "rows")}
     given["progress"] = lambda *n: watch.stage("capture activations", *n)
     if options.local.weighting == "fisher":
         tokens = tokens[: max(1, options.local.rows // DRAWN_OF_A_SAMPLE)]
-        return sensitive_sites(model, plan, spaces, scheme, tokens, checkpointing=options.local.checkpointing, **given)
+        given["checkpointing"] = options.local.checkpointing
+        return sensitive_sites(model, plan, spaces, scheme, tokens, beside=watches(sums or {}), **given)
     return collect(model, plan, spaces, scheme, tokens[: max(1, options.local.rows // ROWS_OF_A_SAMPLE)], **given)
+
+
+def _sampled(plan: Plan, names: Mapping[str, str], options: LearnOptions, spec: RotationSpec) -> list[str]:
+    """The spaces whose rows are learned from, or decide on signs."""
+    online = [s.name for r in ("R3", "R4") if r in spec.rotations and options.signs for s in plan.spaces_of(r)]
+    return [*names, *(space for space in online if space not in names)]
 
 
 def _with_signs(

@@ -16,7 +16,6 @@ were not taken over, and the least is 0.24. It takes two sums of the length of a
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,41 +36,11 @@ from spinquant.wrapped import Scaled
 DAMPING = 0.1
 
 
-def best_scales(
-    model: Any,
-    plan: Plan,
-    scheme: Scheme,
-    tokens: Tensor,
-    *,
-    generator: torch.Generator,
-    checkpointing: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Tensor]:
-    """Scales by space, float64, for every space that can have them and is rounded; from tokens, (samples, length).
+class Sums:
+    """Sums over rows of g_j^2 ||x||^2 and of x_j^2 ||g||^2, of what a linear reads."""
 
-    Their geometric mean is one. Gains must be fused.
-    """
-    readers = {plan.read_by(group[0]): group[0] for group in plan.linears}
-    wanted = {scaling.space: readers.get(plan.space[scaling.space]) for scaling in plan.scalings}
-    attachment = attach(model, plan, {}, scheme, around=True)
-    sums = {space: _Sums(plan.space[space].size) for space, reader in wanted.items() if reader in attachment.inputs}
-    try:
-        for space, both in sums.items():
-            attachment.inputs[str(wanted[space])].watch = both.watch
-        if sums:
-            with attachment.exact():
-                own_predictions(
-                    model, plan, tokens, generator=generator, checkpointing=checkpointing, progress=progress
-                )
-    finally:
-        attachment.remove()
-    return {space: both.scale() for space, both in sums.items()}
-
-
-class _Sums:
-    """Sums over rows of g_j^2 ||x||^2 and of x_j^2 ||g||^2."""
-
-    def __init__(self, size: int):
+    def __init__(self, reader: str, size: int):
+        self.reader = reader
         self.mattering, self.large = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
 
     def watch(self, x: Tensor) -> None:
@@ -84,6 +53,7 @@ class _Sums:
         self.large += (slopes.sum(-1) @ squares).cpu()
 
     def scale(self) -> Tensor:
+        """The scales that follow, float64, of geometric mean one."""
         mattering, large = (total + DAMPING * total.mean() for total in (self.mattering, self.large))
         if not (mattering > 0).all() or not (large > 0).all():
             return torch.ones_like(mattering)  # nothing passed here: an MLP of zeros, or one that nothing depends on
@@ -91,21 +61,54 @@ class _Sums:
         return (logs - logs.mean()).exp()
 
 
-def fused_scales(
-    model: Any, plan: Plan, rotations: Mapping[str, Rotation], scheme: Scheme, tokens: Tensor, **how: Any
-) -> dict[str, Tensor]:
-    """The best scales of the spaces that the rotations rotate, by space, now fused into the model's weights.
+def scale_sums(plan: Plan, rotations: Mapping[str, Rotation], scheme: Scheme) -> dict[str, Sums]:
+    """Empty sums by space, for every space that can have scales, is rotated, and is rounded."""
+    if scheme.activations is None:
+        return {}
+    readers = {space.name: group[0] for group in plan.linears if (space := plan.read_by(group[0])) is not None}
+    spaces = [scaling.space for scaling in plan.scalings if scaling.space in rotations and scaling.space in readers]
+    return {space: Sums(readers[space], plan.space[space].size) for space in spaces}
 
-    how: as for `best_scales`. Raises LearningError where they change what the model computes: its table is wrong then.
+
+def watches(sums: Mapping[str, Sums]) -> dict[str, Callable[[Tensor], None]]:
+    """What has to see the inputs of linears, by linear."""
+    return {both.reader: both.watch for both in sums.values()}
+
+
+def add_up(
+    model: Any,
+    plan: Plan,
+    sums: Mapping[str, Sums],
+    scheme: Scheme,
+    tokens: Tensor,
+    *,
+    generator: torch.Generator,
+    checkpointing: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Fill sums in a pass through the model of their own, from tokens, (samples, length). Gains must be fused."""
+    attachment = attach(model, plan, {}, scheme, around=True)
+    try:
+        for name, watch in watches(sums).items():
+            attachment.inputs[name].watch = watch
+        with attachment.exact():
+            own_predictions(model, plan, tokens, generator=generator, checkpointing=checkpointing, progress=progress)
+    finally:
+        attachment.remove()
+
+
+def fused_scales(model: Any, plan: Plan, sums: Mapping[str, Sums], tokens: Tensor) -> dict[str, Tensor]:
+    """The scales that follow from sums, by space, now fused into the model's weights.
+
+    Raises LearningError where they change what the model makes of tokens, (samples, length): its table is wrong then.
     """
-    only = replace(plan, scalings=tuple(scaling for scaling in plan.scalings if scaling.space in rotations))
-    scales = best_scales(model, only, scheme, tokens, **how)
+    scales = {space: both.scale() for space, both in sums.items()}
     if not scales:
         return {}
-    row = tokens[:1].to(device_of(model))
+    row = tokens.to(device_of(model))
     with torch.no_grad():
         before = model(input_ids=row, use_cache=False).logits
-        _fuse(model, only, scales)
+        _fuse(model, plan, scales)
         after = model(input_ids=row, use_cache=False).logits
     moved = float((after.double() - before.double()).norm() / before.double().norm())
     if not moved <= min(0.2, 16 * torch.finfo(before.dtype).eps ** 0.5):

@@ -46,19 +46,22 @@ def sensitive_sites(
     rows: int,
     generator: torch.Generator,
     checkpointing: bool = False,
+    beside: Mapping[str, Callable[[Tensor], None]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Site]:
     """About `rows` rows of every site whose space is among `spaces`, drawn by what they count, from tokens, int64
     (samples, length).
 
-    Gains must be fused. Site.share is the KL per token, in nats, that a relative error of one would cost. Raises
-    LearningError for gradients that are not finite.
+    Gains must be fused. beside: further inputs of linears to be watched. Site.share is the KL per token, in nats, that
+    a relative error of one would cost. Raises LearningError for gradients that are not finite.
     """
     wanted = quantized_spaces(plan, spaces, scheme)
     attachment = attach(model, plan, {}, scheme, around=True)
     drawn = _Drawn(max(1, rows // len(tokens)), generator)
     try:
         _watch(attachment, wanted, drawn)
+        for name, watch in (beside or {}).items():
+            attachment.inputs[name].watch = watch
         with attachment.exact():
             own_predictions(model, plan, tokens, generator=generator, checkpointing=checkpointing, progress=progress)
     finally:
