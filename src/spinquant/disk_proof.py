@@ -84,6 +84,7 @@ class _Walk:
         self.plan = self.home.plan
         if dtype == torch.float64:
             exact_experts(self.home.model)
+            self.home.widen()
         with self.home.outside(tokens), self._arithmetic():
             calls = block_calls(self.home.model, plan.blocks, tokens)
         self.states, self.arguments = calls.hidden[0], calls.arguments

@@ -7,7 +7,16 @@ not. A norm behind a block, with a scale of its own, rules out R1 (see `postnorm
 
 from spinquant.architectures.hybrid import LFM2, LFM2_NAMES, with_mixer
 from spinquant.architectures.llama import ARCEE, ATTENTION, GEMMA, HIDDEN, LAYER, LLAMA, MLP, VALUE
-from spinquant.architectures.moe import DEEPSEEK, EXPERT, EXPERTS, GRANITE_MOE, MIXTRAL, QWEN3_MOE, with_shared
+from spinquant.architectures.moe import (
+    DEEPSEEK,
+    EXPERT,
+    EXPERT_NAMES,
+    EXPERTS,
+    GRANITE_MOE,
+    MIXTRAL,
+    QWEN3_MOE,
+    with_shared,
+)
 from spinquant.architectures.postnorm import OLMO2, post_norm
 from spinquant.architectures.table import Family, Norm, Refusal
 
@@ -83,7 +92,6 @@ HY_V3 = with_shared(
     QWEN3_MOE.like(
         "hy_v3",
         "hy_v3",
-        "exaone_moe",
         stored=(
             (r"\.mlp\.router\.gate\.", ".mlp.gate."),
             (r"\.mlp\.expert_bias$", ".mlp.e_score_correction_bias"),
@@ -92,6 +100,10 @@ HY_V3 = with_shared(
     ),
     "mlp.shared_experts",
     "moe_intermediate_size*num_shared_experts",
+)
+# The numbers that correct the choice of experts are the router's here, and in its checkpoints beside it.
+EXAONE_MOE = HY_V3.like(
+    "exaone_moe", "exaone_moe", stored=((r"\.mlp\.e_score_correction_bias$", ".mlp.gate.e_score_correction_bias"),)
 )
 _SHARED_EXPERT = with_shared(
     QWEN3_MOE.like("laguna", "laguna"), "mlp.shared_experts", "shared_expert_intermediate_size"
@@ -219,19 +231,13 @@ LLAMA4 = with_shared(
     "intermediate_size",
 ).like("llama4", "llama4_text", rename={"mlp.": "feed_forward."})
 
-_LFM2_MOE_NAMES = {
-    "experts.{e}.gate_proj": "experts.{e}.w1",
-    "experts.{e}.up_proj": "experts.{e}.w3",
-    "experts.{e}.down_proj": "experts.{e}.w2",
-    **LFM2_NAMES,
-    "mlp.": "feed_forward.",
-}
 LFM2_MOE = with_mixer(QWEN3_MOE, f"{LAYER}.conv", ("conv.weight", "conv.bias?")).like(
     "lfm2_moe",
     "lfm2_moe",
-    rename=_LFM2_MOE_NAMES,
+    rename={**LFM2_NAMES, "mlp.": "feed_forward."},
     tensors={f"{LAYER}.feed_forward.expert_bias?": (None,)},
     ignored=(*QWEN3_MOE.ignored, r"model\.layers\.\d+\.feed_forward\.expert_bias"),
+    stored=EXPERT_NAMES,
 )
 _GATE = f"{ATTENTION}.g_proj"
 LFM3 = LFM2.like(
@@ -274,6 +280,6 @@ OLMO_HYBRID = with_mixer(
 )
 
 FAMILIES: tuple[Family, ...] = (
-    *(SINKS, VAULTGEMMA, NANOCHAT, BITNET, DIFFLLAMA, DOGE, HYPERCLOVAX, GRANITE_MOE_SINKS, HY_V3, LAGUNA, KOLIBRI),
-    *(FLEX_OLMO, AFMOE, AXK1, ARIA, LLAMA4, LFM2_MOE, LFM3, OLMO_HYBRID),
+    *(SINKS, VAULTGEMMA, NANOCHAT, BITNET, DIFFLLAMA, DOGE, HYPERCLOVAX, GRANITE_MOE_SINKS, HY_V3, EXAONE_MOE),
+    *(LAGUNA, KOLIBRI, FLEX_OLMO, AFMOE, AXK1, ARIA, LLAMA4, LFM2_MOE, LFM3, OLMO_HYBRID),
 )
