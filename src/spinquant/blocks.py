@@ -9,6 +9,7 @@ import ast
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from inspect import getsource, signature
 from textwrap import dedent
 from typing import Any, Protocol
@@ -127,7 +128,7 @@ def _replaced(
 
     def stand_in(name: str) -> Callable[..., Any]:
         called = list(signature(modules[name].forward).parameters)[1:]
-        values = _values_returned(modules[name])
+        values = _values_returned(type(modules[name]))
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             if len(args) > len(called):
@@ -155,13 +156,14 @@ def _replaced(
                 module.forward = forward
 
 
-def _values_returned(block: nn.Module) -> int:
+@cache
+def _values_returned(block: type[nn.Module]) -> int:
     """How many values a block's forward gives as a tuple, which models take apart; 0 for hidden states alone.
 
     Its code says so: without weights it cannot be run to see.
     """
     try:
-        code = ast.parse(dedent(getsource(type(block).forward)))
+        code = ast.parse(dedent(getsource(block.forward)))
     except (OSError, TypeError, SyntaxError):  # no source at hand
         return 0
     given = [node.value for node in ast.walk(code) if isinstance(node, ast.Return)]

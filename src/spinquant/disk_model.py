@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers.initialization import no_init_weights
 
 from spinquant.blocks import body_of
 from spinquant.errors import CheckpointError
@@ -49,7 +50,7 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 def hollow_model(config: Any, dtype: torch.dtype) -> Any:
     """The model of a config in evaluation mode, its large weights on the meta device."""
-    with _EmptyOnMeta(), torch.random.fork_rng(devices=[]):
+    with _EmptyOnMeta(), no_init_weights(), torch.random.fork_rng(devices=[]):
         return model_class(config).from_config(config, dtype=dtype).eval()
 
 

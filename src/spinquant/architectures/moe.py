@@ -107,8 +107,7 @@ HUNYUAN_MOE = with_shared(
 )
 # The names of old checkpoints: w1 is the gate, w3 goes up, w2 goes down.
 EXPERT_NAMES = tuple(
-    (rf"\.experts\.(\d+)\.w{n}\.", rf".experts.\1.{name}_proj.")
-    for n, name in ((1, "gate"), (2, "down"), (3, "up"))
+    (rf"\.experts\.(\d+)\.w{n}\.", rf".experts.\1.{name}_proj.") for n, name in ((1, "gate"), (2, "down"), (3, "up"))
 )
 MIXTRAL_NAMES = ((r"\.block_sparse_moe\.", ".mlp."), *EXPERT_NAMES)
 MIXTRAL = QWEN3_MOE.like(

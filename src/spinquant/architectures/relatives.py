@@ -249,9 +249,12 @@ LFM3 = LFM2.like(
         f"{_GATE}.weight?": (None, "residual"),
     },
     gains={f"{LAYER}.operator_norm.weight": (*LFM2.readers(f"{LAYER}.operator_norm.weight"), _GATE)},
-    linears=(
-        *(tuple(name.replace("self_attn.out_proj", "self_attn.o_proj") for name in group) for group in LFM2.linears),
-        (_GATE,),
+    linears=tuple(
+        (
+            *(name.replace("self_attn.out_proj", "self_attn.o_proj") for name in group),
+            *((_GATE,) if "q_proj" in group[0] else ()),
+        )
+        for group in LFM2.linears
     ),
     refused=post_norm("post_operator_norm", "post_ffn_norm", when="use_sandwich_norm"),
     stored=((r"\.self_attn\.gate_proj\.", ".self_attn.g_proj."),),
