@@ -29,7 +29,7 @@ KINDS = {
     "zamba2": "model.layers.2.shared_transformer.feed_forward.gate_up_proj.weight",
     "llava": "language_model.model.layers.1.mlp.down_proj.weight",
 }
-# Classes with parts (routers, recurrences, positions) that are float32 once they are loaded, whatever the checkpoint has.
+# Classes with parts (routers, recurrences, positions) that are float32 once they are loaded.
 NARROW = ("ernie4_5_moe", "hunyuan_v1_moe", "zamba", "olmo_hybrid", "gptj", "codegen")
 
 
@@ -114,3 +114,12 @@ def test_a_folder_that_is_damaged_on_its_way_is_refused(name, tensor, tmp_path, 
     layer = re.search(r"\.(?:layers|h)\.\d+\.", tensor)
     assert layer and layer[0] in str(refused.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_residual_stream_may_be_wider_than_the_weights(tmp_path, text):
+    """Mamba's is float32 in bfloat16 models, up to the head."""
+    config = FAMILIES["mamba"].config()
+    random_weights(model_class(config).from_config(config, dtype=torch.bfloat16)).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    result = rotate_folder(tmp_path / "model", tmp_path / "out", mergeable("mamba"), text=text, options=UNPROVED)
+    assert result.real is not None and 0 < result.real.relative < 0.1

@@ -68,6 +68,7 @@ LAYERS = [
     {"stream"},
     {"along", "along.counterparts", "along.target", "along.experts", "along.lora", "along.heads", "along.folder"},
     {"disk_proof"},
+    {"disk_rounding"},
     {"mapped_plan", "transform_config", "probing", "probing.trace"},
     {"probing.stacks", "probing.kinds"},
     {"probing.explain"},

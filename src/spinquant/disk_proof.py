@@ -102,7 +102,8 @@ class _Walk:
         with self.home.outside(torch.zeros(1, 1, dtype=torch.int64)), self._arithmetic():
             states = after_blocks(model, self.plan.blocks, self.states)
         with self.home.head(), self._arithmetic():
-            return model.get_submodule(self.plan.head.removesuffix(".weight"))(states)
+            head = model.get_submodule(self.plan.head.removesuffix(".weight"))
+            return head(states.to(head.weight.dtype))  # Mamba's residual stream is wider than its weights
 
     def _arithmetic(self) -> AbstractContextManager[object]:
         return Float64Arithmetic() if self.dtype == torch.float64 else nullcontext()

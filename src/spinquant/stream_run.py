@@ -29,6 +29,7 @@ from spinquant.companions import dtype_of, model_dtype
 from spinquant.disk_calibration import Calibrating, calibrate_on_disk, tokens_for
 from spinquant.disk_model import Weights, form_in, hollow_model, unfillable
 from spinquant.disk_proof import compare_on_disk, tolerance_of
+from spinquant.disk_rounding import rounding_on_disk
 from spinquant.errors import CheckpointError, ProcessError, SpinquantError
 from spinquant.formats.compressed_config import check_plan, quantization_config
 from spinquant.formats.compressed_packing import CompressedPacking
@@ -298,9 +299,14 @@ class Run:
             online=self.online,
             progress=request.options.stage("compare"),
         )
-        if not request.options.allow_inexact:
-            check(real, narrowest, what="this model")
-        self.result = replace(result, real=real, notes={**result.notes, "sample_text": name})
+        notes = {**result.notes, "sample_text": name}
+        if not real.relative <= tolerance_of(narrowest):  # an ill conditioned model, or a wrong one
+            rounding = rounding_on_disk(config, result.plan, source, tokens, dtype=dtype, written=narrowest)
+            notes["rounding_alone"] = rounding
+            if not request.options.allow_inexact:
+                check(real, narrowest, what="this model", rounding=rounding)
+                real = replace(real, module=None)
+        self.result = replace(result, real=real, notes=notes)
 
     def _why_not_compared(self, model: Any) -> str | None:
         plan, source, options = self.result.plan, self.source, self.request.options
