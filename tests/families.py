@@ -83,6 +83,11 @@ STREAMS = {
     "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
     "mlp_layer_types": ["hash_moe", "moe", "moe"],
 }
+# Layers without a window have no positions.
+COMPASS = {
+    "full_attention": None,
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+}
 COHERE = {"prefix_dense_intermediate_size": 40, "layer_types": LAYERS, "sliding_window": 5}
 MLA = {
     **MOE,
@@ -165,6 +170,7 @@ FAMILIES: dict[str, Instance] = {
     "starcoder2": of("starcoder2", FULL, num_key_value_heads=2, use_bias=True, sliding_window=5),
     "cohere": of("cohere", use_qk_norm=True, attention_bias=True),
     "cohere2": of("cohere2", layer_types=LAYERS, sliding_window=5),
+    "cohere_compass": of("cohere_compass_text", layer_types=LAYERS, sliding_window=5, rope_parameters=COMPASS),
     "stablelm": of("stablelm", FULL, use_qkv_bias=True, qk_layernorm=True),
     "stablelm-parallel": of("stablelm", FULL, use_parallel_residual=True),
     "phi": of("phi", FULL, qk_layernorm=True),
@@ -257,6 +263,41 @@ FAMILIES: dict[str, Instance] = {
         **MAMBA,
     ),
     "lfm2": of("lfm2", FULL, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
+    "recurrent_gemma": of(
+        "recurrent_gemma",
+        hidden_size=96,
+        lru_width=96,
+        num_key_value_heads=2,
+        block_types=["recurrent", "attention"],
+        attention_window_size=5,
+        attention_bias=True,
+    ),
+    "kimi_linear": of(
+        "kimi_linear",
+        MLA,
+        refused="R3",
+        q_lora_rank=None,
+        num_hidden_layers=3,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        num_shared_experts=2,
+        linear_num_heads=4,
+        linear_head_dim=8,
+        num_experts_per_token=2,
+        num_expert_group=1,
+        first_k_dense_replace=1,
+    ),
+    "kimi_linear-queries": of(
+        "kimi_linear",
+        MLA,
+        refused="R3",
+        q_lora_rank=24,
+        attention_bias=True,
+        linear_num_heads=4,
+        linear_head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+        num_experts_per_token=2,
+        num_expert_group=1,
+    ),
     "zamba": of("zamba", ZAMBA, n_mamba_heads=2, mamba_dt_rank=4),
     "zamba2": of("zamba2", ZAMBA, layers_block_type=SHARING, num_mem_blocks=2, **ZAMBA2),
     "zamba2-adapters": of(
@@ -288,6 +329,9 @@ FAMILIES: dict[str, Instance] = {
     "granitemoe_swa": of("granitemoe_swa", MOE, shared_intermediate_size=48, layer_types=LAYERS, sliding_window=5),
     "hy_v3": of("hy_v3", MOE, num_shared_experts=2),
     "exaone_moe": of("exaone_moe", MOE, num_shared_experts=1, layer_types=LAYERS, sliding_window=5),
+    "mimo_v2_flash": of(
+        "mimo_v2_flash", MOE, num_attention_heads=8, v_head_dim=8, layer_types=LAYERS, sliding_window=5
+    ),
     "laguna": of("laguna", MOE, shared_expert_intermediate_size=40, layer_types=LAYERS, sliding_window=5),
     "laguna-gated": of("laguna", MOE, refused="R2", shared_expert_intermediate_size=40, gating="per-element"),
     "kolibri1": of(

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, DynamicCache
 
 from conftest import logits, random_weights, tokens
 from families import FAMILIES, IMAGE
@@ -148,7 +148,8 @@ def test_what_runs_online_is_rotated(name):
     states = {}
     for when in ("before", "after"):
         with captured(model, spaces, inputs=True) as inputs, Float64Arithmetic(), torch.no_grad():
-            cache = model(ids, use_cache=True).past_key_values if plan.attentions else None
+            cache = DynamicCache(config=model.config)
+            model(ids, **({"past_key_values": cache, "use_cache": True} if plan.attentions else {}))
             states[when] = dict(inputs), cached(cache)
         if when == "before":
             fuse_module(model, plan, rotations)

@@ -48,12 +48,14 @@ TWIN_SIZES = {
     # Hybrids: a period of layers, and recurrent heads of 16 that fill twice the hidden size.
     **dict.fromkeys(("attn_layer_period", "expert_layer_period"), 2),
     **dict.fromkeys(("attn_layer_offset", "expert_layer_offset", "mamba_n_groups"), 1),
-    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_num_heads"), 2),
+    "linear_head_dim": 16,
     "mamba_n_heads": 2 * TWIN_HIDDEN // 16,
     "mamba_d_ssm": 2 * TWIN_HIDDEN,
     "mamba_num_heads": 8,
     "moe_shared_expert_intermediate_size": 32,
     "num_heads": 2 * TWIN_HIDDEN // 16,
+    "lru_width": TWIN_HIDDEN,
     **dict.fromkeys(("n_mamba_heads", "mamba_ngroups"), 2),
     "adapter_rank": 16,
     # Latents, and parts of an attention that chooses or compresses.
@@ -236,6 +238,8 @@ def _twin(config: Any, sizing: Sizing) -> Any:
     config = Named(config, names)
     layers = config.num_hidden_layers
     per_layer = {key: value for key, value in data.items() if isinstance(value, list) and len(value) == layers > 0}
+    if getattr(config, "block_types", None):  # RecurrentGemma's, which it repeats
+        per_layer["block_types"] = [config.block_types[i % len(config.block_types)] for i in range(layers)]
     kinds: dict[tuple[str, ...], list[int]] = {}
     for i in range(layers):
         kinds.setdefault(tuple(str(value[i]) for value in per_layer.values()), []).append(i)
@@ -308,7 +312,10 @@ def _small_heads(config: Any, sizing: Sizing) -> dict[str, int]:
     names = [name for name in ("num_kv_heads", "num_key_value_heads") if getattr(config, name, None)]
     kv_heads = getattr(config, names[0]) if names else config.num_attention_heads
     few = min(max(sizing.kv_heads, sizing.heads), kv_heads)
-    heads = few * min(config.num_attention_heads // kv_heads, sizing.group)
+    most = config.num_attention_heads // kv_heads
+    group = min(most, sizing.group)
+    group = next((g for g in range(group, most + 1) if few * g % sizing.heads == 0), group)
+    heads = few * group
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     head_dim = min(head_dim, sizing.head_dim or head_dim)
     found = {**dict.fromkeys(names, few), "num_attention_heads": heads, "hidden_size": sizing.hidden}

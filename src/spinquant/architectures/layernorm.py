@@ -55,6 +55,7 @@ COHERE = PARALLEL.like(
     "cohere",
     "cohere",
     "cohere2",
+    "cohere_compass_text",
     tensors={f"{ATTENTION}.q_norm.weight?": (None, None), f"{ATTENTION}.k_norm.weight?": (None, None)},
 )
 _HEAD_NORMS = (r"model\.layers\.\d+\.self_attn\.[qk]_layernorm\.norms\.\d+\.weight",)

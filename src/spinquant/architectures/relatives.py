@@ -105,6 +105,16 @@ HY_V3 = with_shared(
 EXAONE_MOE = HY_V3.like(
     "exaone_moe", "exaone_moe", stored=((r"\.mlp\.e_score_correction_bias$", ".mlp.gate.e_score_correction_bias"),)
 )
+# Values have a size of their own, and layers with a window twice the heads of keys, and sinks.
+MIMO_V2 = QWEN3_MOE.like(
+    "mimo_v2_flash",
+    "mimo_v2_flash",
+    heads=8,
+    without=("q_norm", "k_norm"),
+    tensors={f"{ATTENTION}.sinks?": (None,)},
+    spaces={VALUE: ("R2", "v_head_dim")},
+    stored=((r"\.self_attn\.attention_sink_bias$", ".self_attn.sinks"),),
+)
 _SHARED_EXPERT = with_shared(
     QWEN3_MOE.like("laguna", "laguna"), "mlp.shared_experts", "shared_expert_intermediate_size"
 )
@@ -283,6 +293,6 @@ OLMO_HYBRID = with_mixer(
 )
 
 FAMILIES: tuple[Family, ...] = (
-    *(SINKS, VAULTGEMMA, NANOCHAT, BITNET, DIFFLLAMA, DOGE, HYPERCLOVAX, GRANITE_MOE_SINKS, HY_V3, EXAONE_MOE),
+    *(SINKS, VAULTGEMMA, NANOCHAT, BITNET, DIFFLLAMA, DOGE, HYPERCLOVAX, GRANITE_MOE_SINKS, HY_V3, EXAONE_MOE, MIMO_V2),
     *(LAGUNA, KOLIBRI, FLEX_OLMO, AFMOE, AXK1, ARIA, LLAMA4, LFM2_MOE, LFM3, OLMO_HYBRID),
 )
