@@ -9,7 +9,17 @@ SOURCE = Path(spinquant.__file__).parent
 
 TABLES = {
     f"architectures.{name}"
-    for name in ("llama", "postnorm", "layernorm", "moe", "hybrid", "hyperconnected", "relatives", "vision")
+    for name in (
+        "llama",
+        "postnorm",
+        "layernorm",
+        "moe",
+        "hybrid",
+        "delta_latent",
+        "hyperconnected",
+        "relatives",
+        "vision",
+    )
 }
 
 # Lowest first; a module imports from lower or equal layers only.

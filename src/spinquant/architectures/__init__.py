@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from spinquant.architectures import hybrid, hyperconnected, layernorm, llama, moe, postnorm, relatives
+from spinquant.architectures import delta_latent, hybrid, hyperconnected, layernorm, llama, moe, postnorm, relatives
 from spinquant.architectures.build import Shapes, build_plan, module_names
 from spinquant.architectures.family_file import FamilyFile, family_from, read_family, to_family
 from spinquant.architectures.prediction import REASON, prediction_tensors
@@ -25,6 +25,7 @@ FAMILIES: tuple[Family, ...] = (
     *layernorm.FAMILIES,
     *moe.FAMILIES,
     *hybrid.FAMILIES,
+    *delta_latent.FAMILIES,
     *relatives.FAMILIES,
     *hyperconnected.FAMILIES,
 )

@@ -6,16 +6,7 @@ R3 as elsewhere, all layers with an MLP have R4.
 """
 
 from spinquant.architectures.llama import ATTENTION, GEMMA, HIDDEN, LAYER, LLAMA, MLP, VALUE
-from spinquant.architectures.moe import (
-    DEEPSEEK,
-    EXPERT,
-    GRANITE_MOE,
-    KEY_VALUE_LATENT,
-    MIXTRAL_NAMES,
-    QWEN2_MOE,
-    QWEN3_MOE,
-    SHARED,
-)
+from spinquant.architectures.moe import EXPERT, GRANITE_MOE, QWEN2_MOE, QWEN3_MOE, SHARED
 from spinquant.architectures.table import INSIDE, Family, Part, Refusal, Shared
 
 _INPUT = f"{LAYER}.input_layernorm.weight"
@@ -169,45 +160,6 @@ RECURRENT_GEMMA = with_mixer(
         ),
     ),
 )
-
-# A delta net, or DeepSeek's attention without positions, under one name: what writes to the residual stream reads
-# values in the one and something else in the other, so that R2 rotates the latents alone.
-_DELTA_READS = tuple(f"{ATTENTION}.{name}_proj" for name in ("k", "v", "forget_gate.f_a", "b", "g_a"))
-_DELTA_INSIDE = tuple(f"{ATTENTION}.{name}_proj" for name in ("forget_gate.f_b", "g_b"))
-_MLA_READS, _MLA_QUERIES, _MLA_EXPANDS, *_REST = DEEPSEEK.linears
-KIMI_LINEAR = DEEPSEEK.like(
-    "kimi_linear",
-    "kimi_linear",
-    tensors={
-        f"{ATTENTION}.kv_b_proj.weight": (None, KEY_VALUE_LATENT),
-        f"{ATTENTION}.o_proj.weight": ("residual", None),
-        **{f"{name}.weight": (None, "residual") for name in _DELTA_READS},
-        **{f"{name}.weight": (None, None) for name in _DELTA_INSIDE},
-        **{f"{ATTENTION}.forget_gate.{name}": INSIDE for name in ("dt_bias", "A_log")},
-        f"{ATTENTION}.o_norm.weight": (None,),
-        **{f"{ATTENTION}.{name}conv1d.weight?": INSIDE for name in ("", "q_", "k_", "v_")},
-    },
-    spaces={VALUE: None, SHARED: ("R4", "moe_intermediate_size*num_shared_experts")},
-    gains={_INPUT: (*DEEPSEEK.readers(_INPUT), *_DELTA_READS)},
-    linears=((*_MLA_READS, *_DELTA_READS), _MLA_QUERIES, _MLA_EXPANDS, *((name,) for name in _DELTA_INSIDE), *_REST),
-    attention_part="kv_a_proj_with_mqa.",
-    choices=(
-        *DEEPSEEK.choices,
-        (
-            tuple(f"{ATTENTION}.{name}." for name in ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj")),
-            tuple(
-                f"{name}."
-                for name in (*_DELTA_READS, *_DELTA_INSIDE, f"{ATTENTION}.forget_gate", f"{ATTENTION}.o_norm")
-            ),
-        ),
-    ),
-    stored=(
-        *MIXTRAL_NAMES,
-        (r"\.self_attn\.(f_[ab]_proj\.|dt_bias$|A_log$)", r".self_attn.forget_gate.\1"),
-        (r"\.mlp\.e_score_correction_bias$", ".mlp.gate.e_score_correction_bias"),
-    ),
-)
-
 
 # Attention and an MLP that layers share stand before a Mamba layer in some of them. They read the hidden states beside
 # the embeddings, one norm over both: two copies of the residual space, each rotated by R1. Nothing is added on the way
@@ -418,5 +370,5 @@ NEMOTRON_H_LATENT = _nemotron_h("nemotron_h, latent experts", None, _LATENT[:1],
 
 FAMILIES = (
     *(QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE, JAMBA, BAMBA, FALCON_H1, GRANITE_HYBRID, LFM2, MAMBA, MAMBA_2),
-    *(RECURRENT_GEMMA, KIMI_LINEAR, ZAMBA, ZAMBA2, NEMOTRON_H, NEMOTRON_H_LATENT),
+    *(RECURRENT_GEMMA, ZAMBA, ZAMBA2, NEMOTRON_H, NEMOTRON_H_LATENT),
 )
