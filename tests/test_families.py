@@ -29,6 +29,7 @@ from spinquant import (
 )
 from spinquant.architectures import FAMILIES as TABLES
 from spinquant.architectures import known_model_types
+from spinquant.architectures.untabled import UNTABLED
 from spinquant.calibrate import captured
 from spinquant.errors import ArchitectureError, RotationError
 from spinquant.fuse import rotate_axis, transform
@@ -407,3 +408,10 @@ def test_compressed_tensors_has_no_place_inside_experts(tmp_path):
     with pytest.raises(RotationError, match="stacked experts"):
         save(result, tmp_path / "out", format="compressed-tensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_type_without_a_table_is_refused_with_what_is_known_of_it():
+    listed = [model_type for names in UNTABLED.values() for model_type in names]
+    assert len(listed) == len(set(listed)) and not set(listed) & set(known_model_types())
+    with pytest.raises(ArchitectureError, match=r"model_type 'longcat_flash'\. Its kind: .*zero_expert_num.*--probe"):
+        make_plan(AutoConfig.for_model("longcat_flash"), {})

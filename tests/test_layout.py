@@ -19,6 +19,7 @@ TABLES = {
         "hyperconnected",
         "relatives",
         "vision",
+        "untabled",
     )
 }
 

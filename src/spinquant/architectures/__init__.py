@@ -13,6 +13,7 @@ from spinquant.architectures.build import Shapes, build_plan, module_names
 from spinquant.architectures.family_file import FamilyFile, family_from, read_family, to_family
 from spinquant.architectures.prediction import REASON, prediction_tensors
 from spinquant.architectures.table import Family, holds
+from spinquant.architectures.untabled import why_untabled
 from spinquant.architectures.vision import VISIONS
 from spinquant.errors import ArchitectureError
 from spinquant.plan import Plan
@@ -104,8 +105,10 @@ def make_plan(config: Any, shapes: Shapes, *, family: FamilyLike | None = None) 
     table = family_of(config)
     if table is None:  # a guess would be a model that loads and talks nonsense
         inside = f" (language part {config.get_text_config().model_type!r})" if sees else ""
+        reason = why_untabled(model_type)
+        looked = f" Its kind: {reason}." if reason else ""
         raise ArchitectureError(
-            f"no table explains model_type {model_type!r}{inside}. Known: {', '.join(known_model_types())}. "
+            f"no table explains model_type {model_type!r}{inside}.{looked} Known: {', '.join(known_model_types())}. "
             "`spinquant plan MODEL --probe` tries out what can be rotated and drafts a family file, which "
             "--family takes (docs/families.md)."
         )

@@ -1,7 +1,7 @@
 """Layers with a delta net, and layers with DeepSeek's attention, under one name: Kimi Linear, Ling.
 
-What writes to the residual stream, `o_proj`, reads values in the one kind and something else in the other, so it lives
-in no space of values, and R2 rotates the latents alone. Where both kinds have a linear of one name (q_proj, a gate), both
+What writes to the residual stream, `o_proj`, reads values in the one kind and something else in the other, so it reads
+no space of values, and R2 rotates the latents alone. Where both kinds have a linear of one name (q_proj, a gate), both
 read the norm with it. The gate of the attention is a number for each head.
 """
 
