@@ -19,7 +19,6 @@ from spinquant.fuse import rotate_axis
 from spinquant.online import attach
 from spinquant.plan import Plan
 from spinquant.proof import (
-    TOLERANCE,
     Deviation,
     Float64Arithmetic,
     computing_modules,
@@ -107,8 +106,3 @@ class _Walk:
 
     def _arithmetic(self) -> AbstractContextManager[object]:
         return Float64Arithmetic() if self.dtype == torch.float64 else nullcontext()
-
-
-def tolerance_of(dtype: torch.dtype) -> float:
-    """What rounding explains in a dtype."""
-    return TOLERANCE.get(dtype, TOLERANCE[torch.float32])

@@ -28,7 +28,7 @@ from spinquant.checkpoint import (
 from spinquant.companions import dtype_of, model_dtype
 from spinquant.disk_calibration import Calibrating, calibrate_on_disk, tokens_for
 from spinquant.disk_model import Weights, form_in, hollow_model, unfillable
-from spinquant.disk_proof import compare_on_disk, tolerance_of
+from spinquant.disk_proof import compare_on_disk
 from spinquant.disk_rounding import rounding_on_disk
 from spinquant.errors import CheckpointError, ProcessError, SpinquantError
 from spinquant.formats.compressed_config import check_plan, quantization_config
@@ -38,7 +38,7 @@ from spinquant.formats.native_packing import Finished, NativePacking
 from spinquant.learning.learn import LearnedRotations
 from spinquant.pipeline import Options, Result, Stage, check_groups
 from spinquant.processes import Processes
-from spinquant.proof import check
+from spinquant.proof import allowed, check
 from spinquant.quantization.progress import BlockStore, digest
 from spinquant.quantization.scheme import Clips, Scheme
 from spinquant.quantization.weights import parts_tied
@@ -295,12 +295,12 @@ class Run:
             after,
             tokens,
             dtype=dtype,
-            tolerance=tolerance_of(narrowest),
+            tolerance=allowed(narrowest),
             online=self.online,
             progress=request.options.stage("compare"),
         )
         notes = {**result.notes, "sample_text": name}
-        if not real.relative <= tolerance_of(narrowest):  # an ill conditioned model, or a wrong one
+        if not real.relative <= allowed(narrowest):  # an ill conditioned model, or a wrong one
             rounding = rounding_on_disk(config, result.plan, source, tokens, dtype=dtype, written=narrowest)
             notes["rounding_alone"] = rounding
             if not request.options.allow_inexact:
