@@ -29,6 +29,7 @@ import conftest  # noqa: E402
 import families  # noqa: E402
 import spinquant  # noqa: E402
 from spinquant.architectures import family_of, known_model_types  # noqa: E402
+from spinquant.architectures.untabled import UNTABLED  # noqa: E402
 from spinquant.module import model_class  # noqa: E402
 from spinquant.plan import ROTATION_NAMES  # noqa: E402
 from spinquant.proof import exact_experts  # noqa: E402
@@ -168,52 +169,14 @@ def page(
     return "\n".join([introduction, *head, *rows, "", "## Notes", "", *numbered, "", *coverage(), ""])
 
 
-# Why causal LMs of transformers have no table, by kind.
-WITHOUT: dict[str, tuple[str, ...]] = {
-    "encoders, which register a class for causal LMs too, and decoders of encoder-decoder models: out of scope": (
-        *("bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "blenderbot", "blenderbot-small"),
-        *("camembert", "data2vec-text", "electra", "ernie", "git", "marian", "mbart", "megatron-bert", "musicgen"),
-        *("musicgen_melody", "mvp", "pegasus", "plbart", "prophetnet", "reformer", "rembert", "roberta"),
-        *("roberta-prelayernorm", "roc_bert", "roformer", "trocr", "whisper", "xlm", "xlm-roberta", "xlm-roberta-xl"),
-        *("xlnet", "xmod"),
-    ),
-    "another name for a model type that has a table (GPT-2)": ("gpt-sw3",),
-    "norms behind the residual sum, or scales on the stream, in classes of their own (R1 is impossible)": (
-        *("beam", "gemma3n", "gemma3n_text", "gemma4", "gemma4_assistant", "gemma4_text", "gemma4_unified"),
-        *("gemma4_unified_assistant", "gemma4_unified_text", "minimax", "openai-gpt", "zaya"),
-    ),
-    "pre-norm decoders whose attention or MLP is of a kind that no table describes yet": (
-        *(
-            "axk2",
-            "bailing_hybrid",
-            "cohere_compass_text",
-            "cpmant",
-            "ctrl",
-            "dbrx",
-            "dots3_note_text",
-            "gpt_neox_japanese",
-        ),
-        *("hy_v4", "inkling2_text", "inkling_text", "jetmoe", "kimi_linear", "longcat_flash", "mimo_v2_flash"),
-        *("minimax_m3_vl_text", "modernbert-decoder", "qwen4_exp_text", "recurrent_gemma"),
-    ),
-    "no residual stream through decoder layers alone (recurrences, stacks that are gone through again, bytes)": (
-        *("blt", "hrm_text", "rwkv", "xlstm"),
-    ),
-    "models that see or hear, whose towers no table describes": (
-        *("dots3_note", "emu3", "fuyu", "got_ocr2", "llama4", "mllama", "moshi", "moss_transcribe_diarize"),
-        *("phi4_multimodal", "qwen4_exp"),
-    ),
-}
-
-
 def coverage() -> list[str]:
     """Which causal LMs of transformers no table knows, and of what kind they are."""
     known = set(known_model_types())
     causal = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     unknown = {name for name in causal if name not in known}
     seeing = ", ".join(f"`{name}`" for name in sorted(known - set(causal)))
-    kinds = {kind: sorted(unknown & set(names)) for kind, names in WITHOUT.items()}
-    kinds["not looked at"] = sorted(unknown - {name for names in WITHOUT.values() for name in names})
+    kinds = {kind: sorted(unknown & set(names)) for kind, names in UNTABLED.items()}
+    kinds["not looked at"] = sorted(unknown - {name for names in UNTABLED.values() for name in names})
     lines = [f"- {kind}: {', '.join(f'`{name}`' for name in names)}." for kind, names in kinds.items() if names]
     return [
         "## Coverage",

@@ -83,6 +83,11 @@ STREAMS = {
     "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
     "mlp_layer_types": ["hash_moe", "moe", "moe"],
 }
+# Layers without a window have no positions.
+COMPASS = {
+    "full_attention": None,
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+}
 COHERE = {"prefix_dense_intermediate_size": 40, "layer_types": LAYERS, "sliding_window": 5}
 MLA = {
     **MOE,
@@ -165,6 +170,7 @@ FAMILIES: dict[str, Instance] = {
     "starcoder2": of("starcoder2", FULL, num_key_value_heads=2, use_bias=True, sliding_window=5),
     "cohere": of("cohere", use_qk_norm=True, attention_bias=True),
     "cohere2": of("cohere2", layer_types=LAYERS, sliding_window=5),
+    "cohere_compass": of("cohere_compass_text", layer_types=LAYERS, sliding_window=5, rope_parameters=COMPASS),
     "stablelm": of("stablelm", FULL, use_qkv_bias=True, qk_layernorm=True),
     "stablelm-parallel": of("stablelm", FULL, use_parallel_residual=True),
     "phi": of("phi", FULL, qk_layernorm=True),
@@ -177,6 +183,7 @@ FAMILIES: dict[str, Instance] = {
     "gpt_neo": of("gpt_neo", FULL, refused="R3", attention_types=[[["global", "local"], 1]], window_size=5),
     "gpt_neox": of("gpt_neox", FULL),
     "gpt_neox-sequential": of("gpt_neox", FULL, use_parallel_residual=False, attention_bias=False),
+    "gpt_neox_japanese": of("gpt_neox_japanese", FULL, refused="R3", intermediate_multiple_size=2),
     "persimmon": of("persimmon", FULL),
     "falcon": of("falcon", FULL, refused="R3", multi_query=True, parallel_attn=True, bias=True),
     "falcon-sequential": of(
@@ -219,6 +226,21 @@ FAMILIES: dict[str, Instance] = {
     "minicpm3": of("minicpm3", MLA_ALONE, refused="R3", attention_bias=True),
     "deepseek_v32": of("deepseek_v32", MLA_ALONE, refused="R3", **SPARSE),
     "glm_moe_dsa": of("glm_moe_dsa", MLA_ALONE, refused="R3", attention_bias=True, **SPARSE),
+    "minimax_m3": of(
+        "minimax_m3_vl_text",
+        MOE,
+        refused="R3",
+        dense_intermediate_size=40,
+        shared_intermediate_size=56,
+        rotary_dim=8,
+        mlp_layer_types=["dense", "sparse"],
+        layer_types=["full_attention", "minimax_m3_sparse"],
+        index_n_heads=2,
+        index_head_dim=16,
+        index_block_size=2,
+        index_topk_blocks=2,
+        swiglu_limit=1.0,
+    ),
     # recurrences, alone and beside attention
     "qwen3_next": of("qwen3_next", MOE, refused="R2", shared_expert_intermediate_size=48, **DELTA),
     "qwen3_5": of("qwen3_5_text", refused="R2", attention_bias=True, **DELTA),
@@ -257,6 +279,54 @@ FAMILIES: dict[str, Instance] = {
         **MAMBA,
     ),
     "lfm2": of("lfm2", FULL, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
+    "recurrent_gemma": of(
+        "recurrent_gemma",
+        hidden_size=96,
+        lru_width=96,
+        num_key_value_heads=2,
+        block_types=["recurrent", "attention"],
+        attention_window_size=5,
+        attention_bias=True,
+    ),
+    "kimi_linear": of(
+        "kimi_linear",
+        MLA,
+        refused="R3",
+        q_lora_rank=None,
+        num_hidden_layers=3,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        num_shared_experts=2,
+        linear_num_heads=4,
+        linear_head_dim=8,
+        num_experts_per_token=2,
+        num_expert_group=1,
+        first_k_dense_replace=1,
+    ),
+    "kimi_linear-queries": of(
+        "kimi_linear",
+        MLA,
+        refused="R3",
+        q_lora_rank=24,
+        attention_bias=True,
+        linear_num_heads=4,
+        linear_head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+        num_experts_per_token=2,
+        num_expert_group=1,
+    ),
+    "bailing_hybrid": of(
+        "bailing_hybrid",
+        MLA,
+        refused="R3",
+        num_hidden_layers=3,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        num_shared_experts=2,
+        linear_num_heads=4,
+        linear_head_dim=8,
+        num_experts_per_token=2,
+        num_expert_group=1,
+        num_nextn_predict_layers=0,
+    ),
     "zamba": of("zamba", ZAMBA, n_mamba_heads=2, mamba_dt_rank=4),
     "zamba2": of("zamba2", ZAMBA, layers_block_type=SHARING, num_mem_blocks=2, **ZAMBA2),
     "zamba2-adapters": of(
@@ -288,6 +358,9 @@ FAMILIES: dict[str, Instance] = {
     "granitemoe_swa": of("granitemoe_swa", MOE, shared_intermediate_size=48, layer_types=LAYERS, sliding_window=5),
     "hy_v3": of("hy_v3", MOE, num_shared_experts=2),
     "exaone_moe": of("exaone_moe", MOE, num_shared_experts=1, layer_types=LAYERS, sliding_window=5),
+    "mimo_v2_flash": of(
+        "mimo_v2_flash", MOE, num_attention_heads=8, v_head_dim=8, layer_types=LAYERS, sliding_window=5
+    ),
     "laguna": of("laguna", MOE, shared_expert_intermediate_size=40, layer_types=LAYERS, sliding_window=5),
     "laguna-gated": of("laguna", MOE, refused="R2", shared_expert_intermediate_size=40, gating="per-element"),
     "kolibri1": of(

@@ -3,9 +3,12 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from conftest import tiny_model
-from spinquant import QuantizedCache, SchemeError
+from conftest import logits, random_weights, tiny_model, tokens
+from families import FAMILIES
+from spinquant import QuantizedCache, SchemeError, attach, parse_scheme, plan_of
 from spinquant.cache import PackedLayer, PackedSlidingLayer, pack_layer
+from spinquant.module import model_class
+from spinquant.proof import exact_experts
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.scheme import Quantizer
 
@@ -144,3 +147,17 @@ def test_a_cache_of_ones_own_tells_its_size():
     assert cache.nbytes == 0
     cache.update(*states(10), 0)
     assert cache.nbytes > 0
+
+
+@pytest.mark.parametrize("name", ["mpt", "deepseek_v32", "deepseek_v4"])
+def test_a_model_without_a_cache_rounds_the_same(name):
+    """Whatever its modules ask of a cache: its length, its layers, the keys of an indexer."""
+    config = FAMILIES[name].config()
+    model = random_weights(model_class(config).from_config(config, dtype=torch.float64))
+    exact_experts(model)
+    model, ids = model.double(), tokens()
+    before = logits(model, ids)
+    with attach(model, plan_of(model), {}, parse_scheme("KV4")):
+        cached = logits(model, ids, use_cache=True)
+        torch.testing.assert_close(logits(model, ids, use_cache=False), cached, atol=1e-9, rtol=1e-9)
+        assert not torch.allclose(cached, before, atol=1e-3)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, DynamicCache
 
 from conftest import logits, random_weights, tokens
 from families import FAMILIES, IMAGE
@@ -29,6 +29,7 @@ from spinquant import (
 )
 from spinquant.architectures import FAMILIES as TABLES
 from spinquant.architectures import known_model_types
+from spinquant.architectures.untabled import UNTABLED
 from spinquant.calibrate import captured
 from spinquant.errors import ArchitectureError, RotationError
 from spinquant.fuse import rotate_axis, transform
@@ -148,7 +149,8 @@ def test_what_runs_online_is_rotated(name):
     states = {}
     for when in ("before", "after"):
         with captured(model, spaces, inputs=True) as inputs, Float64Arithmetic(), torch.no_grad():
-            cache = model(ids, use_cache=True).past_key_values if plan.attentions else None
+            cache = DynamicCache(config=model.config)
+            model(ids, **({"past_key_values": cache, "use_cache": True} if plan.attentions else {}))
             states[when] = dict(inputs), cached(cache)
         if when == "before":
             fuse_module(model, plan, rotations)
@@ -406,3 +408,10 @@ def test_compressed_tensors_has_no_place_inside_experts(tmp_path):
     with pytest.raises(RotationError, match="stacked experts"):
         save(result, tmp_path / "out", format="compressed-tensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_type_without_a_table_is_refused_with_what_is_known_of_it():
+    listed = [model_type for names in UNTABLED.values() for model_type in names]
+    assert len(listed) == len(set(listed)) and not set(listed) & set(known_model_types())
+    with pytest.raises(ArchitectureError, match=r"model_type 'longcat_flash'\. Its kind: .*zero_expert_num.*--probe"):
+        make_plan(AutoConfig.for_model("longcat_flash"), {})

@@ -9,7 +9,18 @@ SOURCE = Path(spinquant.__file__).parent
 
 TABLES = {
     f"architectures.{name}"
-    for name in ("llama", "postnorm", "layernorm", "moe", "hybrid", "hyperconnected", "relatives", "vision")
+    for name in (
+        "llama",
+        "postnorm",
+        "layernorm",
+        "moe",
+        "hybrid",
+        "delta_latent",
+        "hyperconnected",
+        "relatives",
+        "vision",
+        "untabled",
+    )
 }
 
 # Lowest first; a module imports from lower or equal layers only.
@@ -70,6 +81,7 @@ LAYERS = [
     {"stream"},
     {"along", "along.counterparts", "along.target", "along.experts", "along.lora", "along.heads", "along.folder"},
     {"disk_proof"},
+    {"disk_rounding"},
     {"mapped_plan", "transform_config", "probing", "probing.trace"},
     {"probing.stacks", "probing.kinds", "probing.factors"},
     {"probing.explain"},

@@ -186,6 +186,7 @@ def test_sizes_that_the_config_calls_otherwise_are_found():
         ("llama4_text", r"R1: the residual stream can be rotated: model\.layers\.\* does not add multiples"),
         ("deepseek_v3", "no layout of attention fits|no row of"),
         ("mamba", "no attention"),
+        ("deepseek_v4", "several residual streams side by side"),
     ],
 )
 def test_what_is_not_understood_is_said(name, reason):

@@ -9,12 +9,14 @@ import ast
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from inspect import getsource, signature
 from textwrap import dedent
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from spinquant.calibrate import captured, device_of
 from spinquant.errors import CalibrationError
@@ -72,6 +74,14 @@ class InMemory:
         return nullcontext()
 
 
+def body_of(model: Any) -> Any:
+    """What makes hidden states of tokens: all of a model but its head. The model itself where it has no such part."""
+    if model.base_model is not model:
+        return model.base_model
+    # Llama 4 goes by a name that its text models alone do not have.
+    return next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
+
+
 @torch.no_grad()
 def block_calls(model: Any, blocks: Sequence[str], tokens: Tensor, hidden: HiddenStates | None = None) -> BlockCalls:
     """Learn what the blocks are called with for each row of `tokens`, int64 (samples, length).
@@ -89,7 +99,7 @@ def block_calls(model: Any, blocks: Sequence[str], tokens: Tensor, hidden: Hidde
 
     with _replaced(model, blocks, keep):
         for row in tokens.split(1):
-            model.base_model(row.to(device_of(model)), use_cache=False)
+            body_of(model)(row.to(device_of(model)), use_cache=False)
     return BlockCalls(hidden, arguments)
 
 
@@ -107,7 +117,7 @@ def after_blocks(model: Any, blocks: Sequence[str], states: Tensor) -> Tensor:
     """What the model makes of the last block's output, (batch, length, width), before its head."""
     with _replaced(model, blocks, lambda name, hidden, others: states):
         placeholder = torch.zeros(states.shape[:2], dtype=torch.int64, device=device_of(model))
-        return model.base_model(placeholder, use_cache=False).last_hidden_state
+        return body_of(model)(placeholder, use_cache=False).last_hidden_state
 
 
 @contextmanager
@@ -118,7 +128,7 @@ def _replaced(
 
     def stand_in(name: str) -> Callable[..., Any]:
         called = list(signature(modules[name].forward).parameters)[1:]
-        values = _values_returned(modules[name])
+        values = _values_returned(type(modules[name]))
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             if len(args) > len(called):
@@ -146,13 +156,14 @@ def _replaced(
                 module.forward = forward
 
 
-def _values_returned(block: nn.Module) -> int:
+@cache
+def _values_returned(block: type[nn.Module]) -> int:
     """How many values a block's forward gives as a tuple, which models take apart; 0 for hidden states alone.
 
     Its code says so: without weights it cannot be run to see.
     """
     try:
-        code = ast.parse(dedent(getsource(type(block).forward)))
+        code = ast.parse(dedent(getsource(block.forward)))
     except (OSError, TypeError, SyntaxError):  # no source at hand
         return 0
     given = [node.value for node in ast.walk(code) if isinstance(node, ast.Return)]

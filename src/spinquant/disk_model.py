@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers.initialization import no_init_weights
 
+from spinquant.blocks import body_of
 from spinquant.errors import CheckpointError
 from spinquant.module import model_class, module_and_attribute, plan_of
 from spinquant.plan import Plan
@@ -48,14 +50,14 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 def hollow_model(config: Any, dtype: torch.dtype) -> Any:
     """The model of a config in evaluation mode, its large weights on the meta device."""
-    with _EmptyOnMeta(), torch.random.fork_rng(devices=[]):
+    with _EmptyOnMeta(), no_init_weights(), torch.random.fork_rng(devices=[]):
         return model_class(config).from_config(config, dtype=dtype).eval()
 
 
 def unfillable(model: Any, source: Weights, plan: Plan) -> str | None:
     """Why the blocks of a model cannot be filled from a checkpoint and run one by one; None where they can."""
-    if model.base_model is model:
-        return "the model's class has no base model, whose blocks could be run one by one"
+    if body_of(model) is model:
+        return "the model's class has no part without its head, whose blocks could be run one by one"
     missing = form_in(model, source, plan).missing
     return missing and f"the model's class keeps {missing!r} in a form that cannot be made of the checkpoint's"
 
@@ -85,11 +87,15 @@ class OnDisk:
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(device)
 
+    def widen(self) -> None:
+        """Fill in the model's dtype too what its class keeps narrower: routers are float32 in a model of float64."""
+        self._dtypes = {n: self._dtype if kept.is_floating_point else kept for n, kept in self._dtypes.items()}
+
     @contextmanager
     def outside(self, tokens: Tensor) -> Iterator[None]:
         """All but the decoder blocks and the head; of the embedding the rows of these tokens."""
-        blocks = tuple(f"{block}." for block in self.plan.blocks)
-        names = [n for n in self.model.state_dict() if not n.startswith(blocks) and n != self.plan.head]
+        elsewhere = (*(f"{block}." for block in self.plan.blocks), self.plan.head.removesuffix("weight"))
+        names = [n for n in self.model.state_dict() if not n.startswith(elsewhere)]
         table = self.model.get_input_embeddings().weight
         looked_up = next((name for name in names if _get(self.model, name) is table), None)
         with self._filled([name for name in names if name != looked_up]):
@@ -117,8 +123,9 @@ class OnDisk:
 
     @contextmanager
     def head(self) -> Iterator[None]:
-        """The weight of the head."""
-        with self._filled([self.plan.head]):
+        """The weight of the head, and its bias."""
+        head = self.plan.head.removesuffix("weight")
+        with self._filled([name for name in self.model.state_dict() if name.startswith(head)]):
             yield
 
     @contextmanager
@@ -135,12 +142,12 @@ class OnDisk:
     def _whole(self, name: str) -> Tensor:
         """A tensor of the model; of a stack, one tensor of the checkpoint at a time is held beside it."""
         pieces = self._pieces(name)
-        if pieces[0].expert is None:
+        if pieces[0].is_all:
             found = self._source.whole(pieces[0].stored)
             return found.to(self._dtypes[name]) if found.is_floating_point() else found
         stack = torch.empty(_get(self.model, name).shape, dtype=self._dtypes[name])
         for piece in pieces:
-            stack[piece.expert, piece.first : piece.first + piece.rows] = self._source.whole(piece.stored)
+            stack[piece.place] = self._source.whole(piece.stored)
         return stack
 
     def _pieces(self, name: str) -> tuple[Piece, ...]:

@@ -18,7 +18,6 @@ from spinquant.disk_model import OnDisk, Weights
 from spinquant.online import attach
 from spinquant.plan import Plan
 from spinquant.proof import (
-    TOLERANCE,
     Deviation,
     Float64Arithmetic,
     computing_modules,
@@ -81,6 +80,7 @@ class _Walk:
         self.plan = self.home.plan
         if dtype == torch.float64:
             exact_experts(self.home.model)
+            self.home.widen()
         with self.home.outside(tokens), self._arithmetic():
             calls = block_calls(self.home.model, plan.blocks, tokens)
         self.states, self.arguments = calls.hidden[0], calls.arguments
@@ -98,12 +98,8 @@ class _Walk:
         with self.home.outside(torch.zeros(1, 1, dtype=torch.int64)), self._arithmetic():
             states = after_blocks(model, self.plan.blocks, self.states)
         with self.home.head(), self._arithmetic():
-            return model.get_submodule(self.plan.head.removesuffix(".weight"))(states)
+            head = model.get_submodule(self.plan.head.removesuffix(".weight"))
+            return head(states.to(head.weight.dtype))  # Mamba's residual stream is wider than its weights
 
     def _arithmetic(self) -> AbstractContextManager[object]:
         return Float64Arithmetic() if self.dtype == torch.float64 else nullcontext()
-
-
-def tolerance_of(dtype: torch.dtype) -> float:
-    """What rounding explains in a dtype."""
-    return TOLERANCE.get(dtype, TOLERANCE[torch.float32])

@@ -4,11 +4,12 @@ rounded. `online.py` puts these objects on a model and takes them off again.
 
 import weakref
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from spinquant.cache import pack_layer
 from spinquant.errors import RotationError
@@ -172,15 +173,20 @@ class KeyValueSite:
                 "remove() the online parts, change it, and attach them again"
             )
         name = "layer_past" if "layer_past" in kwargs else "past_key_values"  # GPT-NeoX and its time say the former
-        return args, {**kwargs, name: _RotatingCache(kwargs.get(name), self)}
+        return args, {**kwargs, name: _RotatingCache(kwargs.get(name), self, config)}
 
 
 class _RotatingCache:
-    """What an attention module sees as its cache: rotates keys, rounds keys and values, then stores them."""
+    """What an attention module sees as its cache: rotates keys, rounds keys and values, then stores them.
 
-    def __init__(self, cache: Cache | None, site: KeyValueSite):
+    Where there is no cache, nothing is stored. What a module asks beside that of a cache that is there (its length, the
+    keys of an indexer) an empty one then answers, which lasts as long as the call.
+    """
+
+    def __init__(self, cache: Cache | None, site: KeyValueSite, config: Any):
         self._cache = cache
         self._site = site
+        self._config = config
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         cache, site = self._cache, self._site
@@ -195,5 +201,9 @@ class _RotatingCache:
                 keys, values = fake_quantize(keys, site.keys), fake_quantize(values, site.values)
         return (keys, values) if cache is None else cache.update(keys, values, layer_idx, *args, **kwargs)
 
+    @cached_property
+    def _asked(self) -> Cache:
+        return DynamicCache(config=self._config) if self._cache is None else self._cache
+
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._cache, name)
+        return getattr(self._asked, name)

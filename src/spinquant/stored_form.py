@@ -1,11 +1,12 @@
-"""In which form a checkpoint keeps the tensors of its model: under another name, or an expert at a time.
+"""In which form a checkpoint keeps the tensors of its model: under another name, in parts, or an expert at a time.
 
 A model stacks the experts of a layer, gate above up: `experts.gate_up_proj` (experts, gate + up, in). Checkpoints hold
-`experts.E.gate_proj.weight`, `experts.E.up_proj.weight`, ... (out, in), often under older names. A piece says which
-part of which of the model's tensors one tensor of the checkpoint is; a tensor that is stored as it is has one piece.
+`experts.E.gate_proj.weight`, `experts.E.up_proj.weight`, ... (out, in), often under older names. The convolution that a
+model has over queries, keys and values together may be stored as three. A piece says which part of which of the model's
+tensors one tensor of the checkpoint is; a tensor that is stored as it is has one piece.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,16 +14,17 @@ from typing import Any
 from spinquant.architectures import family_of, module_names
 from spinquant.plan import Plan
 
-# Tensors of the model that are several of a checkpoint, one above the other.
-_ABOVE = {"gate_up_proj": ("gate_proj", "up_proj")}
+# Matrices of an expert, and tensors of the model, that are several of a checkpoint, one above the other.
+_EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj")}
+_PARTS = {"conv1d.weight": tuple(f"{name}_conv1d.weight" for name in "qkv")}
 
 
 @dataclass(frozen=True)
 class Piece:
     """Where a tensor of the checkpoint is in the model.
 
-    tensor: of the model. stored: of the checkpoint. expert: whose matrix of a stack it is in, None for a tensor that is
-    stored as it is. first, rows: its place in that matrix, (out, in).
+    tensor: of the model. stored: of the checkpoint. expert: whose matrix of a stack it is in, None where the tensor is
+    no stack. first, rows: its place in that matrix, (out, in), or in the tensor; no rows for all of it.
     """
 
     tensor: str
@@ -30,6 +32,17 @@ class Piece:
     expert: int | None = None
     first: int = 0
     rows: int = 0
+
+    @property
+    def is_all(self) -> bool:
+        """Whether the tensor is stored as it is."""
+        return not self.rows
+
+    @property
+    def place(self) -> tuple[int | slice, ...]:
+        """Its place in the model's tensor, as an index."""
+        rows = (slice(self.first, self.first + self.rows),)
+        return rows if self.expert is None else (self.expert, *rows)
 
 
 @dataclass(frozen=True)
@@ -67,7 +80,7 @@ def form_of(config: Any, plan: Plan, tensors: Mapping[str, Sequence[int]], store
         if origin is not None and tuple(stored.get(origin, ())) == tuple(shape):
             pieces[tensor] = (Piece(tensor, origin),)
             continue
-        found = tuple(_of_experts(tensor, shape, names, stored))
+        found = tuple(_of_experts(tensor, shape, names, stored) or _of_parts(tensor, shape, names, stored))
         if not found:
             missing = missing or tensor
         pieces[tensor] = found
@@ -76,21 +89,48 @@ def form_of(config: Any, plan: Plan, tensors: Mapping[str, Sequence[int]], store
 
 def _of_experts(
     tensor: str, shape: Sequence[int], names: Mapping[str, str], stored: Mapping[str, Sequence[int]]
-) -> Iterator[Piece]:
+) -> list[Piece]:
     """The pieces of a stack; none where the checkpoint has not all of them, or in another shape."""
     module, _, last = tensor.rpartition(".")
     if len(shape) != 3:
-        return
+        return []
     found: list[Piece] = []
     for expert in range(shape[0]):
-        first = 0
-        for part in _ABOVE.get(last, (last,)):
-            origin = names.get(f"{module}.{expert}.{part}.weight", "")
-            rows, *columns = stored.get(origin, (0,))
-            if columns != [shape[2]]:
-                return
-            found.append(Piece(tensor, origin, expert, first, rows))
-            first += rows
-        if first != shape[1]:
-            return
-    yield from found
+        parts = [f"{module}.{expert}.{part}.weight" for part in _EXPERT_PARTS.get(last, (last,))]
+        pieces = _above_each_other(tensor, shape[1:], parts, names, stored, expert)
+        if not pieces:
+            return []
+        found.extend(pieces)
+    return found
+
+
+def _of_parts(
+    tensor: str, shape: Sequence[int], names: Mapping[str, str], stored: Mapping[str, Sequence[int]]
+) -> list[Piece]:
+    """The pieces of a tensor whose rows are stored in several; none where the checkpoint has not all of them."""
+    for last, parts in _PARTS.items():
+        if tensor.endswith(f".{last}"):
+            prefix = tensor.removesuffix(last)
+            return _above_each_other(tensor, shape, [prefix + part for part in parts], names, stored)
+    return []
+
+
+def _above_each_other(
+    tensor: str,
+    shape: Sequence[int],
+    parts: Sequence[str],
+    names: Mapping[str, str],
+    stored: Mapping[str, Sequence[int]],
+    expert: int | None = None,
+) -> list[Piece]:
+    """Pieces that fill a shape from the first row on, by their names in the module; none where they do not."""
+    found: list[Piece] = []
+    first = 0
+    for part in parts:
+        origin = names.get(part, "")
+        rows, *others = stored.get(origin, (0,))
+        if not rows or others != list(shape[1:]):
+            return []
+        found.append(Piece(tensor, origin, expert, first, rows))
+        first += rows
+    return found if first == shape[0] else []

@@ -28,7 +28,8 @@ from spinquant.checkpoint import (
 from spinquant.companions import dtype_of, model_dtype
 from spinquant.disk_calibration import Calibrating, calibrate_on_disk, tokens_for
 from spinquant.disk_model import Weights, form_in, hollow_model, unfillable
-from spinquant.disk_proof import compare_on_disk, tolerance_of
+from spinquant.disk_proof import compare_on_disk
+from spinquant.disk_rounding import rounding_on_disk
 from spinquant.errors import CheckpointError, ProcessError, SpinquantError
 from spinquant.formats.compressed_config import check_plan, quantization_config
 from spinquant.formats.compressed_packing import CompressedPacking
@@ -37,7 +38,7 @@ from spinquant.formats.native_packing import Finished, NativePacking
 from spinquant.learning.learn import LearnedRotations
 from spinquant.pipeline import Options, Result, Stage, check_groups
 from spinquant.processes import Processes
-from spinquant.proof import check
+from spinquant.proof import allowed, check
 from spinquant.quantization.progress import BlockStore, digest
 from spinquant.quantization.scheme import Clips, Scheme
 from spinquant.quantization.weights import parts_tied
@@ -295,13 +296,18 @@ class Run:
             after,
             tokens,
             dtype=dtype,
-            tolerance=tolerance_of(narrowest),
+            tolerance=allowed(narrowest),
             online=self.online,
             progress=request.options.stage("compare"),
         )
-        if not request.options.allow_inexact:
-            check(real, narrowest, what="this model")
-        self.result = replace(result, real=real, notes={**result.notes, "sample_text": name})
+        notes = {**result.notes, "sample_text": name}
+        if not real.relative <= allowed(narrowest):  # an ill conditioned model, or a wrong one
+            rounding = rounding_on_disk(config, result.plan, source, tokens, dtype=dtype, written=narrowest)
+            notes["rounding_alone"] = rounding
+            if not request.options.allow_inexact:
+                check(real, narrowest, what="this model", rounding=rounding)
+                real = replace(real, module=None)
+        self.result = replace(result, real=real, notes=notes)
 
     def _why_not_compared(self, model: Any) -> str | None:
         plan, source, options = self.result.plan, self.source, self.request.options

@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from spinquant.architectures import hybrid, hyperconnected, layernorm, llama, moe, postnorm, relatives
+from spinquant.architectures import delta_latent, hybrid, hyperconnected, layernorm, llama, moe, postnorm, relatives
 from spinquant.architectures.build import Shapes, build_plan, module_names
 from spinquant.architectures.family_file import FamilyFile, family_from, read_family, to_family
 from spinquant.architectures.prediction import REASON, prediction_tensors
 from spinquant.architectures.table import Family, holds
+from spinquant.architectures.untabled import why_untabled
 from spinquant.architectures.vision import VISIONS
 from spinquant.errors import ArchitectureError
 from spinquant.plan import Plan
@@ -25,6 +26,7 @@ FAMILIES: tuple[Family, ...] = (
     *layernorm.FAMILIES,
     *moe.FAMILIES,
     *hybrid.FAMILIES,
+    *delta_latent.FAMILIES,
     *relatives.FAMILIES,
     *hyperconnected.FAMILIES,
 )
@@ -103,8 +105,10 @@ def make_plan(config: Any, shapes: Shapes, *, family: FamilyLike | None = None) 
     table = family_of(config)
     if table is None:  # a guess would be a model that loads and talks nonsense
         inside = f" (language part {config.get_text_config().model_type!r})" if sees else ""
+        reason = why_untabled(model_type)
+        looked = f" Its kind: {reason}." if reason else ""
         raise ArchitectureError(
-            f"no table explains model_type {model_type!r}{inside}. Known: {', '.join(known_model_types())}. "
+            f"no table explains model_type {model_type!r}{inside}.{looked} Known: {', '.join(known_model_types())}. "
             "`spinquant plan MODEL --probe` tries out what can be rotated and drafts a family file, which "
             "--family takes (docs/families.md)."
         )

@@ -5,7 +5,7 @@ convolutions, gates and norms that act element by element: nothing there is rota
 R3 as elsewhere, all layers with an MLP have R4.
 """
 
-from spinquant.architectures.llama import ATTENTION, HIDDEN, LAYER, LLAMA, MLP, VALUE
+from spinquant.architectures.llama import ATTENTION, GEMMA, HIDDEN, LAYER, LLAMA, MLP, VALUE
 from spinquant.architectures.moe import EXPERT, GRANITE_MOE, QWEN2_MOE, QWEN3_MOE, SHARED
 from spinquant.architectures.table import INSIDE, Family, Part, Refusal, Shared
 
@@ -127,6 +127,39 @@ LFM2 = with_mixer(LLAMA, _CONVOLUTION, ("conv.weight", "conv.bias?")).like(
     spaces={"layers.{i}.hidden": ("R4", "intermediate_size")},
 )
 
+# Attention, or a gated linear recurrence, under one name, in front of an MLP whose size the config gives twice.
+_TEMPORAL = f"{LAYER}.temporal_block"
+RECURRENT_GEMMA = with_mixer(
+    GEMMA,
+    _TEMPORAL,
+    (
+        "conv_1d.weight",
+        "conv_1d.bias",
+        "rg_lru.recurrent_param",
+        *(f"rg_lru.{gate}_gate_{part}" for gate in ("input", "recurrent") for part in ("weight", "bias")),
+    ),
+    reads=("linear_y", "linear_x"),
+    writes="linear_out",
+).like(
+    "recurrent_gemma",
+    "recurrent_gemma",
+    rename={
+        "self_attn": "temporal_block",
+        "mlp.": "mlp_block.",
+        "input_layernorm": "temporal_pre_norm",
+        "post_attention_layernorm": "channel_pre_norm",
+        "model.norm": "model.final_norm",
+    },
+    without=("q_norm", "k_norm"),
+    spaces={HIDDEN: ("R4", "intermediate_size/2")},
+    attention_part="q_proj.",
+    choices=(
+        (
+            tuple(f"{_TEMPORAL}.{name}_proj." for name in "qkvo"),
+            tuple(f"{_TEMPORAL}.{name}." for name in ("linear_y", "linear_x", "linear_out", "conv_1d", "rg_lru")),
+        ),
+    ),
+)
 
 # Attention and an MLP that layers share stand before a Mamba layer in some of them. They read the hidden states beside
 # the embeddings, one norm over both: two copies of the residual space, each rotated by R1. Nothing is added on the way
@@ -337,5 +370,5 @@ NEMOTRON_H_LATENT = _nemotron_h("nemotron_h, latent experts", None, _LATENT[:1],
 
 FAMILIES = (
     *(QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE, JAMBA, BAMBA, FALCON_H1, GRANITE_HYBRID, LFM2, MAMBA, MAMBA_2),
-    *(ZAMBA, ZAMBA2, NEMOTRON_H, NEMOTRON_H_LATENT),
+    *(RECURRENT_GEMMA, ZAMBA, ZAMBA2, NEMOTRON_H, NEMOTRON_H_LATENT),
 )

@@ -55,6 +55,7 @@ COHERE = PARALLEL.like(
     "cohere",
     "cohere",
     "cohere2",
+    "cohere_compass_text",
     tensors={f"{ATTENTION}.q_norm.weight?": (None, None), f"{ATTENTION}.k_norm.weight?": (None, None)},
 )
 _HEAD_NORMS = (r"model\.layers\.\d+\.self_attn\.[qk]_layernorm\.norms\.\d+\.weight",)
@@ -191,6 +192,16 @@ GPT_NEOX = _fused("gpt_neox.layers.{i}", "attention", EVERY_HEAD, _NEOX_NAMES).l
     rename={"model.embed_tokens": "gpt_neox.embed_in", "model.norm": "gpt_neox.final_layer_norm"},
     stored=((r"^embed_out\.", "lm_head."),),
     ignored=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
+)
+# The bias of the attention's output is the layer's own, in the last layer alone.
+GPT_NEOX_JAPANESE = GPT_NEOX.like(
+    "gpt_neox_japanese",
+    "gpt_neox_japanese",
+    rename={"gpt_neox": "gpt_neox_japanese", "lm_head": "embed_out"},
+    tensors={"gpt_neox_japanese.layers.{i}.attention.dense_bias?": ("residual",)},
+    spaces={HIDDEN: ("R4", "intermediate_multiple_size*hidden_size")},
+    refused=(OWN_ATTENTION,),
+    stored=(),
 )
 PERSIMMON = _fused(LAYER, "self_attn", EVERY_HEAD, _NEOX_NAMES).like(
     "persimmon",
@@ -353,6 +364,6 @@ GPT2 = GPT_BIGCODE.like(
 
 FAMILIES = (
     *(OLMO, NEMOTRON, JAIS2, STARCODER2, COHERE, STABLELM, STABLELM_PARALLEL, PHI, GPTJ, OPT, OPT_POST, XGLM, BIOGPT),
-    *(GPT_NEOX, PERSIMMON, CODEGEN, GPT_NEO),
+    *(GPT_NEOX, GPT_NEOX_JAPANESE, PERSIMMON, CODEGEN, GPT_NEO),
     *(FALCON_SEQUENTIAL, FALCON, FALCON_GROUPED, BLOOM, MPT, GPT_BIGCODE, GPT_BIGCODE_MULTI_QUERY, GPT2),
 )

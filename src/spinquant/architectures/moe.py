@@ -11,7 +11,7 @@ which would rotate keys head by head on their way into the cache, has nothing to
 """
 
 from spinquant.architectures.layernorm import CLIPPED
-from spinquant.architectures.llama import ATTENTION, LAYER, LLAMA, MLP, VALUE
+from spinquant.architectures.llama import ATTENTION, HIDDEN, LAYER, LLAMA, MLP, VALUE
 from spinquant.architectures.table import Family, Norm, Part, Refusal
 
 EXPERTS = f"{MLP}.experts"
@@ -109,13 +109,10 @@ HUNYUAN_MOE = with_shared(
     "intermediate_size",
 )
 # The names of old checkpoints: w1 is the gate, w3 goes up, w2 goes down.
-MIXTRAL_NAMES = (
-    (r"\.block_sparse_moe\.", ".mlp."),
-    *(
-        (rf"\.experts\.(\d+)\.w{n}\.", rf".experts.\1.{name}_proj.")
-        for n, name in ((1, "gate"), (2, "down"), (3, "up"))
-    ),
+EXPERT_NAMES = tuple(
+    (rf"\.experts\.(\d+)\.w{n}\.", rf".experts.\1.{name}_proj.") for n, name in ((1, "gate"), (2, "down"), (3, "up"))
 )
+MIXTRAL_NAMES = ((r"\.block_sparse_moe\.", ".mlp."), *EXPERT_NAMES)
 MIXTRAL = QWEN3_MOE.like(
     "mixtral",
     "mixtral",
@@ -271,7 +268,42 @@ DEEPSEEK_SPARSE = DEEPSEEK.like(
     },
 )
 
+# An indexer chooses blocks of keys, from the normed input alone; but for experts, gate and up are one linear.
+_BLOCK_INDEXED = tuple(f"{_INDEXER}.{name}_proj" for name in "qk")
+_MINIMAX_M3 = MIXTRAL.like(
+    "minimax_m3",
+    "minimax_m3_vl_text",
+    norm_offset=1.0,
+    rename={"mlp.gate_proj": "mlp.gate_up_proj"},
+    without=("mlp.up_proj",),
+    tensors={
+        **{f"{name}.weight?": (None, "residual") for name in _BLOCK_INDEXED},
+        **{f"{_INDEXER}.{name}_norm.weight?": (None,) for name in "qk"},
+    },
+    spaces={HIDDEN: ("R4", "dense_intermediate_size")},
+    gains={_INPUT: (*MIXTRAL.readers(_INPUT), *_BLOCK_INDEXED)},
+    linears=(
+        (*MIXTRAL.linears[0], *_BLOCK_INDEXED),
+        MIXTRAL.linears[1],
+        (f"{MLP}.gate_up_proj",),
+        (f"{MLP}.down_proj",),
+    ),
+    refused=(
+        Refusal(
+            "R3",
+            "model.layers.*.self_attn leaves out the blocks of keys that its indexer does not choose under the "
+            "attention implementations eager and sdpa alone, and R3 is an implementation of another name",
+        ),
+    ),
+    stored=(
+        (r"\.block_sparse_moe\.e_score_correction_bias$", ".mlp.gate.e_score_correction_bias"),
+        (r"\.self_attn\.index_([qk]_(proj|norm))\.", r".self_attn.indexer.\1."),
+        *MIXTRAL_NAMES,
+    ),
+)
+MINIMAX_M3 = with_shared(_MINIMAX_M3, "mlp.shared_experts", "shared_intermediate_size", gate="gate_up_proj")
+
 FAMILIES = (
     *(QWEN3_MOE, QWEN2_MOE, GLM4_MOE, ERNIE4_5_MOE, HUNYUAN_MOE, MIXTRAL, OLMOE, PHIMOE, GRANITE_MOE, GPT_OSS),
-    *(COHERE2_MOE, COHERE2_MOE_RMS, DEEPSEEK, MLA_DENSE, DEEPSEEK_SPARSE),
+    *(COHERE2_MOE, COHERE2_MOE_RMS, DEEPSEEK, MLA_DENSE, DEEPSEEK_SPARSE, MINIMAX_M3),
 )

@@ -7,7 +7,16 @@ not. A norm behind a block, with a scale of its own, rules out R1 (see `postnorm
 
 from spinquant.architectures.hybrid import LFM2, LFM2_NAMES, with_mixer
 from spinquant.architectures.llama import ARCEE, ATTENTION, GEMMA, HIDDEN, LAYER, LLAMA, MLP, VALUE
-from spinquant.architectures.moe import DEEPSEEK, EXPERT, EXPERTS, GRANITE_MOE, MIXTRAL, QWEN3_MOE, with_shared
+from spinquant.architectures.moe import (
+    DEEPSEEK,
+    EXPERT,
+    EXPERT_NAMES,
+    EXPERTS,
+    GRANITE_MOE,
+    MIXTRAL,
+    QWEN3_MOE,
+    with_shared,
+)
 from spinquant.architectures.postnorm import OLMO2, post_norm
 from spinquant.architectures.table import Family, Norm, Refusal
 
@@ -84,7 +93,6 @@ HY_V3 = with_shared(
     QWEN3_MOE.like(
         "hy_v3",
         "hy_v3",
-        "exaone_moe",
         stored=(
             (r"\.mlp\.router\.gate\.", ".mlp.gate."),
             (r"\.mlp\.expert_bias$", ".mlp.e_score_correction_bias"),
@@ -93,6 +101,20 @@ HY_V3 = with_shared(
     ),
     "mlp.shared_experts",
     "moe_intermediate_size*num_shared_experts",
+)
+# The numbers that correct the choice of experts are the router's here, and in its checkpoints beside it.
+EXAONE_MOE = HY_V3.like(
+    "exaone_moe", "exaone_moe", stored=((r"\.mlp\.e_score_correction_bias$", ".mlp.gate.e_score_correction_bias"),)
+)
+# Values have a size of their own, and layers with a window twice the heads of keys, and sinks.
+MIMO_V2 = QWEN3_MOE.like(
+    "mimo_v2_flash",
+    "mimo_v2_flash",
+    heads=8,
+    without=("q_norm", "k_norm"),
+    tensors={f"{ATTENTION}.sinks?": (None,)},
+    spaces={VALUE: ("R2", "v_head_dim")},
+    stored=((r"\.self_attn\.attention_sink_bias$", ".self_attn.sinks"),),
 )
 _SHARED_EXPERT = with_shared(
     QWEN3_MOE.like("laguna", "laguna"), "mlp.shared_experts", "shared_expert_intermediate_size"
@@ -220,19 +242,13 @@ LLAMA4 = with_shared(
     "intermediate_size",
 ).like("llama4", "llama4_text", rename={"mlp.": "feed_forward."})
 
-_LFM2_MOE_NAMES = {
-    "experts.{e}.gate_proj": "experts.{e}.w1",
-    "experts.{e}.up_proj": "experts.{e}.w3",
-    "experts.{e}.down_proj": "experts.{e}.w2",
-    **LFM2_NAMES,
-    "mlp.": "feed_forward.",
-}
 LFM2_MOE = with_mixer(QWEN3_MOE, f"{LAYER}.conv", ("conv.weight", "conv.bias?")).like(
     "lfm2_moe",
     "lfm2_moe",
-    rename=_LFM2_MOE_NAMES,
+    rename={**LFM2_NAMES, "mlp.": "feed_forward."},
     tensors={f"{LAYER}.feed_forward.expert_bias?": (None,)},
     ignored=(*QWEN3_MOE.ignored, r"model\.layers\.\d+\.feed_forward\.expert_bias"),
+    stored=EXPERT_NAMES,
 )
 _GATE = f"{ATTENTION}.g_proj"
 LFM3 = LFM2.like(
@@ -244,9 +260,12 @@ LFM3 = LFM2.like(
         f"{_GATE}.weight?": (None, "residual"),
     },
     gains={f"{LAYER}.operator_norm.weight": (*LFM2.readers(f"{LAYER}.operator_norm.weight"), _GATE)},
-    linears=(
-        *(tuple(name.replace("self_attn.out_proj", "self_attn.o_proj") for name in group) for group in LFM2.linears),
-        (_GATE,),
+    linears=tuple(
+        (
+            *(name.replace("self_attn.out_proj", "self_attn.o_proj") for name in group),
+            *((_GATE,) if "q_proj" in group[0] else ()),
+        )
+        for group in LFM2.linears
     ),
     refused=post_norm("post_operator_norm", "post_ffn_norm", when="use_sandwich_norm"),
     stored=((r"\.self_attn\.gate_proj\.", ".self_attn.g_proj."),),
@@ -275,6 +294,6 @@ OLMO_HYBRID = with_mixer(
 )
 
 FAMILIES: tuple[Family, ...] = (
-    *(SINKS, VAULTGEMMA, NANOCHAT, BITNET, DIFFLLAMA, DOGE, HYPERCLOVAX, GRANITE_MOE_SINKS, HY_V3, LAGUNA, KOLIBRI),
-    *(FLEX_OLMO, AFMOE, AXK1, ARIA, LLAMA4, LFM2_MOE, LFM3, OLMO_HYBRID),
+    *(SINKS, VAULTGEMMA, NANOCHAT, BITNET, DIFFLLAMA, DOGE, HYPERCLOVAX, GRANITE_MOE_SINKS, HY_V3, EXAONE_MOE, MIMO_V2),
+    *(LAGUNA, KOLIBRI, FLEX_OLMO, AFMOE, AXK1, ARIA, LLAMA4, LFM2_MOE, LFM3, OLMO_HYBRID),
 )

@@ -39,9 +39,7 @@ class Finished:
         """A weight by the name of its tensor in the checkpoint."""
         piece = self.form.of_stored[stored]
         block = next(b for b in self.blocks if piece.tensor.startswith(f"{b}."))
-        if piece.expert is None:
-            return self.store.packed(block, piece.tensor)
-        return self.store.packed(block, piece.tensor, (piece.expert, slice(piece.first, piece.first + piece.rows)))
+        return self.store.packed(block, piece.tensor, None if piece.is_all else piece.place)
 
 
 def round_rows(rows: Tensor, quantizer: Quantizer) -> Packed:

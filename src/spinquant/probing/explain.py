@@ -167,7 +167,8 @@ def explain_layer(model: Any, layer: Call, calls: Sequence[Call], tokens: Tensor
             sums, error = combination(call.input, [layer.input, *(c.output for c in parts)])
             if error <= EXACT and _is_stream(sums, parts) and not any(is_multiple(call.input, s) for s in stream):
                 stream.append(call.input)
-    scaled = [call for call in leaves if scale_of(call) and call.output.shape[-1] == hidden]
+    # A norm gets its input and nothing else; an attention may have a bias of its own.
+    scaled = [c for c in leaves if scale_of(c) and not c.keywords and c.output.shape[-1] == hidden]
     # Where the stream is not explained, every norm that linears read may be one of it.
     norms = [call for call in scaled if part.problems or any(is_multiple(call.input, value) for value in stream)]
     linears = [call for call in leaves if isinstance(call.module, LINEARS)]

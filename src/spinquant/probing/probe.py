@@ -183,6 +183,12 @@ def _look(twin: Any, sizing: Sizing) -> Seen | str:
     layers = [calls[f"{stacks[0]}.{i}"] for i in range(count)]
     if any(not torch.equal(a.output, b.input) for a, b in pairwise(layers)):
         return f"what a layer of {stacks[0]} gives is not what the next one gets"
+    if layers[0].output.ndim != 3:
+        shape = tuple(layers[0].output.shape)
+        return (
+            f"layers of {stacks[0]} hand on hidden states of shape {shape}, where (batch, tokens, hidden) is expected: "
+            "several residual streams side by side are not understood"
+        )
     parts = tuple(
         explain_layer(twin, layer, [c for n, c in calls.items() if n.startswith(f"{layer.name}.")], tokens[:1])
         for layer in layers

@@ -111,7 +111,10 @@ def gptq(weight: Tensor, moments: Moments, quantizer: Quantizer, options: GPTQOp
 def _damped_diagonal(moments: Moments, device: torch.device, damping: float) -> Tensor:
     """That of the damped second moment, float64. Raises CalibrationError where there is none, or it is not finite."""
     if moments.square is None or moments.tokens == 0:
-        raise CalibrationError("no calibration token reached it: give more text, or leave it out of the quantization")
+        raise CalibrationError(
+            "no calibration token reached it: give more text, or round to nearest (method rtn) if the model's class "
+            "multiplies by its weight without calling it, as Bloom's slow_but_exact does"
+        )
     diagonal = moments.square.diagonal().to(device, torch.float64) / moments.tokens
     if not diagonal.isfinite().all():  # no other element of x x^T is larger
         raise CalibrationError("its inputs are not finite on the calibration text")

@@ -72,8 +72,8 @@ class BlockStore:
             )
         return packed, Clips.from_dict(about["clips"])
 
-    def packed(self, block: str, linear: str, part: tuple[int, slice] | None = None) -> Packed:
-        """One weight of a finished block; part: rows of one matrix of a stack alone."""
+    def packed(self, block: str, linear: str, part: tuple[int | slice, ...] | None = None) -> Packed:
+        """One weight of a finished block; part: some of its rows alone, of one matrix where it is a stack."""
         with safe_open(self._file(block), framework="pt") as file:
             meta = json.loads(file.metadata()["about"])["linears"][linear]
             names = sorted(name for name in file.keys() if name.startswith(f"{linear}/"))
