@@ -20,8 +20,8 @@ from spinquant.errors import CheckpointError, RotationError
 from spinquant.folders import quantize_folder
 from spinquant.module import model_class
 from spinquant.pipeline import Options
-from spinquant.proof import exact_experts
 from spinquant.quantization.scheme import parse_scheme
+from spinquant.twin import exact_experts
 from test_scales import scaled
 
 peft = pytest.importorskip("peft")

@@ -8,7 +8,7 @@ from families import FAMILIES
 from spinquant.blocks import after_blocks, block_calls, body_of, run_block
 from spinquant.calibrate import captured
 from spinquant.module import model_class, plan_of
-from spinquant.proof import exact_experts
+from spinquant.twin import exact_experts
 
 # Not XGLM, whose mask transformers cannot make in float64.
 NAMES = [name for name in FAMILIES if name != "xglm"]

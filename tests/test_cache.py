@@ -8,9 +8,9 @@ from families import FAMILIES
 from spinquant import QuantizedCache, SchemeError, attach, parse_scheme, plan_of
 from spinquant.cache import PackedLayer, PackedSlidingLayer, pack_layer
 from spinquant.module import model_class
-from spinquant.proof import exact_experts
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.scheme import Quantizer
+from spinquant.twin import exact_experts
 
 QUANTIZER = Quantizer(4)
 

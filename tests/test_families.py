@@ -37,8 +37,9 @@ from spinquant.learnable import learn, unlearn
 from spinquant.module import model_class, tensor_shapes
 from spinquant.pipeline import Options
 from spinquant.plan import ROTATION_NAMES
-from spinquant.proof import Float64Arithmetic, exact_experts, greedy_logits, output_axis
+from spinquant.proof import Float64Arithmetic, greedy_logits, output_axis
 from spinquant.rotation import matrix
+from spinquant.twin import exact_experts
 
 CASES = [(name, rotation) for name, instance in FAMILIES.items() for rotation in (*instance.allowed, "all")]
 REFUSED = [(name, rotation) for name, instance in FAMILIES.items() for rotation in instance.refused]

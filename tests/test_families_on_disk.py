@@ -16,7 +16,7 @@ from spinquant import Options, ProofError, RotationSpec, Scheme, fuse, load, qua
 from spinquant.module import model_class
 from spinquant.pipeline import Result
 from spinquant.plan import MERGEABLE
-from spinquant.proof import exact_experts
+from spinquant.twin import exact_experts
 
 UNPROVED = Options(prove=False)  # the twin of every family is tried in test_families.py
 # One family of each kind, and a tensor that is fused wrongly there.

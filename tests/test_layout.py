@@ -63,6 +63,7 @@ LAYERS = [
     {"learning.learn"},
     {
         "proof",
+        "twin",
         "formats",
         "formats.native",
         "formats.compressed_config",

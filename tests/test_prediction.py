@@ -20,8 +20,9 @@ from spinquant.errors import ArchitectureError, CheckpointError, RotationError
 from spinquant.folders import quantize_folder
 from spinquant.module import model_class
 from spinquant.pipeline import Options
-from spinquant.proof import Float64Arithmetic, exact_experts
+from spinquant.proof import Float64Arithmetic
 from spinquant.quantization.scheme import parse_scheme
+from spinquant.twin import exact_experts
 
 QUICK, DROP = Options(prove=False), Options(prove=False, drop_mtp=True)
 PREFIX = "model.layers.2."  # behind the last layer

@@ -8,7 +8,8 @@ from conftest import CONFIGS, tiny_model, tokens
 from spinquant import ProofError, RotationSpec, fuse_module, make_rotations, plan_of, prove
 from spinquant.architectures import llama
 from spinquant.module import named_tensor
-from spinquant.proof import Float64Arithmetic, check, compare, make_twin, snapshot, twin_config
+from spinquant.proof import Float64Arithmetic, check, compare, snapshot
+from spinquant.twin import make_twin, twin_config
 
 
 @pytest.mark.parametrize("name", CONFIGS)

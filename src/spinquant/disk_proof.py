@@ -17,15 +17,9 @@ from spinquant.calibrate import captured
 from spinquant.disk_model import OnDisk, Weights
 from spinquant.online import attach
 from spinquant.plan import Plan
-from spinquant.proof import (
-    Deviation,
-    Float64Arithmetic,
-    computing_modules,
-    difference,
-    exact_experts,
-    expected_output,
-)
+from spinquant.proof import Deviation, Float64Arithmetic, computing_modules, difference, expected_output
 from spinquant.rotation import Rotation
+from spinquant.twin import exact_experts
 
 
 @torch.no_grad()

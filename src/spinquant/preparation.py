@@ -24,9 +24,10 @@ from spinquant.module import check_in_memory, plan_of
 from spinquant.online import ATTENTIONS, check_implementation
 from spinquant.pipeline import check_fresh
 from spinquant.plan import ROTATION_NAMES, Plan
-from spinquant.proof import TWIN_BLOCK, Deviation, prove, twin_spec
+from spinquant.proof import Deviation, prove
 from spinquant.rotation import Rotation, RotationSpec, make_rotations
 from spinquant.transform_config import TransformConfig, transform_config, translate
+from spinquant.twin import TWIN_BLOCK, twin_spec
 from spinquant.wrapped import InPrecision
 
 

@@ -7,27 +7,25 @@ before and after it is fused, and the logits must agree to what the dtype allows
 whose output departs is named: outputs are compared in execution order, each rotated as its space is.
 """
 
-import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from spinquant.architectures import FamilyLike, family_of, use_family
-from spinquant.architectures.table import Named, size_of
+from spinquant.architectures import FamilyLike, use_family
 from spinquant.calibrate import captured, device_of
 from spinquant.errors import ProofError
 from spinquant.fuse import rotate_axis, scales_of
-from spinquant.module import fuse_module, model_class, plan_of
+from spinquant.module import fuse_module, plan_of
 from spinquant.online import attach
 from spinquant.plan import Axis, Plan
 from spinquant.rotation import Rotation, RotationSpec, make_rotations
+from spinquant.twin import TWIN_VOCABULARY, make_twin, twin_spec
 
 # Relative error ||logits' - logits|| / ||logits|| that rounding explains; see docs/design.md for the measurement.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -35,36 +33,6 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torc
 # never by more than this: then a comparison says nothing. Rotated models of the tests' families, where they go beyond
 # the tolerance, move by 0.3 to 1.4 times as much as rounding alone moves them.
 MARGIN, MOST = 4.0, 0.3
-
-TWIN_HIDDEN, TWIN_INTERMEDIATE, TWIN_VOCABULARY, TWIN_BLOCK = 48, 80, 96, 16
-INTERMEDIATES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
-# What else a twin has less of; a config that has less already keeps it.
-TWIN_SIZES = {
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "decoder_sparse_step"), 2),
-    **dict.fromkeys(("moe_intermediate_size", "shared_intermediate_size", "shared_expert_intermediate_size"), 32),
-    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "moe_layer_start_index"), 1),
-    "prefix_dense_intermediate_size": TWIN_INTERMEDIATE,
-    # Hybrids: a period of layers, and recurrent heads of 16 that fill twice the hidden size.
-    **dict.fromkeys(("attn_layer_period", "expert_layer_period"), 2),
-    **dict.fromkeys(("attn_layer_offset", "expert_layer_offset", "mamba_n_groups"), 1),
-    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_num_heads"), 2),
-    "linear_head_dim": 16,
-    "mamba_n_heads": 2 * TWIN_HIDDEN // 16,
-    "mamba_d_ssm": 2 * TWIN_HIDDEN,
-    "mamba_num_heads": 8,
-    "moe_shared_expert_intermediate_size": 32,
-    "num_heads": 2 * TWIN_HIDDEN // 16,
-    "lru_width": TWIN_HIDDEN,
-    **dict.fromkeys(("n_mamba_heads", "mamba_ngroups"), 2),
-    "adapter_rank": 16,
-    # Latents, and parts of an attention that chooses or compresses.
-    **dict.fromkeys(("o_groups", "hc_mult", "index_n_heads"), 2),
-    **dict.fromkeys(("o_lora_rank", "index_head_dim"), 16),
-    "index_topk": 4,
-}
-# What a class computes from the rest of its config, and keeps there.
-DERIVED = ("attention_hidden_size", "mamba_headdim", "kv_channels", "num_query_groups")
 
 
 @dataclass(frozen=True)
@@ -212,160 +180,6 @@ def check(deviation: Deviation, dtype: torch.dtype, *, what: str, rounding: floa
         )
 
 
-@dataclass(frozen=True)
-class Sizing:
-    """What has to be known of a model's class for a small one to be made of it; see `Family` for the first three.
-
-    each: layers of every kind. kv_heads, group: at most so many heads of keys, and of queries for each of them.
-    head_dim: largest size of a head; by default it stays what it is.
-    """
-
-    filled: int = 0
-    heads: int = 1
-    names: Mapping[str, str] = field(default_factory=dict)
-    each: int = 1
-    kv_heads: int = 2
-    group: int = 3
-    head_dim: int | None = None
-    hidden: int = TWIN_HIDDEN
-    intermediate: int = TWIN_INTERMEDIATE
-
-
-def twin_config(config: Any, sizing: Sizing | None = None) -> Any:
-    """The same config with few small layers: one of every kind that the original has (more where it takes more for a
-    block to be shared), at least two.
-
-    sizing: by default as the model's family says.
-    """
-    if sizing is None:
-        family = family_of(config)
-        sizing = Sizing(family.filled, family.heads, family.names) if family else Sizing()
-        if family and family.shared:  # so that layers do share a block
-            sizing = replace(sizing, each=size_of(config, family.shared.blocks) + 1)
-    return _twin(config, sizing)
-
-
-def _twin(config: Any, sizing: Sizing) -> Any:
-    text = config.get_text_config()
-    if text is not config:
-        return _twin_with_vision(config, _twin(text, sizing))
-    data, original, names = copy.deepcopy(config.to_dict()), config, sizing.names
-    config = Named(config, names)
-    layers = config.num_hidden_layers
-    per_layer = {key: value for key, value in data.items() if isinstance(value, list) and len(value) == layers > 0}
-    if getattr(config, "block_types", None):  # RecurrentGemma's, which it repeats
-        per_layer["block_types"] = [config.block_types[i % len(config.block_types)] for i in range(layers)]
-    kinds: dict[tuple[str, ...], list[int]] = {}
-    for i in range(layers):
-        kinds.setdefault(tuple(str(value[i]) for value in per_layer.values()), []).append(i)
-    kept = sorted(i for same in kinds.values() for i in same[: sizing.each])
-    kept = kept if len(kept) > 1 else [*kept, *kept]
-    data.update({key: [value[i] for i in kept] for key, value in per_layer.items()})
-    small: dict[str, Any] = {
-        "num_hidden_layers": len(kept),
-        **_small_heads(config, sizing),
-        "vocab_size": TWIN_VOCABULARY,
-    }
-    small.update({name: sizing.intermediate for name in INTERMEDIATES if getattr(config, name, None)})
-    small.update({name: size for name, size in TWIN_SIZES.items() if (getattr(config, name, None) or 0) > size})
-    small.update({name: 16 for name in ("mamba_d_head",) if getattr(config, name, None)})
-    expand, hidden = (getattr(config, name, None) for name in ("mamba_expand", "expand")), int(small["hidden_size"])
-    width = next((int(factor * hidden) for factor in expand if factor), 0)  # of a recurrence, whose heads fill it
-    fills = [] if getattr(config, "mamba_d_ssm", None) else ["mamba_n_heads"]
-    fills += [] if hasattr(config, "num_attention_heads") else ["num_heads"]
-    small.update({name: width // 16 for name in fills if width and getattr(config, name, None)})
-    if getattr(config, "attn_layer_indices", None):
-        small["attn_layer_indices"] = [1]
-    if getattr(config, "hybrid_layer_ids", None):
-        small["hybrid_layer_ids"] = [place for place, i in enumerate(kept) if i in config.hybrid_layer_ids]
-    if getattr(config, "compress_rates", None):  # so that the tokens of a proof are compressed too
-        small["compress_rates"] = dict.fromkeys(config.compress_rates, 4)
-    for name in DERIVED:
-        data.pop(name, None)
-    if getattr(config, "attention_types", None):  # GPT-Neo's kinds of layers, and how often they are repeated
-        small["attention_types"] = [[[config.attention_layers[i] for i in kept], 1]]
-        small["window_size"] = 6
-    if getattr(config, "sliding_window", None):
-        small["sliding_window"] = 6  # shorter than the tokens of the proof, so that the window matters
-    # Some classes have names of their own for these.
-    own = getattr(config, "attribute_map", {})
-    data.update({own.get(named := names.get(name, name), named): size for name, size in small.items()})
-    return _made(original, data)
-
-
-def _twin_with_vision(config: Any, text: Any) -> Any:
-    """The config with a small language part, and as little as it takes to write to it of what sees."""
-    data = copy.deepcopy(config.to_dict())
-    data["text_config"] = text.to_dict()
-    vision, hidden = data["vision_config"], config.get_text_config().hidden_size
-    vision.update({name: 2 for name in ("depth", "num_hidden_layers") if name in vision})
-    vision.update({name: [0] for name in ("fullatt_block_indexes", "deepstack_visual_indexes") if name in vision})
-    if "out_hidden_size" in vision:
-        vision["out_hidden_size"] = text.hidden_size
-    elif "embed_dim" in vision and vision["hidden_size"] == hidden:  # Qwen2-VL's name for what comes out
-        vision["hidden_size"] = text.hidden_size
-    # Tokens that stand for images are none of those that the proof uses.
-    data.update({name: TWIN_VOCABULARY - 1 for name in data if name.endswith(("image_token_id", "image_token_index"))})
-    return _made(config, data)
-
-
-def _made(config: Any, data: dict[str, Any]) -> Any:
-    for key in ("quantization_config", "dtype", "torch_dtype"):
-        data.pop(key, None)
-    tokens = ("pad_token_id", "bos_token_id", "eos_token_id")
-    try:
-        return type(config).from_dict({**data, **dict.fromkeys(tokens)})
-    except StrictDataclassError:  # a class that insists on numbers
-        return type(config).from_dict({**data, **dict.fromkeys(tokens, 0)})
-
-
-def _small_heads(config: Any, sizing: Sizing) -> dict[str, int]:
-    """Few heads of the size that the original's have, and a hidden size that they fill where the class wants it."""
-    if not hasattr(config, "num_attention_heads"):  # no attention; heads of the recurrence
-        own = {"head_dim": 16, "n_groups": 1} if hasattr(config, "n_groups") else {}
-        return {"hidden_size": sizing.hidden, **own}
-    names = [name for name in ("num_kv_heads", "num_key_value_heads") if getattr(config, name, None)]
-    kv_heads = getattr(config, names[0]) if names else config.num_attention_heads
-    few = min(max(sizing.kv_heads, sizing.heads), kv_heads)
-    most = config.num_attention_heads // kv_heads
-    group = min(most, sizing.group)
-    group = next((g for g in range(group, most + 1) if few * g % sizing.heads == 0), group)
-    heads = few * group
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    head_dim = min(head_dim, sizing.head_dim or head_dim)
-    found = {**dict.fromkeys(names, few), "num_attention_heads": heads, "hidden_size": sizing.hidden}
-    if not sizing.filled:
-        return {**found, "head_dim": head_dim}
-    own = {"head_dim": head_dim} if "head_dim" in config.to_dict() else {}
-    return {**found, **own, "hidden_size": heads * head_dim // sizing.filled}
-
-
-def make_twin(
-    config: Any, *, seed: int = 0, attn_implementation: str | None = None, sizing: Sizing | None = None
-) -> nn.Module:
-    """A float64 model of `twin_config` with random weights, non-zero biases and non-unit gains."""
-    model = model_class(config).from_config(
-        twin_config(config, sizing), dtype=torch.float64, attn_implementation=attn_implementation
-    )
-    exact_experts(model)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.double()  # some classes ask for float32 here and there
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            if parameter.ndim > 1:
-                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
-            else:
-                parameter.copy_(0.3 * noise + (0.0 if name.endswith("bias") else 1.0))
-    return model.eval()
-
-
-def exact_experts(model: Any) -> None:
-    """Let experts be multiplied in float64, which grouped products cannot."""
-    if any(hasattr(module, "_apply_gate") for module in model.modules()):
-        model.set_experts_implementation("batched_mm")
-
-
 Planner = Callable[[Any], tuple[Plan, Mapping[str, Rotation]]]
 
 
@@ -400,12 +214,6 @@ def prove(
             cached = difference(generated, greedy_logits(twin, tokens))
             check(cached, torch.float64, what="generation through a KV cache in a small model of this architecture")
     return deviation if deviation.relative > cached.relative else cached
-
-
-def twin_spec(spec: RotationSpec) -> RotationSpec:
-    """The spec for a twin, which keeps the head's size: R2 and R3 as they are, R1 and R4 with blocks that fit."""
-    blocks = {name: block for name in spec.rotations if (block := spec.block_of(name)) is not None}
-    return replace(spec, block_size={name: b if name in ("R2", "R3") else TWIN_BLOCK for name, b in blocks.items()})
 
 
 @torch.no_grad()

@@ -60,6 +60,7 @@ _EXPERTS = with_shared(
     ),
     "mlp.shared_experts",
     "intermediate_size",
+    scaled=False,  # what goes up is clamped before it is multiplied
 )
 DEEPSEEK_V4 = _EXPERTS.like(
     "deepseek_v4",
@@ -83,8 +84,6 @@ DEEPSEEK_V4 = _EXPERTS.like(
         "model.hc_head.hc_base": (None,),
         "model.hc_head.hc_scale": (None,),
     },
-    # What goes up is clamped before it is multiplied.
-    scaled={f"{MLP}.shared_experts.up_proj": None},
     spaces={VALUE: None, QUERY_LATENT: ("R2", "q_lora_rank"), "layers.{i}.query_key": ("R3", "head_dim")},
     gains={
         f"{LAYER}.input_layernorm.weight": (*_READS, *_COMPRESSING),

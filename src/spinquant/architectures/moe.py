@@ -54,7 +54,9 @@ QWEN3_MOE = LLAMA.like(
 )
 
 
-def with_shared(family: Family, module: str, size: str, *, gate: str = "gate_proj", down: str = "down_proj") -> Family:
+def with_shared(
+    family: Family, module: str, size: str, *, gate: str = "gate_proj", down: str = "down_proj", scaled: bool = True
+) -> Family:
     """The family with experts that every token goes through, and the gate of one such expert, where there are."""
     path = f"{LAYER}.{module}"
     inside = (f"{path}.{gate}", *((f"{path}.up_proj",) if gate == "gate_proj" else ()))
@@ -62,6 +64,7 @@ def with_shared(family: Family, module: str, size: str, *, gate: str = "gate_pro
     norm = _NORM if _NORM in family.gains else _INPUT
     # Where one weight has both, the first half of its rows is the gate.
     factor = {f"{path}.up_proj": SHARED} if gate == "gate_proj" else {f"{path}.{gate}": Part(SHARED, size, size)}
+    factor = factor if scaled else {}
     return family.like(
         family.name,
         *family.model_types,
@@ -301,7 +304,10 @@ _MINIMAX_M3 = MIXTRAL.like(
         *MIXTRAL_NAMES,
     ),
 )
-MINIMAX_M3 = with_shared(_MINIMAX_M3, "mlp.shared_experts", "shared_intermediate_size", gate="gate_up_proj")
+# What goes up is clamped before it is multiplied.
+MINIMAX_M3 = with_shared(
+    _MINIMAX_M3, "mlp.shared_experts", "shared_intermediate_size", gate="gate_up_proj", scaled=False
+)
 
 FAMILIES = (
     *(QWEN3_MOE, QWEN2_MOE, GLM4_MOE, ERNIE4_5_MOE, HUNYUAN_MOE, MIXTRAL, OLMOE, PHIMOE, GRANITE_MOE, GPT_OSS),

@@ -32,8 +32,9 @@ from spinquant.probing.kinds import choices_of, groups_of
 from spinquant.probing.roles import draft, same_attention
 from spinquant.probing.seen import Draft, Seen
 from spinquant.probing.trace import cached_layers, run, silent_parts, trace
-from spinquant.proof import Float64Arithmetic, Sizing, difference, greedy_logits, make_twin, twin_config
+from spinquant.proof import Float64Arithmetic, difference, greedy_logits
 from spinquant.rotation import Orthogonal, Rotation, RotationSpec, make_rotations
+from spinquant.twin import Sizing, make_twin, twin_config
 
 TOLERANCE = 1e-9
 HEAD = 16  # size of heads in small models, where nothing in the class asks for more
