@@ -59,6 +59,7 @@ def plan_rows(plan: Plan, spec: RotationSpec) -> list[dict[str, Any]]:
             "construction": None,
             "axes": [axis for axis in plan.axes if axis.space in names],
             "gains": [gain.norm for gain in plan.gains if gain.space in names],
+            "scaled": [tensor for s in plan.scalings if s.space in names for tensor, _, _ in s.writers],
             "online": [f"{online.module} ({online.site})" for online in plan.onlines if online.space in names],
             "runtime_needs": NEEDS[name],
             "error": refused.get(name),
@@ -98,6 +99,9 @@ def plan_table(plan: Plan, rows: Sequence[Mapping[str, Any]], spec: RotationSpec
             table.add_row("", f"fused, axis {dim}", ", ".join(names))
         if row["gains"]:
             table.add_row("", "gains fused", ", ".join(collapse(row["gains"])))
+        if row["scaled"]:
+            writers = ", ".join(collapse(row["scaled"]))
+            table.add_row("", "can be scaled", f"by rows of {writers} (spinquant learn)")
         online = collapse(row["online"]) if row["rotation"] not in MERGEABLE else []
         table.add_row("", "at run time", ", ".join(online) or "nothing", end_section=True)
     return table
