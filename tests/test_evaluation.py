@@ -9,6 +9,7 @@ from torch import nn
 from conftest import byte_tokenizer, tiny_model, tokens
 from spinquant import TextError, compare_models, evaluate, load_text, token_windows
 from spinquant.calibrate import captured
+from spinquant.evaluation import drawn
 
 
 class Constant(nn.Module):
@@ -34,6 +35,16 @@ def test_perplexity_is_exp_of_the_mean_nll():
     assert found.perplexity == pytest.approx(expected.item(), rel=1e-4)
     assert found.tokens == 3 * 299
     assert found.kl is None
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    logits = torch.tensor([0.0, 2.0, float("-inf"), 1.0, -3.0])
+    found = drawn(logits.expand(2, 50_000, 5), torch.Generator().manual_seed(0))
+    assert found.shape == (2, 50_000, 1)
+    often = torch.bincount(found.flatten(), minlength=5) / found.numel()
+    assert torch.allclose(often, logits.softmax(-1), atol=0.01) and often[2] == 0
+    again = drawn(logits.expand(2, 50_000, 5), torch.Generator().manual_seed(0))
+    assert torch.equal(found, again)
 
 
 def test_kl_and_top1_against_a_known_reference():

@@ -20,7 +20,7 @@ from spinquant import (
     plan_of,
     quantize,
 )
-from spinquant.evaluation import divergence
+from spinquant.evaluation import divergence, drawn
 from spinquant.learnable import learn as learn_parameters
 from spinquant.learning.cayley import Descent, cayley, nearer, orthogonality_error
 from spinquant.learning.end_to_end import (
@@ -296,8 +296,8 @@ def test_rows_are_drawn_by_what_they_cost():
         logits = model(input_ids=row, use_cache=False).logits[0]
         handle.remove()
         other.remove()
-        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=again)
-        loss = -logits.log_softmax(-1).gather(-1, drawn).sum()
+        own = drawn(logits.detach(), again)
+        loss = -logits.log_softmax(-1).gather(-1, own).sum()
         # The gradient at the input from those at the outputs of its readers.
         readers = torch.autograd.grad(loss, [out for _, out in kept])
         slope = sum(g[0] @ model.get_submodule(n).weight for g, n in zip(readers, plan.linears[2][:2], strict=True))

@@ -25,6 +25,7 @@ from spinquant import (
 )
 from spinquant.calibrate import captured
 from spinquant.errors import LearningError, RotationError
+from spinquant.evaluation import drawn
 from spinquant.fuse import fuse_in_place, slices, transform
 from spinquant.learning.learn import LearnOptions, learn
 from spinquant.learning.local import LocalOptions
@@ -218,7 +219,7 @@ def test_the_sums_are_those_of_all_rows():
     for row in ids.split(1):
         with captured_inputs(model, inputs) as seen:
             out = model(input_ids=row, use_cache=False).logits[0]
-            own = torch.multinomial(out.detach().softmax(-1), 1, generator=generator)
+            own = drawn(out.detach(), generator)
             gradients = torch.autograd.grad(-out.log_softmax(-1).gather(-1, own).sum(), list(seen.values()))
         for (space, x), g in zip(seen.items(), gradients, strict=True):
             rows[space].append((x.detach()[0], g[0]))

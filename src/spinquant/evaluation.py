@@ -152,6 +152,16 @@ def perplexity_of(mean: float) -> float:
     return math.exp(mean) if mean < 700 else math.inf
 
 
+def drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Tokens drawn from predictions, (.., vocabulary); (.., 1). generator: on the CPU.
+
+    By where a uniform number falls in the cumulated probabilities: torch.multinomial draws a number for every entry.
+    """
+    reached = logits.float().softmax(-1).cumsum(-1)
+    at = torch.rand((*logits.shape[:-1], 1), generator=generator).to(logits.device)
+    return torch.searchsorted(reached, at * reached[..., -1:]).clamp(max=logits.shape[-1] - 1)
+
+
 def wide(logits: Tensor) -> Tensor:
     """At least in float32."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

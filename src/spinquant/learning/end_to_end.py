@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from spinquant.calibrate import device_of
 from spinquant.errors import LearningError
-from spinquant.evaluation import wide
+from spinquant.evaluation import drawn, wide
 from spinquant.learning.cayley import OPTIMIZERS, Descent, Optimizer, orthogonality_error
 from spinquant.learning.local import cosine
 from spinquant.learning.network import checkpointed, learning_scheme, rounding
@@ -230,11 +230,8 @@ def _gradients(
 def _surprise_of_labels(model: Any, rows: Tensor, labels: Sequence[torch.Generator]) -> Tensor:
     """-log p(y) of labels y drawn from the network's own predictions, of all tokens together."""
     logits = wide(model(input_ids=rows, use_cache=False).logits)
-    drawn = [
-        torch.multinomial(own.softmax(-1).cpu(), 1, generator=generator)
-        for own, generator in zip(logits.detach(), labels, strict=True)
-    ]
-    return -logits.log_softmax(-1).gather(-1, torch.stack(drawn).to(logits.device)).sum()
+    own = torch.stack([drawn(one, generator) for one, generator in zip(logits.detach(), labels, strict=True)])
+    return -logits.log_softmax(-1).gather(-1, own).sum()
 
 
 def _loss(model: Any, attachment: Attachment, rows: Tensor, options: EndToEndOptions) -> Tensor:

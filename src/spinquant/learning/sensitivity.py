@@ -26,7 +26,7 @@ from torch import Tensor
 
 from spinquant.calibrate import device_of
 from spinquant.errors import LearningError
-from spinquant.evaluation import wide
+from spinquant.evaluation import drawn, wide
 from spinquant.learning.network import checkpointed
 from spinquant.learning.samples import Site, quantized_spaces
 from spinquant.online import Attachment, attach
@@ -91,7 +91,7 @@ def own_predictions(
         with checkpointed(model, plan, checkpointing):
             for done, row in enumerate(tokens.split(1)):
                 logits = wide(model(input_ids=row.to(device_of(model)), use_cache=False).logits[0])
-                own = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).to(logits.device)
+                own = drawn(logits.detach(), generator)
                 (-logits.log_softmax(-1).gather(-1, own).sum()).backward()
                 if progress:
                     progress(done + 1, len(tokens))
