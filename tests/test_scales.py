@@ -342,3 +342,18 @@ def test_scales_that_lose_are_taken_out_again(monkeypatch):
         other, parse_scheme("W4A4KV4"), SPEC, tokens(16, 24), tokens(4, 24, seed=9), replace(QUICKLY, scales=False)
     )
     assert abs(without.record["scores"]["local"]["kl"] - scores["local"]) < 1e-6
+
+
+def test_the_format_of_vllm_holds_them_as_ours_does(tmp_path):
+    """R4 runs there as it runs here, on inputs that up_proj has scaled."""
+    model = tiny_model("llama").float()
+    model.save_pretrained(tmp_path / "model")
+    plan, spec = plan_of(model), RotationSpec("R1,R2,R4", {"R4": "hadamard"}, {"R4": 16})
+    learned = LearnedRotations(scaled(plan, make_rotations(plan, spec)), spec, {"kept": "scaled"})
+    found = []
+    for format in ("native", "compressed-tensors"):
+        given = {"learned": learned, "text": None, "options": QUICK, "format": format}
+        quantize_folder(tmp_path / "model", tmp_path / format, parse_scheme("W8"), spec, **given)
+        found.append(logits(load(tmp_path / format), tokens()))
+    assert torch.allclose(*found, atol=1e-3)
+    assert (found[1] - logits(model, tokens())).norm() < 0.05 * found[1].norm()

@@ -21,6 +21,7 @@ from spinquant.plan import Plan
 from spinquant.quantization.floating import LARGEST, tensor_factor
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme, static_parts
 from spinquant.rotation import Hadamard, Rotation, RotationSpec
+from spinquant.wrapped import online_part
 
 INSTALL = "compressed-tensors is not installed: pip install 'spinquant[compressed-tensors]'"
 # Stands where transformers expects "compressed" in folders with online rotations, which it would silently leave out: it
@@ -197,7 +198,7 @@ def transform_config(plan: Plan, rotations: Mapping[str, Rotation]) -> dict[str,
     """The `transform_config` of the online rotations; its `config_groups` are empty where there are none."""
     from compressed_tensors.transform import TransformConfig
 
-    groups = {}
+    groups, rotations = {}, online_part(plan, rotations)
     for group, modules in transform_groups(plan, rotations).items():
         space = next(o.space for o in plan.onlines if o.module == modules[0])
         rotation, size = rotations[space], plan.space[space].size
@@ -218,6 +219,7 @@ def transform_groups(plan: Plan, rotations: Mapping[str, Rotation]) -> dict[str,
     Raises RotationError for a place that the format does not have.
     """
     shared: dict[str, dict[int, list[str]]] = {}
+    rotations = online_part(plan, rotations)
     for online in plan.onlines:
         if online.space in rotations:
             if online.site == "experts":

@@ -29,6 +29,7 @@ from spinquant.quantization.scheme import Clips, Quantizer, Scheme
 from spinquant.quantization.weights import linears_of
 from spinquant.rotation import Rotation, RotationSpec
 from spinquant.saved_rotations import saved
+from spinquant.wrapped import online_part
 
 METHOD = "compressed-tensors"
 
@@ -55,8 +56,7 @@ def load_compressed(folder: Path, *, dtype: torch.dtype | str = "auto") -> Any:
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     plan = plan_of(skeleton)
-    sites = {online.space for online in plan.onlines}
-    online = {space: rotation for space, rotation in rotations.items() if space in sites}
+    online = online_part(plan, rotations)
     _check_config(described, quantization_config(plan, online, scheme, ignore=described.get("ignore", ())), folder)
     stored: dict[str, Tensor] = {}
     for file in weight_files(folder):
