@@ -29,8 +29,8 @@ import spinquant
 from spinquant.demo_model import demo_model
 from spinquant.learnable import learn as learn_parameters
 from spinquant.learning.cayley import Descent
-from spinquant.learning.end_to_end import _surprise_of_labels
 from spinquant.learning.network import fuse_gains, rounding
+from spinquant.learning.sensitivity import surprise_of_own
 from spinquant.online import attachment_of
 from spinquant.quantization.rotated import Moving, Tally
 from spinquant.rotation import matrix
@@ -114,7 +114,7 @@ def rotated_coordinates(folder, rows, scheme, tally) -> Callable[[], None]:
             if tally is None:
                 loss_of(model, rows).backward()
             else:
-                _surprise_of_labels(model, rows, [torch.Generator().manual_seed(0)] * len(rows)).backward()
+                surprise_of_own(model, rows, [torch.Generator().manual_seed(0)] * len(rows)).backward()
                 tally.take()
         descent.step({name: m.skew.grad for name, m in moving.items() if m.skew.grad is not None}, 0.1)
         for m in moving.values():

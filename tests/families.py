@@ -99,6 +99,12 @@ MLA = {
     "v_head_dim": 24,
     "n_shared_experts": 1,
 }
+DELTA_LATENT = {
+    **MLA,
+    **{"linear_num_heads": 4, "linear_head_dim": 8, "num_experts_per_token": 2, "num_expert_group": 1},
+    **{"num_hidden_layers": 3, "num_shared_experts": 2},
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
 MLA_ALONE = {**{key: size for key, size in MLA.items() if key not in MOE or key in SIZES}, "q_lora_rank": 24}
 MLA_ALONE["num_hidden_layers"] = 2
 SPARSE = {
@@ -288,45 +294,18 @@ FAMILIES: dict[str, Instance] = {
         attention_window_size=5,
         attention_bias=True,
     ),
-    "kimi_linear": of(
-        "kimi_linear",
-        MLA,
-        refused="R3",
-        q_lora_rank=None,
-        num_hidden_layers=3,
-        layer_types=["linear_attention", "full_attention", "linear_attention"],
-        num_shared_experts=2,
-        linear_num_heads=4,
-        linear_head_dim=8,
-        num_experts_per_token=2,
-        num_expert_group=1,
-        first_k_dense_replace=1,
-    ),
+    "kimi_linear": of("kimi_linear", DELTA_LATENT, q_lora_rank=None, first_k_dense_replace=1, refused="R3"),
     "kimi_linear-queries": of(
         "kimi_linear",
-        MLA,
+        DELTA_LATENT,
         refused="R3",
         q_lora_rank=24,
         attention_bias=True,
-        linear_num_heads=4,
-        linear_head_dim=8,
+        num_hidden_layers=2,
+        num_shared_experts=1,
         layer_types=["linear_attention", "full_attention"],
-        num_experts_per_token=2,
-        num_expert_group=1,
     ),
-    "bailing_hybrid": of(
-        "bailing_hybrid",
-        MLA,
-        refused="R3",
-        num_hidden_layers=3,
-        layer_types=["linear_attention", "full_attention", "linear_attention"],
-        num_shared_experts=2,
-        linear_num_heads=4,
-        linear_head_dim=8,
-        num_experts_per_token=2,
-        num_expert_group=1,
-        num_nextn_predict_layers=0,
-    ),
+    "bailing_hybrid": of("bailing_hybrid", DELTA_LATENT, num_nextn_predict_layers=0, refused="R3"),
     "zamba": of("zamba", ZAMBA, n_mamba_heads=2, mamba_dt_rank=4),
     "zamba2": of("zamba2", ZAMBA, layers_block_type=SHARING, num_mem_blocks=2, **ZAMBA2),
     "zamba2-adapters": of(

@@ -23,6 +23,7 @@ from spinquant import (
     make_rotations,
     plan_of,
     prove,
+    quantize,
     read_headers,
     rotate,
     save,
@@ -31,7 +32,7 @@ from spinquant.architectures import FAMILIES as TABLES
 from spinquant.architectures import known_model_types
 from spinquant.architectures.untabled import UNTABLED
 from spinquant.calibrate import captured
-from spinquant.errors import ArchitectureError, RotationError
+from spinquant.errors import ArchitectureError, RotationError, SchemeError
 from spinquant.fuse import rotate_axis, transform
 from spinquant.learnable import learn, unlearn
 from spinquant.module import model_class, tensor_shapes
@@ -137,6 +138,20 @@ def test_activations_are_the_rotated_ones(name):
         expected = rotate_axis(before[module], -1, rotations[axis.space], axis.span)
         assert close(after[module], expected), module
         assert not torch.allclose(after[module], before[module], atol=1e-2), module
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_linears_are_called_or_said_not_to_be(name):
+    """A hook on one that is not called would leave its input as it is, and nobody would know."""
+    model = tiny(name)
+    plan = plan_of(model)
+    linears = [linear for group in plan.linears for linear in group]
+    with captured(model, linears, inputs=True) as inputs, Float64Arithmetic():
+        logits(model, tokens())
+    assert set(linears) - set(inputs) == set(plan.uncalled)
+    if plan.uncalled:
+        with pytest.raises(SchemeError, match=re.escape(plan.uncalled[0])):
+            quantize(model, "W4A4")
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,6 +1,7 @@
 """What the code promises about itself: imports point one way, the public names are what __all__ says."""
 
 import ast
+import importlib
 from pathlib import Path
 
 import spinquant
@@ -153,6 +154,19 @@ def test_the_core_needs_no_runtime():
             outside = {i.split(".")[0] for i in imported}
             assert not outside & {"vllm", "compressed_tensors", "llmcompressor"}, name
             assert "spinquant.llmcompressor" not in imported, name
+
+
+def test_what_benchmarks_and_examples_import_is_there():
+    """No test runs them: a name that has moved would be noticed by their next user."""
+    files = [path for folder in ("benchmarks", "examples") for path in (SOURCE.parents[1] / folder).rglob("*.py")]
+    assert len(files) > 5
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("spinquant"):
+                module = importlib.import_module(str(node.module))
+                for name in node.names:
+                    inside = f"{node.module}.{name.name}" in {f"spinquant.{m}" for m in modules()}
+                    assert hasattr(module, name.name) or inside, f"{path.name}: {node.module}.{name.name}"
 
 
 def test_public_names_are_what_all_says():

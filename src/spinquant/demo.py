@@ -28,7 +28,7 @@ from spinquant.evaluation import evaluate
 from spinquant.formats.native import unmark
 from spinquant.module import plan_of, tensor_shapes
 from spinquant.online import attach
-from spinquant.pipeline import Options, check_groups, rotate
+from spinquant.pipeline import Options, check_fits, rotate
 from spinquant.plan import ROTATION_NAMES, Plan
 from spinquant.plots import (
     plot_activations,
@@ -89,7 +89,7 @@ def run_demo(
     tokens = token_windows(tokenizer, content, length=length, count=windows)
     loaded = load_model(source)
     plan = plan_of(loaded)
-    check_groups(plan, tensor_shapes(loaded), parse_scheme(scheme))
+    check_fits(plan, tensor_shapes(loaded), parse_scheme(scheme))
     refused = dict(plan.refused)
     possible = tuple(name for name in ROTATION_NAMES if plan.spaces_of(name) and name not in refused)
     spec = RotationSpec(possible, "auto", seed=seed)

@@ -192,7 +192,7 @@ def quantize(
         raise CalibrationError(f"{method} works on calibration tokens, int64 (samples, length), and none were given")
     check_fresh(model)
     use_family(model.config, family)
-    check_groups(plan_of(model), tensor_shapes(model), scheme)
+    check_fits(plan_of(model), tensor_shapes(model), scheme)
     rotated = rotate(model, spec or RotationSpec(()), rotations=rotations, sample=sample, options=options)
     unmark(model)
     online = in_precision(rotated.rotations, options.precision)
@@ -259,11 +259,17 @@ def check_fresh(model: Any) -> None:
         )
 
 
-def check_groups(plan: Plan, shapes: Mapping[str, Sequence[int]], scheme: Scheme) -> None:
-    """Raise SchemeError when a group size of the scheme does not divide the input of a weight.
+def check_fits(plan: Plan, shapes: Mapping[str, Sequence[int]], scheme: Scheme) -> None:
+    """Raise SchemeError for inputs that cannot be rounded, and when a group size does not divide the input of a weight.
 
     shapes: of all tensors, by the names of the plan.
     """
+    if scheme.activations is not None and plan.uncalled:
+        raise SchemeError(
+            f"scheme {scheme} rounds the inputs of linears, and {plan.family}, as configured, multiplies by the weight "
+            f"of {plan.uncalled[0]} without calling it: nothing can be done to its input. Leave activations at 16 "
+            "bits, or change the config"
+        )
     # Found out now, this costs nothing; found out by the rounding, it costs a rotated model.
     for label, quantizer in (("weight", scheme.weights), ("activation", scheme.activations)):
         if quantizer is None or quantizer.group_size is None:

@@ -131,6 +131,7 @@ class Plan:
     linears that a checkpoint has under another name than the module.
     `refused` are rotations that the architecture rules out, with the mathematical reason.
     `predictors` are tensors of layers for multi-token prediction, which are in no space and in the checkpoint alone.
+    `uncalled` are linears whose weights the class uses without calling them: their inputs cannot be rounded.
     `scalings` say which spaces may be scaled channel by channel, which costs nothing at run time.
     """
 
@@ -150,6 +151,7 @@ class Plan:
     renamed: tuple[tuple[str, str], ...] = ()
     predictors: tuple[str, ...] = ()
     scalings: tuple[Scaling, ...] = ()
+    uncalled: tuple[str, ...] = ()
 
     @cached_property
     def space(self) -> Mapping[str, Space]:

@@ -36,7 +36,7 @@ from spinquant.formats.compressed_packing import CompressedPacking
 from spinquant.formats.native import make_config
 from spinquant.formats.native_packing import Finished, NativePacking
 from spinquant.learning.learn import LearnedRotations
-from spinquant.pipeline import Options, Result, Stage, check_groups
+from spinquant.pipeline import Options, Result, Stage, check_fits
 from spinquant.processes import Processes
 from spinquant.proof import allowed, check
 from spinquant.quantization.progress import BlockStore, digest
@@ -159,7 +159,7 @@ class Run:
         check_given(plan, request.spec, rotations)
         check_centred(plan, rotations)
         if scheme is not None:
-            check_groups(plan, source.shapes, scheme)
+            check_fits(plan, source.shapes, scheme)
             if request.format == "compressed-tensors":
                 check_plan(plan, scheme, request.spec)
         self.online = in_precision(online_part(plan, rotations), request.options.precision)

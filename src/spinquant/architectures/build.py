@@ -84,6 +84,12 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
             )
             for scaling in build.scalings(axes)
         ),
+        uncalled=tuple(
+            name
+            for pattern, condition in family.uncalled.items()
+            if holds(condition, build.config)
+            for name in build.each_layer(pattern)
+        ),
         refused=tuple((r.rotation, r.reason) for r in family.refused if r.when is None or holds(r.when, build.config)),
     )
 

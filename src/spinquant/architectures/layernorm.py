@@ -269,6 +269,7 @@ BLOOM = FALCON_SEQUENTIAL.like(
             "slow_but_exact",
         ),
     ),
+    uncalled={f"{_BLOCK}.{name}": "slow_but_exact" for name in ("self_attention.dense", "mlp.dense_4h_to_h")},
     when=(),
 )
 

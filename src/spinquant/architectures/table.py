@@ -81,6 +81,8 @@ class Family:
     names: what the config calls a size whose usual name it lacks.
     ignored: names, as regular expressions, of tensors that live in no space and may be there or not.
     stored: (regular expression, replacement) pairs that turn names in checkpoints into names in modules.
+    uncalled: linear -> the condition under which the class multiplies by its weight without calling it, so that nothing
+        can be done to its input at run time.
     shared: the module that layers share, tied by the switch that ties embedding and head.
     """
 
@@ -110,6 +112,7 @@ class Family:
     stored: tuple[tuple[str, str], ...] = ()
     shared: Shared | None = None
     scaled: Mapping[str, Living] = field(default_factory=dict)
+    uncalled: Mapping[str, str] = field(default_factory=dict)
 
     def readers(self, norm: str) -> tuple[str, ...]:
         """What reads a norm of the residual space."""

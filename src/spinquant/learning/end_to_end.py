@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from spinquant.calibrate import device_of
 from spinquant.errors import LearningError
-from spinquant.evaluation import drawn, wide
+from spinquant.evaluation import wide
 from spinquant.learning.cayley import OPTIMIZERS, Descent, Optimizer, orthogonality_error
 from spinquant.learning.local import cosine
 from spinquant.learning.network import checkpointed, learning_scheme, rounding
+from spinquant.learning.sensitivity import surprise_of_own
 from spinquant.learning.state import StateFile
 from spinquant.online import Attachment
 from spinquant.plan import Plan
@@ -206,7 +207,7 @@ def _gradients(
     size = options.micro_batch or len(own)
     for first, part in zip(range(0, len(own), size), own.split(size), strict=True):
         if tally is not None:
-            _surprise_of_labels(model, part, labels[first : first + size]).backward()
+            surprise_of_own(model, part, labels[first : first + size]).backward()
             total += tally.take() / rows.numel()
         else:
             loss = _loss(model, attachment, part, options) * (len(part) / len(rows))
@@ -225,13 +226,6 @@ def _gradients(
             f"the loss is {float(total)}: the model or its tokens are damaged, or {model.dtype} overflows"
         )
     return float(total)
-
-
-def _surprise_of_labels(model: Any, rows: Tensor, labels: Sequence[torch.Generator]) -> Tensor:
-    """-log p(y) of labels y drawn from the network's own predictions, of all tokens together."""
-    logits = wide(model(input_ids=rows, use_cache=False).logits)
-    own = torch.stack([drawn(one, generator) for one, generator in zip(logits.detach(), labels, strict=True)])
-    return -logits.log_softmax(-1).gather(-1, own).sum()
 
 
 def _loss(model: Any, attachment: Attachment, rows: Tensor, options: EndToEndOptions) -> Tensor:

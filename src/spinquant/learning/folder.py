@@ -18,7 +18,7 @@ from spinquant.checkpoint import atomic_folder, check_free, load_model, load_tok
 from spinquant.errors import CheckpointError, SpinquantError, TextError
 from spinquant.learning.learn import LearnedRotations, LearnOptions, Watch, learn
 from spinquant.module import plan_of, tensor_shapes
-from spinquant.pipeline import check_groups
+from spinquant.pipeline import check_fits
 from spinquant.processes import joined
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import RotationSpec
@@ -103,7 +103,7 @@ def learn_from(
     """Learned rotations of a model folder or hub id, and where the run is kept until `remove_store`."""
     watch = watch or Watch()
     loaded = load_model(model, dtype=dtype, device=device, allow_pickle=allow_pickle, family=family)
-    check_groups(plan_of(loaded), tensor_shapes(loaded), scheme)
+    check_fits(plan_of(loaded), tensor_shapes(loaded), scheme)
     name, tokens, held_out = _texts(loaded, model, text, watch)
     store = Path(out).parent / f".{Path(out).name}.learning"
     settings = [weights_digest(model), str(loaded.dtype), recorded_family(loaded.config)]

@@ -84,7 +84,7 @@ class LearnOptions:
     def scaling(self) -> bool:
         """Whether scales are computed."""
         if self.scales is None:
-            return (self.method == "end-to-end" and not self.shard) or self.differentiates
+            return self.differentiates or ("end-to-end" in self.method and not self.shard)
         return self.scales
 
     @property

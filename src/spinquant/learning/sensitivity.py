@@ -90,15 +90,23 @@ def own_predictions(
     try:
         with checkpointed(model, plan, checkpointing):
             for done, row in enumerate(tokens.split(1)):
-                logits = wide(model(input_ids=row.to(device_of(model)), use_cache=False).logits[0])
-                own = drawn(logits.detach(), generator)
-                (-logits.log_softmax(-1).gather(-1, own).sum()).backward()
+                surprise_of_own(model, row.to(device_of(model)), [generator]).backward()
                 if progress:
                     progress(done + 1, len(tokens))
     finally:
         model.disable_input_require_grads()
         for parameter in frozen:
             parameter.requires_grad_(True)
+
+
+def surprise_of_own(model: Any, rows: Tensor, labels: Sequence[torch.Generator]) -> Tensor:
+    """-log p(y) of labels y drawn from the model's own predictions, of all tokens of rows, (batch, length), together.
+
+    labels: what those of a row are drawn with.
+    """
+    logits = wide(model(input_ids=rows, use_cache=False).logits)
+    own = torch.stack([drawn(one, generator) for one, generator in zip(logits.detach(), labels, strict=True)])
+    return -logits.log_softmax(-1).gather(-1, own).sum()
 
 
 class _Drawn:

@@ -27,7 +27,7 @@ from spinquant.plan import ROTATION_NAMES, Plan
 from spinquant.probing.branches import EXPERTS
 from spinquant.probing.checkpoints import with_single_experts
 from spinquant.probing.explain import LINEARS, explain_ends, explain_layer
-from spinquant.probing.factors import factors
+from spinquant.probing.factors import candidates, scales
 from spinquant.probing.kinds import choices_of, groups_of
 from spinquant.probing.roles import draft, same_attention
 from spinquant.probing.seen import Draft, Seen
@@ -223,9 +223,7 @@ class _Trial:
         refused = [self._try_r1(plan)]
         refused += [self._try_rotation(plan, name) for name in ROTATION_NAMES[1:]]
         data = self.draft.data
-        for factor in factors(data, plan, self.seen.shapes, self.seen.starred, self._moved, TOLERANCE):
-            data.setdefault("scaled", {})[factor.linear] = factor.entry
-            self.findings.append(Finding(f"{factor.space} can be scaled by the rows of {factor.linear}", factor.moved))
+        self._find_factors(plan)
         lacking = dict(found for found in refused if found is not None)
         if lacking:
             data["refused"] = [{"rotation": name, "reason": why} for name, why in lacking.items()]
@@ -256,8 +254,22 @@ class _Trial:
             axes[:] = ["-" if axis == EXPERTS else axis for axis in axes]
         return self._plan()
 
-    def _plan(self) -> Plan:
-        family = to_family(family_from(self.draft.data, "the draft"), FAMILIES)
+    def _find_factors(self, plan: Plan) -> None:
+        """Add the linears that scale a space to the draft: of each kind of space the first that is found."""
+        found: dict[str, Any] = {}
+        for space, entries in candidates(self.draft.data, plan, self.seen.shapes, self.seen.starred):
+            for linear, entry in entries:
+                tried = replace(self._plan(scaled={linear: entry}), onlines=())
+                moved, error = self._moved(tried, scales(tried))
+                if not error and moved <= TOLERANCE:
+                    found[linear] = entry
+                    self.findings.append(Finding(f"{space} can be scaled by the rows of {linear}", moved))
+                    break
+        if found:
+            self.draft.data["scaled"] = found
+
+    def _plan(self, **more: Any) -> Plan:
+        family = to_family(family_from({**self.draft.data, **more}, "the draft"), FAMILIES)
         return build_plan(family, self.twin.config, tensor_shapes(self.twin))
 
     def _explain_rest(self) -> None:
