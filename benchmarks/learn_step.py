@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
@@ -57,12 +58,16 @@ def main() -> None:
     tokenizer = spinquant.load_tokenizer(folder)
     rows = spinquant.token_windows(tokenizer, text, length=arguments.length, count=arguments.batch)
     scheme = spinquant.parse_scheme("A4KV4")
+
+    def load():
+        return spinquant.load(folder, dtype=arguments.dtype)
+
     ways: dict[str, Callable[[], None]] = {
-        "plain": plain(folder, rows),
-        "spinquant, expected cost": rotated_coordinates(folder, rows, scheme, Tally()),
-        "spinquant, cross-entropy": rotated_coordinates(folder, rows, scheme, None),
-        "every weight, float32": every_weight(folder, rows, scheme, torch.float32),
-        "every weight, float64": every_weight(folder, rows, scheme, torch.float64),
+        "plain": plain(load(), rows),
+        "spinquant, expected cost": rotated_coordinates(load(), rows, scheme, Tally()),
+        "spinquant, cross-entropy": rotated_coordinates(load(), rows, scheme, None),
+        "every weight, float32": every_weight(load(), rows, scheme, torch.float32),
+        "every weight, float64": every_weight(load(), rows, scheme, torch.float64),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(arguments.repeats + 1):  # the first round warms up
@@ -79,8 +84,7 @@ def main() -> None:
         arguments.json.write_text(json.dumps(seconds, indent=1))
 
 
-def plain(folder, rows) -> Callable[[], None]:
-    model = spinquant.load(folder)
+def plain(model, rows) -> Callable[[], None]:
     model.requires_grad_(False)
 
     def step() -> None:
@@ -98,8 +102,7 @@ def learned_names(plan) -> dict[str, str]:
     return {s.name: "R1" if s.rotation == "R1" else s.name for s in plan.spaces if s.rotation in ("R1", "R2")}
 
 
-def rotated_coordinates(folder, rows, scheme, tally) -> Callable[[], None]:
-    model = spinquant.load(folder)
+def rotated_coordinates(model, rows, scheme, tally) -> Callable[[], None]:
     plan = spinquant.plan_of(model)
     made = made_for(plan)
     fuse_gains(model, plan, made)
@@ -123,8 +126,7 @@ def rotated_coordinates(folder, rows, scheme, tally) -> Callable[[], None]:
     return step
 
 
-def every_weight(folder, rows, scheme, precision) -> Callable[[], None]:
-    model = spinquant.load(folder)
+def every_weight(model, rows, scheme, precision) -> Callable[[], None]:
     plan = spinquant.plan_of(model)
     made = made_for(plan)
     names = {space: name.replace(".", "_") for space, name in learned_names(plan).items()}

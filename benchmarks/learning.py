@@ -3,7 +3,8 @@
 Rotations are learned from the Python manual and judged on its end; the table is perplexity on another source, the
 docstrings of the standard library. Every rotation is used twice: with weights rounded to nearest, and with GPTQ; clip
 ratios are searched both times. Rotations and figures are kept in --out as soon as they are there, and a second call
-goes on where the first was stopped.
+goes on where the first was stopped. The five random rotations of a seed are judged once, by its first method if that is
+`random`; others learn from the best of them.
 
     python benchmarks/learning.py --out learning            # three seeds: some hours on two cores
     python benchmarks/learning.py --out learning --seeds 1 --methods random local
@@ -35,20 +36,22 @@ def docstrings() -> str:
     return "\n\n".join(sorted(found, key=len, reverse=True))
 
 
-def learn(folder: str, out: Path, method: str, seed: int, samples: int, steps: int) -> dict:
-    """Learn in this process; scores, seconds, and the largest resident memory in bytes."""
+def learn(folder: str, out: Path, method: str, seed: int, best: int | None, arguments) -> dict:
+    """Learn in this process; scores, seconds, and the largest resident memory in bytes. best: of five, where known."""
     import spinquant
     from spinquant.calibrate import CalibrationText
     from spinquant.learning.end_to_end import EndToEndOptions
     from spinquant.learning.folder import LearnText
 
     # Five random rotations per run, other ones for every run.
-    spec = spinquant.RotationSpec("R1,R2,R3,R4", seed=100 * seed)
-    options = spinquant.LearnOptions(method, seed=seed, end_to_end=EndToEndOptions(steps=steps))  # pyright: ignore
-    text = LearnText(CalibrationText("manual", samples, 512, seed))
+    spec = spinquant.RotationSpec("R1,R2,R3,R4", seed=100 * seed + (best or 0))
+    baselines = 5 if best is None else 1
+    through = EndToEndOptions(steps=arguments.steps, batch=arguments.batch)
+    options = spinquant.LearnOptions(method, baselines=baselines, seed=seed, end_to_end=through)  # pyright: ignore
+    text = LearnText(CalibrationText("manual", arguments.samples, 512, seed))
     start = time.perf_counter()
     learned = spinquant.learn_folder(
-        folder, out, spinquant.parse_scheme("W4A4KV4"), spec, options, text=text, force=True
+        folder, out, spinquant.parse_scheme("W4A4KV4"), spec, options, text=text, force=True, dtype=arguments.dtype
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     about = {key: learned.record[key] for key in ("kept", "scores", "seconds")}
@@ -87,13 +90,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--steps", type=int, default=100, help="of end-to-end learning")
+    parser.add_argument("--batch", type=int, default=4, help="samples of an end-to-end step")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model that learns")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        kind, folder, place, what, seed = arguments.worker
+        kind, folder, place, what, seed, best = arguments.worker
         if kind == "learn":
-            found = learn(folder, Path(place), what, int(seed), arguments.samples, arguments.steps)
+            found = learn(folder, Path(place), what, int(seed), None if best == "-" else int(best), arguments)
         else:
             found = use(folder, Path(place), what, 32, arguments.windows)
         print(json.dumps(found))
@@ -106,31 +111,17 @@ def main() -> None:
     arguments.out.mkdir(exist_ok=True)
     kept = arguments.out / "figures.json"
     figures = json.loads(kept.read_text()) if kept.exists() else {}
-    settings = [
-        "--samples",
-        str(arguments.samples),
-        "--steps",
-        str(arguments.steps),
-        "--windows",
-        str(arguments.windows),
-    ]
+    given = {name: getattr(arguments, name) for name in ("samples", "steps", "batch", "windows", "dtype")}
+    settings = [text for name, value in given.items() for text in (f"--{name}", str(value))]
     for seed in range(arguments.seeds):
         for method in arguments.methods:
             place = arguments.out / f"{method}-{seed}"
             for kind, what in (("learn", method), *(("use", weights) for weights in arguments.weights)):
                 key = f"{method}/{seed}/{what if kind == 'use' else 'learn'}"
                 if key not in figures:
-                    command = [
-                        sys.executable,
-                        __file__,
-                        *settings,
-                        "--worker",
-                        kind,
-                        folder,
-                        str(place),
-                        what,
-                        str(seed),
-                    ]
+                    known = figures.get(f"random/{seed}/learn", {}).get("kept", "random -").split()[-1]
+                    command = [sys.executable, __file__, *settings, "--worker"]
+                    command += [kind, folder, str(place), what, str(seed), known]
                     done = subprocess.run(command, capture_output=True, text=True)
                     if done.returncode:
                         raise SystemExit(f"{key} failed:\n{done.stderr[-3000:]}")

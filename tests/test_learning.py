@@ -184,6 +184,24 @@ def test_gradients_of_the_expected_cost(quantizer):
     assert tally.take() == pytest.approx(float(cost.detach())) and tally.take() == 0.0
 
 
+@pytest.mark.parametrize("tally", [Tally(), None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_in_half_precision(dtype, tally):
+    """Activations are rotated as they are, and the rotation's gradient is in float32: that of float64, about."""
+    x, g, start = peaked(300, 64).to(dtype), random(300, 64, seed=4).to(dtype), orthogonal(32, 3)
+    found = []
+    for kind, weight in ((dtype, start.float()), (torch.float64, start)):
+        moving = Moving.starting(weight, tally=tally)
+        y = round_rotated(x.to(kind).requires_grad_(), (Turn(moving),), Quantizer(4))
+        (gradient,) = torch.autograd.grad(y, moving.skew, g.to(kind))
+        assert y.dtype == kind and gradient.dtype == weight.dtype
+        found += [y.double(), (gradient - gradient.T).double()]
+    # Some numbers fall on the other side of a half, which changes their errors' signs and not what errors cost.
+    flips = {torch.bfloat16: 0.35, torch.float16: 0.15}[dtype]
+    assert (found[0] - found[2]).norm() < flips * (found[2] - x).norm()
+    assert (found[1] - found[3]).norm() < (0.15 if tally else flips) * found[3].norm()
+
+
 def next_token_loss(model, ids):
     """Without a cache: a packed one passes no gradients."""
     found = model(ids, use_cache=False).logits[:, :-1]
@@ -300,7 +318,7 @@ def test_rows_are_drawn_by_what_they_cost():
         logits = model(input_ids=row, use_cache=False).logits[0]
         handle.remove()
         other.remove()
-        own = drawn(logits.detach(), again)
+        own = drawn(logits.detach().softmax(-1), again)
         loss = -logits.log_softmax(-1).gather(-1, own).sum()
         # The gradient at the input from those at the outputs of its readers.
         readers = torch.autograd.grad(loss, [out for _, out in kept])
@@ -427,6 +445,18 @@ def test_learning_end_to_end_lowers_the_loss(loss, optimizer):
     if loss != "cross-entropy":
         rotations = {space: Orthogonal(r) for space, r in learned.items()}
         assert kl_of(rotations, ids) < 0.9 * kl_of(None, ids)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_learn_rotations_in_float32(dtype, loss):
+    options = EndToEndOptions(loss, steps=6, batch=4, lr=0.3)
+    learned, history = run(options, dtype=dtype)
+    start = matrix(prepared()[2]["residual"])
+    for step in history:
+        assert step.orthogonality < 1e-5
+    assert float((learned["residual"] - start).norm()) > 0.3
+    assert history[0].loss == pytest.approx(run(replace(options, steps=1))[1][0].loss, rel=0.5)
 
 
 @pytest.mark.parametrize("change", [{"micro_batch": 1}, {"checkpointing": True}])

@@ -219,7 +219,7 @@ def test_the_sums_are_those_of_all_rows():
     for row in ids.split(1):
         with captured_inputs(model, inputs) as seen:
             out = model(input_ids=row, use_cache=False).logits[0]
-            own = drawn(out.detach(), generator)
+            own = drawn(out.detach().softmax(-1), generator)
             gradients = torch.autograd.grad(-out.log_softmax(-1).gather(-1, own).sum(), list(seen.values()))
         for (space, x), g in zip(seen.items(), gradients, strict=True):
             rows[space].append((x.detach()[0], g[0]))

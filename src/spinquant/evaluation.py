@@ -152,14 +152,14 @@ def perplexity_of(mean: float) -> float:
     return math.exp(mean) if mean < 700 else math.inf
 
 
-def drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Tokens drawn from predictions, (.., vocabulary); (.., 1). generator: on the CPU.
+def drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """Tokens drawn from their probabilities, (.., vocabulary); (.., 1). generator: on the CPU.
 
     By where a uniform number falls in the cumulated probabilities: torch.multinomial draws a number for every entry.
     """
-    reached = logits.float().softmax(-1).cumsum(-1)
-    at = torch.rand((*logits.shape[:-1], 1), generator=generator).to(logits.device)
-    return torch.searchsorted(reached, at * reached[..., -1:]).clamp(max=logits.shape[-1] - 1)
+    reached = probabilities.cumsum(-1, dtype=torch.float32)
+    at = torch.rand((*reached.shape[:-1], 1), generator=generator).to(reached.device)
+    return torch.searchsorted(reached, at * reached[..., -1:]).clamp(max=reached.shape[-1] - 1)
 
 
 def wide(logits: Tensor) -> Tensor:

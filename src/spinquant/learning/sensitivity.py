@@ -104,9 +104,25 @@ def surprise_of_own(model: Any, rows: Tensor, labels: Sequence[torch.Generator])
 
     labels: what those of a row are drawn with.
     """
-    logits = wide(model(input_ids=rows, use_cache=False).logits)
-    own = torch.stack([drawn(one, generator) for one, generator in zip(logits.detach(), labels, strict=True)])
-    return -logits.log_softmax(-1).gather(-1, own).sum()
+    return _Surprise.apply(model(input_ids=rows, use_cache=False).logits, labels)  # pyright: ignore[reportReturnType]
+
+
+class _Surprise(torch.autograd.Function):
+    """One softmax serves the draw, the sum and its gradient p - 1 at y: over a vocabulary, passes are what costs."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Sequence[torch.Generator]) -> Tensor:
+        p = wide(logits).softmax(-1)
+        own = torch.stack([drawn(one, generator) for one, generator in zip(p, labels, strict=True)])
+        ctx.dtype = logits.dtype
+        ctx.save_for_backward(p, own)
+        return -p.gather(-1, own).clamp(min=torch.finfo(p.dtype).tiny).log().sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        p, own = ctx.saved_tensors
+        # In place: a second pass backward finds a changed tensor and raises.
+        return p.scatter_add_(-1, own, p.new_full(own.shape, -1.0)).mul_(grad).to(ctx.dtype), None
 
 
 class _Drawn:

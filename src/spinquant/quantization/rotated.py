@@ -73,9 +73,9 @@ class Moving:
     def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
         """As `Rotation.apply`; no gradients reach the rotation this way."""
         check_blocks(x, self.order, dim)
-        r = self.weight.T if transpose else self.weight
-        y = (x.movedim(dim, -1).to(r.dtype).unflatten(-1, (-1, self.order)) @ r).flatten(-2).movedim(-1, dim)
-        return y.to(x.dtype) if out is None else out.copy_(y)
+        r = (self.weight.T if transpose else self.weight).to(x.dtype)
+        y = (x.movedim(dim, -1).unflatten(-1, (-1, self.order)) @ r).flatten(-2).movedim(-1, dim)
+        return y if out is None else out.copy_(y)
 
     def tensors(self) -> dict[str, Tensor]:
         """Of the rotation as it is now."""
@@ -111,39 +111,62 @@ def round_rotated(x: Tensor, turns: Sequence[Turn], quantizer: Quantizer) -> Ten
 class _RoundRotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, turns: tuple[Turn, ...], quantizer: Quantizer, *skews: Tensor) -> Tensor:
-        z = turned(x.to(torch.promote_types(x.dtype, torch.float32)), turns)
-        error = fake_quantize(z, quantizer).sub_(z)
+        # Products in the dtype of x, as a rotated network has them; rounding in float32 at least.
+        z = turned(x, turns)
+        error = _round(z, quantizer)
         if any(ctx.needs_input_grad[3:]):
             ctx.turns, ctx.quantizer = turns, quantizer
-            ctx.save_for_backward(error.to(x.dtype), z.to(x.dtype))
-        return x + turned(error, turns[::-1], transpose=True).to(x.dtype)
+            tallied = _moving(turns)[0].rotation.tally is not None
+            # Of the expected cost's gradients the errors' lengths are enough.
+            kept = _energies(error, group_of(z.shape[-1], quantizer)) if tallied else error.to(x.dtype)
+            ctx.save_for_backward(z, kept)
+        return x + turned(error.to(x.dtype), turns[::-1], transpose=True)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         if not any(ctx.needs_input_grad[3:]):
             return grad, None, None, *[None] * len(ctx.needs_input_grad[3:])
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        error, z = (saved.to(wide) for saved in ctx.saved_tensors)
+        z, kept = ctx.saved_tensors
         group = group_of(z.shape[-1], ctx.quantizer)
-        moving = [turn for turn in ctx.turns if isinstance(turn.rotation, Moving)]
+        moving = _moving(ctx.turns)
         tally = moving[0].rotation.tally
-        # Lengths alone are needed of the expected cost's gradients, and rotating whole groups keeps them.
-        kept = tally is not None and all(_turns_inside(turn, group) for turn in ctx.turns)
-        moved = grad.to(wide) if kept else turned(grad.to(wide), ctx.turns)
         if tally is not None:
-            errors, slopes = (t.unflatten(-1, (-1, group)).square().sum(-1, keepdim=True) for t in (error, moved))
-            slope = errors * slopes / group
+            # Rotating whole groups keeps their lengths.
+            inside = all(_turns_inside(turn, group) for turn in ctx.turns)
+            slope = kept * _energies(grad if inside else turned(grad, ctx.turns), group) / group
             tally.costs.append(slope.sum(dtype=torch.float64) / 2)
-            gradients = [torch.zeros_like(turn.rotation.weight, dtype=wide) for turn in moving]
+            gradients = [torch.zeros_like(turn.rotation.weight) for turn in moving]
         else:
-            slope = (error * moved).unflatten(-1, (-1, group)).sum(-1, keepdim=True)
-            gradients = [_rows(error, turn).T @ _rows(moved, turn) for turn in moving]
+            moved = turned(grad, ctx.turns)
+            slope = (kept * moved).unflatten(-1, (-1, group)).sum(-1, keepdim=True, dtype=_wide(grad))
+            gradients = [(_rows(kept, t).T @ _rows(moved, t)).to(t.rotation.weight.dtype) for t in moving]
         if tally is not None or any(turn.rotation.range_gradient for turn in moving):
-            ends = _at_the_ends(slope, z.unflatten(-1, (-1, group)), ctx.quantizer)
+            ends = _ends(slope, z.unflatten(-1, (-1, group)), ctx.quantizer)
             for turn, gradient in zip(moving, gradients, strict=True):
                 if tally is not None or turn.rotation.range_gradient:
-                    _subtract(gradient, _rows(z, turn), _rows(ends, turn))
-        return grad, None, None, *(g.to(t.rotation.skew.dtype) for g, t in zip(gradients, moving, strict=True))
+                    _add(gradient, z, ends, turn)
+        return grad, None, None, *gradients
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _round(z: Tensor, quantizer: Quantizer) -> Tensor:
+    """What rounding adds to z, in float32 at least."""
+    numbers = z.to(_wide(z))
+    return fake_quantize(numbers, quantizer).sub_(numbers)
+
+
+def _energies(x: Tensor, group: int) -> Tensor:
+    """The squared length of every group of the last axis, (.., groups, 1)."""
+    norm = torch.linalg.vector_norm(x.unflatten(-1, (-1, group)), dim=-1, keepdim=True, dtype=_wide(x))
+    return norm.square()
+
+
+def _moving(turns: Sequence[Turn]) -> list[Any]:
+    """Those whose rotation is learned."""
+    return [turn for turn in turns if isinstance(turn.rotation, Moving)]
 
 
 def _turns_inside(turn: Turn, group: int) -> bool:
@@ -151,32 +174,39 @@ def _turns_inside(turn: Turn, group: int) -> bool:
     return turn.dim == -1 and turn.span is None and group % turn.rotation.order == 0
 
 
-def _at_the_ends(slope: Tensor, groups: Tensor, quantizer: Quantizer) -> Tensor:
-    """The gradient of the loss at the numbers that set a group's range, zero at all others: (.., groups * group).
+def _ends(slope: Tensor, groups: Tensor, quantizer: Quantizer) -> list[tuple[Tensor, Tensor]]:
+    """The numbers that set the groups' ranges, by their places in the groups, and the gradients of the loss there.
 
-    groups: (.., groups, group). slope: (.., groups, 1), the derivative by the logarithm of a group's range.
+    groups: (.., groups, group). slope: (.., groups, 1), the derivative by the logarithm of a group's range; so are
+    places and gradients.
     """
-    ends, tiny = torch.zeros_like(groups), torch.finfo(groups.dtype).tiny
+    tiny = torch.finfo(slope.dtype).tiny
     if quantizer.kind != "int" or quantizer.symmetric:
-        peak, at = groups.abs().max(-1, keepdim=True)
-        signs = groups.gather(-1, at).sign()
-        return ends.scatter_(-1, at, signs * slope / peak.clamp(min=tiny)).flatten(-2)
-    high, at_high = groups.max(-1, keepdim=True)
-    low, at_low = groups.min(-1, keepdim=True)
+        at = groups.abs().argmax(-1, keepdim=True)
+        number = groups.gather(-1, at).to(slope.dtype)
+        return [(at, number.sign() * slope / number.abs().clamp(min=tiny))]
+    (high, at_high), (low, at_low) = groups.max(-1, keepdim=True), groups.min(-1, keepdim=True)
+    high, low = (number.to(slope.dtype) for number in (high, low))
     pull = slope / (high.clamp(min=0) - low.clamp(max=0)).clamp(min=tiny)
     # A range starts or ends at zero where all numbers are on one side of it.
-    ends.scatter_add_(-1, at_high, torch.where(high > 0, pull, 0.0))
-    ends.scatter_add_(-1, at_low, torch.where(low < 0, -pull, 0.0))
-    return ends.flatten(-2)
+    return [(at_high, torch.where(high > 0, pull, 0.0)), (at_low, torch.where(low < 0, -pull, 0.0))]
 
 
-def _subtract(gradient: Tensor, z: Tensor, ends: Tensor) -> None:
-    """gradient -= z^T ends, where few rows have more than a number or two that is not zero."""
-    at, column = ends.nonzero(as_tuple=True)
-    if len(at) < len(ends) * ends.shape[1] // 8:
-        gradient.T.index_add_(0, column, z[at] * ends[at, column].unsqueeze(-1), alpha=-1)
-    else:
-        gradient.sub_(z.T @ ends)
+def _add(gradient: Tensor, z: Tensor, ends: Sequence[tuple[Tensor, Tensor]], turn: Turn) -> None:
+    """gradient += p^T z, p being zero but at the ends of groups. For a skew A that is the same as - z^T p."""
+    if turn.dim == -1 and turn.span is None:
+        rows = z.reshape(-1, turn.rotation.order)
+        group = z.shape[-1] // ends[0][0].shape[-2]
+        first = torch.arange(0, z.numel(), group, device=z.device)
+        for at, pull in ends:
+            place = first + at.flatten()
+            row = rows[place // turn.rotation.order].to(gradient.dtype)
+            gradient.index_add_(0, place % turn.rotation.order, row.mul_(pull.reshape(-1, 1)))
+        return
+    dense = torch.zeros_like(z, dtype=gradient.dtype).unflatten(-1, (ends[0][0].shape[-2], -1))
+    for at, pull in ends:
+        dense.scatter_add_(-1, at, pull.to(dense.dtype))
+    gradient.addmm_(_rows(dense.flatten(-2), turn).T, _rows(z.to(gradient.dtype), turn))
 
 
 def turned(x: Tensor, turns: Sequence[Turn], *, transpose: bool = False) -> Tensor:
