@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from scipy.linalg import hadamard as scipy_hadamard
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spinquant import kronecker
 from spinquant.errors import HadamardOrderError, RotationError
@@ -31,6 +32,16 @@ def constructible(order: int) -> bool:
     except HadamardOrderError:
         return False
     return True
+
+
+@pytest.fixture(params=["kernels", "no kernels"])
+def either_way(request, monkeypatch):
+    """With butterflies that are compiled, and as where numba is not installed."""
+    if request.param == "no kernels":
+        monkeypatch.setattr(kronecker, "kernels", lambda: None)
+    else:
+        pytest.importorskip("numba")
+    return request.param == "kernels"
 
 
 COVERED = [1, 2, *(n for n in range(4, 500, 4) if constructible(n))]
@@ -129,7 +140,7 @@ def test_docs_table_of_model_dimensions():
 
 @pytest.mark.parametrize("order", [1, 2, 8, 12, 24, 64, 92, 116, 144, 148, 172, 184, 512, 896, 1024, 2048, 2752])
 @pytest.mark.parametrize("transpose", [False, True])
-def test_transform_is_the_dense_product_in_every_block(order: int, transpose: bool):
+def test_transform_is_the_dense_product_in_every_block(order: int, transpose: bool, either_way):
     x = random(3, 2, 2 * order)
     rotation = dense(order).T if transpose else dense(order)
     expected = (x.unflatten(-1, (2, order)) @ rotation).flatten(-2)
@@ -138,9 +149,68 @@ def test_transform_is_the_dense_product_in_every_block(order: int, transpose: bo
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("exponent", range(1, 14))
+@pytest.mark.parametrize("behind", [1, 3, 16, 64, 100])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_butterflies_are_the_product(exponent: int, behind: int, dtype: torch.dtype):
+    pytest.importorskip("numba")
+    order = 2**exponent
+    x = random(3, order, behind, dtype=dtype)
+    found = kronecker_transform(x, (kronecker.Sylvester(order),), dim=1)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    if order <= 1024:
+        expected = torch.einsum("ij,bjw->biw", dense(order).to(dtype), x)
+        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+    if exponent > 1:
+        parts = kronecker.Sylvester(2 ** (exponent // 2)), dense(2 ** (exponent - exponent // 2)).to(dtype)
+        torch.testing.assert_close(kronecker_transform(x, parts, dim=1), found, rtol=0, atol=tolerance)
+    torch.testing.assert_close(
+        kronecker_transform(found, (kronecker.Sylvester(order),), dim=1), x, rtol=0, atol=tolerance
+    )
+
+
+@pytest.mark.parametrize("order", [0, 1, 12])
+def test_butterflies_have_powers_of_two(order: int):
+    with pytest.raises(RotationError, match=f"not {order}"):
+        kronecker.Sylvester(order)
+
+
+def test_butterflies_are_taken_where_they_can_be(either_way):
+    calls, x = [], random(64, 4096, dtype=torch.float32)
+    found = kronecker.kernels()
+
+    class Counted:
+        def rows(self, *arguments):
+            calls.append("rows")
+            found.rows(*arguments)
+
+        def columns(self, *arguments):
+            calls.append("columns")
+            found.columns(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kronecker, "kernels", lambda: Counted() if either_way else None)
+        for order, dim in ((4096, -1), (64, 0), (28 * 128, -1)):
+            hadamard_transform(x.narrow(-1, 0, 28 * 128) if order == 28 * 128 else x, order, dim=dim)
+        assert calls == (["rows", "columns", "rows"] if either_way else [])
+        calls.clear()
+        # Differentiated, in inference mode, and where nothing is computed at all.
+        x.requires_grad_()
+        (gradient,) = torch.autograd.grad(hadamard_transform(x, 4096).sum(), x)
+        torch.testing.assert_close(gradient, hadamard_transform(torch.ones_like(x), 4096))
+        with torch.inference_mode():
+            torch.testing.assert_close(hadamard_transform(x, 4096).clone(), hadamard_transform(x.detach(), 4096))
+        assert len(calls) == (5 if either_way else 0)
+        assert hadamard_transform(x.detach().to("meta"), 4096).shape == x.shape
+        plain = x.detach()
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert hadamard_transform(mode.from_tensor(plain), 4096).shape == x.shape
+        assert len(calls) == (5 if either_way else 0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("order", [24, 172, 512])
-def test_lower_precision_is_rounded_once(order: int, dtype: torch.dtype):
+def test_lower_precision_is_rounded_once(order: int, dtype: torch.dtype, either_way):
     x = random(5, order, dtype=dtype)
     exact = x.double() @ dense(order)
     result = hadamard_transform(x, order)
@@ -151,7 +221,7 @@ def test_lower_precision_is_rounded_once(order: int, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("order", [16, 28, 172, 4096, 14336])
-def test_many_chunks_equal_one(order: int):
+def test_many_chunks_equal_one(order: int, either_way):
     x = random(2_000_000 // order + 3, order, dtype=torch.float32)  # longer than one chunk
     result = hadamard_transform(x, order)
     rows = torch.tensor([0, len(x) // 2, len(x) - 1])
@@ -243,7 +313,7 @@ def test_integers_are_refused():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("order", [4, 64, 92, 172])
 @pytest.mark.parametrize("transpose", [False, True])
-def test_any_axis_is_the_last_axis_moved(order, dtype, transpose, monkeypatch):
+def test_any_axis_is_the_last_axis_moved(order, dtype, transpose, monkeypatch, either_way):
     """Also where a row is longer than a chunk, and written over itself."""
     monkeypatch.setattr(kronecker, "_CHUNK", order * 20)
     for shape, dim in [((2 * order, 50), 0), ((3, order, 2, 9), 1), ((3, order, 7), -2)]:

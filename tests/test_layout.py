@@ -29,7 +29,7 @@ LAYERS = [
     {"errors", "workspace", "threads"},
     {"plots", "processes", "hidden_states"},
     {"tensorfile", "source_hash"},
-    {"plan", "galois", "hadamard_bases", "kronecker", "hadamard", "quantization.scheme"},
+    {"plan", "butterflies", "galois", "hadamard_bases", "kronecker", "hadamard", "quantization.scheme"},
     {"centred"},
     {"rotation", "quantization.floating", "quantization.integer", "quantization.progress", "learning.cayley"},
     {"wrapped"},
@@ -153,6 +153,8 @@ def test_the_core_needs_no_runtime():
             imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             outside = {i.split(".")[0] for i in imported}
             assert not outside & {"vllm", "compressed_tensors", "llmcompressor"}, name
+            assert "numba" not in outside or name == "butterflies", name
+            assert "spinquant.butterflies" not in imported, name
             assert "spinquant.llmcompressor" not in imported, name
 
 

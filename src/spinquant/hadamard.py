@@ -11,8 +11,9 @@ four short sequences (Williamson, Goethals and Seidel). See `hadamard_bases.py`.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import lru_cache, reduce, wraps
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,7 +28,9 @@ from spinquant.hadamard_bases import (
     paley_two,
     sylvester,
 )
-from spinquant.kronecker import kronecker_transform
+from spinquant.kronecker import Factor, Sylvester, kronecker_transform, takes_kernels
+
+_REMEMBERED = 64  # orders whose factors are kept
 
 __all__ = [
     "Construction",
@@ -37,6 +40,28 @@ __all__ = [
     "hadamard_transform",
     "kronecker_transform",
 ]
+
+
+_Made = TypeVar("_Made", bound=Callable[..., tuple[Any, ...]])
+
+
+def _remembered(make: _Made) -> _Made:
+    """A cache, but for what is made under a mode of torch (FakeTensorMode, say): it would be of no use outside."""
+    known: dict[Any, tuple[Any, ...]] = {}
+
+    @wraps(make)
+    def found(*arguments: Any) -> tuple[Any, ...]:
+        made = known.get(arguments)
+        if made is None:
+            made = make(*arguments)
+            if all(type(factor) in (Tensor, Sylvester) for factor in made):
+                if len(known) >= _REMEMBERED:
+                    known.clear()
+                known[arguments] = made
+        return made
+
+    found.cache_clear = known.clear  # pyright: ignore[reportAttributeAccessIssue]
+    return found  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True)
@@ -90,28 +115,52 @@ def hadamard_matrix(order: int) -> Tensor:
     return matrix
 
 
-@lru_cache(maxsize=64)
+@_remembered
 def hadamard_factors(order: int) -> tuple[Tensor, ...]:
     """Return orthonormal float64 factors whose Kronecker product is H / sqrt(order); shared, do not modify."""
     if order <= 64:  # one product is faster than two narrow ones
         with torch.inference_mode(False):
             return (hadamard_matrix(order).double() / math.sqrt(order),)
     with torch.device("cpu"), torch.inference_mode(False):
-        # Sylvester matrices are themselves products of the matrix of order 2, so they may be cut anywhere.
-        atoms = [
-            _BUILDERS[name](part).double() / math.sqrt(part)
-            for name, base in construct(order).factors
-            for part in ([2] * (base.bit_length() - 1) if name == "Sylvester" else [base])
-        ]
-        groups = _groups(tuple(len(atom) for atom in atoms))
-        cuts = [sum(groups[:i]) for i in range(len(groups) + 1)]
-        return tuple(reduce(torch.kron, atoms[i:j]) for i, j in pairwise(cuts))
+        atoms = _atoms(order)
+        groups = _groups(tuple(part for _, part in atoms))
+        return tuple(reduce(torch.kron, map(_dense, atoms[i:j])) for i, j in _cuts(groups))
 
 
-@lru_cache(maxsize=64)
-def _factors(order: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    with torch.inference_mode(False):
-        return tuple(factor.to(device, dtype) for factor in hadamard_factors(order))
+def _atoms(order: int) -> list[tuple[str, int]]:
+    """Names and orders of bases: Sylvester matrices are products of the matrix of order 2, and may be cut anywhere."""
+    return [
+        (name, part)
+        for name, base in construct(order).factors
+        for part in ([2] * (base.bit_length() - 1) if name == "Sylvester" else [base])
+    ]
+
+
+def _dense(atom: tuple[str, int]) -> Tensor:
+    name, order = atom
+    return _BUILDERS[name](order).double() / math.sqrt(order)
+
+
+def _cuts(groups: tuple[int, ...]) -> list[tuple[int, int]]:
+    return list(pairwise(sum(groups[:i]) for i in range(len(groups) + 1)))
+
+
+@_remembered
+def _factors(order: int, dtype: torch.dtype, device: torch.device, behind: int = 0) -> tuple[Factor, ...]:
+    """behind: numbers behind the axis, about, where powers of two may be left to butterflies."""
+    with torch.device("cpu"), torch.inference_mode(False):
+        if not behind or (order <= 64 and not _butterflies_pay(order, behind)):
+            return tuple(factor.to(device, dtype) for factor in hadamard_factors(order))
+        atoms = _atoms(order)
+        groups, width, found = _groups(tuple(part for _, part in atoms), behind, fast=True), behind, []
+        for i, j in reversed(_cuts(groups)):
+            size = math.prod(part for _, part in atoms[i:j])
+            if _butterflies_pay(size, width):
+                found.append(Sylvester(size))
+            else:
+                found.append(reduce(torch.kron, map(_dense, atoms[i:j])).to(device, dtype))
+            width *= size
+        return tuple(reversed(found))
 
 
 def hadamard_transform(
@@ -119,21 +168,45 @@ def hadamard_transform(
 ) -> Tensor:
     """Return x H / sqrt(order) along an axis, or x H^T / sqrt(order); see `kronecker_transform`."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return kronecker_transform(x, _factors(order, dtype, x.device), transpose=transpose, dim=dim, out=out)
+    behind = 0
+    if takes_kernels(x):
+        behind = 64 if math.prod(x.shape[dim:][1:]) >= 32 else 1
+    factors = _factors(order, dtype, x.device, behind)
+    return kronecker_transform(x, factors, transpose=transpose, dim=dim, out=out)
 
 
 @lru_cache(maxsize=1024)
-def _groups(orders: tuple[int, ...], width: int = 1) -> tuple[int, ...]:
+def _groups(orders: tuple[int, ...], width: int = 1, fast: bool = False) -> tuple[int, ...]:
     """Return how many neighbouring atoms make up each factor, for the least cost; `width` stands behind them."""
     if not orders:
         return ()
     options = [
-        (*_groups(orders[:-count], width * math.prod(orders[-count:])), count) for count in range(1, len(orders) + 1)
+        (*_groups(orders[:-count], width * math.prod(orders[-count:]), fast), count)
+        for count in range(1, len(orders) + 1)
     ]
-    return min(options, key=lambda groups: _cost(orders, groups, width))
+    return min(options, key=lambda groups: _cost(orders, groups, width, fast))
 
 
-def _cost(orders: tuple[int, ...], groups: tuple[int, ...], width: int) -> float:
+def _butterflies_pay(order: int, width: int) -> bool:
+    """Whether butterflies take less time than a product of matrices; for powers of two alone there are any."""
+    return order & (order - 1) == 0 and _butterflies_cost(order, width) < _product_cost(order, width)
+
+
+def _butterflies_cost(order: int, width: int) -> float:
+    """Of one core (ns per float32). Without numbers behind: 4096 0.5, 512 0.55, 128 0.9, 64 1.3, 16 3.2; 64 numbers:
+    4096 1.0, 512 0.75, 64 0.6, 16 0.4; 16: 2.5, 2.1, 1.4, 1.2."""
+    if width == 1:
+        return 0.45 + 50 / order
+    return 0.25 + (0.02 + 1.3 / width) * math.log2(order) + 10 / width
+
+
+def _product_cost(order: int, width: int) -> float:
+    narrow = 0.0 if order >= 16 or width >= 32 else (2.0 if width == 1 else 0.8)
+    tiny = 0.4 if order < 8 else 0.0
+    return 0.45 + 0.022 * order + narrow + tiny
+
+
+def _cost(orders: tuple[int, ...], groups: tuple[int, ...], width: int, fast: bool) -> float:
     """Return the time per element, fitted to one core (ns of float32: order 16 0.8, 32 1.2, 64 1.9, 128 3.3).
 
     Narrow products are badly served: a factor below 8 costs more, one below 16 too unless 32 columns or more stand
@@ -142,9 +215,8 @@ def _cost(orders: tuple[int, ...], groups: tuple[int, ...], width: int) -> float
     total, end = 0.0, len(orders)
     for count in reversed(groups):
         order = math.prod(orders[end - count : end])
-        narrow = 0.0 if order >= 16 or width >= 32 else (2.0 if width == 1 else 0.8)
-        tiny = 0.4 if order < 8 else 0.0
-        total += 0.45 + 0.022 * order + narrow + tiny
+        product = _product_cost(order, width)
+        total += min(product, _butterflies_cost(order, width)) if fast and order & (order - 1) == 0 else product
         width, end = width * order, end - count
     return total
 

@@ -7,14 +7,19 @@ memory, so rows go through all factors in chunks that stay in cache, in two buff
 types are widened chunk by chunk and rounded once, at the end. A factor that commutes with the exchange of
 two equal runs of indices is split into sums and differences of the runs, which halves its arithmetic.
 
-`_apply` is the only place that does the arithmetic; a native kernel would replace it.
+A factor may be named instead of given: `Sylvester`, which `butterflies.py` applies where numba is installed.
+`_apply` is the only place that does the arithmetic.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spinquant.errors import RotationError
 from spinquant.threads import each
@@ -29,8 +34,46 @@ _SPLIT_FROM = 92
 _Step = Callable[[Tensor, Tensor], object]
 
 
+@dataclass(frozen=True)
+class Sylvester:
+    """The orthonormal matrix of butterflies, of an order that is a power of two from 2 on; symmetric."""
+
+    order: int
+
+    def __post_init__(self):
+        if self.order < 2 or self.order & (self.order - 1):
+            raise RotationError(f"butterflies have an order that is a power of two from 2 on, not {self.order}")
+
+    def __len__(self) -> int:
+        return self.order
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """As of a matrix."""
+        return self.order, self.order
+
+
+Factor = Tensor | Sylvester
+
+
+@lru_cache(maxsize=1)
+def kernels() -> ModuleType | None:
+    """The compiled kernels, where numba is installed."""
+    try:
+        from spinquant import butterflies
+    except ImportError:
+        return None
+    return butterflies
+
+
+def takes_kernels(x: Tensor) -> bool:
+    """Whether `Sylvester` factors can be applied to a tensor: a plain one on a CPU, outside torch.compile."""
+    plain = x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter)
+    return plain and not torch.compiler.is_compiling() and kernels() is not None
+
+
 def kronecker_transform(
-    x: Tensor, factors: Sequence[Tensor], *, transpose: bool = False, dim: int = -1, out: Tensor | None = None
+    x: Tensor, factors: Sequence[Factor], *, transpose: bool = False, dim: int = -1, out: Tensor | None = None
 ) -> Tensor:
     """Return x contracted with R = F1 kron F2 kron ... along an axis, or with R^T.
 
@@ -60,7 +103,7 @@ def kronecker_transform(
 
 class _Transform(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, factors: tuple[Tensor, ...], transpose: bool, dim: int) -> Tensor:
+    def forward(ctx, x: Tensor, factors: tuple[Factor, ...], transpose: bool, dim: int) -> Tensor:
         ctx.factors, ctx.transpose, ctx.dim = factors, transpose, dim
         return _apply(x, factors, transpose, dim)
 
@@ -71,7 +114,7 @@ class _Transform(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _apply(x: Tensor, factors: Sequence[Tensor], transpose: bool, dim: int, out: Tensor | None = None) -> Tensor:
+def _apply(x: Tensor, factors: Sequence[Factor], transpose: bool, dim: int, out: Tensor | None = None) -> Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     order = math.prod(factor.shape[0] for factor in factors)
     width = math.prod(x.shape[dim:][1:])
@@ -79,7 +122,7 @@ def _apply(x: Tensor, factors: Sequence[Tensor], transpose: bool, dim: int, out:
     if not x.numel():
         return result
     rows, results = x.reshape(-1, order, width), result.view(-1, order, width)
-    parts = [_prepare(factor.T if transpose else factor, dtype, x.device) for factor in reversed(factors)]
+    parts = [_prepare(factor, transpose, dtype, x.device) for factor in reversed(factors)]
     on_cpu = x.device.type == "cpu"
     # A chunk is some whole rows, or some columns of one row where a row is longer than a chunk.
     count = max(1, _CHUNK // (order * width)) if on_cpu else len(rows)
@@ -116,9 +159,11 @@ def _apply_chunk(source: Tensor, target: Tensor, steps: list[_Step], dtype: torc
         target.copy_(current.view(target.shape))
 
 
-def _prepare(factor: Tensor, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+def _prepare(factor: Factor, transpose: bool, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
     """Return the factor alone, or the two halves it splits into where that pays."""
-    factor = factor.to(device=device, dtype=dtype)
+    if isinstance(factor, Sylvester):
+        return (factor,)
+    factor = (factor.T if transpose else factor).to(device=device, dtype=dtype)
     run = (len(factor) - 4) // 2 if len(factor) >= _SPLIT_FROM and device.type == "cpu" else 0
     if not run or not _exchangeable(factor, run):
         return (factor,)
@@ -128,11 +173,13 @@ def _prepare(factor: Tensor, dtype: torch.dtype, device: torch.device) -> tuple[
     return odd, even
 
 
-def _steps(parts: Sequence[tuple[Tensor, ...]], width: int) -> list[_Step]:
+def _steps(parts: Sequence[tuple[Any, ...]], width: int) -> list[_Step]:
     """Return the steps for the prepared factors, last factor first. width: elements behind the axis."""
     steps: list[_Step] = []  # `width` grows by the orders of the factors behind
     for part in parts:
-        if len(part) == 1:
+        if isinstance(part[0], Sylvester):
+            steps.append(_butterflies(part[0].order, width))
+        elif len(part) == 1:
             steps.append(_dense_step(part[0], width))
         else:
             steps += _split_steps(part[0], part[1], width)
@@ -147,6 +194,22 @@ def _multiply(x: Tensor, factor: Tensor, out: Tensor) -> None:
         torch.mm(x.view(batch, order), factor, out=out.view(batch, order))
     else:
         torch.bmm(factor.T.expand(batch, order, order), x, out=out)
+
+
+def _butterflies(order: int, width: int) -> _Step:
+    found = kernels()
+    assert found is not None
+
+    def step(source: Tensor, target: Tensor) -> None:
+        numbers, result = source.detach().numpy(), target.detach().numpy()
+        scale = numbers.dtype.type(order**-0.5)
+        if width == 1:
+            found.rows(numbers, result, order, scale, *(numbers.dtype.type(0).repeat(order) for _ in range(2)))
+        else:
+            shape = -1, order, width
+            found.columns(numbers.reshape(shape), result.reshape(shape), scale)
+
+    return step
 
 
 def _dense_step(factor: Tensor, width: int) -> _Step:

@@ -35,6 +35,7 @@ from spinquant.formats.compressed_config import check_plan, quantization_config
 from spinquant.formats.compressed_packing import CompressedPacking
 from spinquant.formats.native import make_config
 from spinquant.formats.native_packing import Finished, NativePacking
+from spinquant.kronecker import kernels
 from spinquant.learning.learn import LearnedRotations
 from spinquant.pipeline import Options, Result, Stage, check_fits
 from spinquant.processes import Processes
@@ -113,6 +114,7 @@ class Request:
         return {
             "spinquant": version("spinquant"),
             "torch": torch.__version__,
+            "kernels": kernels() is not None,
             "model": str(model),
             "files": weights_digest(folder),
             **self.spec.to_dict(),
