@@ -4,7 +4,7 @@ Rotations are learned from the Python manual and judged on its end; the table is
 docstrings of the standard library. Every rotation is used twice: with weights rounded to nearest, and with GPTQ; clip
 ratios are searched both times. Rotations and figures are kept in --out as soon as they are there, and a second call
 goes on where the first was stopped. The five random rotations of a seed are judged once, by its first method if that is
-`random`; others learn from the best of them.
+`random`; others learn from the best of them, and `local+end-to-end` from what `local` found.
 
     python benchmarks/learning.py --out learning            # three seeds: some hours on two cores
     python benchmarks/learning.py --out learning --seeds 1 --methods random local
@@ -47,11 +47,22 @@ def learn(folder: str, out: Path, method: str, seed: int, best: int | None, argu
     spec = spinquant.RotationSpec("R1,R2,R3,R4", seed=100 * seed + (best or 0))
     baselines = 5 if best is None else 1
     through = EndToEndOptions(steps=arguments.steps, batch=arguments.batch)
+    local = out.parent / f"local-{seed}"
+    start = local if method == "local+end-to-end" and local.exists() else None
+    method = method if start is None else "end-to-end"
     options = spinquant.LearnOptions(method, baselines=baselines, seed=seed, end_to_end=through)  # pyright: ignore
     text = LearnText(CalibrationText("manual", arguments.samples, 512, seed))
     start = time.perf_counter()
     learned = spinquant.learn_folder(
-        folder, out, spinquant.parse_scheme("W4A4KV4"), spec, options, text=text, force=True, dtype=arguments.dtype
+        folder,
+        out,
+        spinquant.parse_scheme("W4A4KV4"),
+        spec,
+        options,
+        text=text,
+        start=start,
+        force=True,
+        dtype=arguments.dtype,
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     about = {key: learned.record[key] for key in ("kept", "scores", "seconds")}

@@ -27,17 +27,18 @@ from spinquant.calibrate import captured
 from spinquant.errors import LearningError, RotationError
 from spinquant.evaluation import drawn
 from spinquant.fuse import fuse_in_place, slices, transform
+from spinquant.learning.end_to_end import FROM_LOCAL, EndToEndOptions
 from spinquant.learning.learn import LearnOptions, learn
 from spinquant.learning.local import LocalOptions
 from spinquant.learning.network import fuse_gains, learning_scheme
-from spinquant.learning.scales import add_up, fused_scales, scale_sums, unscale
+from spinquant.learning.scales import add_up, fuse_scales, scale_sums, unscale
 from spinquant.module import named_tensor
 from spinquant.pipeline import Options
 from spinquant.proof import Float64Arithmetic, compare, snapshot
 from spinquant.quantization.scheme import parse_scheme
-from spinquant.rotation import Hadamard
+from spinquant.rotation import Hadamard, matrix
 from spinquant.saved_rotations import saved, to_save
-from spinquant.wrapped import Scaled, check_given, in_precision, online_part
+from spinquant.wrapped import Scaled, bare, check_given, in_precision, online_part
 from test_families import close, tiny
 
 SPEC = RotationSpec("R1,R2,R3,R4", "auto")
@@ -267,7 +268,9 @@ def test_fused_they_keep_the_function_and_go_again():
     expected = logits(model, ids)
     rotations = make_rotations(plan, SPEC)
     scheme = learning_scheme(parse_scheme("W4A4KV4"), weights=False)
-    scales = fused_scales(model, plan, filled(model, plan, rotations, scheme, tokens(2, 12)), ids[:1])
+    sums = filled(model, plan, rotations, scheme, tokens(2, 12))
+    scales = {space: both.scale() for space, both in sums.items()}
+    fuse_scales(model, plan, scales, ids[:1])
     assert set(scales) == {scaling.space for scaling in plan.scalings}
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert {name.split(".")[4] for name in changed} == {"up_proj", "down_proj"}
@@ -278,7 +281,6 @@ def test_fused_they_keep_the_function_and_go_again():
     assert not scale_sums(plan, {"residual": Hadamard(1)}, scheme) and not scale_sums(
         plan, rotations, parse_scheme("KV4")
     )
-    assert not fused_scales(model, plan, {}, ids[:1])
 
 
 def test_a_table_that_is_wrong_about_them_is_found_out():
@@ -291,7 +293,44 @@ def test_a_table_that_is_wrong_about_them_is_found_out():
     scheme = learning_scheme(parse_scheme("W4A4KV4"), weights=False)
     wrong = replace(plan, scalings=scalings)
     with pytest.raises(LearningError, match=r"they are not\. Learn without"):
-        fused_scales(model, wrong, filled(model, wrong, make_rotations(plan, SPEC), scheme, tokens(2, 12)), tokens(1))
+        sums = filled(model, wrong, make_rotations(plan, SPEC), scheme, tokens(2, 12))
+        fuse_scales(model, wrong, {space: both.scale() for space, both in sums.items()}, tokens(1))
+
+
+def test_learning_goes_on_from_what_was_learned():
+    def go_on(options, **more):
+        texts = tokens(16, 24), tokens(4, 24, seed=9)
+        return learn(prepared()[0], parse_scheme("W4A4KV4"), SPEC, *texts, options, **more)
+
+    local = go_on(QUICKLY)
+    assert local.kept in ("local", "scaled") and local.record["scales"]
+    again = go_on(replace(QUICKLY, method="random"), start=local)
+    assert again.kept == "given" == again.record["start"] and again.record["learned"]
+    assert again.record["scores"]["given"]["kl"] == pytest.approx(local.record["scores"][local.kept]["kl"], rel=1e-3)
+    assert set(again.record["scales"]) == set(local.record["scales"]) and again.spec == local.spec
+    for space, rotation in local.rotations.items():
+        assert torch.equal(matrix(bare(rotation)), matrix(bare(again.rotations[space])))
+        if isinstance(rotation, Scaled):
+            assert torch.equal(rotation.scale, again.rotations[space].scale)
+    # From there on: the first step's loss is that of the rotations given, and the scales stay.
+    through = EndToEndOptions(steps=2, batch=8)
+    more = go_on(replace(QUICKLY, method="end-to-end", end_to_end=through), start=local)
+    other = go_on(replace(QUICKLY, method="local+end-to-end", end_to_end=through))
+    assert more.record["steps"][0]["loss"] == pytest.approx(other.record["steps"][0]["loss"], rel=1e-6)
+    assert more.record["options"]["end_to_end"]["lr"] == FROM_LOCAL
+    assert more.record["scales"].keys() == local.record["scales"].keys()
+    # What does not beat the random rotations is not gone on from, and its scales go.
+    wild = dict(local.rotations)
+    for space in local.record["scales"]:
+        scale = wild[space].scale
+        wild[space] = replace(wild[space], scale=scale * torch.logspace(-2, 2, len(scale), dtype=scale.dtype))
+    lost = go_on(replace(QUICKLY, method="random"), start=replace(local, rotations=wild))
+    assert lost.record["start"].startswith("random") and lost.kept != "given"
+    assert lost.record["scores"]["random 0"] == local.record["scores"]["random 0"]
+    with pytest.raises(LearningError, match=r"start from are of R1, R2, R3, R4, and R1, R2 is asked"):
+        learn(prepared()[0], parse_scheme("W4A4KV4"), RotationSpec("R1,R2"), tokens(), tokens(), start=local)
+    with pytest.raises(LearningError, match="have scales"):
+        go_on(LearnOptions("end-to-end", shard=True), start=local)
 
 
 QUICKLY = LearnOptions(method="local", baselines=2, local=LocalOptions(steps=5, rows=64, batch=32))

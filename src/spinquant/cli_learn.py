@@ -56,7 +56,9 @@ def learn(
         typer.Option("--learn", help="Rotations to learn: R1,R2,R3 by default, where rotated; R4 needs a block size."),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps; 200 for local, 100 for end-to-end.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Length of a step; 0.5, and 0.15 end to end after local.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Length of a step; 0.5, and 0.15 end to end from what was learned.")
+    ] = None,
     objective: Annotated[str | None, typer.Option(help="local: error (default), whip or kurtosis.")] = None,
     solver: Annotated[str | None, typer.Option(help="local: cayley (default), qr or procrustes.")] = None,
     rows: Annotated[int | None, typer.Option(help="local: activations sampled at each quantizer; 1024.")] = None,
@@ -93,6 +95,10 @@ def learn(
         ),
     ] = None,
     baselines: Annotated[int, typer.Option(help="Random rotations to beat.")] = 5,
+    start: Annotated[
+        Path | None,
+        typer.Option(help="Folder of rotations learned before, to go on from where they beat the random ones."),
+    ] = None,
     text: Annotated[str, typer.Option(help="Text to learn from: a file, manual, dataset:NAME, generated.")] = "auto",
     held_out: Annotated[str | None, typer.Option(help="Text to judge on; by default the end of --text.")] = None,
     windows: Annotated[int, typer.Option(help="Windows to judge on.")] = 8,
@@ -145,6 +151,7 @@ def learn(
             spec,
             options,
             text=LearnText(CalibrationText(text, samples, sample_length, seed), held_out, windows),
+            start=start,
             device=device,
             dtype=parse_dtype(dtype) or "auto",
             force=force,

@@ -48,6 +48,7 @@ def learn_folder(
     options: LearnOptions | None = None,
     *,
     text: LearnText | None = None,
+    start: str | Path | None = None,
     device: str = "cpu",
     dtype: torch.dtype | str = "auto",
     force: bool = False,
@@ -57,7 +58,9 @@ def learn_folder(
 ) -> LearnedRotations:
     """Learn rotations for a model folder or hub id into a folder, which appears complete or not at all.
 
-    family: a file that explains the model where no table does. The run is kept beside `out` until it is written, so
+    start: a folder that this function wrote before, for the same model: what is in it is judged like the random
+    rotations, and learned from where it beats them. family: a file that explains the model where no table does. The run
+    is kept beside `out` until it is written, so
     that the same call goes on where another was stopped. Under torchrun all processes work on it and the first one
     writes.
     """
@@ -72,6 +75,7 @@ def learn_folder(
             spec,
             options,
             text=text,
+            start=start,
             device=processes.device,
             dtype=dtype,
             allow_pickle=allow_pickle,
@@ -94,6 +98,7 @@ def learn_from(
     options: LearnOptions | None,
     *,
     text: LearnText,
+    start: str | Path | None = None,
     device: str,
     dtype: torch.dtype | str = "auto",
     allow_pickle: bool = False,
@@ -102,19 +107,23 @@ def learn_from(
 ) -> tuple[LearnedRotations, Path]:
     """Learned rotations of a model folder or hub id, and where the run is kept until `remove_store`."""
     watch = watch or Watch()
+    given = None if start is None else read_learned(start)
     loaded = load_model(model, dtype=dtype, device=device, allow_pickle=allow_pickle, family=family)
     check_fits(plan_of(loaded), tensor_shapes(loaded), scheme)
     name, tokens, held_out = _texts(loaded, model, text, watch)
     store = Path(out).parent / f".{Path(out).name}.learning"
     settings = [weights_digest(model), str(loaded.dtype), recorded_family(loaded.config)]
-    learned = learn(loaded, scheme, spec, tokens, held_out, options, store=store, settings=settings, watch=watch)
+    learned = learn(
+        loaded, scheme, spec, tokens, held_out, options, start=given, store=store, settings=settings, watch=watch
+    )
     about = {
         "text": name,
         "samples": list(tokens.shape),
         "held_out": text.held_out or name,
         "judged": list(held_out.shape),
     }
-    return replace(learned, record={**learned.record, "model": str(model), "tokens": about}), store
+    begun = {} if start is None else {"given": str(start)}
+    return replace(learned, record={**learned.record, "model": str(model), "tokens": about, **begun}), store
 
 
 def remove_store(store: Path) -> None:

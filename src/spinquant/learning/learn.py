@@ -2,7 +2,8 @@
 
     1  random rotations of several seeds, with clip ratios, are judged on held-out text
     2  spaces that can have scales get those with which rounding costs least
-    3  from the best of them rotations are learned: on captured activations, end to end, or one after the other
+    3  from the best of them, or from what was learned before, rotations are learned: on captured activations, end to
+       end, or one after the other
     4  what was learned is judged on the same text; whatever has the least KL to the 16-bit model is kept
 
 A learned rotation that loses is not kept: the record says which was, and all scores.
@@ -26,7 +27,7 @@ from spinquant.learning.judge import Candidate, Score, judge, with_clips
 from spinquant.learning.local import LocalOptions, learn_locally, rounding_errors
 from spinquant.learning.network import fuse_gains, learning_scheme, shard_blocks
 from spinquant.learning.samples import Site, collect
-from spinquant.learning.scales import Sums, add_up, fused_scales, scale_sums, unscale, watches
+from spinquant.learning.scales import Sums, add_up, fuse_scales, scale_sums, unscale, watches
 from spinquant.learning.sensitivity import predicted_kl, sensitive_sites
 from spinquant.learning.state import StateFile
 from spinquant.module import plan_of
@@ -35,7 +36,7 @@ from spinquant.quantization.progress import digest
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import Hadamard, Rotation, RotationSpec, generator_for, make_rotations, random_signs
 from spinquant.saved_rotations import to_save
-from spinquant.wrapped import Scaled
+from spinquant.wrapped import Scaled, bare, check_given
 
 Method = Literal["random", "local", "end-to-end", "local+end-to-end", "auto"]
 METHODS = get_args(Method)
@@ -136,6 +137,7 @@ def learn(
     held_out: Tensor,
     options: LearnOptions | None = None,
     *,
+    start: LearnedRotations | None = None,
     store: Path | None = None,
     settings: Sequence[Any] = (),
     watch: Watch | None = None,
@@ -143,9 +145,11 @@ def learn(
 ) -> LearnedRotations:
     """Learn rotations for a model and a scheme on tokens, int64 (samples, length), and judge them on others.
 
-    The model's gains are fused, and tied heads untied; its function stays. store: a folder where the run is kept, and
-    taken up by the same call; `settings` are whatever else it depends on, such as the model's files. family: a file
-    that explains the model where no table does, see `use_family`. Raises LearningError for what cannot be learned.
+    The model's gains are fused, and tied heads untied; its function stays. start: what was learned for this model
+    before, with its scales; it is judged like the random rotations and learned from where it beats them. store: a
+    folder where the run is kept, and taken up by the same call; `settings` are whatever else it depends on, such as
+    the model's files. family: a file that explains the model where no table does, see `use_family`. Raises
+    LearningError for what cannot be learned.
     """
     options, watch = options or LearnOptions(), watch or Watch()
     plan = plan_of(model, family=family)
@@ -155,6 +159,10 @@ def learn(
     rounds = learning_scheme(scheme, weights=options.end_to_end.weights)
     clock: dict[str, float] = {}
     settings = [*settings, scheme, spec, options, digest(tokens), digest(held_out)]
+    given: Mapping[str, Rotation] = {}
+    if start is not None:
+        settings.append(start.digest())
+        given = _given(start, plan, spec, options)
     random = _baselines(plan, spec, options)
     first = next(iter(random.values()))
     fuse_gains(model, plan, first)
@@ -168,8 +176,6 @@ def learn(
             model, plan, candidates, rounds, held_out, progress=lambda *n: watch.stage("judge random rotations", *n)
         )
     best = _best(candidates, scores)
-    start = random[best]
-    record: dict[str, Any] = {"options": options.to_dict(), "scheme": scheme.to_dict(), "start": best, "steps": []}
 
     def add(name: str, rotations: Mapping[str, Rotation]) -> None:
         with _timed(clock, "judging"):
@@ -179,8 +185,21 @@ def learn(
                 judge(model, plan, one, rounds, held_out, progress=lambda *n: watch.stage(f"judge {name}", *n))
             )
 
+    scales = {space: rotation.scale for space, rotation in given.items() if isinstance(rotation, Scaled)}
+    scaled: set[str] = set()  # candidates that are nothing without the scales
+    if given:
+        fuse_scales(model, plan, scales, tokens[:1])
+        add("given", {space: bare(rotation) for space, rotation in given.items()})
+        scaled |= {"given"} if scales else set()
+        if scores["given"].kl >= scores[best].kl:
+            unscale(model, plan, scales)
+            scales = {}
+        else:
+            best = "given"
+    begin = candidates[best].rotations
+    record: dict[str, Any] = {"options": options.to_dict(), "scheme": scheme.to_dict(), "start": best, "steps": []}
     local_too = options.method in ("local", "local+end-to-end", "auto")
-    sums = scale_sums(plan, start, rounds) if options.scaling else {}
+    sums = scale_sums(plan, begin, rounds) if options.scaling and not scales else {}
     sites: list[Site] | None = None
     if sums and options.differentiates and not set(sums) & set(_sampled(plan, names, options, spec)):
         # What scales change is not among the rows, so one pass through the model serves both.
@@ -198,27 +217,28 @@ def learn(
                 checkpointing=options.local.checkpointing or options.end_to_end.checkpointing,
                 progress=lambda *n: watch.stage("find scales", *n),
             )
-    scales = fused_scales(model, plan, sums, tokens[:1])
-    if scales:
-        add("scaled", start)
+    if sums:
+        scales = {space: both.scale() for space, both in sums.items()}
+        fuse_scales(model, plan, scales, tokens[:1])
+        add("scaled", begin)
         if scores["scaled"].kl >= scores[best].kl:
             unscale(model, plan, scales)
             scales = {}
-    unscaled = set(random) if scales else set(candidates)
+    unscaled = set(candidates) - {"scaled"} - scaled
     record["scales"] = {space: [float(s.min()), float(s.max())] for space, s in scales.items()}
     if local_too or options.signs:
         with _timed(clock, "local"):
             sites = _collect(model, plan, names, rounds, tokens, options, spec, watch) if sites is None else sites
-            start = _with_signs(plan, start, sites, options, names)
+            begin = _with_signs(plan, begin, sites, options, names)
         if options.signs:
-            add("random signs", start)
+            add("random signs", begin)
     if local_too:
         assert sites is not None
         with _timed(clock, "local"):
             own = [site for site in sites if site.space in names]
             local = learn_locally(
                 own,
-                start,
+                begin,
                 options.local,
                 centred=[space for space in names if plan.space[space].centred],
                 seed=options.seed,
@@ -227,21 +247,21 @@ def learn(
                 settings=settings,
                 report=lambda space, step, loss: watch.stage(f"learn {space}", step, options.local.steps),
             )
-        add("local", {**start, **local})
+        add("local", {**begin, **local})
         record["errors"] = {
-            "before": rounding_errors(own, start),
+            "before": rounding_errors(own, begin),
             "after": rounding_errors(own, candidates["local"].rotations),
         }
         if options.local.weighting == "fisher":
             record["predicted_kl"] = {
-                "before": predicted_kl(own, start),
+                "before": predicted_kl(own, begin),
                 "after": predicted_kl(own, candidates["local"].rotations),
             }
     leading = _best(candidates, scores)
     if options.method in ("end-to-end", "local+end-to-end") or (options.method == "auto" and leading != "local"):
         name = "end-to-end" if options.method == "end-to-end" else "local+end-to-end"
         begin, through_options = candidates[leading].rotations, options.end_to_end
-        if leading == "local" and through_options.lr is None:
+        if (leading == "local" or best == "given") and through_options.lr is None:
             through_options = replace(through_options, lr=FROM_LOCAL)
         taken = replace(through_options, lr=through_options.length)
         record["options"] = replace(options, end_to_end=taken).to_dict()
@@ -317,6 +337,23 @@ def described(plan: Plan, rotations: Mapping[str, Rotation], spec: RotationSpec)
             types[space.rotation] = "random-matrix"
     sizes = {name: size for name in spec.rotations if (size := spec.block_of(name)) is not None}
     return RotationSpec(spec.rotations, types, sizes or None, False, spec.seed)
+
+
+def _given(start: LearnedRotations, plan: Plan, spec: RotationSpec, options: LearnOptions) -> Mapping[str, Rotation]:
+    """The rotations to start from. Raises LearningError where they are not of what is rotated now."""
+    sizes = [{name: one.block_of(name) for name in one.rotations} for one in (start.spec, spec)]
+    if sizes[0] != sizes[1]:
+        found, asked = (
+            ", ".join(f"{name} in blocks of {size}" if size else name for name, size in one.items()) for one in sizes
+        )
+        raise LearningError(f"the rotations to start from are of {found}, and {asked} is asked for: take the same")
+    check_given(plan, spec, start.rotations)
+    if options.shard and any(isinstance(rotation, Scaled) for rotation in start.rotations.values()):
+        raise LearningError(
+            "the rotations to start from have scales, which are fused into weights, and a sharded model's stay as "
+            "they are: start from rotations without scales (--no-scales), or do not shard"
+        )
+    return start.rotations
 
 
 def _baselines(plan: Plan, spec: RotationSpec, options: LearnOptions) -> dict[str, dict[str, Rotation]]:

@@ -97,14 +97,13 @@ def add_up(
         attachment.remove()
 
 
-def fused_scales(model: Any, plan: Plan, sums: Mapping[str, Sums], tokens: Tensor) -> dict[str, Tensor]:
-    """The scales that follow from sums, by space, now fused into the model's weights.
+def fuse_scales(model: Any, plan: Plan, scales: Mapping[str, Tensor], tokens: Tensor) -> None:
+    """Fuse scales, by space, into the model's weights.
 
     Raises LearningError where they change what the model makes of tokens, (samples, length): its table is wrong then.
     """
-    scales = {space: both.scale() for space, both in sums.items()}
     if not scales:
-        return {}
+        return
     row = tokens.to(device_of(model))
     with torch.no_grad():
         before = model(input_ids=row, use_cache=False).logits
@@ -117,7 +116,6 @@ def fused_scales(model: Any, plan: Plan, sums: Mapping[str, Sums], tokens: Tenso
             "says that they are one factor of a product, and they are not. Learn without scales (--no-scales), or "
             "mend `scaled` in the family file"
         )
-    return scales
 
 
 def unscale(model: Any, plan: Plan, scales: Mapping[str, Tensor]) -> None:
