@@ -2,8 +2,8 @@
 
 A bf16 Llama with random weights is generated shard by shard. In the same run, each in a process of its own: `cp -r` of
 the folder and `sync`; R1+R2 and R1+R2+R4 with Hadamard rotations; R1 dense. Real tokens are not compared, which takes
-two forward passes besides. Two limits are measured on matrices of the shapes at hand: what the products of the
-Hadamard factors take, and what a dense product takes.
+two forward passes besides. Two limits are measured on matrices of the shapes at hand: what Hadamard transforms alone
+take, and what a dense product takes. Nothing of the source is in the page cache when a command starts.
 
     python benchmarks/stream.py                       # 1B shape, 2.5 GB
     python benchmarks/stream.py --shape 8b            # 16 GB, and as much again for the result
@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from spinquant.hadamard import hadamard_factors
+from spinquant.hadamard import hadamard_transform
 from spinquant.hidden_states import available_memory
 from spinquant.tensorfile import TensorFile
 
@@ -118,9 +118,18 @@ def timed(command: list[str]) -> tuple[float, float, int, str]:
     return time.perf_counter() - start, cpu, usage.ru_maxrss * 1024, output
 
 
+def forget(folder: Path) -> None:
+    """Have nothing of a folder in the page cache, where a model that is larger than memory cannot be."""
+    os.sync()
+    for path in folder.iterdir() if hasattr(os, "posix_fadvise") else ():
+        file = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+
+
 def copy(folder: Path, out: Path) -> tuple[float, float]:
     """Seconds, and seconds of CPU, of `cp -r` and bringing the copy to the disk, as a stream does."""
-    os.sync()
+    forget(folder)
     seconds, cpu, _, _ = timed(["cp", "-r", str(folder), str(out)])
     start = time.perf_counter()
     subprocess.run(["sync", *map(str, out.iterdir())], check=True)
@@ -131,7 +140,7 @@ def copy(folder: Path, out: Path) -> tuple[float, float]:
 
 def stream(folder: Path, out: Path, *options: str) -> tuple[float, float, int, dict]:
     """Seconds, seconds of CPU, peak memory and the phases of a command of ours, without its proof on real tokens."""
-    os.sync()
+    forget(folder)
     base = [sys.executable, "-m", "spinquant.cli", options[0], str(folder), str(out), "--no-compare", "--json"]
     seconds, cpu, peak, output = timed([*base, *options[1:]])
     shutil.rmtree(out)
@@ -180,12 +189,12 @@ def _seconds(step) -> float:
     return (time.process_time() - start) / torch.get_num_threads()
 
 
-def factor_seconds(elements: int, order: int) -> float:
-    """What the products of a Hadamard rotation's factors take for so many elements."""
-    return sum(
-        elements * 2 * len(factor) / product_speed(len(factor), (1 << 20) // len(factor))
-        for factor in hadamard_factors(order)
-    )
+def transform_seconds(elements: int, order: int) -> float:
+    """What a Hadamard transform, all threads busy, takes for so many elements, in pieces that stay in cache."""
+    x, repeats = torch.randn((1 << 20) // order, order), 100
+    hadamard_transform(x, order, out=x)
+    found = _seconds(lambda: [hadamard_transform(x, order, out=x) for _ in range(repeats)])
+    return elements * found / (repeats * x.numel())
 
 
 def run(scratch: Path, shape: dict, repeats: int, only: list[str], python: Path | None = None) -> dict:
@@ -193,10 +202,10 @@ def run(scratch: Path, shape: dict, repeats: int, only: list[str], python: Path 
     nbytes = generate(folder, shape)
     elements = multiplied(shape, online=True)
     gemm = product_speed(shape["hidden"], 4096)
-    products = factor_seconds(elements["R1"], shape["hidden"])
+    products = transform_seconds(elements["R1"], shape["hidden"])
     limits = {
         "R1,R2": products,
-        "R1,R2,R4": products + factor_seconds(elements["R4"], shape["inner"]),
+        "R1,R2,R4": products + transform_seconds(elements["R4"], shape["inner"]),
         "dense R1": elements["R1"] * 2 * shape["hidden"] / gemm,
     }
     commands = {
@@ -223,7 +232,7 @@ def run(scratch: Path, shape: dict, repeats: int, only: list[str], python: Path 
     print(f"  products: dense {gemm / 1e9:.0f} Gflop/s; bound on memory {(3 * largest + 5e8) / 1e6:.0f} MB")
     for name, (seconds, cpu, peak, phases) in best.items():
         print(
-            f"  {name:9} {seconds:7.2f} s = {seconds / cp[0]:5.2f} x cp, {cpu:6.2f} CPU-s; products alone "
+            f"  {name:9} {seconds:7.2f} s = {seconds / cp[0]:5.2f} x cp, {cpu:6.2f} CPU-s; arithmetic alone "
             f"{limits[name]:6.2f} s ({seconds / limits[name]:.2f} x, CPU once started "
             f"{(cpu - started) / limits[name]:.2f} x); computing "
             f"{phases['compute']:.2f} s, reading {phases['read']:.2f} s, writing {phases['write']:.2f} s, hashing "
