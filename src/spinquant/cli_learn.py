@@ -75,7 +75,7 @@ def learn(
     loss: Annotated[
         str | None, typer.Option(help="end-to-end: fisher (expected KL; default), kl or cross-entropy.")
     ] = None,
-    batch: Annotated[int | None, typer.Option(help="end-to-end: samples of a step; 8.")] = None,
+    batch: Annotated[int | None, typer.Option(help="end-to-end: samples of a step; 4.")] = None,
     micro_batch: Annotated[
         int | None, typer.Option(help="end-to-end: samples of one pass; the rest accumulate.")
     ] = None,

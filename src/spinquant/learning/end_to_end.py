@@ -51,7 +51,7 @@ class EndToEndOptions:
 
     loss: Loss = "fisher"
     steps: int = 100
-    batch: int = 8
+    batch: int = 4
     micro_batch: int | None = None
     lr: float | None = None
     schedule: Schedule = "cosine"
