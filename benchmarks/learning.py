@@ -52,7 +52,7 @@ def learn(folder: str, out: Path, method: str, seed: int, best: int | None, argu
     method = method if start is None else "end-to-end"
     options = spinquant.LearnOptions(method, baselines=baselines, seed=seed, end_to_end=through)  # pyright: ignore
     text = LearnText(CalibrationText("manual", arguments.samples, 512, seed))
-    start = time.perf_counter()
+    begun = time.perf_counter()
     learned = spinquant.learn_folder(
         folder,
         out,
@@ -66,7 +66,7 @@ def learn(folder: str, out: Path, method: str, seed: int, best: int | None, argu
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     about = {key: learned.record[key] for key in ("kept", "scores", "seconds")}
-    return {**about, "total_seconds": time.perf_counter() - start, "peak_bytes": peak}
+    return {**about, "total_seconds": time.perf_counter() - begun, "peak_bytes": peak}
 
 
 def use(folder: str, rotations: Path, weights: str, samples: int, windows: int) -> dict:

@@ -311,12 +311,12 @@ def test_integers_are_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("order", [4, 64, 92, 172])
+@pytest.mark.parametrize("order", [1, 2, 4, 64, 92, 172])
 @pytest.mark.parametrize("transpose", [False, True])
 def test_any_axis_is_the_last_axis_moved(order, dtype, transpose, monkeypatch, either_way):
     """Also where a row is longer than a chunk, and written over itself."""
     monkeypatch.setattr(kronecker, "_CHUNK", order * 20)
-    for shape, dim in [((2 * order, 50), 0), ((3, order, 2, 9), 1), ((3, order, 7), -2)]:
+    for shape, dim in [((2 * order, 50), 0), ((3, order, 2, 9), 1), ((3, order, 7), -2), ((order, 40), 0)]:
         x = random(*shape).to(dtype)
         expected = hadamard_transform(x.movedim(dim, -1).contiguous(), order, transpose=transpose).movedim(-1, dim)
         tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]

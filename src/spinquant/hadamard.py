@@ -189,7 +189,7 @@ def _groups(orders: tuple[int, ...], width: int = 1, fast: bool = False) -> tupl
 
 def _butterflies_pay(order: int, width: int) -> bool:
     """Whether butterflies take less time than a product of matrices; for powers of two alone there are any."""
-    return order & (order - 1) == 0 and _butterflies_cost(order, width) < _product_cost(order, width)
+    return order > 1 and order & (order - 1) == 0 and _butterflies_cost(order, width) < _product_cost(order, width)
 
 
 def _butterflies_cost(order: int, width: int) -> float:
