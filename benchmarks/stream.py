@@ -154,7 +154,7 @@ def peer(python: Path, folder: Path, out: Path, nbytes: int) -> tuple[float, flo
             f"  llm-compressor skipped: it loads {nbytes / 1e9:.1f} GB, and {available_memory() / 1e9:.1f} GB are free"
         )
         return None
-    os.sync()
+    forget(folder)
     script = Path(__file__).parent / "stream_peer.py"
     seconds, cpu, peak, output = timed([str(python), str(script), str(folder), str(out)])
     start = time.perf_counter()

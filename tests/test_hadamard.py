@@ -9,7 +9,7 @@ import torch
 from scipy.linalg import hadamard as scipy_hadamard
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from spinquant import kronecker
+from spinquant import hadamard, kronecker
 from spinquant.errors import HadamardOrderError, RotationError
 from spinquant.hadamard import (
     Construction,
@@ -41,6 +41,7 @@ def either_way(request, monkeypatch):
         monkeypatch.setattr(kronecker, "kernels", lambda: None)
     else:
         pytest.importorskip("numba")
+        monkeypatch.setattr(hadamard, "KERNELS_FROM", 1)
     return request.param == "kernels"
 
 
@@ -190,9 +191,20 @@ def test_butterflies_are_taken_where_they_can_be(either_way):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kronecker, "kernels", lambda: Counted() if either_way else None)
-        for order, dim in ((4096, -1), (64, 0), (28 * 128, -1)):
+        for order, dim in ((4096, -1), (28 * 128, -1)):
             hadamard_transform(x.narrow(-1, 0, 28 * 128) if order == 28 * 128 else x, order, dim=dim)
-        assert calls == (["rows", "columns", "rows"] if either_way else [])
+        hadamard_transform(x.view(128, 2048), 128, dim=0)
+        assert calls == (["rows", "rows", "columns"] if either_way else [])
+        calls.clear()
+        with kronecker.kernels_where(False), kronecker.kernels_where(True):
+            hadamard_transform(x, 4096)
+        patch.setattr(hadamard, "KERNELS_FROM", 4097)
+        hadamard_transform(x, 4096)
+        patch.setattr(hadamard, "KERNELS_FROM", 4096)
+        hadamard_transform(x, 2048)
+        assert not calls
+        hadamard_transform(x, 4096)
+        assert calls == (["rows"] if either_way else [])
         calls.clear()
         # Differentiated, in inference mode, and where nothing is computed at all.
         x.requires_grad_()

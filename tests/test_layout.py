@@ -61,6 +61,8 @@ LAYERS = [
     {"learning.scales"},
     {"learning.judge", "learning.local"},
     {"learning.end_to_end"},
+    {"learning.options"},
+    {"learning.learned"},
     {"learning.learn"},
     {
         "proof",

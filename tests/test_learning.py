@@ -31,9 +31,10 @@ from spinquant.learning.end_to_end import (
     _rows_of,
     learn_end_to_end,
 )
-from spinquant.learning.learn import Watch, _with_signs, learned_spaces
+from spinquant.learning.learn import _with_signs
 from spinquant.learning.local import LocalOptions, learn_locally, rounding_errors
 from spinquant.learning.network import fuse_gains, learning_scheme, rounding
+from spinquant.learning.options import Watch, learned_spaces
 from spinquant.learning.samples import Site, collect
 from spinquant.learning.sensitivity import predicted_kl, sensitive_sites
 from spinquant.learning.state import StateFile
@@ -184,11 +185,12 @@ def test_gradients_of_the_expected_cost(quantizer):
     assert tally.take() == pytest.approx(float(cost.detach())) and tally.take() == 0.0
 
 
+@pytest.mark.parametrize("size", [1, 1e-6])
 @pytest.mark.parametrize("tally", [Tally(), None])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gradients_in_half_precision(dtype, tally):
+def test_gradients_in_half_precision(dtype, tally, size):
     """Activations are rotated as they are, and the rotation's gradient is in float32: that of float64, about."""
-    x, g, start = peaked(300, 64).to(dtype), random(300, 64, seed=4).to(dtype), orthogonal(32, 3)
+    x, g, start = peaked(300, 64).to(dtype), (size * random(300, 64, seed=4)).to(dtype), orthogonal(32, 3)
     found = []
     for kind, weight in ((dtype, start.float()), (torch.float64, start)):
         moving = Moving.starting(weight, tally=tally)

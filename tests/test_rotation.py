@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from conftest import tiny_model
 from spinquant import HadamardOrderError, RotationError, RotationSpec, make_rotations, plan_of
@@ -138,3 +139,20 @@ def test_haar_matrices_are_not_biased():
     g = generator(5)
     mean = torch.stack([random_orthogonal(3, g) for _ in range(4000)]).mean(0)
     assert mean.abs().max() < 0.04
+
+
+@pytest.mark.parametrize("kind", ["random-hadamard", "orthogonal", "kronecker"])
+def test_what_is_remembered_is_of_use_to_all(kind):
+    """A first use under a mode of torch, or in inference mode, spoils no later one."""
+    rotation, x = (
+        ROTATIONS[kind](),
+        torch.randn(3, ROTATIONS[kind]().order, dtype=torch.float64, generator=generator(1)),
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert rotation.apply(mode.from_tensor(x)).shape == x.shape
+    with torch.inference_mode():
+        rotation.apply(x)
+    x.requires_grad_()
+    found = rotation.apply(x)
+    assert torch.allclose(found, x @ matrix(ROTATIONS[kind]()), atol=1e-12)
+    assert torch.allclose(torch.autograd.grad(found.sum(), x)[0], torch.ones_like(x) @ matrix(rotation).T, atol=1e-12)

@@ -28,9 +28,10 @@ from spinquant.errors import LearningError, RotationError
 from spinquant.evaluation import drawn
 from spinquant.fuse import fuse_in_place, slices, transform
 from spinquant.learning.end_to_end import FROM_LOCAL, EndToEndOptions
-from spinquant.learning.learn import LearnOptions, learn
+from spinquant.learning.learn import learn
 from spinquant.learning.local import LocalOptions
 from spinquant.learning.network import fuse_gains, learning_scheme
+from spinquant.learning.options import LearnOptions
 from spinquant.learning.scales import add_up, fuse_scales, scale_sums, unscale
 from spinquant.module import named_tensor
 from spinquant.pipeline import Options

@@ -31,8 +31,10 @@ from spinquant.formats.native import detach
 from spinquant.hadamard import hadamard_matrix, hadamard_transform
 from spinquant.learning.end_to_end import EndToEndOptions
 from spinquant.learning.folder import learn_folder, read_learned
-from spinquant.learning.learn import LearnedRotations, LearnOptions, learn
+from spinquant.learning.learn import learn
+from spinquant.learning.learned import LearnedRotations
 from spinquant.learning.local import LocalOptions
+from spinquant.learning.options import LearnOptions
 from spinquant.mappings import NormMapping, SpinQuantMapping
 from spinquant.modifier import SpinQuantModifier
 from spinquant.module import fuse_module, plan_of

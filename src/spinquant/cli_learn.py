@@ -27,8 +27,8 @@ from spinquant.cli_output import print_result, stages, step_report
 from spinquant.errors import LearningError
 from spinquant.learning.end_to_end import EndToEndOptions
 from spinquant.learning.folder import LearnText, learn_folder
-from spinquant.learning.learn import LearnOptions, Watch
 from spinquant.learning.local import LocalOptions
+from spinquant.learning.options import LearnOptions, Watch
 from spinquant.plan import parse_rotation_names
 from spinquant.quantization.scheme import parse_scheme
 

@@ -42,7 +42,7 @@ from spinquant.folders import quantize_folder
 from spinquant.formats.compressed_config import as_stored
 from spinquant.formats.runtimes import format_for
 from spinquant.learning.folder import LearnText, learn_from, read_learned, remove_store
-from spinquant.learning.learn import LearnOptions, Watch
+from spinquant.learning.options import LearnOptions, Watch
 from spinquant.pipeline import Options
 from spinquant.preconditions import check_request
 from spinquant.processes import Processes, joined

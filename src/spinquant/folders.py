@@ -35,7 +35,7 @@ from spinquant.errors import CheckpointError
 from spinquant.formats.compressed_config import check_plan
 from spinquant.formats.compressed_tensors import write_compressed
 from spinquant.formats.native import is_marked
-from spinquant.learning.learn import LearnedRotations
+from spinquant.learning.learned import LearnedRotations
 from spinquant.pipeline import Method, Options, Result, quantize, rotate
 from spinquant.plan import Plan
 from spinquant.preconditions import check_format, check_request

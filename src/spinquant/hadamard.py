@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, reduce, wraps
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +31,8 @@ from spinquant.hadamard_bases import (
 from spinquant.kronecker import Factor, Sylvester, kronecker_transform, takes_kernels
 
 _REMEMBERED = 64  # orders whose factors are kept
+# Butterflies are for larger orders: numba and its compiler take 105 MB, more than small models do.
+KERNELS_FROM = 2048
 
 __all__ = [
     "Construction",
@@ -118,13 +120,23 @@ def hadamard_matrix(order: int) -> Tensor:
 @_remembered
 def hadamard_factors(order: int) -> tuple[Tensor, ...]:
     """Return orthonormal float64 factors whose Kronecker product is H / sqrt(order); shared, do not modify."""
-    if order <= 64:  # one product is faster than two narrow ones
-        with torch.inference_mode(False):
-            return (hadamard_matrix(order).double() / math.sqrt(order),)
+    return tuple(factor for factor in _pieces(order) if isinstance(factor, Tensor))
+
+
+def _pieces(order: int, behind: int = 0) -> list[Factor]:
+    """Factors of the least cost, in float64. behind: numbers behind the axis, about, where butterflies may be taken."""
     with torch.device("cpu"), torch.inference_mode(False):
+        if order <= 64:  # one product is faster than two narrow ones
+            return [hadamard_matrix(order).double() / math.sqrt(order)]
         atoms = _atoms(order)
-        groups = _groups(tuple(part for _, part in atoms))
-        return tuple(reduce(torch.kron, map(_dense, atoms[i:j])) for i, j in _cuts(groups))
+        orders, pieces, width = tuple(part for _, part in atoms), [], behind or 1
+        cuts = pairwise(accumulate(_groups(orders, width, behind > 0), initial=0))
+        for i, j in reversed(list(cuts)):
+            size = math.prod(orders[i:j])
+            butterflies = behind > 0 and _butterflies_cost(size, width) < _product_cost(size, width)
+            pieces.append(Sylvester(size) if butterflies else reduce(torch.kron, map(_dense, atoms[i:j])))
+            width *= size
+        return pieces[::-1]
 
 
 def _atoms(order: int) -> list[tuple[str, int]]:
@@ -141,26 +153,12 @@ def _dense(atom: tuple[str, int]) -> Tensor:
     return _BUILDERS[name](order).double() / math.sqrt(order)
 
 
-def _cuts(groups: tuple[int, ...]) -> list[tuple[int, int]]:
-    return list(pairwise(sum(groups[:i]) for i in range(len(groups) + 1)))
-
-
 @_remembered
-def _factors(order: int, dtype: torch.dtype, device: torch.device, behind: int = 0) -> tuple[Factor, ...]:
-    """behind: numbers behind the axis, about, where powers of two may be left to butterflies."""
-    with torch.device("cpu"), torch.inference_mode(False):
-        if not behind or (order <= 64 and not _butterflies_pay(order, behind)):
-            return tuple(factor.to(device, dtype) for factor in hadamard_factors(order))
-        atoms = _atoms(order)
-        groups, width, found = _groups(tuple(part for _, part in atoms), behind, fast=True), behind, []
-        for i, j in reversed(_cuts(groups)):
-            size = math.prod(part for _, part in atoms[i:j])
-            if _butterflies_pay(size, width):
-                found.append(Sylvester(size))
-            else:
-                found.append(reduce(torch.kron, map(_dense, atoms[i:j])).to(device, dtype))
-            width *= size
-        return tuple(reversed(found))
+def _factors(order: int, dtype: torch.dtype, device: torch.device, behind: int) -> tuple[Factor, ...]:
+    """Factors as they are applied; `behind` as in `_pieces`."""
+    with torch.inference_mode(False):
+        pieces = _pieces(order, behind)
+        return tuple(piece.to(device, dtype) if isinstance(piece, Tensor) else piece for piece in pieces)
 
 
 def hadamard_transform(
@@ -169,7 +167,7 @@ def hadamard_transform(
     """Return x H / sqrt(order) along an axis, or x H^T / sqrt(order); see `kronecker_transform`."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     behind = 0
-    if takes_kernels(x):
+    if order >= KERNELS_FROM and takes_kernels(x):
         behind = 64 if math.prod(x.shape[dim:][1:]) >= 32 else 1
     factors = _factors(order, dtype, x.device, behind)
     return kronecker_transform(x, factors, transpose=transpose, dim=dim, out=out)
@@ -187,36 +185,37 @@ def _groups(orders: tuple[int, ...], width: int = 1, fast: bool = False) -> tupl
     return min(options, key=lambda groups: _cost(orders, groups, width, fast))
 
 
-def _butterflies_pay(order: int, width: int) -> bool:
-    """Whether butterflies take less time than a product of matrices; for powers of two alone there are any."""
-    return order > 1 and order & (order - 1) == 0 and _butterflies_cost(order, width) < _product_cost(order, width)
-
-
 def _butterflies_cost(order: int, width: int) -> float:
-    """Of one core (ns per float32). Without numbers behind: 4096 0.5, 512 0.55, 128 0.9, 64 1.3, 16 3.2; 64 numbers:
-    4096 1.0, 512 0.75, 64 0.6, 16 0.4; 16: 2.5, 2.1, 1.4, 1.2."""
+    """Return ns per float32 of one core, `width` numbers being behind the axis; infinite where it cannot be done.
+
+    Fitted to, without numbers behind: order 4096 0.5, 512 0.55, 128 0.9, 64 1.3, 16 3.2; 64 numbers: 4096 1.0, 512
+    0.75, 64 0.6, 16 0.4; 16 numbers: 2.5, 2.1, 1.4, 1.2.
+    """
+    if order < 2 or order & (order - 1):
+        return math.inf
     if width == 1:
         return 0.45 + 50 / order
     return 0.25 + (0.02 + 1.3 / width) * math.log2(order) + 10 / width
 
 
 def _product_cost(order: int, width: int) -> float:
+    """Return ns per float32 of one core, fitted to order 16 0.8, 32 1.2, 64 1.9, 128 3.3.
+
+    Narrow products are badly served: a factor below 8 costs more, one below 16 too unless 32 columns or more stand
+    behind it, and much more as the last factor of all.
+    """
     narrow = 0.0 if order >= 16 or width >= 32 else (2.0 if width == 1 else 0.8)
     tiny = 0.4 if order < 8 else 0.0
     return 0.45 + 0.022 * order + narrow + tiny
 
 
 def _cost(orders: tuple[int, ...], groups: tuple[int, ...], width: int, fast: bool) -> float:
-    """Return the time per element, fitted to one core (ns of float32: order 16 0.8, 32 1.2, 64 1.9, 128 3.3).
-
-    Narrow products are badly served: a factor below 8 costs more, one below 16 too unless 32 columns or more stand
-    behind it, and much more as the last factor of all.
-    """
+    """Return the time per element of all factors; fast: with butterflies where they take less."""
     total, end = 0.0, len(orders)
     for count in reversed(groups):
         order = math.prod(orders[end - count : end])
         product = _product_cost(order, width)
-        total += min(product, _butterflies_cost(order, width)) if fast and order & (order - 1) == 0 else product
+        total += min(product, _butterflies_cost(order, width)) if fast else product
         width, end = width * order, end - count
     return total
 

@@ -12,7 +12,8 @@ A factor may be named instead of given: `Sylvester`, which `butterflies.py` appl
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -66,10 +67,24 @@ def kernels() -> ModuleType | None:
     return butterflies
 
 
+_barred = False
+
+
+@contextmanager
+def kernels_where(allowed: bool) -> Iterator[None]:
+    """Within the block, and in all threads, `Sylvester` factors are taken only if they are allowed."""
+    global _barred
+    before, _barred = _barred, _barred or not allowed
+    try:
+        yield
+    finally:
+        _barred = before
+
+
 def takes_kernels(x: Tensor) -> bool:
     """Whether `Sylvester` factors can be applied to a tensor: a plain one on a CPU, outside torch.compile."""
     plain = x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter)
-    return plain and not torch.compiler.is_compiling() and kernels() is not None
+    return plain and not _barred and not torch.compiler.is_compiling() and kernels() is not None
 
 
 def kronecker_transform(

@@ -12,7 +12,7 @@ from rich.table import Table
 from spinquant.errors import SpinquantError
 from spinquant.evaluation import Comparison, Evaluation
 from spinquant.formats.runtimes import RUNTIMES
-from spinquant.learning.learn import LearnedRotations
+from spinquant.learning.learned import LearnedRotations
 from spinquant.pipeline import Result
 from spinquant.plan import MERGEABLE, Plan
 from spinquant.rotation import RotationSpec, choose

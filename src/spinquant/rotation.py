@@ -321,11 +321,14 @@ def _wide(x: Tensor) -> torch.dtype:
 def _like(x: Tensor, stored: tuple[Tensor, ...], dtype: torch.dtype, memo: Memo) -> tuple[Tensor, ...]:
     """The stored tensors on the device of x; remembered, since an online rotation is applied at every step."""
     key = (x.device, dtype)
-    if key not in memo:
+    found = memo.get(key)
+    if found is None:
         # Outside inference mode, or the first use under it would spoil later ones with gradients.
         with torch.inference_mode(False):
-            memo[key] = tuple(tensor.to(x.device, dtype) for tensor in stored)
-    return memo[key]
+            found = tuple(tensor.to(x.device, dtype) for tensor in stored)
+        if all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in found):  # not of FakeTensorMode, say
+            memo[key] = found
+    return found
 
 
 def check_blocks(x: Tensor, order: int, dim: int) -> None:

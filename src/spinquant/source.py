@@ -82,6 +82,11 @@ class Source:
         return {name: stored.entry.shape for name, stored in self.tensors.items()}
 
     @property
+    def largest(self) -> int:
+        """Bytes that the largest tensor has in float32."""
+        return max((4 * math.prod(stored.entry.shape) for stored in self.tensors.values()), default=0)
+
+    @property
     def is_fp8(self) -> bool:
         """Whether weights are stored in FP8 blocks."""
         return any(stored.scale for stored in self.tensors.values())

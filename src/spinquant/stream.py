@@ -5,7 +5,6 @@ thread each hashes what was read and what is written; the bytes in flight are bo
 other, so that a run that was killed goes on behind the last.
 """
 
-import math
 import threading
 import time
 from collections import deque
@@ -140,8 +139,7 @@ class _Pipeline:
         self.waiting: deque[tuple[Band, Tensor, int, Future[Any] | Callable[[], Any]]] = deque()
         self.written: deque[tuple[list[Future[Any]], int, Tensor | None]] = deque()
         self.in_flight = 0
-        largest = max((4 * math.prod(stored.entry.shape) for stored in source.tensors.values()), default=0)
-        self.room = min(IN_FLIGHT, max(IN_FLIGHT_OF_SMALL, largest))
+        self.room = min(IN_FLIGHT, max(IN_FLIGHT_OF_SMALL, source.largest))
         self.free: list[Tensor] = []
 
     def __enter__(self) -> "_Pipeline":

@@ -36,7 +36,7 @@ from spinquant.formats.compressed_packing import CompressedPacking
 from spinquant.formats.native import make_config
 from spinquant.formats.native_packing import Finished, NativePacking
 from spinquant.kronecker import kernels
-from spinquant.learning.learn import LearnedRotations
+from spinquant.learning.learned import LearnedRotations
 from spinquant.pipeline import Options, Result, Stage, check_fits
 from spinquant.processes import Processes
 from spinquant.proof import allowed, check
@@ -109,12 +109,12 @@ class Request:
     also: Mapping[str, Path] = field(default_factory=dict)
     family: FamilyLike | None = None
 
-    def settings(self, model: str | Path, folder: Path, config: Any) -> dict[str, Any]:
-        """Everything that decides the bytes of the result, as JSON."""
+    def settings(self, model: str | Path, folder: Path, config: Any, *, compiled: bool) -> dict[str, Any]:
+        """Everything that decides the bytes of the result, as JSON. compiled: with `kernels`, where there are any."""
         return {
             "spinquant": version("spinquant"),
             "torch": torch.__version__,
-            "kernels": kernels() is not None,
+            "kernels": compiled and kernels() is not None,
             "model": str(model),
             "files": weights_digest(folder),
             **self.spec.to_dict(),
@@ -316,8 +316,7 @@ class Run:
         reason = unfillable(model, source, plan)
         if reason is not None or self.request.calibrating is not None:  # a calibration loads every block anyway
             return reason
-        largest = max(math.prod(stored.entry.shape) for stored in source.tensors.values())
-        room = max(BLOCK_SHARE * 4 * largest + BLOCK_FREE, options.memory or 0)
+        room = max(BLOCK_SHARE * source.largest + BLOCK_FREE, options.memory or 0)
         state = model.state_dict()
         for block in plan.blocks:
             size = sum(tensor.nbytes for name, tensor in state.items() if name.startswith(f"{block}."))

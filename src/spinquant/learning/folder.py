@@ -16,7 +16,9 @@ from spinquant.architectures import FamilyLike, recorded_family
 from spinquant.calibrate import CalibrationText, calibration_tokens
 from spinquant.checkpoint import atomic_folder, check_free, load_model, load_tokenizer, weights_digest
 from spinquant.errors import CheckpointError, SpinquantError, TextError
-from spinquant.learning.learn import LearnedRotations, LearnOptions, Watch, learn
+from spinquant.learning.learn import learn
+from spinquant.learning.learned import LearnedRotations
+from spinquant.learning.options import LearnOptions, Watch
 from spinquant.module import plan_of, tensor_shapes
 from spinquant.pipeline import check_fits
 from spinquant.processes import joined

@@ -6,7 +6,8 @@ the 16-bit model runs once per window for all of them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from spinquant.calibrate import device_of
 from spinquant.evaluation import divergence, perplexity_of, surprise
 from spinquant.learning.network import rounding
+from spinquant.learning.scales import fuse_scales, unscale
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.rotation import Rotation
@@ -24,9 +26,10 @@ RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 
 @dataclass(frozen=True)
 class Candidate:
-    """Rotations by space, and the clip ratios they are judged with."""
+    """Rotations by space, the scales that are fused into the weights, and the clip ratios they are judged with."""
 
     rotations: Mapping[str, Rotation]
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
     activation_clip: float = 1.0
     kv_clip: float = 1.0
 
@@ -52,6 +55,61 @@ class Score:
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
         return asdict(self)
+
+
+class Contest:
+    """Candidates that are judged as they come; the one with the least KL leads, the first of two that are equal.
+
+    model: with its gains fused. clip_windows: tokens that clip ratios are chosen on. held_out: tokens to judge on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        scheme: Scheme,
+        clip_windows: Tensor,
+        held_out: Tensor,
+        stage: Callable[[str, int, int], None] = lambda name, done, total: None,
+    ):
+        self.model, self.plan, self.scheme, self.stage = model, plan, scheme, stage
+        self.clip_windows, self.held_out = clip_windows, held_out
+        self.candidates: dict[str, Candidate] = {}
+        self.scores: dict[str, Score] = {}  # of the 16-bit model too
+        self.scales: Mapping[str, Tensor] = {}  # those that are fused into the model now
+
+    @property
+    def leader(self) -> str:
+        """The name of the best so far."""
+        return min(self.candidates, key=lambda name: self.scores[name].kl)
+
+    @property
+    def leading(self) -> Candidate:
+        """The best so far."""
+        return self.candidates[self.leader]
+
+    def enter_all(self, rotations: Mapping[str, Mapping[str, Rotation]]) -> None:
+        """Judge several at once, which are alike, with the clip ratios of the first."""
+        first = next(iter(rotations.values()))
+        clipped = with_clips(self.model, self.plan, first, self.scheme, self.clip_windows)
+        self._judge("random rotations", {name: replace(clipped, rotations=made) for name, made in rotations.items()})
+
+    def enter(self, name: str, rotations: Mapping[str, Rotation], scales: Mapping[str, Tensor] | None = None) -> None:
+        """Judge one. scales: to be fused into the model for it; they are taken out again unless it leads."""
+        before = self.scales
+        if scales:
+            fuse_scales(self.model, self.plan, scales, self.clip_windows[:1])
+            self.scales = scales
+        candidate = with_clips(self.model, self.plan, rotations, self.scheme, self.clip_windows)
+        self._judge(name, {name: replace(candidate, scales=self.scales)})
+        if scales and self.leader != name:
+            unscale(self.model, self.plan, scales)
+            self.scales = before
+
+    def _judge(self, what: str, candidates: Mapping[str, Candidate]) -> None:
+        progress = partial(self.stage, f"judge {what}")
+        self.scores |= judge(self.model, self.plan, candidates, self.scheme, self.held_out, progress=progress)
+        self.candidates |= candidates
 
 
 @torch.no_grad()

@@ -133,11 +133,11 @@ class _RoundRotated(torch.autograd.Function):
         if tally is not None:
             # Rotating whole groups keeps their lengths.
             inside = all(_turns_inside(turn, group) for turn in ctx.turns)
-            slope = kept * _energies(grad if inside else turned(grad, ctx.turns), group) / group
+            slope = kept * _energies(grad if inside else turned(grad.to(_exact(grad)), ctx.turns), group) / group
             tally.costs.append(slope.sum(dtype=torch.float64) / 2)
             gradients = [torch.zeros_like(turn.rotation.weight) for turn in moving]
         else:
-            moved = turned(grad, ctx.turns)
+            kept, moved = kept.to(_exact(grad)), turned(grad.to(_exact(grad)), ctx.turns)
             slope = (kept * moved).unflatten(-1, (-1, group)).sum(-1, keepdim=True, dtype=_wide(grad))
             gradients = [(_rows(kept, t).T @ _rows(moved, t)).to(t.rotation.weight.dtype) for t in moving]
         if tally is not None or any(turn.rotation.range_gradient for turn in moving):
@@ -150,6 +150,11 @@ class _RoundRotated(torch.autograd.Function):
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def _exact(gradient: Tensor) -> torch.dtype:
+    """The dtype of products with gradients: float16 ends where they, times errors, still count."""
+    return torch.float32 if gradient.dtype == torch.float16 else gradient.dtype
 
 
 def _round(z: Tensor, quantizer: Quantizer) -> Tensor:

@@ -1,0 +1,66 @@
+"""Rotations that were learned, how they came about, and what of them can be gone on from."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from spinquant.errors import LearningError
+from spinquant.learning.options import LearnOptions
+from spinquant.plan import Plan
+from spinquant.quantization.progress import digest
+from spinquant.rotation import Rotation, RotationSpec
+from spinquant.saved_rotations import to_save
+from spinquant.wrapped import Scaled, check_given
+
+
+@dataclass(frozen=True)
+class LearnedRotations:
+    """Rotations by space, what they are an instance of, and how they came about.
+
+    spec: rotations, types and block sizes that describe them. record: scores of all candidates, which was kept, steps,
+    errors of rounding per site before and after, seconds, settings.
+    """
+
+    rotations: Mapping[str, Rotation]
+    spec: RotationSpec
+    record: dict[str, Any]
+
+    def digest(self) -> str:
+        """A short name for the rotations' numbers."""
+        _, tensors = to_save(self.rotations)
+        return hashlib.sha256("".join(digest(tensors[name]) for name in sorted(tensors)).encode()).hexdigest()[:16]
+
+    @property
+    def kept(self) -> str:
+        """The name of the candidate that these rotations are."""
+        return self.record["kept"]
+
+
+def described(plan: Plan, rotations: Mapping[str, Rotation], spec: RotationSpec) -> RotationSpec:
+    """The spec of what was kept: dense matrices where rotations are learned, one per layer."""
+    types = {name: spec.type_of(name) for name in spec.rotations}
+    for space in plan.spaces:
+        if space.name in rotations and rotations[space.name].describe()["kind"] == "orthogonal":
+            types[space.rotation] = "random-matrix"
+    sizes = {name: size for name in spec.rotations if (size := spec.block_of(name)) is not None}
+    return RotationSpec(spec.rotations, types, sizes or None, False, spec.seed)
+
+
+def to_start_from(
+    start: LearnedRotations, plan: Plan, spec: RotationSpec, options: LearnOptions
+) -> Mapping[str, Rotation]:
+    """The rotations to start from. Raises LearningError where they are not of what is rotated now."""
+    sizes = [{name: one.block_of(name) for name in one.rotations} for one in (start.spec, spec)]
+    if sizes[0] != sizes[1]:
+        found, asked = (
+            ", ".join(f"{name} in blocks of {size}" if size else name for name, size in one.items()) for one in sizes
+        )
+        raise LearningError(f"the rotations to start from are of {found}, and {asked} is asked for: take the same")
+    check_given(plan, spec, start.rotations)
+    if options.shard and any(isinstance(rotation, Scaled) for rotation in start.rotations.values()):
+        raise LearningError(
+            "the rotations to start from have scales, which are fused into weights, and a sharded model's stay as "
+            "they are: start from rotations without scales (--no-scales), or do not shard"
+        )
+    return start.rotations
