@@ -26,7 +26,7 @@ TABLES = {
 
 # Lowest first; a module imports from lower or equal layers only.
 LAYERS = [
-    {"errors", "workspace", "threads"},
+    {"errors", "workspace", "threads", "direct"},
     {"plots", "processes", "hidden_states"},
     {"tensorfile", "source_hash"},
     {"plan", "butterflies", "galois", "hadamard_bases", "kronecker", "hadamard", "quantization.scheme"},

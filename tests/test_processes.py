@@ -24,7 +24,8 @@ from test_stream import digest
 # The command line, in a process that may die at its n-th write, and cuts tiny tensors too.
 WORKER = """
 import os, sys
-import spinquant.stream, spinquant.fuse
+import spinquant.direct, spinquant.stream, spinquant.fuse
+spinquant.direct.GATHERED = 4096
 spinquant.fuse.SLICE, spinquant.stream.BAND, spinquant.stream.IN_FLIGHT = 600, 5000, 20_000
 dying, after = int(os.environ["DYING"]), int(os.environ["AFTER"])
 if dying == int(os.environ["RANK"]):

@@ -22,6 +22,12 @@ SPEC = RotationSpec("R1,R2")
 QUICK = {"text": None, "options": Options(prove=False)}
 
 
+@pytest.fixture(autouse=True)
+def page_by_page(monkeypatch):
+    """Tiny shards take several writes too."""
+    monkeypatch.setattr("spinquant.direct.GATHERED", 4096)
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """One layer in a few shards."""

@@ -1,11 +1,16 @@
 """safetensors files, held against the library that defines them."""
 
+import errno
+import os
+from contextlib import closing
+
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
-from spinquant import CheckpointError
-from spinquant.tensorfile import DTYPES, TensorFile, file_hash, read_entries, read_rows
+from spinquant import CheckpointError, direct
+from spinquant.direct import DirectReader, room_for
+from spinquant.tensorfile import DTYPES, TensorFile, file_hash, place_of, read_entries, rows_in
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
@@ -20,6 +25,10 @@ def some_tensors() -> dict[str, torch.Tensor]:
         'Größe "x"': numbers.clone(),
         "cube": numbers[:6].view(torch.int16).view(2, 3, 12).clone(),
     }
+
+
+def read_rows(file: DirectReader, entry, first: int, last: int, buffer: torch.Tensor) -> torch.Tensor:
+    return rows_in(file.read(*place_of(entry, first, last), buffer), entry)
 
 
 def write(path, tensors, *, order=1):
@@ -50,14 +59,95 @@ def test_the_library_reads_ours_and_we_read_the_librarys(tmp_path):
     save_file(tensors, tmp_path / "theirs")
     entries = read_entries(tmp_path / "theirs")
     assert set(entries) == set(tensors)
-    with (tmp_path / "theirs").open("rb") as file:
+    with closing(DirectReader(tmp_path / "theirs")) as file:
         for name, tensor in tensors.items():
             assert loaded[name].dtype == entries[name].dtype == tensor.dtype
             buffer = torch.empty(10_000, dtype=torch.uint8)
-            found = read_rows(file.fileno(), entries[name], 0, entries[name].rows, buffer)
+            found = read_rows(file, entries[name], 0, entries[name].rows, buffer)
             assert found.shape == loaded[name].shape == tensor.shape
             for other in (found, loaded[name]):
                 assert torch.equal(other.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
+
+
+def direct_or_skip(folder) -> None:
+    if not hasattr(os, "O_DIRECT"):
+        pytest.skip("no direct writes on this system")
+    try:
+        os.close(os.open(folder / "probe", os.O_CREAT | os.O_WRONLY | os.O_DIRECT))
+    except OSError:
+        pytest.skip("no direct writes in this file system")
+    (folder / "probe").unlink()
+
+
+class Disk:
+    """os.open and os.pwrite; records which writes went past the cache. Of those the n-th fails or falls short."""
+
+    def __init__(self, monkeypatch, *, number: int | None = None, failing: int = 0, count: int = 0):
+        self.direct, self.lengths, self.number, self.failing, self.count = set(), [], number, failing, count
+        self.open, self.pwrite = os.open, os.pwrite
+        monkeypatch.setattr(os, "open", self.opened)
+        monkeypatch.setattr(os, "pwrite", self.written)
+
+    def opened(self, path, flags, *mode):
+        file = self.open(path, flags, *mode)
+        (self.direct.add if flags & os.O_DIRECT else self.direct.discard)(file)
+        return file
+
+    def written(self, file, data, offset):
+        if file in self.direct:
+            self.lengths.append(len(data))
+            if len(self.lengths) == self.number:
+                if self.failing:
+                    raise OSError(self.failing, "failed")
+                data = data[: self.count]
+        return self.pwrite(file, data, offset)
+
+
+@pytest.mark.parametrize("gathered", [4096, 3 * 4096, 1 << 22])
+@pytest.mark.parametrize("order", [1, -1])
+def test_whole_pages_go_past_the_cache(tmp_path, monkeypatch, gathered, order):
+    direct_or_skip(tmp_path)
+    monkeypatch.setattr("spinquant.direct.GATHERED", gathered)
+    numbers = torch.arange(60_000, dtype=torch.int32)
+    tensors = {"a": numbers[:50_001].view(16667, 3).clone(), "b": numbers[:7], "c": numbers.view(6, 2500, 4).short()}
+    disk = Disk(monkeypatch)
+    digest = write(tmp_path / "ours", tensors, order=order)
+    assert (tmp_path / "ours").read_bytes() == save(tensors, metadata={"format": "pt"})
+    assert digest == file_hash(tmp_path / "ours")
+    assert all(length % 4096 == 0 and length <= gathered for length in disk.lengths)
+    assert sum(disk.lengths) > 300_000 or order == -1
+
+
+@pytest.mark.parametrize("trouble", [{"failing": errno.EINVAL}, {"count": 4096}, {"count": 512}, {"count": 0}])
+@pytest.mark.parametrize("number", [1, 3])
+def test_what_a_disk_does_not_take_goes_through_the_cache(tmp_path, monkeypatch, number, trouble):
+    direct_or_skip(tmp_path)
+    monkeypatch.setattr("spinquant.direct.GATHERED", 3 * 4096)
+    tensors = {"a": torch.arange(50_000, dtype=torch.int32).view(100, 500)}
+    disk = Disk(monkeypatch, number=number, **trouble)
+    assert write(tmp_path / "ours", tensors) == file_hash(tmp_path / "ours")
+    assert (tmp_path / "ours").read_bytes() == save(tensors, metadata={"format": "pt"})
+    assert len(disk.lengths) == number or trouble.get("count") in (0, 4096)
+
+
+def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
+    direct_or_skip(tmp_path)
+    monkeypatch.setattr("spinquant.direct.GATHERED", 3 * 4096)
+    Disk(monkeypatch, number=2, failing=errno.ENOSPC)
+    with pytest.raises(OSError, match="failed") as found:
+        write(tmp_path / "ours", {"a": torch.arange(50_000, dtype=torch.int32)})
+    assert found.value.errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize("flags", ["absent", "refused"])
+def test_without_direct_writes(tmp_path, monkeypatch, flags):
+    if flags == "absent":
+        monkeypatch.delattr(os, "O_DIRECT", raising=False)
+    else:
+        monkeypatch.setattr(os, "O_DIRECT", os.O_DIRECTORY)  # which no file is
+    tensors = some_tensors()
+    assert write(tmp_path / "ours", tensors) == file_hash(tmp_path / "ours")
+    assert (tmp_path / "ours").read_bytes() == save(tensors, metadata={"format": "pt"})
 
 
 def test_rows_are_the_rows(tmp_path):
@@ -65,9 +155,60 @@ def test_rows_are_the_rows(tmp_path):
     save_file(tensors, tmp_path / "file")
     entries = read_entries(tmp_path / "file")
     buffer = torch.empty(1000, dtype=torch.uint8)
-    with (tmp_path / "file").open("rb") as file:
+    with closing(DirectReader(tmp_path / "file")) as file:
         for name, tensor in tensors.items():
-            assert torch.equal(read_rows(file.fileno(), entries[name], 1, 3, buffer), tensor[1:3])
+            assert torch.equal(read_rows(file, entries[name], 1, 3, buffer), tensor[1:3])
+
+
+@pytest.mark.parametrize("kind", ["direct", "cached", "nowhere", "refused", "short", "coarse"])
+def test_every_piece_of_a_file(tmp_path, monkeypatch, kind):
+    """Past the page cache or through it, whatever the disk does with a read: the bytes are those of the file."""
+    direct_or_skip(tmp_path)
+    whole = bytes(torch.arange(90_001).short().numpy().tobytes())
+    (tmp_path / "file").write_bytes(whole)
+    if kind == "nowhere":
+        monkeypatch.delattr(os, "O_DIRECT")
+    monkeypatch.setattr(direct, "_is_cached", lambda file: kind == "cached")
+    preadv, lengths = os.preadv, []
+
+    def limited(file, buffers, offset, *flags):
+        if file == reader._direct:
+            lengths.append(len(buffers[0]))
+            if kind == "refused":
+                raise OSError(errno.EINVAL, "alignment")
+            if kind in ("short", "coarse"):
+                buffers = [buffers[0][: 4096 if kind == "short" else 512]]
+        return preadv(file, buffers, offset, *flags)
+
+    monkeypatch.setattr(os, "preadv", limited)
+    buffer, generator = torch.empty(room_for(50_000), dtype=torch.uint8), torch.Generator().manual_seed(0)
+    with closing(DirectReader(tmp_path / "file")) as reader:
+        for offset, nbytes in ((0, 8), (4096, 4096), (8, 50_000), (40_000, 0), (180_000, 2), (4088, 16), (31, 5000)):
+            for shift in (0, int(torch.randint(1, 5000, (), generator=generator))):
+                found = reader.read(offset, nbytes, buffer[shift:])
+                assert bytes(found.numpy().tobytes()) == whole[offset : offset + nbytes], (offset, nbytes, shift)
+        with pytest.raises(OSError, match="ends at byte 180002"):
+            reader.read(180_000, 16, buffer)
+        small = torch.empty(100, dtype=torch.uint8)
+        assert bytes(reader.read(16, 100, small).numpy().tobytes()) == whole[16:116]
+    assert bool(lengths) == (kind not in ("cached", "nowhere"))
+    assert all(length % 4096 == 0 for length in lengths)
+
+
+def test_what_is_in_the_page_cache_is_read_from_there(tmp_path):
+    direct_or_skip(tmp_path)
+    if not hasattr(os, "RWF_NOWAIT"):
+        pytest.skip("nothing can be known of the cache")
+    (tmp_path / "file").write_bytes(bytes(1 << 26))
+    with closing(DirectReader(tmp_path / "file")) as reader:
+        assert reader._direct is None
+    file = os.open(tmp_path / "file", os.O_RDONLY)
+    os.fsync(file)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(file)
+    for _ in range(5):  # to look puts nothing there
+        with closing(DirectReader(tmp_path / "file")) as reader:
+            assert reader._direct is not None
 
 
 def damaged(data: bytes, kind: str) -> bytes:
@@ -110,5 +251,5 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):
     save_file({"a": torch.arange(60.0).view(10, 6)}, path)
     entry = read_entries(path)["a"]
     path.write_bytes(path.read_bytes()[:-8])
-    with path.open("rb") as file, pytest.raises(OSError, match="ends at byte"):
-        read_rows(file.fileno(), entry, 0, 10, torch.empty(240, dtype=torch.uint8))
+    with closing(DirectReader(path)) as file, pytest.raises(OSError, match="ends at byte"):
+        read_rows(file, entry, 0, 10, torch.empty(240, dtype=torch.uint8))

@@ -6,7 +6,6 @@ as the numbers they stand for, in float32:  w[i, j] = q[i, j] scale_inv[i // row
 
 import json
 import math
-import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,9 @@ import torch
 from torch import Tensor
 
 from spinquant.checkpoint import INDEX, read_headers, weight_files
+from spinquant.direct import DirectReader
 from spinquant.errors import CheckpointError
-from spinquant.tensorfile import Entry, read_entries, read_rows
+from spinquant.tensorfile import Entry, place_of, read_entries, rows_in
 
 SCALE = "_scale_inv"
 _PART = 1 << 23  # bytes
@@ -53,7 +53,7 @@ class Source:
         self.folder = folder
         files = weight_files(folder)
         read_headers(folder)  # what the library and the index have to say about them
-        self._open: dict[str, int] = {}
+        self._open: dict[str, DirectReader] = {}
         self._scales: dict[str, Tensor] = {}
         self._block = fp8_block(config)
         found = {name: (file, entry) for file in files for name, entry in read_entries(folder / file).items()}
@@ -98,12 +98,22 @@ class Source:
         return json.loads(path.read_text(encoding="utf-8")).get("metadata", {}) if path.is_file() else {}
 
     def read(self, name: str, first: int, last: int, buffer: Tensor) -> Tensor:
-        """Rows first .. last of a tensor; in the memory of `buffer` unless they are FP8.
+        """Rows first .. last of a tensor; in the memory of `buffer` unless they are FP8. Raises as `piece`."""
+        return self.rows(name, first, self.piece(name, first, last, buffer))
 
-        Raises CheckpointError, naming the shard, when it cannot be read.
+    def piece(self, name: str, first: int, last: int, buffer: Tensor) -> Tensor:
+        """The bytes in the file of rows first .. last of a tensor, in the memory of `buffer`, uint8.
+
+        buffer: as long, or longer: `room_for` them lets them be read past the page cache. Raises CheckpointError,
+        naming the shard, when it cannot be read.
         """
         stored = self.tensors[name]
-        rows = self._rows(stored.file, stored.entry, first, last, buffer)
+        return self._piece(stored.file, stored.entry, first, last, buffer)
+
+    def rows(self, name: str, first: int, piece: Tensor) -> Tensor:
+        """Rows of a tensor from row `first` on, from their bytes; in the same memory unless they are FP8."""
+        stored = self.tensors[name]
+        rows = rows_in(piece, stored.entry)
         return rows if stored.scale is None else self._dequantized(rows, stored.scale, first)
 
     def whole(self, name: str) -> Tensor:
@@ -124,14 +134,14 @@ class Source:
     def close(self) -> None:
         """Close all files."""
         for file in self._open.values():
-            os.close(file)
+            file.close()
         self._open.clear()
 
-    def _rows(self, file: str, entry: Entry, first: int, last: int, buffer: Tensor) -> Tensor:
+    def _piece(self, file: str, entry: Entry, first: int, last: int, buffer: Tensor) -> Tensor:
         try:
             if file not in self._open:
-                self._open[file] = os.open(self.folder / file, os.O_RDONLY)
-            return read_rows(self._open[file], entry, first, last, buffer)
+                self._open[file] = DirectReader(self.folder / file)
+            return self._open[file].read(*place_of(entry, first, last), buffer)
         except OSError as error:
             raise CheckpointError(f"{self.folder / file} cannot be read: {error}. Download it again.") from None
 
@@ -142,7 +152,8 @@ class Source:
             file, entry = self._found[scale]
             buffer = torch.empty(entry.end - entry.start, dtype=torch.uint8)
             # Row by row of the weight the next one is wanted, so the last alone is kept.
-            self._scales = {scale: self._rows(file, entry, 0, entry.rows, buffer).to(torch.float32)}
+            piece = self._piece(file, entry, 0, entry.rows, buffer)
+            self._scales = {scale: rows_in(piece, entry).to(torch.float32)}
         wide = rows.to(torch.float32)
         step = first
         while step < first + len(rows):

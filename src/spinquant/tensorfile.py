@@ -2,9 +2,9 @@
 
     8 bytes: length n of the header | n bytes of JSON: name -> dtype, shape, offsets | the numbers of all tensors
 
-The library maps whole files into memory (pages count as resident once touched), and saves from memory only. Here pieces
-are read into buffers of the caller's, and a file is written header first, then in any order. The bytes are those that
-the library's own `save` writes.
+The library maps whole files into memory (pages count as resident once touched), and saves from memory only. Here rows
+are found in their files, and a file is written header first, then in any order. The bytes are those that the library's
+own `save` writes.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spinquant.direct import DirectWriter, put
 from spinquant.errors import CheckpointError
 
 # In the order in which the library lays tensors out: wide ones first, so that all are aligned.
@@ -102,20 +103,17 @@ def read_entries(path: Path) -> dict[str, Entry]:
     return found
 
 
-def read_rows(file: int, entry: Entry, first: int, last: int, buffer: Tensor) -> Tensor:
-    """Rows first .. last of a tensor, in the memory of `buffer`, uint8 and at least as long.
-
-    file: descriptor. Raises OSError when the file has become shorter.
-    """
+def place_of(entry: Entry, first: int, last: int) -> tuple[int, int]:
+    """The first byte in the file of rows first .. last of a tensor, and how many bytes they are."""
     row = (entry.end - entry.start) // max(1, entry.rows)
-    whole = buffer[: (last - first) * row]
-    view, offset = memoryview(whole.numpy().data), entry.start + first * row
-    while len(view):
-        count = os.preadv(file, [view], offset)
-        if count == 0:
-            raise OSError(f"the file ends at byte {offset}")
-        view, offset = view[count:], offset + count
-    return whole.view(entry.dtype).view((last - first, *entry.shape[1:]) if entry.shape else ())
+    return entry.start + first * row, (last - first) * row
+
+
+def rows_in(piece: Tensor, entry: Entry) -> Tensor:
+    """Rows of a tensor, from their bytes; in the same memory."""
+    row = (entry.end - entry.start) // max(1, entry.rows)
+    count = len(piece) // row if row else entry.rows
+    return piece.view(entry.dtype).view((count, *entry.shape[1:]) if entry.shape else ())
 
 
 def in_order(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> list[str]:
@@ -149,9 +147,9 @@ class TensorFile:
     """A file being written: opened with its header, filled in any order, complete after `finish`.
 
     Hashed on the way by `follow`, in a thread of the caller's choice, where rows come in the order of the layout; what
-    came out of order is read again. What is written goes to the disk while more is computed, and its pages are free
-    again: 1.6 GB take 1.5 s then, and 2.8 to 9 s where all is left to one fsync (a virtual machine whose
-    host is slow to give pages).
+    came out of order is read again. What is written goes past the page cache (`direct.py`). Where that cannot be, it
+    goes to the disk while more is computed, and its pages are free again: 1.6 GB take 1.5 s then, and 2.8 to 9 s where
+    all is left to one fsync (a virtual machine whose host is slow to give pages).
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]):
@@ -161,17 +159,20 @@ class TensorFile:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         self._hash, self._hashed = hashlib.sha256(self.beginning), len(self.beginning)
         self._behind: deque[tuple[int, int]] = deque()
+        self._direct = DirectWriter(path, self._file)
 
     def begin(self) -> None:
         """Write the header, and give the file its full length; what a run before left in it goes."""
         os.ftruncate(self._file, 0)
         os.ftruncate(self._file, self.size)
-        self._put(self.beginning, 0)
+        put(self._file, self.beginning, 0)
 
     def write(self, name: str, first: int, rows: Tensor) -> None:
         """Put rows of a tensor, contiguous and of its dtype, from row `first` on."""
         place, data = self._place(name, first, rows)
-        self._put(data, place)
+        self._direct.write(data, place)
+        if self._direct.is_direct:
+            return
         self._behind.append((place, len(data)))
         if sum(length for _, length in self._behind) >= 2 * _BEHIND:
             self._let_go()
@@ -180,14 +181,13 @@ class TensorFile:
         """Take rows that are written into the hash, where they are the next."""
         place, data = self._place(name, first, rows)
         if place == self._hashed:
-            self._hash.update(data)
+            self._hash.update(data.numpy().data)
             self._hashed += len(data)
 
-    def _place(self, name: str, first: int, rows: Tensor) -> tuple[int, memoryview]:
+    def _place(self, name: str, first: int, rows: Tensor) -> tuple[int, Tensor]:
         entry = self.entries[name]
         assert rows.dtype == entry.dtype and rows.is_contiguous(), name
-        row = (entry.end - entry.start) // max(1, entry.rows)
-        return entry.start + first * row, memoryview(rows.reshape(-1).view(torch.uint8).numpy().data)
+        return place_of(entry, first, first)[0], rows.reshape(-1).view(torch.uint8)
 
     def _let_go(self) -> None:
         """Have what was written brought to the disk; what is there already goes from memory."""
@@ -202,6 +202,7 @@ class TensorFile:
 
     def sync(self) -> None:
         """Bring what was written so far to the disk."""
+        self._direct.flush()
         os.fsync(self._file)
 
     def finish(self) -> str:
@@ -216,15 +217,10 @@ class TensorFile:
 
     def close(self) -> None:
         """Close the file; what it lacks, it lacks."""
+        self._direct.close()
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
-
-    def _put(self, data: bytes | memoryview, offset: int) -> None:
-        view = memoryview(data)
-        while len(view):
-            count = os.pwrite(self._file, view, offset)
-            view, offset = view[count:], offset + count
 
 
 def file_hash(path: Path) -> str:
