@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spinquant.hadamard import construct, hadamard_factors, hadamard_matrix, hadamard_transform
+from spinquant.hadamard import construct, factors_for, hadamard_matrix, hadamard_transform
+from spinquant.kronecker import Factor, Sylvester
 
 ORDERS = (512, 4096, 8192, 14336, 11008)
 GROWTH = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -117,6 +118,10 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def described(factor: Factor) -> str:
+    return f"butterflies {factor.order}" if isinstance(factor, Sylvester) else str(len(factor))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller tensors, fewer rounds, no growth curve")
@@ -133,7 +138,7 @@ def main() -> None:
     for order in dict.fromkeys(options.orders or (*ORDERS, *growth)):
         for name, dtype in DTYPES.items():
             row = {"order": order, "dtype": name, "construction": str(construct(order))}
-            row["factors"] = " x ".join(str(len(factor)) for factor in hadamard_factors(order))
+            row["factors"] = " x ".join(map(described, factors_for(torch.empty(1, order, dtype=dtype), order)))
             table.append(row | measure(order, dtype, megabytes, rounds, dense=order in ORDERS))
     print_table(table)
     if options.json:

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from conftest import CONFIGS, byte_tokenizer, logits, tiny_model, tokens
-from spinquant import CheckpointError, Options, RotationSpec, load, load_tokenizer, rotate, rotate_folder
+from conftest import CONFIGS, SIZES, byte_tokenizer, logits, tiny_model, tokens
+from spinquant import CheckpointError, Options, RotationSpec, kronecker, load, load_tokenizer, rotate, rotate_folder
 from spinquant.checkpoint import load_config
 from spinquant.source import Source
 from spinquant.streamed_folders import parse_size
@@ -68,6 +68,21 @@ def test_the_stream_is_the_module_backend_bit_for_bit(name, dtype, tmp_path):
     if dtype in (torch.float64, torch.float32):
         tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}[dtype]
         assert torch.allclose(logits(load(tmp_path / "out"), tokens()), logits(load(folder), tokens()), atol=tolerance)
+
+
+@pytest.mark.parametrize("least", [0, 1 << 40])
+def test_kernels_are_taken_in_memory_and_as_a_stream_alike(least, tmp_path, monkeypatch):
+    pytest.importorskip("numba")
+    sizes = {**SIZES, "hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 4}
+    config = LlamaConfig(**sizes, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    applied, real = [], kronecker._butterflies
+    monkeypatch.setattr(kronecker, "_butterflies", lambda *given: applied.append(given) or real(*given))
+    monkeypatch.setattr("spinquant.hadamard.KERNELS_FROM", 128)
+    monkeypatch.setattr(kronecker, "COMPILED_FROM", least)
+    rotate_folder(tmp_path / "model", tmp_path / "out", SPEC, text=None, options=Options(prove=False))
+    assert bool(applied) == (least == 0)
+    assert_same(tmp_path / "out", in_memory(tmp_path / "model", tmp_path / "expected", SPEC))
 
 
 @pytest.mark.parametrize(

@@ -165,12 +165,16 @@ def hadamard_transform(
     x: Tensor, order: int, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None
 ) -> Tensor:
     """Return x H / sqrt(order) along an axis, or x H^T / sqrt(order); see `kronecker_transform`."""
+    return kronecker_transform(x, factors_for(x, order, dim), transpose=transpose, dim=dim, out=out)
+
+
+def factors_for(x: Tensor, order: int, dim: int = -1) -> tuple[Factor, ...]:
+    """The factors that `hadamard_transform` takes for a tensor; shared, do not modify."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     behind = 0
     if order >= KERNELS_FROM and takes_kernels(x):
         behind = 64 if math.prod(x.shape[dim:][1:]) >= 32 else 1
-    factors = _factors(order, dtype, x.device, behind)
-    return kronecker_transform(x, factors, transpose=transpose, dim=dim, out=out)
+    return _factors(order, dtype, x.device, behind)
 
 
 @lru_cache(maxsize=1024)

@@ -31,6 +31,11 @@ _CHUNK = 1 << 20
 # Smaller factors do not repay the two additional passes of a split: 76 is equal, 148 and 172 gain a quarter.
 _SPLIT_FROM = 92
 
+# Kernels, and the compiler that comes with them, take 105 MB: what three times a largest tensor of this size leaves
+# of a stream's bound on memory. Bytes, in float32.
+COMPILED_FROM = 48 << 20
+_barred = False
+
 # A step reads one flat buffer and fills another of the same size.
 _Step = Callable[[Tensor, Tensor], object]
 
@@ -67,16 +72,17 @@ def kernels() -> ModuleType | None:
     return butterflies
 
 
-_barred = False
-
-
 @contextmanager
-def kernels_where(allowed: bool) -> Iterator[None]:
-    """Within the block, and in all threads, `Sylvester` factors are taken only if they are allowed."""
+def kernels_for(largest: int) -> Iterator[bool]:
+    """Within the block, and in all threads, kernels are for models whose largest tensor takes `COMPILED_FROM` bytes.
+
+    largest: bytes of it in float32. Gives whether they are taken. Fusing into one model does this in memory and as a
+    stream alike, or last bits would differ.
+    """
     global _barred
-    before, _barred = _barred, _barred or not allowed
+    before, _barred = _barred, _barred or largest < COMPILED_FROM
     try:
-        yield
+        yield not _barred and kernels() is not None
     finally:
         _barred = before
 

@@ -11,6 +11,7 @@ from spinquant.architectures import FamilyLike, make_plan
 from spinquant.centred import check_centred
 from spinquant.errors import CheckpointError
 from spinquant.fuse import fuse_in_place
+from spinquant.kronecker import kernels_for
 from spinquant.plan import Plan
 from spinquant.rotation import Rotation
 from spinquant.workspace import kept_whole
@@ -49,7 +50,8 @@ def fuse_module(
         untie(model, plan)
     parameters = dict(model.named_parameters())
     gains = {gain.norm: named_tensor(model, gain.norm).detach().clone() for gain in plan.gains}
-    with kept_whole():
+    largest = max((4 * parameter.numel() for parameter in parameters.values()), default=0)
+    with kept_whole(), kernels_for(largest):
         for done, (name, parameter) in enumerate(parameters.items()):
             fuse_in_place(name, parameter, plan, gains, rotations, precision=precision)
             if progress:

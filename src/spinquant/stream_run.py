@@ -35,7 +35,6 @@ from spinquant.formats.compressed_config import check_plan, quantization_config
 from spinquant.formats.compressed_packing import CompressedPacking
 from spinquant.formats.native import make_config
 from spinquant.formats.native_packing import Finished, NativePacking
-from spinquant.kronecker import kernels
 from spinquant.learning.learned import LearnedRotations
 from spinquant.pipeline import Options, Result, Stage, check_fits
 from spinquant.processes import Processes
@@ -110,11 +109,11 @@ class Request:
     family: FamilyLike | None = None
 
     def settings(self, model: str | Path, folder: Path, config: Any, *, compiled: bool) -> dict[str, Any]:
-        """Everything that decides the bytes of the result, as JSON. compiled: with `kernels`, where there are any."""
+        """Everything that decides the bytes of the result, as JSON. compiled: with kernels of the transform."""
         return {
             "spinquant": version("spinquant"),
             "torch": torch.__version__,
-            "kernels": compiled and kernels() is not None,
+            "kernels": compiled,
             "model": str(model),
             "files": weights_digest(folder),
             **self.spec.to_dict(),

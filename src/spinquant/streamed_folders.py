@@ -27,7 +27,7 @@ from spinquant.errors import (
     SourceChangedError,
     SpinquantError,
 )
-from spinquant.kronecker import kernels_where
+from spinquant.kronecker import kernels_for
 from spinquant.pipeline import Result
 from spinquant.processes import Processes, joined
 from spinquant.proof import prove
@@ -38,9 +38,6 @@ from spinquant.stream import Rotated, stream
 from spinquant.stream_run import Clock, Request, Run
 
 STREAMED = "stream"  # the stage of a run that counts bytes
-# Kernels, and the compiler that comes with them, take 105 MB: what three times a largest tensor of this size leaves
-# besides the memory of three bands. Bytes, in float32.
-COMPILED_FROM = 48 << 20
 # The others wait while the first process compares; that one of them ended is seen otherwise.
 _LONGEST = timedelta(days=7)
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -77,8 +74,7 @@ def stream_folder(model: str | Path, out: str | Path, request: Request, *, force
             check_unquantized(config, model)
         dropped = prediction_tensors(config, read_headers(folder)) if request.options.drop_mtp else ()
         source = Source(folder, config, without=frozenset(dropped))
-        compiled = source.largest >= COMPILED_FROM
-        with closing(source), kernels_where(compiled):
+        with closing(source), kernels_for(source.largest) as compiled:
             settings = request.settings(model, folder, config, compiled=compiled)
             check_same(settings, processes)
             run = Run(source, config, replace(request, device=processes.device), model)
