@@ -16,6 +16,7 @@ from torch import Tensor
 
 PAGE = 4096  # places, lengths and memory are multiples of it; disks want 512 or this
 GATHERED = 1 << 22  # bytes handed to the disk at once
+_REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)  # of a file system that wants more than whole pages, or lacks such access
 _LOOKS = 16  # places of a file at which is looked whether it is in the cache
 
 
@@ -53,9 +54,9 @@ class DirectReader:
             try:
                 count = os.preadv(self._direct, [view[done:]], offset - before + done)
             except OSError as error:
-                if error.errno != errno.EINVAL:
+                if error.errno not in _REFUSED:
                     raise
-                count = 0  # a file system that wants more than whole pages
+                count = 0
             if not count:
                 break
             done += count
@@ -152,9 +153,9 @@ class DirectWriter:
             try:
                 count = os.pwrite(self._direct, view[: len(view) // PAGE * PAGE], offset)
             except OSError as error:
-                if error.errno != errno.EINVAL:
+                if error.errno not in _REFUSED:
                     raise
-                self._give_up()  # a file system that wants more than whole pages
+                self._give_up()
                 break
             if count % PAGE:
                 self._give_up()

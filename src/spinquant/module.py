@@ -22,6 +22,11 @@ def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
 
 
+def largest(model: nn.Module) -> int:
+    """Bytes that the largest parameter has in float32."""
+    return max((4 * parameter.numel() for parameter in model.parameters()), default=0)
+
+
 def plan_of(model: Any, *, family: FamilyLike | None = None) -> Plan:
     """The plan of a loaded transformers model. family and errors: as of `make_plan`."""
     return make_plan(model.config, tensor_shapes(model), family=family)
@@ -50,8 +55,7 @@ def fuse_module(
         untie(model, plan)
     parameters = dict(model.named_parameters())
     gains = {gain.norm: named_tensor(model, gain.norm).detach().clone() for gain in plan.gains}
-    largest = max((4 * parameter.numel() for parameter in parameters.values()), default=0)
-    with kept_whole(), kernels_for(largest):
+    with kept_whole(), kernels_for(largest(model)):
         for done, (name, parameter) in enumerate(parameters.items()):
             fuse_in_place(name, parameter, plan, gains, rotations, precision=precision)
             if progress:

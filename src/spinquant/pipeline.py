@@ -13,7 +13,8 @@ from torch import Tensor
 from spinquant.architectures import FamilyLike, use_family
 from spinquant.errors import CalibrationError, RotationError, SchemeError
 from spinquant.formats.native import is_marked, mark, unmark
-from spinquant.module import fuse_module, plan_of, tensor_shapes
+from spinquant.kronecker import kernels_for
+from spinquant.module import fuse_module, largest, plan_of, tensor_shapes
 from spinquant.online import attach
 from spinquant.plan import Plan
 from spinquant.proof import Deviation, check, compare, prove, snapshot
@@ -201,17 +202,18 @@ def quantize(
         round_weights(model, rotated.plan, scheme, progress=options.stage("quantize"))
     else:
         assert tokens is not None
-        clips = quantize_blocks(
-            model,
-            rotated.plan,
-            online,
-            scheme,
-            tokens,
-            calibration,
-            error_feedback=method != "rtn",
-            store=store,
-            progress=options.stage("calibrate"),
-        )
+        with kernels_for(largest(model)):  # as a calibration from disk does
+            clips = quantize_blocks(
+                model,
+                rotated.plan,
+                online,
+                scheme,
+                tokens,
+                calibration,
+                error_feedback=method != "rtn",
+                store=store,
+                progress=options.stage("calibrate"),
+            )
     if scheme.weights or scheme.activations or scheme.kv or online_part(rotated.plan, online):
         attach(model, rotated.plan, online, scheme, clips)
         mark(model, rotated.plan, online, rotated.spec, scheme, clips)
