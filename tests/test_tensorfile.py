@@ -139,6 +139,16 @@ def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
     assert found.value.errno == errno.ENOSPC
 
 
+def test_a_closed_file_holds_no_memory(tmp_path):
+    direct_or_skip(tmp_path)
+    file = TensorFile(tmp_path / "file", {"a": (torch.float32, (3, 4))})
+    file.begin()
+    file.write("a", 0, torch.ones(3, 4))
+    assert file._direct._memory.nbytes
+    file.finish()
+    assert not file._direct._memory.nbytes
+
+
 @pytest.mark.parametrize("flags", ["absent", "refused"])
 def test_without_direct_writes(tmp_path, monkeypatch, flags):
     if flags == "absent":

@@ -163,8 +163,9 @@ class DirectWriter:
         put(self._file, view, offset)
 
     def close(self) -> None:
-        """Close the descriptor that is its own; what is gathered goes."""
+        """Close the descriptor that is its own; what is gathered goes, and its memory."""
         self._length = 0
+        self._memory = torch.empty(0, dtype=torch.uint8)  # a stream keeps its files until all are written
         self._give_up()
 
     def _give_up(self) -> None:

@@ -171,13 +171,17 @@ def plot_learning_curve(losses: Sequence[float], path: Path) -> None:
 
 
 def plot_rounding_errors(before: Mapping[str, float], after: Mapping[str, float], path: Path) -> None:
-    """Relative error of rounding, ||Q(z) - z||^2 / ||z||^2, of every site in order of execution."""
+    """Relative error of rounding, ||Q(z) - z||^2 / ||z||^2, of every site: inputs of linears, keys and values."""
     figure = _figure(WIDTH, 3.8)
     axes = figure.subplots()
     for errors, colour, label in ((before, PLAIN, "random"), (after, ROTATED, "learned")):
         axes.plot(range(len(errors)), list(errors.values()), ".", color=colour, markersize=5, label=label)
     axes.set_yscale("log")
-    axes.set(xlabel="quantizer, in order of execution", ylabel="relative error (log)", title="error of rounding")
+    axes.set(
+        xlabel="quantizer: inputs of linears by layer, then keys and values",
+        ylabel="relative error (log)",
+        title="error of rounding",
+    )
     axes.set_ylim(bottom=0.8 * min([*before.values(), *after.values()]))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

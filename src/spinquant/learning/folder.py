@@ -177,8 +177,8 @@ def _draw(learned: LearnedRotations, folder: Path) -> None:
 
     if learned.record.get("steps"):
         plot_learning_curve([step["loss"] for step in learned.record["steps"]], folder / "curve.png")
-    if learned.record.get("errors"):
-        errors = learned.record["errors"]
+    errors = learned.record.get("errors")
+    if errors and errors["before"]:  # none where weights alone are rounded
         plot_rounding_errors(errors["before"], errors["after"], folder / "errors.png")
 
 
