@@ -139,14 +139,18 @@ def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
     assert found.value.errno == errno.ENOSPC
 
 
-def test_a_closed_file_holds_no_memory(tmp_path):
+def test_files_that_follow_each_other_gather_in_one_memory(tmp_path):
     direct_or_skip(tmp_path)
-    file = TensorFile(tmp_path / "file", {"a": (torch.float32, (3, 4))})
-    file.begin()
-    file.write("a", 0, torch.ones(3, 4))
-    assert file._direct._memory.nbytes
-    file.finish()
-    assert not file._direct._memory.nbytes
+    places = set()
+    for i in range(4):
+        file = TensorFile(tmp_path / str(i), {"a": (torch.float32, (3000, 4))})
+        file.begin()
+        file.write("a", 0, torch.ones(3000, 4))
+        assert file._direct._memory is not None
+        places.add(file._direct._memory.data_ptr())
+        file.finish()
+        assert file._direct._memory is None
+    assert len(places) == 1
 
 
 @pytest.mark.parametrize("flags", ["absent", "refused"])

@@ -104,6 +104,20 @@ def put(file: int, data: bytes | memoryview, offset: int) -> None:
         view, offset = view[count:], offset + count
 
 
+# Memory that nothing is gathered in: shard after shard would leave holes of its size behind.
+_spare: list[Tensor] = []
+
+
+def _page_memory() -> Tensor:
+    """Memory for what is gathered, uint8, which begins where a page does."""
+    with contextlib.suppress(IndexError):
+        if len(found := _spare.pop()) == GATHERED:
+            return found
+    with torch.inference_mode(False):  # other threads write into it
+        memory = torch.empty(GATHERED + PAGE, dtype=torch.uint8, device="cpu")
+    return memory[-memory.data_ptr() % PAGE :][:GATHERED]
+
+
 class DirectWriter:
     """Pieces of a file that follow each other, mostly: whole pages go to the disk, what is left through the cache.
 
@@ -113,10 +127,7 @@ class DirectWriter:
     def __init__(self, path: Path, file: int):
         self._file = file
         self._direct = _open(path, os.O_WRONLY)
-        size = GATHERED + PAGE if self._direct is not None else 0
-        with torch.inference_mode(False):  # other threads write into it
-            memory = torch.empty(size, dtype=torch.uint8, device="cpu")
-        self._memory = memory[-memory.data_ptr() % PAGE :][:GATHERED]
+        self._memory: Tensor | None = None  # while something is gathered
         self._start = self._length = 0  # the place in the file of what is gathered, and how much it is
 
     @property
@@ -136,8 +147,8 @@ class DirectWriter:
                 count = min(-offset % PAGE, len(piece))
                 put(self._file, piece[:count].numpy().data, offset)
             else:
-                if not self._length:
-                    self._start = offset
+                if self._memory is None:
+                    self._memory, self._start = _page_memory(), offset
                 count = min(len(self._memory) - self._length, len(piece))
                 self._memory[self._length : self._length + count].copy_(piece[:count])
                 self._length += count
@@ -147,8 +158,11 @@ class DirectWriter:
 
     def flush(self) -> None:
         """Write what is gathered."""
-        view, offset = self._memory[: self._length].numpy().data, self._start
-        self._length = 0  # whatever fails: a piece that could not be written is not tried again
+        if self._memory is None:
+            return
+        memory, view, offset = self._memory, self._memory[: self._length].numpy().data, self._start
+        # Whatever fails: a piece that could not be written is not tried again.
+        self._memory, self._length = None, 0
         while self._direct is not None and len(view) >= PAGE:
             try:
                 count = os.pwrite(self._direct, view[: len(view) // PAGE * PAGE], offset)
@@ -161,11 +175,11 @@ class DirectWriter:
                 self._give_up()
             view, offset = view[count:], offset + count
         put(self._file, view, offset)
+        _spare[:] = [memory]
 
     def close(self) -> None:
-        """Close the descriptor that is its own; what is gathered goes, and its memory."""
-        self._length = 0
-        self._memory = torch.empty(0, dtype=torch.uint8)  # a stream keeps its files until all are written
+        """Close the descriptor that is its own; what is gathered goes."""
+        self._memory, self._length = None, 0
         self._give_up()
 
     def _give_up(self) -> None:

@@ -95,8 +95,12 @@ def check_given(plan: Plan, spec: RotationSpec, rotations: Mapping[str, Rotation
             continue
         _check_scale(plan, space, rotation)
         rotation = bare(rotation)
-        if space.size % rotation.order:
-            raise RotationError(f"the rotation of {space.name} has order {rotation.order}, and the space {space.size}")
+        expected = spec.block_of(space.rotation) or space.size
+        if rotation.order != expected or space.size % rotation.order:
+            raise RotationError(
+                f"the rotation given for {space.name} has order {rotation.order}, and this model needs {expected}: "
+                "take rotations that were made for this model, or give the block size that they have"
+            )
         if isinstance(rotation, Orthogonal):
             error = rotation.weight.T @ rotation.weight - torch.eye(rotation.order, dtype=rotation.weight.dtype)
             if not float(error.abs().max()) < 1e-6:
