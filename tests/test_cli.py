@@ -1,6 +1,8 @@
 """The command line as a user meets it: in this process, through the entry point."""
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -272,14 +274,57 @@ def test_learned_rotations_are_used(run, learned, tmp_path):
     options = ("--learned", place / "out", "--text", "manual", "--no-proof")
     code, _, errors = run("quantize", place / "model", tmp_path / "q", "--scheme", "W4A8KV4", *options)
     assert code == 0, errors
+    assert "were learned for W4A4KV4, and W4A8KV4 is asked for" in " ".join(errors.split())
     model = load(tmp_path / "q")
     assert torch.isfinite(logits(model, tokens())).all()
     record = json.loads((tmp_path / "q" / "spinquant" / "record.json").read_text())
     assert record["learned"]["kept"] == made.kept and record["spec"] == json.loads(json.dumps(made.spec.to_dict()))
     code, _, errors = run("rotate", place / "model", tmp_path / "r", *options)
-    assert code == 1 and "R3, R4" in errors  # they were learned for online rotations too
+    assert code == 1 and "R3, R4" in errors and "--rotations R1,R2" in errors  # they were learned for online ones too
+    code, _, errors = run("rotate", place / "model", tmp_path / "r", *options, "--rotations", "R1,R2", "--type", "auto")
+    assert code == 1 and "--type would do nothing" in errors and "--rotations" not in errors
+    code, _, errors = run("rotate", place / "model", tmp_path / "r", *options, "--rotations", "R1,R2", "--seed", "0")
+    assert code == 1 and "--seed would do nothing" in errors
+    code, _, errors = run("rotate", place / "model", tmp_path / "r", *options, "--rotations", "R1,R2")
+    assert code == 0, errors
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "r")
+    assert torch.allclose(logits(plain, tokens()), logits(load(place / "model"), tokens()), atol=1e-3)
+    record = json.loads((tmp_path / "r" / "spinquant" / "record.json").read_text())
+    assert record["spec"]["rotations"] == ["R1", "R2"] and "seconds" not in record["learned"]
+    shutil.rmtree(tmp_path / "r")
     code, _, errors = run("rotate", place / "model", tmp_path / "r", "--learned", place / "model")
     assert code == 1 and "spinquant learn" in errors
+
+
+def test_learning_is_one_run_of_one_request_and_goes_on(run, learned, tmp_path):
+    """kill -9 while steps are taken: the command goes on, another one is refused, and so are two at once."""
+    place, _ = learned
+    steps = ("--rotations", "R1,R2", "--method", "end-to-end", "--steps", "400", "--batch", "2", "--no-scales")
+    command = ("learn", place / "model", tmp_path / "out", "--scheme", "A4KV4", *LEARN, *steps)
+    state = tmp_path / ".out.learning" / "end-to-end.safetensors"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "spinquant", *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        while not state.exists():
+            assert process.poll() is None
+        code, _, errors = run(*command)
+        assert code == 1 and "another run is writing" in errors
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    code, _, errors = run(*(*command, "--seed", "1"))
+    assert code == 1 and "seed was 0 and is 1" in errors and "--force" in errors and state.exists()
+    (tmp_path / ".out.partial-left").mkdir()  # of a run that was killed while it wrote
+    from safetensors import safe_open
+
+    with safe_open(state, "pt") as file:
+        before = json.loads(file.metadata()["about"])["step"]
+    assert 0 < before < 400
+    code, text, errors = run(*command, "--json")
+    assert code == 0 and "judge random" not in errors, errors
+    assert len(json.loads(text)["steps"]) == 400
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_plain_folders_take_learned_rotations(run, learned, tmp_path):
@@ -339,6 +384,16 @@ LEARN_MISTAKES = {
     ),
     "an option of local": (["--method", "end-to-end", "--massive", "2"], "--massive would"),
     "nothing to choose": (["--method", "random", "--steps", "3"], "--steps would"),
+    "nothing to learn": (["--method", "random", "--learn", "R1"], "--learn would"),
+    "no windows": (["--windows", "0"], "--windows"),
+    "no steps": (["--steps", "0"], "(--steps)"),
+    "no rows": (["--method", "local", "--rows", "-3"], "rows is -3"),
+    "no rotation to beat": (["--baselines", "0"], "(--baselines)"),
+    "an infinite step": (["--lr", "inf"], "(--lr)"),
+    "no gradients to save memory of": (
+        ["--method", "local", "--weighting", "uniform", "--checkpointing"],
+        "--weighting fisher alone",
+    ),
     "a rate for procrustes": (["--method", "local", "--solver", "procrustes", "--lr", "2"], "does not use lr"),
 }
 

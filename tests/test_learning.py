@@ -274,13 +274,14 @@ def test_local_learning_lowers_the_error_of_rounding_on_other_rows(solver, objec
     lr = {"cayley": 0.3, "qr": 0.05}[solver]
     options = LocalOptions(objective, solver, steps=150, lr=lr, batch=256)
     losses = []
-    learned = learn_locally(sites, start, options, report=lambda space, step, loss: losses.append(loss))
+    learned, curves = learn_locally(sites, start, options, report=lambda space, step, loss: losses.append(loss))
     before, after = rounding_errors(other, start)["a"], rounding_errors(other, learned)["a"]
     assert after < 0.93 * before
     assert len(losses) == 150 and sum(losses[-10:]) < sum(losses[:10])
+    assert curves["residual"] == pytest.approx(losses, rel=1e-5)
     assert orthogonality_error(matrix(learned["residual"])) < 1e-12
     assert torch.equal(
-        matrix(learn_locally(sites, start, options)["residual"]),
+        matrix(learn_locally(sites, start, options)[0]["residual"]),
         matrix(learned["residual"]),
     )
 
@@ -529,7 +530,7 @@ def test_a_killed_local_run_goes_on_to_the_same_bits(tmp_path, solver):
     start = {name: Orthogonal(orthogonal(32, 5)) for name in "ab"}
     own = {} if solver == "procrustes" else {"lr": 0.1, "batch": 64}
     options = LocalOptions(solver=solver, steps=12, save_every=5, **own)
-    whole = learn_locally(sites, start, options)
+    whole, curves = learn_locally(sites, start, options)
     seen = []
 
     def kill(space, step, loss):
@@ -538,8 +539,9 @@ def test_a_killed_local_run_goes_on_to_the_same_bits(tmp_path, solver):
 
     with pytest.raises(Killed):
         learn_locally(sites, start, options, store=tmp_path, report=kill)
-    again = learn_locally(sites, start, options, store=tmp_path, report=lambda *a: seen.append(a[:2]))
+    again, resumed = learn_locally(sites, start, options, store=tmp_path, report=lambda *a: seen.append(a[:2]))
     assert seen == [("b", step) for step in range(6, 13)]
+    assert resumed == curves and len(curves["b"]) == 12
     for space in "ab":
         assert torch.equal(matrix(again[space]), matrix(whole[space]))
 
@@ -595,6 +597,30 @@ def test_what_is_kept_has_the_least_kl_on_held_out_text():
     assert abs(kl - scores[learned.kept]) < 0.02 * kl
 
 
+def test_some_of_the_learned_rotations_can_be_taken():
+    model, learned = story()
+    some = learned.only(("R1", "R2"))
+    plan = plan_of(model)
+    assert set(some.rotations) == {s.name for s in plan.spaces if s.rotation in ("R1", "R2")}
+    assert some.spec.rotations == ("R1", "R2") and some.spec.type_of("R1") == "random-matrix"
+    plain, *_ = prepared()
+    before = logits(plain, tokens())
+    quantize(plain, parse_scheme("none"), some.spec, rotations=some.rotations, options=Options(prove=False))
+    assert torch.allclose(logits(plain, tokens()), before, atol=1e-4)
+    with pytest.raises(LearningError, match="R3 is asked for, and R1, R2 was learned"):
+        some.only(("R3",))
+    with pytest.raises(LearningError, match="do not say which"):
+        replace(learned, record={}).only(("R1",))
+
+
+def test_every_method_says_what_rounding_cost_before_and_after():
+    for method in ("local", "end-to-end"):
+        _, learned = story(replace(STORY, method=method))
+        errors = learned.record["errors"]
+        assert set(errors["before"]) == set(errors["after"]) and len(errors["before"]) > 9
+        assert sum(errors["after"].values()) < sum(errors["before"].values())
+
+
 def test_a_learned_rotation_that_loses_is_not_kept():
     # One wild step is no more than another random rotation, and here are thirty of those.
     bad = replace(STORY, method="end-to-end", baselines=30, end_to_end=replace(FAST, steps=1, batch=1, lr=6.0))
@@ -647,6 +673,23 @@ def test_blocks_of_r4_and_r3_are_learned():
     assert learned.spec.block_of("R4") == 16 and learned.spec.type_of("R3") == "random-matrix"
 
 
+def test_what_was_judged_is_not_judged_again(tmp_path, monkeypatch):
+    """A run that goes on takes scores and clip ratios as they were found; one with other text does not."""
+    from spinquant.learning import judge as module
+
+    _, whole = story(store=tmp_path)
+    calls = []
+    real = module.judge
+    monkeypatch.setattr(module, "judge", lambda *a, **k: calls.append(a) or real(*a, **k))
+    _, again = story(store=tmp_path)
+    assert not calls and again.kept == whole.kept and again.record["scores"] == whole.record["scores"]
+    model, *_ = prepared()
+    learn(
+        model, parse_scheme("W4A4KV4"), RotationSpec(ALL), tokens(16, 24), tokens(4, 24, seed=4), STORY, store=tmp_path
+    )
+    assert len(calls) == 4
+
+
 def test_a_killed_story_goes_on_to_the_same_result(tmp_path):
     _, whole = story()
 
@@ -659,6 +702,11 @@ def test_a_killed_story_goes_on_to_the_same_result(tmp_path):
     numbers = []
     _, again = story(store=tmp_path, watch=Watch(step=lambda name, step, steps: numbers.append(step.number)))
     assert numbers == [6, 7, 8, 9, 10]
+    for key in ("scores", "clips", "steps", "local_steps", "errors"):
+        drop = {"tokens_per_second"} if key == "steps" else set()
+        both = [[{k: v for k, v in s.items() if k not in drop} for s in r.record[key]] if drop else r.record[key]
+                for r in (whole, again)]  # fmt: skip
+        assert both[0] == both[1]
     for space, rotation in whole.rotations.items():
         assert torch.equal(matrix(again.rotations[space]), matrix(rotation))
 

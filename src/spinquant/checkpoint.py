@@ -6,13 +6,15 @@ unless asked for, and `trust_remote_code` stays off.
 """
 
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -301,13 +303,16 @@ def weights_digest(model: str | Path) -> str:
 def atomic_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `out` when the block ends well, and vanishes when it does not.
 
-    It stands beside `out`, so that the last step is one rename. Raises CheckpointError when `out` exists and `force`
-    is off, and when the disk is full.
+    It stands beside `out`, so that the last step is one rename. What a run before left there that was killed goes.
+    Raises CheckpointError when `out` exists and `force` is off, and when the disk is full.
     """
     out = Path(out)
     check_free(out, force=force)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    _remove_left(out)
+    partial = Path(tempfile.mkdtemp(prefix=f"{_partial(out)}", dir=out.parent))
+    lock = os.open(partial, os.O_RDONLY)  # says that this process lives
     try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             yield partial
             _sync(partial)
@@ -320,7 +325,24 @@ def atomic_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
         check_free(out, force=force)  # it may have appeared during a long run
         _replace(partial, out)
     finally:
+        os.close(lock)
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(out: Path) -> str:
+    return f".{out.name}.partial-"
+
+
+def _remove_left(out: Path) -> None:
+    """Delete what runs that were killed have left of `out`."""
+    for path in out.parent.glob(f"{glob.escape(_partial(out))}*"):
+        with suppress(OSError):  # another run is at work there, or removes it too
+            lock = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path)
+            finally:
+                os.close(lock)
 
 
 def check_free(out: str | Path, *, force: bool = False, source: str | Path | None = None) -> None:
@@ -349,6 +371,11 @@ def check_replaceable(out: str | Path, *, force: bool = False, source: str | Pat
         place = Path(source).resolve()
         if out.resolve() == place or out.resolve() in place.parents:
             raise CheckpointError(f"{out} holds the model {source} that this run reads: choose another folder")
+        if place in out.resolve().parents:
+            raise CheckpointError(
+                f"{out} is inside the model {source} that this run reads, whose files it copies: choose a folder "
+                "beside it"
+            )
     if out.exists() and not force:
         raise CheckpointError(f"{out} exists: choose another name, or pass --force to replace it")
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or any((out / f).exists() for f in OURS))):

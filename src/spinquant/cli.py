@@ -59,6 +59,7 @@ from spinquant.cli_options import (
     Windows,
     parse_dtype,
     parse_spec,
+    taken_from,
 )
 from spinquant.cli_output import err_console, out_console, print_json, print_result, stages
 from spinquant.cli_probe import probe_command
@@ -69,7 +70,6 @@ from spinquant.evaluation import compare_models
 from spinquant.evaluation import evaluate as evaluate_model
 from spinquant.folders import rotate_folder
 from spinquant.formats.runtimes import runtime_rows
-from spinquant.learning.folder import read_learned
 from spinquant.pipeline import Options
 from spinquant.processes import is_first
 from spinquant.quantization.scheme import parse_scheme
@@ -145,6 +145,7 @@ def plan(
 
 @app.command(epilog="Example: `spinquant rotate ./llama ./llama-rotated --rotations R1,R2 --seed 1`")
 def rotate(
+    context: typer.Context,
     model: Model,
     out: Out,
     rotations: Rotations = "R1,R2",
@@ -180,7 +181,7 @@ def rotate(
             model,
             out,
             spec,
-            learned=read_learned(learned) if learned else None,
+            learned=taken_from(learned, context) if learned else None,
             dtype=parse_dtype(dtype),
             text=text if compare else None,
             force=force,

@@ -53,7 +53,11 @@ def learn(
     ] = "auto",
     which: Annotated[
         str | None,
-        typer.Option("--learn", help="Rotations to learn: R1,R2,R3 by default, where rotated; R4 needs a block size."),
+        typer.Option(
+            "--learn",
+            help="Rotations to learn: R1,R2,R3 by default, where rotated; R4 needs blocks of at most 512, as in "
+            "--block-size R4=64.",
+        ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps; 200 for local, 100 for end-to-end.")] = None,
     lr: Annotated[
@@ -102,7 +106,9 @@ def learn(
     text: Annotated[str, typer.Option(help="Text to learn from: a file, manual, dataset:NAME, generated.")] = "auto",
     held_out: Annotated[str | None, typer.Option(help="Text to judge on; by default the end of --text.")] = None,
     windows: Annotated[int, typer.Option(help="Windows to judge on.")] = 8,
-    samples: Annotated[int, typer.Option(help="Samples to learn from.")] = 128,
+    samples: Annotated[
+        int, typer.Option(help="Samples of the text; without --held-out the last is a distance to what is judged on.")
+    ] = 128,
     sample_length: Annotated[int, typer.Option(help="Tokens per sample.")] = 512,
     type: Type = "random-hadamard",
     block_size: BlockSize = None,
@@ -116,7 +122,8 @@ def learn(
 ) -> None:
     """Learn rotations for a model and a scheme; they are kept only where they beat the best of several random ones.
 
-    A run that is stopped goes on where it was when it is started again.
+    A run that is stopped goes on where it was when the command is repeated; with other options it is refused, or starts
+    anew with --force.
     """
     spec = parse_spec(rotations, type, block_size, False, seed)
     both: dict[str, Any] = {"steps": steps, "lr": lr, "optimizer": optimizer}
@@ -126,7 +133,7 @@ def learn(
     # Local learning takes gradients where rows are drawn by what they cost.
     differentiates = both if weighting in (None, "fisher") and massive is None else through
     differentiates["checkpointing"] = checkpointing or None
-    _check_used(method, both, local, through)
+    _check_used(method, both, local, through, which)
     if (factor := local.pop("massive")) is not None:
         local |= {"factor": factor, "weighting": weighting or "massive"}
     only = {"local": (local,), "end-to-end": (through,)}.get(method, (local, through))
@@ -166,8 +173,17 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _check_used(method: str, both: dict[str, Any], local: dict[str, Any], through: dict[str, Any]) -> None:
+def _check_used(
+    method: str, both: dict[str, Any], local: dict[str, Any], through: dict[str, Any], which: str | None
+) -> None:
     """Raise LearningError for options of a method that is not used: they would do nothing."""
+    if method == "local" and through.get("checkpointing"):
+        raise LearningError(
+            "--checkpointing would do nothing: it saves memory where gradients go through the model, which local "
+            "learning takes with --weighting fisher alone. Leave it out"
+        )
+    if method == "random" and which is not None:
+        raise LearningError("--learn would do nothing: --method random learns no rotation. Leave it out")
     unused = {"local": through, "end-to-end": local, "random": {**both, **local, **through}}.get(method, {})
     if _given(unused):
         names = ", ".join("--" + name.replace("_", "-") for name in _given(unused))

@@ -6,10 +6,14 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from spinquant.errors import RotationError, SchemeError
+from spinquant.cli_output import err_console
+from spinquant.errors import LearningError, RotationError, SchemeError
 from spinquant.formats.runtimes import RUNTIMES
-from spinquant.plan import ROTATION_NAMES
-from spinquant.quantization.scheme import Clip
+from spinquant.learning.folder import read_learned
+from spinquant.learning.learned import LearnedRotations
+from spinquant.plan import ROTATION_NAMES, parse_rotation_names
+from spinquant.processes import is_first
+from spinquant.quantization.scheme import Clip, Scheme
 from spinquant.rotation import RotationSpec
 
 ALL_ROTATIONS = ",".join(ROTATION_NAMES)
@@ -30,7 +34,10 @@ BlockSize = Annotated[
 ]
 Randomize = Annotated[bool, typer.Option(help="A rotation of its own for every layer.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Dtype = Annotated[str | None, typer.Option(help=f"Dtype to write: {', '.join(DTYPES)}; by default the source's.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help=f"Dtype of what is written or computed: {', '.join(DTYPES)}; by default the source's."),
+]
 Text = Annotated[str, typer.Option(help="A file, manual, wikitext, dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]], or auto.")]
 Force = Annotated[bool, typer.Option(help="Replace OUT when it exists.")]
 AllowPickle = Annotated[bool, typer.Option(help="Load pickle weights too; they can run code.")]
@@ -68,7 +75,8 @@ Runtime = Annotated[
 Learned = Annotated[
     Path | None,
     typer.Option(
-        help="Rotations that `spinquant learn` wrote: taken in place of random ones, --rotations, --type and all."
+        help="Folder of rotations that `spinquant learn` wrote, in place of random ones; of them those that "
+        "--rotations names, where it is given."
     ),
 ]
 Also = Annotated[
@@ -97,6 +105,45 @@ def parse_spec(rotations: str, kind: str, block_size: str | None, randomize: boo
     except ValueError:
         raise RotationError(f"block size {block_size!r} is not a number, or R1=64,R4=128") from None
     return RotationSpec(tuple(rotations.split(",")), types, sizes, randomize, seed)
+
+
+def taken_from(
+    learned: Path, context: typer.Context, *, scheme: Scheme | None = None, drawing: bool = False
+) -> LearnedRotations:
+    """The rotations of --learned: all, or those that --rotations names.
+
+    scheme: what they are used for, where something is quantized; a note says so when it is not what they were learned
+    for. drawing: whether anything but rotations is drawn with the seed. Raises LearningError for options that would do
+    nothing.
+    """
+
+    def is_given(name: str) -> bool:
+        source = context.get_parameter_source(name)
+        return source is not None and source.name != "DEFAULT"
+
+    idle = [name for name in ("type", "block_size", "randomize") if is_given(name)]
+    if not drawing and is_given("seed"):
+        idle.append("seed")
+    if idle:
+        names = ", ".join("--" + name.replace("_", "-") for name in idle)
+        raise LearningError(f"{names} would do nothing: --learned takes rotations as they are. Leave them out")
+    found = read_learned(learned)
+    if is_given("rotations"):
+        found = found.only(parse_rotation_names(context.params["rotations"]))
+    meant = found.record.get("scheme", {})
+    if is_first() and scheme is not None and meant and _sizes(before := Scheme.from_dict(meant)) != _sizes(scheme):
+        err_console.print(
+            f"note: the rotations of {learned} were learned for {before}, and {scheme} is asked for: they may gain "
+            "less than rotations that are learned for it",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return found
+
+
+def _sizes(scheme: Scheme) -> list[Any]:
+    """What of the rounding of activations and cache rotations are learned for."""
+    return [part and (part.kind, part.bits, part.group_size) for part in (scheme.activations, scheme.kv)]
 
 
 def _per_rotation(text: str) -> str | dict[str, str]:

@@ -35,13 +35,15 @@ from spinquant.cli_options import (
     parse_dtype,
     parse_ratio,
     parse_spec,
+    taken_from,
 )
 from spinquant.cli_output import print_result, stages, step_report
 from spinquant.errors import LearningError
 from spinquant.folders import quantize_folder
 from spinquant.formats.compressed_config import as_stored
 from spinquant.formats.runtimes import format_for
-from spinquant.learning.folder import LearnText, learn_from, read_learned, remove_store
+from spinquant.learning.folder import LearnText, learn_from, what_is_asked
+from spinquant.learning.keeping import keeping
 from spinquant.learning.options import LearnOptions, Watch
 from spinquant.pipeline import Options
 from spinquant.preconditions import check_request
@@ -59,6 +61,7 @@ EXAMPLES = (
 
 
 def quantize(
+    context: typer.Context,
     model: Model,
     out: Out,
     scheme: Annotated[str, typer.Option(help="W4A4KV4, W4g128A16, W8A8, KV4, ... or none for rotations alone.")],
@@ -149,53 +152,58 @@ def quantize(
     how = Calibration(
         GPTQOptions(damping, act_order, asymmetry), clips=clips, round_inputs=not exact_inputs, sequential=sequential
     )
+    taken = None if learned is None else taken_from(learned, context, scheme=parsed, drawing=bool(calibrated))
     # The text of --learn alone is not one for calibration.
-    read = source if chosen and (calibrated or not learn_first) else None
+    read = source if (chosen and (calibrated or not learn_first)) or (taken and calibrated) else None
     shard = None if max_shard_size is None else parse_size(max_shard_size)
     where: dict[str, Any] = {"runtime": runtime, "format": format, "force": force, "allow_pickle": allow_pickle}
     where |= {"family": family, "checksums": checksums}
     # Processes that learn together stay together.
     with stages() as progress, joined(device) if learn_first else nullcontext(Processes(0, 1, device)) as processes:
-        found, store = read_learned(learned) if learned else None, None
+        found, kept = taken, nullcontext(None)
         if learn_first:
             # What would be refused afterwards is refused before.
             check_request(model, out, parsed, spec, method, how, calibration_text=read, max_shard_size=shard, **where)
             options = LearnOptions(method=learn_first, seed=seed)  # pyright: ignore[reportArgumentType] - checked by it
-            found, store = learn_from(
+            about_learning: dict[str, Any] = {"text": LearnText(source), "family": family}
+            about_learning["dtype"] = parse_dtype(dtype) or "auto"
+            asked = what_is_asked(model, parsed, spec, options, **about_learning)
+            kept = keeping(out, asked, model, processes, force=force)
+        with kept as store:
+            if store is not None:
+                found = learn_from(
+                    model,
+                    store,
+                    parsed,
+                    spec,
+                    options,
+                    device=processes.device,
+                    allow_pickle=allow_pickle,
+                    watch=Watch(progress, step_report(progress)),
+                    **about_learning,
+                )
+            result = quantize_folder(
                 model,
                 out,
                 parsed,
                 spec,
-                options,
-                text=LearnText(source),
+                learned=found,
+                method=method,  # pyright: ignore[reportArgumentType] - checked by the function
+                calibration=how,
+                calibration_text=read,
+                dtype=parse_dtype(dtype),
+                text=text if compare else None,
                 device=processes.device,
-                dtype=parse_dtype(dtype) or "auto",
-                allow_pickle=allow_pickle,
-                family=family,
-                watch=Watch(progress, step_report(progress)),
+                max_shard_size=shard,
+                options=Options(
+                    prove=proof,
+                    allow_inexact=allow_inexact,
+                    drop_mtp=drop_mtp,
+                    memory=None if memory is None else parse_size(memory),
+                    progress=progress,
+                ),
+                **where,
             )
-        result = quantize_folder(
-            model,
-            out,
-            parsed,
-            spec,
-            learned=found,
-            method=method,  # pyright: ignore[reportArgumentType] - checked by the function
-            calibration=how,
-            calibration_text=read,
-            dtype=parse_dtype(dtype),
-            text=text if compare else None,
-            device=processes.device,
-            max_shard_size=shard,
-            options=Options(
-                prove=proof,
-                allow_inexact=allow_inexact,
-                drop_mtp=drop_mtp,
-                memory=None if memory is None else parse_size(memory),
-                progress=progress,
-            ),
-            **where,
-        )
-        if store is not None and processes.first:
-            remove_store(store)
+    if learn_first and found is not None and not json_:
+        print_result(False, {}, report.learning_table(found, f"rotations of {out}"))
     print_result(json_, {**result.record(), "seconds": result.seconds}, report.result_table(result, str(out)))

@@ -31,13 +31,13 @@ from spinquant.checkpoint import (
     read_headers,
 )
 from spinquant.disk_calibration import Calibrating
-from spinquant.errors import CheckpointError
+from spinquant.errors import CheckpointError, RotationError
 from spinquant.formats.compressed_config import check_plan
 from spinquant.formats.compressed_tensors import write_compressed
 from spinquant.formats.native import is_marked
 from spinquant.learning.learned import LearnedRotations
 from spinquant.pipeline import Method, Options, Result, quantize, rotate
-from spinquant.plan import Plan
+from spinquant.plan import MERGEABLE, Plan
 from spinquant.preconditions import check_format, check_request
 from spinquant.quantization.blockwise import Calibration
 from spinquant.quantization.scheme import Scheme
@@ -118,6 +118,13 @@ def rotate_folder(
     a plain folder cannot hold them; and for what cannot ride along.
     """
     spec, rotations = (learned.spec, learned.rotations) if learned else (spec, None)
+    online = [name for name in spec.rotations if name not in MERGEABLE]
+    if learned and online:
+        raise RotationError(
+            f"{', '.join(online)} of the learned rotations run at run time, which a plain folder cannot say. Take the "
+            f"others alone (--rotations {','.join(n for n in spec.rotations if n in MERGEABLE) or 'none'}), or write a "
+            "folder with online parts: spinquant quantize MODEL OUT --scheme none --learned LEARNED"
+        )
     check_format("hf", Scheme(), spec)
     options = options or Options()
     if not (allow_pickle and has_pickles_only(folder_of(model, allow_pickle=True))):
@@ -251,7 +258,7 @@ def quantize_folder(
 
 
 def _learned_note(learned: LearnedRotations | None) -> dict[str, Any]:
-    return {"learned": learned.record} if learned else {}
+    return {"learned": learned.note()} if learned else {}
 
 
 def _open(

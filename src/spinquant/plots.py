@@ -156,18 +156,42 @@ def plot_perplexities(rows: Sequence[tuple[str, float, float]], reference: float
     _save(figure, path)
 
 
-def plot_learning_curve(losses: Sequence[float], path: Path) -> None:
-    """The loss of every step, and its mean over about a tenth of them."""
+def plot_learning_curve(local: Mapping[str, tuple[str, Sequence[float]]], through: Sequence[float], path: Path) -> None:
+    """The losses of steps, one picture for local learning and one for end-to-end, where there are any.
+
+    local: by space, the rotation that it belongs to and its losses; each is drawn as a mean over about a tenth of its
+    steps, over the first of these means.
+    """
     figure = _figure(WIDTH, 3.4)
-    axes = figure.subplots()
-    axes.plot(range(1, len(losses) + 1), losses, color=ROTATED, linewidth=0.8, alpha=0.5, label="loss of a step")
-    window = max(1, len(losses) // 10)
-    smooth = torch.tensor(losses, dtype=torch.float64).unfold(0, window, 1).mean(-1)
-    axes.plot(range(window, len(losses) + 1), smooth.tolist(), color=ROTATED, linewidth=2, label=f"mean of {window}")
-    axes.set(xlabel="step", ylabel="loss, nats per token", title="learning end to end")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    places = figure.subplots(1, bool(local) + bool(through), squeeze=False)[0]
+    if local:
+        colours: dict[str, str] = {"R1": ROTATED, "R2": PLAIN, "R3": REFERENCE, "R4": "0.6"}
+        for rotation, losses in local.values():
+            steps, means = _smooth(losses)
+            wide = 2 if rotation == "R1" else 0.6
+            places[0].plot(steps, [mean / means[0] for mean in means], color=colours[rotation], linewidth=wide)
+        for rotation in sorted({rotation for rotation, _ in local.values()}):
+            places[0].plot([], [], color=colours[rotation], label=rotation)
+        places[0].set(xlabel="step", ylabel="loss over its first", title="local learning, by rotation")
+    if through:
+        steps, means = _smooth(through)
+        axes = places[-1]
+        axes.plot(range(1, len(through) + 1), through, "o", color=ROTATED, markersize=2, alpha=0.5, label="a step")
+        if len(means) < len(through):
+            label = f"mean of {len(through) - len(means) + 1}"
+            axes.plot(steps, means, color=ROTATED, linewidth=2, label=label)
+        axes.set(xlabel="step", ylabel="loss, nats per token", title="learning end to end")
+    for axes in places:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
     _save(figure, path)
+
+
+def _smooth(losses: Sequence[float]) -> tuple[list[int], list[float]]:
+    """Means over about a tenth of the steps, and the last step of each."""
+    window = max(1, len(losses) // 10)
+    means = torch.tensor(losses, dtype=torch.float64).unfold(0, window, 1).mean(-1)
+    return list(range(window, len(losses) + 1)), means.tolist()
 
 
 def plot_rounding_errors(before: Mapping[str, float], after: Mapping[str, float], path: Path) -> None:

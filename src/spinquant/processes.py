@@ -26,6 +26,7 @@ from spinquant import errors
 from spinquant.errors import ProcessError, SpinquantError
 
 _POLLED = 0.05  # seconds between two looks at what is waited for
+_LOST = 5.0  # seconds in which a process that is lost for others has ended as a whole
 _LOOKED = 1.0  # seconds between two looks at the locks of the others, while there is work
 
 
@@ -125,6 +126,16 @@ class Processes:
         if self.size > 1 and time.monotonic() - self._looked > _LOOKED:
             self._looked = time.monotonic()
             self._raise_fate(final=False)
+
+    def find_loss(self) -> None:
+        """Raise ProcessError, or their error, when a collective failed because another process has ended.
+
+        Returns when none of them has within a few seconds: then it failed for another reason.
+        """
+        deadline = time.monotonic() + _LOST
+        while self.size > 1 and time.monotonic() < deadline:
+            self._raise_fate(final=False)
+            time.sleep(_POLLED)
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -35,9 +35,22 @@ def learning_table(learned: LearnedRotations, out: str) -> Table:
         clips = record["clips"].get(name)
         used = f"{clips['activations']:.2f}, {clips['kv']:.2f}" if clips else ""
         mark = "kept" if name == record["kept"] else ""
-        table.add_row(name, f"{score['kl']:.4f}", f"{score['perplexity']:.2f}", used, mark)
-    if not record["learned"]:
-        table.caption = "what was learned is no better than the best random rotation, which is what was written"
+        table.add_row(name, f"{score['kl']:#.4g}", f"{score['perplexity']:.2f}", used, mark)
+    tokens, kept = record.get("tokens"), record["kept"]
+    about = []
+    if tokens:
+        (samples, length), (windows, _) = tokens["samples"], tokens["judged"]
+        about.append(
+            f"learned from {samples} samples of {length} tokens ({tokens['text']}), judged on {windows} others "
+            f"({tokens['held_out']})"
+        )
+    if record["options"]["method"] == "random" and kept.startswith("random"):
+        about.append("nothing was to be learned: the best random rotation is what was written")
+    elif kept == "scaled":
+        about.append("what was learned is no better than random rotations with scales, which are what was written")
+    elif not record["learned"]:
+        about.append("what was learned is no better than the best random rotation, which is what was written")
+    table.caption = "\n".join(about) or None
     return table
 
 

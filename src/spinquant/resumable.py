@@ -27,6 +27,7 @@ from spinquant.source_hash import Prefix
 from spinquant.tensorfile import file_hash
 
 CHECKSUMS = "checksums.sha256"
+SETTINGS = "settings.json"
 UNFINISHED = ".spinquant-writing"
 _COPIED_AT_ONCE = 1 << 23
 
@@ -80,6 +81,74 @@ class Growing:
         write_file(self._sources, _json(files))
 
 
+class Hold:
+    """A folder `home`, made where it is not there, in which one run at a time makes `out`.
+
+    The lock goes with the process that holds it, however it ends. Raises CheckpointError when another run has it, and
+    where no folder can be made.
+    """
+
+    def __init__(self, home: Path, out: Path):
+        self.home, self.out, self._lock = home, out, -1
+        try:
+            while not self._is_held():  # the run before may have deleted the folder in the meantime
+                self.close()
+                home.mkdir(parents=True, exist_ok=True)
+                self._lock = os.open(home, os.O_RDONLY)
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise CheckpointError(
+                f"another run is writing {out} just now: wait for it, or choose another name"
+            ) from None
+        except OSError as error:
+            self.close()
+            raise CheckpointError(f"cannot write {out}: {error.strerror}") from None
+
+    def _is_held(self) -> bool:
+        try:
+            return self._lock >= 0 and os.path.samestat(os.fstat(self._lock), self.home.stat())
+        except FileNotFoundError:
+            return False
+
+    def settings(self) -> Any:
+        """What the run that was stopped here was asked to do; None where there was none."""
+        return read_settings(self.home)
+
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Raise CheckpointError where a run that was stopped here was asked to do something else."""
+        before = self.settings()
+        if before is not None and before != settings:
+            raise CheckpointError(
+                f"{self.home} holds a run into {self.out.name} that was stopped, with other settings: "
+                f"{_differences(before, settings)}. Repeat it with the same settings to go on, or start anew "
+                f"with --force, or delete {self.home}"
+            )
+
+    def enter_settings(self, settings: Mapping[str, Any]) -> None:
+        """Keep what this run is asked to do."""
+        write_file(self.home / SETTINGS, _json(settings))
+
+    def remove_settings(self) -> None:
+        """Forget what a run was asked to do."""
+        (self.home / SETTINGS).unlink(missing_ok=True)
+        (self.home / f"{SETTINGS}{UNFINISHED}").unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let others have the folder."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+def read_settings(home: Path) -> Any:
+    """What the run that was stopped in a folder was asked to do; None where there was none."""
+    try:
+        return json.loads((home / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 class Resumable:
     """The folder `out` in the making, for the one process that owns it.
 
@@ -93,39 +162,22 @@ class Resumable:
         self.home, self.data, self._old = self.files.home, self.files.data, self.files.home / "old"
         self.settings = json.loads(json.dumps(settings))
         self.force = force
-        self._lock = -1
-        if self._read_settings() is None:
+        if read_settings(self.home) is None:
             check_replaceable(self.out, force=force)
-        try:
-            self.home.mkdir(parents=True, exist_ok=True)
-            # The lock goes with the process that holds it, however it ends.
-            self._lock = os.open(self.home, os.O_RDONLY)
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self.out}: {error.strerror}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            raise CheckpointError(
-                f"another run is writing {self.out} just now: wait for it, or choose another name"
-            ) from None
+        self._hold = Hold(self.home, self.out)
         try:
             self._start()
         except BaseException:
-            os.close(self._lock)
+            self._hold.close()
             raise
 
     def _start(self) -> None:
-        before = self._read_settings()
+        before = self._hold.settings()
         if self._old.exists() and any(self._old.iterdir()) and not self.out.exists():
             (self._old / self.out.name).replace(self.out)  # a kill between the two renames of a replacement
         if before is not None and before != self.settings:
             if not self.force:
-                raise CheckpointError(
-                    f"{self.home} holds a run into {self.out.name} that was stopped, with other settings: "
-                    f"{_differences(before, self.settings)}. Repeat it with the same settings to go on, or start anew "
-                    f"with --force, or delete {self.home}"
-                )
+                self._hold.check_settings(self.settings)
             before = None
         self.published = before is not None and not self.data.exists() and self.out.exists()
         if self.published:
@@ -133,19 +185,13 @@ class Resumable:
         if self.force or before is None or self.out.exists():
             check_replaceable(self.out, force=self.force)
         if before is None or not self.data.exists():
-            self._remove_settings()
+            self._hold.remove_settings()
             for path in self.home.iterdir():
                 shutil.rmtree(path)
             self.data.mkdir()
             self.files.finished.mkdir()
             # Last, so that settings without data mean data that has become OUT.
-            write_file(self.home / "settings.json", _json(self.settings))
-
-    def _read_settings(self) -> Any:
-        try:
-            return json.loads((self.home / "settings.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
+            self._hold.enter_settings(self.settings)
 
     def publish(self) -> None:
         """Checksums into the folder, and the folder to its final name. Whatever is in it must be on the disk."""
@@ -177,13 +223,9 @@ class Resumable:
             for path in self._old.iterdir():
                 path.replace(self.out)
         if self.data.exists():
-            self._remove_settings()  # first, since settings without data mean that data has become OUT
+            self._hold.remove_settings()  # first, since settings without data mean that data has become OUT
         for folder in (self.data, self.files.finished, self._old, self.home):
             shutil.rmtree(folder, ignore_errors=True)
-
-    def _remove_settings(self) -> None:
-        (self.home / "settings.json").unlink(missing_ok=True)
-        (self.home / f"settings.json{UNFINISHED}").unlink(missing_ok=True)
 
     def close(self, *, keep: bool = True) -> None:
         """Let other runs go on with the folder; without `keep`, or where nothing is finished, it goes."""
@@ -191,7 +233,7 @@ class Resumable:
             if self.data.exists() and not (keep and any(self.files.finished.glob("*.json"))):
                 self.discard()
         finally:
-            os.close(self._lock)
+            self._hold.close()
 
 
 def write_file(path: Path, content: bytes | Path) -> None:

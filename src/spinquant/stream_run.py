@@ -188,7 +188,7 @@ class Run:
         method = None if scheme is None else "rtn"
         notes: dict[str, Any] = {"source": str(model)}
         if learned is not None:
-            notes["learned"] = learned.record
+            notes["learned"] = learned.note()
         self.result = Result(None, plan, request.spec, rotations, scheme=scheme, method=method, notes=notes)
         self._store_as(None)
 

@@ -31,7 +31,7 @@ from spinquant.kronecker import kernels_for
 from spinquant.pipeline import Result
 from spinquant.processes import Processes, joined
 from spinquant.proof import prove
-from spinquant.resumable import Growing, Resumable
+from spinquant.resumable import Growing, Resumable, read_settings
 from spinquant.source import Source, fp8_block
 from spinquant.source_hash import Known, SourceHash, known_hashes
 from spinquant.stream import Rotated, stream
@@ -66,7 +66,8 @@ def stream_folder(model: str | Path, out: str | Path, request: Request, *, force
     with joined(request.device, timeout=_LONGEST) as processes, processes.together():
         check_device(processes.device)
         folder = folder_of(model)
-        check_replaceable(out, force=True, source=folder)
+        begun = read_settings(Growing(out).home) is not None
+        check_replaceable(out, force=force or begun, source=folder)
         if request.calibrating:
             check_free(out, force=force, source=folder)  # before hours of calibration
         config = load_config(model, family=request.family)

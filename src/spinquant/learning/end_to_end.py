@@ -20,7 +20,7 @@ from spinquant.calibrate import device_of
 from spinquant.errors import LearningError
 from spinquant.evaluation import wide
 from spinquant.learning.cayley import OPTIMIZERS, Descent, Optimizer, orthogonality_error
-from spinquant.learning.local import cosine
+from spinquant.learning.local import check_numbers, cosine
 from spinquant.learning.network import checkpointed, learning_scheme, rounding
 from spinquant.learning.sensitivity import surprise_of_own
 from spinquant.learning.state import StateFile
@@ -71,11 +71,9 @@ class EndToEndOptions:
         ):
             if value not in known:
                 raise LearningError(f"unknown {name} {value!r}: expected one of {', '.join(known)}")
-        counts = (self.steps, self.batch, self.micro_batch or 1, self.top_tokens, self.save_every)
-        if min(counts) < 1 or not self.length > 0 or not 0 <= self.momentum < 1:
-            raise LearningError(
-                "steps, batch, micro_batch, top_tokens, save_every and lr must be positive, momentum in [0, 1)"
-            )
+        check_numbers(self, counts=("steps", "batch", "micro_batch", "top_tokens", "save_every"), positive=("lr",))
+        if not 0 <= self.momentum < 1:
+            raise LearningError(f"momentum is {self.momentum}: expected a number from 0 on, below 1")
         unused = {"fisher": ("top_tokens", "range_gradient"), "cross-entropy": ("top_tokens",)}.get(self.loss, ())
         changed = [f.name for f in fields(self) if f.name in unused and getattr(self, f.name) != f.default]
         if changed:

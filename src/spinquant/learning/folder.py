@@ -1,32 +1,34 @@
 """Learned rotations on disk: rotations.safetensors and learned.json, a folder that `rotate` and `quantize` take."""
 
 import json
-import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spinquant.architectures import FamilyLike, recorded_family
 from spinquant.calibrate import CalibrationText, calibration_tokens
-from spinquant.checkpoint import atomic_folder, check_free, load_model, load_tokenizer, weights_digest
+from spinquant.checkpoint import atomic_folder, load_model, load_tokenizer, weights_digest
 from spinquant.errors import CheckpointError, SpinquantError, TextError
+from spinquant.learning.keeping import keeping
 from spinquant.learning.learn import learn
 from spinquant.learning.learned import LearnedRotations
 from spinquant.learning.options import LearnOptions, Watch
 from spinquant.module import plan_of, tensor_shapes
 from spinquant.pipeline import check_fits
-from spinquant.processes import joined
+from spinquant.processes import is_first, joined
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import RotationSpec
 from spinquant.saved_rotations import saved, to_save
+from spinquant.tensorfile import file_hash
 
 TENSORS, ABOUT = "rotations.safetensors", "learned.json"
+DONE = "learned"  # where they are kept beside OUT until it is written
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ class LearnText:
     calibration: CalibrationText = field(default_factory=CalibrationText)
     held_out: str | None = None
     windows: int = 8
+
+    def __post_init__(self):
+        if self.windows < 1:
+            raise TextError(f"windows is {self.windows}: expected a number from 1 on (--windows)")
 
 
 def learn_folder(
@@ -62,42 +68,68 @@ def learn_folder(
 
     start: a folder that this function wrote before, for the same model: what is in it is judged like the random
     rotations, and learned from where it beats them. family: a file that explains the model where no table does. The run
-    is kept beside `out` until it is written, so
-    that the same call goes on where another was stopped. Under torchrun all processes work on it and the first one
-    writes.
+    is kept beside `out` until that is written, so that the same call goes on where another was stopped; a call that
+    asks for something else is refused, or starts anew with `force`. Under torchrun all processes work on it and the
+    first one writes.
     """
-    text, watch = text or LearnText(), watch or Watch()
+    text, watch, options = text or LearnText(), watch or Watch(), options or LearnOptions()
     with joined(device) as processes:
-        if processes.first:
-            check_free(out, force=force, source=model)
-        learned, store = learn_from(
-            model,
-            out,
-            scheme,
-            spec,
-            options,
-            text=text,
-            start=start,
-            device=processes.device,
-            dtype=dtype,
-            allow_pickle=allow_pickle,
-            watch=watch,
-            family=family,
-        )
-        if processes.first:
-            write_learned(learned, out, force=force)
-            remove_store(store)
-        if processes.size > 1:
-            dist.barrier()
+        asked = what_is_asked(model, scheme, spec, options, text, start=start, dtype=dtype, family=family)
+        with keeping(out, asked, model, processes, force=force) as store:
+            learned = learn_from(
+                model,
+                store,
+                scheme,
+                spec,
+                options,
+                text=text,
+                start=start,
+                device=processes.device,
+                dtype=dtype,
+                allow_pickle=allow_pickle,
+                watch=watch,
+                family=family,
+            )
+            if processes.first:
+                write_learned(learned, out, force=force)
     return learned
+
+
+def what_is_asked(
+    model: str | Path,
+    scheme: Scheme,
+    spec: RotationSpec,
+    options: LearnOptions,
+    text: LearnText,
+    *,
+    start: str | Path | None = None,
+    dtype: torch.dtype | str = "auto",
+    family: FamilyLike | None = None,
+) -> dict[str, Any]:
+    """All that decides what is learned, as JSON: a run that was stopped goes on where it is asked for the same."""
+    files = {name: Path(name) for name in (text.calibration.text, text.held_out) if name and Path(name).is_file()}
+    return {
+        "spinquant": version("spinquant"),
+        "torch": torch.__version__,
+        "model": str(model),
+        "files": weights_digest(model),
+        "scheme": scheme.to_dict(),
+        **spec.to_dict(),
+        "options": options.to_dict(),
+        "text": asdict(text),
+        "text files": {name: file_hash(path) for name, path in files.items()},
+        "start": None if start is None else read_learned(start).digest(),
+        "dtype": str(dtype),
+        "family": str(family) if isinstance(family, str | Path) else repr(family),
+    }
 
 
 def learn_from(
     model: str | Path,
-    out: str | Path,
+    store: Path,
     scheme: Scheme,
     spec: RotationSpec,
-    options: LearnOptions | None,
+    options: LearnOptions,
     *,
     text: LearnText,
     start: str | Path | None = None,
@@ -106,14 +138,15 @@ def learn_from(
     allow_pickle: bool = False,
     watch: Watch | None = None,
     family: FamilyLike | None = None,
-) -> tuple[LearnedRotations, Path]:
-    """Learned rotations of a model folder or hub id, and where the run is kept until `remove_store`."""
-    watch = watch or Watch()
+) -> LearnedRotations:
+    """Learned rotations of a model folder or hub id. store: where the run is kept, see `keeping`."""
+    watch, done = watch or Watch(), store / DONE
+    if (done / ABOUT).exists():
+        return read_learned(done)
     given = None if start is None else read_learned(start)
     loaded = load_model(model, dtype=dtype, device=device, allow_pickle=allow_pickle, family=family)
     check_fits(plan_of(loaded), tensor_shapes(loaded), scheme)
     name, tokens, held_out = _texts(loaded, model, text, watch)
-    store = Path(out).parent / f".{Path(out).name}.learning"
     settings = [weights_digest(model), str(loaded.dtype), recorded_family(loaded.config)]
     learned = learn(
         loaded, scheme, spec, tokens, held_out, options, start=given, store=store, settings=settings, watch=watch
@@ -125,12 +158,10 @@ def learn_from(
         "judged": list(held_out.shape),
     }
     begun = {} if start is None else {"given": str(start)}
-    return replace(learned, record={**learned.record, "model": str(model), "tokens": about, **begun}), store
-
-
-def remove_store(store: Path) -> None:
-    """Delete what a finished run had kept."""
-    shutil.rmtree(store, ignore_errors=True)
+    learned = replace(learned, record={**learned.record, "model": str(model), "tokens": about, **begun})
+    if is_first():
+        write_learned(learned, done, pictures=False)
+    return learned
 
 
 def _texts(loaded: Any, model: str | Path, text: LearnText, watch: Watch) -> tuple[str, Tensor, Tensor]:
@@ -158,14 +189,15 @@ def _texts(loaded: Any, model: str | Path, text: LearnText, watch: Watch) -> tup
     return name, tokens[: -text.windows - 1], tokens[-text.windows :]
 
 
-def write_learned(learned: LearnedRotations, out: str | Path, *, force: bool = False) -> None:
+def write_learned(learned: LearnedRotations, out: str | Path, *, force: bool = False, pictures: bool = True) -> None:
     """Write the folder, with pictures where matplotlib is installed."""
     about, tensors = to_save(learned.rotations)
     with atomic_folder(out, force=force) as folder:
         save_file(tensors, folder / TENSORS)
         data = {**about, "spec": learned.spec.to_dict(), **learned.record}
         (folder / ABOUT).write_text(json.dumps(data, indent=1, default=dict) + "\n", encoding="utf-8")
-        _draw(learned, folder)
+        if pictures:
+            _draw(learned, folder)
 
 
 def _draw(learned: LearnedRotations, folder: Path) -> None:
@@ -175,8 +207,13 @@ def _draw(learned: LearnedRotations, folder: Path) -> None:
         return
     from spinquant.plots import plot_learning_curve, plot_rounding_errors
 
-    if learned.record.get("steps"):
-        plot_learning_curve([step["loss"] for step in learned.record["steps"]], folder / "curve.png")
+    through = [step["loss"] for step in learned.record.get("steps", ())]
+    local = learned.record.get("local_steps", {})
+    if through or local:
+        of = learned.record["rotation_of"]
+        plot_learning_curve(
+            {space: (of[space], losses) for space, losses in local.items()}, through, folder / "curve.png"
+        )
     errors = learned.record.get("errors")
     if errors and errors["before"]:  # none where weights alone are rounded
         plot_rounding_errors(errors["before"], errors["after"], folder / "errors.png")

@@ -17,6 +17,7 @@ from spinquant.calibrate import device_of
 from spinquant.evaluation import divergence, perplexity_of, surprise
 from spinquant.learning.network import rounding
 from spinquant.learning.scales import fuse_scales, unscale
+from spinquant.learning.state import JudgedFile
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.rotation import Rotation
@@ -61,6 +62,7 @@ class Contest:
     """Candidates that are judged as they come; the one with the least KL leads, the first of two that are equal.
 
     model: with its gains fused. clip_windows: tokens that clip ratios are chosen on. held_out: tokens to judge on.
+    kept: where all that was found is kept, and taken from by a run that goes on.
     """
 
     def __init__(
@@ -71,8 +73,9 @@ class Contest:
         clip_windows: Tensor,
         held_out: Tensor,
         stage: Callable[[str, int, int], None] = lambda name, done, total: None,
+        kept: JudgedFile | None = None,
     ):
-        self.model, self.plan, self.scheme, self.stage = model, plan, scheme, stage
+        self.model, self.plan, self.scheme, self.stage, self.kept = model, plan, scheme, stage, kept
         self.clip_windows, self.held_out = clip_windows, held_out
         self.candidates: dict[str, Candidate] = {}
         self.scores: dict[str, Score] = {}  # of the 16-bit model too
@@ -90,9 +93,7 @@ class Contest:
 
     def enter_all(self, rotations: Mapping[str, Mapping[str, Rotation]]) -> None:
         """Judge several at once, which are alike, with the clip ratios of the first."""
-        first = next(iter(rotations.values()))
-        clipped = with_clips(self.model, self.plan, first, self.scheme, self.clip_windows)
-        self._judge("random rotations", {name: replace(clipped, rotations=made) for name, made in rotations.items()})
+        self._judge("random rotations", {name: Candidate(made) for name, made in rotations.items()})
 
     def enter(self, name: str, rotations: Mapping[str, Rotation], scales: Mapping[str, Tensor] | None = None) -> None:
         """Judge one. scales: to be fused into the model for it; they are taken out again unless it leads."""
@@ -100,16 +101,26 @@ class Contest:
         if scales:
             fuse_scales(self.model, self.plan, scales, self.clip_windows[:1])
             self.scales = scales
-        candidate = with_clips(self.model, self.plan, rotations, self.scheme, self.clip_windows)
-        self._judge(name, {name: replace(candidate, scales=self.scales)})
+        self._judge(name, {name: Candidate(rotations, self.scales)})
         if scales and self.leader != name:
             unscale(self.model, self.plan, scales)
             self.scales = before
 
     def _judge(self, what: str, candidates: Mapping[str, Candidate]) -> None:
-        progress = partial(self.stage, f"judge {what}")
-        self.scores |= judge(self.model, self.plan, candidates, self.scheme, self.held_out, progress=progress)
-        self.candidates |= candidates
+        """Judge some with the clip ratios of the first."""
+        found = self.kept.found.get(what) if self.kept else None
+        if found is None:
+            first = next(iter(candidates.values())).rotations
+            clipped = with_clips(self.model, self.plan, first, self.scheme, self.clip_windows)
+            clips = {"activation_clip": clipped.activation_clip, "kv_clip": clipped.kv_clip}
+            judged = {name: replace(candidate, **clips) for name, candidate in candidates.items()}
+            progress = partial(self.stage, f"judge {what}")
+            scores = judge(self.model, self.plan, judged, self.scheme, self.held_out, progress=progress)
+            found = {"clips": clips, "scores": {name: score.to_dict() for name, score in scores.items()}}
+            if self.kept:
+                self.kept.keep(what, found)
+        self.scores |= {name: Score(**score) for name, score in found["scores"].items()}
+        self.candidates |= {name: replace(candidate, **found["clips"]) for name, candidate in candidates.items()}
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from spinquant.learning.options import LearnOptions, Watch, learned_spaces
 from spinquant.learning.samples import Site, collect
 from spinquant.learning.scales import Sums, add_up, scale_sums, watches
 from spinquant.learning.sensitivity import predicted_kl, sensitive_sites
-from spinquant.learning.state import StateFile
+from spinquant.learning.state import JUDGED, JudgedFile, StateFile
 from spinquant.module import plan_of
 from spinquant.plan import Plan
 from spinquant.quantization.progress import digest
@@ -41,6 +41,7 @@ from spinquant.wrapped import Scaled, bare
 CLIP_WINDOWS = 2
 ROWS_OF_A_SAMPLE = 32  # rows of a site that one sample gives, so that they come from many
 DRAWN_OF_A_SAMPLE = 16  # of rows that are drawn by what they count, few of which count much
+SEEN_SAMPLES, SEEN_ROWS = 4, 256  # that errors of rounding are measured on where no rows were learned from
 SCALED_BY = 32  # samples that scales are computed from, where the rows of local learning are not taken anyway
 
 
@@ -82,7 +83,8 @@ def learn(
     fuse_gains(model, plan, next(iter(random.values())))
     if options.shard:
         shard_blocks(model, plan)
-    contest = Contest(model, plan, rounds, tokens[:CLIP_WINDOWS], held_out, watch.stage)
+    judged = JudgedFile(store / JUDGED, settings) if store else None
+    contest = Contest(model, plan, rounds, tokens[:CLIP_WINDOWS], held_out, watch.stage, judged)
     with _timed(clock, "baselines"):
         contest.enter_all(random)
     if given:
@@ -126,7 +128,7 @@ def learn(
         assert sites is not None
         with _timed(clock, "local"):
             own = [site for site in sites if site.space in names]
-            found = learn_locally(
+            found, curves = learn_locally(
                 own,
                 begin,
                 options.local,
@@ -141,6 +143,7 @@ def learn(
         with _timed(clock, "judging"):
             contest.enter("local", local)
         record["errors"] = {"before": rounding_errors(own, begin), "after": rounding_errors(own, local)}
+        record["local_steps"] = curves
         if options.local.weighting == "fisher":
             record["predicted_kl"] = {"before": predicted_kl(own, begin), "after": predicted_kl(own, local)}
     steps: list[Step] = []
@@ -167,9 +170,15 @@ def learn(
             )
         with _timed(clock, "judging"):
             contest.enter(name, through)
+        if not options.shard:  # blocks of a sharded model are not run one by one
+            with _timed(clock, "judging"):
+                seen = _seen(model, plan, names, rounds, tokens, options)
+                before = contest.candidates[record["start"]].rotations
+                record["errors"] = {"before": rounding_errors(seen, before), "after": rounding_errors(seen, through)}
     kept = contest.leading
     rotations = {n: Scaled(r, kept.scales[n]) if n in kept.scales else r for n, r in kept.rotations.items()}
     record |= {
+        "rotation_of": {space.name: space.rotation for space in plan.spaces if space.name in rotations},
         "steps": [asdict(step) for step in steps],
         "kept": contest.leader,
         "learned": contest.leader not in random,
@@ -207,6 +216,14 @@ def _collect(
         given["checkpointing"] = options.local.checkpointing
         return sensitive_sites(model, plan, spaces, scheme, tokens, beside=watches(sums or {}), **given)
     return collect(model, plan, spaces, scheme, tokens[: max(1, options.local.rows // ROWS_OF_A_SAMPLE)], **given)
+
+
+def _seen(
+    model: Any, plan: Plan, names: Mapping[str, str], scheme: Scheme, tokens: Tensor, options: LearnOptions
+) -> list[Site]:
+    """A few rows of all that was learned, for errors of rounding before and after."""
+    generator = generator_for(options.seed, "seen")
+    return collect(model, plan, list(names), scheme, tokens[:SEEN_SAMPLES], rows=SEEN_ROWS, generator=generator)
 
 
 def _sampled(plan: Plan, names: Mapping[str, str], options: LearnOptions, spec: RotationSpec) -> list[str]:

@@ -30,6 +30,15 @@ Solver = Literal["cayley", "qr", "procrustes"]
 SOLVERS = get_args(Solver)
 
 
+def check_numbers(options: Any, *, counts: Collection[str], positive: Collection[str]) -> None:
+    """Raise LearningError, naming it, for an option that is no count from 1 on, or no positive number."""
+    for name in (*counts, *positive):
+        value = getattr(options, name)
+        if value is not None and not (math.isfinite(value) and value >= (1 if name in counts else 1e-300)):
+            wanted = "a number from 1 on" if name in counts else "a positive number"
+            raise LearningError(f"{name} is {value}: expected {wanted} (--{name.replace('_', '-')})")
+
+
 @dataclass(frozen=True)
 class LocalOptions:
     """How rotations are learned on captured activations.
@@ -62,10 +71,7 @@ class LocalOptions:
         ):
             if value not in known:
                 raise LearningError(f"unknown {name} {value!r}: expected one of {', '.join(known)}")
-        if self.steps < 1 or self.rows < 1 or self.batch < 1 or self.save_every < 1:
-            raise LearningError("steps, rows, batch and save_every must be at least 1")
-        if not self.lr > 0 or not self.factor > 0:
-            raise LearningError("lr and factor must be positive")
+        check_numbers(self, counts=("steps", "rows", "batch", "save_every"), positive=("lr", "factor"))
         if (self.weighting == "massive") != (self.factor != 1.0):
             raise LearningError(
                 f"weighting {self.weighting} with factor {self.factor}: weighting massive counts massive rows by a "
@@ -97,14 +103,15 @@ def learn_locally(
     store: Path | None = None,
     settings: Sequence[Any] = (),
     report: Report | None = None,
-) -> dict[str, Rotation]:
-    """Learned rotations of the sites' spaces, starting from `rotations`, by space.
+) -> tuple[dict[str, Rotation], dict[str, list[float]]]:
+    """Learned rotations of the sites' spaces, starting from `rotations`, by space; and the losses of their steps.
 
     `report(space, step, loss)` follows the descent. centred: spaces whose rotation has to keep the mean. store: a
     folder where each space's run is kept, and taken up when the `settings` are the same. Raises LearningError when a
     loss is not finite, and for a solver that does not keep the mean where it has to be kept.
     """
     learned: dict[str, Rotation] = {}
+    curves: dict[str, list[float]] = {}
     for space in dict.fromkeys(site.space for site in sites):
         own = [site for site in sites if site.space == space]
         start = matrix(rotations[space], torch.float32).to(device)
@@ -118,6 +125,7 @@ def learn_locally(
         kept = state.load() if state else None
         if kept is not None:
             solver.restore(kept.tensors, kept.step)
+        losses = curves[space] = [step["loss"] for step in kept.history] if kept else []
         for step in range(kept.step if kept else 0, options.steps):
             loss = solver.step(own, weights, step, generator_for(seed, f"{space}/{step}"))
             if not math.isfinite(loss):
@@ -125,12 +133,13 @@ def learn_locally(
                     f"the loss of {space} is {loss}: its activations are not finite, or the steps too long. Lower the "
                     "learning rate"
                 )
+            losses.append(float(f"{loss:.6g}"))
             if state and ((step + 1) % options.save_every == 0 or step + 1 == options.steps):
-                state.save(solver.tensors(), step + 1, [])
+                state.save(solver.tensors(), step + 1, [{"loss": value} for value in losses])
             if report:
                 report(space, step + 1, loss)
         learned[space] = Orthogonal(nearest_orthogonal(solver.rotation().double().cpu()))
-    return learned
+    return learned, curves
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from spinquant.errors import LearningError
 from spinquant.learning.end_to_end import EndToEndOptions, Step
-from spinquant.learning.local import LocalOptions
+from spinquant.learning.local import LocalOptions, check_numbers
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import RotationSpec
@@ -43,11 +43,13 @@ class LearnOptions:
     def __post_init__(self):
         if self.method not in METHODS:
             raise LearningError(f"unknown method {self.method!r}: expected one of {', '.join(METHODS)}")
-        if self.baselines < 1 or self.signs < 0:
-            raise LearningError("expected at least one random rotation to beat, and no negative number of draws")
+        check_numbers(self, counts=("baselines",), positive=())
+        if self.signs < 0:
+            raise LearningError(f"signs is {self.signs}: expected a number of draws, 0 for none (--signs)")
         if self.shard and (self.method != "end-to-end" or self.signs or self.scales or self.end_to_end.weights):
             raise LearningError(
-                "a sharded model is learned end to end, without signs or scales, its weights not rounded"
+                "a sharded model is learned end to end, without signs or scales, its weights not rounded: give --shard "
+                f"--method end-to-end (it is {self.method}) without --signs, --scales and --weights"
             )
 
     @property
@@ -87,11 +89,14 @@ def learned_spaces(plan: Plan, spec: RotationSpec, scheme: Scheme, options: Lear
     if scheme.activations is None and scheme.kv is None and not options.end_to_end.weights:
         raise LearningError(
             f"scheme {scheme} rounds neither activations nor the cache, and with weights at 16 bits while learning no "
-            "rotation makes a difference: use a scheme such as W4A4KV4, or round weights too (--weights)"
+            "rotation makes a difference: use a scheme such as W4A4KV4, or round weights too while learning "
+            "(`spinquant learn --weights`, and its result with --learned)"
         )
     if missing or not chosen:
         wanted, rotated = (", ".join(names) or "nothing" for names in (missing, spec.rotations))
-        raise LearningError(f"{wanted} is to be learned, and {rotated} is rotated")
+        raise LearningError(
+            f"{wanted} is to be learned, and rotations are {rotated}: --learn takes some of --rotations"
+        )
     blind = [name for name in chosen if not seen[name]]
     if blind:
         raise LearningError(f"{blind[0]} is to be learned, and scheme {scheme} rounds nothing that it rotates")
