@@ -198,6 +198,23 @@ def test_a_mistake_gives_one_clear_error(run, folder, tmp_path, mistake):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("more", [("--scheme", "W4A4"), ("--scheme", "W4A4", "--method", "gptq"), None])
+@pytest.mark.parametrize("compare", ["--compare", "--no-compare"])
+def test_a_weight_that_is_not_finite_is_named(run, tmp_path, more, compare):
+    """Not the rotation, nor a module that reads what it has spoilt; nothing is left behind."""
+    model = tiny_model("llama", dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    text = ("--calibration", "manual", "--samples", "4", "--sample-length", "32") if more and "gptq" in more else ()
+    command = ("quantize",) if more else ("rotate",)
+    command += (tmp_path / "model", tmp_path / "out", "--text", "manual", compare, *(more or ()), *text)
+    code, _, errors = run(*command)
+    assert code == 1 and "'model.layers.1.mlp.up_proj.weight'" in errors and "download it again" in errors, errors
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_debug_shows_the_traceback(run):
     from spinquant import CheckpointError
 

@@ -1,13 +1,18 @@
 """Several processes learn what one does."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from conftest import byte_tokenizer, tiny_model
 
 WORKER = """
 import sys
@@ -66,3 +71,47 @@ def test_two_processes_with_one_sample_are_one_with_two(tmp_path, loss, how):
     for space, r in one.items():
         torch.testing.assert_close(two[space], r, atol=1e-5, rtol=0)
     assert len(one) > 4
+
+
+def rank_of(pid):
+    try:
+        return re.search(rb"\0RANK=(\d+)\0", Path(f"/proc/{pid}/environ").read_bytes())
+    except OSError:
+        return None
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found in /proc")
+def test_a_process_that_ends_is_named_and_the_command_goes_on(tmp_path):
+    tiny_model("llama-tied", dtype=torch.float32).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "spinquant"]
+    command += ["learn", str(tmp_path / "model"), str(tmp_path / "out"), "--scheme", "A4KV4", "--text", "manual"]
+    command += ["--samples", "6", "--sample-length", "24", "--windows", "2", "--baselines", "1", "--no-scales"]
+    command += ["--method", "end-to-end", "--batch", "2", "--steps", "100"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    kind = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    job = subprocess.Popen(command, **kind)
+    state = tmp_path / ".out.learning" / "end-to-end.safetensors"
+    try:
+        while not state.exists():
+            assert job.poll() is None, job.stderr.read()[-3000:]
+            time.sleep(0.05)
+        children = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and f" {job.pid} " in parent(p)]
+        second = next(pid for pid in children if (rank := rank_of(pid)) and rank.group(1) == b"1")
+        os.kill(second, signal.SIGKILL)
+        errors = job.communicate(timeout=120)[1]
+    finally:
+        job.kill()
+    assert job.returncode != 0 and "error: process 1 of 2 ended before its work was done" in errors
+    assert "Connection closed by peer" not in errors
+    again = subprocess.run(command, check=False, timeout=300, **kind)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+def parent(process):
+    """The second half of /proc/PID/stat, which begins with the state and the parent."""
+    try:
+        return (process / "stat").read_text().rpartition(")")[2]
+    except OSError:
+        return ""

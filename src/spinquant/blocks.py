@@ -170,22 +170,36 @@ def _values_returned(block: type[nn.Module]) -> int:
     return max((len(value.elts) for value in given if isinstance(value, ast.Tuple)), default=0)
 
 
+def check_finite_weights(block: nn.Module, name: str) -> None:
+    """Raise CalibrationError for a block with a weight that is not finite, naming it."""
+    for child, weight in block.named_parameters():
+        if not weight.isfinite().all():
+            raise CalibrationError(
+                f"tensor '{name}.{child}' holds values that are NaN or infinite: the checkpoint is broken, download it "
+                "again"
+            )
+
+
 def check_finite_output(
     block: nn.Module, name: str, states: Tensor, arguments: Mapping[str, Any], output: Tensor
 ) -> None:
-    """Raise CalibrationError, naming the first module inside the block, when its output is not finite."""
+    """Raise CalibrationError, naming a weight or the first module inside the block, when its output is not finite."""
     if output.isfinite().all():
         return
+    check_finite_weights(block, name)
     if not states.isfinite().all():
-        raise CalibrationError(f"the input of {name} is not finite (NaN or Inf): the module before it spoilt it")
+        raise CalibrationError(
+            f"the input of {name} is not finite (NaN or Inf): what comes before it, the embedding of a first layer, "
+            "spoilt it; its weights are damaged"
+        )
     inside = [child for child, module in block.named_modules() if child and not any(True for _ in module.children())]
     with captured(block, inside) as outputs:
         run_block(block, states, arguments)
     guilty = next((child for child in outputs if not outputs[child].isfinite().all()), None)
     where = f"{name}.{guilty}" if guilty else name
     raise CalibrationError(
-        f"the output of {where} is not finite (NaN or Inf) on the calibration text: the weights are damaged, or "
-        f"overflow {output.dtype}; try --dtype bfloat16 or float32"
+        f"the output of {where} is not finite (NaN or Inf) on the text: the weights are damaged, or overflow "
+        f"{output.dtype}; try --dtype bfloat16 or float32"
     )
 
 

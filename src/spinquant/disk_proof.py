@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spinquant.blocks import after_blocks, block_calls, run_block
+from spinquant.blocks import after_blocks, block_calls, check_finite_output, run_block
 from spinquant.calibrate import captured
 from spinquant.disk_model import OnDisk, Weights
 from spinquant.online import attach
@@ -39,9 +39,9 @@ def compare_on_disk(
     """How far logits of the tokens, (1, length), move from one checkpoint to the other, computed in `dtype`.
 
     plan: of the checkpoints. tolerance: relative error beyond which a module departs. online: rotations of `after`
-    that are applied at run time.
+    that are applied at run time. Raises CalibrationError, naming it, for a weight of `before` that is not finite.
     """
-    walks = [_Walk(config, plan, source, tokens, dtype) for source in (before, after)]
+    walks = [_Walk(config, plan, source, tokens, dtype, plain=source is before) for source in (before, after)]
     model, plan = walks[0].home.model, walks[0].home.plan
     if online:
         attach(walks[1].home.model, plan, online)
@@ -67,10 +67,10 @@ def compare_on_disk(
 
 
 class _Walk:
-    """Hidden states on their way through one checkpoint."""
+    """Hidden states on their way through one checkpoint. plain: the one that is not rotated."""
 
-    def __init__(self, config: Any, plan: Plan, source: Weights, tokens: Tensor, dtype: torch.dtype):
-        self.home, self.dtype = OnDisk(config, plan, source, dtype), dtype
+    def __init__(self, config: Any, plan: Plan, source: Weights, tokens: Tensor, dtype: torch.dtype, *, plain: bool):
+        self.home, self.dtype, self.plain = OnDisk(config, plan, source, dtype), dtype, plain
         self.plan = self.home.plan
         if dtype == torch.float64:
             exact_experts(self.home.model)
@@ -83,7 +83,10 @@ class _Walk:
         """Move the states through a block; outputs of the modules in it, in order of execution."""
         model = self.home.model
         with self.home.block(block), self._arithmetic(), captured(model, names) as outputs:
-            self.states = run_block(model.get_submodule(block), self.states, self.arguments[block])
+            module, before = model.get_submodule(block), self.states
+            self.states = run_block(module, before, self.arguments[block])
+            if self.plain:  # it is no rotation that spoils a model which is spoilt already
+                check_finite_output(module, block, before, self.arguments[block], self.states)
         return outputs
 
     def logits(self) -> Tensor:

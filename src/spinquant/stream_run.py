@@ -30,7 +30,7 @@ from spinquant.disk_calibration import Calibrating, calibrate_on_disk, tokens_fo
 from spinquant.disk_model import Weights, form_in, hollow_model, unfillable
 from spinquant.disk_proof import compare_on_disk
 from spinquant.disk_rounding import rounding_on_disk
-from spinquant.errors import CheckpointError, ProcessError, SpinquantError
+from spinquant.errors import CalibrationError, CheckpointError, ProcessError, SpinquantError
 from spinquant.formats.compressed_config import check_plan, quantization_config
 from spinquant.formats.compressed_packing import CompressedPacking
 from spinquant.formats.native import make_config
@@ -221,8 +221,10 @@ class Run:
                 mine = self._calibrated(out, config, dtype, rotated, clock, processes) if processes.first else None
                 found = processes.agree(mine)
         except SpinquantError as error:
-            if processes.first and not isinstance(error, ProcessError) and not any(folder.glob("*.safetensors")):
-                shutil.rmtree(folder, ignore_errors=True)  # nothing but locks is in it
+            # Numbers that are not finite will be so again; elsewhere nothing but locks is in it.
+            useless = isinstance(error, CalibrationError) or not any(folder.glob("*.safetensors"))
+            if processes.first and not isinstance(error, ProcessError) and useless:
+                shutil.rmtree(folder, ignore_errors=True)
             raise
         store = BlockStore(folder, found["fingerprint"])
         notes = {**self.result.notes, "calibration_text": found["text"]}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spinquant.blocks import Home, InMemory, after_blocks, block_calls, check_finite_output
+from spinquant.blocks import Home, InMemory, after_blocks, block_calls, check_finite_output, check_finite_weights
 from spinquant.calibrate import device_of
 from spinquant.errors import CalibrationError, SchemeError
 from spinquant.hidden_states import HiddenStates
@@ -137,6 +137,7 @@ class _Walk:
                 self._advance_exact(work)
                 self._take_over(*finished)
             else:
+                check_finite_weights(work.block, name)
                 if static_parts(self.scheme):
                     self._set_clips(find_peaks(work))
                 if self.calibration.clips:
