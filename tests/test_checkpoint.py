@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -8,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from conftest import tiny_model
 from spinquant import CheckpointError, RotationSpec, load, load_tokenizer, read_headers, rotate_folder
-from spinquant.checkpoint import atomic_folder, check_free, load_config
+from spinquant.checkpoint import atomic_folder, check_free, is_full, load_config, why_full
 
 
 def test_headers_are_what_is_in_the_files(folder):
@@ -162,6 +164,14 @@ def test_the_source_of_a_run_is_never_replaced(folder, tmp_path):
     check_free(folder / "rotated", source=folder)
 
 
+def test_what_was_made_inside_a_model_is_no_part_of_it(folder, tmp_path):
+    for name in ("first", "second"):
+        rotate_folder(folder, folder / name, RotationSpec("R1"), text=None)
+    rotate_folder(folder, tmp_path / "out", RotationSpec("R1"), text=None)
+    files = [{p.relative_to(f).as_posix() for p in f.rglob("*")} for f in (folder / "second", tmp_path / "out")]
+    assert files[0] == files[1] and not any("first" in name for name in files[0])
+
+
 def test_a_folder_that_appears_during_the_run_is_kept(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(CheckpointError, match="--force"), atomic_folder(out):
@@ -244,6 +254,13 @@ except spinquant.CheckpointError as error:
 """
 
 
+def test_a_full_disk_is_told_from_other_limits():
+    for number, word in ((errno.ENOSPC, "no space left"), (errno.EDQUOT, "quota"), (errno.EFBIG, "ulimit")):
+        for error in (OSError(number, "full"), SafetensorError(f"cannot write (os error {number})")):
+            assert is_full(error) and word in why_full(error)
+    assert not is_full(OSError(errno.EACCES, "not yours"))
+
+
 @pytest.mark.parametrize("limit", [20_000, 500_000])  # full while writing the weights, and after them
 def test_a_full_disk_is_an_error_and_what_is_finished_is_kept(folder, tmp_path, limit):
     if limit == 500_000:  # a tokenizer larger than the weights
@@ -253,7 +270,7 @@ def test_a_full_disk_is_an_error_and_what_is_finished_is_kept(folder, tmp_path, 
     out = tmp_path / "out"
     command = [sys.executable, "-c", FULL_DISK, str(folder), str(out), str(limit)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "refused: no space left" in run.stdout, run.stdout + run.stderr
+    assert "refused: a file grew beyond what may be written" in run.stdout, run.stdout + run.stderr
     assert not out.exists()
     kept = [".out.partial"] if limit == 500_000 else []
     assert sorted(p.name for p in tmp_path.iterdir()) == [*kept, "model"]

@@ -139,7 +139,12 @@ def test_checksums_are_verified(run, folder, tmp_path):
     assert code == 0 and "as they were written" in printed
     (out / "config.json").write_text("{}")
     code, printed, _ = run("verify", "--checksums", out, "--json")
-    assert code == 1 and json.loads(printed)["damaged"] == ["config.json"]
+    assert code == 1 and json.loads(printed)["damaged"] == ["config.json"] and not json.loads(printed)["missing"]
+    (out / "config.json").unlink()
+    code, printed, _ = run("verify", "--checksums", out)
+    assert code == 1 and "missing" in printed and "changed" not in printed
+    code, _, errors = run("verify", "--checksums", tmp_path / "nowhere")
+    assert code == 1 and "does not exist" in errors
     assert run("verify", "--checksums", folder)[0] == 1
 
 
@@ -161,6 +166,7 @@ MISTAKES = {
     "half a mapping": (["rotate", "{model}", "{out}", "--type", "R1=hadamard,random-matrix"], "random-matrix"),
     "negative windows": (["evaluate", "{model}", "--text", "manual", "--windows", "-1"], "-1"),
     "unknown device": (["verify", "{model}", "{model}", "--text", "manual", "--device", "cuda:9"], "cuda:9"),
+    "output that exists": (["rotate", "{model}", "{taken}"], "taken exists"),
     "output over the source": (["rotate", "{model}", "{model}", "--force"], "choose another"),
     "clips that no runtime knows": (
         ["quantize", "{model}", "{out}", "--scheme=W4A4", "--rotations=R1", "--clips", "--format=compressed-tensors"],
@@ -186,7 +192,8 @@ def test_a_mistake_gives_one_clear_error(run, folder, tmp_path, mistake):
     arguments, word = MISTAKES[mistake]
     (tmp_path / "short.txt").write_text("brief")
     out = tmp_path / "out"
-    places = {"model": folder, "out": out, "short": tmp_path / "short.txt"}
+    places = {"model": folder, "out": out, "short": tmp_path / "short.txt", "taken": tmp_path / "taken"}
+    places["taken"].mkdir()
     code, _, errors = run(*(argument.format(**places) for argument in arguments))
     assert code == 1
     assert word in errors

@@ -100,7 +100,8 @@ def load_config(model: str | Path, *, family: FamilyLike | None = None) -> Any:
         place = folder_of(model) if is_local(model) else model
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
-        raise CheckpointError(f"cannot read the config of {str(model)!r}: {_first_line(error)}") from None
+        here = "" if is_local(model) else ", which is no folder here"
+        raise CheckpointError(f"cannot read the config of {str(model)!r}{here}: {_first_line(error)}") from None
     use_family(config, family)
     return config
 
@@ -278,14 +279,18 @@ def check_unquantized(config: Any, model: str | Path) -> None:
 def companions(folder: Path) -> list[Path]:
     """The files of a folder that are copied, relative to it: no weights, nothing hidden, nothing of ours.
 
-    Nor adapters that lie inside: their weights are those of the model as it was.
+    Nor adapters that lie inside, whose weights are those of the model as it was, nor folders that we have made of it.
     """
     adapters = {path.parent for path in folder.rglob("adapter_config.json")} - {folder}
+    made = {path.parent.parent for path in folder.rglob(f"{BESIDE}/{RECORD}")}
+    made = (made | {path.parent for path in folder.rglob("learned.json")}) - {folder}
     found = []
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in inside.parts)
         if hidden or inside.parts[0] == BESIDE or not path.is_file() or path.parent in adapters:
+            continue
+        if made.intersection(path.parents):
             continue
         written = inside in (Path("config.json"), Path("adapter_config.json"))
         if not written and path.suffix not in WEIGHTS and not path.name.endswith(".index.json"):
@@ -319,7 +324,7 @@ def atomic_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
         except Exception as error:  # a full disk is an OSError, a SafetensorError, or the tokenizer's plain Exception
             if is_full(error):
                 raise CheckpointError(
-                    f"no space left while writing {out} ({_first_line(error)}): nothing was written. Free some space."
+                    f"{why_full(error)} while writing {out} ({_first_line(error)}): nothing was written"
                 ) from error
             raise
         check_free(out, force=force)  # it may have appeared during a long run
@@ -371,11 +376,6 @@ def check_replaceable(out: str | Path, *, force: bool = False, source: str | Pat
         place = Path(source).resolve()
         if out.resolve() == place or out.resolve() in place.parents:
             raise CheckpointError(f"{out} holds the model {source} that this run reads: choose another folder")
-        if place in out.resolve().parents:
-            raise CheckpointError(
-                f"{out} is inside the model {source} that this run reads, whose files it copies: choose a folder "
-                "beside it"
-            )
     if out.exists() and not force:
         raise CheckpointError(f"{out} exists: choose another name, or pass --force to replace it")
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or any((out / f).exists() for f in OURS))):
@@ -418,6 +418,15 @@ def is_full(error: BaseException) -> bool:
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     numbers = tuple(f"os error {number}" for number in full)
     return getattr(error, "errno", None) in full or any(number in str(error) for number in numbers)
+
+
+def why_full(error: BaseException) -> str:
+    """What is full, and what to do about it."""
+    if getattr(error, "errno", None) == errno.EFBIG or f"os error {errno.EFBIG}" in str(error):
+        return "a file grew beyond what may be written (`ulimit -f`, or the file system's limit)"
+    if getattr(error, "errno", None) == errno.EDQUOT or f"os error {errno.EDQUOT}" in str(error):
+        return "your share of the disk is full (quota): free some of it"
+    return "no space left: free some"
 
 
 def _first_line(error: BaseException) -> str:

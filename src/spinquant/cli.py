@@ -266,7 +266,9 @@ def verify(
         raise CheckpointError("verify compares two models, or checks one folder with --checksums")
     if other is None:
         bad = check_checksums(reference)
-        print_result(json_, {"folder": reference, "damaged": bad}, report.checksum_table(reference, bad))
+        missing = [name for name in bad if not (Path(reference) / name).exists()]
+        found = {"folder": reference, "damaged": bad, "missing": missing}
+        print_result(json_, found, report.checksum_table(reference, bad, missing))
         if bad:
             raise typer.Exit(1)
         return

@@ -207,11 +207,11 @@ def comparison_table(reference: str, other: str, comparison: Comparison) -> Tabl
     return table
 
 
-def checksum_table(folder: str, damaged: Sequence[str]) -> Table:
+def checksum_table(folder: str, damaged: Sequence[str], missing: Sequence[str]) -> Table:
     """Whether the files of a folder are what was written."""
     table = Table(title=escape(f"checksums of {folder}"), title_justify="left", show_header=False)
     for name in damaged:
-        table.add_row(escape(name), "[red]missing or changed[/red]")
+        table.add_row(escape(name), f"[red]{'missing' if name in missing else 'changed'}[/red]")
     if not damaged:
         table.add_row("all files", "as they were written")
     return table

@@ -276,6 +276,8 @@ def check_checksums(folder: str | Path) -> list[str]:
 
     Raises CheckpointError for a folder without checksums.
     """
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"folder {str(folder)!r} does not exist (or is not a folder)")
     listed = Path(folder) / BESIDE / CHECKSUMS
     if not listed.is_file():
         raise CheckpointError(

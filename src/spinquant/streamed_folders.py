@@ -18,6 +18,7 @@ from spinquant.checkpoint import (
     is_full,
     load_config,
     read_headers,
+    why_full,
 )
 from spinquant.companions import write_beside, write_companions
 from spinquant.errors import (
@@ -187,8 +188,8 @@ def _open(
         if not is_full(error):
             raise
         raise CheckpointError(
-            f"no space left while writing {out}. Free some space and repeat the command: it goes on behind the last "
-            f"file that was finished (they are kept in {work.home})"
+            f"{why_full(error)} while writing {out}. Then repeat the command: it goes on behind the last file that was "
+            f"finished (they are kept in {work.home})"
         ) from error
     finally:
         work.close(keep=keep)
