@@ -9,7 +9,7 @@ from torch import nn
 from conftest import byte_tokenizer, tiny_model, tokens
 from spinquant import TextError, compare_models, evaluate, load_text, token_windows
 from spinquant.calibrate import captured
-from spinquant.evaluation import drawn
+from spinquant.evaluation import divergence, drawn
 
 
 class Constant(nn.Module):
@@ -56,6 +56,20 @@ def test_kl_and_top1_against_a_known_reference():
     assert same.kl == pytest.approx(0, abs=1e-6)
     assert same.top1 == 1
     assert same.reference_perplexity == pytest.approx(same.perplexity)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-6, 1e-4, 1e-2, 0.3, 30.0])
+def test_kl_is_exact_however_small(size):
+    """Of float32 logits, as float64 has it; never negative."""
+    generator = torch.Generator().manual_seed(5)
+    first = torch.randn(300, 4000, generator=generator) * 3
+    second = first + size * torch.randn(first.shape, generator=generator)
+    exact = divergence(first.double(), second.double())
+    q, p = first.double().log_softmax(-1), second.double().log_softmax(-1)
+    assert exact == pytest.approx(float((q.exp() * (q - p)).sum()), rel=1e-7, abs=1e-10)
+    found = divergence(first, second)
+    # Logits of size 10 are rounded at 1e-6 of themselves.
+    assert found == pytest.approx(exact, rel=1e-4, abs=300 * 1e-11) and found >= 0
 
 
 def test_comparison_of_logits():

@@ -185,12 +185,12 @@ def test_gradients_of_the_expected_cost(quantizer):
     assert tally.take() == pytest.approx(float(cost.detach())) and tally.take() == 0.0
 
 
-@pytest.mark.parametrize("size", [1, 1e-6])
+@pytest.mark.parametrize(("size", "scale"), [(1, 1), (1e-6, 1), (1e-5, 1 / 256)])  # where products end in float16
 @pytest.mark.parametrize("tally", [Tally(), None])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gradients_in_half_precision(dtype, tally, size):
+def test_gradients_in_half_precision(dtype, tally, size, scale):
     """Activations are rotated as they are, and the rotation's gradient is in float32: that of float64, about."""
-    x, g, start = peaked(300, 64).to(dtype), (size * random(300, 64, seed=4)).to(dtype), orthogonal(32, 3)
+    x, g, start = (scale * peaked(300, 64)).to(dtype), (size * random(300, 64, seed=4)).to(dtype), orthogonal(32, 3)
     found = []
     for kind, weight in ((dtype, start.float()), (torch.float64, start)):
         moving = Moving.starting(weight, tally=tally)

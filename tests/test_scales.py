@@ -133,6 +133,18 @@ def test_saved_they_come_back():
     assert "scale" not in json.dumps([r.describe() for r in in_precision(rotations, torch.bfloat16).values()])
 
 
+@pytest.mark.parametrize("of", [{"size": 24}, {"block": 16}])
+def test_rotations_of_another_order_are_refused(of):
+    """Those of a model whose width is a multiple are no blocks of this one's."""
+    plan = plan_of(tiny_model("llama"))
+    spec = RotationSpec("R1", block_size=of.get("block"))
+    made = make_rotations(plan, RotationSpec("R1"))
+    if "size" in of:
+        made = {space: Hadamard(of["size"]) for space in made}
+    with pytest.raises(RotationError, match="and this model needs"):
+        check_given(plan, spec, made)
+
+
 @pytest.mark.parametrize("change", ["space", "shape", "sign"])
 def test_wrong_ones_are_refused(change):
     plan = plan_of(tiny_model("llama"))
