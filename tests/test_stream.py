@@ -227,6 +227,18 @@ def test_fp8_blocks_are_rotated_as_the_numbers_they_stand_for(name, tmp_path):
     assert load(tmp_path / "out").dtype == torch.bfloat16
 
 
+def test_fp8_that_transformers_does_not_load_is_said_how_to(tmp_path):
+    """Blocks of 32 columns in a weight of 80: what is written instead is loaded, and is the numbers they stand for."""
+    tiny_model("llama", dtype=torch.float32).save_pretrained(tmp_path / "model")
+    expected = quantize_to_fp8(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="--rotations none"):
+        load(tmp_path / "model")
+    rotate_folder(tmp_path / "model", tmp_path / "out", RotationSpec(()), dtype=torch.float32, text=None)
+    found = load(tmp_path / "out").state_dict()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight.float())
+
+
 def test_fp8_scales_that_do_not_fit_are_named(tmp_path):
     folder = saved(tmp_path / "model", "llama", torch.bfloat16)
     quantize_to_fp8(folder)

@@ -218,6 +218,12 @@ def load_model(
         )
         loaded, info = result
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        about = getattr(config, "quantization_config", None) or {}
+        if isinstance(about, dict) and about.get("quant_method") == "fp8":  # blocks that do not divide a weight, say
+            raise CheckpointError(
+                f"transformers cannot load the FP8 checkpoint {str(model)!r} ({_first_line(error)}). Write it with the "
+                "numbers that it stands for: spinquant rotate MODEL OUT --rotations none, and use that"
+            ) from error
         raise CheckpointError(f"cannot load {str(model)!r}: {_first_line(error)}") from error
     for name, found, expected in sorted(info.get("mismatched_keys", ())):
         raise CheckpointError(
