@@ -27,6 +27,7 @@ TABLES = {
 # Lowest first; a module imports from lower or equal layers only.
 LAYERS = [
     {"errors", "workspace", "threads", "direct"},
+    {"atomic"},
     {"plots", "processes", "hidden_states"},
     {"tensorfile", "source_hash"},
     {"plan", "butterflies", "galois", "hadamard_bases", "kronecker", "hadamard", "quantization.scheme"},
@@ -98,11 +99,13 @@ LAYERS = [
     {"companions", "disk_calibration"},
     {"stream_run"},
     {"streamed_folders"},
-    {"preparation", "preconditions", "learning.folder"},
+    {"preparation", "preconditions", "learning.keeping"},
+    {"learning.folder"},
     {"folders"},
     {"modifier", "llmcompressor"},
     {"report", "demo", "demo_page"},
-    {"cli_options", "cli_output"},
+    {"cli_output"},
+    {"cli_options"},
     {"cli_learn", "cli_quantize", "cli_along", "cli_probe"},
     {"cli"},
     {"__main__"},

@@ -14,14 +14,13 @@ from torch import Tensor
 from spinquant.along.folder import read_along
 from spinquant.architectures import FamilyLike, make_plan
 from spinquant.architectures.prediction import COUNTS
+from spinquant.atomic import atomic_folder, check_free
 from spinquant.calibrate import CalibrationText, calibration_tokens
 from spinquant.checkpoint import (
     BESIDE,
     RECORD,
     ROTATIONS,
-    atomic_folder,
     check_finite,
-    check_free,
     check_unquantized,
     folder_of,
     has_pickles_only,

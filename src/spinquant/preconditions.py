@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from spinquant.architectures import FamilyLike, make_plan
+from spinquant.atomic import check_free
 from spinquant.calibrate import CalibrationText
-from spinquant.checkpoint import check_free, folder_of, has_pickles_only, load_config, read_headers
+from spinquant.checkpoint import folder_of, has_pickles_only, load_config, read_headers
 from spinquant.disk_model import hollow_model, unfillable
 from spinquant.errors import CalibrationError, CheckpointError, RotationError, SchemeError
 from spinquant.formats.compressed_config import check_scheme, quantization_scheme

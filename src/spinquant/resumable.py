@@ -21,7 +21,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from spinquant.checkpoint import BESIDE, check_replaceable
+from spinquant.atomic import check_replaceable
+from spinquant.checkpoint import BESIDE
 from spinquant.errors import CheckpointError
 from spinquant.source_hash import Prefix
 from spinquant.tensorfile import file_hash

@@ -9,17 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from spinquant.architectures import prediction_tensors
-from spinquant.checkpoint import (
-    check_device,
-    check_free,
-    check_replaceable,
-    check_unquantized,
-    folder_of,
-    is_full,
-    load_config,
-    read_headers,
-    why_full,
-)
+from spinquant.atomic import check_free, check_replaceable, is_full, why_full
+from spinquant.checkpoint import check_device, check_unquantized, folder_of, load_config, read_headers
 from spinquant.companions import write_beside, write_companions
 from spinquant.errors import (
     CheckpointError,

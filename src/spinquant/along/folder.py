@@ -12,7 +12,8 @@ from torch import Tensor
 from spinquant.along.heads import head_kind, rotate_head
 from spinquant.along.lora import rotate_lora
 from spinquant.along.target import Target, target_of
-from spinquant.checkpoint import SINGLE, atomic_folder, check_replaceable, companions, folder_of, weights_digest
+from spinquant.atomic import atomic_folder, check_replaceable
+from spinquant.checkpoint import SINGLE, companions, folder_of, weights_digest
 from spinquant.errors import CheckpointError
 from spinquant.resumable import write_file
 

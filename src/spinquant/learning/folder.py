@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spinquant.architectures import FamilyLike, recorded_family
+from spinquant.atomic import atomic_folder
 from spinquant.calibrate import CalibrationText, calibration_tokens
-from spinquant.checkpoint import atomic_folder, load_model, load_tokenizer, weights_digest
+from spinquant.checkpoint import load_model, load_tokenizer, weights_digest
 from spinquant.errors import CheckpointError, SpinquantError, TextError
 from spinquant.learning.keeping import keeping
 from spinquant.learning.learn import learn

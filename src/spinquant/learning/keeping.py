@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from spinquant.checkpoint import check_free
+from spinquant.atomic import check_free
 from spinquant.learning.state import JUDGED
 from spinquant.processes import Processes
 from spinquant.resumable import Hold
