@@ -11,7 +11,7 @@ take, and what a dense product takes. Nothing of the source is in the page cache
     python benchmarks/stream.py --layers 4 16 48 --plot memory.png   # peak memory against the size of the model
 
 What the machine has no room for is skipped, and said: a shape that the disk cannot hold twice, and the peer where the
-model takes more than the memory that is available.
+model alone takes more than the memory that is available. A peer that the system kills, short of memory, is said to be.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import os
 import platform
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -104,14 +105,30 @@ def generate(folder: Path, shape: dict) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def timed(command: list[str]) -> tuple[float, float, int, str]:
-    """Seconds, seconds of CPU, peak resident bytes, and standard output of a command."""
+class Killed(Exception):
+    """A command that the system has killed. seconds; peak: resident bytes until then."""
+
+    def __init__(self, seconds: float, peak: int):
+        super().__init__(f"killed after {seconds:.0f} s with {peak / 1e6:.0f} MB")
+        self.seconds, self.peak = seconds, peak
+
+
+def first_to_go() -> None:
+    """Have the system, short of memory, end this process before any other."""
+    if (place := Path("/proc/self/oom_score_adj")).exists():
+        place.write_text("1000")
+
+
+def timed(command: list[str], *, begin=None) -> tuple[float, float, int, str]:
+    """Seconds, seconds of CPU, peak resident bytes, and standard output of a command. begin: called in it first."""
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=begin)
     assert process.stdout is not None
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode == -signal.SIGKILL:
+        raise Killed(time.perf_counter() - start, usage.ru_maxrss * 1024)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed")
     cpu = usage.ru_utime + usage.ru_stime
@@ -149,14 +166,20 @@ def stream(folder: Path, out: Path, *options: str) -> tuple[float, float, int, d
 
 def peer(python: Path, folder: Path, out: Path, nbytes: int) -> tuple[float, float, int, dict] | None:
     """The same of llm-compressor, which loads the model; None, with a word of why, where that cannot be."""
-    if available_memory() < 1.2 * nbytes:
+    if available_memory() < 1.1 * nbytes:
         print(
             f"  llm-compressor skipped: it loads {nbytes / 1e9:.1f} GB, and {available_memory() / 1e9:.1f} GB are free"
         )
         return None
     forget(folder)
     script = Path(__file__).parent / "stream_peer.py"
-    seconds, cpu, peak, output = timed([str(python), str(script), str(folder), str(out)])
+    try:
+        command = [str(python), str(script), str(folder), str(out)]
+        seconds, cpu, peak, output = timed(command, begin=first_to_go)
+    except Killed as killed:
+        print(f"  llm-compressor was {killed}: the machine has {available_memory() / 1e6:.0f} MB free without it")
+        shutil.rmtree(out, ignore_errors=True)
+        return None
     start = time.perf_counter()
     subprocess.run(["sync", *map(str, out.iterdir())], check=True)
     seconds += time.perf_counter() - start
