@@ -339,7 +339,8 @@ def test_learning_is_one_run_of_one_request_and_goes_on(run, learned, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     code, _, errors = run(*(*command, "--seed", "1"))
-    assert code == 1 and "seed was 0 and is 1" in errors and "--force" in errors and state.exists()
+    assert code == 1 and "seed was 0 and is 1; options.seed was 0 and is 1; text.calibration.seed" in errors
+    assert "rows" not in errors  # which is the same and "--force" in errors and state.exists()
     (tmp_path / ".out.partial-left").mkdir()  # of a run that was killed while it wrote
     from safetensors import safe_open
 
@@ -350,6 +351,16 @@ def test_learning_is_one_run_of_one_request_and_goes_on(run, learned, tmp_path):
     assert code == 0 and "judge random" not in errors, errors
     assert len(json.loads(text)["steps"]) == 60
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_another_model_is_said_to_be_one(run, learned, tmp_path):
+    place, _ = learned
+    shutil.copytree(place / "model", tmp_path / "same")
+    tiny_model("llama-tied", dtype=torch.float32, seed=4).save_pretrained(tmp_path / "other")
+    options = ("--learned", place / "out", "--rotations", "R1,R2", "--no-compare", "--no-proof")
+    for name in ("same", "other"):
+        code, _, errors = run("rotate", tmp_path / name, tmp_path / f"{name}-rotated", *options)
+        assert code == 0 and ("has other weights" in errors) == (name == "other")
 
 
 def test_plain_folders_take_learned_rotations(run, learned, tmp_path):
@@ -400,7 +411,7 @@ LEARN_MISTAKES = {
     "not rotated": (["--rotations", "R1", "--learn", "R2"], "R2 is to be learned"),
     "a dense R4": (["--learn", "R4", "--block-size", "R4=7"], "does not divide"),
     "nothing to learn from": (["--scheme", "W4A16"], "--weights"),
-    "text too short": (["--sample-length", "200000"], "too few"),
+    "text too short": (["--text", "{short}"], "too short"),
     "sharded alone": (["--method", "end-to-end", "--shard"], "torchrun"),
     "sharded and local": (["--method", "local", "--shard"], "end to end"),
     "an option of end-to-end": (
@@ -411,6 +422,9 @@ LEARN_MISTAKES = {
     "nothing to choose": (["--method", "random", "--steps", "3"], "--steps would"),
     "nothing to learn": (["--method", "random", "--learn", "R1"], "--learn would"),
     "no windows": (["--windows", "0"], "--windows"),
+    "a sample alone": (["--samples", "1", "--method", "local"], "Give more --samples"),
+    "longer than the context": (["--sample-length", "3000"], "max_position_embeddings"),
+    "massive rows count nothing": (["--method", "local", "--massive", "0"], "(--massive)"),
     "no steps": (["--steps", "0"], "(--steps)"),
     "no rows": (["--method", "local", "--rows", "-3"], "rows is -3"),
     "no rotation to beat": (["--baselines", "0"], "(--baselines)"),
@@ -427,6 +441,8 @@ LEARN_MISTAKES = {
 def test_a_mistake_in_learning_gives_one_clear_error(run, folder, tmp_path, mistake):
     arguments, word = LEARN_MISTAKES[mistake]
     scheme = [] if "--scheme" in arguments else ["--scheme", "A4KV4"]
+    (tmp_path / "short.txt").write_text("brief")
+    arguments = [argument.format(short=tmp_path / "short.txt") for argument in arguments]
     code, _, errors = run("learn", folder, tmp_path / "out", *LEARN, *scheme, *arguments)
     assert code == 1
     assert word in errors and "Traceback" not in errors

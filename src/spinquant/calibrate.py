@@ -122,13 +122,26 @@ class CalibrationText:
             raise TextError(f"{self.samples} samples of {self.length} tokens: expected at least 1 sample of 2 tokens")
 
 
+def check_length(config: Any, source: CalibrationText) -> None:
+    """Raise TextError for samples that are longer than the context that a model's config names."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(context, int) and source.length > context > 0:
+        raise TextError(
+            f"samples of {source.length} tokens are longer than the {context} that this model is made for "
+            "(max_position_embeddings): give a shorter --sample-length"
+        )
+
+
 def calibration_tokens(
     model: Any, tokenizer: Any, source: CalibrationText, *, progress: Callable[[int, int], None] | None = None
 ) -> tuple[str, Tensor]:
     """(name, tokens) of a calibration text; int64 (samples, length).
 
-    Raises TextError when the text cannot be read, is shorter than one sample, or needs a tokenizer that is not there.
+    model: None where no text is generated. Raises TextError when the text cannot be read, is shorter than one sample,
+    or needs a tokenizer that is not there, and what `check_length` raises.
     """
+    if model is not None:
+        check_length(model.config, source)
     if source.text == "generated" or (tokenizer is None and source.text == "auto"):
         return "generated", generate_tokens(model, source, progress=progress)
     if tokenizer is None:

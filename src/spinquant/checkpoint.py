@@ -28,6 +28,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "s
 BESIDE, RECORD, ROTATIONS = "spinquant", "record.json", "rotations.safetensors"
 # Weights in any form.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".tflite")
+_LOOKS = 64  # places of a file that name it
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -289,6 +290,20 @@ def companions(folder: Path) -> list[Path]:
         if not written and path.suffix not in WEIGHTS and not path.name.endswith(".index.json"):
             found.append(inside)
     return found
+
+
+def weights_sample(model: str | Path) -> str:
+    """A short name for the weights of a model folder, wherever it lies: of sizes, and of bytes here and there."""
+    found = hashlib.sha256()
+    folder = folder_of(model)
+    for path in sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS):
+        size = path.stat().st_size
+        found.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for part in range(_LOOKS):
+                file.seek(part * size // _LOOKS)
+                found.update(file.read(512))
+    return found.hexdigest()[:16]
 
 
 def weights_digest(model: str | Path) -> str:

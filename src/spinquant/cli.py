@@ -181,7 +181,7 @@ def rotate(
             model,
             out,
             spec,
-            learned=taken_from(learned, context) if learned else None,
+            learned=taken_from(learned, model, context) if learned else None,
             dtype=parse_dtype(dtype),
             text=text if compare else None,
             force=force,

@@ -20,13 +20,14 @@ from spinquant.cli_options import (
     Rotations,
     Seed,
     Type,
+    note_another_model,
     parse_dtype,
     parse_spec,
 )
 from spinquant.cli_output import print_result, stages, step_report
 from spinquant.errors import LearningError
 from spinquant.learning.end_to_end import EndToEndOptions
-from spinquant.learning.folder import LearnText, learn_folder
+from spinquant.learning.folder import LearnText, learn_folder, read_learned
 from spinquant.learning.local import LocalOptions
 from spinquant.learning.options import LearnOptions, Watch
 from spinquant.plan import parse_rotation_names
@@ -150,6 +151,8 @@ def learn(
         end_to_end=EndToEndOptions(**_given(through)),
         seed=seed,
     )
+    if start is not None:
+        note_another_model(start, read_learned(start), model)
     with stages() as progress:
         learned = learn_folder(
             model,

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from spinquant.checkpoint import is_local, weights_sample
 from spinquant.cli_output import err_console
 from spinquant.errors import LearningError, RotationError, SchemeError
 from spinquant.formats.runtimes import RUNTIMES
@@ -108,7 +109,7 @@ def parse_spec(rotations: str, kind: str, block_size: str | None, randomize: boo
 
 
 def taken_from(
-    learned: Path, context: typer.Context, *, scheme: Scheme | None = None, drawing: bool = False
+    learned: Path, model: str, context: typer.Context, *, scheme: Scheme | None = None, drawing: bool = False
 ) -> LearnedRotations:
     """The rotations of --learned: all, or those that --rotations names.
 
@@ -128,6 +129,7 @@ def taken_from(
         names = ", ".join("--" + name.replace("_", "-") for name in idle)
         raise LearningError(f"{names} would do nothing: --learned takes rotations as they are. Leave them out")
     found = read_learned(learned)
+    note_another_model(learned, found, model)
     if is_given("rotations"):
         found = found.only(parse_rotation_names(context.params["rotations"]))
     meant = found.record.get("scheme", {})
@@ -139,6 +141,17 @@ def taken_from(
             soft_wrap=True,
         )
     return found
+
+
+def note_another_model(folder: Path, learned: LearnedRotations, model: str) -> None:
+    """Say so where rotations were learned for weights that are not those of a model: they fit, and may gain nothing."""
+    known = learned.record.get("weights")
+    if is_first() and known is not None and is_local(model) and Path(model).is_dir() and known != weights_sample(model):
+        err_console.print(
+            f"note: the rotations of {folder} were learned for {learned.record['model']}; {model} has other weights",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _sizes(scheme: Scheme) -> list[Any]:

@@ -152,7 +152,7 @@ def quantize(
     how = Calibration(
         GPTQOptions(damping, act_order, asymmetry), clips=clips, round_inputs=not exact_inputs, sequential=sequential
     )
-    taken = None if learned is None else taken_from(learned, context, scheme=parsed, drawing=bool(calibrated))
+    taken = None if learned is None else taken_from(learned, model, context, scheme=parsed, drawing=bool(calibrated))
     # The text of --learn alone is not one for calibration.
     read = source if (chosen and (calibrated or not learn_first)) or (taken and calibrated) else None
     shard = None if max_shard_size is None else parse_size(max_shard_size)

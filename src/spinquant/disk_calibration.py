@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from spinquant.architectures import FamilyLike
-from spinquant.calibrate import CalibrationText, calibration_tokens
-from spinquant.checkpoint import load_model, load_tokenizer
+from spinquant.calibrate import CalibrationText, calibration_tokens, check_length
+from spinquant.checkpoint import load_config, load_model, load_tokenizer
 from spinquant.disk_model import OnDisk, Weights
 from spinquant.errors import CheckpointError
 from spinquant.hidden_states import HiddenStates, room_by_default
@@ -49,6 +49,7 @@ def tokens_for(
         tokenizer = load_tokenizer(model)
     except CheckpointError:
         tokenizer = None
+    check_length(load_config(model, family=family), text)
     generated = text.text == "generated" or (tokenizer is None and text.text == "auto")
     loaded = load_model(model, dtype=dtype, family=family) if generated else None
     return calibration_tokens(loaded, tokenizer, text, progress=progress)

@@ -172,7 +172,9 @@ def plot_learning_curve(local: Mapping[str, tuple[str, Sequence[float]]], throug
             places[0].plot(steps, [mean / means[0] for mean in means], color=colours[rotation], linewidth=wide)
         for rotation in sorted({rotation for rotation, _ in local.values()}):
             places[0].plot([], [], color=colours[rotation], label=rotation)
-        places[0].set(xlabel="step", ylabel="loss over its first", title="local learning, by rotation")
+        width = max(1, max(len(losses) for _, losses in local.values()) // 10)
+        label = "loss over its first" + (f", means of {width} steps" if width > 1 else "")
+        places[0].set(xlabel="step", ylabel=label, title="local learning, by rotation")
     if through:
         steps, means = _smooth(through)
         axes = places[-1]

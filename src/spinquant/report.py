@@ -46,8 +46,11 @@ def learning_table(learned: LearnedRotations, out: str) -> Table:
         )
     if record["options"]["method"] == "random" and kept.startswith("random"):
         about.append("nothing was to be learned: the best random rotation is what was written")
-    elif kept == "scaled":
-        about.append("what was learned is no better than random rotations with scales, which are what was written")
+    elif kept in ("scaled", "random signs"):
+        others = "with scales" if kept == "scaled" else "with the best of several signs"
+        others += ", which are what was written"
+        tried = any(name in record["scores"] for name in ("local", "end-to-end", "local+end-to-end"))
+        about.append(f"{'what was learned is no better than ' if tried else ''}random rotations {others}")
     elif not record["learned"]:
         about.append("what was learned is no better than the best random rotation, which is what was written")
     table.caption = "\n".join(about) or None

@@ -298,5 +298,11 @@ def _json(data: Any) -> bytes:
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    return "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in names)
+    found = []
+    for name in {**before, **now}:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += [f"{name}.{one}" for one in _differences(old, new).split("; ") if one]
+        elif old != new:
+            found.append(f"{name} was {old!r} and is {new!r}")
+    return "; ".join(found)

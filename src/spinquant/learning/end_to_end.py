@@ -72,6 +72,11 @@ class EndToEndOptions:
             if value not in known:
                 raise LearningError(f"unknown {name} {value!r}: expected one of {', '.join(known)}")
         check_numbers(self, counts=("steps", "batch", "micro_batch", "top_tokens", "save_every"), positive=("lr",))
+        if self.micro_batch is not None and self.micro_batch > self.batch:
+            raise LearningError(
+                f"micro_batch is {self.micro_batch}, and a step has {self.batch} samples: expected no more than those "
+                "(--micro-batch, --batch)"
+            )
         if not 0 <= self.momentum < 1:
             raise LearningError(f"momentum is {self.momentum}: expected a number from 0 on, below 1")
         unused = {"fisher": ("top_tokens", "range_gradient"), "cross-entropy": ("top_tokens",)}.get(self.loss, ())

@@ -14,7 +14,7 @@ from torch import Tensor
 from spinquant.architectures import FamilyLike, recorded_family
 from spinquant.atomic import atomic_folder
 from spinquant.calibrate import CalibrationText, calibration_tokens
-from spinquant.checkpoint import load_model, load_tokenizer, weights_digest
+from spinquant.checkpoint import load_model, load_tokenizer, weights_digest, weights_sample
 from spinquant.errors import CheckpointError, SpinquantError, TextError
 from spinquant.learning.keeping import keeping
 from spinquant.learning.learn import learn
@@ -159,7 +159,8 @@ def learn_from(
         "judged": list(held_out.shape),
     }
     begun = {} if start is None else {"given": str(start)}
-    learned = replace(learned, record={**learned.record, "model": str(model), "tokens": about, **begun})
+    named = {"model": str(model), "weights": weights_sample(model)}
+    learned = replace(learned, record={**learned.record, **named, "tokens": about, **begun})
     if is_first():
         write_learned(learned, done, pictures=False)
     return learned
@@ -183,9 +184,9 @@ def _texts(loaded: Any, model: str | Path, text: LearnText, watch: Watch) -> tup
     # The end of the text, and a window between as a distance.
     if len(tokens) < text.windows + 2:
         raise TextError(
-            f"the text has {len(tokens)} windows of {wanted.length} tokens: too few to learn from some and to judge on "
-            f"{text.windows} others. Give a longer text, a shorter --sample-length, or another text to judge on "
-            "(--held-out)"
+            f"there are {len(tokens)} windows of {wanted.length} tokens ({wanted.samples} samples and {text.windows} "
+            "windows were asked for): too few to learn from some and to judge on others, with one between. Give more "
+            "--samples, a longer text, a shorter --sample-length, or another text to judge on (--held-out)"
         )
     return name, tokens[: -text.windows - 1], tokens[-text.windows :]
 

@@ -92,8 +92,15 @@ class Contest:
         return self.candidates[self.leader]
 
     def enter_all(self, rotations: Mapping[str, Mapping[str, Rotation]]) -> None:
-        """Judge several at once, which are alike, with the clip ratios of the first."""
+        """Judge several that are alike with clip ratios that suit the first; what leads, with its own too."""
         self._judge("random rotations", {name: Candidate(made) for name, made in rotations.items()})
+        tried = {next(iter(rotations))}
+        while (leader := self.leader) not in tried:
+            before = self.candidates[leader], self.scores[leader]
+            self._judge(f"{leader} again", {leader: Candidate(before[0].rotations)})
+            if self.scores[leader].kl > before[1].kl:
+                self.candidates[leader], self.scores[leader] = before
+            tried.add(leader)
 
     def enter(self, name: str, rotations: Mapping[str, Rotation], scales: Mapping[str, Tensor] | None = None) -> None:
         """Judge one. scales: to be fused into the model for it; they are taken out again unless it leads."""

@@ -26,7 +26,7 @@ from spinquant.learning.judge import Contest
 from spinquant.learning.learned import LearnedRotations, described, to_start_from
 from spinquant.learning.local import learn_locally, rounding_errors
 from spinquant.learning.network import fuse_gains, learning_scheme, shard_blocks
-from spinquant.learning.options import LearnOptions, Watch, learned_spaces
+from spinquant.learning.options import LearnOptions, Watch, check_used, learned_spaces
 from spinquant.learning.samples import Site, collect
 from spinquant.learning.scales import Sums, add_up, scale_sums, watches
 from spinquant.learning.sensitivity import predicted_kl, sensitive_sites
@@ -38,6 +38,7 @@ from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import Hadamard, Rotation, RotationSpec, generator_for, make_rotations, random_signs
 from spinquant.wrapped import Scaled, bare
 
+LEARNED = ("given", "local", "end-to-end", "local+end-to-end")  # candidates that are neither random nor scales alone
 CLIP_WINDOWS = 2
 ROWS_OF_A_SAMPLE = 32  # rows of a site that one sample gives, so that they come from many
 DRAWN_OF_A_SAMPLE = 16  # of rows that are drawn by what they count, few of which count much
@@ -72,6 +73,7 @@ def learn(
     names = learned_spaces(plan, spec, scheme, options)
     if options.end_to_end.weights and scheme.weights is None:
         raise LearningError(f"scheme {scheme} leaves weights at 16 bits: there is nothing to round while learning")
+    check_used(plan, spec, names, options)
     rounds = learning_scheme(scheme, weights=options.end_to_end.weights)
     clock: dict[str, float] = {}
     settings = [*settings, scheme, spec, options, digest(tokens), digest(held_out)]
@@ -94,10 +96,12 @@ def learn(
     begin = contest.leading.rotations
     record: dict[str, Any] = {"options": options.to_dict(), "scheme": scheme.to_dict(), "start": contest.leader}
     from_given = contest.leader == "given"
-    local_too = options.method in ("local", "local+end-to-end", "auto")
+    # Of weights alone no activations are sampled.
+    sampled = scheme.activations is not None or scheme.kv is not None
+    local_too = options.method in ("local", "local+end-to-end", "auto") and sampled
     sums = scale_sums(plan, begin, rounds) if options.scaling and not contest.scales else {}
     sites: list[Site] | None = None
-    if sums and options.differentiates and not set(sums) & set(_sampled(plan, names, options, spec)):
+    if sums and local_too and options.differentiates and not set(sums) & set(_sampled(plan, names, options, spec)):
         # What scales change is not among the rows, so one pass through the model serves both.
         with _timed(clock, "local"):
             sites = _collect(model, plan, names, rounds, tokens, options, spec, watch, sums)
@@ -181,7 +185,7 @@ def learn(
         "rotation_of": {space.name: space.rotation for space in plan.spaces if space.name in rotations},
         "steps": [asdict(step) for step in steps],
         "kept": contest.leader,
-        "learned": contest.leader not in random,
+        "learned": contest.leader in LEARNED,
         "clips": {n: {"activations": c.activation_clip, "kv": c.kv_clip} for n, c in contest.candidates.items()},
         "scores": {name: score.to_dict() for name, score in contest.scores.items()},
         "seconds": clock,

@@ -33,6 +33,8 @@ class LearnedRotations:
 
     def only(self, names: Sequence[str]) -> "LearnedRotations":
         """Some of them: R1 and R2, say. Raises LearningError for those that are not there."""
+        if not names:
+            raise LearningError("none of the learned rotations is asked for: leave them out instead")
         missing = [name for name in names if name not in self.spec.rotations]
         if missing:
             raise LearningError(f"{', '.join(missing)} is asked for, and {', '.join(self.spec.rotations)} was learned")

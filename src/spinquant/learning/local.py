@@ -36,7 +36,8 @@ def check_numbers(options: Any, *, counts: Collection[str], positive: Collection
         value = getattr(options, name)
         if value is not None and not (math.isfinite(value) and value >= (1 if name in counts else 1e-300)):
             wanted = "a number from 1 on" if name in counts else "a positive number"
-            raise LearningError(f"{name} is {value}: expected {wanted} (--{name.replace('_', '-')})")
+            option = {"factor": "massive"}.get(name, name.replace("_", "-"))
+            raise LearningError(f"{name} is {value}: expected {wanted} (--{option})")
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class LocalOptions:
         if (self.weighting == "massive") != (self.factor != 1.0):
             raise LearningError(
                 f"weighting {self.weighting} with factor {self.factor}: weighting massive counts massive rows by a "
-                "factor other than 1, and the others by none"
+                "factor other than 1 (--massive), and the others by none"
             )
         if self.weighting != "fisher" and self.checkpointing:
             raise LearningError(f"weighting {self.weighting} takes no gradients, so there is nothing to checkpoint")

@@ -1,6 +1,6 @@
 """What a user asks of learning, which of a model's spaces follow from it, and who is told how it goes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -13,6 +13,7 @@ from spinquant.rotation import RotationSpec
 
 Method = Literal["random", "local", "end-to-end", "local+end-to-end", "auto"]
 METHODS = get_args(Method)
+HADAMARD = ("hadamard", "random-hadamard", "auto")
 LARGEST_ONLINE = 512  # order of a learned R4: it is a dense product at every token
 
 
@@ -77,6 +78,22 @@ class Watch:
     step: Callable[[str, Step, int], None] = lambda name, step, steps: None
 
 
+def check_used(plan: Plan, spec: RotationSpec, names: Mapping[str, str], options: LearnOptions) -> None:
+    """Raise LearningError for signs and scales that no rotation of this model and spec would have."""
+    plain = [name for name in ("R3", "R4") if name in spec.rotations and spec.type_of(name) in HADAMARD]
+    if options.signs and not any(space.name not in names for name in plain for space in plan.spaces_of(name)):
+        raise LearningError(
+            "--signs would do nothing: they are drawn for a Hadamard R3 or R4 that is not learned, and here is none. "
+            "Leave it out"
+        )
+    rotated = {space.name for name in spec.rotations for space in plan.spaces_of(name)}
+    if options.scales and not any(scaling.space in rotated for scaling in plan.scalings):
+        raise LearningError(
+            "--scales would do nothing: scales go before a rotated R4 whose input is a product of linears, and here is "
+            "none. Leave it out"
+        )
+
+
 def learned_spaces(plan: Plan, spec: RotationSpec, scheme: Scheme, options: LearnOptions) -> dict[str, str]:
     """The name of the rotation of every space that is to be learned; raises LearningError for what cannot be."""
     inputs = scheme.activations is not None or options.end_to_end.weights
@@ -86,7 +103,15 @@ def learned_spaces(plan: Plan, spec: RotationSpec, scheme: Scheme, options: Lear
         usual.remove("R3")
     chosen = usual if options.rotations is None else options.rotations
     missing = [name for name in chosen if name not in spec.rotations]
-    if scheme.activations is None and scheme.kv is None and not options.end_to_end.weights:
+    rounds = scheme.activations is not None or scheme.kv is not None
+    if not rounds and scheme.weights is None:
+        raise LearningError(f"scheme {scheme} rounds nothing, so no rotation makes a difference: give one that does")
+    if not rounds and options.end_to_end.weights and options.method == "local":
+        raise LearningError(
+            f"local learning looks at activations and cache, and scheme {scheme} rounds neither: learn end to end "
+            "(--method end-to-end)"
+        )
+    if not rounds and not options.end_to_end.weights:
         raise LearningError(
             f"scheme {scheme} rounds neither activations nor the cache, and with weights at 16 bits while learning no "
             "rotation makes a difference: use a scheme such as W4A4KV4, or round weights too while learning "
