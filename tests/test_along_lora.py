@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from conftest import logits, random_weights, tiny_model, tokens
 from families import FAMILIES
 from spinquant import LearnedRotations, RotationSpec, load, make_rotations, plan_of, rotate_adapter, rotate_folder
-from spinquant.along import lora as along_lora
-from spinquant.along.counterparts import plan_beside
+from spinquant.adapters import lora as along_lora
+from spinquant.adapters.plan import plan_beside
 from spinquant.cli import app
 from spinquant.errors import CheckpointError, RotationError
 from spinquant.folders import quantize_folder

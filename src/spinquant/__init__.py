@@ -6,7 +6,7 @@ loads the folders written here with their online rotations and quantizers attach
 
 from importlib.metadata import version
 
-from spinquant.along.folder import rotate_adapter
+from spinquant.adapters.folder import rotate_adapter
 from spinquant.architectures import make_plan, use_family
 from spinquant.architectures.family_file import FamilyFile, read_family
 from spinquant.cache import QuantizedCache

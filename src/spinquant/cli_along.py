@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from spinquant import report
-from spinquant.along.folder import rotate_adapter as rotate_folder_along
+from spinquant.adapters.folder import rotate_adapter as rotate_folder_along
 from spinquant.cli_options import Force, Json, Out
 from spinquant.cli_output import print_result
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spinquant.along.folder import read_along
+from spinquant.adapters.folder import read_along
 from spinquant.architectures import FamilyLike, make_plan
 from spinquant.architectures.prediction import COUNTS
 from spinquant.atomic import atomic_folder, check_free

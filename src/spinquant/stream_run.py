@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spinquant.along.folder import ADAPTERS, along_digests, write_along
-from spinquant.along.target import Target
+from spinquant.adapters.base_model import Target
+from spinquant.adapters.folder import ADAPTERS, along_digests, write_along
 from spinquant.architectures import RECORDED, FamilyLike, make_plan, recorded_family
 from spinquant.architectures.prediction import COUNTS
 from spinquant.calibrate import load_text, token_windows

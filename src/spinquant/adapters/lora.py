@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spinquant.along.counterparts import Counterpart, plan_beside
-from spinquant.along.experts import stacked_counterpart
-from spinquant.along.target import Target
+from spinquant.adapters.base_model import Target
+from spinquant.adapters.moe import stacked_counterpart
+from spinquant.adapters.plan import Counterpart, plan_beside
 from spinquant.errors import RotationError
 from spinquant.fuse import scales_of, transform
 

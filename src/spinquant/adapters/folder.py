@@ -9,9 +9,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
-from spinquant.along.heads import head_kind, rotate_head
-from spinquant.along.lora import rotate_lora
-from spinquant.along.target import Target, target_of
+from spinquant.adapters.base_model import Target, target_of
+from spinquant.adapters.draft_heads import head_kind, rotate_head
+from spinquant.adapters.lora import rotate_lora
 from spinquant.atomic import atomic_folder, check_replaceable
 from spinquant.checkpoint import SINGLE, companions, folder_of, weights_digest
 from spinquant.errors import CheckpointError

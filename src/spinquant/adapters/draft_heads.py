@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from spinquant.along.target import Target
+from spinquant.adapters.base_model import Target
 from spinquant.errors import RotationError
 from spinquant.fuse import transform
 from spinquant.plan import Axis, Gain, Plan, Span

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from spinquant.along.counterparts import Counterpart
-from spinquant.along.target import Target
+from spinquant.adapters.base_model import Target
+from spinquant.adapters.plan import Counterpart
 from spinquant.errors import RotationError
 
 
