@@ -29,7 +29,7 @@ import conftest  # noqa: E402
 import families  # noqa: E402
 import spinquant  # noqa: E402
 from spinquant.architectures import family_of, known_model_types  # noqa: E402
-from spinquant.architectures.untabled import UNTABLED  # noqa: E402
+from spinquant.architectures.unsupported import UNTABLED  # noqa: E402
 from spinquant.module import model_class  # noqa: E402
 from spinquant.plan import ROTATION_NAMES  # noqa: E402
 from spinquant.twin import exact_experts  # noqa: E402

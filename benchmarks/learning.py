@@ -39,7 +39,7 @@ def docstrings() -> str:
 def learn(folder: str, out: Path, method: str, seed: int, best: int | None, arguments) -> dict:
     """Learn in this process; scores, seconds, and the largest resident memory in bytes. best: of five, where known."""
     import spinquant
-    from spinquant.calibrate import CalibrationText
+    from spinquant.calibration.data import CalibrationText
     from spinquant.learning.end_to_end import EndToEndOptions
     from spinquant.learning.folder import LearnText
 

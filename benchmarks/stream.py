@@ -29,8 +29,8 @@ from pathlib import Path
 
 import torch
 
+from spinquant.calibration.hidden_states import available_memory
 from spinquant.hadamard import hadamard_transform
-from spinquant.hidden_states import available_memory
 from spinquant.tensorfile import TensorFile
 
 SHAPES = {

@@ -5,8 +5,8 @@ import torch
 
 from conftest import random_weights, tokens
 from families import FAMILIES
-from spinquant.blocks import after_blocks, block_calls, body_of, run_block
-from spinquant.calibrate import captured
+from spinquant.calibration.data import captured
+from spinquant.calibration.sequential import after_blocks, block_calls, body_of, run_block
 from spinquant.module import model_class, plan_of
 from spinquant.twin import exact_experts
 

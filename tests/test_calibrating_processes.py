@@ -33,7 +33,7 @@ if dying == int(os.environ["RANK"]):
 
     threading.Thread(target=watch, daemon=True).start()
 if kept:
-    from spinquant.quantization.progress import BlockStore
+    from spinquant.calibration.block_store import BlockStore
     save = BlockStore.save
 
     def slowly(self, *arguments):

@@ -27,7 +27,7 @@ from spinquant import (
     quantize,
     save,
 )
-from spinquant.calibrate import captured
+from spinquant.calibration.data import captured
 from spinquant.formats.compressed_config import REFUSAL, as_stored
 from spinquant.formats.native import detach
 from spinquant.quantization.integer import fake_quantize

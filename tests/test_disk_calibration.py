@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from conftest import byte_tokenizer, logits, random_weights, tiny_model, tokens
 from families import FAMILIES
 from spinquant import Options, RotationSpec, load, parse_scheme, quantize, quantize_folder
-from spinquant.calibrate import CalibrationText, calibration_tokens
+from spinquant.calibration.blockwise import Calibration
+from spinquant.calibration.data import CalibrationText, calibration_tokens
+from spinquant.calibration.hidden_states import HiddenStates
 from spinquant.checkpoint import load_tokenizer
-from spinquant.hidden_states import HiddenStates
 from spinquant.preconditions import from_disk
-from spinquant.quantization.blockwise import Calibration
 from spinquant.quantization.gptq import GPTQOptions
 from test_stream import assert_same, digest
 
@@ -148,8 +148,8 @@ PEAK = """
 import sys
 from pathlib import Path
 from spinquant import Options, RotationSpec, quantize_folder, parse_scheme
-from spinquant.calibrate import CalibrationText
-from spinquant.quantization.blockwise import Calibration
+from spinquant.calibration.data import CalibrationText
+from spinquant.calibration.blockwise import Calibration
 text = CalibrationText("manual", 4, 64)
 options = Options(prove=False, memory=1 << 20)
 quantize_folder(sys.argv[1], sys.argv[2], parse_scheme("W4A16"), RotationSpec("R1,R2"), method="gptq",

@@ -32,16 +32,16 @@ from spinquant import (
     save,
 )
 from spinquant.architectures import FAMILIES as TABLES
-from spinquant.calibrate import captured
+from spinquant.calibration.block_store import BlockStore
+from spinquant.calibration.blockwise import quantize_blocks
+from spinquant.calibration.data import captured
 from spinquant.checkpoint import read_headers
 from spinquant.learning.network import fuse_gains, rounding
 from spinquant.learning.samples import collect
 from spinquant.module import model_class, named_tensor, tensor_shapes
 from spinquant.proof import Float64Arithmetic
-from spinquant.quantization.blockwise import quantize_blocks
 from spinquant.quantization.gptq import Moments, gptq
 from spinquant.quantization.integer import dequantize, fake_quantize
-from spinquant.quantization.progress import BlockStore
 from spinquant.quantization.rtn import quantize_weight
 from spinquant.quantization.scheme import Quantizer
 from spinquant.quantization.weights import weights_of

@@ -30,8 +30,8 @@ from spinquant import (
 )
 from spinquant.architectures import FAMILIES as TABLES
 from spinquant.architectures import known_model_types
-from spinquant.architectures.untabled import UNTABLED
-from spinquant.calibrate import captured
+from spinquant.architectures.unsupported import UNTABLED
+from spinquant.calibration.data import captured
 from spinquant.errors import ArchitectureError, RotationError, SchemeError
 from spinquant.fuse import rotate_axis, transform
 from spinquant.learnable import learn, unlearn

@@ -3,7 +3,7 @@ import torch
 
 from conftest import CONFIGS, logits, tiny_model, tokens
 from spinquant import CheckpointError, RotationSpec, attach, fuse_module, make_rotations, plan_of
-from spinquant.calibrate import captured
+from spinquant.calibration.data import captured
 from spinquant.fuse import rotate_axis, transform
 from spinquant.plan import Span
 from spinquant.proof import Float64Arithmetic, greedy_logits

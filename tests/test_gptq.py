@@ -27,15 +27,15 @@ from spinquant import (
     quantize,
     quantize_folder,
 )
-from spinquant.blocks import after_blocks, block_calls, run_block
-from spinquant.calibrate import CalibrationText, calibration_tokens, captured
+from spinquant.calibration.block_store import BlockStore
+from spinquant.calibration.blockwise import quantize_blocks
+from spinquant.calibration.data import CalibrationText, calibration_tokens, captured
+from spinquant.calibration.sequential import after_blocks, block_calls, run_block
 from spinquant.module import named_tensor
 from spinquant.proof import Float64Arithmetic
-from spinquant.quantization.blockwise import quantize_blocks
 from spinquant.quantization.clip import search_input_clip
 from spinquant.quantization.gptq import BLOCK_COLUMNS, Moments, gptq
 from spinquant.quantization.integer import decode, dequantize, encode, fake_quantize, grid, quantize_on_grid
-from spinquant.quantization.progress import BlockStore
 from spinquant.quantization.rtn import quantize_weight
 from spinquant.quantization.scheme import Clips, Quantizer
 

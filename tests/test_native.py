@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 import spinquant
 from conftest import CONFIGS, byte_tokenizer, logits, tiny_model, tokens
 from spinquant import CheckpointError, RotationSpec, detach, load, parse_scheme, quantize, rotate, save
+from spinquant.calibration.blockwise import quantize_blocks
 from spinquant.formats.native import SpinQuantConfig, unmark
-from spinquant.quantization.blockwise import quantize_blocks
 from spinquant.rotation import matrix
 from spinquant.saved_rotations import restore
 from spinquant.wrapped import online_part

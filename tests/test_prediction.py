@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from conftest import logits, random_weights, tokens
 from families import FAMILIES
 from spinquant import RotationSpec, load, make_plan, rotate_folder
-from spinquant.calibrate import CalibrationText
+from spinquant.calibration.data import CalibrationText
 from spinquant.checkpoint import read_headers
 from spinquant.cli import app
 from spinquant.errors import ArchitectureError, CheckpointError, RotationError

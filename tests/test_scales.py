@@ -23,7 +23,7 @@ from spinquant import (
     save,
     stream,
 )
-from spinquant.calibrate import captured
+from spinquant.calibration.data import captured
 from spinquant.errors import LearningError, RotationError
 from spinquant.evaluation import drawn
 from spinquant.fuse import fuse_in_place, slices, transform

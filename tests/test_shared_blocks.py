@@ -21,9 +21,9 @@ from spinquant import (
     rotate_folder,
     save,
 )
+from spinquant.architectures.family import Shared
 from spinquant.architectures.shared_blocks import owners
-from spinquant.architectures.table import Shared
-from spinquant.calibrate import calibration_tokens
+from spinquant.calibration.data import calibration_tokens
 from spinquant.checkpoint import load_tokenizer
 from spinquant.pipeline import Options
 from spinquant.proof import difference

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from conftest import SIZES
 from spinquant import CheckpointError, Options, RotationSpec, parse_scheme, quantize_folder, rotate_folder
-from spinquant.calibrate import CalibrationText
+from spinquant.calibration.data import CalibrationText
 from spinquant.source_hash import FileHash, SourceHash
 from spinquant.tensorfile import file_hash
 

@@ -10,7 +10,8 @@ from spinquant.adapters.folder import rotate_adapter
 from spinquant.architectures import make_plan, use_family
 from spinquant.architectures.family_file import FamilyFile, read_family
 from spinquant.cache import QuantizedCache
-from spinquant.calibrate import CalibrationText, calibration_tokens, load_text, token_windows
+from spinquant.calibration.blockwise import Calibration
+from spinquant.calibration.data import CalibrationText, calibration_tokens, load_text, token_windows
 from spinquant.checkpoint import load_model as load
 from spinquant.checkpoint import load_tokenizer, read_headers
 from spinquant.errors import (
@@ -44,7 +45,6 @@ from spinquant.plan import Plan
 from spinquant.probing.draft import draft_text
 from spinquant.probing.probe import Probe, probe
 from spinquant.proof import prove
-from spinquant.quantization.blockwise import Calibration
 from spinquant.quantization.gptq import GPTQOptions, Moments, gptq
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme, parse_scheme
 from spinquant.rotation import Hadamard, Kronecker, Orthogonal, Rotation, RotationSpec, make_rotations

@@ -16,7 +16,7 @@ import typer
 import spinquant
 from spinquant import report
 from spinquant.architectures import recorded_family
-from spinquant.calibrate import load_text, token_windows
+from spinquant.calibration.data import load_text, token_windows
 from spinquant.checkpoint import (
     check_unquantized,
     is_local,

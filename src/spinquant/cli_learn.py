@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from spinquant import report
-from spinquant.calibrate import CalibrationText
+from spinquant.calibration.data import CalibrationText
 from spinquant.cli_options import (
     ALL_ROTATIONS,
     AllowPickle,

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from spinquant import report
-from spinquant.calibrate import CalibrationText
+from spinquant.calibration.blockwise import Calibration
+from spinquant.calibration.data import CalibrationText
 from spinquant.cli_options import (
     ALL_ROTATIONS,
     AllowInexact,
@@ -48,7 +49,6 @@ from spinquant.learning.options import LearnOptions, Watch
 from spinquant.pipeline import Options
 from spinquant.preconditions import check_request
 from spinquant.processes import Processes, joined
-from spinquant.quantization.blockwise import Calibration
 from spinquant.quantization.gptq import GPTQOptions
 from spinquant.quantization.scheme import parse_scheme, static_parts
 from spinquant.streamed_folders import parse_size

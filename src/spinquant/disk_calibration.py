@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from spinquant.architectures import FamilyLike
-from spinquant.calibrate import CalibrationText, calibration_tokens, check_length
+from spinquant.calibration.block_store import BlockStore
+from spinquant.calibration.blockwise import Calibration, Method, quantize_blocks
+from spinquant.calibration.data import CalibrationText, calibration_tokens, check_length
+from spinquant.calibration.hidden_states import HiddenStates, room_by_default
 from spinquant.checkpoint import load_config, load_model, load_tokenizer
 from spinquant.disk_model import OnDisk, Weights
 from spinquant.errors import CheckpointError
-from spinquant.hidden_states import HiddenStates, room_by_default
-from spinquant.pipeline import Method, Options
+from spinquant.pipeline import Options
 from spinquant.plan import Plan
-from spinquant.quantization.blockwise import Calibration, quantize_blocks
-from spinquant.quantization.progress import BlockStore
 from spinquant.quantization.scheme import Clips, Scheme
 from spinquant.rotation import Rotation
 

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.initialization import no_init_weights
 
-from spinquant.blocks import body_of
+from spinquant.architectures.checkpoint_mapping import Form, Piece, form_of
+from spinquant.calibration.sequential import body_of
 from spinquant.errors import CheckpointError
 from spinquant.module import model_class, module_and_attribute, plan_of
 from spinquant.plan import Plan
 from spinquant.source import Stored
-from spinquant.stored_form import Form, Piece, form_of
 from spinquant.workspace import give_back
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spinquant.blocks import after_blocks, block_calls, check_finite_output, run_block
-from spinquant.calibrate import captured
+from spinquant.calibration.data import captured
+from spinquant.calibration.sequential import after_blocks, block_calls, check_finite_output, run_block
 from spinquant.disk_model import OnDisk, Weights
 from spinquant.online import attach
 from spinquant.plan import Plan

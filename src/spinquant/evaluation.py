@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spinquant.calibrate import device_of
+from spinquant.calibration.data import device_of
 from spinquant.errors import TextError
 
 # Tokens whose log-probabilities are held in float32 at once; 128 x 150k vocabulary is 77 MB.

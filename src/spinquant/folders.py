@@ -13,9 +13,10 @@ from torch import Tensor
 
 from spinquant.adapters.folder import read_along
 from spinquant.architectures import FamilyLike, make_plan
-from spinquant.architectures.prediction import COUNTS
+from spinquant.architectures.mtp import COUNTS
 from spinquant.atomic import atomic_folder, check_free
-from spinquant.calibrate import CalibrationText, calibration_tokens
+from spinquant.calibration.blockwise import Calibration, Method
+from spinquant.calibration.data import CalibrationText, calibration_tokens
 from spinquant.checkpoint import (
     BESIDE,
     RECORD,
@@ -35,10 +36,9 @@ from spinquant.formats.compressed_config import check_plan
 from spinquant.formats.compressed_tensors import write_compressed
 from spinquant.formats.native import is_marked
 from spinquant.learning.learned import LearnedRotations
-from spinquant.pipeline import Method, Options, Result, quantize, rotate
+from spinquant.pipeline import Options, Result, quantize, rotate
 from spinquant.plan import MERGEABLE, Plan
 from spinquant.preconditions import check_format, check_request
-from spinquant.quantization.blockwise import Calibration
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import RotationSpec
 from spinquant.saved_rotations import to_save

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spinquant.architectures.table import size_of
+from spinquant.architectures.family import size_of
 from spinquant.errors import RotationError
 from spinquant.mappings import ROLES, NormMapping, SpinQuantMapping, matching
 from spinquant.module import named_tensor

@@ -4,13 +4,15 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
 from spinquant.architectures import FamilyLike, use_family
+from spinquant.calibration.block_store import BlockStore
+from spinquant.calibration.blockwise import METHODS, Calibration, Method, quantize_blocks
 from spinquant.errors import CalibrationError, RotationError, SchemeError
 from spinquant.formats.native import is_marked, mark, unmark
 from spinquant.kronecker import kernels_for
@@ -18,9 +20,7 @@ from spinquant.module import fuse_module, largest, plan_of, tensor_shapes
 from spinquant.online import attach
 from spinquant.plan import Plan
 from spinquant.proof import Deviation, check, compare, prove, snapshot
-from spinquant.quantization.blockwise import Calibration, quantize_blocks
 from spinquant.quantization.gptq import GPTQOptions
-from spinquant.quantization.progress import BlockStore
 from spinquant.quantization.rtn import round_weights
 from spinquant.quantization.scheme import Clips, Scheme, parse_scheme, static_parts
 from spinquant.quantization.weights import weights_of
@@ -28,8 +28,6 @@ from spinquant.rotation import Rotation, RotationSpec, make_rotations
 from spinquant.saved_rotations import to_save
 from spinquant.wrapped import check_given, in_precision, online_part
 
-Method = Literal["rtn", "gptq", "gptaq"]
-METHODS = get_args(Method)
 ASYMMETRY = 0.25  # of method gptaq where nothing else is said; measured in quantization/gptq.py
 
 Stage = Callable[[str, int, int], None]

@@ -10,7 +10,8 @@ import torch
 
 from spinquant.architectures import FamilyLike, make_plan
 from spinquant.atomic import check_free
-from spinquant.calibrate import CalibrationText
+from spinquant.calibration.blockwise import Calibration
+from spinquant.calibration.data import CalibrationText
 from spinquant.checkpoint import folder_of, has_pickles_only, load_config, read_headers
 from spinquant.disk_model import hollow_model, unfillable
 from spinquant.errors import CalibrationError, CheckpointError, RotationError, SchemeError
@@ -19,7 +20,6 @@ from spinquant.formats.runtimes import check_runtime, runtime_of
 from spinquant.pipeline import check_calibration
 from spinquant.plan import MERGEABLE
 from spinquant.processes import is_alone
-from spinquant.quantization.blockwise import Calibration
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import RotationSpec
 from spinquant.source import Source

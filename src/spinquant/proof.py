@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from spinquant.architectures import FamilyLike, use_family
-from spinquant.calibrate import captured, device_of
+from spinquant.calibration.data import captured, device_of
 from spinquant.errors import ProofError
 from spinquant.fuse import rotate_axis, scales_of
 from spinquant.module import fuse_module, plan_of

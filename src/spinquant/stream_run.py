@@ -18,8 +18,9 @@ from torch import Tensor
 from spinquant.adapters.base_model import Target
 from spinquant.adapters.folder import ADAPTERS, along_digests, write_along
 from spinquant.architectures import RECORDED, FamilyLike, make_plan, recorded_family
-from spinquant.architectures.prediction import COUNTS
-from spinquant.calibrate import load_text, token_windows
+from spinquant.architectures.mtp import COUNTS
+from spinquant.calibration.block_store import BlockStore, digest
+from spinquant.calibration.data import load_text, token_windows
 from spinquant.centred import check_centred
 from spinquant.checkpoint import (
     load_tokenizer,
@@ -39,7 +40,6 @@ from spinquant.learning.learned import LearnedRotations
 from spinquant.pipeline import Options, Result, Stage, check_fits
 from spinquant.processes import Processes
 from spinquant.proof import allowed, check
-from spinquant.quantization.progress import BlockStore, digest
 from spinquant.quantization.scheme import Clips, Scheme
 from spinquant.quantization.weights import parts_tied
 from spinquant.resumable import Resumable

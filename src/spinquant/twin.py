@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from spinquant.architectures import family_of
-from spinquant.architectures.table import Named, size_of
+from spinquant.architectures.family import Named, size_of
 from spinquant.module import model_class
 from spinquant.rotation import RotationSpec
 

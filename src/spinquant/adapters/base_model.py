@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spinquant.architectures import family_of, make_plan, module_names
-from spinquant.architectures.table import Family
+from spinquant.architectures.family import Family
 from spinquant.checkpoint import BESIDE, RECORD, ROTATIONS, folder_of, load_config, read_headers
 from spinquant.errors import CheckpointError, RotationError
 from spinquant.fuse import transform

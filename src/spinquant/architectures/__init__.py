@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from spinquant.architectures import delta_latent, hybrid, hyperconnected, layernorm, llama, moe, postnorm, relatives
+from spinquant.architectures import delta_latent, hybrid, hyperconnected, layernorm, llama, moe, postnorm
+from spinquant.architectures import variants as relatives
 from spinquant.architectures.build import Shapes, build_plan, module_names
+from spinquant.architectures.family import Family, holds
 from spinquant.architectures.family_file import FamilyFile, family_from, read_family, to_family
-from spinquant.architectures.prediction import REASON, prediction_tensors
-from spinquant.architectures.table import Family, holds
-from spinquant.architectures.untabled import why_untabled
+from spinquant.architectures.mtp import REASON, prediction_tensors
+from spinquant.architectures.unsupported import why_untabled
 from spinquant.architectures.vision import VISIONS
 from spinquant.errors import ArchitectureError
 from spinquant.plan import Plan

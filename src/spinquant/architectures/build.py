@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from spinquant.architectures.family import INSIDE, Family, Living, Named, Norm, Part, holds, size_of
 from spinquant.architectures.shared_blocks import owners, with_shared_blocks
-from spinquant.architectures.table import INSIDE, Family, Living, Named, Norm, Part, holds, size_of
 from spinquant.errors import ArchitectureError
 from spinquant.plan import Axis, Experts, Gain, Online, Plan, Scaling, Space, Span, Tie
 

@@ -5,9 +5,9 @@ no space of values, and R2 rotates the latents alone. Where both kinds have a li
 read the norm with it. The gate of the attention is a number for each head.
 """
 
+from spinquant.architectures.family import INSIDE, Family
 from spinquant.architectures.llama import ATTENTION, LAYER, VALUE
 from spinquant.architectures.moe import DEEPSEEK, KEY_VALUE_LATENT, MIXTRAL_NAMES, SHARED
-from spinquant.architectures.table import INSIDE, Family
 
 _NORM = f"{LAYER}.input_layernorm.weight"
 _READS, _QUERIES, _EXPANDS, *_REST = DEEPSEEK.linears

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from spinquant.architectures.table import Family, Living, Norm, Part, Refusal
+from spinquant.architectures.family import Family, Living, Norm, Part, Refusal
 from spinquant.errors import ArchitectureError
 from spinquant.plan import Site
 

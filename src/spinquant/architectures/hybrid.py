@@ -5,9 +5,9 @@ convolutions, gates and norms that act element by element: nothing there is rota
 R3 as elsewhere, all layers with an MLP have R4.
 """
 
+from spinquant.architectures.family import INSIDE, Family, Part, Refusal, Shared
 from spinquant.architectures.llama import ATTENTION, GEMMA, HIDDEN, LAYER, LLAMA, MLP, VALUE
 from spinquant.architectures.moe import EXPERT, GRANITE_MOE, QWEN2_MOE, QWEN3_MOE, SHARED
-from spinquant.architectures.table import INSIDE, Family, Part, Refusal, Shared
 
 _INPUT = f"{LAYER}.input_layernorm.weight"
 _MAMBA = ("A_log", "D", "conv1d.weight", "conv1d.bias?")

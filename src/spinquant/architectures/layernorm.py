@@ -8,8 +8,8 @@ place to stand.
 
 from collections.abc import Mapping
 
+from spinquant.architectures.family import Family, Part, Refusal
 from spinquant.architectures.llama import ARCEE, ATTENTION, HIDDEN, LAYER, LLAMA, MLP, VALUE
-from spinquant.architectures.table import Family, Part, Refusal
 
 QUERY_KEY = "layers.{i}.query_key"
 FILLED = {VALUE: ("R2", "hidden_size/num_attention_heads"), QUERY_KEY: ("R3", "hidden_size/num_attention_heads")}

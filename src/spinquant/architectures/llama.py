@@ -6,7 +6,7 @@ commute with a rotation) follow the same table. So does Seed-OSS; Ministral's qu
 is a scalar too.
 """
 
-from spinquant.architectures.table import Family, Part
+from spinquant.architectures.family import Family, Part
 
 LAYER = "model.layers.{i}"
 ATTENTION = f"{LAYER}.self_attn"

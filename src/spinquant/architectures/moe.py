@@ -10,9 +10,9 @@ writes, a norm scales and a linear reads: a space of its own. It is what the cac
 which would rotate keys head by head on their way into the cache, has nothing to act on.
 """
 
+from spinquant.architectures.family import Family, Norm, Part, Refusal
 from spinquant.architectures.layernorm import CLIPPED
 from spinquant.architectures.llama import ATTENTION, HIDDEN, LAYER, LLAMA, MLP, VALUE
-from spinquant.architectures.table import Family, Norm, Part, Refusal
 
 EXPERTS = f"{MLP}.experts"
 EXPERT = "layers.{i}.experts"

@@ -5,8 +5,8 @@ commute with a rotation unless all of g is equal, so the residual stream cannot 
 keys, and the MLP's inside are as elsewhere.
 """
 
+from spinquant.architectures.family import Refusal
 from spinquant.architectures.llama import ATTENTION, GLM, LAYER, LLAMA
-from spinquant.architectures.table import Refusal
 
 
 def post_norm(*norms: str, when: str | None = None) -> tuple[Refusal, ...]:

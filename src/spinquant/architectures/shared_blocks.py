@@ -8,7 +8,7 @@ the gain of the last norm; every layer then has a tensor of its own, in memory a
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from spinquant.architectures.table import Shared, size_of
+from spinquant.architectures.family import Shared, size_of
 
 
 def owners(shared: Shared | None, config: Any, names: Iterable[str]) -> dict[int, int]:

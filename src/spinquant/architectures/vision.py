@@ -7,9 +7,9 @@ before it is not rotated. Its language part is the text table's, under another p
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from spinquant.architectures.family import Family, Living
 from spinquant.architectures.hybrid import QWEN3_5, QWEN3_5_MOE
 from spinquant.architectures.llama import LLAMA
-from spinquant.architectures.table import Family, Living
 
 _WRITER = ("residual", None)
 

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spinquant.architectures.checkpoint_mapping import Form
+from spinquant.calibration.block_store import BlockStore
 from spinquant.formats.native import BANK, distinct_rotations, packed_layout
 from spinquant.plan import Plan
 from spinquant.quantization.integer import Packed
-from spinquant.quantization.progress import BlockStore
 from spinquant.quantization.rtn import quantize_weight
 from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.quantization.weights import PARTS, linear_weights, weights_of
 from spinquant.rotation import Rotation
-from spinquant.stored_form import Form
 
 # Elements rounded at once: a few copies of them in float32 are in memory.
 PIECE = 1 << 20

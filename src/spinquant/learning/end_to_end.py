@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from spinquant.calibrate import device_of
+from spinquant.calibration.data import device_of
 from spinquant.errors import LearningError
 from spinquant.evaluation import wide
 from spinquant.learning.cayley import OPTIMIZERS, Descent, Optimizer, orthogonality_error

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spinquant.architectures import FamilyLike, recorded_family
 from spinquant.atomic import atomic_folder
-from spinquant.calibrate import CalibrationText, calibration_tokens
+from spinquant.calibration.data import CalibrationText, calibration_tokens
 from spinquant.checkpoint import load_model, load_tokenizer, weights_digest, weights_sample
 from spinquant.errors import CheckpointError, SpinquantError, TextError
 from spinquant.learning.keeping import keeping

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spinquant.calibrate import device_of
+from spinquant.calibration.data import device_of
 from spinquant.evaluation import divergence, perplexity_of, surprise
 from spinquant.learning.network import rounding
 from spinquant.learning.scales import fuse_scales, unscale

@@ -19,7 +19,8 @@ from typing import Any
 from torch import Tensor
 
 from spinquant.architectures import FamilyLike
-from spinquant.calibrate import device_of
+from spinquant.calibration.block_store import digest
+from spinquant.calibration.data import device_of
 from spinquant.errors import LearningError
 from spinquant.learning.end_to_end import FROM_LOCAL, Step, learn_end_to_end
 from spinquant.learning.judge import Contest
@@ -33,7 +34,6 @@ from spinquant.learning.sensitivity import predicted_kl, sensitive_sites
 from spinquant.learning.state import JUDGED, JudgedFile, StateFile
 from spinquant.module import plan_of
 from spinquant.plan import Plan
-from spinquant.quantization.progress import digest
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import Hadamard, Rotation, RotationSpec, generator_for, make_rotations, random_signs
 from spinquant.wrapped import Scaled, bare

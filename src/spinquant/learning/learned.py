@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from spinquant.calibration.block_store import digest
 from spinquant.errors import LearningError
 from spinquant.learning.options import LearnOptions
 from spinquant.plan import Plan
-from spinquant.quantization.progress import digest
 from spinquant.rotation import Rotation, RotationSpec
 from spinquant.saved_rotations import to_save
 from spinquant.wrapped import Scaled, check_given

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
 
-from spinquant.calibrate import device_of
+from spinquant.calibration.data import device_of
 from spinquant.errors import LearningError
 from spinquant.module import fuse_module, module_and_attribute
 from spinquant.online import Attachment, attach

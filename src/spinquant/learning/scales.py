@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spinquant.calibrate import device_of
+from spinquant.calibration.data import device_of
 from spinquant.errors import LearningError
 from spinquant.learning.sensitivity import own_predictions
 from spinquant.module import fuse_module

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spinquant.calibrate import device_of
+from spinquant.calibration.data import device_of
 from spinquant.errors import LearningError
 from spinquant.evaluation import drawn, wide
 from spinquant.learning.network import checkpointed

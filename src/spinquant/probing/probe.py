@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from spinquant.architectures import FAMILIES
 from spinquant.architectures.build import build_plan
+from spinquant.architectures.family import Named
 from spinquant.architectures.family_file import FamilyFile, family_from, to_family
-from spinquant.architectures.table import Named
 from spinquant.errors import ArchitectureError, SpinquantError
 from spinquant.module import fuse_module, model_class, module_and_attribute, tensor_shapes
 from spinquant.online import attach

@@ -7,7 +7,7 @@ formula is taken where it gives the numbers of both.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spinquant.architectures.table import size_of
+from spinquant.architectures.family import size_of
 from spinquant.errors import ArchitectureError
 from spinquant.probing.branches import add_branches, add_stacks
 from spinquant.probing.explain import Part, Values, is_multiple, scale_of

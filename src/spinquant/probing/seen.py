@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from spinquant.architectures.table import size_of
+from spinquant.architectures.family import size_of
 from spinquant.errors import ArchitectureError
 from spinquant.probing.explain import Part
 from spinquant.probing.trace import Call

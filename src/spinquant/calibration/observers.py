@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spinquant.blocks import run_block
-from spinquant.calibrate import captured, captured_call
-from spinquant.hidden_states import HiddenStates
+from spinquant.calibration.data import captured, captured_call
+from spinquant.calibration.experts import Routed, expert_products, routed_calls
+from spinquant.calibration.hidden_states import HiddenStates
+from spinquant.calibration.sequential import run_block
 from spinquant.online import Attachment
 from spinquant.plan import Experts, Plan
 from spinquant.quantization.clip import best_ratio, search_input_clip
-from spinquant.quantization.experts import Routed, expert_products, routed_calls
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme, static_parts
 from spinquant.quantization.weights import weights_of
 

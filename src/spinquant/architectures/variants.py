@@ -5,6 +5,7 @@ rotation of the head, and so does a norm whose scale moves into the reader; a ga
 not. A norm behind a block, with a scale of its own, rules out R1 (see `postnorm.py`).
 """
 
+from spinquant.architectures.family import Family, Norm, Refusal
 from spinquant.architectures.hybrid import LFM2, LFM2_NAMES, with_mixer
 from spinquant.architectures.llama import ARCEE, ATTENTION, GEMMA, HIDDEN, LAYER, LLAMA, MLP, VALUE
 from spinquant.architectures.moe import (
@@ -18,7 +19,6 @@ from spinquant.architectures.moe import (
     with_shared,
 )
 from spinquant.architectures.postnorm import OLMO2, post_norm
-from spinquant.architectures.table import Family, Norm, Refusal
 
 _INPUT, _BEFORE_MLP = f"{LAYER}.input_layernorm.weight", f"{LAYER}.post_attention_layernorm.weight"
 _SINKS = {f"{ATTENTION}.sinks": (None,)}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spinquant.calibrate import watched_calls
+from spinquant.calibration.data import watched_calls
 from spinquant.plan import Experts
 from spinquant.quantization.weights import Weight
 from spinquant.sites import activated

@@ -9,23 +9,30 @@ through the unquantized blocks.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from spinquant.blocks import Home, InMemory, after_blocks, block_calls, check_finite_output, check_finite_weights
-from spinquant.calibrate import device_of
+from spinquant.calibration.block_store import BlockStore
+from spinquant.calibration.data import device_of
+from spinquant.calibration.experts import Calls, Routed, between, routed_calls
+from spinquant.calibration.hidden_states import HiddenStates
+from spinquant.calibration.observers import Work, find_peaks, search_cache_clips, search_input_clips
+from spinquant.calibration.sequential import (
+    Home,
+    InMemory,
+    after_blocks,
+    block_calls,
+    check_finite_output,
+    check_finite_weights,
+)
 from spinquant.errors import CalibrationError, SchemeError
-from spinquant.hidden_states import HiddenStates
 from spinquant.module import named_tensor, untie
 from spinquant.online import Attachment, attach
 from spinquant.plan import Experts, Plan
-from spinquant.quantization.experts import Calls, Routed, between, routed_calls
 from spinquant.quantization.gptq import GPTQOptions, Moments, gptq
 from spinquant.quantization.integer import Packed, dequantize, fake_quantize, stacked
-from spinquant.quantization.progress import BlockStore
-from spinquant.quantization.ranges import Work, find_peaks, search_cache_clips, search_input_clips
 from spinquant.quantization.rtn import quantize_weight
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme, static_parts, with_clip
 from spinquant.quantization.weights import Weight, parts_tied, weights_of
@@ -316,3 +323,9 @@ class _Walk:
 def _present(quantizer: Quantizer | None) -> Quantizer:
     assert quantizer is not None
     return quantizer
+
+
+Method = Literal["rtn", "gptq", "gptaq"]
+
+
+METHODS = get_args(Method)
