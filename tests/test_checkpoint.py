@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from conftest import tiny_model
 from spinquant import CheckpointError, RotationSpec, load, load_tokenizer, read_headers, rotate_folder
-from spinquant.atomic import atomic_folder, check_free, is_full, why_full
-from spinquant.checkpoint import load_config
+from spinquant.checkpoint.atomic import atomic_folder, check_free, is_full, why_full
+from spinquant.checkpoint.folder import load_config
 
 
 def test_headers_are_what_is_in_the_files(folder):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import byte_tokenizer, tiny_model
-from spinquant.checkpoint import load_model
+from spinquant.checkpoint.folder import load_model
 from spinquant.demo import _rounded, run_demo, token_kurtosis, variants_of
 from spinquant.demo_page import NOTICEABLE, outcome, page
 from spinquant.errors import CheckpointError, SchemeError, SpinquantError

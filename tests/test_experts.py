@@ -35,7 +35,7 @@ from spinquant.architectures import FAMILIES as TABLES
 from spinquant.calibration.block_store import BlockStore
 from spinquant.calibration.blockwise import quantize_blocks
 from spinquant.calibration.data import captured
-from spinquant.checkpoint import read_headers
+from spinquant.checkpoint.folder import read_headers
 from spinquant.learning.network import fuse_gains, rounding
 from spinquant.learning.samples import collect
 from spinquant.module import model_class, named_tensor, tensor_shapes

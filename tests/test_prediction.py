@@ -14,7 +14,7 @@ from conftest import logits, random_weights, tokens
 from families import FAMILIES
 from spinquant import RotationSpec, load, make_plan, rotate_folder
 from spinquant.calibration.data import CalibrationText
-from spinquant.checkpoint import read_headers
+from spinquant.checkpoint.folder import read_headers
 from spinquant.cli import app
 from spinquant.errors import ArchitectureError, CheckpointError, RotationError
 from spinquant.folders import quantize_folder

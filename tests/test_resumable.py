@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from conftest import SIZES
 from spinquant import CheckpointError, Options, RotationSpec, rotate_folder
-from spinquant.resumable import Resumable, check_checksums, write_file
-from spinquant.tensorfile import file_hash
+from spinquant.checkpoint.resumable import Resumable, check_checksums, write_file
+from spinquant.checkpoint.safetensors_io import file_hash
 from test_stream import digest
 
 SPEC = RotationSpec("R1,R2")
@@ -25,7 +25,7 @@ QUICK = {"text": None, "options": Options(prove=False)}
 @pytest.fixture(autouse=True)
 def page_by_page(monkeypatch):
     """Tiny shards take several writes too."""
-    monkeypatch.setattr("spinquant.direct.GATHERED", 4096)
+    monkeypatch.setattr("spinquant.checkpoint.direct_io.GATHERED", 4096)
 
 
 @pytest.fixture(scope="module")

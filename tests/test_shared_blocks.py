@@ -24,7 +24,7 @@ from spinquant import (
 from spinquant.architectures.family import Shared
 from spinquant.architectures.shared_blocks import owners
 from spinquant.calibration.data import calibration_tokens
-from spinquant.checkpoint import load_tokenizer
+from spinquant.checkpoint.folder import load_tokenizer
 from spinquant.pipeline import Options
 from spinquant.proof import difference
 from spinquant.report import plan_notes

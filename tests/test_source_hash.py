@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from conftest import SIZES
 from spinquant import CheckpointError, Options, RotationSpec, parse_scheme, quantize_folder, rotate_folder
 from spinquant.calibration.data import CalibrationText
-from spinquant.source_hash import FileHash, SourceHash
-from spinquant.tensorfile import file_hash
+from spinquant.checkpoint.checksums import FileHash, SourceHash
+from spinquant.checkpoint.safetensors_io import file_hash
 
 SPEC = RotationSpec("R1,R2")
 QUICK = {"text": None, "options": Options(prove=False)}

@@ -16,11 +16,11 @@ from spinquant.architectures import FAMILIES as TABLES
 from spinquant.architectures import make_plan
 from spinquant.architectures.checkpoint_mapping import form_of
 from spinquant.calibration.data import CalibrationText
-from spinquant.checkpoint import load_config
+from spinquant.checkpoint.folder import load_config
+from spinquant.checkpoint.reader import Source
 from spinquant.disk_model import OnDisk, form_in, hollow_model, unfillable
 from spinquant.module import model_class
 from spinquant.preconditions import from_disk
-from spinquant.source import Source
 from spinquant.stream import Rotated
 from test_stream import assert_same, quantize_to_fp8, weights
 

@@ -9,7 +9,7 @@ import torch
 from conftest import byte_tokenizer, logits, tiny_model, tokens
 from spinquant import Options, RotationSpec, load, parse_scheme, quantize, quantize_folder, save
 from spinquant.calibration.data import CalibrationText, calibration_tokens
-from spinquant.checkpoint import load_tokenizer
+from spinquant.checkpoint.folder import load_tokenizer
 from spinquant.formats.compressed_config import as_stored
 from test_stream import assert_same
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
-from spinquant import CheckpointError, direct
-from spinquant.direct import DirectReader, room_for
-from spinquant.tensorfile import DTYPES, TensorFile, file_hash, place_of, read_entries, rows_in
+from spinquant import CheckpointError
+from spinquant.checkpoint import direct_io as direct
+from spinquant.checkpoint.direct_io import DirectReader, room_for
+from spinquant.checkpoint.safetensors_io import DTYPES, TensorFile, file_hash, place_of, read_entries, rows_in
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
@@ -107,7 +108,7 @@ class Disk:
 @pytest.mark.parametrize("order", [1, -1])
 def test_whole_pages_go_past_the_cache(tmp_path, monkeypatch, gathered, order):
     direct_or_skip(tmp_path)
-    monkeypatch.setattr("spinquant.direct.GATHERED", gathered)
+    monkeypatch.setattr("spinquant.checkpoint.direct_io.GATHERED", gathered)
     numbers = torch.arange(60_000, dtype=torch.int32)
     tensors = {"a": numbers[:50_001].view(16667, 3).clone(), "b": numbers[:7], "c": numbers.view(6, 2500, 4).short()}
     disk = Disk(monkeypatch)
@@ -122,7 +123,7 @@ def test_whole_pages_go_past_the_cache(tmp_path, monkeypatch, gathered, order):
 @pytest.mark.parametrize("number", [1, 3])
 def test_what_a_disk_does_not_take_goes_through_the_cache(tmp_path, monkeypatch, number, trouble):
     direct_or_skip(tmp_path)
-    monkeypatch.setattr("spinquant.direct.GATHERED", 3 * 4096)
+    monkeypatch.setattr("spinquant.checkpoint.direct_io.GATHERED", 3 * 4096)
     tensors = {"a": torch.arange(50_000, dtype=torch.int32).view(100, 500)}
     disk = Disk(monkeypatch, number=number, **trouble)
     assert write(tmp_path / "ours", tensors) == file_hash(tmp_path / "ours")
@@ -132,7 +133,7 @@ def test_what_a_disk_does_not_take_goes_through_the_cache(tmp_path, monkeypatch,
 
 def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
     direct_or_skip(tmp_path)
-    monkeypatch.setattr("spinquant.direct.GATHERED", 3 * 4096)
+    monkeypatch.setattr("spinquant.checkpoint.direct_io.GATHERED", 3 * 4096)
     Disk(monkeypatch, number=2, failing=errno.ENOSPC)
     with pytest.raises(OSError, match="failed") as found:
         write(tmp_path / "ours", {"a": torch.arange(50_000, dtype=torch.int32)})

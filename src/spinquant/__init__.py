@@ -12,8 +12,8 @@ from spinquant.architectures.family_file import FamilyFile, read_family
 from spinquant.cache import QuantizedCache
 from spinquant.calibration.blockwise import Calibration
 from spinquant.calibration.data import CalibrationText, calibration_tokens, load_text, token_windows
-from spinquant.checkpoint import load_model as load
-from spinquant.checkpoint import load_tokenizer, read_headers
+from spinquant.checkpoint.folder import load_model as load
+from spinquant.checkpoint.folder import load_tokenizer, read_headers
 from spinquant.errors import (
     ArchitectureError,
     CalibrationError,

@@ -17,7 +17,7 @@ import spinquant
 from spinquant import report
 from spinquant.architectures import recorded_family
 from spinquant.calibration.data import load_text, token_windows
-from spinquant.checkpoint import (
+from spinquant.checkpoint.folder import (
     check_unquantized,
     is_local,
     load_config,
@@ -25,6 +25,7 @@ from spinquant.checkpoint import (
     load_tokenizer,
     read_headers,
 )
+from spinquant.checkpoint.resumable import check_checksums
 from spinquant.cli_along import EXAMPLES as ALONG_EXAMPLES
 from spinquant.cli_along import rotate_adapter
 from spinquant.cli_learn import EXAMPLES as LEARN_EXAMPLES
@@ -73,7 +74,6 @@ from spinquant.formats.runtimes import runtime_rows
 from spinquant.pipeline import Options
 from spinquant.processes import is_first
 from spinquant.quantization.scheme import parse_scheme
-from spinquant.resumable import check_checksums
 from spinquant.streamed_folders import parse_size
 
 app = typer.Typer(

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from spinquant.checkpoint import is_local, weights_sample
+from spinquant.checkpoint.folder import is_local, weights_sample
 from spinquant.cli_output import err_console
 from spinquant.errors import LearningError, RotationError, SchemeError
 from spinquant.formats.runtimes import RUNTIMES

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save as save_bytes
 
 from spinquant.architectures import RECORDED
-from spinquant.checkpoint import BESIDE, INDEX, RECORD, ROTATIONS, SINGLE, companions
+from spinquant.checkpoint.folder import BESIDE, INDEX, RECORD, ROTATIONS, SINGLE, companions
+from spinquant.checkpoint.reader import Source, fp8_block
+from spinquant.checkpoint.resumable import write_file
 from spinquant.pipeline import Result
-from spinquant.resumable import write_file
 from spinquant.saved_rotations import to_save
 from spinquant.shards import Shard
-from spinquant.source import Source, fp8_block
 
 
 def write_companions(source: Source, shards: Sequence[Shard], folder: Path, changes: Mapping[str, Any]) -> None:

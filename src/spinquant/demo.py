@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spinquant.atomic import atomic_folder, check_free
 from spinquant.calibration.data import captured, device_of, load_text, token_windows
-from spinquant.checkpoint import is_local, load_model, load_tokenizer
+from spinquant.checkpoint.atomic import atomic_folder, check_free
+from spinquant.checkpoint.folder import is_local, load_model, load_tokenizer
 from spinquant.demo_model import demo_model
 from spinquant.demo_page import Activation, DemoResult, page
 from spinquant.errors import SchemeError

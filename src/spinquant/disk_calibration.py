@@ -18,7 +18,7 @@ from spinquant.calibration.block_store import BlockStore
 from spinquant.calibration.blockwise import Calibration, Method, quantize_blocks
 from spinquant.calibration.data import CalibrationText, calibration_tokens, check_length
 from spinquant.calibration.hidden_states import HiddenStates, room_by_default
-from spinquant.checkpoint import load_config, load_model, load_tokenizer
+from spinquant.checkpoint.folder import load_config, load_model, load_tokenizer
 from spinquant.disk_model import OnDisk, Weights
 from spinquant.errors import CheckpointError
 from spinquant.pipeline import Options

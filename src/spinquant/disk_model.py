@@ -20,10 +20,10 @@ from transformers.initialization import no_init_weights
 
 from spinquant.architectures.checkpoint_mapping import Form, Piece, form_of
 from spinquant.calibration.sequential import body_of
+from spinquant.checkpoint.reader import Stored
 from spinquant.errors import CheckpointError
 from spinquant.module import model_class, module_and_attribute, plan_of
 from spinquant.plan import Plan
-from spinquant.source import Stored
 from spinquant.workspace import give_back
 
 

@@ -18,10 +18,10 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from spinquant.checkpoint.reader import Stored
 from spinquant.disk_model import Weights
 from spinquant.disk_proof import compare_on_disk
 from spinquant.plan import Plan
-from spinquant.source import Stored
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from torch import Tensor
 from spinquant.adapters.folder import read_along
 from spinquant.architectures import FamilyLike, make_plan
 from spinquant.architectures.mtp import COUNTS
-from spinquant.atomic import atomic_folder, check_free
 from spinquant.calibration.blockwise import Calibration, Method
 from spinquant.calibration.data import CalibrationText, calibration_tokens
-from spinquant.checkpoint import (
+from spinquant.checkpoint.atomic import atomic_folder, check_free
+from spinquant.checkpoint.folder import (
     BESIDE,
     RECORD,
     ROTATIONS,

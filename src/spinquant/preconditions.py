@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from spinquant.architectures import FamilyLike, make_plan
-from spinquant.atomic import check_free
 from spinquant.calibration.blockwise import Calibration
 from spinquant.calibration.data import CalibrationText
-from spinquant.checkpoint import folder_of, has_pickles_only, load_config, read_headers
+from spinquant.checkpoint.atomic import check_free
+from spinquant.checkpoint.folder import folder_of, has_pickles_only, load_config, read_headers
+from spinquant.checkpoint.reader import Source
 from spinquant.disk_model import hollow_model, unfillable
 from spinquant.errors import CalibrationError, CheckpointError, RotationError, SchemeError
 from spinquant.formats.compressed_config import check_scheme, quantization_scheme
@@ -22,7 +23,6 @@ from spinquant.plan import MERGEABLE
 from spinquant.processes import is_alone
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import RotationSpec
-from spinquant.source import Source
 
 
 def check_format(format: str, scheme: Scheme, spec: RotationSpec, *, clips: bool = False) -> None:

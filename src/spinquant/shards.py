@@ -7,11 +7,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from spinquant.checkpoint import SINGLE
+from spinquant.checkpoint.folder import SINGLE
+from spinquant.checkpoint.reader import Source
+from spinquant.checkpoint.safetensors_io import in_order
 from spinquant.plan import Plan
 from spinquant.rotation import Rotation
-from spinquant.source import Source
-from spinquant.tensorfile import in_order
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 

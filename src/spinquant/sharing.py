@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from spinquant import fuse
+from spinquant.checkpoint.reader import Source
 from spinquant.shards import Change, Job, Shard, layout_bytes
-from spinquant.source import Source
 
 # Pieces of one shard for each process, so that they can be spread evenly.
 PIECES = 4

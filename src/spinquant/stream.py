@@ -19,16 +19,15 @@ import torch
 from torch import Tensor
 
 from spinquant import fuse
-from spinquant.direct import room_for
+from spinquant.checkpoint.checksums import Prefix, SourceHash
+from spinquant.checkpoint.direct_io import room_for
+from spinquant.checkpoint.reader import Source, _check_source, _described
+from spinquant.checkpoint.resumable import Growing
+from spinquant.checkpoint.safetensors_io import TensorFile, place_of
 from spinquant.errors import CheckpointError
-from spinquant.plan import Plan
 from spinquant.processes import Processes
-from spinquant.resumable import Growing
 from spinquant.shards import Change, Job, Shard, job_of, layout_bytes
 from spinquant.sharing import Band, bands_in_order, bands_of, shared
-from spinquant.source import Source
-from spinquant.source_hash import Prefix, SourceHash
-from spinquant.tensorfile import TensorFile, place_of
 from spinquant.threads import all_threads, one_of_several, single_threaded
 from spinquant.workspace import kept_whole
 
@@ -39,18 +38,6 @@ BAND = 1 << 21
 # waiting, others go on. No more than the largest tensor has in float32, or so many; a single band may be larger.
 # Measured on two cores with 2.3 GB past the page cache: 2^25 5.3 s, 2^26 5.1 s, 2^27 5.0 s, 2^28 4.9 s.
 IN_FLIGHT, IN_FLIGHT_OF_SMALL = 1 << 26, 1 << 25
-
-
-def read_gains(source: Source, plan: Plan) -> dict[str, Tensor]:
-    """The norms of a checkpoint, which are small, whatever shard they are in.
-
-    Raises CheckpointError for one that is not finite: it would spoil its readers, and they be blamed.
-    """
-    names = (gain.norm for gain in plan.gains)
-    found = {name: source.whole(name if name in source.tensors else plan.tied[name]) for name in names}
-    for name, gain in found.items():
-        _check_source(source, name, gain)
-    return found
 
 
 @dataclass
@@ -377,17 +364,3 @@ def _refuse(source: Source, job: Job, first: int, count: int, fused: Tensor) -> 
     raise CheckpointError(
         f"{_described(source, job.source)} overflows {fused.dtype} when it is rotated: use --dtype bfloat16 or float32"
     )
-
-
-def _check_source(source: Source, name: str, tensor: Tensor) -> None:
-    bad = int((~torch.isfinite(tensor.to(torch.promote_types(tensor.dtype, torch.float32)))).sum())
-    if bad:
-        raise CheckpointError(
-            f"{_described(source, name)} holds {bad} values that are NaN or infinite: the checkpoint is broken, "
-            "download it again"
-        )
-
-
-def _described(source: Source, name: str) -> str:
-    stored = source.tensors[name]
-    return f"tensor {name!r} of {source.folder / stored.file} (shape {stored.entry.shape})"

@@ -22,10 +22,12 @@ from spinquant.architectures.mtp import COUNTS
 from spinquant.calibration.block_store import BlockStore, digest
 from spinquant.calibration.data import load_text, token_windows
 from spinquant.centred import check_centred
-from spinquant.checkpoint import (
+from spinquant.checkpoint.folder import (
     load_tokenizer,
     weights_digest,
 )
+from spinquant.checkpoint.reader import Source, read_gains
+from spinquant.checkpoint.resumable import Resumable
 from spinquant.companions import dtype_of, model_dtype
 from spinquant.disk_calibration import Calibrating, calibrate_on_disk, tokens_for
 from spinquant.disk_model import Weights, form_in, hollow_model, unfillable
@@ -42,11 +44,9 @@ from spinquant.processes import Processes
 from spinquant.proof import allowed, check
 from spinquant.quantization.scheme import Clips, Scheme
 from spinquant.quantization.weights import parts_tied
-from spinquant.resumable import Resumable
 from spinquant.rotation import RotationSpec, make_rotations
 from spinquant.shards import Change, Packing, Plain, make_shards
-from spinquant.source import Source
-from spinquant.stream import Rotated, Timing, read_gains
+from spinquant.stream import Rotated, Timing
 from spinquant.wrapped import check_given, in_precision, online_part
 
 SAMPLE_TOKENS = 128  # real tokens on which the fused model is compared with the original

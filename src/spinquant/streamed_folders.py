@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from spinquant.architectures import prediction_tensors
-from spinquant.atomic import check_free, check_replaceable, is_full, why_full
-from spinquant.checkpoint import check_device, check_unquantized, folder_of, load_config, read_headers
+from spinquant.checkpoint.atomic import check_free, check_replaceable, is_full, why_full
+from spinquant.checkpoint.checksums import Known, SourceHash, known_hashes
+from spinquant.checkpoint.folder import check_device, check_unquantized, folder_of, load_config, read_headers
+from spinquant.checkpoint.reader import Source, fp8_block
+from spinquant.checkpoint.resumable import Growing, Resumable, read_settings
 from spinquant.companions import write_beside, write_companions
 from spinquant.errors import (
     CheckpointError,
@@ -23,9 +26,6 @@ from spinquant.kronecker import kernels_for
 from spinquant.pipeline import Result
 from spinquant.processes import Processes, joined
 from spinquant.proof import prove
-from spinquant.resumable import Growing, Resumable, read_settings
-from spinquant.source import Source, fp8_block
-from spinquant.source_hash import Known, SourceHash, known_hashes
 from spinquant.stream import Rotated, stream
 from spinquant.stream_run import Clock, Request, Run
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from spinquant.adapters.base_model import Target, target_of
 from spinquant.adapters.draft_heads import head_kind, rotate_head
 from spinquant.adapters.lora import rotate_lora
-from spinquant.atomic import atomic_folder, check_replaceable
-from spinquant.checkpoint import SINGLE, companions, folder_of, weights_digest
+from spinquant.checkpoint.atomic import atomic_folder, check_replaceable
+from spinquant.checkpoint.folder import SINGLE, companions, folder_of, weights_digest
+from spinquant.checkpoint.resumable import write_file
 from spinquant.errors import CheckpointError
-from spinquant.resumable import write_file
 
 ADAPTERS = "adapters"  # beside the weights of a rotated model
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

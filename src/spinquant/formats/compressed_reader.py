@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from spinquant.checkpoint import BESIDE, RECORD, ROTATIONS, weight_files
+from spinquant.checkpoint.folder import BESIDE, RECORD, ROTATIONS, weight_files
 from spinquant.errors import CheckpointError, SpinquantError
 from spinquant.formats.compressed_config import format_of, quantization_config, quantization_scheme, stored_ranges
 from spinquant.formats.compressed_tensors import stored_transforms, transform_matrix

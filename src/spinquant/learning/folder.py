@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spinquant.architectures import FamilyLike, recorded_family
-from spinquant.atomic import atomic_folder
 from spinquant.calibration.data import CalibrationText, calibration_tokens
-from spinquant.checkpoint import load_model, load_tokenizer, weights_digest, weights_sample
+from spinquant.checkpoint.atomic import atomic_folder
+from spinquant.checkpoint.folder import load_model, load_tokenizer, weights_digest, weights_sample
+from spinquant.checkpoint.safetensors_io import file_hash
 from spinquant.errors import CheckpointError, SpinquantError, TextError
 from spinquant.learning.keeping import keeping
 from spinquant.learning.learn import learn
@@ -26,7 +27,6 @@ from spinquant.processes import is_first, joined
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import RotationSpec
 from spinquant.saved_rotations import saved, to_save
-from spinquant.tensorfile import file_hash
 
 TENSORS, ABOUT = "rotations.safetensors", "learned.json"
 DONE = "learned"  # where they are kept beside OUT until it is written

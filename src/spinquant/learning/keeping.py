@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from spinquant.atomic import check_free
+from spinquant.checkpoint.atomic import check_free
+from spinquant.checkpoint.resumable import Hold
 from spinquant.learning.state import JUDGED
 from spinquant.processes import Processes
-from spinquant.resumable import Hold
 
 
 def learning_folder(out: str | Path) -> Path:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
 from spinquant.architectures import FamilyLike, use_family
-from spinquant.atomic import first_line
+from spinquant.checkpoint.atomic import first_line
 from spinquant.errors import CheckpointError
 from spinquant.module import model_class
 

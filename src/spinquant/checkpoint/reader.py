@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spinquant.checkpoint import INDEX, read_headers, weight_files
-from spinquant.direct import DirectReader
+from spinquant.checkpoint.direct_io import DirectReader
+from spinquant.checkpoint.folder import INDEX, read_headers, weight_files
+from spinquant.checkpoint.safetensors_io import Entry, place_of, read_entries, rows_in
 from spinquant.errors import CheckpointError
-from spinquant.tensorfile import Entry, place_of, read_entries, rows_in
+from spinquant.plan import Plan
 
 SCALE = "_scale_inv"
 _PART = 1 << 23  # bytes
@@ -183,3 +184,29 @@ def fp8_block(config: Any) -> tuple[int, int] | None:
     about = found if isinstance(found, dict) else found.to_dict()
     block = about.get("weight_block_size")
     return (block[0], block[1]) if about.get("quant_method") == "fp8" and block else None
+
+
+def read_gains(source: Source, plan: Plan) -> dict[str, Tensor]:
+    """The norms of a checkpoint, which are small, whatever shard they are in.
+
+    Raises CheckpointError for one that is not finite: it would spoil its readers, and they be blamed.
+    """
+    names = (gain.norm for gain in plan.gains)
+    found = {name: source.whole(name if name in source.tensors else plan.tied[name]) for name in names}
+    for name, gain in found.items():
+        _check_source(source, name, gain)
+    return found
+
+
+def _check_source(source: Source, name: str, tensor: Tensor) -> None:
+    bad = int((~torch.isfinite(tensor.to(torch.promote_types(tensor.dtype, torch.float32)))).sum())
+    if bad:
+        raise CheckpointError(
+            f"{_described(source, name)} holds {bad} values that are NaN or infinite: the checkpoint is broken, "
+            "download it again"
+        )
+
+
+def _described(source: Source, name: str) -> str:
+    stored = source.tensors[name]
+    return f"tensor {name!r} of {source.folder / stored.file} (shape {stored.entry.shape})"

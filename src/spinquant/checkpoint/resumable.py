@@ -21,11 +21,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from spinquant.atomic import check_replaceable
-from spinquant.checkpoint import BESIDE
+from spinquant.checkpoint.atomic import check_replaceable
+from spinquant.checkpoint.checksums import Prefix
+from spinquant.checkpoint.folder import BESIDE
+from spinquant.checkpoint.safetensors_io import file_hash
 from spinquant.errors import CheckpointError
-from spinquant.source_hash import Prefix
-from spinquant.tensorfile import file_hash
 
 CHECKSUMS = "checksums.sha256"
 SETTINGS = "settings.json"

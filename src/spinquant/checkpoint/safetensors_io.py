@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spinquant.direct import DirectWriter, put
+from spinquant.checkpoint.direct_io import DirectWriter, put
 from spinquant.errors import CheckpointError
 
 # In the order in which the library lays tensors out: wide ones first, so that all are aligned.

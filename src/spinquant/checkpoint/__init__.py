@@ -1,0 +1,1 @@
+"""Read and write model folders: safetensors, checksums, atomic and resumable writing."""
