@@ -76,7 +76,7 @@ def main() -> None:
     print(f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads; {' '.join(options)}")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         *_, starting, _ = timed(
-            [sys.executable, "-c", "import spinquant.cli, transformers.models.llama.modeling_llama"]
+            [sys.executable, "-c", "import spinquant.cli.main, transformers.models.llama.modeling_llama"]
         )
         print(f"starting {starting / 1e6:6.0f} MB")
         for count in layers:

@@ -20,7 +20,7 @@ from transformers import (
     SmolLM3Config,
 )
 
-from spinquant import cli
+from spinquant.cli import main as cli
 from spinquant.demo_model import demo_model
 from spinquant.errors import CheckpointError
 from spinquant.proof import Float64Arithmetic

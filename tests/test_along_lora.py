@@ -15,7 +15,7 @@ from families import FAMILIES
 from spinquant import LearnedRotations, RotationSpec, load, make_rotations, plan_of, rotate_adapter, rotate_folder
 from spinquant.adapters import lora as along_lora
 from spinquant.adapters.plan import plan_beside
-from spinquant.cli import app
+from spinquant.cli.main import app
 from spinquant.errors import CheckpointError, RotationError
 from spinquant.folders import quantize_folder
 from spinquant.module import model_class

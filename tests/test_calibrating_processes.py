@@ -41,7 +41,7 @@ if kept:
         time.sleep(2)  # so that whoever dies then does it before the next block is finished
 
     BlockStore.save = slowly
-from spinquant.cli import main
+from spinquant.cli.main import main
 main()
 """
 COMMAND = ("--scheme", "W4A8KV4", "--rotations", "R1,R2,R4", "--method", "gptq", "--clips", "--samples", "4")

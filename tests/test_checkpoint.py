@@ -285,7 +285,7 @@ import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from spinquant import streamed_folders
-from spinquant.cli import main
+from spinquant.cli.main import main
 
 def slow(result, folder):  # the weights are written by now
     assert (Path(folder) / "model.safetensors").exists()

@@ -15,7 +15,7 @@ from families import FAMILIES
 from spinquant import RotationSpec, load, make_plan, rotate_folder
 from spinquant.calibration.data import CalibrationText
 from spinquant.checkpoint.folder import read_headers
-from spinquant.cli import app
+from spinquant.cli.main import app
 from spinquant.errors import ArchitectureError, CheckpointError, RotationError
 from spinquant.folders import quantize_folder
 from spinquant.module import model_class

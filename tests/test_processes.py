@@ -38,7 +38,7 @@ if dying == int(os.environ["RANK"]):
             os._exit(9)
         return real(file, data, offset)
     os.pwrite = pwrite
-from spinquant.cli import main
+from spinquant.cli.main import main
 main()
 """
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import spinquant
-from spinquant import RotationSpec, cli, load, load_tokenizer, parse_scheme, rotate, token_windows
+from spinquant import RotationSpec, load, load_tokenizer, parse_scheme, rotate, token_windows
+from spinquant.cli import main as cli
 from spinquant.evaluation import compare_models, evaluate
 from spinquant.quantization.integer import fake_quantize
 

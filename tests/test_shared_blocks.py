@@ -25,9 +25,9 @@ from spinquant.architectures.family import Shared
 from spinquant.architectures.shared_blocks import owners
 from spinquant.calibration.data import calibration_tokens
 from spinquant.checkpoint.folder import load_tokenizer
+from spinquant.cli.tables import plan_notes
 from spinquant.pipeline import Options
 from spinquant.proof import difference
-from spinquant.report import plan_notes
 from test_families import tiny
 
 NAMES = ("zamba", "zamba2-adapters")

@@ -16,7 +16,7 @@ from conftest import CONFIGS, SIZES, byte_tokenizer, logits, tiny_model, tokens
 from spinquant import CheckpointError, Options, RotationSpec, kronecker, load, load_tokenizer, rotate, rotate_folder
 from spinquant.checkpoint.folder import load_config
 from spinquant.checkpoint.reader import Source
-from spinquant.streamed_folders import parse_size
+from spinquant.cli.options import parse_size
 
 SPEC = RotationSpec("R1,R2")
 

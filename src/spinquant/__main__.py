@@ -1,5 +1,5 @@
 """python -m spinquant, which is what torchrun starts."""
 
-from spinquant.cli import main
+from spinquant.cli.main import main
 
 main()

@@ -1,6 +1,5 @@
 """From a folder or hub id to a new folder without loading the model: what is around the stream."""
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -18,7 +17,6 @@ from spinquant.companions import write_beside, write_companions
 from spinquant.errors import (
     CheckpointError,
     ProcessError,
-    SchemeError,
     SourceChangedError,
     SpinquantError,
 )
@@ -32,16 +30,6 @@ from spinquant.stream_run import Clock, Request, Run
 STREAMED = "stream"  # the stage of a run that counts bytes
 # The others wait while the first process compares; that one of them ended is seen otherwise.
 _LONGEST = timedelta(days=7)
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 5GB, 500MB or 2GiB. Raises SchemeError for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B)?", text.strip(), re.IGNORECASE)
-    unit = (match.group(2) or "").upper() if match else None
-    if match is None or unit not in _UNITS or float(match.group(1)) <= 0:
-        raise SchemeError(f"cannot read size {text!r}: expected a number with KB, MB, GB, KiB, MiB or GiB, such as 5GB")
-    return int(float(match.group(1)) * _UNITS[unit])
 
 
 def stream_folder(model: str | Path, out: str | Path, request: Request, *, force: bool = False) -> Result:

@@ -1,14 +1,22 @@
 """Options that several commands share, and how their texts are read."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from spinquant.checkpoint.folder import is_local, weights_sample
-from spinquant.cli_output import err_console
-from spinquant.errors import LearningError, RotationError, SchemeError
+from spinquant.checkpoint.folder import (
+    is_local,
+    weights_sample,
+)
+from spinquant.cli.output import err_console
+from spinquant.errors import (
+    LearningError,
+    RotationError,
+    SchemeError,
+)
 from spinquant.formats.runtimes import RUNTIMES
 from spinquant.learning.folder import read_learned
 from spinquant.learning.learned import LearnedRotations
@@ -188,3 +196,15 @@ def parse_ratio(text: str) -> Clip:
         return float(text)
     except ValueError:
         raise SchemeError(f"clip ratio {text!r} is neither a number nor mse") from None
+
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 5GB, 500MB or 2GiB. Raises SchemeError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B)?", text.strip(), re.IGNORECASE)
+    unit = (match.group(2) or "").upper() if match else None
+    if match is None or unit not in _UNITS or float(match.group(1)) <= 0:
+        raise SchemeError(f"cannot read size {text!r}: expected a number with KB, MB, GB, KiB, MiB or GiB, such as 5GB")
+    return int(float(match.group(1)) * _UNITS[unit])

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from spinquant import report
 from spinquant.adapters.folder import rotate_adapter as rotate_folder_along
-from spinquant.cli_options import Force, Json, Out
-from spinquant.cli_output import print_result
+from spinquant.cli import tables as report
+from spinquant.cli.options import Force, Json, Out
+from spinquant.cli.output import print_result
 
 EXAMPLES = (
     "Examples: `spinquant rotate-adapter ./llama-rotated ./my-lora ./my-lora-rotated`, "

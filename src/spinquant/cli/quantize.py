@@ -5,10 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from spinquant import report
 from spinquant.calibration.blockwise import Calibration
 from spinquant.calibration.data import CalibrationText
-from spinquant.cli_options import (
+from spinquant.cli import tables as report
+from spinquant.cli.options import (
     ALL_ROTATIONS,
     AllowInexact,
     AllowPickle,
@@ -35,10 +35,11 @@ from spinquant.cli_options import (
     Type,
     parse_dtype,
     parse_ratio,
+    parse_size,
     parse_spec,
     taken_from,
 )
-from spinquant.cli_output import print_result, stages, step_report
+from spinquant.cli.output import print_result, stages, step_report
 from spinquant.errors import LearningError
 from spinquant.folders import quantize_folder
 from spinquant.formats.compressed_config import as_stored
@@ -51,7 +52,6 @@ from spinquant.preconditions import check_request
 from spinquant.processes import Processes, joined
 from spinquant.quantization.gptq import GPTQOptions
 from spinquant.quantization.scheme import parse_scheme, static_parts
-from spinquant.streamed_folders import parse_size
 
 EXAMPLES = (
     "Examples: `spinquant quantize ./llama ./llama-w4a4 --scheme W4A4KV4 --rotations R1,R2,R3,R4`, "

@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from spinquant import report
 from spinquant.calibration.data import CalibrationText
-from spinquant.cli_options import (
+from spinquant.cli import tables as report
+from spinquant.cli.options import (
     ALL_ROTATIONS,
     AllowPickle,
     BlockSize,
@@ -24,7 +24,7 @@ from spinquant.cli_options import (
     parse_dtype,
     parse_spec,
 )
-from spinquant.cli_output import print_result, stages, step_report
+from spinquant.cli.output import print_result, stages, step_report
 from spinquant.errors import LearningError
 from spinquant.learning.end_to_end import EndToEndOptions
 from spinquant.learning.folder import LearnText, learn_folder, read_learned
