@@ -17,7 +17,7 @@ import torch
 import transformers
 
 import spinquant
-from spinquant.demo_model import demo_model
+from spinquant.demo.model import demo_model
 
 CASES = (("A4", "none"), ("KV4", "none"), ("A4KV4", "none"), ("none", "R3"), ("none", "R4"), ("A4KV4", "R3,R4"))
 

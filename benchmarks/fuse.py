@@ -128,7 +128,7 @@ def main() -> None:
         print(json.dumps(measure(arguments.worker, arguments.folder, arguments.dtype)))
         return
 
-    from spinquant.demo_model import demo_model
+    from spinquant.demo.model import demo_model
 
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     pythons = {"spinquant": Path(sys.executable), "llm-compressor": peer_python(arguments.peer)}

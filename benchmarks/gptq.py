@@ -153,7 +153,7 @@ def main() -> None:
         print(json.dumps(measure(*texts, int(seed))))
         return
 
-    from spinquant.demo_model import demo_model
+    from spinquant.demo.model import demo_model
 
     folder = arguments.model or str(demo_model())
     setup = {"samples": arguments.samples, "length": arguments.length, "windows": arguments.windows, "model": folder}

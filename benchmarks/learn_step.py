@@ -26,7 +26,7 @@ import transformers
 from torch import nn
 
 import spinquant
-from spinquant.demo_model import demo_model
+from spinquant.demo.model import demo_model
 from spinquant.learnable import learn as learn_parameters
 from spinquant.learning.cayley import Descent
 from spinquant.learning.network import fuse_gains, rounding

@@ -115,7 +115,7 @@ def main() -> None:
         print(json.dumps(found))
         return
 
-    from spinquant.demo_model import demo_model
+    from spinquant.demo.model import demo_model
 
     folder = arguments.model or str(demo_model())
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")

@@ -99,7 +99,7 @@ CASES = (
 
 
 def main(wanted: list[str]) -> int:
-    from spinquant.demo_model import demo_model
+    from spinquant.demo.model import demo_model
 
     PLACE.mkdir(exist_ok=True)
     model = demo_model()

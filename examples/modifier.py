@@ -7,7 +7,7 @@ import torch
 
 import spinquant
 from spinquant import SpinQuantModifier
-from spinquant.demo_model import demo_model
+from spinquant.demo.model import demo_model
 
 
 @torch.no_grad()

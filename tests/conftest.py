@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from spinquant.cli import main as cli
-from spinquant.demo_model import demo_model
+from spinquant.demo.model import demo_model
 from spinquant.errors import CheckpointError
 from spinquant.proof import Float64Arithmetic
 

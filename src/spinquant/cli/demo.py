@@ -30,7 +30,7 @@ def demo(
     json_: Json = False,
 ) -> None:
     """Tell the whole story on a real model: a table, pictures that show why, and a page with both."""
-    from spinquant.demo import run_demo
+    from spinquant.demo.run import run_demo
 
     with stages() as progress:
         result = run_demo(
