@@ -40,8 +40,8 @@ def learn(folder: str, out: Path, method: str, seed: int, best: int | None, argu
     """Learn in this process; scores, seconds, and the largest resident memory in bytes. best: of five, where known."""
     import spinquant
     from spinquant.calibration.data import CalibrationText
+    from spinquant.entrypoints.learn import LearnText
     from spinquant.learning.end_to_end import EndToEndOptions
-    from spinquant.learning.folder import LearnText
 
     # Five random rotations per run, other ones for every run.
     spec = spinquant.RotationSpec("R1,R2,R3,R4", seed=100 * seed + (best or 0))

@@ -17,8 +17,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from conftest import SIZES, random_weights, tiny_model, tokens
 from spinquant import RotationSpec, load, rotate_adapter, rotate_folder
 from spinquant.adapters import draft_heads as heads
+from spinquant.entrypoints.result import Options
 from spinquant.errors import CheckpointError, RotationError
-from spinquant.pipeline import Options
 from spinquant.proof import Float64Arithmetic
 
 QUICK = Options(prove=False)

@@ -16,10 +16,10 @@ from spinquant import LearnedRotations, RotationSpec, load, make_rotations, plan
 from spinquant.adapters import lora as along_lora
 from spinquant.adapters.plan import plan_beside
 from spinquant.cli.main import app
+from spinquant.entrypoints.folders import quantize_folder
+from spinquant.entrypoints.result import Options
 from spinquant.errors import CheckpointError, RotationError
-from spinquant.folders import quantize_folder
 from spinquant.module import model_class
-from spinquant.pipeline import Options
 from spinquant.quantization.scheme import parse_scheme
 from spinquant.twin import exact_experts
 from test_scales import scaled

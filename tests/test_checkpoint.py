@@ -244,7 +244,7 @@ def test_an_existing_folder_is_kept_unless_forced(tmp_path):
 FULL_DISK = """
 import resource, signal, sys
 import spinquant
-from spinquant.folders import rotate_folder
+from spinquant.entrypoints.folders import rotate_folder
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing past the limit is an error, as on a full disk
 limit = int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -284,7 +284,7 @@ import signal, sys, time
 # A shell's background jobs, and so whatever they start, have it ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
-from spinquant import streamed_folders
+from spinquant.entrypoints import stream as streamed_folders
 from spinquant.cli.main import main
 
 def slow(result, folder):  # the weights are written by now

@@ -17,7 +17,7 @@ from spinquant.calibration.blockwise import Calibration
 from spinquant.calibration.data import CalibrationText, calibration_tokens
 from spinquant.calibration.hidden_states import HiddenStates
 from spinquant.checkpoint.folder import load_tokenizer
-from spinquant.preconditions import from_disk
+from spinquant.entrypoints.validation import from_disk
 from spinquant.quantization.gptq import GPTQOptions
 from test_stream import assert_same, digest
 

@@ -32,11 +32,11 @@ from spinquant.architectures import FAMILIES as TABLES
 from spinquant.architectures import known_model_types
 from spinquant.architectures.unsupported import UNTABLED
 from spinquant.calibration.data import captured
+from spinquant.entrypoints.result import Options
 from spinquant.errors import ArchitectureError, RotationError, SchemeError
 from spinquant.fuse import rotate_axis, transform
 from spinquant.learnable import learn, unlearn
 from spinquant.module import model_class, tensor_shapes
-from spinquant.pipeline import Options
 from spinquant.plan import ROTATION_NAMES
 from spinquant.proof import Float64Arithmetic, greedy_logits, output_axis
 from spinquant.rotation import matrix

@@ -13,8 +13,8 @@ import torch
 from conftest import byte_tokenizer, logits, random_weights, tokens
 from families import FAMILIES
 from spinquant import Options, ProofError, RotationSpec, Scheme, fuse, load, quantize_folder, rotate_folder
+from spinquant.entrypoints.result import Result
 from spinquant.module import model_class
-from spinquant.pipeline import Result
 from spinquant.plan import MERGEABLE
 from spinquant.twin import exact_experts
 
@@ -42,7 +42,7 @@ def text(tmp_path_factory) -> str:
 
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch):
-    monkeypatch.setattr("spinquant.stream_run.SAMPLE_TOKENS", 32)
+    monkeypatch.setattr("spinquant.entrypoints.stream_run.SAMPLE_TOKENS", 32)
 
 
 def saved(path: Path, name: str) -> torch.Tensor:

@@ -16,10 +16,10 @@ from spinquant import RotationSpec, load, make_plan, rotate_folder
 from spinquant.calibration.data import CalibrationText
 from spinquant.checkpoint.folder import read_headers
 from spinquant.cli.main import app
+from spinquant.entrypoints.folders import quantize_folder
+from spinquant.entrypoints.result import Options
 from spinquant.errors import ArchitectureError, CheckpointError, RotationError
-from spinquant.folders import quantize_folder
 from spinquant.module import model_class
-from spinquant.pipeline import Options
 from spinquant.proof import Float64Arithmetic
 from spinquant.quantization.scheme import parse_scheme
 from spinquant.twin import exact_experts
@@ -165,7 +165,7 @@ def test_a_calibration_from_disk_keeps_it(source, tmp_path):
 def test_a_model_that_is_loaded_would_lose_it_and_says_so(source, tmp_path, monkeypatch):
     folder, _ = source
     # As of a class that keeps its weights in another form than the checkpoint.
-    monkeypatch.setattr("spinquant.preconditions.from_disk", lambda *_: False)
+    monkeypatch.setattr("spinquant.entrypoints.validation.from_disk", lambda *_: False)
     text = CalibrationText(samples=1, length=8)
     with pytest.raises(CheckpointError, match=r"loads the model without them.*--drop-mtp"):
         quantize_folder(

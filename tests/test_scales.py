@@ -24,6 +24,7 @@ from spinquant import (
     stream,
 )
 from spinquant.calibration.data import captured
+from spinquant.entrypoints.result import Options
 from spinquant.errors import LearningError, RotationError
 from spinquant.evaluation import drawn
 from spinquant.fuse import fuse_in_place, slices, transform
@@ -34,7 +35,6 @@ from spinquant.learning.network import fuse_gains, learning_scheme
 from spinquant.learning.options import LearnOptions
 from spinquant.learning.scales import add_up, fuse_scales, scale_sums, unscale
 from spinquant.module import named_tensor
-from spinquant.pipeline import Options
 from spinquant.proof import Float64Arithmetic, compare, snapshot
 from spinquant.quantization.scheme import parse_scheme
 from spinquant.rotation import Hadamard, matrix

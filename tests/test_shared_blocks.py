@@ -26,7 +26,7 @@ from spinquant.architectures.shared_blocks import owners
 from spinquant.calibration.data import calibration_tokens
 from spinquant.checkpoint.folder import load_tokenizer
 from spinquant.cli.tables import plan_notes
-from spinquant.pipeline import Options
+from spinquant.entrypoints.result import Options
 from spinquant.proof import difference
 from test_families import tiny
 

@@ -19,8 +19,8 @@ from spinquant.calibration.data import CalibrationText
 from spinquant.checkpoint.folder import load_config
 from spinquant.checkpoint.reader import Source
 from spinquant.disk_model import OnDisk, form_in, hollow_model, unfillable
+from spinquant.entrypoints.validation import from_disk
 from spinquant.module import model_class
-from spinquant.preconditions import from_disk
 from spinquant.stream import Rotated
 from test_stream import assert_same, quantize_to_fp8, weights
 
@@ -138,8 +138,8 @@ def test_real_tokens_are_compared_and_damage_is_named(name, tmp_path, monkeypatc
 
 
 def test_a_block_that_a_stream_has_no_room_for_is_compared_where_it_is_given(tmp_path, monkeypatch):
-    monkeypatch.setattr("spinquant.stream_run.BLOCK_SHARE", 0)
-    monkeypatch.setattr("spinquant.stream_run.BLOCK_FREE", 1000)
+    monkeypatch.setattr("spinquant.entrypoints.stream_run.BLOCK_SHARE", 0)
+    monkeypatch.setattr("spinquant.entrypoints.stream_run.BLOCK_FREE", 1000)
     folder, spec = saved(tmp_path / "model", FAMILIES["mixtral"].config()), RotationSpec("R1,R2")
     without = rotate_folder(folder, tmp_path / "without", spec, text="manual", options=UNPROVED)
     assert without.real is None and "--memory 0.1GB" in without.notes["real_tokens"]

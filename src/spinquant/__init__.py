@@ -14,6 +14,10 @@ from spinquant.calibration.blockwise import Calibration
 from spinquant.calibration.data import CalibrationText, calibration_tokens, load_text, token_windows
 from spinquant.checkpoint.folder import load_model as load
 from spinquant.checkpoint.folder import load_tokenizer, read_headers
+from spinquant.entrypoints.folders import quantize_folder, rotate_folder, save
+from spinquant.entrypoints.in_memory import quantize, rotate
+from spinquant.entrypoints.learn import learn_folder, read_learned
+from spinquant.entrypoints.result import Options, Result
 from spinquant.errors import (
     ArchitectureError,
     CalibrationError,
@@ -27,11 +31,9 @@ from spinquant.errors import (
     TextError,
 )
 from spinquant.evaluation import Comparison, Evaluation, compare_models, evaluate
-from spinquant.folders import quantize_folder, rotate_folder, save
 from spinquant.formats.native import detach
 from spinquant.hadamard import hadamard_matrix, hadamard_transform
 from spinquant.learning.end_to_end import EndToEndOptions
-from spinquant.learning.folder import learn_folder, read_learned
 from spinquant.learning.learn import learn
 from spinquant.learning.learned import LearnedRotations
 from spinquant.learning.local import LocalOptions
@@ -40,7 +42,6 @@ from spinquant.mappings import NormMapping, SpinQuantMapping
 from spinquant.modifier import SpinQuantModifier
 from spinquant.module import fuse_module, plan_of
 from spinquant.online import Attachment, attach
-from spinquant.pipeline import Options, Result, quantize, rotate
 from spinquant.plan import Plan
 from spinquant.probing.draft import draft_text
 from spinquant.probing.probe import Probe, probe

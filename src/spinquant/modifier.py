@@ -16,11 +16,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 from torch import nn
 
+from spinquant.entrypoints.in_memory import install
+from spinquant.entrypoints.result import Options, Result
 from spinquant.errors import RotationError
 from spinquant.learnable import Learning, learn, unlearn
 from spinquant.mappings import NormMapping, SpinQuantMapping
 from spinquant.online import ATTENTIONS
-from spinquant.pipeline import Options, Result, install
 from spinquant.plan import Plan, parse_rotation_names
 from spinquant.preparation import Wanted, Work, prepare
 from spinquant.rotation import RotationSpec

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from spinquant.entrypoints.in_memory import check_fresh
 from spinquant.errors import ArchitectureError
 from spinquant.mapped_plan import held_against, plan_from_mappings
 from spinquant.mappings import (
@@ -22,7 +23,6 @@ from spinquant.mappings import (
 )
 from spinquant.module import check_in_memory, plan_of
 from spinquant.online import ATTENTIONS, check_implementation
-from spinquant.pipeline import check_fresh
 from spinquant.plan import ROTATION_NAMES, Plan
 from spinquant.proof import Deviation, prove
 from spinquant.rotation import Rotation, RotationSpec, make_rotations

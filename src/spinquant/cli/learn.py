@@ -25,9 +25,9 @@ from spinquant.cli.options import (
     parse_spec,
 )
 from spinquant.cli.output import print_result, stages, step_report
+from spinquant.entrypoints.learn import LearnText, learn_folder, read_learned
 from spinquant.errors import LearningError
 from spinquant.learning.end_to_end import EndToEndOptions
-from spinquant.learning.folder import LearnText, learn_folder, read_learned
 from spinquant.learning.local import LocalOptions
 from spinquant.learning.options import LearnOptions, Watch
 from spinquant.plan import parse_rotation_names

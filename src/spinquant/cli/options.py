@@ -12,13 +12,13 @@ from spinquant.checkpoint.folder import (
     weights_sample,
 )
 from spinquant.cli.output import err_console
+from spinquant.entrypoints.learn import read_learned
 from spinquant.errors import (
     LearningError,
     RotationError,
     SchemeError,
 )
 from spinquant.formats.runtimes import RUNTIMES
-from spinquant.learning.folder import read_learned
 from spinquant.learning.learned import LearnedRotations
 from spinquant.plan import ROTATION_NAMES, parse_rotation_names
 from spinquant.processes import is_first

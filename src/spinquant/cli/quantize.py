@@ -40,15 +40,15 @@ from spinquant.cli.options import (
     taken_from,
 )
 from spinquant.cli.output import print_result, stages, step_report
+from spinquant.entrypoints.folders import quantize_folder
+from spinquant.entrypoints.learn import LearnText, learn_from, what_is_asked
+from spinquant.entrypoints.learn_run import keeping
+from spinquant.entrypoints.result import Options
+from spinquant.entrypoints.validation import check_request
 from spinquant.errors import LearningError
-from spinquant.folders import quantize_folder
 from spinquant.formats.compressed_config import as_stored
 from spinquant.formats.runtimes import format_for
-from spinquant.learning.folder import LearnText, learn_from, what_is_asked
-from spinquant.learning.keeping import keeping
 from spinquant.learning.options import LearnOptions, Watch
-from spinquant.pipeline import Options
-from spinquant.preconditions import check_request
 from spinquant.processes import Processes, joined
 from spinquant.quantization.gptq import GPTQOptions
 from spinquant.quantization.scheme import parse_scheme, static_parts

@@ -34,8 +34,8 @@ from spinquant.cli.options import (
     taken_from,
 )
 from spinquant.cli.output import print_result, stages
-from spinquant.folders import rotate_folder
-from spinquant.pipeline import Options
+from spinquant.entrypoints.folders import rotate_folder
+from spinquant.entrypoints.result import Options
 
 
 @app.command(epilog="Example: `spinquant rotate ./llama ./llama-rotated --rotations R1,R2 --seed 1`")

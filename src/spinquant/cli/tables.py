@@ -9,11 +9,11 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
+from spinquant.entrypoints.result import Result
 from spinquant.errors import SpinquantError
 from spinquant.evaluation import Comparison, Evaluation
 from spinquant.formats.runtimes import RUNTIMES
 from spinquant.learning.learned import LearnedRotations
-from spinquant.pipeline import Result
 from spinquant.plan import MERGEABLE, Plan
 from spinquant.rotation import RotationSpec, choose
 

@@ -29,7 +29,8 @@ from spinquant.evaluation import evaluate
 from spinquant.formats.native import unmark
 from spinquant.module import plan_of, tensor_shapes
 from spinquant.online import attach
-from spinquant.pipeline import Options, check_fits, rotate
+from spinquant.entrypoints.in_memory import check_fits, rotate
+from spinquant.entrypoints.result import Options
 from spinquant.plan import ROTATION_NAMES, Plan
 from spinquant.plots import (
     plot_activations,
@@ -45,7 +46,7 @@ from spinquant.quantization.rtn import quantize_weight, round_weights
 from spinquant.quantization.scheme import Quantizer, Scheme, parse_scheme
 from spinquant.quantization.weights import weights_of
 from spinquant.rotation import Rotation, RotationSpec
-from spinquant.stream_run import SAMPLE_TOKENS
+from spinquant.entrypoints.stream_run import SAMPLE_TOKENS
 
 Progress = Callable[[str, int, int], None]
 

@@ -4,12 +4,13 @@ Found out now it costs nothing; found out at the end, hours.
 """
 
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from spinquant.architectures import FamilyLike, make_plan
-from spinquant.calibration.blockwise import Calibration
+from spinquant.calibration.blockwise import METHODS, Calibration
 from spinquant.calibration.data import CalibrationText
 from spinquant.checkpoint.atomic import check_free
 from spinquant.checkpoint.folder import folder_of, has_pickles_only, load_config, read_headers
@@ -18,10 +19,10 @@ from spinquant.disk_model import hollow_model, unfillable
 from spinquant.errors import CalibrationError, CheckpointError, RotationError, SchemeError
 from spinquant.formats.compressed_config import check_scheme, quantization_scheme
 from spinquant.formats.runtimes import check_runtime, runtime_of
-from spinquant.pipeline import check_calibration
 from spinquant.plan import MERGEABLE
 from spinquant.processes import is_alone
-from spinquant.quantization.scheme import Scheme
+from spinquant.quantization.gptq import GPTQOptions
+from spinquant.quantization.scheme import Scheme, static_parts
 from spinquant.rotation import RotationSpec
 
 
@@ -128,3 +129,38 @@ def check_for(
     if model is not None:
         shapes = {name: info.shape for name, info in read_headers(model).items()}
         check_runtime(runtime, scheme, spec, make_plan(load_config(model), shapes, family=family))
+
+
+ASYMMETRY = 0.25  # of method gptaq where nothing else is said; measured in quantization/gptq.py
+
+
+def check_calibration(method: str, scheme: Scheme, calibration: Calibration | None) -> Calibration | None:
+    """The calibration that a method needs, None for plain rounding.
+
+    Raises SchemeError and CalibrationError for a method that is not known, and for options that would do nothing.
+    """
+    if method not in METHODS:
+        raise SchemeError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
+    calibration = calibration or Calibration()
+    ranges = {"activations": scheme.activations, "kv": scheme.kv}
+    static = static_parts(scheme)
+    if calibration.clips and all(ranges[part] is None for part in ranges if part not in static):
+        raise SchemeError(
+            f"scheme {scheme} rounds neither activations nor the KV cache in ranges of their own: there is no clip "
+            "ratio to search"
+        )
+    if method == "rtn" and (calibration.gptq != GPTQOptions() or calibration.sequential):
+        raise CalibrationError(
+            "damping, act-order, asymmetry and sequential are options of gptq and gptaq, and the method is rtn"
+        )
+    if method == "rtn" and not calibration.clips and not static:
+        if not calibration.round_inputs:
+            raise CalibrationError("exact inputs are an option of calibration, and plain rtn is not calibrated")
+        return None
+    if method != "rtn" and scheme.weights is None:
+        raise SchemeError(f"method {method} rounds weights, and scheme {scheme} leaves them at 16 bits: use method rtn")
+    if method == "gptaq" and calibration.gptq.asymmetry is None:
+        return replace(calibration, gptq=replace(calibration.gptq, asymmetry=ASYMMETRY))
+    if method != "gptaq" and calibration.gptq.asymmetry:
+        raise CalibrationError(f"asymmetry belongs to method gptaq, and the method is {method}")
+    return calibration

@@ -16,7 +16,7 @@ from spinquant.architectures import RECORDED
 from spinquant.checkpoint.folder import BESIDE, INDEX, RECORD, ROTATIONS, SINGLE, companions
 from spinquant.checkpoint.reader import Source, fp8_block
 from spinquant.checkpoint.resumable import write_file
-from spinquant.pipeline import Result
+from spinquant.entrypoints.result import Result
 from spinquant.saved_rotations import to_save
 from spinquant.shards import Shard
 

@@ -1,111 +1,28 @@
 """The whole story on a model in memory: prove, rotate, check, quantize. From folder to folder: `folders.py`."""
 
-import platform
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
-import transformers
 from torch import Tensor
 
 from spinquant.architectures import FamilyLike, use_family
 from spinquant.calibration.block_store import BlockStore
-from spinquant.calibration.blockwise import METHODS, Calibration, Method, quantize_blocks
+from spinquant.calibration.blockwise import Calibration, Method, quantize_blocks
+from spinquant.entrypoints.result import Options, Result
+from spinquant.entrypoints.validation import check_calibration
 from spinquant.errors import CalibrationError, RotationError, SchemeError
 from spinquant.formats.native import is_marked, mark, unmark
 from spinquant.kronecker import kernels_for
 from spinquant.module import fuse_module, largest, plan_of, tensor_shapes
 from spinquant.online import attach
 from spinquant.plan import Plan
-from spinquant.proof import Deviation, check, compare, prove, snapshot
-from spinquant.quantization.gptq import GPTQOptions
+from spinquant.proof import check, compare, prove, snapshot
 from spinquant.quantization.rtn import round_weights
-from spinquant.quantization.scheme import Clips, Scheme, parse_scheme, static_parts
+from spinquant.quantization.scheme import Clips, Scheme, parse_scheme
 from spinquant.quantization.weights import weights_of
 from spinquant.rotation import Rotation, RotationSpec, make_rotations
-from spinquant.saved_rotations import to_save
 from spinquant.wrapped import check_given, in_precision, online_part
-
-ASYMMETRY = 0.25  # of method gptaq where nothing else is said; measured in quantization/gptq.py
-
-Stage = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a run goes about it, apart from what it computes.
-
-    prove: try the rotations on a small model of the same architecture first. allow_inexact: save even when the
-    logits of real tokens moved by more than rounding. precision: dtype of fusing (see `fuse.transform`) and of online
-    rotations, by default the wider of the tensor's own and float32. drop_mtp: of a checkpoint, leave out layers for
-    multi-token prediction, which R1 cannot take along. memory: bytes that the hidden states of a calibration from disk
-    may take before they go to a file, by default a quarter of what is available; and that a block may take which a
-    stream loads to compare it, where that is more than it takes anyway.
-    progress(stage, done, total): called as the work goes on.
-    """
-
-    prove: bool = True
-    allow_inexact: bool = False
-    precision: torch.dtype | None = None
-    drop_mtp: bool = False
-    memory: int | None = None
-    progress: Stage | None = None
-
-    def stage(self, name: str) -> Callable[[int, int], None]:
-        """A progress function for one stage."""
-
-        def report(done: int, total: int) -> None:
-            if self.progress:
-                self.progress(name, done, total)
-
-        return report
-
-
-@dataclass(frozen=True)
-class Result:
-    """A model that was rotated, and quantized where a scheme says so, with all that is needed to repeat it.
-
-    twin and real are how far logits moved by rotating: in the small model, and on real tokens (None: not tried).
-    model is None where it was never loaded; seconds then says how long each phase took.
-    """
-
-    model: Any
-    plan: Plan
-    spec: RotationSpec
-    rotations: Mapping[str, Rotation]
-    scheme: Scheme | None = None
-    method: str | None = None
-    calibration: Calibration | None = None
-    clips: Clips = field(default_factory=Clips)
-    twin: Deviation | None = None
-    real: Deviation | None = None
-    notes: dict[str, Any] = field(default_factory=dict)
-    seconds: Mapping[str, float] | None = None
-
-    def record(self) -> dict[str, Any]:
-        """Everything but the tensors, as JSON: seeds, scheme, plan, proofs, versions."""
-        return {
-            "spinquant": version("spinquant"),
-            "versions": {
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
-            "spec": self.spec.to_dict(),
-            "scheme": self.scheme.to_dict() if self.scheme else None,
-            "method": self.method,
-            "calibration": self.calibration.to_dict() if self.calibration else None,
-            "clips": self.clips.to_dict() if self.clips else None,
-            **to_save(self.rotations)[0],
-            "proof": {
-                "twin": self.twin.to_dict() if self.twin else None,
-                "real_tokens": self.real.to_dict() if self.real else None,
-            },
-            **self.notes,
-            "plan": self.plan.to_dict(),
-        }
 
 
 def rotate(
@@ -216,38 +133,6 @@ def quantize(
         attach(model, rotated.plan, online, scheme, clips)
         mark(model, rotated.plan, online, rotated.spec, scheme, clips)
     return replace(rotated, scheme=scheme, method=method, calibration=calibration, clips=clips)
-
-
-def check_calibration(method: str, scheme: Scheme, calibration: Calibration | None) -> Calibration | None:
-    """The calibration that a method needs, None for plain rounding.
-
-    Raises SchemeError and CalibrationError for a method that is not known, and for options that would do nothing.
-    """
-    if method not in METHODS:
-        raise SchemeError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
-    calibration = calibration or Calibration()
-    ranges = {"activations": scheme.activations, "kv": scheme.kv}
-    static = static_parts(scheme)
-    if calibration.clips and all(ranges[part] is None for part in ranges if part not in static):
-        raise SchemeError(
-            f"scheme {scheme} rounds neither activations nor the KV cache in ranges of their own: there is no clip "
-            "ratio to search"
-        )
-    if method == "rtn" and (calibration.gptq != GPTQOptions() or calibration.sequential):
-        raise CalibrationError(
-            "damping, act-order, asymmetry and sequential are options of gptq and gptaq, and the method is rtn"
-        )
-    if method == "rtn" and not calibration.clips and not static:
-        if not calibration.round_inputs:
-            raise CalibrationError("exact inputs are an option of calibration, and plain rtn is not calibrated")
-        return None
-    if method != "rtn" and scheme.weights is None:
-        raise SchemeError(f"method {method} rounds weights, and scheme {scheme} leaves them at 16 bits: use method rtn")
-    if method == "gptaq" and calibration.gptq.asymmetry is None:
-        return replace(calibration, gptq=replace(calibration.gptq, asymmetry=ASYMMETRY))
-    if method != "gptaq" and calibration.gptq.asymmetry:
-        raise CalibrationError(f"asymmetry belongs to method gptaq, and the method is {method}")
-    return calibration
 
 
 def check_fresh(model: Any) -> None:

@@ -16,13 +16,13 @@ from spinquant.calibration.data import CalibrationText, calibration_tokens
 from spinquant.checkpoint.atomic import atomic_folder
 from spinquant.checkpoint.folder import load_model, load_tokenizer, weights_digest, weights_sample
 from spinquant.checkpoint.safetensors_io import file_hash
+from spinquant.entrypoints.in_memory import check_fits
+from spinquant.entrypoints.learn_run import keeping
 from spinquant.errors import CheckpointError, SpinquantError, TextError
-from spinquant.learning.keeping import keeping
 from spinquant.learning.learn import learn
 from spinquant.learning.learned import LearnedRotations
 from spinquant.learning.options import LearnOptions, Watch
 from spinquant.module import plan_of, tensor_shapes
-from spinquant.pipeline import check_fits
 from spinquant.processes import is_first, joined
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import RotationSpec

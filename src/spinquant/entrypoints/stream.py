@@ -13,7 +13,10 @@ from spinquant.checkpoint.checksums import Known, SourceHash, known_hashes
 from spinquant.checkpoint.folder import check_device, check_unquantized, folder_of, load_config, read_headers
 from spinquant.checkpoint.reader import Source, fp8_block
 from spinquant.checkpoint.resumable import Growing, Resumable, read_settings
-from spinquant.companions import write_beside, write_companions
+from spinquant.entrypoints.output_folder import write_beside, write_companions
+from spinquant.entrypoints.request import Request
+from spinquant.entrypoints.result import Result
+from spinquant.entrypoints.stream_run import Clock, Run
 from spinquant.errors import (
     CheckpointError,
     ProcessError,
@@ -21,11 +24,9 @@ from spinquant.errors import (
     SpinquantError,
 )
 from spinquant.kronecker import kernels_for
-from spinquant.pipeline import Result
 from spinquant.processes import Processes, joined
 from spinquant.proof import prove
 from spinquant.stream import Rotated, stream
-from spinquant.stream_run import Clock, Request, Run
 
 STREAMED = "stream"  # the stage of a run that counts bytes
 # The others wait while the first process compares; that one of them ended is seen otherwise.

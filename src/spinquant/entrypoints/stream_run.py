@@ -5,10 +5,9 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +15,33 @@ import torch
 from torch import Tensor
 
 from spinquant.adapters.base_model import Target
-from spinquant.adapters.folder import ADAPTERS, along_digests, write_along
+from spinquant.adapters.folder import ADAPTERS, write_along
 from spinquant.architectures import RECORDED, FamilyLike, make_plan, recorded_family
 from spinquant.architectures.mtp import COUNTS
-from spinquant.calibration.block_store import BlockStore, digest
-from spinquant.calibration.data import load_text, token_windows
+from spinquant.calibration.block_store import BlockStore
+from spinquant.calibration.data import CalibrationText, calibration_tokens, check_length, load_text, token_windows
 from spinquant.centred import check_centred
-from spinquant.checkpoint.folder import (
-    load_tokenizer,
-    weights_digest,
-)
+from spinquant.checkpoint.folder import load_config, load_model, load_tokenizer
 from spinquant.checkpoint.reader import Source, read_gains
 from spinquant.checkpoint.resumable import Resumable
-from spinquant.companions import dtype_of, model_dtype
-from spinquant.disk_calibration import Calibrating, calibrate_on_disk, tokens_for
+from spinquant.disk_calibration import calibrate_on_disk
 from spinquant.disk_model import Weights, form_in, hollow_model, unfillable
 from spinquant.disk_proof import compare_on_disk
 from spinquant.disk_rounding import rounding_on_disk
+from spinquant.entrypoints.in_memory import check_fits
+from spinquant.entrypoints.output_folder import dtype_of, model_dtype
+from spinquant.entrypoints.request import Request, store_folder, store_for
+from spinquant.entrypoints.result import Result, Stage
 from spinquant.errors import CalibrationError, CheckpointError, ProcessError, SpinquantError
 from spinquant.formats.compressed_config import check_plan, quantization_config
 from spinquant.formats.compressed_packing import CompressedPacking
 from spinquant.formats.native import make_config
 from spinquant.formats.native_packing import Finished, NativePacking
-from spinquant.learning.learned import LearnedRotations
-from spinquant.pipeline import Options, Result, Stage, check_fits
 from spinquant.processes import Processes
 from spinquant.proof import allowed, check
 from spinquant.quantization.scheme import Clips, Scheme
 from spinquant.quantization.weights import parts_tied
-from spinquant.rotation import RotationSpec, make_rotations
+from spinquant.rotation import make_rotations
 from spinquant.shards import Change, Packing, Plain, make_shards
 from spinquant.stream import Rotated, Timing
 from spinquant.wrapped import check_given, in_precision, online_part
@@ -80,73 +77,6 @@ class Clock:
         found = processes.gather({**self._phases, "megabytes": self._bytes / 1e6})
         summed = {name: sum(one[name] for one in found) for name in found[0]}
         return {**summed, "total": total, "processes": processes.size}
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a stream is asked to do.
-
-    max_shard_size: bytes; None for the shards of the source. text: of the real tokens on which the result is compared
-    with the source, as in `load_text`; None for no comparison. scheme: what is quantized; None for rotations alone.
-    learned: rotations in place of those that the spec makes, which then describes them. calibrating: how, where weights
-    are not just rounded to nearest. format: native or compressed-tensors, of what is no plain folder. checksums: a list
-    of SHA-256 that the files of the source have to have. also: folders of adapters and heads that ride along, by name.
-    family: a file that explains the model where no table does.
-    """
-
-    spec: RotationSpec
-    dtype: torch.dtype | None = None
-    device: str = "cpu"
-    max_shard_size: int | None = None
-    text: str | None = "auto"
-    scheme: Scheme | None = None
-    options: Options = field(default_factory=Options)
-    learned: LearnedRotations | None = None
-    calibrating: Calibrating | None = None
-    format: str = "native"
-    checksums: Path | None = None
-    also: Mapping[str, Path] = field(default_factory=dict)
-    family: FamilyLike | None = None
-
-    def settings(self, model: str | Path, folder: Path, config: Any, *, compiled: bool) -> dict[str, Any]:
-        """Everything that decides the bytes of the result, as JSON. compiled: with kernels of the transform."""
-        return {
-            "spinquant": version("spinquant"),
-            "torch": torch.__version__,
-            "kernels": compiled,
-            "model": str(model),
-            "files": weights_digest(folder),
-            **self.spec.to_dict(),
-            "dtype": str(self.dtype),
-            "precision": str(self.options.precision),
-            "device": self.device,
-            "max_shard_size": self.max_shard_size,
-            "text": self.text,
-            "scheme": None if self.scheme is None else self.scheme.to_dict(),
-            "learned": None if self.learned is None else self.learned.digest(),
-            "calibrating": None if self.calibrating is None else asdict(self.calibrating),
-            "format": self.format,
-            "drop_mtp": self.options.drop_mtp,
-            "also": along_digests(self.also),
-            "family": recorded_family(config),
-        }
-
-
-def store_folder(out: str | Path) -> Path:
-    """Where a calibration for `out` is kept until it is written."""
-    return Path(out).parent / f".{Path(out).name}.calibration"
-
-
-def store_for(
-    out: str | Path, model: str | Path, request: Request, tokens: Tensor, dtype: torch.dtype, config: Any
-) -> BlockStore:
-    """Where finished blocks of a calibration are kept until `out` is written, under a name of all that decides them."""
-    how = request.calibrating
-    assert how is not None
-    settings = [version("spinquant"), request.scheme, request.spec, how.method, how.calibration]
-    settings += [request.options.precision, dtype, digest(tokens), weights_digest(model)]
-    settings += [request.learned.digest() if request.learned else None, recorded_family(config)]
-    return BlockStore(store_folder(out), json.dumps([repr(s) for s in settings]))
 
 
 class Run:
@@ -383,3 +313,22 @@ def sample_tokens(folder: Path, config: Any, text: str) -> tuple[str, torch.Tens
         return "random tokens (no tokenizer)", torch.randint(0, vocabulary, (1, SAMPLE_TOKENS), generator=generator)
     name, content = load_text(text)
     return name, token_windows(tokenizer, content[:20_000], length=SAMPLE_TOKENS, count=1)
+
+
+def tokens_for(
+    model: str | Path,
+    text: CalibrationText,
+    *,
+    dtype: torch.dtype | str,
+    family: FamilyLike | None,
+    progress: Callable[[int, int], None],
+) -> tuple[str, Tensor]:
+    """(name, tokens) of a calibration text. To generate it, the model is in memory as a whole meanwhile."""
+    try:
+        tokenizer = load_tokenizer(model)
+    except CheckpointError:
+        tokenizer = None
+    check_length(load_config(model, family=family), text)
+    generated = text.text == "generated" or (tokenizer is None and text.text == "auto")
+    loaded = load_model(model, dtype=dtype, family=family) if generated else None
+    return calibration_tokens(loaded, tokenizer, text, progress=progress)

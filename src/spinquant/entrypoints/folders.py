@@ -31,19 +31,21 @@ from spinquant.checkpoint.folder import (
     read_headers,
 )
 from spinquant.disk_calibration import Calibrating
+from spinquant.entrypoints.in_memory import quantize, rotate
+from spinquant.entrypoints.request import Request, store_for
+from spinquant.entrypoints.result import Options, Result
+from spinquant.entrypoints.stream import stream_folder
+from spinquant.entrypoints.stream_run import sample_tokens
+from spinquant.entrypoints.validation import check_format, check_request
 from spinquant.errors import CheckpointError, RotationError
 from spinquant.formats.compressed_config import check_plan
 from spinquant.formats.compressed_tensors import write_compressed
 from spinquant.formats.native import is_marked
 from spinquant.learning.learned import LearnedRotations
-from spinquant.pipeline import Options, Result, quantize, rotate
 from spinquant.plan import MERGEABLE, Plan
-from spinquant.preconditions import check_format, check_request
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import RotationSpec
 from spinquant.saved_rotations import to_save
-from spinquant.stream_run import Request, sample_tokens, store_for
-from spinquant.streamed_folders import stream_folder
 from spinquant.wrapped import online_part
 
 Format = Literal["native", "compressed-tensors", "hf"]
