@@ -23,7 +23,7 @@ from transformers import (
 from spinquant.cli import main as cli
 from spinquant.demo.model import demo_model
 from spinquant.errors import CheckpointError
-from spinquant.proof import Float64Arithmetic
+from spinquant.evaluation.equivalence import Float64Arithmetic
 
 transformers.utils.logging.disable_progress_bar()  # as the command line does
 

@@ -19,7 +19,7 @@ from spinquant import RotationSpec, load, rotate_adapter, rotate_folder
 from spinquant.adapters import draft_heads as heads
 from spinquant.entrypoints.result import Options
 from spinquant.errors import CheckpointError, RotationError
-from spinquant.proof import Float64Arithmetic
+from spinquant.evaluation.equivalence import Float64Arithmetic
 
 QUICK = Options(prove=False)
 HIDDEN, DRAFT_VOCABULARY = SIZES["hidden_size"], 40

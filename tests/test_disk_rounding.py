@@ -11,8 +11,8 @@ from spinquant import Options, ProofError, RotationSpec, fuse, rotate_folder
 from spinquant.checkpoint.folder import load_config
 from spinquant.checkpoint.reader import Source
 from spinquant.disk_rounding import Neighbours
+from spinquant.evaluation.equivalence import MARGIN, MOST, TOLERANCE, allowed
 from spinquant.module import model_class
-from spinquant.proof import MARGIN, MOST, TOLERANCE, allowed
 
 SPEC = RotationSpec("R1,R2", "auto", randomize=True)
 GIVEN = {"text": "manual", "options": Options(prove=False)}

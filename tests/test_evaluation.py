@@ -9,7 +9,7 @@ from torch import nn
 from conftest import byte_tokenizer, tiny_model, tokens
 from spinquant import TextError, compare_models, evaluate, load_text, token_windows
 from spinquant.calibration.data import captured
-from spinquant.evaluation import divergence, drawn
+from spinquant.evaluation.metrics import divergence, drawn
 
 
 class Constant(nn.Module):

@@ -34,13 +34,13 @@ from spinquant.architectures.unsupported import UNTABLED
 from spinquant.calibration.data import captured
 from spinquant.entrypoints.result import Options
 from spinquant.errors import ArchitectureError, RotationError, SchemeError
+from spinquant.evaluation.equivalence import Float64Arithmetic, greedy_logits, output_axis
+from spinquant.evaluation.tiny_model import exact_experts
 from spinquant.fuse import rotate_axis, transform
 from spinquant.learnable import learn, unlearn
 from spinquant.module import model_class, tensor_shapes
 from spinquant.plan import ROTATION_NAMES
-from spinquant.proof import Float64Arithmetic, greedy_logits, output_axis
 from spinquant.rotation import matrix
-from spinquant.twin import exact_experts
 
 CASES = [(name, rotation) for name, instance in FAMILIES.items() for rotation in (*instance.allowed, "all")]
 REFUSED = [(name, rotation) for name, instance in FAMILIES.items() for rotation in instance.refused]

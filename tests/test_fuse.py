@@ -4,9 +4,9 @@ import torch
 from conftest import CONFIGS, logits, tiny_model, tokens
 from spinquant import CheckpointError, RotationSpec, attach, fuse_module, make_rotations, plan_of
 from spinquant.calibration.data import captured
+from spinquant.evaluation.equivalence import Float64Arithmetic, greedy_logits
 from spinquant.fuse import rotate_axis, transform
 from spinquant.plan import Span
-from spinquant.proof import Float64Arithmetic, greedy_logits
 from spinquant.rotation import Orthogonal, matrix, random_orthogonal
 
 TYPES = ["hadamard", "random-hadamard", "random-matrix"]

@@ -31,8 +31,8 @@ from spinquant.calibration.block_store import BlockStore
 from spinquant.calibration.blockwise import quantize_blocks
 from spinquant.calibration.data import CalibrationText, calibration_tokens, captured
 from spinquant.calibration.sequential import after_blocks, block_calls, run_block
+from spinquant.evaluation.equivalence import Float64Arithmetic
 from spinquant.module import named_tensor
-from spinquant.proof import Float64Arithmetic
 from spinquant.quantization.clip import search_input_clip
 from spinquant.quantization.gptq import BLOCK_COLUMNS, Moments, gptq
 from spinquant.quantization.integer import decode, dequantize, encode, fake_quantize, grid, quantize_on_grid

@@ -20,7 +20,8 @@ from spinquant import (
     plan_of,
     quantize,
 )
-from spinquant.evaluation import divergence, drawn
+from spinquant.evaluation.equivalence import Float64Arithmetic
+from spinquant.evaluation.metrics import divergence, drawn
 from spinquant.learnable import learn as learn_parameters
 from spinquant.learning.cayley import Descent, cayley, nearer, orthogonality_error
 from spinquant.learning.end_to_end import (
@@ -40,7 +41,6 @@ from spinquant.learning.samples import Site, collect
 from spinquant.learning.sensitivity import predicted_kl, sensitive_sites
 from spinquant.learning.state import StateFile
 from spinquant.online import attachment_of
-from spinquant.proof import Float64Arithmetic
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.rotated import Moving, Tally, Turn, round_rotated
 from spinquant.quantization.rtn import round_weights

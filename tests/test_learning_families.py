@@ -20,8 +20,8 @@ from spinquant import (
     rotate,
 )
 from spinquant.centred import check_centred
+from spinquant.evaluation.equivalence import Float64Arithmetic
 from spinquant.learning.network import fuse_gains, rounding
-from spinquant.proof import Float64Arithmetic
 from test_families import tiny
 
 NAMES = ["gpt_neox", "starcoder2", "cohere2", "olmo", "phi3", "gemma", "gemma2"]

@@ -23,11 +23,11 @@ from spinquant import (
     save,
 )
 from spinquant.architectures import llama
+from spinquant.evaluation.equivalence import TOLERANCE, Float64Arithmetic
 from spinquant.learnable import LearnableRotation, Learned
 from spinquant.mapped_plan import plan_from_mappings
 from spinquant.mappings import NormMapping, infer_mapping, infer_norm_mappings
 from spinquant.plan import Plan
-from spinquant.proof import TOLERANCE, Float64Arithmetic
 from spinquant.rotation import Hadamard, Orthogonal, matrix
 from spinquant.saved_rotations import restore
 from spinquant.wrapped import InPrecision

@@ -19,10 +19,10 @@ from spinquant.cli.main import app
 from spinquant.entrypoints.folders import quantize_folder
 from spinquant.entrypoints.result import Options
 from spinquant.errors import ArchitectureError, CheckpointError, RotationError
+from spinquant.evaluation.equivalence import Float64Arithmetic
+from spinquant.evaluation.tiny_model import exact_experts
 from spinquant.module import model_class
-from spinquant.proof import Float64Arithmetic
 from spinquant.quantization.scheme import parse_scheme
-from spinquant.twin import exact_experts
 
 QUICK, DROP = Options(prove=False), Options(prove=False, drop_mtp=True)
 PREFIX = "model.layers.2."  # behind the last layer

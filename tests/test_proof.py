@@ -7,9 +7,9 @@ from transformers import LlamaConfig, Qwen2Config, SmolLM3Config
 from conftest import CONFIGS, tiny_model, tokens
 from spinquant import ProofError, RotationSpec, fuse_module, make_rotations, plan_of, prove
 from spinquant.architectures import llama
+from spinquant.evaluation.equivalence import Float64Arithmetic, check, compare, snapshot
+from spinquant.evaluation.tiny_model import make_twin, twin_config
 from spinquant.module import named_tensor
-from spinquant.proof import Float64Arithmetic, check, compare, snapshot
-from spinquant.twin import make_twin, twin_config
 
 
 @pytest.mark.parametrize("name", CONFIGS)

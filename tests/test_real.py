@@ -6,7 +6,7 @@ import torch
 import spinquant
 from spinquant import RotationSpec, load, load_tokenizer, parse_scheme, rotate, token_windows
 from spinquant.cli import main as cli
-from spinquant.evaluation import compare_models, evaluate
+from spinquant.evaluation.metrics import compare_models, evaluate
 from spinquant.quantization.integer import fake_quantize
 
 pytestmark = pytest.mark.real

@@ -26,7 +26,8 @@ from spinquant import (
 from spinquant.calibration.data import captured
 from spinquant.entrypoints.result import Options
 from spinquant.errors import LearningError, RotationError
-from spinquant.evaluation import drawn
+from spinquant.evaluation.equivalence import Float64Arithmetic, compare, snapshot
+from spinquant.evaluation.metrics import drawn
 from spinquant.fuse import fuse_in_place, slices, transform
 from spinquant.learning.end_to_end import FROM_LOCAL, EndToEndOptions
 from spinquant.learning.learn import learn
@@ -35,7 +36,6 @@ from spinquant.learning.network import fuse_gains, learning_scheme
 from spinquant.learning.options import LearnOptions
 from spinquant.learning.scales import add_up, fuse_scales, scale_sums, unscale
 from spinquant.module import named_tensor
-from spinquant.proof import Float64Arithmetic, compare, snapshot
 from spinquant.quantization.scheme import parse_scheme
 from spinquant.rotation import Hadamard, matrix
 from spinquant.saved_rotations import saved, to_save

@@ -27,7 +27,7 @@ from spinquant.calibration.data import calibration_tokens
 from spinquant.checkpoint.folder import load_tokenizer
 from spinquant.cli.tables import plan_notes
 from spinquant.entrypoints.result import Options
-from spinquant.proof import difference
+from spinquant.evaluation.equivalence import difference
 from test_families import tiny
 
 NAMES = ("zamba", "zamba2-adapters")

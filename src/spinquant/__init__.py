@@ -30,7 +30,8 @@ from spinquant.errors import (
     SpinquantError,
     TextError,
 )
-from spinquant.evaluation import Comparison, Evaluation, compare_models, evaluate
+from spinquant.evaluation.equivalence import prove
+from spinquant.evaluation.metrics import Comparison, Evaluation, compare_models, evaluate
 from spinquant.formats.native import detach
 from spinquant.hadamard import hadamard_matrix, hadamard_transform
 from spinquant.learning.end_to_end import EndToEndOptions
@@ -45,7 +46,6 @@ from spinquant.online import Attachment, attach
 from spinquant.plan import Plan
 from spinquant.probing.draft import draft_text
 from spinquant.probing.probe import Probe, probe
-from spinquant.proof import prove
 from spinquant.quantization.gptq import GPTQOptions, Moments, gptq
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme, parse_scheme
 from spinquant.rotation import Hadamard, Kronecker, Orthogonal, Rotation, RotationSpec, make_rotations

@@ -15,11 +15,17 @@ from torch import Tensor
 from spinquant.calibration.data import captured
 from spinquant.calibration.sequential import after_blocks, block_calls, check_finite_output, run_block
 from spinquant.disk_model import OnDisk, Weights
+from spinquant.evaluation.equivalence import (
+    Deviation,
+    Float64Arithmetic,
+    computing_modules,
+    difference,
+    expected_output,
+)
+from spinquant.evaluation.tiny_model import exact_experts
 from spinquant.online import attach
 from spinquant.plan import Plan
-from spinquant.proof import Deviation, Float64Arithmetic, computing_modules, difference, expected_output
 from spinquant.rotation import Rotation
-from spinquant.twin import exact_experts
 
 
 @torch.no_grad()

@@ -12,6 +12,8 @@ import torch
 
 from spinquant.entrypoints.in_memory import check_fresh
 from spinquant.errors import ArchitectureError
+from spinquant.evaluation.equivalence import Deviation, prove
+from spinquant.evaluation.tiny_model import TWIN_BLOCK, twin_spec
 from spinquant.mapped_plan import held_against, plan_from_mappings
 from spinquant.mappings import (
     NormMapping,
@@ -24,10 +26,8 @@ from spinquant.mappings import (
 from spinquant.module import check_in_memory, plan_of
 from spinquant.online import ATTENTIONS, check_implementation
 from spinquant.plan import ROTATION_NAMES, Plan
-from spinquant.proof import Deviation, prove
 from spinquant.rotation import Rotation, RotationSpec, make_rotations
 from spinquant.transform_config import TransformConfig, transform_config, translate
-from spinquant.twin import TWIN_BLOCK, twin_spec
 from spinquant.wrapped import InPrecision
 
 

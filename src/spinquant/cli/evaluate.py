@@ -29,8 +29,8 @@ from spinquant.cli.options import (
 )
 from spinquant.cli.output import err_console, print_result, stages
 from spinquant.errors import CheckpointError
-from spinquant.evaluation import compare_models
-from spinquant.evaluation import evaluate as evaluate_model
+from spinquant.evaluation.metrics import compare_models
+from spinquant.evaluation.metrics import evaluate as evaluate_model
 
 
 @app.command(epilog="Example: `spinquant evaluate ./llama-w4a4 --reference ./llama --text manual --windows 16`")

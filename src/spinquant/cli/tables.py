@@ -11,7 +11,7 @@ from rich.table import Table
 
 from spinquant.entrypoints.result import Result
 from spinquant.errors import SpinquantError
-from spinquant.evaluation import Comparison, Evaluation
+from spinquant.evaluation.metrics import Comparison, Evaluation
 from spinquant.formats.runtimes import RUNTIMES
 from spinquant.learning.learned import LearnedRotations
 from spinquant.plan import MERGEABLE, Plan

@@ -14,7 +14,7 @@ from typing import Any
 
 from spinquant.plan import MERGEABLE
 from spinquant.plots import GAUSSIAN_KURTOSIS, number
-from spinquant.proof import Deviation
+from spinquant.evaluation.equivalence import Deviation
 
 Pair = tuple[float, float]  # plain, rotated
 

@@ -25,7 +25,7 @@ from spinquant.checkpoint.folder import is_local, load_model, load_tokenizer
 from spinquant.demo.model import demo_model
 from spinquant.demo.page import Activation, DemoResult, page
 from spinquant.errors import SchemeError
-from spinquant.evaluation import evaluate
+from spinquant.evaluation.metrics import evaluate
 from spinquant.formats.native import unmark
 from spinquant.module import plan_of, tensor_shapes
 from spinquant.online import attach
@@ -40,7 +40,7 @@ from spinquant.plots import (
     relative_magnitude,
     require_matplotlib,
 )
-from spinquant.proof import prove
+from spinquant.evaluation.equivalence import prove
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.rtn import quantize_weight, round_weights
 from spinquant.quantization.scheme import Quantizer, Scheme, parse_scheme

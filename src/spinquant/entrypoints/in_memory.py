@@ -12,12 +12,12 @@ from spinquant.calibration.blockwise import Calibration, Method, quantize_blocks
 from spinquant.entrypoints.result import Options, Result
 from spinquant.entrypoints.validation import check_calibration
 from spinquant.errors import CalibrationError, RotationError, SchemeError
+from spinquant.evaluation.equivalence import check, compare, prove, snapshot
 from spinquant.formats.native import is_marked, mark, unmark
 from spinquant.kronecker import kernels_for
 from spinquant.module import fuse_module, largest, plan_of, tensor_shapes
 from spinquant.online import attach
 from spinquant.plan import Plan
-from spinquant.proof import check, compare, prove, snapshot
 from spinquant.quantization.rtn import round_weights
 from spinquant.quantization.scheme import Clips, Scheme, parse_scheme
 from spinquant.quantization.weights import weights_of

@@ -10,8 +10,8 @@ import torch
 import transformers
 
 from spinquant.calibration.blockwise import Calibration
+from spinquant.evaluation.equivalence import Deviation
 from spinquant.plan import Plan
-from spinquant.proof import Deviation
 from spinquant.quantization.scheme import Clips, Scheme
 from spinquant.rotation import Rotation, RotationSpec
 from spinquant.saved_rotations import to_save

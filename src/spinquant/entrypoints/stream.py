@@ -23,9 +23,9 @@ from spinquant.errors import (
     SourceChangedError,
     SpinquantError,
 )
+from spinquant.evaluation.equivalence import prove
 from spinquant.kronecker import kernels_for
 from spinquant.processes import Processes, joined
-from spinquant.proof import prove
 from spinquant.stream import Rotated, stream
 
 STREAMED = "stream"  # the stage of a run that counts bytes

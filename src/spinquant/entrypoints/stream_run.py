@@ -33,12 +33,12 @@ from spinquant.entrypoints.output_folder import dtype_of, model_dtype
 from spinquant.entrypoints.request import Request, store_folder, store_for
 from spinquant.entrypoints.result import Result, Stage
 from spinquant.errors import CalibrationError, CheckpointError, ProcessError, SpinquantError
+from spinquant.evaluation.equivalence import allowed, check
 from spinquant.formats.compressed_config import check_plan, quantization_config
 from spinquant.formats.compressed_packing import CompressedPacking
 from spinquant.formats.native import make_config
 from spinquant.formats.native_packing import Finished, NativePacking
 from spinquant.processes import Processes
-from spinquant.proof import allowed, check
 from spinquant.quantization.scheme import Clips, Scheme
 from spinquant.quantization.weights import parts_tied
 from spinquant.rotation import make_rotations

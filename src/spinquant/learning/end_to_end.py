@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from spinquant.calibration.data import device_of
 from spinquant.errors import LearningError
-from spinquant.evaluation import wide
+from spinquant.evaluation.metrics import wide
 from spinquant.learning.cayley import OPTIMIZERS, Descent, Optimizer, orthogonality_error
 from spinquant.learning.local import check_numbers, cosine
 from spinquant.learning.network import checkpointed, learning_scheme, rounding

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spinquant.calibration.data import device_of
-from spinquant.evaluation import divergence, perplexity_of, surprise
+from spinquant.evaluation.metrics import divergence, perplexity_of, surprise
 from spinquant.learning.network import rounding
 from spinquant.learning.scales import fuse_scales, unscale
 from spinquant.learning.state import JudgedFile

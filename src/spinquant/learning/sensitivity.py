@@ -26,7 +26,7 @@ from torch import Tensor
 
 from spinquant.calibration.data import device_of
 from spinquant.errors import LearningError
-from spinquant.evaluation import drawn, wide
+from spinquant.evaluation.metrics import drawn, wide
 from spinquant.learning.network import checkpointed
 from spinquant.learning.samples import Site, quantized_spaces
 from spinquant.online import Attachment, attach

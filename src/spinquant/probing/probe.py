@@ -21,6 +21,8 @@ from spinquant.architectures.build import build_plan
 from spinquant.architectures.family import Named
 from spinquant.architectures.family_file import FamilyFile, family_from, to_family
 from spinquant.errors import ArchitectureError, SpinquantError
+from spinquant.evaluation.equivalence import Float64Arithmetic, difference, greedy_logits
+from spinquant.evaluation.tiny_model import Sizing, make_twin, twin_config
 from spinquant.module import fuse_module, model_class, module_and_attribute, tensor_shapes
 from spinquant.online import attach
 from spinquant.plan import ROTATION_NAMES, Plan
@@ -32,9 +34,7 @@ from spinquant.probing.kinds import choices_of, groups_of
 from spinquant.probing.roles import draft, same_attention
 from spinquant.probing.seen import Draft, Seen
 from spinquant.probing.trace import cached_layers, run, silent_parts, trace
-from spinquant.proof import Float64Arithmetic, difference, greedy_logits
 from spinquant.rotation import Orthogonal, Rotation, RotationSpec, make_rotations
-from spinquant.twin import Sizing, make_twin, twin_config
 
 TOLERANCE = 1e-9
 HEAD = 16  # size of heads in small models, where nothing in the class asks for more

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spinquant.proof import Float64Arithmetic
+from spinquant.evaluation.equivalence import Float64Arithmetic
 
 
 @dataclass(frozen=True)

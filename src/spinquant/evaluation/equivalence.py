@@ -20,12 +20,12 @@ from transformers.pytorch_utils import Conv1D
 from spinquant.architectures import FamilyLike, use_family
 from spinquant.calibration.data import captured, device_of
 from spinquant.errors import ProofError
+from spinquant.evaluation.tiny_model import TWIN_VOCABULARY, make_twin, twin_spec
 from spinquant.fuse import rotate_axis, scales_of
 from spinquant.module import fuse_module, plan_of
 from spinquant.online import attach
 from spinquant.plan import Axis, Plan
 from spinquant.rotation import Rotation, RotationSpec, make_rotations
-from spinquant.twin import TWIN_VOCABULARY, make_twin, twin_spec
 
 # Relative error ||logits' - logits|| / ||logits|| that rounding explains; see docs/design.md for the measurement.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
