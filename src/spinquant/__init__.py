@@ -12,7 +12,6 @@ from spinquant.architectures.family_file import FamilyFile, read_family
 from spinquant.cache import QuantizedCache
 from spinquant.calibration.blockwise import Calibration
 from spinquant.calibration.data import CalibrationText, calibration_tokens, load_text, token_windows
-from spinquant.checkpoint.folder import load_model as load
 from spinquant.checkpoint.folder import load_tokenizer, read_headers
 from spinquant.entrypoints.folders import quantize_folder, rotate_folder, save
 from spinquant.entrypoints.in_memory import quantize, rotate
@@ -32,6 +31,7 @@ from spinquant.errors import (
 )
 from spinquant.evaluation.equivalence import prove
 from spinquant.evaluation.metrics import Comparison, Evaluation, compare_models, evaluate
+from spinquant.formats.load import load_model as load
 from spinquant.formats.native import detach
 from spinquant.hadamard import hadamard_matrix, hadamard_transform
 from spinquant.learning.end_to_end import EndToEndOptions

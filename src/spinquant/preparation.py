@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from spinquant.entrypoints.in_memory import check_fresh
 from spinquant.errors import ArchitectureError
 from spinquant.evaluation.equivalence import Deviation, prove
 from spinquant.evaluation.tiny_model import TWIN_BLOCK, twin_spec
+from spinquant.formats.native import check_fresh
 from spinquant.mapped_plan import held_against, plan_from_mappings
 from spinquant.mappings import (
     NormMapping,

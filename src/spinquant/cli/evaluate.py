@@ -7,12 +7,7 @@ import torch
 import typer
 
 from spinquant.calibration.data import load_text, token_windows
-from spinquant.checkpoint.folder import (
-    is_local,
-    load_model,
-    load_tokenizer,
-    read_headers,
-)
+from spinquant.checkpoint.folder import is_local, load_tokenizer, read_headers
 from spinquant.checkpoint.resumable import check_checksums
 from spinquant.cli import tables as report
 from spinquant.cli.main import app
@@ -31,6 +26,7 @@ from spinquant.cli.output import err_console, print_result, stages
 from spinquant.errors import CheckpointError
 from spinquant.evaluation.metrics import compare_models
 from spinquant.evaluation.metrics import evaluate as evaluate_model
+from spinquant.formats.load import load_model
 
 
 @app.command(epilog="Example: `spinquant evaluate ./llama-w4a4 --reference ./llama --text manual --windows 16`")

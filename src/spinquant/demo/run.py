@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from spinquant.calibration.data import captured, device_of, load_text, token_windows
 from spinquant.checkpoint.atomic import atomic_folder, check_free
-from spinquant.checkpoint.folder import is_local, load_model, load_tokenizer
+from spinquant.checkpoint.folder import is_local, load_tokenizer
+from spinquant.formats.load import load_model
 from spinquant.demo.model import demo_model
 from spinquant.demo.page import Activation, DemoResult, page
 from spinquant.errors import SchemeError

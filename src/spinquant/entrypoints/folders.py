@@ -26,7 +26,6 @@ from spinquant.checkpoint.folder import (
     folder_of,
     has_pickles_only,
     load_config,
-    load_model,
     load_tokenizer,
     read_headers,
 )
@@ -40,6 +39,7 @@ from spinquant.entrypoints.validation import check_format, check_request
 from spinquant.errors import CheckpointError, RotationError
 from spinquant.formats.compressed_config import check_plan
 from spinquant.formats.compressed_tensors import write_compressed
+from spinquant.formats.load import load_model
 from spinquant.formats.native import is_marked
 from spinquant.learning.learned import LearnedRotations
 from spinquant.plan import MERGEABLE, Plan

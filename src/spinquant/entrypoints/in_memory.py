@@ -11,9 +11,9 @@ from spinquant.calibration.block_store import BlockStore
 from spinquant.calibration.blockwise import Calibration, Method, quantize_blocks
 from spinquant.entrypoints.result import Options, Result
 from spinquant.entrypoints.validation import check_calibration
-from spinquant.errors import CalibrationError, RotationError, SchemeError
+from spinquant.errors import CalibrationError, SchemeError
 from spinquant.evaluation.equivalence import check, compare, prove, snapshot
-from spinquant.formats.native import is_marked, mark, unmark
+from spinquant.formats.native import check_fresh, mark, unmark
 from spinquant.kronecker import kernels_for
 from spinquant.module import fuse_module, largest, plan_of, tensor_shapes
 from spinquant.online import attach
@@ -133,15 +133,6 @@ def quantize(
         attach(model, rotated.plan, online, scheme, clips)
         mark(model, rotated.plan, online, rotated.spec, scheme, clips)
     return replace(rotated, scheme=scheme, method=method, calibration=calibration, clips=clips)
-
-
-def check_fresh(model: Any) -> None:
-    """Raise RotationError for a model that this library has rotated online or quantized."""
-    if is_marked(model):
-        raise RotationError(
-            "this model is rotated or quantized already: doing it again would lose its online rotations. Load the "
-            "original, or make it plain first with spinquant.detach(model)"
-        )
 
 
 def check_fits(plan: Plan, shapes: Mapping[str, Sequence[int]], scheme: Scheme) -> None:

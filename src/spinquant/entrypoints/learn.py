@@ -14,11 +14,12 @@ from torch import Tensor
 from spinquant.architectures import FamilyLike, recorded_family
 from spinquant.calibration.data import CalibrationText, calibration_tokens
 from spinquant.checkpoint.atomic import atomic_folder
-from spinquant.checkpoint.folder import load_model, load_tokenizer, weights_digest, weights_sample
+from spinquant.checkpoint.folder import load_tokenizer, weights_digest, weights_sample
 from spinquant.checkpoint.safetensors_io import file_hash
 from spinquant.entrypoints.in_memory import check_fits
 from spinquant.entrypoints.learn_run import keeping
 from spinquant.errors import CheckpointError, SpinquantError, TextError
+from spinquant.formats.load import load_model
 from spinquant.learning.learn import learn
 from spinquant.learning.learned import LearnedRotations
 from spinquant.learning.options import LearnOptions, Watch

@@ -21,7 +21,7 @@ from spinquant.architectures.mtp import COUNTS
 from spinquant.calibration.block_store import BlockStore
 from spinquant.calibration.data import CalibrationText, calibration_tokens, check_length, load_text, token_windows
 from spinquant.centred import check_centred
-from spinquant.checkpoint.folder import load_config, load_model, load_tokenizer
+from spinquant.checkpoint.folder import load_config, load_tokenizer
 from spinquant.checkpoint.reader import Source, read_gains
 from spinquant.checkpoint.resumable import Resumable
 from spinquant.disk_calibration import calibrate_on_disk
@@ -36,6 +36,7 @@ from spinquant.errors import CalibrationError, CheckpointError, ProcessError, Sp
 from spinquant.evaluation.equivalence import allowed, check
 from spinquant.formats.compressed_config import check_plan, quantization_config
 from spinquant.formats.compressed_packing import CompressedPacking
+from spinquant.formats.load import load_model
 from spinquant.formats.native import make_config
 from spinquant.formats.native_packing import Finished, NativePacking
 from spinquant.processes import Processes

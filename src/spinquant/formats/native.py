@@ -22,7 +22,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from spinquant.errors import CheckpointError
+from spinquant.errors import CheckpointError, RotationError
 from spinquant.fuse import rotate_axis
 from spinquant.module import module_and_attribute, named_tensor, plan_of, untie
 from spinquant.online import attach, attachment_of
@@ -318,3 +318,12 @@ def _packed_again(model: Any, weight: Weight, matrices: Tensor, quantizer: Quant
     if not torch.equal(dequantize(packed), matrices):
         raise CheckpointError(f"{weight.tensor} no longer lies on its grid: it was changed after it was quantized")
     return packed
+
+
+def check_fresh(model: Any) -> None:
+    """Raise RotationError for a model that this library has rotated online or quantized."""
+    if is_marked(model):
+        raise RotationError(
+            "this model is rotated or quantized already: doing it again would lose its online rotations. Load the "
+            "original, or make it plain first with spinquant.detach(model)"
+        )
