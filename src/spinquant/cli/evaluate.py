@@ -47,7 +47,7 @@ def evaluate(
     """Perplexity over windows of text, and agreement with a reference model; or tasks of lm-eval."""
     wanted = parse_dtype(dtype) or "auto"
     if tasks:
-        from spinquant.tasks import evaluate_tasks
+        from spinquant.integrations.lm_eval import evaluate_tasks
 
         loaded = load_model(model, dtype=wanted, device=device, allow_pickle=allow_pickle)
         results = evaluate_tasks(loaded, load_tokenizer(model), tasks.split(","), task_path=task_path, limit=limit)

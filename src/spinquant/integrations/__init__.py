@@ -1,0 +1,1 @@
+"""Plugins for vLLM and lm-eval."""
