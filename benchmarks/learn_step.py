@@ -27,9 +27,9 @@ from torch import nn
 
 import spinquant
 from spinquant.demo.model import demo_model
-from spinquant.learnable import learn as learn_parameters
 from spinquant.learning.cayley import Descent
-from spinquant.learning.network import fuse_gains, rounding
+from spinquant.learning.fake_quant import fuse_gains, rounding
+from spinquant.learning.parametrization import learn as learn_parameters
 from spinquant.learning.sensitivity import surprise_of_own
 from spinquant.online import attachment_of
 from spinquant.quantization.rotated import Moving, Tally

@@ -38,8 +38,8 @@ from spinquant.calibration.data import captured
 from spinquant.checkpoint.folder import read_headers
 from spinquant.evaluation.equivalence import Float64Arithmetic
 from spinquant.evaluation.tiny_model import exact_experts
-from spinquant.learning.network import fuse_gains, rounding
-from spinquant.learning.samples import collect
+from spinquant.learning.activations import collect
+from spinquant.learning.fake_quant import fuse_gains, rounding
 from spinquant.module import model_class, named_tensor, tensor_shapes
 from spinquant.quantization.gptq import Moments, gptq
 from spinquant.quantization.integer import dequantize, fake_quantize

@@ -37,7 +37,7 @@ from spinquant.errors import ArchitectureError, RotationError, SchemeError
 from spinquant.evaluation.equivalence import Float64Arithmetic, greedy_logits, output_axis
 from spinquant.evaluation.tiny_model import exact_experts
 from spinquant.fuse import rotate_axis, transform
-from spinquant.learnable import learn, unlearn
+from spinquant.learning.parametrization import learn, unlearn
 from spinquant.module import model_class, tensor_shapes
 from spinquant.plan import ROTATION_NAMES
 from spinquant.rotation import matrix

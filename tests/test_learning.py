@@ -22,7 +22,7 @@ from spinquant import (
 )
 from spinquant.evaluation.equivalence import Float64Arithmetic
 from spinquant.evaluation.metrics import divergence, drawn
-from spinquant.learnable import learn as learn_parameters
+from spinquant.learning.activations import Site, collect
 from spinquant.learning.cayley import Descent, cayley, nearer, orthogonality_error
 from spinquant.learning.end_to_end import (
     FROM_LOCAL,
@@ -32,14 +32,14 @@ from spinquant.learning.end_to_end import (
     _rows_of,
     learn_end_to_end,
 )
-from spinquant.learning.judge import Contest, judge, with_clips
+from spinquant.learning.fake_quant import fuse_gains, learning_scheme, rounding
+from spinquant.learning.layerwise import LocalOptions, learn_locally, rounding_errors
 from spinquant.learning.learn import CLIP_WINDOWS, _with_signs
-from spinquant.learning.local import LocalOptions, learn_locally, rounding_errors
-from spinquant.learning.network import fuse_gains, learning_scheme, rounding
 from spinquant.learning.options import Watch, learned_spaces
-from spinquant.learning.samples import Site, collect
+from spinquant.learning.parametrization import learn as learn_parameters
+from spinquant.learning.selection import Contest, judge, with_clips
 from spinquant.learning.sensitivity import predicted_kl, sensitive_sites
-from spinquant.learning.state import StateFile
+from spinquant.learning.training_state import StateFile
 from spinquant.online import attachment_of
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.rotated import Moving, Tally, Turn, round_rotated

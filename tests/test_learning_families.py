@@ -21,7 +21,7 @@ from spinquant import (
 )
 from spinquant.centred import check_centred
 from spinquant.evaluation.equivalence import Float64Arithmetic
-from spinquant.learning.network import fuse_gains, rounding
+from spinquant.learning.fake_quant import fuse_gains, rounding
 from test_families import tiny
 
 NAMES = ["gpt_neox", "starcoder2", "cohere2", "olmo", "phi3", "gemma", "gemma2"]

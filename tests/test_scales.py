@@ -29,12 +29,12 @@ from spinquant.errors import LearningError, RotationError
 from spinquant.evaluation.equivalence import Float64Arithmetic, compare, snapshot
 from spinquant.evaluation.metrics import drawn
 from spinquant.fuse import fuse_in_place, slices, transform
+from spinquant.learning.channel_scaling import add_up, fuse_scales, scale_sums, unscale
 from spinquant.learning.end_to_end import FROM_LOCAL, EndToEndOptions
+from spinquant.learning.fake_quant import fuse_gains, learning_scheme
+from spinquant.learning.layerwise import LocalOptions
 from spinquant.learning.learn import learn
-from spinquant.learning.local import LocalOptions
-from spinquant.learning.network import fuse_gains, learning_scheme
 from spinquant.learning.options import LearnOptions
-from spinquant.learning.scales import add_up, fuse_scales, scale_sums, unscale
 from spinquant.module import named_tensor
 from spinquant.quantization.scheme import parse_scheme
 from spinquant.rotation import Hadamard, matrix
@@ -382,7 +382,8 @@ def test_learning_keeps_them_where_they_lessen_kl(signs):
 
 def test_scales_that_lose_are_taken_out_again(monkeypatch):
     monkeypatch.setattr(
-        "spinquant.learning.scales.Sums.scale", lambda self: torch.linspace(-4, 4, len(self.large)).double().exp()
+        "spinquant.learning.channel_scaling.Sums.scale",
+        lambda self: torch.linspace(-4, 4, len(self.large)).double().exp(),
     )
     model, _ = prepared()
     learned = learn(model, parse_scheme("W4A4KV4"), SPEC, tokens(16, 24), tokens(4, 24, seed=9), QUICKLY)

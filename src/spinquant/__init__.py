@@ -35,9 +35,9 @@ from spinquant.formats.load import load_model as load
 from spinquant.formats.native import detach
 from spinquant.hadamard import hadamard_matrix, hadamard_transform
 from spinquant.learning.end_to_end import EndToEndOptions
+from spinquant.learning.layerwise import LocalOptions
 from spinquant.learning.learn import learn
 from spinquant.learning.learned import LearnedRotations
-from spinquant.learning.local import LocalOptions
 from spinquant.learning.options import LearnOptions
 from spinquant.mappings import NormMapping, SpinQuantMapping
 from spinquant.modifier import SpinQuantModifier

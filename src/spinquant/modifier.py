@@ -19,7 +19,7 @@ from torch import nn
 from spinquant.entrypoints.in_memory import install
 from spinquant.entrypoints.result import Options, Result
 from spinquant.errors import RotationError
-from spinquant.learnable import Learning, learn, unlearn
+from spinquant.learning.parametrization import Learning, learn, unlearn
 from spinquant.mappings import NormMapping, SpinQuantMapping
 from spinquant.online import ATTENTIONS
 from spinquant.plan import Plan, parse_rotation_names

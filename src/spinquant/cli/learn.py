@@ -28,7 +28,7 @@ from spinquant.cli.output import print_result, stages, step_report
 from spinquant.entrypoints.learn import LearnText, learn_folder, read_learned
 from spinquant.errors import LearningError
 from spinquant.learning.end_to_end import EndToEndOptions
-from spinquant.learning.local import LocalOptions
+from spinquant.learning.layerwise import LocalOptions
 from spinquant.learning.options import LearnOptions, Watch
 from spinquant.plan import parse_rotation_names
 from spinquant.quantization.scheme import parse_scheme

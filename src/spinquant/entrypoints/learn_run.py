@@ -15,7 +15,7 @@ from typing import Any
 
 from spinquant.checkpoint.atomic import check_free
 from spinquant.checkpoint.resumable import Hold
-from spinquant.learning.state import JUDGED
+from spinquant.learning.training_state import JUDGED
 from spinquant.processes import Processes
 
 

@@ -20,10 +20,10 @@ from spinquant.calibration.data import device_of
 from spinquant.errors import LearningError
 from spinquant.evaluation.metrics import wide
 from spinquant.learning.cayley import OPTIMIZERS, Descent, Optimizer, orthogonality_error
-from spinquant.learning.local import check_numbers, cosine
-from spinquant.learning.network import checkpointed, learning_scheme, rounding
+from spinquant.learning.fake_quant import checkpointed, learning_scheme, rounding
+from spinquant.learning.layerwise import check_numbers, cosine
 from spinquant.learning.sensitivity import surprise_of_own
-from spinquant.learning.state import StateFile
+from spinquant.learning.training_state import StateFile
 from spinquant.online import Attachment
 from spinquant.plan import Plan
 from spinquant.quantization.rotated import Moving, Tally

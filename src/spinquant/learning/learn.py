@@ -22,16 +22,16 @@ from spinquant.architectures import FamilyLike
 from spinquant.calibration.block_store import digest
 from spinquant.calibration.data import device_of
 from spinquant.errors import LearningError
+from spinquant.learning.activations import Site, collect
+from spinquant.learning.channel_scaling import Sums, add_up, scale_sums, watches
 from spinquant.learning.end_to_end import FROM_LOCAL, Step, learn_end_to_end
-from spinquant.learning.judge import Contest
+from spinquant.learning.fake_quant import fuse_gains, learning_scheme, shard_blocks
+from spinquant.learning.layerwise import learn_locally, rounding_errors
 from spinquant.learning.learned import LearnedRotations, described, to_start_from
-from spinquant.learning.local import learn_locally, rounding_errors
-from spinquant.learning.network import fuse_gains, learning_scheme, shard_blocks
 from spinquant.learning.options import LearnOptions, Watch, check_used, learned_spaces
-from spinquant.learning.samples import Site, collect
-from spinquant.learning.scales import Sums, add_up, scale_sums, watches
+from spinquant.learning.selection import Contest
 from spinquant.learning.sensitivity import predicted_kl, sensitive_sites
-from spinquant.learning.state import JUDGED, JudgedFile, StateFile
+from spinquant.learning.training_state import JUDGED, JudgedFile, StateFile
 from spinquant.module import plan_of
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Scheme

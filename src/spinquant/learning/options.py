@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from spinquant.errors import LearningError
 from spinquant.learning.end_to_end import EndToEndOptions, Step
-from spinquant.learning.local import LocalOptions, check_numbers
+from spinquant.learning.layerwise import LocalOptions, check_numbers
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import RotationSpec

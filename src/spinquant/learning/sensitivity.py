@@ -27,8 +27,8 @@ from torch import Tensor
 from spinquant.calibration.data import device_of
 from spinquant.errors import LearningError
 from spinquant.evaluation.metrics import drawn, wide
-from spinquant.learning.network import checkpointed
-from spinquant.learning.samples import Site, quantized_spaces
+from spinquant.learning.activations import Site, quantized_spaces
+from spinquant.learning.fake_quant import checkpointed
 from spinquant.online import Attachment, attach
 from spinquant.plan import Plan
 from spinquant.quantization.integer import fake_quantize

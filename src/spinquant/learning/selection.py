@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from spinquant.calibration.data import device_of
 from spinquant.evaluation.metrics import divergence, perplexity_of, surprise
-from spinquant.learning.network import rounding
-from spinquant.learning.scales import fuse_scales, unscale
-from spinquant.learning.state import JudgedFile
+from spinquant.learning.channel_scaling import fuse_scales, unscale
+from spinquant.learning.fake_quant import rounding
+from spinquant.learning.training_state import JudgedFile
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.rotation import Rotation

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from spinquant.errors import LearningError
+from spinquant.learning.activations import WEIGHTINGS, Site, Weighting
 from spinquant.learning.cayley import OPTIMIZERS, Descent, Optimizer
 from spinquant.learning.objectives import OBJECTIVES, Objective, row_loss
-from spinquant.learning.samples import WEIGHTINGS, Site, Weighting
-from spinquant.learning.state import StateFile
+from spinquant.learning.training_state import StateFile
 from spinquant.quantization.integer import fake_quantize
 from spinquant.rotation import Orthogonal, Rotation, generator_for, matrix, nearest_orthogonal
 
