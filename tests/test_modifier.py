@@ -25,8 +25,8 @@ from spinquant import (
 from spinquant.architectures import llama
 from spinquant.evaluation.equivalence import TOLERANCE, Float64Arithmetic
 from spinquant.learning.parametrization import LearnableRotation, Learned
-from spinquant.mapped_plan import plan_from_mappings
-from spinquant.mappings import NormMapping, infer_mapping, infer_norm_mappings
+from spinquant.modifiers.mapping_plan import plan_from_mappings
+from spinquant.modifiers.mappings import NormMapping, infer_mapping, infer_norm_mappings
 from spinquant.plan import Plan
 from spinquant.rotation import Hadamard, Orthogonal, matrix
 from spinquant.saved_rotations import restore

@@ -39,8 +39,8 @@ from spinquant.learning.layerwise import LocalOptions
 from spinquant.learning.learn import learn
 from spinquant.learning.learned import LearnedRotations
 from spinquant.learning.options import LearnOptions
-from spinquant.mappings import NormMapping, SpinQuantMapping
-from spinquant.modifier import SpinQuantModifier
+from spinquant.modifiers.mappings import NormMapping, SpinQuantMapping
+from spinquant.modifiers.modifier import SpinQuantModifier
 from spinquant.module import fuse_module, plan_of
 from spinquant.online import Attachment, attach
 from spinquant.plan import Plan

@@ -14,8 +14,8 @@ from spinquant.errors import ArchitectureError
 from spinquant.evaluation.equivalence import Deviation, prove
 from spinquant.evaluation.tiny_model import TWIN_BLOCK, twin_spec
 from spinquant.formats.native import check_fresh
-from spinquant.mapped_plan import held_against, plan_from_mappings
-from spinquant.mappings import (
+from spinquant.modifiers.mapping_plan import held_against, plan_from_mappings
+from spinquant.modifiers.mappings import (
     NormMapping,
     SpinQuantMapping,
     complete_mapping,
@@ -23,11 +23,11 @@ from spinquant.mappings import (
     infer_mapping,
     infer_norm_mappings,
 )
+from spinquant.modifiers.transform_config import TransformConfig, transform_config, translate
 from spinquant.module import check_in_memory, plan_of
 from spinquant.online import ATTENTIONS, check_implementation
 from spinquant.plan import ROTATION_NAMES, Plan
 from spinquant.rotation import Rotation, RotationSpec, make_rotations
-from spinquant.transform_config import TransformConfig, transform_config, translate
 from spinquant.wrapped import InPrecision
 
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from torch import nn
 
 from spinquant.errors import RotationError
-from spinquant.mappings import SpinQuantMapping, matching
+from spinquant.modifiers.mappings import SpinQuantMapping, matching
 from spinquant.plan import Axis, Online, Plan, Space
 from spinquant.rotation import Orthogonal, Rotation, RotationSpec, make_rotation, matrix
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from spinquant.architectures.family import size_of
 from spinquant.errors import RotationError
-from spinquant.mappings import ROLES, NormMapping, SpinQuantMapping, matching
+from spinquant.modifiers.mappings import ROLES, NormMapping, SpinQuantMapping, matching
 from spinquant.module import named_tensor
 from spinquant.plan import Axis, Gain, Online, Plan, Space, Tie
 

@@ -20,12 +20,12 @@ from spinquant.entrypoints.in_memory import install
 from spinquant.entrypoints.result import Options, Result
 from spinquant.errors import RotationError
 from spinquant.learning.parametrization import Learning, learn, unlearn
-from spinquant.mappings import NormMapping, SpinQuantMapping
+from spinquant.modifiers.mappings import NormMapping, SpinQuantMapping
+from spinquant.modifiers.resolve import Wanted, Work, prepare
+from spinquant.modifiers.transform_config import TorchDtype, TransformConfig, TransformType
 from spinquant.online import ATTENTIONS
 from spinquant.plan import Plan, parse_rotation_names
-from spinquant.preparation import Wanted, Work, prepare
 from spinquant.rotation import RotationSpec
-from spinquant.transform_config import TorchDtype, TransformConfig, TransformType
 
 RotationName = Literal["R1", "R2", "R3", "R4"]
 PEER = "llmcompressor"
@@ -186,7 +186,7 @@ class SpinQuantModifier(BaseModel):
         if learned := work.learned():
             _check_unquantized(model, work.plan)
             if _in_llm_compressor(state):
-                from spinquant.llmcompressor import check_in_place
+                from spinquant.modifiers.compressed_transforms import check_in_place
 
                 check_in_place(model)
             online, dtype = work.online(), self.precision
@@ -266,7 +266,7 @@ class SpinQuantModifier(BaseModel):
 
     def _install(self, state: Any, model: Any, work: Work) -> None:
         if _in_llm_compressor(state):
-            from spinquant.llmcompressor import install_compressed
+            from spinquant.modifiers.compressed_transforms import install_compressed
 
             install_compressed(model, work.plan, work.rotations, work.group_of, work.config, self.precision)
         else:

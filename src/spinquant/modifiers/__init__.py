@@ -1,0 +1,1 @@
+"""`SpinQuantModifier`: the recipe object with llm-compressor's interface."""
