@@ -31,7 +31,7 @@ from spinquant.learning.cayley import Descent
 from spinquant.learning.fake_quant import fuse_gains, rounding
 from spinquant.learning.parametrization import learn as learn_parameters
 from spinquant.learning.sensitivity import surprise_of_own
-from spinquant.online import attachment_of
+from spinquant.online.hooks import attachment_of
 from spinquant.quantization.rotated import Moving, Tally
 from spinquant.rotation import matrix
 

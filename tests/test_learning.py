@@ -40,7 +40,7 @@ from spinquant.learning.parametrization import learn as learn_parameters
 from spinquant.learning.selection import Contest, judge, with_clips
 from spinquant.learning.sensitivity import predicted_kl, sensitive_sites
 from spinquant.learning.training_state import StateFile
-from spinquant.online import attachment_of
+from spinquant.online.hooks import attachment_of
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.rotated import Moving, Tally, Turn, round_rotated
 from spinquant.quantization.rtn import round_weights

@@ -9,7 +9,6 @@ from importlib.metadata import version
 from spinquant.adapters.folder import rotate_adapter
 from spinquant.architectures import make_plan, use_family
 from spinquant.architectures.family_file import FamilyFile, read_family
-from spinquant.cache import QuantizedCache
 from spinquant.calibration.blockwise import Calibration
 from spinquant.calibration.data import CalibrationText, calibration_tokens, load_text, token_windows
 from spinquant.checkpoint.folder import load_tokenizer, read_headers
@@ -42,7 +41,8 @@ from spinquant.learning.options import LearnOptions
 from spinquant.modifiers.mappings import NormMapping, SpinQuantMapping
 from spinquant.modifiers.modifier import SpinQuantModifier
 from spinquant.module import fuse_module, plan_of
-from spinquant.online import Attachment, attach
+from spinquant.online.hooks import Attachment, attach
+from spinquant.online.kv_cache import QuantizedCache
 from spinquant.plan import Plan
 from spinquant.probing.draft import draft_text
 from spinquant.probing.probe import Probe, probe

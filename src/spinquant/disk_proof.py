@@ -23,7 +23,7 @@ from spinquant.evaluation.equivalence import (
     expected_output,
 )
 from spinquant.evaluation.tiny_model import exact_experts
-from spinquant.online import attach
+from spinquant.online.hooks import attach
 from spinquant.plan import Plan
 from spinquant.rotation import Rotation
 

@@ -29,7 +29,7 @@ from spinquant.calibration.sequential import (
 )
 from spinquant.errors import CalibrationError, SchemeError
 from spinquant.module import named_tensor, untie
-from spinquant.online import Attachment, attach
+from spinquant.online.hooks import Attachment, attach
 from spinquant.plan import Experts, Plan
 from spinquant.quantization.gptq import GPTQOptions, Moments, gptq
 from spinquant.quantization.integer import Packed, dequantize, fake_quantize, stacked

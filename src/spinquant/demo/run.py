@@ -29,7 +29,7 @@ from spinquant.errors import SchemeError
 from spinquant.evaluation.metrics import evaluate
 from spinquant.formats.native import unmark
 from spinquant.module import plan_of, tensor_shapes
-from spinquant.online import attach
+from spinquant.online.hooks import attach
 from spinquant.entrypoints.in_memory import check_fits, rotate
 from spinquant.entrypoints.result import Options
 from spinquant.plan import ROTATION_NAMES, Plan

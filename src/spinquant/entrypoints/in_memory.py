@@ -16,7 +16,7 @@ from spinquant.evaluation.equivalence import check, compare, prove, snapshot
 from spinquant.formats.native import check_fresh, mark, unmark
 from spinquant.kronecker import kernels_for
 from spinquant.module import fuse_module, largest, plan_of, tensor_shapes
-from spinquant.online import attach
+from spinquant.online.hooks import attach
 from spinquant.plan import Plan
 from spinquant.quantization.rtn import round_weights
 from spinquant.quantization.scheme import Clips, Scheme, parse_scheme

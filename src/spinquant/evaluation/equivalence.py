@@ -23,7 +23,7 @@ from spinquant.errors import ProofError
 from spinquant.evaluation.tiny_model import TWIN_VOCABULARY, make_twin, twin_spec
 from spinquant.fuse import rotate_axis, scales_of
 from spinquant.module import fuse_module, plan_of
-from spinquant.online import attach
+from spinquant.online.hooks import attach
 from spinquant.plan import Axis, Plan
 from spinquant.rotation import Rotation, RotationSpec, make_rotations
 

@@ -23,7 +23,7 @@ from spinquant.formats.compressed_config import format_of, quantization_config, 
 from spinquant.formats.compressed_tensors import stored_transforms, transform_matrix
 from spinquant.formats.native import mark
 from spinquant.module import plan_of
-from spinquant.online import attach
+from spinquant.online.hooks import attach
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme
 from spinquant.quantization.weights import linears_of

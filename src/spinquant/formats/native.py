@@ -25,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from spinquant.errors import CheckpointError, RotationError
 from spinquant.fuse import rotate_axis
 from spinquant.module import module_and_attribute, named_tensor, plan_of, untie
-from spinquant.online import attach, attachment_of
+from spinquant.online.hooks import attach, attachment_of
 from spinquant.plan import Plan
 from spinquant.quantization.integer import Packed, dequantize, quantize_on_grid
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme

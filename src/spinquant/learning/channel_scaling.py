@@ -26,7 +26,7 @@ from spinquant.calibration.data import device_of
 from spinquant.errors import LearningError
 from spinquant.learning.sensitivity import own_predictions
 from spinquant.module import fuse_module
-from spinquant.online import attach
+from spinquant.online.hooks import attach
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import Hadamard, Rotation

@@ -24,7 +24,7 @@ from spinquant.learning.fake_quant import checkpointed, learning_scheme, roundin
 from spinquant.learning.layerwise import check_numbers, cosine
 from spinquant.learning.sensitivity import surprise_of_own
 from spinquant.learning.training_state import StateFile
-from spinquant.online import Attachment
+from spinquant.online.hooks import Attachment
 from spinquant.plan import Plan
 from spinquant.quantization.rotated import Moving, Tally
 from spinquant.quantization.scheme import Scheme

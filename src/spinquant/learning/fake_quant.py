@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from spinquant.calibration.data import device_of
 from spinquant.errors import LearningError
 from spinquant.module import fuse_module, module_and_attribute
-from spinquant.online import Attachment, attach
+from spinquant.online.hooks import Attachment, attach
 from spinquant.plan import Plan
 from spinquant.quantization.clip import best_ratio
 from spinquant.quantization.integer import fake_quantize

@@ -21,7 +21,7 @@ from spinquant.errors import CheckpointError
 from spinquant.fuse import transform
 from spinquant.learning.cayley import cayley
 from spinquant.module import check_in_memory, module_and_attribute, named_tensor, untie
-from spinquant.online import attach, attachment_of, before_forward
+from spinquant.online.hooks import attach, attachment_of, before_forward
 from spinquant.plan import Plan
 from spinquant.rotation import Orthogonal, Rotation, matrix
 

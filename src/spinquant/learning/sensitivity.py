@@ -29,7 +29,7 @@ from spinquant.errors import LearningError
 from spinquant.evaluation.metrics import drawn, wide
 from spinquant.learning.activations import Site, quantized_spaces
 from spinquant.learning.fake_quant import checkpointed
-from spinquant.online import Attachment, attach
+from spinquant.online.hooks import Attachment, attach
 from spinquant.plan import Plan
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.scheme import Scheme

@@ -23,7 +23,7 @@ from spinquant.learning.parametrization import Learning, learn, unlearn
 from spinquant.modifiers.mappings import NormMapping, SpinQuantMapping
 from spinquant.modifiers.resolve import Wanted, Work, prepare
 from spinquant.modifiers.transform_config import TorchDtype, TransformConfig, TransformType
-from spinquant.online import ATTENTIONS
+from spinquant.online.hooks import ATTENTIONS
 from spinquant.plan import Plan, parse_rotation_names
 from spinquant.rotation import RotationSpec
 

@@ -25,7 +25,7 @@ from spinquant.modifiers.mappings import (
 )
 from spinquant.modifiers.transform_config import TransformConfig, transform_config, translate
 from spinquant.module import check_in_memory, plan_of
-from spinquant.online import ATTENTIONS, check_implementation
+from spinquant.online.hooks import ATTENTIONS, check_implementation
 from spinquant.plan import ROTATION_NAMES, Plan
 from spinquant.rotation import Rotation, RotationSpec, make_rotations
 from spinquant.wrapped import InPrecision

@@ -24,7 +24,7 @@ from spinquant.errors import ArchitectureError, SpinquantError
 from spinquant.evaluation.equivalence import Float64Arithmetic, difference, greedy_logits
 from spinquant.evaluation.tiny_model import Sizing, make_twin, twin_config
 from spinquant.module import fuse_module, model_class, module_and_attribute, tensor_shapes
-from spinquant.online import attach
+from spinquant.online.hooks import attach
 from spinquant.plan import ROTATION_NAMES, Plan
 from spinquant.probing.branches import EXPERTS
 from spinquant.probing.checkpoints import with_single_experts

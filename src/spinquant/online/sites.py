@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from spinquant.cache import pack_layer
 from spinquant.errors import RotationError
+from spinquant.online.kv_cache import pack_layer
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.rotated import Turn, round_rotated
 from spinquant.quantization.scheme import Quantizer

@@ -20,10 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from spinquant.errors import RotationError
-from spinquant.plan import Plan, Space
-from spinquant.quantization.scheme import Clips, Quantizer, Scheme, with_clip
-from spinquant.rotation import Rotation
-from spinquant.sites import (
+from spinquant.online.sites import (
     GATE,
     InputSite,
     KeyValueSite,
@@ -32,6 +29,9 @@ from spinquant.sites import (
     check_batched,
     is_gated,
 )
+from spinquant.plan import Plan, Space
+from spinquant.quantization.scheme import Clips, Quantizer, Scheme, with_clip
+from spinquant.rotation import Rotation
 
 PREFIX = "spinquant_"
 ATTENTIONS = ("sdpa", "eager", "flex_attention")

@@ -1,0 +1,1 @@
+"""What runs at run time: online rotations, activation quantizers, the quantized KV cache."""
