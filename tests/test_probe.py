@@ -26,7 +26,7 @@ from spinquant.errors import ArchitectureError, RotationError
 from spinquant.evaluation.equivalence import Float64Arithmetic, greedy_logits
 from spinquant.module import model_class
 from spinquant.probing.explain import combination, is_normed
-from spinquant.probing.kinds import choices_of, groups_of
+from spinquant.probing.layer_kinds import choices_of, groups_of
 from test_family_file import config_of, shapes_of
 
 acme.register()

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from spinquant.probing.seen import Draft, Seen, formula, reading_of
-from spinquant.probing.stacks import stack_of
+from spinquant.probing.moe import stack_of
+from spinquant.probing.observation import Draft, Seen, formula, reading_of
 
 WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "4*hidden_size")
 SHARED_WIDTHS = (

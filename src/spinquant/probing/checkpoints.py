@@ -11,7 +11,7 @@ from typing import Any
 
 from spinquant.architectures.family_file import FamilyFile, family_from
 from spinquant.probing.branches import EXPERTS
-from spinquant.probing.seen import formula
+from spinquant.probing.observation import formula
 
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from spinquant.probing.stacks import is_router, is_stack
+from spinquant.probing.moe import is_router, is_stack
 from spinquant.probing.trace import Call, answers
 
 EXACT = 1e-9  # relative error of what float64 explains

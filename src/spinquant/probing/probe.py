@@ -27,12 +27,12 @@ from spinquant.module import fuse_module, model_class, module_and_attribute, ten
 from spinquant.online.hooks import attach
 from spinquant.plan import ROTATION_NAMES, Plan
 from spinquant.probing.branches import EXPERTS
+from spinquant.probing.channel_scaling import candidates, scales
 from spinquant.probing.checkpoints import with_single_experts
 from spinquant.probing.explain import LINEARS, explain_ends, explain_layer
-from spinquant.probing.factors import candidates, scales
-from spinquant.probing.kinds import choices_of, groups_of
+from spinquant.probing.layer_kinds import choices_of, groups_of
+from spinquant.probing.observation import Draft, Seen
 from spinquant.probing.roles import draft, same_attention
-from spinquant.probing.seen import Draft, Seen
 from spinquant.probing.trace import cached_layers, run, silent_parts, trace
 from spinquant.rotation import Orthogonal, Rotation, RotationSpec, make_rotations
 

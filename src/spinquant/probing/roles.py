@@ -12,7 +12,7 @@ from spinquant.errors import ArchitectureError
 from spinquant.evaluation.tiny_model import Sizing
 from spinquant.probing.branches import add_branches, add_stacks
 from spinquant.probing.explain import Part, Values, is_multiple, scale_of
-from spinquant.probing.seen import Draft, Seen, formula, reading_of
+from spinquant.probing.observation import Draft, Seen, formula, reading_of
 
 _HEADS, _KV = "num_attention_heads*head_dim", "num_key_value_heads*head_dim"
 _GROUP = ("num_attention_heads/num_key_value_heads*head_dim", "num_attention_heads/num_kv_heads*head_dim")
