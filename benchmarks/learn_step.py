@@ -32,7 +32,7 @@ from spinquant.learning.fake_quant import fuse_gains, rounding
 from spinquant.learning.parametrization import learn as learn_parameters
 from spinquant.learning.sensitivity import surprise_of_own
 from spinquant.online.hooks import attachment_of
-from spinquant.quantization.rotated import Moving, Tally
+from spinquant.quantization.rotated_rounding import Moving, Tally
 from spinquant.rotation import matrix
 
 

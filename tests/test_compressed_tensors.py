@@ -32,7 +32,7 @@ from spinquant.formats.compressed_config import REFUSAL, as_stored
 from spinquant.formats.native import detach
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.scheme import Quantizer, Scheme
-from spinquant.quantization.weights import linears_of
+from spinquant.quantization.targets import linears_of
 
 FAST = Options(prove=False)
 FUSED = RotationSpec("R1,R2", seed=1)

@@ -45,7 +45,7 @@ from spinquant.quantization.gptq import Moments, gptq
 from spinquant.quantization.integer import dequantize, fake_quantize
 from spinquant.quantization.rtn import quantize_weight
 from spinquant.quantization.scheme import Quantizer
-from spinquant.quantization.weights import weights_of
+from spinquant.quantization.targets import weights_of
 
 # Shared blocks have tests of their own.
 MIXED = [table for table in TABLES if table.experts and table.shared is None]

@@ -33,7 +33,7 @@ from spinquant.calibration.data import CalibrationText, calibration_tokens, capt
 from spinquant.calibration.sequential import after_blocks, block_calls, run_block
 from spinquant.evaluation.equivalence import Float64Arithmetic
 from spinquant.module import named_tensor
-from spinquant.quantization.clip import search_input_clip
+from spinquant.quantization.clip_search import search_input_clip
 from spinquant.quantization.gptq import BLOCK_COLUMNS, Moments, gptq
 from spinquant.quantization.integer import decode, dequantize, encode, fake_quantize, grid, quantize_on_grid
 from spinquant.quantization.rtn import quantize_weight

@@ -42,7 +42,7 @@ from spinquant.learning.sensitivity import predicted_kl, sensitive_sites
 from spinquant.learning.training_state import StateFile
 from spinquant.online.hooks import attachment_of
 from spinquant.quantization.integer import fake_quantize
-from spinquant.quantization.rotated import Moving, Tally, Turn, round_rotated
+from spinquant.quantization.rotated_rounding import Moving, Tally, Turn, round_rotated
 from spinquant.quantization.rtn import round_weights
 from spinquant.quantization.scheme import Quantizer
 from spinquant.rotation import Orthogonal, matrix, random_orthogonal

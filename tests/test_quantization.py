@@ -6,7 +6,7 @@ from spinquant import SchemeError, parse_scheme, plan_of
 from spinquant.quantization.integer import dequantize, fake_quantize, pack, quantize, quantize_on_grid, unpack
 from spinquant.quantization.rtn import CLIP_RATIOS, quantize_weight, round_weights, search_clip
 from spinquant.quantization.scheme import Quantizer, Scheme
-from spinquant.quantization.weights import linears_of
+from spinquant.quantization.targets import linears_of
 
 QUANTIZERS = [
     Quantizer(4),

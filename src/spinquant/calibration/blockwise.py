@@ -35,7 +35,7 @@ from spinquant.quantization.gptq import GPTQOptions, Moments, gptq
 from spinquant.quantization.integer import Packed, dequantize, fake_quantize, stacked
 from spinquant.quantization.rtn import quantize_weight
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme, static_parts, with_clip
-from spinquant.quantization.weights import Weight, parts_tied, weights_of
+from spinquant.quantization.targets import Weight, parts_tied, weights_of
 from spinquant.rotation import Rotation
 
 

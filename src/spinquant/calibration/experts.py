@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from spinquant.calibration.data import watched_calls
 from spinquant.online.sites import activated
 from spinquant.plan import Experts
-from spinquant.quantization.weights import Weight
+from spinquant.quantization.targets import Weight
 
 
 @dataclass

@@ -17,9 +17,9 @@ from spinquant.calibration.hidden_states import HiddenStates
 from spinquant.calibration.sequential import run_block
 from spinquant.online.hooks import Attachment
 from spinquant.plan import Experts, Plan
-from spinquant.quantization.clip import best_ratio, search_input_clip
+from spinquant.quantization.clip_search import best_ratio, search_input_clip
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme, static_parts
-from spinquant.quantization.weights import weights_of
+from spinquant.quantization.targets import weights_of
 
 # Clip ratios of activations are searched on so many tokens, taken from so many samples; those of the cache on whole
 # samples, since attention needs all of its tokens.

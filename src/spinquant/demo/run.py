@@ -30,7 +30,8 @@ from spinquant.evaluation.metrics import evaluate
 from spinquant.formats.native import unmark
 from spinquant.module import plan_of, tensor_shapes
 from spinquant.online.hooks import attach
-from spinquant.entrypoints.in_memory import check_fits, rotate
+from spinquant.entrypoints.in_memory import rotate
+from spinquant.quantization.targets import check_fits
 from spinquant.entrypoints.result import Options
 from spinquant.plan import ROTATION_NAMES, Plan
 from spinquant.plots import (
@@ -45,7 +46,7 @@ from spinquant.evaluation.equivalence import prove
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.rtn import quantize_weight, round_weights
 from spinquant.quantization.scheme import Quantizer, Scheme, parse_scheme
-from spinquant.quantization.weights import weights_of
+from spinquant.quantization.targets import weights_of
 from spinquant.rotation import Rotation, RotationSpec
 from spinquant.entrypoints.stream_run import SAMPLE_TOKENS
 

@@ -1,6 +1,6 @@
 """The whole story on a model in memory: prove, rotate, check, quantize. From folder to folder: `folders.py`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from spinquant.calibration.block_store import BlockStore
 from spinquant.calibration.blockwise import Calibration, Method, quantize_blocks
 from spinquant.entrypoints.result import Options, Result
 from spinquant.entrypoints.validation import check_calibration
-from spinquant.errors import CalibrationError, SchemeError
+from spinquant.errors import CalibrationError
 from spinquant.evaluation.equivalence import check, compare, prove, snapshot
 from spinquant.formats.native import check_fresh, mark, unmark
 from spinquant.kronecker import kernels_for
@@ -20,7 +20,7 @@ from spinquant.online.hooks import attach
 from spinquant.plan import Plan
 from spinquant.quantization.rtn import round_weights
 from spinquant.quantization.scheme import Clips, Scheme, parse_scheme
-from spinquant.quantization.weights import weights_of
+from spinquant.quantization.targets import check_fits
 from spinquant.rotation import Rotation, RotationSpec, make_rotations
 from spinquant.wrapped import check_given, in_precision, online_part
 
@@ -133,28 +133,3 @@ def quantize(
         attach(model, rotated.plan, online, scheme, clips)
         mark(model, rotated.plan, online, rotated.spec, scheme, clips)
     return replace(rotated, scheme=scheme, method=method, calibration=calibration, clips=clips)
-
-
-def check_fits(plan: Plan, shapes: Mapping[str, Sequence[int]], scheme: Scheme) -> None:
-    """Raise SchemeError for inputs that cannot be rounded, and when a group size does not divide the input of a weight.
-
-    shapes: of all tensors, by the names of the plan.
-    """
-    if scheme.activations is not None and plan.uncalled:
-        raise SchemeError(
-            f"scheme {scheme} rounds the inputs of linears, and {plan.family}, as configured, multiplies by the weight "
-            f"of {plan.uncalled[0]} without calling it: nothing can be done to its input. Leave activations at 16 "
-            "bits, or change the config"
-        )
-    # Found out now, this costs nothing; found out by the rounding, it costs a rotated model.
-    for label, quantizer in (("weight", scheme.weights), ("activation", scheme.activations)):
-        if quantizer is None or quantizer.group_size is None:
-            continue
-        for weight in weights_of(plan, scheme):
-            length = shapes[weight.tensor][-2 if weight.transposed else -1] if weight.tensor in shapes else 0
-            if length % quantizer.group_size:
-                raise SchemeError(
-                    f"{label} group size {quantizer.group_size} does not divide the {length} inputs of "
-                    f"{weight.tensor.removesuffix('.weight')}: choose a group that divides "
-                    "every linear's input, or none"
-                )

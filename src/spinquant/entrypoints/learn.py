@@ -16,7 +16,6 @@ from spinquant.calibration.data import CalibrationText, calibration_tokens
 from spinquant.checkpoint.atomic import atomic_folder
 from spinquant.checkpoint.folder import load_tokenizer, weights_digest, weights_sample
 from spinquant.checkpoint.safetensors_io import file_hash
-from spinquant.entrypoints.in_memory import check_fits
 from spinquant.entrypoints.learn_run import keeping
 from spinquant.errors import CheckpointError, SpinquantError, TextError
 from spinquant.formats.load import load_model
@@ -26,6 +25,7 @@ from spinquant.learning.options import LearnOptions, Watch
 from spinquant.module import plan_of, tensor_shapes
 from spinquant.processes import is_first, joined
 from spinquant.quantization.scheme import Scheme
+from spinquant.quantization.targets import check_fits
 from spinquant.rotation import RotationSpec
 from spinquant.saved_rotations import saved, to_save
 

@@ -28,7 +28,6 @@ from spinquant.disk_calibration import calibrate_on_disk
 from spinquant.disk_model import Weights, form_in, hollow_model, unfillable
 from spinquant.disk_proof import compare_on_disk
 from spinquant.disk_rounding import rounding_on_disk
-from spinquant.entrypoints.in_memory import check_fits
 from spinquant.entrypoints.output_folder import dtype_of, model_dtype
 from spinquant.entrypoints.request import Request, store_folder, store_for
 from spinquant.entrypoints.result import Result, Stage
@@ -41,7 +40,7 @@ from spinquant.formats.native import make_config
 from spinquant.formats.native_packing import Finished, NativePacking
 from spinquant.processes import Processes
 from spinquant.quantization.scheme import Clips, Scheme
-from spinquant.quantization.weights import parts_tied
+from spinquant.quantization.targets import check_fits, parts_tied
 from spinquant.rotation import make_rotations
 from spinquant.shards import Change, Packing, Plain, make_shards
 from spinquant.stream import Rotated, Timing

@@ -16,7 +16,7 @@ from spinquant.formats.native_packing import Finished, round_rows
 from spinquant.plan import Plan
 from spinquant.quantization.integer import Packed, dequantize, quantize
 from spinquant.quantization.scheme import Clips, Scheme
-from spinquant.quantization.weights import linears_of
+from spinquant.quantization.targets import linears_of
 from spinquant.rotation import Rotation
 
 

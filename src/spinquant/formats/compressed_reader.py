@@ -26,7 +26,7 @@ from spinquant.module import plan_of
 from spinquant.online.hooks import attach
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme
-from spinquant.quantization.weights import linears_of
+from spinquant.quantization.targets import linears_of
 from spinquant.rotation import Rotation, RotationSpec
 from spinquant.saved_rotations import saved
 from spinquant.wrapped import online_part

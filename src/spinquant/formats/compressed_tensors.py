@@ -25,7 +25,7 @@ from spinquant.formats.compressed_config import (
 from spinquant.plan import Plan
 from spinquant.quantization.floating import tensor_factor
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme
-from spinquant.quantization.weights import linears_of
+from spinquant.quantization.targets import linears_of
 from spinquant.rotation import Rotation, matrix
 
 

@@ -29,7 +29,7 @@ from spinquant.online.hooks import attach, attachment_of
 from spinquant.plan import Plan
 from spinquant.quantization.integer import Packed, dequantize, quantize_on_grid
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme
-from spinquant.quantization.weights import PARTS, Weight, linear_weights, parts_tied, weights_of
+from spinquant.quantization.targets import PARTS, Weight, linear_weights, parts_tied, weights_of
 from spinquant.rotation import Rotation, RotationSpec
 from spinquant.saved_rotations import empty_tensors, restore
 from spinquant.wrapped import online_part

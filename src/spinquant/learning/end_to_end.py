@@ -26,7 +26,7 @@ from spinquant.learning.sensitivity import surprise_of_own
 from spinquant.learning.training_state import StateFile
 from spinquant.online.hooks import Attachment
 from spinquant.plan import Plan
-from spinquant.quantization.rotated import Moving, Tally
+from spinquant.quantization.rotated_rounding import Moving, Tally
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotation import Rotation, generator_for, matrix
 

@@ -22,11 +22,11 @@ from spinquant.errors import LearningError
 from spinquant.module import fuse_module, module_and_attribute
 from spinquant.online.hooks import Attachment, attach
 from spinquant.plan import Plan
-from spinquant.quantization.clip import best_ratio
+from spinquant.quantization.clip_search import best_ratio
 from spinquant.quantization.integer import fake_quantize
-from spinquant.quantization.rotated import Turn, round_rotated, turned
+from spinquant.quantization.rotated_rounding import Turn, round_rotated, turned
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme
-from spinquant.quantization.weights import Weight, weights_of
+from spinquant.quantization.targets import Weight, weights_of
 from spinquant.rotation import Hadamard, Rotation
 
 

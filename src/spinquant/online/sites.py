@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from spinquant.errors import RotationError
 from spinquant.online.kv_cache import pack_layer
 from spinquant.quantization.integer import fake_quantize
-from spinquant.quantization.rotated import Turn, round_rotated
+from spinquant.quantization.rotated_rounding import Turn, round_rotated
 from spinquant.quantization.scheme import Quantizer
 from spinquant.rotation import Rotation
 

@@ -24,7 +24,7 @@ from spinquant.quantization.integer import (
     stacked,
 )
 from spinquant.quantization.scheme import Quantizer, Scheme
-from spinquant.quantization.weights import parts_tied, weights_of
+from spinquant.quantization.targets import parts_tied, weights_of
 
 # From no clipping down to 0.425 of the range, which an outlier in a row of weights may call for.
 CLIP_RATIOS = tuple(1 - i / 40 for i in range(24))

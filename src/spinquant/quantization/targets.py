@@ -5,11 +5,12 @@ Numbers are rounded along the last axis of the matrices, so that nothing else ha
 experts of a module one by one: then each of them is a weight of its own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from spinquant.errors import SchemeError
 from spinquant.module import module_and_attribute, named_tensor
 from spinquant.plan import Plan
 from spinquant.quantization.integer import Packed, dequantize
@@ -99,3 +100,28 @@ def linears_of(plan: Plan, scheme: Scheme) -> list[str]:
     """Names of the linear modules that a scheme covers, in order of execution; experts are not among them."""
     names = [name for group in plan.linears for name in group]
     return [*names, plan.head.removesuffix(".weight")] if scheme.lm_head else names
+
+
+def check_fits(plan: Plan, shapes: Mapping[str, Sequence[int]], scheme: Scheme) -> None:
+    """Raise SchemeError for inputs that cannot be rounded, and when a group size does not divide the input of a weight.
+
+    shapes: of all tensors, by the names of the plan.
+    """
+    if scheme.activations is not None and plan.uncalled:
+        raise SchemeError(
+            f"scheme {scheme} rounds the inputs of linears, and {plan.family}, as configured, multiplies by the weight "
+            f"of {plan.uncalled[0]} without calling it: nothing can be done to its input. Leave activations at 16 "
+            "bits, or change the config"
+        )
+    # Found out now, this costs nothing; found out by the rounding, it costs a rotated model.
+    for label, quantizer in (("weight", scheme.weights), ("activation", scheme.activations)):
+        if quantizer is None or quantizer.group_size is None:
+            continue
+        for weight in weights_of(plan, scheme):
+            length = shapes[weight.tensor][-2 if weight.transposed else -1] if weight.tensor in shapes else 0
+            if length % quantizer.group_size:
+                raise SchemeError(
+                    f"{label} group size {quantizer.group_size} does not divide the {length} inputs of "
+                    f"{weight.tensor.removesuffix('.weight')}: choose a group that divides "
+                    "every linear's input, or none"
+                )
