@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spinquant.hadamard import construct, factors_for, hadamard_matrix, hadamard_transform
-from spinquant.kronecker import Factor, Sylvester
+from spinquant.rotations.fast_transform import Factor, Sylvester
+from spinquant.rotations.hadamard import construct, factors_for, hadamard_matrix, hadamard_transform
 
 ORDERS = (512, 4096, 8192, 14336, 11008)
 GROWTH = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)

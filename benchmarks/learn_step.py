@@ -33,7 +33,7 @@ from spinquant.learning.parametrization import learn as learn_parameters
 from spinquant.learning.sensitivity import surprise_of_own
 from spinquant.online.hooks import attachment_of
 from spinquant.quantization.rotated_rounding import Moving, Tally
-from spinquant.rotation import matrix
+from spinquant.rotations.rotation import matrix
 
 
 def loss_of(model, rows, **inputs):

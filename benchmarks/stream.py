@@ -31,7 +31,7 @@ import torch
 
 from spinquant.calibration.hidden_states import available_memory
 from spinquant.checkpoint.safetensors_io import TensorFile
-from spinquant.hadamard import hadamard_transform
+from spinquant.rotations.hadamard import hadamard_transform
 
 SHAPES = {
     "1b": {"hidden": 2048, "inner": 8192, "layers": 16, "heads": 32, "kv": 8, "vocabulary": 128256, "tied": True},

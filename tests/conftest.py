@@ -149,7 +149,7 @@ def run(monkeypatch, capsys):
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Streams cut tiny tensors too, into several slices and bands."""
-    monkeypatch.setattr("spinquant.fuse.SLICE", 600)
+    monkeypatch.setattr("spinquant.rotations.fuse.SLICE", 600)
     monkeypatch.setattr("spinquant.stream.BAND", 5000)
     monkeypatch.setattr("spinquant.stream.IN_FLIGHT", 20_000)
     monkeypatch.setattr("spinquant.formats.native_packing.PIECE", 500)

@@ -8,7 +8,7 @@ from families import FAMILIES
 from spinquant.calibration.data import captured
 from spinquant.calibration.sequential import after_blocks, block_calls, body_of, run_block
 from spinquant.evaluation.tiny_model import exact_experts
-from spinquant.module import model_class, plan_of
+from spinquant.rotations.fuse_module import model_class, plan_of
 
 # Not XGLM, whose mask transformers cannot make in float64.
 NAMES = [name for name in FAMILIES if name != "xglm"]

@@ -1,11 +1,12 @@
 import pytest
 import torch
 
-from spinquant.centred import CentredHadamard, CentredRandomHadamard, check_centred, factors_of
 from spinquant.errors import HadamardOrderError, RotationError
 from spinquant.plan import Plan, Space
-from spinquant.rotation import Hadamard, RotationSpec, make_rotation, make_rotations, matrix, random_signs
-from spinquant.saved_rotations import restore
+from spinquant.rotations.factory import RotationSpec, make_rotation, make_rotations, random_signs
+from spinquant.rotations.mean_preserving import CentredHadamard, CentredRandomHadamard, check_centred, factors_of
+from spinquant.rotations.rotation import Hadamard, matrix
+from spinquant.rotations.serialization import restore
 
 ORDERS = [1, 2, 3, 4, 6, 8, 12, 15, 16, 18, 20, 49, 64, 80, 96, 160, 768]
 

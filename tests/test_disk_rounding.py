@@ -7,12 +7,13 @@ import torch
 
 from conftest import byte_tokenizer, random_weights
 from families import FAMILIES
-from spinquant import Options, ProofError, RotationSpec, fuse, rotate_folder
+from spinquant import Options, ProofError, RotationSpec, rotate_folder
 from spinquant.checkpoint.folder import load_config
 from spinquant.checkpoint.reader import Source
 from spinquant.disk_rounding import Neighbours
 from spinquant.evaluation.equivalence import MARGIN, MOST, TOLERANCE, allowed
-from spinquant.module import model_class
+from spinquant.rotations import fuse
+from spinquant.rotations.fuse_module import model_class
 
 SPEC = RotationSpec("R1,R2", "auto", randomize=True)
 GIVEN = {"text": "manual", "options": Options(prove=False)}

@@ -36,11 +36,11 @@ from spinquant.entrypoints.result import Options
 from spinquant.errors import ArchitectureError, RotationError, SchemeError
 from spinquant.evaluation.equivalence import Float64Arithmetic, greedy_logits, output_axis
 from spinquant.evaluation.tiny_model import exact_experts
-from spinquant.fuse import rotate_axis, transform
 from spinquant.learning.parametrization import learn, unlearn
-from spinquant.module import model_class, tensor_shapes
 from spinquant.plan import ROTATION_NAMES
-from spinquant.rotation import matrix
+from spinquant.rotations.fuse import rotate_axis, transform
+from spinquant.rotations.fuse_module import model_class, tensor_shapes
+from spinquant.rotations.rotation import matrix
 
 CASES = [(name, rotation) for name, instance in FAMILIES.items() for rotation in (*instance.allowed, "all")]
 REFUSED = [(name, rotation) for name, instance in FAMILIES.items() for rotation in instance.refused]

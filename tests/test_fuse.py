@@ -5,9 +5,10 @@ from conftest import CONFIGS, logits, tiny_model, tokens
 from spinquant import CheckpointError, RotationSpec, attach, fuse_module, make_rotations, plan_of
 from spinquant.calibration.data import captured
 from spinquant.evaluation.equivalence import Float64Arithmetic, greedy_logits
-from spinquant.fuse import rotate_axis, transform
 from spinquant.plan import Span
-from spinquant.rotation import Orthogonal, matrix, random_orthogonal
+from spinquant.rotations.factory import random_orthogonal
+from spinquant.rotations.fuse import rotate_axis, transform
+from spinquant.rotations.rotation import Orthogonal, matrix
 
 TYPES = ["hadamard", "random-hadamard", "random-matrix"]
 
@@ -158,7 +159,7 @@ def test_weights_that_are_not_in_memory_are_refused():
 def test_slices_are_fused_as_the_whole(monkeypatch):
     whole, sliced = tiny_model("qwen2"), tiny_model("qwen2")
     for model, size in ((whole, 1 << 30), (sliced, 100)):
-        monkeypatch.setattr("spinquant.fuse.SLICE", size)
+        monkeypatch.setattr("spinquant.rotations.fuse.SLICE", size)
         plan = plan_of(model)
         fuse_module(model, plan, make_rotations(plan, RotationSpec("R1,R2,R4")))
     for (name, a), b in zip(whole.named_parameters(), sliced.parameters(), strict=True):

@@ -9,9 +9,10 @@ import torch
 from scipy.linalg import hadamard as scipy_hadamard
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from spinquant import hadamard, kronecker
 from spinquant.errors import HadamardOrderError, RotationError
-from spinquant.hadamard import (
+from spinquant.rotations import fast_transform as kronecker
+from spinquant.rotations import hadamard
+from spinquant.rotations.hadamard import (
     Construction,
     construct,
     hadamard_factors,

@@ -45,7 +45,8 @@ from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.rotated_rounding import Moving, Tally, Turn, round_rotated
 from spinquant.quantization.rtn import round_weights
 from spinquant.quantization.scheme import Quantizer
-from spinquant.rotation import Orthogonal, matrix, random_orthogonal
+from spinquant.rotations.factory import random_orthogonal
+from spinquant.rotations.rotation import Orthogonal, matrix
 
 ALL = "R1,R2,R3,R4"
 

@@ -26,7 +26,7 @@ from dataclasses import replace
 from test_learning import ALL, FAST, STORY, prepared, tokens
 from spinquant import LearnOptions, RotationSpec, learn, parse_scheme
 from spinquant.learning.end_to_end import EndToEndOptions
-from spinquant.rotation import matrix
+from spinquant.rotations.rotation import matrix
 
 dist.init_process_group("gloo")
 through = replace(FAST, batch=2, steps=3, loss=sys.argv[3])

@@ -19,9 +19,9 @@ from spinquant import (
     plan_of,
     rotate,
 )
-from spinquant.centred import check_centred
 from spinquant.evaluation.equivalence import Float64Arithmetic
 from spinquant.learning.fake_quant import fuse_gains, rounding
+from spinquant.rotations.mean_preserving import check_centred
 from test_families import tiny
 
 NAMES = ["gpt_neox", "starcoder2", "cohere2", "olmo", "phi3", "gemma", "gemma2"]

@@ -28,9 +28,9 @@ from spinquant.learning.parametrization import LearnableRotation, Learned
 from spinquant.modifiers.mapping_plan import plan_from_mappings
 from spinquant.modifiers.mappings import NormMapping, infer_mapping, infer_norm_mappings
 from spinquant.plan import Plan
-from spinquant.rotation import Hadamard, Orthogonal, matrix
-from spinquant.saved_rotations import restore
-from spinquant.wrapped import InPrecision
+from spinquant.rotations.rotation import Hadamard, Orthogonal, matrix
+from spinquant.rotations.serialization import restore
+from spinquant.rotations.wrappers import InPrecision
 
 ALL = "R1,R2,R3,R4"
 TYPES = ["hadamard", "random-hadamard", "random-matrix"]

@@ -12,9 +12,9 @@ from conftest import CONFIGS, byte_tokenizer, logits, tiny_model, tokens
 from spinquant import CheckpointError, RotationSpec, detach, load, parse_scheme, quantize, rotate, save
 from spinquant.calibration.blockwise import quantize_blocks
 from spinquant.formats.native import SpinQuantConfig, unmark
-from spinquant.rotation import matrix
-from spinquant.saved_rotations import restore
-from spinquant.wrapped import online_part
+from spinquant.rotations.rotation import matrix
+from spinquant.rotations.serialization import restore
+from spinquant.rotations.wrappers import online_part
 
 ALL = RotationSpec("R1,R2,R3,R4", seed=1)
 

@@ -24,9 +24,9 @@ from test_stream import digest
 # The command line, in a process that may die at its n-th write, and cuts tiny tensors too.
 WORKER = """
 import os, sys
-import spinquant.checkpoint.direct_io, spinquant.stream, spinquant.fuse
+import spinquant.checkpoint.direct_io, spinquant.stream, spinquant.rotations.fuse
 spinquant.checkpoint.direct_io.GATHERED = 4096
-spinquant.fuse.SLICE, spinquant.stream.BAND, spinquant.stream.IN_FLIGHT = 600, 5000, 20_000
+spinquant.rotations.fuse.SLICE, spinquant.stream.BAND, spinquant.stream.IN_FLIGHT = 600, 5000, 20_000
 dying, after = int(os.environ["DYING"]), int(os.environ["AFTER"])
 if dying == int(os.environ["RANK"]):
     real, count = os.pwrite, 0
@@ -66,7 +66,7 @@ def small_pieces(monkeypatch):
     """As the processes cut them, which decides the last bit; the number of threads (torchrun gives one) does not."""
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
-    monkeypatch.setattr("spinquant.fuse.SLICE", 600)
+    monkeypatch.setattr("spinquant.rotations.fuse.SLICE", 600)
     yield
     torch.set_num_threads(threads)
 

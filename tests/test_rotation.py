@@ -4,8 +4,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from conftest import tiny_model
 from spinquant import HadamardOrderError, RotationError, RotationSpec, make_rotations, plan_of
-from spinquant.rotation import Hadamard, Kronecker, Orthogonal, matrix, random_orthogonal, random_signs
-from spinquant.saved_rotations import empty_tensors, restore
+from spinquant.rotations.factory import random_orthogonal, random_signs
+from spinquant.rotations.rotation import Hadamard, Kronecker, Orthogonal, matrix
+from spinquant.rotations.serialization import empty_tensors, restore
 
 
 def generator(seed: int = 0) -> torch.Generator:

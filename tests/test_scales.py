@@ -28,18 +28,18 @@ from spinquant.entrypoints.result import Options
 from spinquant.errors import LearningError, RotationError
 from spinquant.evaluation.equivalence import Float64Arithmetic, compare, snapshot
 from spinquant.evaluation.metrics import drawn
-from spinquant.fuse import fuse_in_place, slices, transform
 from spinquant.learning.channel_scaling import add_up, fuse_scales, scale_sums, unscale
 from spinquant.learning.end_to_end import FROM_LOCAL, EndToEndOptions
 from spinquant.learning.fake_quant import fuse_gains, learning_scheme
 from spinquant.learning.layerwise import LocalOptions
 from spinquant.learning.learn import learn
 from spinquant.learning.options import LearnOptions
-from spinquant.module import named_tensor
 from spinquant.quantization.scheme import parse_scheme
-from spinquant.rotation import Hadamard, matrix
-from spinquant.saved_rotations import saved, to_save
-from spinquant.wrapped import Scaled, bare, check_given, in_precision, online_part
+from spinquant.rotations.fuse import fuse_in_place, slices, transform
+from spinquant.rotations.fuse_module import named_tensor
+from spinquant.rotations.rotation import Hadamard, matrix
+from spinquant.rotations.serialization import saved, to_save
+from spinquant.rotations.wrappers import Scaled, bare, check_given, in_precision, online_part
 from test_families import close, tiny
 
 SPEC = RotationSpec("R1,R2,R3,R4", "auto")
@@ -102,7 +102,7 @@ def test_every_gated_mlp_of_linears_can_have_them():
 @pytest.mark.parametrize("first", [0, 16])
 def test_slices_take_their_share_of_them(name, first, monkeypatch):
     """Also rows from the middle of a tensor, as they are read from disk, and blocks of a rotated axis."""
-    monkeypatch.setattr("spinquant.fuse.SLICE", 100)
+    monkeypatch.setattr("spinquant.rotations.fuse.SLICE", 100)
     model = tiny_model("llama")
     plan = plan_of(model)
     rotations = scaled(plan, make_rotations(plan, RotationSpec("R4", block_size=16)))

@@ -20,7 +20,7 @@ from spinquant.checkpoint.folder import load_config
 from spinquant.checkpoint.reader import Source
 from spinquant.disk_model import OnDisk, form_in, hollow_model, unfillable
 from spinquant.entrypoints.validation import from_disk
-from spinquant.module import model_class
+from spinquant.rotations.fuse_module import model_class
 from spinquant.stream import Rotated
 from test_stream import assert_same, quantize_to_fp8, weights
 

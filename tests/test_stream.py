@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from conftest import CONFIGS, SIZES, byte_tokenizer, logits, tiny_model, tokens
-from spinquant import CheckpointError, Options, RotationSpec, kronecker, load, load_tokenizer, rotate, rotate_folder
+from spinquant import CheckpointError, Options, RotationSpec, load, load_tokenizer, rotate, rotate_folder
 from spinquant.checkpoint.folder import load_config
 from spinquant.checkpoint.reader import Source
 from spinquant.cli.options import parse_size
+from spinquant.rotations import fast_transform as kronecker
 
 SPEC = RotationSpec("R1,R2")
 
@@ -54,7 +55,7 @@ def in_memory(folder, out, spec):
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Tiny tensors are cut too, into several slices and bands."""
-    monkeypatch.setattr("spinquant.fuse.SLICE", 600)
+    monkeypatch.setattr("spinquant.rotations.fuse.SLICE", 600)
     monkeypatch.setattr("spinquant.stream.BAND", 5000)
     monkeypatch.setattr("spinquant.stream.IN_FLIGHT", 20_000)
 
@@ -78,7 +79,7 @@ def test_kernels_are_taken_in_memory_and_as_a_stream_alike(least, tmp_path, monk
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     applied, real = [], kronecker._butterflies
     monkeypatch.setattr(kronecker, "_butterflies", lambda *given: applied.append(given) or real(*given))
-    monkeypatch.setattr("spinquant.hadamard.KERNELS_FROM", 128)
+    monkeypatch.setattr("spinquant.rotations.hadamard.KERNELS_FROM", 128)
     monkeypatch.setattr(kronecker, "COMPILED_FROM", least)
     rotate_folder(tmp_path / "model", tmp_path / "out", SPEC, text=None, options=Options(prove=False))
     assert bool(applied) == (least == 0)

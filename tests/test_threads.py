@@ -5,9 +5,9 @@ import threading
 import pytest
 import torch
 
-from spinquant.fuse import fuse_in_place
 from spinquant.plan import Axis, Gain, Plan, Space
-from spinquant.rotation import RotationSpec, make_rotations
+from spinquant.rotations.factory import RotationSpec, make_rotations
+from spinquant.rotations.fuse import fuse_in_place
 from spinquant.threads import each, single_threaded
 
 

@@ -13,7 +13,8 @@ from compressed_tensors.transform import TransformConfig
 from spinquant import Hadamard, Kronecker, Orthogonal, RotationError
 from spinquant.formats.compressed_tensors import transform_matrix
 from spinquant.integrations.vllm import query_key_order, register, rotation_of
-from spinquant.rotation import matrix, random_orthogonal, random_signs
+from spinquant.rotations.factory import random_orthogonal, random_signs
+from spinquant.rotations.rotation import matrix
 
 GENERATOR = torch.Generator().manual_seed(0)
 ROTATIONS = {

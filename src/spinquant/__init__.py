@@ -32,15 +32,12 @@ from spinquant.evaluation.equivalence import prove
 from spinquant.evaluation.metrics import Comparison, Evaluation, compare_models, evaluate
 from spinquant.formats.load import load_model as load
 from spinquant.formats.native import detach
-from spinquant.hadamard import hadamard_matrix, hadamard_transform
 from spinquant.learning.end_to_end import EndToEndOptions
 from spinquant.learning.layerwise import LocalOptions
 from spinquant.learning.learn import learn
-from spinquant.learning.learned import LearnedRotations
 from spinquant.learning.options import LearnOptions
 from spinquant.modifiers.mappings import NormMapping, SpinQuantMapping
 from spinquant.modifiers.modifier import SpinQuantModifier
-from spinquant.module import fuse_module, plan_of
 from spinquant.online.hooks import Attachment, attach
 from spinquant.online.kv_cache import QuantizedCache
 from spinquant.plan import Plan
@@ -48,7 +45,11 @@ from spinquant.probing.draft import draft_text
 from spinquant.probing.probe import Probe, probe
 from spinquant.quantization.gptq import GPTQOptions, Moments, gptq
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme, parse_scheme
-from spinquant.rotation import Hadamard, Kronecker, Orthogonal, Rotation, RotationSpec, make_rotations
+from spinquant.rotations.factory import RotationSpec, make_rotations
+from spinquant.rotations.fuse_module import fuse_module, plan_of
+from spinquant.rotations.hadamard import hadamard_matrix, hadamard_transform
+from spinquant.rotations.learned import LearnedRotations
+from spinquant.rotations.rotation import Hadamard, Kronecker, Orthogonal, Rotation
 
 __version__ = version("spinquant")
 

@@ -20,7 +20,7 @@ from spinquant.disk_model import OnDisk, Weights
 from spinquant.entrypoints.result import Options
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Clips, Scheme
-from spinquant.rotation import Rotation
+from spinquant.rotations.rotation import Rotation
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from spinquant.architectures.checkpoint_mapping import Form, Piece, form_of
 from spinquant.calibration.sequential import body_of
 from spinquant.checkpoint.reader import Stored
 from spinquant.errors import CheckpointError
-from spinquant.module import model_class, module_and_attribute, plan_of
 from spinquant.plan import Plan
+from spinquant.rotations.fuse_module import model_class, module_and_attribute, plan_of
 from spinquant.workspace import give_back
 
 

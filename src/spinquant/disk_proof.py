@@ -25,7 +25,7 @@ from spinquant.evaluation.equivalence import (
 from spinquant.evaluation.tiny_model import exact_experts
 from spinquant.online.hooks import attach
 from spinquant.plan import Plan
-from spinquant.rotation import Rotation
+from spinquant.rotations.rotation import Rotation
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from spinquant.checkpoint.folder import SINGLE
 from spinquant.checkpoint.reader import Source
 from spinquant.checkpoint.safetensors_io import in_order
 from spinquant.plan import Plan
-from spinquant.rotation import Rotation
+from spinquant.rotations.rotation import Rotation
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 

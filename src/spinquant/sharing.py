@@ -8,8 +8,8 @@ of which one process would have too much is thereby taken by several, each writi
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from spinquant import fuse
 from spinquant.checkpoint.reader import Source
+from spinquant.rotations import fuse
 from spinquant.shards import Change, Job, Shard, layout_bytes
 
 # Pieces of one shard for each process, so that they can be spread evenly.

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spinquant import fuse
 from spinquant.checkpoint.checksums import Prefix, SourceHash
 from spinquant.checkpoint.direct_io import room_for
 from spinquant.checkpoint.reader import Source, _check_source, _described
@@ -26,6 +25,7 @@ from spinquant.checkpoint.resumable import Growing
 from spinquant.checkpoint.safetensors_io import TensorFile, place_of
 from spinquant.errors import CheckpointError
 from spinquant.processes import Processes
+from spinquant.rotations import fuse
 from spinquant.shards import Change, Job, Shard, job_of, layout_bytes
 from spinquant.sharing import Band, bands_in_order, bands_of, shared
 from spinquant.threads import all_threads, one_of_several, single_threaded

@@ -18,10 +18,10 @@ from spinquant.architectures.family import Family
 from spinquant.checkpoint.folder import BESIDE, RECORD, ROTATIONS, folder_of, load_config, read_headers
 from spinquant.checkpoint.reader import Source, read_gains
 from spinquant.errors import CheckpointError, RotationError
-from spinquant.fuse import transform
 from spinquant.plan import Plan
-from spinquant.rotation import Rotation
-from spinquant.saved_rotations import saved
+from spinquant.rotations.fuse import transform
+from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.serialization import saved
 
 # Rows that are compared to tell whether a model is the original, and what rounding to half types moves them by.
 ROWS, SAME = 64, 0.02

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from spinquant.adapters.base_model import Target
 from spinquant.errors import RotationError
-from spinquant.fuse import transform
 from spinquant.plan import Axis, Gain, Plan, Span
+from spinquant.rotations.fuse import transform
 
 Kind = Literal["eagle3", "eagle", "medusa"]
 

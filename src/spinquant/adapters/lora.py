@@ -24,7 +24,7 @@ from spinquant.adapters.base_model import Target
 from spinquant.adapters.moe import stacked_counterpart
 from spinquant.adapters.plan import Counterpart, plan_beside
 from spinquant.errors import RotationError
-from spinquant.fuse import scales_of, transform
+from spinquant.rotations.fuse import scales_of, transform
 
 PREFIX = "base_model.model."
 _NAME = re.compile(

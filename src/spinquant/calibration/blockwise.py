@@ -28,7 +28,6 @@ from spinquant.calibration.sequential import (
     check_finite_weights,
 )
 from spinquant.errors import CalibrationError, SchemeError
-from spinquant.module import named_tensor, untie
 from spinquant.online.hooks import Attachment, attach
 from spinquant.plan import Experts, Plan
 from spinquant.quantization.gptq import GPTQOptions, Moments, gptq
@@ -36,7 +35,8 @@ from spinquant.quantization.integer import Packed, dequantize, fake_quantize, st
 from spinquant.quantization.rtn import quantize_weight
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme, static_parts, with_clip
 from spinquant.quantization.targets import Weight, parts_tied, weights_of
-from spinquant.rotation import Rotation
+from spinquant.rotations.fuse_module import named_tensor, untie
+from spinquant.rotations.rotation import Rotation
 
 
 @dataclass(frozen=True)

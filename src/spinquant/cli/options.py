@@ -19,11 +19,11 @@ from spinquant.errors import (
     SchemeError,
 )
 from spinquant.formats.runtimes import RUNTIMES
-from spinquant.learning.learned import LearnedRotations
 from spinquant.plan import ROTATION_NAMES, parse_rotation_names
 from spinquant.processes import is_first
 from spinquant.quantization.scheme import Clip, Scheme
-from spinquant.rotation import RotationSpec
+from spinquant.rotations.factory import RotationSpec
+from spinquant.rotations.learned import LearnedRotations
 
 ALL_ROTATIONS = ",".join(ROTATION_NAMES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}

@@ -13,9 +13,9 @@ from spinquant.entrypoints.result import Result
 from spinquant.errors import SpinquantError
 from spinquant.evaluation.metrics import Comparison, Evaluation
 from spinquant.formats.runtimes import RUNTIMES
-from spinquant.learning.learned import LearnedRotations
 from spinquant.plan import MERGEABLE, Plan
-from spinquant.rotation import RotationSpec, choose
+from spinquant.rotations.factory import RotationSpec, choose
+from spinquant.rotations.learned import LearnedRotations
 
 NEEDS = {
     "R1": "nothing",

@@ -28,7 +28,7 @@ from spinquant.demo.page import Activation, DemoResult, page
 from spinquant.errors import SchemeError
 from spinquant.evaluation.metrics import evaluate
 from spinquant.formats.native import unmark
-from spinquant.module import plan_of, tensor_shapes
+from spinquant.rotations.fuse_module import plan_of, tensor_shapes
 from spinquant.online.hooks import attach
 from spinquant.entrypoints.in_memory import rotate
 from spinquant.quantization.targets import check_fits
@@ -47,7 +47,8 @@ from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.rtn import quantize_weight, round_weights
 from spinquant.quantization.scheme import Quantizer, Scheme, parse_scheme
 from spinquant.quantization.targets import weights_of
-from spinquant.rotation import Rotation, RotationSpec
+from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.factory import RotationSpec
 from spinquant.entrypoints.stream_run import SAMPLE_TOKENS
 
 Progress = Callable[[str, int, int], None]

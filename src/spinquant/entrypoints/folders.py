@@ -41,12 +41,12 @@ from spinquant.formats.compressed_config import check_plan
 from spinquant.formats.compressed_tensors import write_compressed
 from spinquant.formats.load import load_model
 from spinquant.formats.native import is_marked
-from spinquant.learning.learned import LearnedRotations
 from spinquant.plan import MERGEABLE, Plan
 from spinquant.quantization.scheme import Scheme
-from spinquant.rotation import RotationSpec
-from spinquant.saved_rotations import to_save
-from spinquant.wrapped import online_part
+from spinquant.rotations.factory import RotationSpec
+from spinquant.rotations.learned import LearnedRotations
+from spinquant.rotations.serialization import to_save
+from spinquant.rotations.wrappers import online_part
 
 Format = Literal["native", "compressed-tensors", "hf"]
 

@@ -20,14 +20,14 @@ from spinquant.entrypoints.learn_run import keeping
 from spinquant.errors import CheckpointError, SpinquantError, TextError
 from spinquant.formats.load import load_model
 from spinquant.learning.learn import learn
-from spinquant.learning.learned import LearnedRotations
 from spinquant.learning.options import LearnOptions, Watch
-from spinquant.module import plan_of, tensor_shapes
 from spinquant.processes import is_first, joined
 from spinquant.quantization.scheme import Scheme
 from spinquant.quantization.targets import check_fits
-from spinquant.rotation import RotationSpec
-from spinquant.saved_rotations import saved, to_save
+from spinquant.rotations.factory import RotationSpec
+from spinquant.rotations.fuse_module import plan_of, tensor_shapes
+from spinquant.rotations.learned import LearnedRotations
+from spinquant.rotations.serialization import saved, to_save
 
 TENSORS, ABOUT = "rotations.safetensors", "learned.json"
 DONE = "learned"  # where they are kept beside OUT until it is written

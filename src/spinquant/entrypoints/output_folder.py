@@ -17,7 +17,7 @@ from spinquant.checkpoint.folder import BESIDE, INDEX, RECORD, ROTATIONS, SINGLE
 from spinquant.checkpoint.reader import Source, fp8_block
 from spinquant.checkpoint.resumable import write_file
 from spinquant.entrypoints.result import Result
-from spinquant.saved_rotations import to_save
+from spinquant.rotations.serialization import to_save
 from spinquant.shards import Shard
 
 

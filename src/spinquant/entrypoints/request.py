@@ -18,9 +18,9 @@ from spinquant.checkpoint.folder import (
 )
 from spinquant.disk_calibration import Calibrating
 from spinquant.entrypoints.result import Options
-from spinquant.learning.learned import LearnedRotations
 from spinquant.quantization.scheme import Scheme
-from spinquant.rotation import RotationSpec
+from spinquant.rotations.factory import RotationSpec
+from spinquant.rotations.learned import LearnedRotations
 
 
 @dataclass(frozen=True)

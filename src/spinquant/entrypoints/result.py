@@ -13,8 +13,9 @@ from spinquant.calibration.blockwise import Calibration
 from spinquant.evaluation.equivalence import Deviation
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Clips, Scheme
-from spinquant.rotation import Rotation, RotationSpec
-from spinquant.saved_rotations import to_save
+from spinquant.rotations.factory import RotationSpec
+from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.serialization import to_save
 
 Stage = Callable[[str, int, int], None]
 

@@ -24,8 +24,8 @@ from spinquant.errors import (
     SpinquantError,
 )
 from spinquant.evaluation.equivalence import prove
-from spinquant.kronecker import kernels_for
 from spinquant.processes import Processes, joined
+from spinquant.rotations.fast_transform import kernels_for
 from spinquant.stream import Rotated, stream
 
 STREAMED = "stream"  # the stage of a run that counts bytes

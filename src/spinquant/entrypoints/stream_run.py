@@ -20,7 +20,6 @@ from spinquant.architectures import RECORDED, FamilyLike, make_plan, recorded_fa
 from spinquant.architectures.mtp import COUNTS
 from spinquant.calibration.block_store import BlockStore
 from spinquant.calibration.data import CalibrationText, calibration_tokens, check_length, load_text, token_windows
-from spinquant.centred import check_centred
 from spinquant.checkpoint.folder import load_config, load_tokenizer
 from spinquant.checkpoint.reader import Source, read_gains
 from spinquant.checkpoint.resumable import Resumable
@@ -41,10 +40,11 @@ from spinquant.formats.native_packing import Finished, NativePacking
 from spinquant.processes import Processes
 from spinquant.quantization.scheme import Clips, Scheme
 from spinquant.quantization.targets import check_fits, parts_tied
-from spinquant.rotation import make_rotations
+from spinquant.rotations.factory import make_rotations
+from spinquant.rotations.mean_preserving import check_centred
+from spinquant.rotations.wrappers import check_given, in_precision, online_part
 from spinquant.shards import Change, Packing, Plain, make_shards
 from spinquant.stream import Rotated, Timing
-from spinquant.wrapped import check_given, in_precision, online_part
 
 SAMPLE_TOKENS = 128  # real tokens on which the fused model is compared with the original
 # A decoder block is loaded for that where it takes at most so many times the largest tensor in float32, or bytes.

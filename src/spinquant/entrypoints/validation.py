@@ -23,7 +23,7 @@ from spinquant.plan import MERGEABLE
 from spinquant.processes import is_alone
 from spinquant.quantization.gptq import GPTQOptions
 from spinquant.quantization.scheme import Scheme, static_parts
-from spinquant.rotation import RotationSpec
+from spinquant.rotations.factory import RotationSpec
 
 
 def check_format(format: str, scheme: Scheme, spec: RotationSpec, *, clips: bool = False) -> None:

@@ -21,11 +21,12 @@ from spinquant.architectures import FamilyLike, use_family
 from spinquant.calibration.data import captured, device_of
 from spinquant.errors import ProofError
 from spinquant.evaluation.tiny_model import TWIN_VOCABULARY, make_twin, twin_spec
-from spinquant.fuse import rotate_axis, scales_of
-from spinquant.module import fuse_module, plan_of
 from spinquant.online.hooks import attach
 from spinquant.plan import Axis, Plan
-from spinquant.rotation import Rotation, RotationSpec, make_rotations
+from spinquant.rotations.factory import RotationSpec, make_rotations
+from spinquant.rotations.fuse import rotate_axis, scales_of
+from spinquant.rotations.fuse_module import fuse_module, plan_of
+from spinquant.rotations.rotation import Rotation
 
 # Relative error ||logits' - logits|| / ||logits|| that rounding explains; see docs/design.md for the measurement.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}

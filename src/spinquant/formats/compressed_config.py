@@ -20,8 +20,9 @@ from spinquant.errors import RotationError, SchemeError
 from spinquant.plan import Plan
 from spinquant.quantization.floating import LARGEST, tensor_factor
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme, static_parts
-from spinquant.rotation import Hadamard, Rotation, RotationSpec
-from spinquant.wrapped import online_part
+from spinquant.rotations.factory import RotationSpec
+from spinquant.rotations.rotation import Hadamard, Rotation
+from spinquant.rotations.wrappers import online_part
 
 INSTALL = "compressed-tensors is not installed: pip install 'spinquant[compressed-tensors]'"
 # Stands where transformers expects "compressed" in folders with online rotations, which it would silently leave out: it

@@ -17,7 +17,7 @@ from spinquant.plan import Plan
 from spinquant.quantization.integer import Packed, dequantize, quantize
 from spinquant.quantization.scheme import Clips, Scheme
 from spinquant.quantization.targets import linears_of
-from spinquant.rotation import Rotation
+from spinquant.rotations.rotation import Rotation
 
 
 class CompressedPacking:

@@ -22,14 +22,15 @@ from spinquant.errors import CheckpointError, SpinquantError
 from spinquant.formats.compressed_config import format_of, quantization_config, quantization_scheme, stored_ranges
 from spinquant.formats.compressed_tensors import stored_transforms, transform_matrix
 from spinquant.formats.native import mark
-from spinquant.module import plan_of
 from spinquant.online.hooks import attach
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme
 from spinquant.quantization.targets import linears_of
-from spinquant.rotation import Rotation, RotationSpec
-from spinquant.saved_rotations import saved
-from spinquant.wrapped import online_part
+from spinquant.rotations.factory import RotationSpec
+from spinquant.rotations.fuse_module import plan_of
+from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.serialization import saved
+from spinquant.rotations.wrappers import online_part
 
 METHOD = "compressed-tensors"
 

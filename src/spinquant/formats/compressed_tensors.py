@@ -26,7 +26,7 @@ from spinquant.plan import Plan
 from spinquant.quantization.floating import tensor_factor
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme
 from spinquant.quantization.targets import linears_of
-from spinquant.rotation import Rotation, matrix
+from spinquant.rotations.rotation import Rotation, matrix
 
 
 def write_compressed(

@@ -17,7 +17,7 @@ from spinquant.quantization.integer import Packed
 from spinquant.quantization.rtn import quantize_weight
 from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.quantization.targets import PARTS, linear_weights, weights_of
-from spinquant.rotation import Rotation
+from spinquant.rotations.rotation import Rotation
 
 # Elements rounded at once: a few copies of them in float32 are in memory.
 PIECE = 1 << 20

@@ -12,7 +12,7 @@ from typing import Any
 from spinquant.errors import RotationError, SchemeError
 from spinquant.plan import MERGEABLE, ROTATION_NAMES, Plan
 from spinquant.quantization.scheme import Quantizer, Scheme
-from spinquant.rotation import RotationSpec
+from spinquant.rotations.factory import RotationSpec
 
 
 @dataclass(frozen=True)

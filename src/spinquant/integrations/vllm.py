@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from spinquant.errors import HadamardOrderError, RotationError
-from spinquant.hadamard import hadamard_matrix
-from spinquant.rotation import Hadamard, Orthogonal, Rotation
+from spinquant.rotations.hadamard import hadamard_matrix
+from spinquant.rotations.rotation import Hadamard, Orthogonal, Rotation
 
 ROTATION = "_spinquant_rotation"
 ATTENTION = ".attn"  # vLLM's attention layer inside the module that transform_config names

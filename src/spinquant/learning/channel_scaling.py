@@ -25,12 +25,12 @@ from torch import Tensor
 from spinquant.calibration.data import device_of
 from spinquant.errors import LearningError
 from spinquant.learning.sensitivity import own_predictions
-from spinquant.module import fuse_module
 from spinquant.online.hooks import attach
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Scheme
-from spinquant.rotation import Hadamard, Rotation
-from spinquant.wrapped import Scaled
+from spinquant.rotations.fuse_module import fuse_module
+from spinquant.rotations.rotation import Hadamard, Rotation
+from spinquant.rotations.wrappers import Scaled
 
 # Share of their mean that is added to both sums: a channel that was never seen, or never mattered, stays finite.
 DAMPING = 0.1

@@ -28,7 +28,8 @@ from spinquant.online.hooks import Attachment
 from spinquant.plan import Plan
 from spinquant.quantization.rotated_rounding import Moving, Tally
 from spinquant.quantization.scheme import Scheme
-from spinquant.rotation import Rotation, generator_for, matrix
+from spinquant.rotations.factory import generator_for
+from spinquant.rotations.rotation import Rotation, matrix
 
 Loss = Literal["fisher", "kl", "cross-entropy"]
 Schedule = Literal["cosine", "linear", "constant"]

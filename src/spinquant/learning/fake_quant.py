@@ -19,7 +19,6 @@ from torch.nn.utils import parametrize
 
 from spinquant.calibration.data import device_of
 from spinquant.errors import LearningError
-from spinquant.module import fuse_module, module_and_attribute
 from spinquant.online.hooks import Attachment, attach
 from spinquant.plan import Plan
 from spinquant.quantization.clip_search import best_ratio
@@ -27,7 +26,8 @@ from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.rotated_rounding import Turn, round_rotated, turned
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme
 from spinquant.quantization.targets import Weight, weights_of
-from spinquant.rotation import Hadamard, Rotation
+from spinquant.rotations.fuse_module import fuse_module, module_and_attribute
+from spinquant.rotations.rotation import Hadamard, Rotation
 
 
 def fuse_gains(model: Any, plan: Plan, rotations: Mapping[str, Rotation]) -> None:

@@ -24,7 +24,8 @@ from spinquant.learning.cayley import OPTIMIZERS, Descent, Optimizer
 from spinquant.learning.objectives import OBJECTIVES, Objective, row_loss
 from spinquant.learning.training_state import StateFile
 from spinquant.quantization.integer import fake_quantize
-from spinquant.rotation import Orthogonal, Rotation, generator_for, matrix, nearest_orthogonal
+from spinquant.rotations.factory import generator_for
+from spinquant.rotations.rotation import Orthogonal, Rotation, matrix, nearest_orthogonal
 
 Solver = Literal["cayley", "qr", "procrustes"]
 SOLVERS = get_args(Solver)

@@ -27,16 +27,18 @@ from spinquant.learning.channel_scaling import Sums, add_up, scale_sums, watches
 from spinquant.learning.end_to_end import FROM_LOCAL, Step, learn_end_to_end
 from spinquant.learning.fake_quant import fuse_gains, learning_scheme, shard_blocks
 from spinquant.learning.layerwise import learn_locally, rounding_errors
-from spinquant.learning.learned import LearnedRotations, described, to_start_from
+from spinquant.learning.learned import described, to_start_from
 from spinquant.learning.options import LearnOptions, Watch, check_used, learned_spaces
 from spinquant.learning.selection import Contest
 from spinquant.learning.sensitivity import predicted_kl, sensitive_sites
 from spinquant.learning.training_state import JUDGED, JudgedFile, StateFile
-from spinquant.module import plan_of
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Scheme
-from spinquant.rotation import Hadamard, Rotation, RotationSpec, generator_for, make_rotations, random_signs
-from spinquant.wrapped import Scaled, bare
+from spinquant.rotations.factory import RotationSpec, generator_for, make_rotations, random_signs
+from spinquant.rotations.fuse_module import plan_of
+from spinquant.rotations.learned import LearnedRotations
+from spinquant.rotations.rotation import Hadamard, Rotation
+from spinquant.rotations.wrappers import Scaled, bare
 
 LEARNED = ("given", "local", "end-to-end", "local+end-to-end")  # candidates that are neither random nor scales alone
 CLIP_WINDOWS = 2

@@ -9,7 +9,7 @@ from spinquant.learning.end_to_end import EndToEndOptions, Step
 from spinquant.learning.layerwise import LocalOptions, check_numbers
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Scheme
-from spinquant.rotation import RotationSpec
+from spinquant.rotations.factory import RotationSpec
 
 Method = Literal["random", "local", "end-to-end", "local+end-to-end", "auto"]
 METHODS = get_args(Method)

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from spinquant.errors import CheckpointError
-from spinquant.fuse import transform
 from spinquant.learning.cayley import cayley
-from spinquant.module import check_in_memory, module_and_attribute, named_tensor, untie
 from spinquant.online.hooks import attach, attachment_of, before_forward
 from spinquant.plan import Plan
-from spinquant.rotation import Orthogonal, Rotation, matrix
+from spinquant.rotations.fuse import transform
+from spinquant.rotations.fuse_module import check_in_memory, module_and_attribute, named_tensor, untie
+from spinquant.rotations.rotation import Orthogonal, Rotation, matrix
 
 LEARNED = "spinquant_learned"
 

@@ -20,7 +20,7 @@ from spinquant.learning.fake_quant import rounding
 from spinquant.learning.training_state import JudgedFile
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Quantizer, Scheme
-from spinquant.rotation import Rotation
+from spinquant.rotations.rotation import Rotation
 
 RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 

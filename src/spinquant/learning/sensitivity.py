@@ -33,7 +33,7 @@ from spinquant.online.hooks import Attachment, attach
 from spinquant.plan import Plan
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.scheme import Scheme
-from spinquant.rotation import Rotation
+from spinquant.rotations.rotation import Rotation
 
 
 def sensitive_sites(

@@ -26,9 +26,9 @@ from spinquant.formats.compressed_tensors import unnormalised
 from spinquant.formats.native import distinct_rotations
 from spinquant.modifiers.transform_config import TransformConfig as Groups
 from spinquant.modifiers.transform_config import TransformScheme as Scheme
-from spinquant.module import fuse_module
 from spinquant.plan import Plan
-from spinquant.rotation import Rotation
+from spinquant.rotations.fuse_module import fuse_module
+from spinquant.rotations.rotation import Rotation
 
 
 def check_in_place(model: nn.Module) -> None:

@@ -25,7 +25,7 @@ from spinquant.modifiers.resolve import Wanted, Work, prepare
 from spinquant.modifiers.transform_config import TorchDtype, TransformConfig, TransformType
 from spinquant.online.hooks import ATTENTIONS
 from spinquant.plan import Plan, parse_rotation_names
-from spinquant.rotation import RotationSpec
+from spinquant.rotations.factory import RotationSpec
 
 RotationName = Literal["R1", "R2", "R3", "R4"]
 PEER = "llmcompressor"

@@ -24,11 +24,12 @@ from spinquant.modifiers.mappings import (
     infer_norm_mappings,
 )
 from spinquant.modifiers.transform_config import TransformConfig, transform_config, translate
-from spinquant.module import check_in_memory, plan_of
 from spinquant.online.hooks import ATTENTIONS, check_implementation
 from spinquant.plan import ROTATION_NAMES, Plan
-from spinquant.rotation import Rotation, RotationSpec, make_rotations
-from spinquant.wrapped import InPrecision
+from spinquant.rotations.factory import RotationSpec, make_rotations
+from spinquant.rotations.fuse_module import check_in_memory, plan_of
+from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.wrappers import InPrecision
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from torch import nn
 from spinquant.errors import RotationError
 from spinquant.modifiers.mappings import SpinQuantMapping, matching
 from spinquant.plan import Axis, Online, Plan, Space
-from spinquant.rotation import Orthogonal, Rotation, RotationSpec, make_rotation, matrix
+from spinquant.rotations.factory import RotationSpec, make_rotation
+from spinquant.rotations.rotation import Orthogonal, Rotation, matrix
 
 Location = Literal["input", "weight_input", "weight_output", "output", "k_cache", "q_attn"]
 TransformType = Literal["hadamard", "random-hadamard", "random-matrix"]

@@ -31,7 +31,7 @@ from spinquant.online.sites import (
 )
 from spinquant.plan import Plan, Space
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme, with_clip
-from spinquant.rotation import Rotation
+from spinquant.rotations.rotation import Rotation
 
 PREFIX = "spinquant_"
 ATTENTIONS = ("sdpa", "eager", "flex_attention")

@@ -16,7 +16,7 @@ from spinquant.online.kv_cache import pack_layer
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.rotated_rounding import Turn, round_rotated
 from spinquant.quantization.scheme import Quantizer
-from spinquant.rotation import Rotation
+from spinquant.rotations.rotation import Rotation
 
 EXPERTS = ("grouped_mm", "batched_mm")
 GATE = "_apply_gate"

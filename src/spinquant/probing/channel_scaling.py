@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from spinquant.plan import Plan
-from spinquant.rotation import Hadamard, Rotation
-from spinquant.wrapped import Scaled
+from spinquant.rotations.rotation import Hadamard, Rotation
+from spinquant.rotations.wrappers import Scaled
 
 
 def candidates(

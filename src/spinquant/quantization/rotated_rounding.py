@@ -30,7 +30,7 @@ from torch import Tensor
 from spinquant.plan import Span
 from spinquant.quantization.integer import fake_quantize, group_of
 from spinquant.quantization.scheme import Quantizer
-from spinquant.rotation import Orthogonal, Rotation, check_blocks, nearest_orthogonal
+from spinquant.rotations.rotation import Orthogonal, Rotation, check_blocks, nearest_orthogonal
 
 
 @dataclass

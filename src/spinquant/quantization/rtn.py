@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from spinquant.errors import SchemeError
-from spinquant.module import untie
 from spinquant.plan import Plan
 from spinquant.quantization.integer import (
     BLOCK,
@@ -25,6 +24,7 @@ from spinquant.quantization.integer import (
 )
 from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.quantization.targets import parts_tied, weights_of
+from spinquant.rotations.fuse_module import untie
 
 # From no clipping down to 0.425 of the range, which an outlier in a row of weights may call for.
 CLIP_RATIOS = tuple(1 - i / 40 for i in range(24))

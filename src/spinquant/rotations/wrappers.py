@@ -9,7 +9,8 @@ from torch import Tensor
 
 from spinquant.errors import RotationError
 from spinquant.plan import Plan, Space
-from spinquant.rotation import Orthogonal, Rotation, RotationSpec
+from spinquant.rotations.factory import RotationSpec
+from spinquant.rotations.rotation import Orthogonal, Rotation
 
 
 @dataclass(frozen=True, eq=False)

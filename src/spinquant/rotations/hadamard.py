@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from spinquant.errors import HadamardOrderError
-from spinquant.galois import factorize, is_prime_power
-from spinquant.hadamard_bases import (
+from spinquant.rotations.fast_transform import Factor, Sylvester, kronecker_transform, takes_kernels
+from spinquant.rotations.finite_fields import factorize, is_prime_power
+from spinquant.rotations.hadamard_constructions import (
     FOUR_CIRCULANTS,
     four_circulants,
     miyamoto,
@@ -28,7 +29,6 @@ from spinquant.hadamard_bases import (
     paley_two,
     sylvester,
 )
-from spinquant.kronecker import Factor, Sylvester, kronecker_transform, takes_kernels
 
 _REMEMBERED = 64  # orders whose factors are kept
 # Butterflies are for larger orders: numba and its compiler take 105 MB, more than small models do.

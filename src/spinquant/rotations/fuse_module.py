@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from spinquant.architectures import FamilyLike, make_plan
-from spinquant.centred import check_centred
 from spinquant.errors import CheckpointError
-from spinquant.fuse import fuse_in_place
-from spinquant.kronecker import kernels_for
 from spinquant.plan import Plan
-from spinquant.rotation import Rotation
+from spinquant.rotations.fast_transform import kernels_for
+from spinquant.rotations.fuse import fuse_in_place
+from spinquant.rotations.mean_preserving import check_centred
+from spinquant.rotations.rotation import Rotation
 from spinquant.workspace import kept_whole
 
 

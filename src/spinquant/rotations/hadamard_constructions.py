@@ -10,7 +10,7 @@ Sources: Paley 1933; Williamson 1944; Goethals and Seidel 1967; Turyn 1974; Miya
 import torch
 from torch import Tensor
 
-from spinquant.galois import jacobsthal
+from spinquant.rotations.finite_fields import jacobsthal
 
 # Order n -> generator of a group of multipliers and four sequences of period n, one sign for every orbit of
 # the group on the integers mod n (orbits by their least element, 0 first). Their power spectra sum to 4n

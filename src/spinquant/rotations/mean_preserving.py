@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from spinquant.errors import RotationError
-from spinquant.hadamard import hadamard_transform
-from spinquant.kronecker import kronecker_transform
 from spinquant.plan import Plan
+from spinquant.rotations.fast_transform import kronecker_transform
+from spinquant.rotations.hadamard import hadamard_transform
 
 TOLERANCE = 1e-4  # of a row's sum: learned in float32, a rotation is orthogonal to less
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spinquant.centred import CentredHadamard, CentredRandomHadamard
 from spinquant.errors import RotationError
-from spinquant.rotation import Hadamard, Kronecker, Orthogonal, Rotation
-from spinquant.wrapped import InPrecision, Scaled, bare
+from spinquant.rotations.mean_preserving import CentredHadamard, CentredRandomHadamard
+from spinquant.rotations.rotation import Hadamard, Kronecker, Orthogonal, Rotation
+from spinquant.rotations.wrappers import InPrecision, Scaled, bare
 
 
 def to_save(rotations: Mapping[str, Rotation]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from spinquant.errors import RotationError
 from spinquant.plan import Gain, Plan, Span
-from spinquant.rotation import Rotation
+from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.wrappers import Scaled
 from spinquant.threads import each, single_threaded
 from spinquant.workspace import workspace
-from spinquant.wrapped import Scaled
 
 # Elements fused at once, which then stay in cache.
 SLICE = 1 << 20

@@ -1,0 +1,1 @@
+"""Rotations: Hadamard constructions, fast transforms, and fusing into weights."""

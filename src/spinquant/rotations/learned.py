@@ -1,0 +1,56 @@
+"""LearnedRotations"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from spinquant.calibration.block_store import digest
+from spinquant.errors import LearningError
+from spinquant.rotations.factory import RotationSpec
+from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.serialization import to_save
+
+
+@dataclass(frozen=True)
+class LearnedRotations:
+    """Rotations by space, what they are an instance of, and how they came about.
+
+    spec: rotations, types and block sizes that describe them. record: scores of all candidates, which was kept, steps,
+    errors of rounding per site before and after, seconds, settings.
+    """
+
+    rotations: Mapping[str, Rotation]
+    spec: RotationSpec
+    record: dict[str, Any]
+
+    def digest(self) -> str:
+        """A short name for the rotations' numbers."""
+        _, tensors = to_save(self.rotations)
+        return hashlib.sha256("".join(digest(tensors[name]) for name in sorted(tensors)).encode()).hexdigest()[:16]
+
+    def only(self, names: Sequence[str]) -> "LearnedRotations":
+        """Some of them: R1 and R2, say. Raises LearningError for those that are not there."""
+        if not names:
+            raise LearningError("none of the learned rotations is asked for: leave them out instead")
+        missing = [name for name in names if name not in self.spec.rotations]
+        if missing:
+            raise LearningError(f"{', '.join(missing)} is asked for, and {', '.join(self.spec.rotations)} was learned")
+        of = self.record.get("rotation_of", {})
+        if set(of) < set(self.rotations):
+            raise LearningError("these rotations do not say which of R1 to R4 each of them is: take all, or learn anew")
+        types = {name: self.spec.type_of(name) for name in names}
+        sizes = {name: size for name in names if (size := self.spec.block_of(name)) is not None}
+        spec = RotationSpec(tuple(names), types, sizes or None, False, self.spec.seed)
+        return replace(self, rotations={s: r for s, r in self.rotations.items() if of[s] in names}, spec=spec)
+
+    def note(self) -> dict[str, Any]:
+        """What a checkpoint says of its rotations: the record without times and the steps of single spaces."""
+        note = {key: value for key, value in self.record.items() if key not in ("seconds", "local_steps")}
+        steps = [{k: v for k, v in step.items() if k != "tokens_per_second"} for step in note.get("steps", ())]
+        return {**note, "steps": steps}
+
+    @property
+    def kept(self) -> str:
+        """The name of the candidate that these rotations are."""
+        return self.record["kept"]
