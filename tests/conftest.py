@@ -150,6 +150,6 @@ def run(monkeypatch, capsys):
 def small_pieces(monkeypatch):
     """Streams cut tiny tensors too, into several slices and bands."""
     monkeypatch.setattr("spinquant.rotations.fuse.SLICE", 600)
-    monkeypatch.setattr("spinquant.stream.BAND", 5000)
-    monkeypatch.setattr("spinquant.stream.IN_FLIGHT", 20_000)
+    monkeypatch.setattr("spinquant.streaming.pipeline.BAND", 5000)
+    monkeypatch.setattr("spinquant.streaming.pipeline.IN_FLIGHT", 20_000)
     monkeypatch.setattr("spinquant.formats.native_packing.PIECE", 500)

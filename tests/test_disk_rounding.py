@@ -10,10 +10,10 @@ from families import FAMILIES
 from spinquant import Options, ProofError, RotationSpec, rotate_folder
 from spinquant.checkpoint.folder import load_config
 from spinquant.checkpoint.reader import Source
-from spinquant.disk_rounding import Neighbours
 from spinquant.evaluation.equivalence import MARGIN, MOST, TOLERANCE, allowed
 from spinquant.rotations import fuse
 from spinquant.rotations.fuse_module import model_class
+from spinquant.streaming.rounding_noise import Neighbours
 
 SPEC = RotationSpec("R1,R2", "auto", randomize=True)
 GIVEN = {"text": "manual", "options": Options(prove=False)}

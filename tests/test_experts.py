@@ -132,7 +132,7 @@ def test_saved_and_loaded_it_is_the_same_model(name, tmp_path):
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_streamed_it_is_the_same_folder(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("spinquant.stream.BAND", 5000)
+    monkeypatch.setattr("spinquant.streaming.pipeline.BAND", 5000)
     monkeypatch.setattr("spinquant.formats.native_packing.PIECE", 500)
     tiny(name, torch.float32).save_pretrained(tmp_path / "model")
     scheme, spec = parse_scheme("W4A8"), spec_of(name)

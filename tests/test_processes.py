@@ -17,16 +17,16 @@ from spinquant import RotationSpec, parse_scheme, quantize_folder, rotate_folder
 from spinquant.architectures import make_plan
 from spinquant.checkpoint.folder import load_config
 from spinquant.checkpoint.reader import Source
-from spinquant.shards import Change, make_shards
-from spinquant.sharing import bands_in_order, shared
+from spinquant.streaming.partition import bands_in_order, shared
+from spinquant.streaming.shards import Change, make_shards
 from test_stream import digest
 
 # The command line, in a process that may die at its n-th write, and cuts tiny tensors too.
 WORKER = """
 import os, sys
-import spinquant.checkpoint.direct_io, spinquant.stream, spinquant.rotations.fuse
+import spinquant.checkpoint.direct_io, spinquant.streaming.pipeline, spinquant.rotations.fuse
 spinquant.checkpoint.direct_io.GATHERED = 4096
-spinquant.rotations.fuse.SLICE, spinquant.stream.BAND, spinquant.stream.IN_FLIGHT = 600, 5000, 20_000
+spinquant.rotations.fuse.SLICE, spinquant.streaming.pipeline.BAND, spinquant.streaming.pipeline.IN_FLIGHT = 600, 5000, 20_000
 dying, after = int(os.environ["DYING"]), int(os.environ["AFTER"])
 if dying == int(os.environ["RANK"]):
     real, count = os.pwrite, 0

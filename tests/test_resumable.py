@@ -292,7 +292,8 @@ def test_a_truncated_shard_is_named_before_anything_is_replaced(small, tmp_path)
 
 RUN = """
 import sys, time
-from spinquant import Options, RotationSpec, rotate_folder, stream
+from spinquant import Options, RotationSpec, rotate_folder
+from spinquant.streaming import pipeline as stream
 checked = stream._checked
 def slow(*args):
     time.sleep(float(sys.argv[3]))

@@ -18,10 +18,10 @@ from spinquant.architectures.checkpoint_mapping import form_of
 from spinquant.calibration.data import CalibrationText
 from spinquant.checkpoint.folder import load_config
 from spinquant.checkpoint.reader import Source
-from spinquant.disk_model import OnDisk, form_in, hollow_model, unfillable
 from spinquant.entrypoints.validation import from_disk
 from spinquant.rotations.fuse_module import model_class
-from spinquant.stream import Rotated
+from spinquant.streaming.offloaded_model import OnDisk, form_in, hollow_model, unfillable
+from spinquant.streaming.pipeline import Rotated
 from test_stream import assert_same, quantize_to_fp8, weights
 
 # Mixtures, and families whose checkpoints have other names than their modules.

@@ -56,8 +56,8 @@ def in_memory(folder, out, spec):
 def small_pieces(monkeypatch):
     """Tiny tensors are cut too, into several slices and bands."""
     monkeypatch.setattr("spinquant.rotations.fuse.SLICE", 600)
-    monkeypatch.setattr("spinquant.stream.BAND", 5000)
-    monkeypatch.setattr("spinquant.stream.IN_FLIGHT", 20_000)
+    monkeypatch.setattr("spinquant.streaming.pipeline.BAND", 5000)
+    monkeypatch.setattr("spinquant.streaming.pipeline.IN_FLIGHT", 20_000)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

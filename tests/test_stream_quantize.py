@@ -21,7 +21,7 @@ from spinquant import (
     quantize_folder,
     save,
 )
-from spinquant.stream import Rotated
+from spinquant.streaming.pipeline import Rotated
 from test_stream import assert_same, digest, saved, weights
 
 ALL = RotationSpec("R1,R2,R3,R4", seed=1)

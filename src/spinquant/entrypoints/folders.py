@@ -29,7 +29,6 @@ from spinquant.checkpoint.folder import (
     load_tokenizer,
     read_headers,
 )
-from spinquant.disk_calibration import Calibrating
 from spinquant.entrypoints.in_memory import quantize, rotate
 from spinquant.entrypoints.request import Request, store_for
 from spinquant.entrypoints.result import Options, Result
@@ -47,6 +46,7 @@ from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.learned import LearnedRotations
 from spinquant.rotations.serialization import to_save
 from spinquant.rotations.wrappers import online_part
+from spinquant.streaming.calibrate import Calibrating
 
 Format = Literal["native", "compressed-tensors", "hf"]
 

@@ -18,7 +18,7 @@ from spinquant.checkpoint.reader import Source, fp8_block
 from spinquant.checkpoint.resumable import write_file
 from spinquant.entrypoints.result import Result
 from spinquant.rotations.serialization import to_save
-from spinquant.shards import Shard
+from spinquant.streaming.shards import Shard
 
 
 def write_companions(source: Source, shards: Sequence[Shard], folder: Path, changes: Mapping[str, Any]) -> None:

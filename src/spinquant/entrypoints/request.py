@@ -16,11 +16,11 @@ from spinquant.calibration.block_store import BlockStore, digest
 from spinquant.checkpoint.folder import (
     weights_digest,
 )
-from spinquant.disk_calibration import Calibrating
 from spinquant.entrypoints.result import Options
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.learned import LearnedRotations
+from spinquant.streaming.calibrate import Calibrating
 
 
 @dataclass(frozen=True)

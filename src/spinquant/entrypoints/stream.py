@@ -26,7 +26,7 @@ from spinquant.errors import (
 from spinquant.evaluation.equivalence import prove
 from spinquant.processes import Processes, joined
 from spinquant.rotations.fast_transform import kernels_for
-from spinquant.stream import Rotated, stream
+from spinquant.streaming.pipeline import Rotated, stream
 
 STREAMED = "stream"  # the stage of a run that counts bytes
 # The others wait while the first process compares; that one of them ended is seen otherwise.

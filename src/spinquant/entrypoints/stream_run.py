@@ -23,10 +23,6 @@ from spinquant.calibration.data import CalibrationText, calibration_tokens, chec
 from spinquant.checkpoint.folder import load_config, load_tokenizer
 from spinquant.checkpoint.reader import Source, read_gains
 from spinquant.checkpoint.resumable import Resumable
-from spinquant.disk_calibration import calibrate_on_disk
-from spinquant.disk_model import Weights, form_in, hollow_model, unfillable
-from spinquant.disk_proof import compare_on_disk
-from spinquant.disk_rounding import rounding_on_disk
 from spinquant.entrypoints.output_folder import dtype_of, model_dtype
 from spinquant.entrypoints.request import Request, store_folder, store_for
 from spinquant.entrypoints.result import Result, Stage
@@ -43,8 +39,12 @@ from spinquant.quantization.targets import check_fits, parts_tied
 from spinquant.rotations.factory import make_rotations
 from spinquant.rotations.mean_preserving import check_centred
 from spinquant.rotations.wrappers import check_given, in_precision, online_part
-from spinquant.shards import Change, Packing, Plain, make_shards
-from spinquant.stream import Rotated, Timing
+from spinquant.streaming.calibrate import calibrate_on_disk
+from spinquant.streaming.compare import compare_on_disk
+from spinquant.streaming.offloaded_model import Weights, form_in, hollow_model, unfillable
+from spinquant.streaming.pipeline import Rotated, Timing
+from spinquant.streaming.rounding_noise import rounding_on_disk
+from spinquant.streaming.shards import Change, Packing, Plain, make_shards
 
 SAMPLE_TOKENS = 128  # real tokens on which the fused model is compared with the original
 # A decoder block is loaded for that where it takes at most so many times the largest tensor in float32, or bytes.

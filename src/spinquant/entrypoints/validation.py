@@ -15,7 +15,6 @@ from spinquant.calibration.data import CalibrationText
 from spinquant.checkpoint.atomic import check_free
 from spinquant.checkpoint.folder import folder_of, has_pickles_only, load_config, read_headers
 from spinquant.checkpoint.reader import Source
-from spinquant.disk_model import hollow_model, unfillable
 from spinquant.errors import CalibrationError, CheckpointError, RotationError, SchemeError
 from spinquant.formats.compressed_config import check_scheme, quantization_scheme
 from spinquant.formats.runtimes import check_runtime, runtime_of
@@ -24,6 +23,7 @@ from spinquant.processes import is_alone
 from spinquant.quantization.gptq import GPTQOptions
 from spinquant.quantization.scheme import Scheme, static_parts
 from spinquant.rotations.factory import RotationSpec
+from spinquant.streaming.offloaded_model import hollow_model, unfillable
 
 
 def check_format(format: str, scheme: Scheme, spec: RotationSpec, *, clips: bool = False) -> None:

@@ -16,11 +16,11 @@ from spinquant.calibration.block_store import BlockStore
 from spinquant.calibration.blockwise import Calibration, Method, quantize_blocks
 from spinquant.calibration.data import CalibrationText
 from spinquant.calibration.hidden_states import HiddenStates, room_by_default
-from spinquant.disk_model import OnDisk, Weights
 from spinquant.entrypoints.result import Options
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Clips, Scheme
 from spinquant.rotations.rotation import Rotation
+from spinquant.streaming.offloaded_model import OnDisk, Weights
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from spinquant.checkpoint.safetensors_io import TensorFile, place_of
 from spinquant.errors import CheckpointError
 from spinquant.processes import Processes
 from spinquant.rotations import fuse
-from spinquant.shards import Change, Job, Shard, job_of, layout_bytes
-from spinquant.sharing import Band, bands_in_order, bands_of, shared
+from spinquant.streaming.partition import Band, bands_in_order, bands_of, shared
+from spinquant.streaming.shards import Change, Job, Shard, job_of, layout_bytes
 from spinquant.threads import all_threads, one_of_several, single_threaded
 from spinquant.workspace import kept_whole
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from spinquant.checkpoint.reader import Source
 from spinquant.rotations import fuse
-from spinquant.shards import Change, Job, Shard, layout_bytes
+from spinquant.streaming.shards import Change, Job, Shard, layout_bytes
 
 # Pieces of one shard for each process, so that they can be spread evenly.
 PIECES = 4

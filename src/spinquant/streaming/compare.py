@@ -14,7 +14,6 @@ from torch import Tensor
 
 from spinquant.calibration.data import captured
 from spinquant.calibration.sequential import after_blocks, block_calls, check_finite_output, run_block
-from spinquant.disk_model import OnDisk, Weights
 from spinquant.evaluation.equivalence import (
     Deviation,
     Float64Arithmetic,
@@ -26,6 +25,7 @@ from spinquant.evaluation.tiny_model import exact_experts
 from spinquant.online.hooks import attach
 from spinquant.plan import Plan
 from spinquant.rotations.rotation import Rotation
+from spinquant.streaming.offloaded_model import OnDisk, Weights
 
 
 @torch.no_grad()

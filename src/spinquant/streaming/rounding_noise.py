@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from spinquant.checkpoint.reader import Stored
-from spinquant.disk_model import Weights
-from spinquant.disk_proof import compare_on_disk
 from spinquant.plan import Plan
+from spinquant.streaming.compare import compare_on_disk
+from spinquant.streaming.offloaded_model import Weights
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Rotate and quantize safetensors checkpoints tensor by tensor, in bounded memory."""
