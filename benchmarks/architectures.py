@@ -31,8 +31,8 @@ import spinquant  # noqa: E402
 from spinquant.architectures import family_of, known_model_types  # noqa: E402
 from spinquant.architectures.unsupported import UNTABLED  # noqa: E402
 from spinquant.evaluation.tiny_model import exact_experts  # noqa: E402
+from spinquant.models.modules import model_class
 from spinquant.plan import ROTATION_NAMES  # noqa: E402
-from spinquant.rotations.fuse_module import model_class  # noqa: E402
 
 NOTHING = "\N{EN DASH}"
 INTRODUCTION = """# Architectures

@@ -20,8 +20,8 @@ from spinquant.entrypoints.folders import quantize_folder
 from spinquant.entrypoints.result import Options
 from spinquant.errors import CheckpointError, RotationError
 from spinquant.evaluation.tiny_model import exact_experts
+from spinquant.models.modules import model_class
 from spinquant.quantization.scheme import parse_scheme
-from spinquant.rotations.fuse_module import model_class
 from test_scales import scaled
 
 peft = pytest.importorskip("peft")

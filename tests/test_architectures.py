@@ -5,8 +5,8 @@ from transformers import AutoConfig, CTRLConfig, LlamaConfig
 from conftest import CONFIGS, tiny_model
 from spinquant import make_plan, plan_of
 from spinquant.errors import ArchitectureError, RotationError
+from spinquant.models.modules import tensor_shapes
 from spinquant.plan import Plan, Space, parse_rotation_names
-from spinquant.rotations.fuse_module import tensor_shapes
 
 
 @pytest.mark.parametrize("name", CONFIGS)

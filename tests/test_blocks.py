@@ -5,10 +5,11 @@ import torch
 
 from conftest import random_weights, tokens
 from families import FAMILIES
-from spinquant.calibration.data import captured
 from spinquant.calibration.sequential import after_blocks, block_calls, body_of, run_block
 from spinquant.evaluation.tiny_model import exact_experts
-from spinquant.rotations.fuse_module import model_class, plan_of
+from spinquant.models.capture import captured
+from spinquant.models.modules import model_class
+from spinquant.rotations.fuse_module import plan_of
 
 # Not XGLM, whose mask transformers cannot make in float64.
 NAMES = [name for name in FAMILIES if name != "xglm"]

@@ -7,10 +7,10 @@ from conftest import logits, random_weights, tiny_model, tokens
 from families import FAMILIES
 from spinquant import QuantizedCache, SchemeError, attach, parse_scheme, plan_of
 from spinquant.evaluation.tiny_model import exact_experts
+from spinquant.models.modules import model_class
 from spinquant.online.kv_cache import PackedLayer, PackedSlidingLayer, pack_layer
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.scheme import Quantizer
-from spinquant.rotations.fuse_module import model_class
 
 QUANTIZER = Quantizer(4)
 

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from conftest import byte_tokenizer, random_weights
 from families import FAMILIES
+from spinquant.compute.distributed import Processes
 from spinquant.entrypoints.stream import check_same
 from spinquant.errors import ProcessError
-from spinquant.processes import Processes
 from test_stream import digest
 
 # The command line; one process may die as soon as the first has kept so many blocks.

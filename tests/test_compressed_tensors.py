@@ -27,9 +27,9 @@ from spinquant import (
     quantize,
     save,
 )
-from spinquant.calibration.data import captured
 from spinquant.formats.compressed_config import REFUSAL, as_stored
 from spinquant.formats.native import detach
+from spinquant.models.capture import captured
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.quantization.targets import linears_of

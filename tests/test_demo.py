@@ -14,8 +14,8 @@ from conftest import byte_tokenizer, tiny_model
 from spinquant.demo.page import NOTICEABLE, outcome, page
 from spinquant.demo.run import _rounded, run_demo, token_kurtosis, variants_of
 from spinquant.errors import CheckpointError, SchemeError, SpinquantError
+from spinquant.evaluation.plots import downsample_max, number, plot_perplexities, relative_magnitude
 from spinquant.formats.load import load_model
-from spinquant.plots import downsample_max, number, plot_perplexities, relative_magnitude
 from spinquant.quantization.scheme import parse_scheme
 from spinquant.rotations.fuse_module import plan_of
 

@@ -11,8 +11,8 @@ from spinquant import Options, ProofError, RotationSpec, rotate_folder
 from spinquant.checkpoint.folder import load_config
 from spinquant.checkpoint.reader import Source
 from spinquant.evaluation.equivalence import MARGIN, MOST, TOLERANCE, allowed
+from spinquant.models.modules import model_class
 from spinquant.rotations import fuse
-from spinquant.rotations.fuse_module import model_class
 from spinquant.streaming.rounding_noise import Neighbours
 
 SPEC = RotationSpec("R1,R2", "auto", randomize=True)

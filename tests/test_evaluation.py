@@ -8,8 +8,8 @@ from torch import nn
 
 from conftest import byte_tokenizer, tiny_model, tokens
 from spinquant import TextError, compare_models, evaluate, load_text, token_windows
-from spinquant.calibration.data import captured
 from spinquant.evaluation.metrics import divergence, drawn
+from spinquant.models.capture import captured
 
 
 class Constant(nn.Module):

@@ -34,18 +34,18 @@ from spinquant import (
 from spinquant.architectures import FAMILIES as TABLES
 from spinquant.calibration.block_store import BlockStore
 from spinquant.calibration.blockwise import quantize_blocks
-from spinquant.calibration.data import captured
 from spinquant.checkpoint.folder import read_headers
 from spinquant.evaluation.equivalence import Float64Arithmetic
 from spinquant.evaluation.tiny_model import exact_experts
 from spinquant.learning.activations import collect
 from spinquant.learning.fake_quant import fuse_gains, rounding
+from spinquant.models.capture import captured
+from spinquant.models.modules import model_class, named_tensor, tensor_shapes
 from spinquant.quantization.gptq import Moments, gptq
 from spinquant.quantization.integer import dequantize, fake_quantize
 from spinquant.quantization.rtn import quantize_weight
 from spinquant.quantization.scheme import Quantizer
 from spinquant.quantization.targets import weights_of
-from spinquant.rotations.fuse_module import model_class, named_tensor, tensor_shapes
 
 # Shared blocks have tests of their own.
 MIXED = [table for table in TABLES if table.experts and table.shared is None]

@@ -31,15 +31,15 @@ from spinquant import (
 from spinquant.architectures import FAMILIES as TABLES
 from spinquant.architectures import known_model_types
 from spinquant.architectures.unsupported import UNTABLED
-from spinquant.calibration.data import captured
 from spinquant.entrypoints.result import Options
 from spinquant.errors import ArchitectureError, RotationError, SchemeError
 from spinquant.evaluation.equivalence import Float64Arithmetic, greedy_logits, output_axis
 from spinquant.evaluation.tiny_model import exact_experts
 from spinquant.learning.parametrization import learn, unlearn
+from spinquant.models.capture import captured
+from spinquant.models.modules import model_class, tensor_shapes
 from spinquant.plan import ROTATION_NAMES
 from spinquant.rotations.fuse import rotate_axis, transform
-from spinquant.rotations.fuse_module import model_class, tensor_shapes
 from spinquant.rotations.rotation import matrix
 
 CASES = [(name, rotation) for name, instance in FAMILIES.items() for rotation in (*instance.allowed, "all")]

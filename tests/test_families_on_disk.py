@@ -15,9 +15,9 @@ from families import FAMILIES
 from spinquant import Options, ProofError, RotationSpec, Scheme, load, quantize_folder, rotate_folder
 from spinquant.entrypoints.result import Result
 from spinquant.evaluation.tiny_model import exact_experts
+from spinquant.models.modules import model_class
 from spinquant.plan import MERGEABLE
 from spinquant.rotations import fuse
-from spinquant.rotations.fuse_module import model_class
 
 UNPROVED = Options(prove=False)  # the twin of every family is tried in test_families.py
 # One family of each kind, and a tensor that is fused wrongly there.

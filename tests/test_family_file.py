@@ -31,7 +31,7 @@ from spinquant import (
 from spinquant.architectures import FAMILIES, RECORDED
 from spinquant.architectures.family_file import FamilyFile, family_from, to_family
 from spinquant.errors import ArchitectureError, CheckpointError, ProofError
-from spinquant.rotations.fuse_module import model_class, tensor_shapes
+from spinquant.models.modules import model_class, tensor_shapes
 
 acme.register()
 EXAMPLES = Path(__file__).parents[1] / "examples" / "families"

@@ -3,8 +3,8 @@ import torch
 
 from conftest import CONFIGS, logits, tiny_model, tokens
 from spinquant import CheckpointError, RotationSpec, attach, fuse_module, make_rotations, plan_of
-from spinquant.calibration.data import captured
 from spinquant.evaluation.equivalence import Float64Arithmetic, greedy_logits
+from spinquant.models.capture import captured
 from spinquant.plan import Span
 from spinquant.rotations.factory import random_orthogonal
 from spinquant.rotations.fuse import rotate_axis, transform

@@ -29,15 +29,16 @@ from spinquant import (
 )
 from spinquant.calibration.block_store import BlockStore
 from spinquant.calibration.blockwise import quantize_blocks
-from spinquant.calibration.data import CalibrationText, calibration_tokens, captured
+from spinquant.calibration.data import CalibrationText, calibration_tokens
 from spinquant.calibration.sequential import after_blocks, block_calls, run_block
 from spinquant.evaluation.equivalence import Float64Arithmetic
+from spinquant.models.capture import captured
+from spinquant.models.modules import named_tensor
 from spinquant.quantization.clip_search import search_input_clip
 from spinquant.quantization.gptq import BLOCK_COLUMNS, Moments, gptq
 from spinquant.quantization.integer import decode, dequantize, encode, fake_quantize, grid, quantize_on_grid
 from spinquant.quantization.rtn import quantize_weight
 from spinquant.quantization.scheme import Clips, Quantizer
-from spinquant.rotations.fuse_module import named_tensor
 
 FAST = Options(prove=False)
 

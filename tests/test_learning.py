@@ -395,7 +395,7 @@ def test_sites_are_what_the_quantizers_see():
     assert sites["model.layers.1.self_attn.keys"].rows.shape == (80, 16)
     # Every row is an activation of the plain run.
     name = "model.layers.2.mlp.up_proj"
-    from spinquant.calibration.data import captured
+    from spinquant.models.capture import captured
 
     group = sites["model.layers.2.mlp.gate_proj"]
     with captured(model, [name], inputs=True) as seen:

@@ -7,8 +7,8 @@ from transformers import DynamicCache, StaticCache
 
 from conftest import CONFIGS, logits, tiny_model, tokens
 from spinquant import RotationError, RotationSpec, attach, fuse_module, make_rotations, parse_scheme, plan_of
-from spinquant.calibration.data import captured
 from spinquant.evaluation.equivalence import Float64Arithmetic, greedy_logits
+from spinquant.models.capture import captured
 from spinquant.online.hooks import attachment_of
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.scheme import Quantizer, Scheme

@@ -21,8 +21,8 @@ from spinquant.entrypoints.result import Options
 from spinquant.errors import ArchitectureError, CheckpointError, RotationError
 from spinquant.evaluation.equivalence import Float64Arithmetic
 from spinquant.evaluation.tiny_model import exact_experts
+from spinquant.models.modules import model_class
 from spinquant.quantization.scheme import parse_scheme
-from spinquant.rotations.fuse_module import model_class
 
 QUICK, DROP = Options(prove=False), Options(prove=False, drop_mtp=True)
 PREFIX = "model.layers.2."  # behind the last layer

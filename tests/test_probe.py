@@ -24,9 +24,9 @@ from spinquant import (
 )
 from spinquant.errors import ArchitectureError, RotationError
 from spinquant.evaluation.equivalence import Float64Arithmetic, greedy_logits
+from spinquant.models.modules import model_class
 from spinquant.probing.explain import combination, is_normed
 from spinquant.probing.layer_kinds import choices_of, groups_of
-from spinquant.rotations.fuse_module import model_class
 from test_family_file import config_of, shapes_of
 
 acme.register()

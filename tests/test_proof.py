@@ -9,7 +9,7 @@ from spinquant import ProofError, RotationSpec, fuse_module, make_rotations, pla
 from spinquant.architectures import llama
 from spinquant.evaluation.equivalence import Float64Arithmetic, check, compare, snapshot
 from spinquant.evaluation.tiny_model import make_twin, twin_config
-from spinquant.rotations.fuse_module import named_tensor
+from spinquant.models.modules import named_tensor
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -23,7 +23,6 @@ from spinquant import (
     save,
     stream,
 )
-from spinquant.calibration.data import captured
 from spinquant.entrypoints.result import Options
 from spinquant.errors import LearningError, RotationError
 from spinquant.evaluation.equivalence import Float64Arithmetic, compare, snapshot
@@ -34,9 +33,10 @@ from spinquant.learning.fake_quant import fuse_gains, learning_scheme
 from spinquant.learning.layerwise import LocalOptions
 from spinquant.learning.learn import learn
 from spinquant.learning.options import LearnOptions
+from spinquant.models.capture import captured
+from spinquant.models.modules import named_tensor
 from spinquant.quantization.scheme import parse_scheme
 from spinquant.rotations.fuse import fuse_in_place, slices, transform
-from spinquant.rotations.fuse_module import named_tensor
 from spinquant.rotations.rotation import Hadamard, matrix
 from spinquant.rotations.serialization import saved, to_save
 from spinquant.rotations.wrappers import Scaled, bare, check_given, in_precision, online_part

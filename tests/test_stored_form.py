@@ -19,7 +19,7 @@ from spinquant.calibration.data import CalibrationText
 from spinquant.checkpoint.folder import load_config
 from spinquant.checkpoint.reader import Source
 from spinquant.entrypoints.validation import from_disk
-from spinquant.rotations.fuse_module import model_class
+from spinquant.models.modules import model_class
 from spinquant.streaming.offloaded_model import OnDisk, form_in, hollow_model, unfillable
 from spinquant.streaming.pipeline import Rotated
 from test_stream import assert_same, quantize_to_fp8, weights

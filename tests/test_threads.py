@@ -5,10 +5,10 @@ import threading
 import pytest
 import torch
 
+from spinquant.compute.threads import each, single_threaded
 from spinquant.plan import Axis, Gain, Plan, Space
 from spinquant.rotations.factory import RotationSpec, make_rotations
 from spinquant.rotations.fuse import fuse_in_place
-from spinquant.threads import each, single_threaded
 
 
 @pytest.fixture(autouse=True)

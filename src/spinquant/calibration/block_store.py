@@ -4,13 +4,11 @@ One file per block, written under another name first. The folder belongs to one 
 fingerprint: other settings start anew.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -87,8 +85,3 @@ class BlockStore:
 
     def _file(self, block: str) -> Path:
         return self.folder / f"{block}.safetensors"
-
-
-def digest(tokens: torch.Tensor) -> str:
-    """A short name for calibration tokens, or any other tensor that numpy knows."""
-    return hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from spinquant.calibration.block_store import BlockStore
-from spinquant.calibration.data import device_of
 from spinquant.calibration.experts import Calls, Routed, between, routed_calls
 from spinquant.calibration.hidden_states import HiddenStates
 from spinquant.calibration.observers import Work, find_peaks, search_cache_clips, search_input_clips
@@ -28,6 +27,8 @@ from spinquant.calibration.sequential import (
     check_finite_weights,
 )
 from spinquant.errors import CalibrationError, SchemeError
+from spinquant.models.capture import device_of
+from spinquant.models.modules import named_tensor
 from spinquant.online.hooks import Attachment, attach
 from spinquant.plan import Experts, Plan
 from spinquant.quantization.gptq import GPTQOptions, Moments, gptq
@@ -35,7 +36,7 @@ from spinquant.quantization.integer import Packed, dequantize, fake_quantize, st
 from spinquant.quantization.rtn import quantize_weight
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme, static_parts, with_clip
 from spinquant.quantization.targets import Weight, parts_tied, weights_of
-from spinquant.rotations.fuse_module import named_tensor, untie
+from spinquant.rotations.fuse_module import untie
 from spinquant.rotations.rotation import Rotation
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spinquant.calibration.data import watched_calls
+from spinquant.models.capture import watched_calls
 from spinquant.online.sites import activated
 from spinquant.plan import Experts
 from spinquant.quantization.targets import Weight

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spinquant.calibration.data import captured, device_of
 from spinquant.calibration.hidden_states import HiddenStates
 from spinquant.errors import CalibrationError
+from spinquant.models.capture import captured, device_of
 
 
 @dataclass(frozen=True)

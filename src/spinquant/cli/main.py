@@ -16,8 +16,8 @@ from spinquant.cli.quantize import EXAMPLES as QUANTIZE_EXAMPLES
 from spinquant.cli.quantize import quantize
 from spinquant.cli.rotate_adapter import EXAMPLES as ALONG_EXAMPLES
 from spinquant.cli.rotate_adapter import rotate_adapter
+from spinquant.compute.distributed import is_first
 from spinquant.errors import ProcessError, SpinquantError
-from spinquant.processes import is_first
 
 app = typer.Typer(
     no_args_is_help=True,

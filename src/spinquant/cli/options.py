@@ -12,6 +12,7 @@ from spinquant.checkpoint.folder import (
     weights_sample,
 )
 from spinquant.cli.output import err_console
+from spinquant.compute.distributed import is_first
 from spinquant.entrypoints.learn import read_learned
 from spinquant.errors import (
     LearningError,
@@ -20,7 +21,6 @@ from spinquant.errors import (
 )
 from spinquant.formats.runtimes import RUNTIMES
 from spinquant.plan import ROTATION_NAMES, parse_rotation_names
-from spinquant.processes import is_first
 from spinquant.quantization.scheme import Clip, Scheme
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.learned import LearnedRotations

@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from spinquant.compute.distributed import is_first
 from spinquant.entrypoints.stream import STREAMED
 from spinquant.learning.end_to_end import Step
-from spinquant.processes import is_first
 
 out_console, err_console = Console(), Console(stderr=True)
 

@@ -40,6 +40,7 @@ from spinquant.cli.options import (
     taken_from,
 )
 from spinquant.cli.output import print_result, stages, step_report
+from spinquant.compute.distributed import Processes, joined
 from spinquant.entrypoints.folders import quantize_folder
 from spinquant.entrypoints.learn import LearnText, learn_from, what_is_asked
 from spinquant.entrypoints.learn_run import keeping
@@ -49,7 +50,6 @@ from spinquant.errors import LearningError
 from spinquant.formats.compressed_config import as_stored
 from spinquant.formats.runtimes import format_for
 from spinquant.learning.options import LearnOptions, Watch
-from spinquant.processes import Processes, joined
 from spinquant.quantization.gptq import GPTQOptions
 from spinquant.quantization.scheme import parse_scheme, static_parts
 

@@ -13,7 +13,7 @@ from statistics import NormalDist
 from typing import Any
 
 from spinquant.plan import MERGEABLE
-from spinquant.plots import GAUSSIAN_KURTOSIS, number
+from spinquant.evaluation.plots import GAUSSIAN_KURTOSIS, number
 from spinquant.evaluation.equivalence import Deviation
 
 Pair = tuple[float, float]  # plain, rotated

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spinquant.calibration.data import captured, device_of, load_text, token_windows
+from spinquant.calibration.data import load_text, token_windows
+from spinquant.models.capture import captured, device_of
 from spinquant.checkpoint.atomic import atomic_folder, check_free
 from spinquant.checkpoint.folder import is_local, load_tokenizer
 from spinquant.formats.load import load_model
@@ -28,13 +29,14 @@ from spinquant.demo.page import Activation, DemoResult, page
 from spinquant.errors import SchemeError
 from spinquant.evaluation.metrics import evaluate
 from spinquant.formats.native import unmark
-from spinquant.rotations.fuse_module import plan_of, tensor_shapes
+from spinquant.rotations.fuse_module import plan_of
+from spinquant.models.modules import tensor_shapes
 from spinquant.online.hooks import attach
 from spinquant.entrypoints.in_memory import rotate
 from spinquant.quantization.targets import check_fits
 from spinquant.entrypoints.result import Options
 from spinquant.plan import ROTATION_NAMES, Plan
-from spinquant.plots import (
+from spinquant.evaluation.plots import (
     plot_activations,
     plot_kurtosis,
     plot_perplexities,

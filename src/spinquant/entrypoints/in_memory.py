@@ -14,6 +14,7 @@ from spinquant.entrypoints.validation import check_calibration
 from spinquant.errors import CalibrationError
 from spinquant.evaluation.equivalence import check, compare, prove, snapshot
 from spinquant.formats.native import check_fresh, mark, unmark
+from spinquant.models.modules import largest, tensor_shapes
 from spinquant.online.hooks import attach
 from spinquant.plan import Plan
 from spinquant.quantization.rtn import round_weights
@@ -21,7 +22,7 @@ from spinquant.quantization.scheme import Clips, Scheme, parse_scheme
 from spinquant.quantization.targets import check_fits
 from spinquant.rotations.factory import RotationSpec, make_rotations
 from spinquant.rotations.fast_transform import kernels_for
-from spinquant.rotations.fuse_module import fuse_module, largest, plan_of, tensor_shapes
+from spinquant.rotations.fuse_module import fuse_module, plan_of
 from spinquant.rotations.rotation import Rotation
 from spinquant.rotations.wrappers import check_given, in_precision, online_part
 

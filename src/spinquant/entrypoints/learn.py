@@ -16,16 +16,17 @@ from spinquant.calibration.data import CalibrationText, calibration_tokens
 from spinquant.checkpoint.atomic import atomic_folder
 from spinquant.checkpoint.folder import load_tokenizer, weights_digest, weights_sample
 from spinquant.checkpoint.safetensors_io import file_hash
+from spinquant.compute.distributed import is_first, joined
 from spinquant.entrypoints.learn_run import keeping
 from spinquant.errors import CheckpointError, SpinquantError, TextError
 from spinquant.formats.load import load_model
 from spinquant.learning.learn import learn
 from spinquant.learning.options import LearnOptions, Watch
-from spinquant.processes import is_first, joined
+from spinquant.models.modules import tensor_shapes
 from spinquant.quantization.scheme import Scheme
 from spinquant.quantization.targets import check_fits
 from spinquant.rotations.factory import RotationSpec
-from spinquant.rotations.fuse_module import plan_of, tensor_shapes
+from spinquant.rotations.fuse_module import plan_of
 from spinquant.rotations.learned import LearnedRotations
 from spinquant.rotations.serialization import saved, to_save
 
@@ -208,7 +209,7 @@ def _draw(learned: LearnedRotations, folder: Path) -> None:
 
     if find_spec("matplotlib") is None:
         return
-    from spinquant.plots import plot_learning_curve, plot_rounding_errors
+    from spinquant.evaluation.plots import plot_learning_curve, plot_rounding_errors
 
     through = [step["loss"] for step in learned.record.get("steps", ())]
     local = learned.record.get("local_steps", {})

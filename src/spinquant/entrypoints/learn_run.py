@@ -15,8 +15,8 @@ from typing import Any
 
 from spinquant.checkpoint.atomic import check_free
 from spinquant.checkpoint.resumable import Hold
+from spinquant.compute.distributed import Processes
 from spinquant.learning.training_state import JUDGED
-from spinquant.processes import Processes
 
 
 def learning_folder(out: str | Path) -> Path:

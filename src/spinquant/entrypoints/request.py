@@ -12,10 +12,11 @@ from torch import Tensor
 
 from spinquant.adapters.folder import along_digests
 from spinquant.architectures import FamilyLike, recorded_family
-from spinquant.calibration.block_store import BlockStore, digest
+from spinquant.calibration.block_store import BlockStore
 from spinquant.checkpoint.folder import (
     weights_digest,
 )
+from spinquant.compute.hashing import digest
 from spinquant.entrypoints.result import Options
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotations.factory import RotationSpec

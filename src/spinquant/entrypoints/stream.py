@@ -13,6 +13,7 @@ from spinquant.checkpoint.checksums import Known, SourceHash, known_hashes
 from spinquant.checkpoint.folder import check_device, check_unquantized, folder_of, load_config, read_headers
 from spinquant.checkpoint.reader import Source, fp8_block
 from spinquant.checkpoint.resumable import Growing, Resumable, read_settings
+from spinquant.compute.distributed import Processes, joined
 from spinquant.entrypoints.output_folder import write_beside, write_companions
 from spinquant.entrypoints.request import Request
 from spinquant.entrypoints.result import Result
@@ -24,7 +25,6 @@ from spinquant.errors import (
     SpinquantError,
 )
 from spinquant.evaluation.equivalence import prove
-from spinquant.processes import Processes, joined
 from spinquant.rotations.fast_transform import kernels_for
 from spinquant.streaming.pipeline import Rotated, stream
 

@@ -23,6 +23,7 @@ from spinquant.calibration.data import CalibrationText, calibration_tokens, chec
 from spinquant.checkpoint.folder import load_config, load_tokenizer
 from spinquant.checkpoint.reader import Source, read_gains
 from spinquant.checkpoint.resumable import Resumable
+from spinquant.compute.distributed import Processes
 from spinquant.entrypoints.output_folder import dtype_of, model_dtype
 from spinquant.entrypoints.request import Request, store_folder, store_for
 from spinquant.entrypoints.result import Result, Stage
@@ -33,7 +34,6 @@ from spinquant.formats.compressed_packing import CompressedPacking
 from spinquant.formats.load import load_model
 from spinquant.formats.native import make_config
 from spinquant.formats.native_packing import Finished, NativePacking
-from spinquant.processes import Processes
 from spinquant.quantization.scheme import Clips, Scheme
 from spinquant.quantization.targets import check_fits, parts_tied
 from spinquant.rotations.factory import make_rotations

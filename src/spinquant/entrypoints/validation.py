@@ -15,11 +15,11 @@ from spinquant.calibration.data import CalibrationText
 from spinquant.checkpoint.atomic import check_free
 from spinquant.checkpoint.folder import folder_of, has_pickles_only, load_config, read_headers
 from spinquant.checkpoint.reader import Source
+from spinquant.compute.distributed import is_alone
 from spinquant.errors import CalibrationError, CheckpointError, RotationError, SchemeError
 from spinquant.formats.compressed_config import check_scheme, quantization_scheme
 from spinquant.formats.runtimes import check_runtime, runtime_of
 from spinquant.plan import MERGEABLE
-from spinquant.processes import is_alone
 from spinquant.quantization.gptq import GPTQOptions
 from spinquant.quantization.scheme import Scheme, static_parts
 from spinquant.rotations.factory import RotationSpec

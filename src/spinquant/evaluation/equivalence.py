@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from spinquant.architectures import FamilyLike, use_family
-from spinquant.calibration.data import captured, device_of
 from spinquant.errors import ProofError
 from spinquant.evaluation.tiny_model import TWIN_VOCABULARY, make_twin, twin_spec
+from spinquant.models.capture import captured, device_of
 from spinquant.online.hooks import attach
 from spinquant.plan import Axis, Plan
 from spinquant.rotations.factory import RotationSpec, make_rotations

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spinquant.calibration.data import device_of
 from spinquant.errors import TextError
+from spinquant.models.capture import device_of
 
 # Tokens whose log-probabilities are held in float32 at once; 128 x 150k vocabulary is 77 MB.
 SLICE = 128

@@ -15,8 +15,8 @@ from torch import nn
 
 from spinquant.architectures import family_of
 from spinquant.architectures.family import Named, size_of
+from spinquant.models.modules import model_class
 from spinquant.rotations.factory import RotationSpec
-from spinquant.rotations.fuse_module import model_class
 
 TWIN_HIDDEN, TWIN_INTERMEDIATE, TWIN_VOCABULARY, TWIN_BLOCK = 48, 80, 96, 16
 INTERMEDIATES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")

@@ -10,7 +10,7 @@ from spinquant.architectures import FamilyLike, use_family
 from spinquant.checkpoint.atomic import first_line
 from spinquant.checkpoint.folder import check_device, check_finite, folder_of, load_config, read_headers
 from spinquant.errors import CheckpointError
-from spinquant.rotations.fuse_module import model_class
+from spinquant.models.modules import model_class
 
 
 def load_model(

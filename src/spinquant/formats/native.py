@@ -23,6 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spinquant.errors import CheckpointError, RotationError
+from spinquant.models.modules import module_and_attribute, named_tensor
 from spinquant.online.hooks import attach, attachment_of
 from spinquant.plan import Plan
 from spinquant.quantization.integer import Packed, dequantize, quantize_on_grid
@@ -30,7 +31,7 @@ from spinquant.quantization.scheme import Clips, Quantizer, Scheme
 from spinquant.quantization.targets import PARTS, Weight, linear_weights, parts_tied, weights_of
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.fuse import rotate_axis
-from spinquant.rotations.fuse_module import module_and_attribute, named_tensor, plan_of, untie
+from spinquant.rotations.fuse_module import plan_of, untie
 from spinquant.rotations.rotation import Rotation
 from spinquant.rotations.serialization import empty_tensors, restore
 from spinquant.rotations.wrappers import online_part

@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from spinquant.calibration.data import captured, device_of
 from spinquant.calibration.sequential import after_blocks, block_calls, check_finite_output, run_block
+from spinquant.models.capture import captured, device_of
 from spinquant.online.hooks import Attachment, attach
 from spinquant.plan import Experts, Plan, Space
 from spinquant.quantization.scheme import Quantizer, Scheme

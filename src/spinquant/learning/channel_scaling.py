@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spinquant.calibration.data import device_of
 from spinquant.errors import LearningError
 from spinquant.learning.sensitivity import own_predictions
+from spinquant.models.capture import device_of
 from spinquant.online.hooks import attach
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Scheme

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from spinquant.calibration.data import device_of
 from spinquant.errors import LearningError
 from spinquant.evaluation.metrics import wide
 from spinquant.learning.cayley import OPTIMIZERS, Descent, Optimizer, orthogonality_error
@@ -24,6 +23,7 @@ from spinquant.learning.fake_quant import checkpointed, learning_scheme, roundin
 from spinquant.learning.layerwise import check_numbers, cosine
 from spinquant.learning.sensitivity import surprise_of_own
 from spinquant.learning.training_state import StateFile
+from spinquant.models.capture import device_of
 from spinquant.online.hooks import Attachment
 from spinquant.plan import Plan
 from spinquant.quantization.rotated_rounding import Moving, Tally

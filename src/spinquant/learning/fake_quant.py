@@ -17,8 +17,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
 
-from spinquant.calibration.data import device_of
 from spinquant.errors import LearningError
+from spinquant.models.capture import device_of
+from spinquant.models.modules import module_and_attribute
 from spinquant.online.hooks import Attachment, attach
 from spinquant.plan import Plan
 from spinquant.quantization.clip_search import best_ratio
@@ -26,7 +27,7 @@ from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.rotated_rounding import Turn, round_rotated, turned
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme
 from spinquant.quantization.targets import Weight, weights_of
-from spinquant.rotations.fuse_module import fuse_module, module_and_attribute
+from spinquant.rotations.fuse_module import fuse_module
 from spinquant.rotations.rotation import Hadamard, Rotation
 
 

@@ -19,8 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from spinquant.architectures import FamilyLike
-from spinquant.calibration.block_store import digest
-from spinquant.calibration.data import device_of
+from spinquant.compute.hashing import digest
 from spinquant.errors import LearningError
 from spinquant.learning.activations import Site, collect
 from spinquant.learning.channel_scaling import Sums, add_up, scale_sums, watches
@@ -32,6 +31,7 @@ from spinquant.learning.options import LearnOptions, Watch, check_used, learned_
 from spinquant.learning.selection import Contest
 from spinquant.learning.sensitivity import predicted_kl, sensitive_sites
 from spinquant.learning.training_state import JUDGED, JudgedFile, StateFile
+from spinquant.models.capture import device_of
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotations.factory import RotationSpec, generator_for, make_rotations, random_signs

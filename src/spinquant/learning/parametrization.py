@@ -19,10 +19,11 @@ from torch.nn.utils import parametrize
 
 from spinquant.errors import CheckpointError
 from spinquant.learning.cayley import cayley
+from spinquant.models.modules import check_in_memory, module_and_attribute, named_tensor
 from spinquant.online.hooks import attach, attachment_of, before_forward
 from spinquant.plan import Plan
 from spinquant.rotations.fuse import transform
-from spinquant.rotations.fuse_module import check_in_memory, module_and_attribute, named_tensor, untie
+from spinquant.rotations.fuse_module import untie
 from spinquant.rotations.rotation import Orthogonal, Rotation, matrix
 
 LEARNED = "spinquant_learned"

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spinquant.calibration.data import device_of
 from spinquant.evaluation.metrics import divergence, perplexity_of, surprise
 from spinquant.learning.channel_scaling import fuse_scales, unscale
 from spinquant.learning.fake_quant import rounding
 from spinquant.learning.training_state import JudgedFile
+from spinquant.models.capture import device_of
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.rotations.rotation import Rotation

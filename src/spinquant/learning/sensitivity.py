@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spinquant.calibration.data import device_of
 from spinquant.errors import LearningError
 from spinquant.evaluation.metrics import drawn, wide
 from spinquant.learning.activations import Site, quantized_spaces
 from spinquant.learning.fake_quant import checkpointed
+from spinquant.models.capture import device_of
 from spinquant.online.hooks import Attachment, attach
 from spinquant.plan import Plan
 from spinquant.quantization.integer import fake_quantize

@@ -15,9 +15,9 @@ from torch import nn
 
 from spinquant.architectures.family import size_of
 from spinquant.errors import RotationError
+from spinquant.models.modules import named_tensor
 from spinquant.modifiers.mappings import ROLES, NormMapping, SpinQuantMapping, matching
 from spinquant.plan import Axis, Gain, Online, Plan, Space, Tie
-from spinquant.rotations.fuse_module import named_tensor
 
 NORM_TOLERANCE = 0.05  # a norm's output against the formula; bfloat16 rounds to 0.004
 

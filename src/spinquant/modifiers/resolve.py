@@ -14,6 +14,7 @@ from spinquant.errors import ArchitectureError
 from spinquant.evaluation.equivalence import Deviation, prove
 from spinquant.evaluation.tiny_model import TWIN_BLOCK, twin_spec
 from spinquant.formats.native import check_fresh
+from spinquant.models.modules import check_in_memory
 from spinquant.modifiers.mapping_plan import held_against, plan_from_mappings
 from spinquant.modifiers.mappings import (
     NormMapping,
@@ -27,7 +28,7 @@ from spinquant.modifiers.transform_config import TransformConfig, transform_conf
 from spinquant.online.hooks import ATTENTIONS, check_implementation
 from spinquant.plan import ROTATION_NAMES, Plan
 from spinquant.rotations.factory import RotationSpec, make_rotations
-from spinquant.rotations.fuse_module import check_in_memory, plan_of
+from spinquant.rotations.fuse_module import plan_of
 from spinquant.rotations.rotation import Rotation
 from spinquant.rotations.wrappers import InPrecision
 

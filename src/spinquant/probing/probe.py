@@ -23,6 +23,7 @@ from spinquant.architectures.family_file import FamilyFile, family_from, to_fami
 from spinquant.errors import ArchitectureError, SpinquantError
 from spinquant.evaluation.equivalence import Float64Arithmetic, difference, greedy_logits
 from spinquant.evaluation.tiny_model import Sizing, make_twin, twin_config
+from spinquant.models.modules import model_class, module_and_attribute, tensor_shapes
 from spinquant.online.hooks import attach
 from spinquant.plan import ROTATION_NAMES, Plan
 from spinquant.probing.branches import EXPERTS
@@ -34,7 +35,7 @@ from spinquant.probing.observation import Draft, Seen
 from spinquant.probing.roles import draft, same_attention
 from spinquant.probing.trace import cached_layers, run, silent_parts, trace
 from spinquant.rotations.factory import RotationSpec, make_rotations
-from spinquant.rotations.fuse_module import fuse_module, model_class, module_and_attribute, tensor_shapes
+from spinquant.rotations.fuse_module import fuse_module
 from spinquant.rotations.rotation import Orthogonal, Rotation
 
 TOLERANCE = 1e-9

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from spinquant.errors import SchemeError
+from spinquant.models.modules import module_and_attribute, named_tensor
 from spinquant.plan import Plan
 from spinquant.quantization.integer import Packed, dequantize
 from spinquant.quantization.scheme import Scheme
-from spinquant.rotations.fuse_module import module_and_attribute, named_tensor
 
 PARTS = ("scale", "zero")  # what lies beside a rounded weight, under the weight's name and this ending
 

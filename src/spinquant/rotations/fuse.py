@@ -15,12 +15,12 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from spinquant.compute.threads import each, single_threaded
+from spinquant.compute.workspace import workspace
 from spinquant.errors import RotationError
 from spinquant.plan import Gain, Plan, Span
 from spinquant.rotations.rotation import Rotation
 from spinquant.rotations.wrappers import Scaled
-from spinquant.threads import each, single_threaded
-from spinquant.workspace import workspace
 
 # Elements fused at once, which then stay in cache.
 SLICE = 1 << 20

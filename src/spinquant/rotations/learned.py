@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from spinquant.calibration.block_store import digest
+from spinquant.compute.hashing import digest
 from spinquant.errors import LearningError
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.rotation import Rotation

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spinquant.calibration.data import captured
 from spinquant.calibration.sequential import after_blocks, block_calls, check_finite_output, run_block
 from spinquant.evaluation.equivalence import (
     Deviation,
@@ -22,6 +21,7 @@ from spinquant.evaluation.equivalence import (
     expected_output,
 )
 from spinquant.evaluation.tiny_model import exact_experts
+from spinquant.models.capture import captured
 from spinquant.online.hooks import attach
 from spinquant.plan import Plan
 from spinquant.rotations.rotation import Rotation

@@ -21,10 +21,11 @@ from transformers.initialization import no_init_weights
 from spinquant.architectures.checkpoint_mapping import Form, Piece, form_of
 from spinquant.calibration.sequential import body_of
 from spinquant.checkpoint.reader import Stored
+from spinquant.compute.workspace import give_back
 from spinquant.errors import CheckpointError
+from spinquant.models.modules import model_class, module_and_attribute
 from spinquant.plan import Plan
-from spinquant.rotations.fuse_module import model_class, module_and_attribute, plan_of
-from spinquant.workspace import give_back
+from spinquant.rotations.fuse_module import plan_of
 
 
 class Weights(Protocol):

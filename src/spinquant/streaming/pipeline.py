@@ -23,13 +23,13 @@ from spinquant.checkpoint.direct_io import room_for
 from spinquant.checkpoint.reader import Source, _check_source, _described
 from spinquant.checkpoint.resumable import Growing
 from spinquant.checkpoint.safetensors_io import TensorFile, place_of
+from spinquant.compute.distributed import Processes
+from spinquant.compute.threads import all_threads, one_of_several, single_threaded
+from spinquant.compute.workspace import kept_whole
 from spinquant.errors import CheckpointError
-from spinquant.processes import Processes
 from spinquant.rotations import fuse
 from spinquant.streaming.partition import Band, bands_in_order, bands_of, shared
 from spinquant.streaming.shards import Change, Job, Shard, job_of, layout_bytes
-from spinquant.threads import all_threads, one_of_several, single_threaded
-from spinquant.workspace import kept_whole
 
 # Bytes of the source read at once where a tensor can be cut: one slice of `fuse` of a half type, which stays in cache
 # while it is hashed, computed, hashed again and written.

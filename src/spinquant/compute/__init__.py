@@ -1,0 +1,1 @@
+"""How work is run: threads, working memory, processes, hashing of tensors."""

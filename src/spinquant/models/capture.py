@@ -1,0 +1,95 @@
+"""device_of"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device that takes a model's inputs."""
+    return next(model.parameters()).device
+
+
+class _Stop(Exception):
+    """Everything that was wanted is captured."""
+
+
+@contextmanager
+def captured(
+    model: nn.Module, names: Iterable[str], *, inputs: bool = False, stop: bool = False
+) -> Iterator[dict[str, Tensor]]:
+    """Within the block, the last output (or first input) of each named module, detached, in order of execution.
+
+    stop: the block is left as soon as the last of the names, in the order given, is captured.
+    """
+    found: dict[str, Tensor] = {}
+    names = list(names)
+
+    def keep(name: str):
+        def hook(module: nn.Module, args: Any, output: Any = None) -> None:
+            value = args[0] if inputs else output
+            found[name] = (value[0] if isinstance(value, tuple) else value).detach()
+            if stop and name == names[-1]:
+                raise _Stop
+
+        return hook
+
+    handles = []
+    for name in names:
+        module = model.get_submodule(name)
+        register = module.register_forward_pre_hook if inputs else module.register_forward_hook
+        handles.append(register(keep(name)))
+    try:
+        yield found
+    except _Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class Call:
+    """The arguments of a module's last call, as its caller gave them."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def watched_calls(
+    model: nn.Module, names: Iterable[str], watch: Callable[[str, tuple[Any, ...]], object]
+) -> Iterator[None]:
+    """Within the block, `watch(name, args)` is told of every call of the named modules: their positional arguments."""
+
+    def hook_of(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            watch(name, args)
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook_of(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def captured_call(module: nn.Module) -> Iterator[Call]:
+    """Within the block, how the module was called last, before other hooks changed anything."""
+    call = Call()
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call.args, call.kwargs = args, dict(kwargs)
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+    try:
+        yield call
+    finally:
+        handle.remove()

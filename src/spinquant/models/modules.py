@@ -1,0 +1,46 @@
+"""tensor_shapes"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from spinquant.errors import CheckpointError
+
+
+def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a module's parameters, a tied tensor under each of its names."""
+    return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def largest(model: nn.Module) -> int:
+    """Bytes that the largest parameter has in float32."""
+    return max((4 * parameter.numel() for parameter in model.parameters()), default=0)
+
+
+def model_class(config: Any) -> Any:
+    """The transformers class that makes and loads the model of a config: causal LMs, or those that see too."""
+    # For some configs the class for causal LMs is that of the language part alone, which would lose what sees.
+    seeing = AutoModelForImageTextToText._model_mapping.keys()  # pyright: ignore[reportAttributeAccessIssue]
+    return AutoModelForImageTextToText if type(config) in seeing else AutoModelForCausalLM
+
+
+def check_in_memory(model: nn.Module) -> None:
+    """Raise CheckpointError for weights on the meta device."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise CheckpointError(
+                f"tensor {name!r} is not in memory (meta device): load the model without offloading before rotating it"
+            )
+
+
+def module_and_attribute(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """("model.norm.weight") -> (the norm module, "weight")."""
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute
+
+
+def named_tensor(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by its dotted name."""
+    owner, attribute = module_and_attribute(model, name)
+    return getattr(owner, attribute)
