@@ -13,7 +13,7 @@ test: $(VENV)/.installed
 
 # SpinQuantModifier beside llm-compressor's own modifiers, in an environment with the versions that it pins.
 test-llmcompressor: $(VENV)-llmcompressor/.installed
-	HF_HUB_OFFLINE=1 $(VENV)-llmcompressor/bin/python -m pytest tests/clients/test_llmcompressor.py
+	HF_HUB_OFFLINE=1 $(VENV)-llmcompressor/bin/python -m pytest tests/integrations/test_llmcompressor.py
 
 $(VENV)-llmcompressor/.installed: pyproject.toml
 	$(PYTHON) -m venv $(@D)

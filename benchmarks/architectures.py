@@ -1,6 +1,6 @@
 """Which architectures can be rotated, and how exactly: docs/architectures.md, from the tables and a run on tiny models.
 
-Every table's tiny random instance (tests/families.py, tests/conftest.py) is rotated in float64 and compared; the same
+Every table's tiny random instance (tests/families.py, tests/models.py) is rotated in float64 and compared; the same
 instance, saved, is given to llm-compressor's SpinQuantModifier and to auto-round's SpinQuant (R1, R2, random Hadamard):
 
     python benchmarks/architectures.py --peer PYTHON [--auto-round PYTHON] [--out docs/architectures.md]
@@ -25,13 +25,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-import conftest  # noqa: E402
 import families  # noqa: E402
+import models  # noqa: E402
 import spinquant  # noqa: E402
 from spinquant.architectures import family_of, known_model_types  # noqa: E402
 from spinquant.architectures.unsupported import UNTABLED  # noqa: E402
 from spinquant.evaluation.tiny_model import exact_experts  # noqa: E402
-from spinquant.models.modules import model_class
+from spinquant.models.modules import model_class  # noqa: E402
 from spinquant.plan import ROTATION_NAMES  # noqa: E402
 
 NOTHING = "\N{EN DASH}"
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--auto-round", type=Path, help="interpreter of one with auto-round; by default the same")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/architectures.md")
     arguments = parser.parse_args()
-    instances = {name: families.Instance(config) for name, config in conftest.CONFIGS.items()} | families.FAMILIES
+    instances = {name: families.Instance(config) for name, config in models.CONFIGS.items()} | families.FAMILIES
     with tempfile.TemporaryDirectory() as folder:
         ours = {name: measured(name, instance, Path(folder) / name) for name, instance in instances.items()}
         names = list(instances)
@@ -88,11 +88,11 @@ def main() -> None:
 
 def measured(name: str, instance: families.Instance, folder: Path) -> float:
     """The largest relative error over the allowed rotations, alone and together; the model is saved to the folder."""
-    ids = conftest.tokens()
+    ids = models.tokens()
     worst = 0.0
     for rotations in [(), *((rotation,) for rotation in instance.allowed), instance.allowed]:
         model = tiny(instance.config())
-        before = conftest.logits(model, ids)
+        before = models.logits(model, ids)
         if not rotations:
             model.save_pretrained(folder)
             torch.save(ids, folder / "ids.pt")
@@ -101,7 +101,7 @@ def measured(name: str, instance: families.Instance, folder: Path) -> float:
         made = spinquant.make_rotations(plan, spinquant.RotationSpec(rotations, "auto"))
         spinquant.fuse_module(model, plan, made)
         with spinquant.attach(model, plan, made):
-            moved = conftest.logits(model, ids) - before
+            moved = models.logits(model, ids) - before
         worst = max(worst, (moved.norm() / before.norm()).item())
     print(f"{name}: {worst:.1e}", flush=True)
     return worst
@@ -113,7 +113,7 @@ def tiny(config: Any) -> Any:
     exact_experts(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.double()
-    return conftest.random_weights(model)
+    return models.random_weights(model)
 
 
 def answers_of(peer: str, python: Path, folder: Path, names: list[str]) -> tuple[dict[str, str], dict[str, str]]:

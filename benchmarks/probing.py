@@ -13,12 +13,11 @@ import transformers
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-import conftest  # noqa: E402
 import families  # noqa: E402
+import models  # noqa: E402
 import spinquant  # noqa: E402
+from families import config_of, shapes_of, usable  # noqa: E402
 from spinquant.errors import ArchitectureError  # noqa: E402
-from test_family_file import config_of, shapes_of  # noqa: E402
-from test_probe import usable  # noqa: E402
 
 
 def outcome(name: str) -> tuple[bool, str]:
@@ -44,7 +43,7 @@ def outcome(name: str) -> tuple[bool, str]:
 def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     same: dict[str, bool] = {}
-    for name in [*conftest.CONFIGS, *families.FAMILIES]:
+    for name in [*models.CONFIGS, *families.FAMILIES]:
         start = time.perf_counter()
         found, missing = outcome(name)
         model_type = config_of(name).model_type

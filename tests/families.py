@@ -4,12 +4,17 @@ Grouped-query heads, heads that do not fill the hidden size, sliding and full la
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import AutoConfig
+import torch
+from transformers import (
+    AutoConfig,
+)
 
-from conftest import SIZES, VOCABULARY
+from models import CONFIGS, SIZES, VOCABULARY, random_weights
+from spinquant.evaluation.tiny_model import exact_experts
+from spinquant.models.modules import model_class, tensor_shapes
 
 SMALL = {**SIZES, "num_hidden_layers": 2}
 # Families whose heads fill the hidden size.
@@ -387,3 +392,47 @@ FAMILIES: dict[str, Instance] = {
     "phi3-mha": of("phi3", FULL, num_key_value_heads=4, partial_rotary_factor=0.5),
 }
 assert VOCABULARY == SMALL["vocab_size"]
+
+
+def tiny(name, *, attention=None):
+    """By default with the attention that the class prefers: sdpa, where it knows that."""
+    config = FAMILIES[name].config()
+    model = model_class(config).from_config(config, dtype=torch.float64, attn_implementation=attention)
+    return random_weights(prepared(model))
+
+
+def prepared(model):
+    """In float64 throughout, which some classes and grouped products of experts are not."""
+    exact_experts(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.double()
+    return model.eval()
+
+
+def config_of(name):
+    return CONFIGS[name]() if name in CONFIGS else FAMILIES[name].config()
+
+
+def shapes_of(config):
+    with torch.device("meta"):
+        return tensor_shapes(model_class(config).from_config(config))
+
+
+def usable(plan):
+    """What a plan lets one do: everything but reasons, and spaces that are refused."""
+    refused = {name for name, _ in plan.refused}
+    kept = {space.name for space in plan.spaces if space.rotation not in refused}
+    return {
+        "spaces": {space for space in plan.spaces if space.name in kept},
+        "axes": {axis for axis in plan.axes if axis.space in kept},
+        "gains": {replace(gain, readers=tuple(sorted(gain.readers))) for gain in plan.gains if gain.space in kept},
+        "onlines": {online for online in plan.onlines if online.space in kept},
+        "scalings": {
+            (scaling.space, frozenset(scaling.writers), frozenset(scaling.readers))
+            for scaling in plan.scalings
+            if scaling.space in kept
+        },
+        "refused": refused,
+        "linears": tuple(tuple(sorted(group)) for group in plan.linears),  # those of a group read one activation
+        **{part: getattr(plan, part) for part in ("ties", "attentions", "blocks", "head")},
+    }

@@ -1,118 +1,50 @@
-"""What the code promises about itself: imports point one way, the public names are what __all__ says."""
+"""What the code promises about itself: packages import one way, tests mirror the source, names are documented."""
 
 import ast
 import importlib
 from pathlib import Path
 
+import pytest
+
 import spinquant
 
 SOURCE = Path(spinquant.__file__).parent
+TESTS = Path(__file__).parent
 
-TABLES = {
-    f"architectures.{name}"
-    for name in (
-        "llama",
-        "postnorm",
-        "layernorm",
-        "moe",
-        "hybrid",
-        "delta_latent",
-        "hyperconnected",
-        "relatives",
-        "vision",
-        "untabled",
-    )
-}
-
-# Lowest first; a module imports from lower or equal layers only.
-LAYERS = [
-    {"errors", "workspace", "threads", "direct"},
-    {"atomic"},
-    {"plots", "processes", "hidden_states"},
-    {"tensorfile", "source_hash"},
-    {"plan", "butterflies", "galois", "hadamard_bases", "kronecker", "hadamard", "quantization.scheme"},
-    {"centred"},
-    {"rotation", "quantization.floating", "quantization.integer", "quantization.progress", "learning.cayley"},
-    {"wrapped"},
-    {"saved_rotations", "quantization.rotated", "learning", "learning.objectives", "learning.state"},
-    {
-        "fuse",
-        "architectures",
-        "architectures.table",
-        "architectures.build",
-        "architectures.shared_blocks",
-        "architectures.prediction",
-        "architectures.family_file",
-        *TABLES,
-    },
-    {
-        "module",
-        "cache",
-        "calibrate",
-        "quantization",
-        "quantization.weights",
-        "quantization.rtn",
-        "sites",
-        "online",
-        "vllm_plugin",
-    },
-    {"blocks", "quantization.experts", "quantization.gptq", "quantization.clip", "evaluation"},
-    {"learning.network", "learning.samples"},
-    {"learning.sensitivity"},
-    {"learning.scales"},
-    {"learning.judge", "learning.local"},
-    {"learning.end_to_end"},
-    {"learning.options"},
-    {"learning.learned"},
-    {"learning.learn"},
-    {
-        "proof",
-        "twin",
-        "formats",
-        "formats.native",
-        "formats.compressed_config",
-        "formats.compressed_reader",
-        "formats.compressed_tensors",
-        "formats.runtimes",
-        "checkpoint",
-        "tasks",
-        "quantization.ranges",
-        "quantization.blockwise",
-    },
-    {"mappings", "learnable", "source", "resumable", "stored_form"},
-    {"formats.native_packing", "shards"},
-    {"formats.compressed_packing"},
-    {"sharing", "disk_model"},
-    {"stream"},
-    {"along", "along.counterparts", "along.target", "along.experts", "along.lora", "along.heads", "along.folder"},
-    {"disk_proof"},
-    {"disk_rounding"},
-    {"mapped_plan", "transform_config", "probing", "probing.trace"},
-    {"probing.stacks", "probing.kinds", "probing.factors"},
-    {"probing.explain"},
-    {"probing.seen"},
-    {"probing.branches"},
-    {"probing.roles", "probing.checkpoints"},
-    {"probing.probe"},
-    {"probing.draft"},
-    {"pipeline", "demo_model"},
-    {"companions", "disk_calibration"},
-    {"stream_run"},
-    {"streamed_folders"},
-    {"preparation", "preconditions", "learning.keeping"},
-    {"learning.folder"},
-    {"folders"},
-    {"modifier", "llmcompressor"},
-    {"report", "demo", "demo_page"},
-    {"cli_output"},
-    {"cli_options"},
-    {"cli_learn", "cli_quantize", "cli_along", "cli_probe"},
-    {"cli"},
-    {"__main__"},
+# Lowest first: a module imports from its own package and from those before it.
+PACKAGES = [
+    "errors",
+    "plan",
+    "compute",
+    "architectures",
+    "models",
+    "rotations",
+    "quantization",
+    "online",
+    "evaluation",
+    "calibration",
+    "checkpoint",
+    "formats",
+    "streaming",
+    "adapters",
+    "learning",
+    "probing",
+    "entrypoints",
+    "modifiers",
+    "integrations",
+    "demo",
+    "cli",
+    "__main__",
 ]
+# Attributes of the package that are functions: a subpackage of that name would replace them when it is imported.
+FUNCTIONS = {"rotate", "quantize", "learn", "evaluate", "probe", "prove", "attach", "detach", "load", "save", "gptq"}
+# Modules that need an extra; none is imported before that extra is known to be there.
+OPTIONAL = ("modifiers.llmcompressor", "modifiers.compressed_transforms")
+HOOKS = ("online.hooks", "models.capture", "probing.trace", "integrations.vllm")
 
 
 def modules() -> dict[str, Path]:
+    """Every module but the package itself, by its name within the package."""
     found = {}
     for path in SOURCE.rglob("*.py"):
         name = ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
@@ -121,24 +53,55 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports(path: Path) -> set[str]:
-    """Modules of this package that a file imports anywhere."""
-    names = set()
+def imports(name: str, path: Path) -> set[str]:
+    """Modules of this package that a file imports anywhere, the ones given as strings to importlib too."""
+    known, names = modules(), set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "spinquant":
             module = (node.module or "").removeprefix("spinquant").lstrip(".")
-            names |= {module} if module else {alias.name for alias in node.names if alias.name in modules()}
+            inner = {f"{module}.{alias.name}".lstrip(".") for alias in node.names}
+            names |= {one if one in known else module for one in inner}
         elif isinstance(node, ast.Import):
             names |= {a.name.removeprefix("spinquant.") for a in node.names if a.name.startswith("spinquant.")}
-    return names
+    assert "" not in names, f"{name} imports a name from the package itself: import it from its module"
+    return names & set(known)
 
 
-def test_every_module_has_a_layer_and_imports_downwards():
-    level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-    assert set(modules()) == set(level)
+def test_packages_import_downwards():
+    level = {name: i for i, name in enumerate(PACKAGES)}
+    assert {name.split(".")[0] for name in modules()} == set(PACKAGES)
     for name, path in modules().items():
-        for imported in imports(path):
-            assert level[imported] <= level[name], f"{name} imports {imported}"
+        for imported in imports(name, path):
+            assert level[imported.split(".")[0]] <= level[name.split(".")[0]], f"{name} imports {imported}"
+
+
+def test_no_module_imports_itself_in_a_circle():
+    edges = {name: imports(name, path) - {name} for name, path in modules().items()}
+    done: set[str] = set()
+
+    def walk(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join([*above[above.index(name) :], name])
+        if name not in done:
+            for imported in sorted(edges[name]):
+                walk(imported, (*above, name))
+            done.add(name)
+
+    for name in edges:
+        walk(name, ())
+
+
+def test_few_files_lie_beside_the_packages_and_none_bears_the_name_of_a_function():
+    assert len(list(SOURCE.glob("*.py"))) <= 6
+    assert FUNCTIONS <= set(spinquant.__all__)
+    assert not FUNCTIONS & {name.split(".")[0] for name in modules()}
+
+
+def test_tests_mirror_the_source():
+    """A test file lies in the folder of the package that it is about; laws across packages lie in `laws`."""
+    packages = {path.name for path in SOURCE.iterdir() if (path / "__init__.py").exists()}
+    for path in TESTS.rglob("test_*.py"):
+        assert path.parent == TESTS or path.parent.name in packages | {"laws", "contracts"}, path
+    assert [path.name for path in TESTS.glob("test_*.py")] == [Path(__file__).name]
 
 
 def test_the_plan_needs_no_torch():
@@ -151,16 +114,15 @@ def test_the_plan_needs_no_torch():
 def test_the_core_needs_no_runtime():
     """vLLM, compressed-tensors and llm-compressor are extras: nothing imports them before they are needed."""
     for name, path in modules().items():
-        if name == "llmcompressor":  # itself imported by those alone who have all of it, as the next assertion says
+        if name in OPTIONAL:
             continue
         for node in ast.parse(path.read_text()).body:
             imported = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             outside = {i.split(".")[0] for i in imported}
             assert not outside & {"vllm", "compressed_tensors", "llmcompressor"}, name
-            assert "numba" not in outside or name == "butterflies", name
-            assert "spinquant.rotations.numba_kernels" not in imported, name
-            assert "spinquant.modifiers.llmcompressor" not in imported, name
+            assert "numba" not in outside or name == "rotations.numba_kernels", name
+            assert not {f"spinquant.{one}" for one in (*OPTIONAL, "rotations.numba_kernels")} & set(imported), name
 
 
 def test_what_benchmarks_and_examples_import_is_there():
@@ -184,16 +146,16 @@ def test_public_names_are_what_all_says():
     assert all(hasattr(spinquant, name) for name in spinquant.__all__)
 
 
-def test_public_names_have_docstrings():
-    for name in spinquant.__all__:
-        thing = getattr(spinquant, name)
-        if callable(thing):
-            assert (thing.__doc__ or "").strip(), name
+@pytest.mark.parametrize("name", spinquant.__all__)
+def test_public_names_have_docstrings(name: str):
+    thing = getattr(spinquant, name)
+    if callable(thing):
+        assert (thing.__doc__ or "").strip()
 
 
 def test_hooks_and_registrations_are_where_they_belong():
     for name, path in modules().items():
         text = path.read_text()
-        if name not in ("online", "calibrate", "probing.trace", "vllm_plugin"):
+        if name not in HOOKS:
             assert "register_forward" not in text, name
         assert "import *" not in text, name

@@ -193,7 +193,8 @@ class Run:
                 store,
                 dtype=dtype,
                 device=request.device,
-                options=options,
+                memory=options.memory,
+                progress=options.stage("calibrate"),
             )
         about = {"text": name, "samples": tokens.shape[0], "length": tokens.shape[1]}
         return {"fingerprint": store.fingerprint, "clips": clips.to_dict(), "text": about}

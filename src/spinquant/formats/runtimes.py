@@ -59,10 +59,10 @@ def _cited(runs: bool, source: str) -> Claim:
 
 
 _VLLM = "vLLM 0.32, model_executor/layers/quantization/compressed_tensors"
-_FUSED = "tests/test_native.py::test_a_rotated_folder_without_online_parts_is_plain"
-_NATIVE = "tests/test_native.py::test_loading_gives_the_same_logits_to_the_last_bit"
-_READ = "tests/test_compressed_tensors.py::test_transformers_computes_the_same_with_compressed_tensors_alone"
-_STATIC = "tests/test_compressed_tensors.py::test_transformers_computes_the_same_with_static_ranges"
+_FUSED = "tests/formats/test_native.py::test_a_rotated_folder_without_online_parts_is_plain"
+_NATIVE = "tests/formats/test_native.py::test_loading_gives_the_same_logits_to_the_last_bit"
+_READ = "tests/formats/test_compressed_tensors.py::test_transformers_computes_the_same_with_compressed_tensors_alone"
+_STATIC = "tests/formats/test_compressed_tensors.py::test_transformers_computes_the_same_with_static_ranges"
 _PLAIN_ONLY = "it reads plain 16-bit folders and quantizes by itself: write R1 and R2 alone (--format hf)"
 
 
@@ -88,7 +88,7 @@ RUNTIMES: Mapping[str, Runtime] = {
         "native",
         "spinquant.load(folder), or from_pretrained after `import spinquant`",
         {name: _runs(_NATIVE) for name in ROTATION_NAMES},
-        {"any": _runs("tests/test_native.py::test_schemes_and_dtypes")},
+        {"any": _runs("tests/formats/test_native.py::test_schemes_and_dtypes")},
         "",
     ),
     "transformers": Runtime(
@@ -97,8 +97,8 @@ RUNTIMES: Mapping[str, Runtime] = {
         "AutoModelForCausalLM.from_pretrained(folder)",
         {
             **_fused(_FUSED),
-            "R3": Claim(False, "tests/test_native.py::test_transformers_refuses_it_without_spinquant"),
-            "R4": Claim(False, "tests/test_native.py::test_transformers_refuses_it_without_spinquant"),
+            "R3": Claim(False, "tests/formats/test_native.py::test_transformers_refuses_it_without_spinquant"),
+            "R4": Claim(False, "tests/formats/test_native.py::test_transformers_refuses_it_without_spinquant"),
         },
         {"none": _runs(_FUSED)},
         "transformers alone has no quantized linears: use --runtime transformers-ct or spinquant",
@@ -109,8 +109,8 @@ RUNTIMES: Mapping[str, Runtime] = {
         "AutoModelForCausalLM.from_pretrained(folder)",
         {
             **_fused("clients: transformers W4A16"),
-            "R3": Claim(False, "tests/test_compressed_tensors.py::test_transformers_refuses_online_rotations"),
-            "R4": Claim(False, "tests/test_compressed_tensors.py::test_transformers_refuses_online_rotations"),
+            "R3": Claim(False, "tests/formats/test_compressed_tensors.py::test_transformers_refuses_online_rotations"),
+            "R4": Claim(False, "tests/formats/test_compressed_tensors.py::test_transformers_refuses_online_rotations"),
         },
         {
             "none": _runs(_FUSED),

@@ -6,6 +6,7 @@ in llm-compressor's recipes beside its own modifiers (`llmcompressor.py`), which
 in use already.
 """
 
+import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,6 +30,7 @@ from spinquant.rotations.factory import RotationSpec
 
 RotationName = Literal["R1", "R2", "R3", "R4"]
 PEER = "llmcompressor"
+ADAPTER = "spinquant.modifiers.llmcompressor"  # imported by name: it imports this module
 
 
 class SpinQuantModifier(BaseModel):
@@ -99,9 +101,7 @@ class SpinQuantModifier(BaseModel):
         """Let llm-compressor, if it is in use, know this class as one of its modifiers."""
         super().model_post_init(context)
         if f"{PEER}.modifiers" in sys.modules:
-            from spinquant import llmcompressor
-
-            llmcompressor.adopt(self)
+            importlib.import_module(ADAPTER).adopt(self)
 
     @property
     def initialized(self) -> bool:

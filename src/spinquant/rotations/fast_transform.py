@@ -7,7 +7,7 @@ memory, so rows go through all factors in chunks that stay in cache, in two buff
 types are widened chunk by chunk and rounded once, at the end. A factor that commutes with the exchange of
 two equal runs of indices is split into sums and differences of the runs, which halves its arithmetic.
 
-A factor may be named instead of given: `Sylvester`, which `butterflies.py` applies where numba is installed.
+A factor may be named instead of given: `Sylvester`, which `numba_kernels.py` applies where numba is installed.
 `_apply` is the only place that does the arithmetic.
 """
 
@@ -66,10 +66,10 @@ Factor = Tensor | Sylvester
 def kernels() -> ModuleType | None:
     """The compiled kernels, where numba is installed."""
     try:
-        from spinquant import butterflies
+        from spinquant.rotations import numba_kernels
     except ImportError:
         return None
-    return butterflies
+    return numba_kernels
 
 
 @contextmanager

@@ -4,7 +4,7 @@ The walk over blocks is that of `quantization/blockwise.py`, on a model that is 
 it finds is in the store, block by block, from which the stream then writes its shards.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,6 @@ from spinquant.calibration.block_store import BlockStore
 from spinquant.calibration.blockwise import Calibration, Method, quantize_blocks
 from spinquant.calibration.data import CalibrationText
 from spinquant.calibration.hidden_states import HiddenStates, room_by_default
-from spinquant.entrypoints.result import Options
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Clips, Scheme
 from spinquant.rotations.rotation import Rotation
@@ -44,14 +43,16 @@ def calibrate_on_disk(
     *,
     dtype: torch.dtype,
     device: str,
-    options: Options,
+    memory: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Clips:
     """Quantize the blocks (and the head) of a rotated checkpoint into the store; the clip ratios found.
 
-    online: rotations at run time. dtype: of the model's arithmetic.
+    online: rotations at run time. dtype: of the model's arithmetic. memory: bytes that hidden states may take before
+    they go to a file, by default a quarter of what is available.
     """
     home = OnDisk(config, plan, rotated, dtype, calibrating.calibration.device or device)
-    room = room_by_default() if options.memory is None else options.memory
+    room = room_by_default() if memory is None else memory
     with closing(HiddenStates(room, store.folder.parent)) as hidden:
         return quantize_blocks(
             home.model,
@@ -64,5 +65,5 @@ def calibrate_on_disk(
             store=store,
             home=home,
             hidden=hidden,
-            progress=options.stage("calibrate"),
+            progress=progress,
         )

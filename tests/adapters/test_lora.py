@@ -1,0 +1,290 @@
+"""The law of adapters: rotated with their model, or after it, they add to it what they added before. Through peft."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from families import FAMILIES
+from models import logits, random_weights, scaled, tiny_model, tokens
+from spinquant import LearnedRotations, RotationSpec, load, make_rotations, plan_of, rotate_adapter, rotate_folder
+from spinquant.adapters import lora as along_lora
+from spinquant.adapters.plan import plan_beside
+from spinquant.cli.main import app
+from spinquant.entrypoints.folders import quantize_folder
+from spinquant.entrypoints.result import Options
+from spinquant.errors import CheckpointError, RotationError
+from spinquant.evaluation.tiny_model import exact_experts
+from spinquant.models.modules import model_class
+from spinquant.quantization.scheme import parse_scheme
+
+peft = pytest.importorskip("peft")
+
+# What peft warns of is not ours: names of transformers that are to go, embeddings that it saves, tied weights.
+pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning:peft")
+
+QUICK = Options(prove=False)
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+# By family: what an adapter may adapt.
+ADAPTED = {
+    "llama": {"target_modules": [*LINEARS, "lm_head"], "rank_pattern": {"o_proj": 3}},
+    "llama-tied": {"target_modules": [*LINEARS, "lm_head", "embed_tokens"]},
+    "qwen2": {"target_modules": LINEARS, "bias": "all", "use_rslora": True},
+    "gemma": {"target_modules": [*LINEARS, "embed_tokens"]},
+    "phi3": {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], "modules_to_save": ["lm_head"]},
+    "opt": {"target_modules": ["q_proj", "v_proj", "out_proj", "fc1", "fc2"], "bias": "all"},
+    "gpt2": {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
+    "gpt_neox": {"target_modules": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]},
+    "gemma2": {"target_modules": LINEARS},
+    "deepseek_v3": {"target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]},
+    "qwen3_moe": {"target_modules": ["q_proj", "gate"], "target_parameters": EXPERTS},
+    "gpt_oss": {"target_modules": ["v_proj"], "target_parameters": EXPERTS},
+    "mamba2": {"target_modules": ["in_proj", "embeddings"]},
+}
+
+
+def source(name, folder):
+    """A tiny model in float64, saved."""
+    if name in FAMILIES:
+        config = FAMILIES[name].config()
+        model = random_weights(model_class(config).from_config(config, dtype=torch.float64))
+    else:
+        model = tiny_model(name)
+    model.save_pretrained(folder)
+    return folder
+
+
+def opened(folder):
+    return prepared(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval())
+
+
+def prepared(model):
+    """In float64 throughout, which some classes and grouped products of experts are not."""
+    exact_experts(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.double()
+    return model
+
+
+def adapter(model_folder, out, **options):
+    """An adapter of random weights, saved by peft."""
+    settings = {"r": 4, "lora_alpha": 6, **options}
+    model = peft.get_peft_model(opened(model_folder), peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if (
+                "lora_" in name
+                or "modules_to_save" in name
+                or "token" in name.rsplit(".", 1)[-1]
+                or (parameter.requires_grad and name.endswith("bias"))
+            ):
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_(noise * 0.3 / max(1, parameter.shape[-1]) ** 0.5)
+    model.save_pretrained(out)
+    return out
+
+
+def adapted(model, folder):
+    return peft.PeftModel.from_pretrained(model, folder).eval()
+
+
+def answer(folder, adapter_folder=None):
+    model = opened(folder)
+    return logits(model if adapter_folder is None else adapted(model, adapter_folder), tokens())
+
+
+def mergeable(name):
+    instance = FAMILIES.get(name)
+    return [r for r in ("R1", "R2") if instance is None or r in instance.allowed]
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_rotated_along_it_adds_the_same(name, tmp_path):
+    model = source(name, tmp_path / "model")
+    lora = adapter(model, tmp_path / "lora", **ADAPTED[name])
+    expected = answer(model, lora)
+    assert not torch.allclose(expected, answer(model), atol=1e-2)  # the adapter matters
+    spec = RotationSpec(mergeable(name), "auto", randomize=True)
+    result = rotate_folder(model, tmp_path / "out", spec, also=[lora], text=None, options=QUICK)
+    made = tmp_path / "out" / "adapters" / "lora"
+    assert torch.allclose(answer(tmp_path / "out", made), expected, atol=1e-9)
+    assert not torch.allclose(answer(tmp_path / "out", lora), expected, atol=1e-3)  # as it was, it adds something else
+    assert result.notes["along"]["lora"]["rotated"] > 0
+    # Later, from what the folder and its record say, it is the same to the last bit.
+    rotate_adapter(tmp_path / "out", lora, tmp_path / "later")
+    late, along = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "later", made))
+    assert late.keys() == along.keys() and all(torch.equal(late[n], along[n]) for n in late)
+    config, before = (json.loads((folder / "adapter_config.json").read_text()) for folder in (made, lora))
+    assert config.pop("base_model_name_or_path") == str(tmp_path / "out")
+    assert config == {k: v for k, v in before.items() if k != "base_model_name_or_path"}
+
+
+def test_the_gain_of_a_norm_belongs_to_the_update_too(tmp_path, monkeypatch):
+    """Without it the law above fails: it is no accident of gains near one."""
+    model = source("llama", tmp_path / "model")
+    lora = adapter(model, tmp_path / "lora", target_modules=LINEARS)
+    expected = answer(model, lora)
+    monkeypatch.setattr(along_lora, "plan_beside", lambda *a: replace(plan_beside(*a), gains=()))
+    rotate_folder(model, tmp_path / "out", RotationSpec("R1,R2", "auto"), also=[lora], text=None, options=QUICK)
+    assert not torch.allclose(answer(tmp_path / "out", tmp_path / "out/adapters/lora"), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("scheme", ["none", "W8"])
+def test_under_online_rotations_it_is_loaded_onto_the_rotated_model(scheme, tmp_path):
+    """peft's layer hands its own input to the linear, which rotates it (R4), and to A, which therefore stays."""
+    model = source("llama", tmp_path / "model")
+    lora = adapter(model, tmp_path / "lora", target_modules=LINEARS)
+    expected = answer(model, lora)
+    spec = RotationSpec("R1,R2,R3,R4", "auto")
+    quantize_folder(model, tmp_path / "out", parse_scheme(scheme), spec, text=None, options=QUICK)
+    rotate_adapter(tmp_path / "out", lora, tmp_path / "rotated")
+    plain, found = load(tmp_path / "out"), load(tmp_path / "out")
+    before, after = logits(plain, tokens()), logits(adapted(found, tmp_path / "rotated"), tokens())
+    base = answer(model)
+    if scheme == "none":
+        assert torch.allclose(after, expected, atol=1e-9)
+    else:  # what rounding moved, it moves with the adapter too
+        assert (after - expected).norm() < 3 * (before - base).norm() < 0.5 * (expected - base).norm()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_scales_reach_it(dora, tmp_path):
+    """Rows of B of up_proj, columns of A of down_proj, which reads what is scaled and not yet rotated."""
+    model = source("llama", tmp_path / "model")
+    targets = ["q_proj", "up_proj"] if dora else LINEARS
+    lora = adapter(model, tmp_path / "lora", target_modules=targets, use_dora=dora)
+    expected = answer(model, lora)
+    spec = RotationSpec("R1,R2,R4", "auto")
+    plan = plan_of(load(model))
+    learned = LearnedRotations(scaled(plan, make_rotations(plan, spec)), spec, {"kept": "scaled"})
+    quantize_folder(model, tmp_path / "out", parse_scheme("none"), spec, learned=learned, text=None, options=QUICK)
+    rotate_adapter(tmp_path / "out", lora, tmp_path / "rotated")
+    after = logits(adapted(load(tmp_path / "out"), tmp_path / "rotated"), tokens())
+    assert torch.allclose(after, expected, atol=1e-9)
+
+
+def test_updates_of_stacked_experts_are_rotated_inside_them(tmp_path):
+    """They are added to the parameter, behind R4."""
+    model = source("qwen3_moe", tmp_path / "model")
+    lora = adapter(model, tmp_path / "lora", target_parameters=EXPERTS, target_modules=["q_proj"])
+    expected = answer(model, lora)
+    spec = RotationSpec("R1,R2,R4", "auto")
+    quantize_folder(model, tmp_path / "out", parse_scheme("none"), spec, text=None, options=QUICK)
+    rotate_adapter(tmp_path / "out", lora, tmp_path / "rotated")
+    found = prepared(load(tmp_path / "out"))
+    assert torch.allclose(logits(adapted(found, tmp_path / "rotated"), tokens()), expected, atol=1e-9)
+    weights = load_file(lora / "adapter_model.safetensors")
+    broken = {n: t[:-1] if "experts.lora_B" in n else t for n, t in weights.items()}
+    save_file(broken, lora / "adapter_model.safetensors")
+    with pytest.raises(RotationError, match=r"updates experts by .* 0 parameters"):
+        rotate_adapter(tmp_path / "out", lora, tmp_path / "no")
+
+
+def test_magnitudes_of_dora(tmp_path):
+    """Where outputs are not rotated they follow the gain; elsewhere they are refused, and the reason is true."""
+    model = source("llama", tmp_path / "model")
+    reading = ["q_proj", "k_proj", "gate_proj", "up_proj", "lm_head"]
+    options = {"use_dora": True, "alpha_pattern": {"q_proj": 9}, "rank_pattern": {"k_proj": 2}}
+    lora = adapter(model, tmp_path / "lora", target_modules=reading, **options)
+    rotate_folder(model, tmp_path / "out", RotationSpec("R1,R2", "auto"), also=[lora], text=None, options=QUICK)
+    made = tmp_path / "out/adapters/lora"
+    assert torch.allclose(answer(tmp_path / "out", made), answer(model, lora), atol=1e-9)
+    old, new = (load_file(folder / "adapter_model.safetensors") for folder in (lora, made))
+    magnitudes = [name for name in old if "magnitude" in name]
+    assert len(magnitudes) == 13 and all(not torch.allclose(old[n], new[n], atol=1e-3) for n in magnitudes)
+    for linear, rotations in (("o_proj", "R1"), ("v_proj", "R2"), ("down_proj", "R1")):
+        other = adapter(model, tmp_path / linear, target_modules=[linear], use_dora=True)
+        with pytest.raises(RotationError, match=rf"DoRA.*{linear}.*diag\(m\) R is not R diag\(m\)"):
+            rotate_folder(model, tmp_path / "no", RotationSpec(rotations), also=[other], text=None, options=QUICK)
+    assert not (tmp_path / "no").exists()
+
+
+def test_tokens_that_are_trained(tmp_path):
+    model = source("llama", tmp_path / "model")
+    options = {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": tokens()[0, :5].tolist()}}
+    lora = adapter(model, tmp_path / "lora", **options)
+    rotate_folder(model, tmp_path / "out", RotationSpec("R1,R2", "auto"), also=[lora], text=None, options=QUICK)
+    expected = answer(model, lora)
+    assert torch.allclose(answer(tmp_path / "out", tmp_path / "out/adapters/lora"), expected, atol=1e-9)
+    tied = source("llama-tied", tmp_path / "tied")
+    with pytest.raises(RotationError, match=r"trainable_token_indices.*unties"):
+        rotate_folder(tied, tmp_path / "no", RotationSpec("R1"), also=[lora], text=None, options=QUICK)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"peft_type": "IA3"}, "peft_type 'IA3'"),
+        ({"init_lora_weights": "pissa"}, "'pissa'.*anew"),
+        ({"layer_replication": [[0, 2]]}, "repeats layers"),
+        ({"use_qalora": True}, "groups of channels"),
+        ({"use_something_new": True}, "does not know"),
+    ],
+)
+def test_what_has_no_counterpart_is_refused_by_name(change, match, tmp_path):
+    model = source("llama", tmp_path / "model")
+    lora = adapter(model, tmp_path / "lora", target_modules=["q_proj"])
+    path = lora / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(RotationError, match=match):
+        rotate_folder(model, tmp_path / "out", RotationSpec("R1"), also=[lora], text=None, options=QUICK)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "lora"}
+
+
+def test_a_norm_or_a_tensor_of_another_model_is_refused_by_name(tmp_path):
+    model = source("llama", tmp_path / "model")
+    normed = adapter(model, tmp_path / "normed", target_modules=["q_proj"], modules_to_save=["input_layernorm"])
+    with pytest.raises(RotationError, match=r"input_layernorm.*scale of a norm"):
+        rotate_folder(model, tmp_path / "out", RotationSpec("R1"), also=[normed], text=None, options=QUICK)
+    rotate_folder(model, tmp_path / "out", RotationSpec("R2", "auto"), also=[normed], text=None, options=QUICK)
+    made = tmp_path / "out/adapters/normed"
+    assert torch.allclose(answer(tmp_path / "out", made), answer(model, normed), atol=1e-9)
+    lora = adapter(model, tmp_path / "lora", target_modules=["q_proj"])
+    weights = load_file(lora / "adapter_model.safetensors")
+    renamed = {name.replace("layers.2", "layers.7"): tensor for name, tensor in weights.items()}
+    save_file(renamed, lora / "adapter_model.safetensors")
+    with pytest.raises(RotationError, match=re.escape("layers.7.self_attn.q_proj")):
+        rotate_adapter(tmp_path / "out", lora, tmp_path / "no")
+
+
+def test_the_original_has_to_be_the_original(tmp_path):
+    model = source("llama", tmp_path / "model")
+    tiny_model("llama", seed=5).save_pretrained(tmp_path / "other")
+    lora = adapter(model, tmp_path / "lora", target_modules=["q_proj"])
+    rotate_folder(model, tmp_path / "out", RotationSpec("R1"), text=None, options=QUICK)
+    with pytest.raises(RotationError, match=r"is not what .* was made of"):
+        rotate_adapter(tmp_path / "out", lora, tmp_path / "no", model=tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"no spinquant/record\.json"):
+        rotate_adapter(model, lora, tmp_path / "no")
+    with pytest.raises(CheckpointError, match=r"no adapter_model\.safetensors"):
+        (lora / "adapter_model.safetensors").rename(lora / "adapter_model.bin")
+        rotate_adapter(tmp_path / "out", lora, tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+def test_on_the_command_line(tmp_path):
+    model = source("llama", tmp_path / "model")
+    loras = [adapter(model, tmp_path / name, target_modules=[name]) for name in ("q_proj", "v_proj")]
+    (loras[0] / "README.md").write_text("what it does")
+    run = CliRunner()
+    also = [word for lora in loras for word in ("--also", str(lora))]
+    arguments = ["rotate", str(model), str(tmp_path / "out"), *also, "--no-proof", "--no-compare"]
+    done = run.invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0 and "adapters/v_proj" in done.output
+    assert (tmp_path / "out/adapters/q_proj/README.md").read_text() == "what it does"
+    late = ["rotate-adapter", str(tmp_path / "out"), str(loras[1]), str(tmp_path / "late"), "--json"]
+    done = run.invoke(app, late, catch_exceptions=False)
+    assert json.loads(done.output)["kind"] == "lora"
+    # A rotated folder that is rotated or quantized again does not take its adapters along as they were.
+    rotate_folder(tmp_path / "out", tmp_path / "again", RotationSpec("R1"), text=None, options=QUICK)
+    assert not (tmp_path / "again/adapters").exists()
+    with pytest.raises(CheckpointError, match="exists"):
+        rotate_adapter(tmp_path / "out", loras[1], tmp_path / "late")
+    rotate_adapter(tmp_path / "out", loras[1], tmp_path / "late", force=True)

@@ -1,0 +1,50 @@
+"""A model that runs block by block is the model, whatever its blocks give besides hidden states."""
+
+import pytest
+import torch
+
+from families import FAMILIES
+from models import random_weights, tokens
+from spinquant.calibration.sequential import after_blocks, block_calls, body_of, run_block
+from spinquant.evaluation.tiny_model import exact_experts
+from spinquant.models.capture import captured
+from spinquant.models.modules import model_class
+from spinquant.rotations.fuse_module import plan_of
+
+# Not XGLM, whose mask transformers cannot make in float64.
+NAMES = [name for name in FAMILIES if name != "xglm"]
+
+
+def tiny(name):
+    config = FAMILIES[name].config()
+    model = model_class(config).from_config(config, dtype=torch.float64)
+    exact_experts(model)
+    return random_weights(model.double()).eval()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_block_by_block_is_the_model(name):
+    model = tiny(name)
+    ids, blocks = tokens(1, 20), plan_of(model).blocks
+    calls = block_calls(model, blocks, ids)
+    states = calls.hidden[0]
+    for block in blocks:
+        states = run_block(model.get_submodule(block), states, calls.arguments[block])
+    expected = body_of(model)(ids, use_cache=False).last_hidden_state
+    torch.testing.assert_close(after_blocks(model, blocks, states), expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "bloom-slow"])  # does not call all its linears
+@torch.no_grad()
+def test_linears_run_in_the_order_of_the_plan(name):
+    """A calibration stops behind the last group of a block, and rounds one group after the other."""
+    model = tiny(name)
+    plan = plan_of(model)
+    with captured(model, [linear for group in plan.linears for linear in group]) as outputs:
+        body_of(model)(tokens(1, 20), use_cache=False)
+    order = {linear: place for place, linear in enumerate(outputs)}
+    for block in plan.blocks:
+        groups = [group for group in plan.linears if group[0].startswith(f"{block}.")]
+        first = [min(order[linear] for linear in group if linear in order) for group in groups]
+        assert first == sorted(first)

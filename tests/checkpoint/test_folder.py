@@ -1,0 +1,318 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from models import tiny_model
+from spinquant import CheckpointError, RotationSpec, load, load_tokenizer, read_headers, rotate_folder
+from spinquant.checkpoint.atomic import atomic_folder, check_free, is_full, why_full
+from spinquant.checkpoint.folder import load_config
+
+
+def test_headers_are_what_is_in_the_files(folder):
+    tensors = load_file(folder / "model.safetensors")
+    headers = read_headers(folder)
+    assert {n: i.shape for n, i in headers.items()} == {n: tuple(t.shape) for n, t in tensors.items()}
+    assert {i.dtype for i in headers.values()} == {"F32"}
+
+
+def test_shards_are_read_through_the_index(tmp_path):
+    model = tiny_model("llama", dtype=torch.float32)
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert set(read_headers(tmp_path)) == set(model.state_dict())
+    loaded = load(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+def damage(folder, kind: str) -> str:
+    """Damage a folder in one way; returns what the error must mention."""
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if kind == "no folder":
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+        return "does not exist"
+    if kind == "no config":
+        config.unlink()
+        return "config.json"
+    if kind == "config is not JSON":
+        config.write_text("{")
+        return "not valid JSON"
+    if kind == "config without an architecture":
+        config.write_text("{}")
+        return "model_type"
+    if kind == "unknown architecture":
+        config.write_text(json.dumps({"model_type": "perceptron9000"}))
+        return "perceptron9000"
+    if kind == "no weights":
+        weights.unlink()
+        return "no weights"
+    if kind == "truncated weights":
+        data = weights.read_bytes()
+        weights.write_bytes(data[: len(data) // 2])
+        return "model.safetensors"
+    if kind == "garbage weights":
+        weights.write_bytes(b"\xff" * 1000)
+        return "model.safetensors"
+    if kind == "pickle":
+        weights.unlink()
+        (folder / "pytorch_model.bin").write_bytes(b"")
+        return "--allow-pickle"
+    if kind == "lost shard":
+        index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        return "model-00001-of-00002.safetensors"
+    if kind == "lost tensor":
+        tensors = load_file(weights)
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        save_file(tensors, weights, metadata={"format": "pt"})
+        return "model.layers.1.mlp.up_proj.weight"
+    if kind == "wrong shape":
+        tensors = load_file(weights)
+        tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(80, 47)
+        save_file(tensors, weights, metadata={"format": "pt"})
+        return "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(weights)
+    tensors["model.layers.2.self_attn.k_proj.weight"][3, 4] = float("nan" if kind == "nan" else "inf")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return "model.layers.2.self_attn.k_proj.weight"
+
+
+DAMAGES = [
+    "no folder",
+    "no config",
+    "config is not JSON",
+    "config without an architecture",
+    "unknown architecture",
+    "no weights",
+    "truncated weights",
+    "garbage weights",
+    "pickle",
+    "lost shard",
+    "lost tensor",
+    "wrong shape",
+    "nan",
+    "inf",
+]
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_is_named(folder, kind):
+    word = damage(folder, kind)
+    with pytest.raises(CheckpointError, match=word.replace(".", r"\.")):
+        load(folder)
+
+
+def test_pickle_is_loaded_when_asked(folder):
+    model = load(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    loaded = load(folder, allow_pickle=True)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+def test_a_folder_without_tokenizer_says_so(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_hub_id_that_cannot_be_had_says_so():
+    with pytest.raises(CheckpointError, match="nobody/nothing"):
+        load_config("nobody/nothing")
+
+
+def test_a_folder_appears_whole(tmp_path):
+    out = tmp_path / "deep" / "out"
+    with atomic_folder(out) as partial:
+        (partial / "a").write_text("1")
+        assert not out.exists()
+    assert (out / "a").read_text() == "1"
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_a_failed_run_leaves_nothing(tmp_path, error):
+    with pytest.raises(error), atomic_folder(tmp_path / "out") as partial:
+        (partial / "a").write_text("1")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_force_replaces_models_only(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("1")
+    with pytest.raises(CheckpointError, match="no model folder"), atomic_folder(out, force=True):
+        pass
+    assert (out / "thesis.txt").exists()
+
+
+def test_the_source_of_a_run_is_never_replaced(folder, tmp_path):
+    for out in (folder, folder.parent, folder / ".." / "model"):
+        with pytest.raises(CheckpointError, match="choose another folder"):
+            check_free(out, force=True, source=folder)
+    check_free(folder / "rotated", source=folder)
+
+
+def test_what_was_made_inside_a_model_is_no_part_of_it(folder, tmp_path):
+    for name in ("first", "second"):
+        rotate_folder(folder, folder / name, RotationSpec("R1"), text=None)
+    rotate_folder(folder, tmp_path / "out", RotationSpec("R1"), text=None)
+    files = [{p.relative_to(f).as_posix() for p in f.rglob("*")} for f in (folder / "second", tmp_path / "out")]
+    assert files[0] == files[1] and not any("first" in name for name in files[0])
+
+
+def test_a_folder_that_appears_during_the_run_is_kept(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(CheckpointError, match="--force"), atomic_folder(out):
+        out.mkdir()
+        (out / "precious").write_text("1")
+    assert (out / "precious").exists()
+
+
+def test_an_interrupted_replacement_keeps_the_old_folder(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    replace, calls = Path.replace, []
+
+    def interrupted(self, target):
+        calls.append(target)
+        result = replace(self, target)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(out, force=True) as partial:
+        (partial / "config.json").write_text("new")
+    assert (out / "config.json").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("place", ["file/out", "dangling/out"])
+def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "file" / "nowhere")
+    with pytest.raises(CheckpointError, match="cannot write"):
+        check_free(tmp_path / place)
+
+
+def test_files_are_as_private_as_the_umask_says(tmp_path):
+    old = os.umask(0o077)
+    try:
+        with atomic_folder(tmp_path / "out") as partial:
+            (partial / "a").write_text("1")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "out" / "a").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_device_that_is_not_there_is_refused(folder):
+    with pytest.raises(CheckpointError, match="cuda:77"):
+        load(folder, device="cuda:77")
+
+
+def test_an_existing_folder_is_kept_unless_forced(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("1")
+    (out / "old").write_text("1")
+    with pytest.raises(CheckpointError, match="--force"), atomic_folder(out):
+        pass
+    with pytest.raises(RuntimeError), atomic_folder(out, force=True):
+        raise RuntimeError
+    assert (out / "old").exists()
+    with atomic_folder(out, force=True) as partial:
+        (partial / "new").write_text("2")
+    assert [p.name for p in out.iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+FULL_DISK = """
+import resource, signal, sys
+import spinquant
+from spinquant.entrypoints.folders import rotate_folder
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing past the limit is an error, as on a full disk
+limit = int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+try:
+    rotate_folder(sys.argv[1], sys.argv[2], spinquant.RotationSpec("R1"), text="manual")
+except spinquant.CheckpointError as error:
+    print("refused:", error)
+"""
+
+
+def test_a_full_disk_is_told_from_other_limits():
+    for number, word in ((errno.ENOSPC, "no space left"), (errno.EDQUOT, "quota"), (errno.EFBIG, "ulimit")):
+        for error in (OSError(number, "full"), SafetensorError(f"cannot write (os error {number})")):
+            assert is_full(error) and word in why_full(error)
+    assert not is_full(OSError(errno.EACCES, "not yours"))
+
+
+@pytest.mark.parametrize("limit", [20_000, 500_000])  # full while writing the weights, and after them
+def test_a_full_disk_is_an_error_and_what_is_finished_is_kept(folder, tmp_path, limit):
+    if limit == 500_000:  # a tokenizer larger than the weights
+        vocabulary = json.loads((folder / "tokenizer.json").read_text())
+        vocabulary["model"]["vocab"].update({f"word{i}": 256 + i for i in range(30_000)})
+        (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", FULL_DISK, str(folder), str(out), str(limit)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "refused: a file grew beyond what may be written" in run.stdout, run.stdout + run.stderr
+    assert not out.exists()
+    kept = [".out.partial"] if limit == 500_000 else []
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*kept, "model"]
+    rotate_folder(folder, out, RotationSpec("R1"), text="manual")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
+
+
+INTERRUPTED = """
+import signal, sys, time
+# A shell's background jobs, and so whatever they start, have it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from pathlib import Path
+from spinquant.entrypoints import stream as streamed_folders
+from spinquant.cli.main import main
+
+def slow(result, folder):  # the weights are written by now
+    assert (Path(folder) / "model.safetensors").exists()
+    print("writing", flush=True)
+    time.sleep(60)
+
+streamed_folders.write_beside = slow
+sys.argv = ["spinquant", "rotate", sys.argv[1], sys.argv[2], "--text", "manual"]
+main()
+"""
+
+
+def test_an_interrupt_shows_no_folder_and_exits_with_130(folder, tmp_path):
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, str(folder), str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    while "writing" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(0.2)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.partial", "model"]

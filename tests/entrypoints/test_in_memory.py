@@ -1,0 +1,127 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from models import CONFIGS, logits, tiny_model, tokens
+from spinquant import (
+    Options,
+    ProofError,
+    RotationError,
+    RotationSpec,
+    SchemeError,
+    parse_scheme,
+    quantize,
+    rotate,
+    rotate_folder,
+)
+from spinquant.architectures import llama
+from spinquant.formats.native import detach
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rotate_keeps_the_function_and_says_so(name):
+    model, ids = tiny_model(name, dtype=torch.float32), tokens()
+    before = logits(model, ids)
+    result = rotate(model, RotationSpec("R1,R2,R3,R4"), sample=ids)
+    assert torch.allclose(logits(model, ids), before, atol=1e-3)
+    assert result.twin is not None and result.twin.relative < 1e-9
+    assert result.real is not None and result.real.relative < 1e-4
+
+
+def test_quantize_with_enough_bits_is_close_and_with_few_is_not():
+    ids = tokens()
+    reference = logits(tiny_model("llama", dtype=torch.float32), ids)
+    errors = []
+    for scheme in ("W8A8KV8", "W4A4KV4", "W2A2KV2"):
+        model = tiny_model("llama", dtype=torch.float32)
+        quantize(model, scheme, RotationSpec("R1,R2,R3,R4"))
+        errors.append(((logits(model, ids) - reference).norm() / reference.norm()).item())
+    assert errors[0] < 0.1 < errors[1] < errors[2]
+
+
+def test_rotating_helps_where_channels_are_huge():
+    """What the method is for: outlier channels in the residual stream and the MLP."""
+    ids, errors = tokens(), []
+    for rotations in ("none", "R1,R2,R3,R4"):
+        model = tiny_model("mistral", dtype=torch.float32)
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.input_layernorm.weight[5] *= 30
+                layer.mlp.up_proj.weight[7] *= 30
+        reference = logits(model, ids)
+        quantize(model, "A6KV6", RotationSpec(rotations))
+        errors.append(((logits(model, ids) - reference).norm() / reference.norm()).item())
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_saving_is_refused_when_the_function_changed(folder, tmp_path, monkeypatch):
+    """A wrong table must be stopped by the twin, and by real tokens where the twin is skipped."""
+    gains = {k: () if "post_attention" in k else v for k, v in llama.LLAMA.gains.items()}
+    monkeypatch.setattr("spinquant.architectures.FAMILIES", (replace(llama.LLAMA, gains=gains),))
+    out = tmp_path / "out"
+    with pytest.raises(ProofError, match="small model"):
+        rotate_folder(folder, out, RotationSpec("R1"), text="manual")
+    with pytest.raises(ProofError, match=r"this model.*gate_proj"):
+        rotate_folder(folder, out, RotationSpec("R1"), text="manual", options=Options(prove=False))
+    assert not out.exists()
+    options = Options(prove=False, allow_inexact=True)
+    rotate_folder(folder, out, RotationSpec("R1"), text="manual", options=options)
+    assert out.exists()
+
+
+def test_a_scheme_that_does_not_fit_is_refused_before_anything_is_touched():
+    model = tiny_model("llama", dtype=torch.float32)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for scheme in ("W4g32A16", "A4g32"):
+        with pytest.raises(SchemeError, match="q_proj"):
+            quantize(model, scheme, RotationSpec("R1"))
+    with pytest.raises(SchemeError, match="magic"):
+        quantize(model, "W4A4", method="magic")
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_detach_and_quantize_again():
+    model, ids = tiny_model("llama", dtype=torch.float32), tokens()
+    quantize(model, "A4KV4", RotationSpec("R1,R2"))
+    first = logits(model, ids)
+    detach(model)
+    quantize(model, "A4KV4", RotationSpec(()))
+    assert torch.equal(logits(model, ids), first)
+
+
+@pytest.mark.parametrize("again", ["rotate", "quantize"])
+@pytest.mark.parametrize("rotations", ["R3", "R4"])
+def test_a_second_time_is_refused_before_anything_changes(rotations, again):
+    """The first run's online rotations would be lost, and the model talk nonsense."""
+    model, ids = tiny_model("llama", dtype=torch.float32), tokens()
+    rotate(model, RotationSpec(rotations))
+    before = logits(model, ids)
+    with pytest.raises(RotationError, match="already"):
+        rotate(model, RotationSpec("R1,R4")) if again == "rotate" else quantize(model, "A8")
+    assert torch.equal(logits(model, ids), before)
+
+
+def test_training_mode_is_no_departure():
+    model = tiny_model("llama", dtype=torch.float32)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model.train()
+    rotate(model, RotationSpec("R1,R2"), sample=tokens())
+    assert model.training
+
+
+def test_the_global_random_state_is_left_alone():
+    model = tiny_model("llama", dtype=torch.float32)
+    before = torch.get_rng_state()
+    rotate(model, RotationSpec("R1,R2,R3,R4", seed=3))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_progress_names_its_stages():
+    seen = []
+    options = Options(progress=lambda stage, done, total: seen.append((stage, done, total)))
+    quantize(tiny_model("llama", dtype=torch.float32), parse_scheme("W4A4"), RotationSpec("R1"), options=options)
+    stages = list(dict.fromkeys(stage for stage, _, _ in seen))
+    assert stages == ["rotate", "quantize"]
+    assert all(any(s == stage and done == total for s, done, total in seen) for stage in stages)

@@ -1,0 +1,126 @@
+"""Every family as the command line has it: a folder becomes a folder, whose logits are the same, and says so itself.
+
+The model is never in memory: tensors are streamed, real tokens go through both checkpoints block by block, and what
+comes out is what the result loads as.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from families import FAMILIES
+from models import byte_tokenizer, logits, random_weights, tokens
+from spinquant import Options, ProofError, RotationSpec, Scheme, load, quantize_folder, rotate_folder
+from spinquant.entrypoints.result import Result
+from spinquant.evaluation.tiny_model import exact_experts
+from spinquant.models.modules import model_class
+from spinquant.plan import MERGEABLE
+from spinquant.rotations import fuse
+
+UNPROVED = Options(prove=False)  # the twin of every family is tried in test_families.py
+# One family of each kind, and a tensor that is fused wrongly there.
+KINDS = {
+    "arcee": "model.layers.1.self_attn.v_proj.weight",
+    "gpt2": "transformer.h.1.mlp.c_fc.weight",
+    "mixtral": "model.layers.1.block_sparse_moe.experts.2.w3.weight",
+    "deepseek_v3": "model.layers.0.self_attn.kv_b_proj.weight",
+    "bamba": "model.layers.0.mamba.in_proj.weight",
+    "zamba2": "model.layers.2.shared_transformer.feed_forward.gate_up_proj.weight",
+    "llava": "language_model.model.layers.1.mlp.down_proj.weight",
+}
+# Classes with parts (routers, recurrences, positions) that are float32 once they are loaded.
+NARROW = ("ernie4_5_moe", "hunyuan_v1_moe", "zamba", "olmo_hybrid", "gptj", "codegen")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("A quick brown fox jumps over the lazy dog. " * 4)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch):
+    monkeypatch.setattr("spinquant.entrypoints.stream_run.SAMPLE_TOKENS", 32)
+
+
+def saved(path: Path, name: str) -> torch.Tensor:
+    """Save a tiny random model, in float64 throughout, and its tokenizer; its logits of random tokens."""
+    config = FAMILIES[name].config()
+    model = in_float64(random_weights(model_class(config).from_config(config, dtype=torch.float64)))
+    model.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return logits(model, tokens(1, 12))
+
+
+def in_float64(model):
+    exact_experts(model)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():  # what is packed is not
+            parameter.data = parameter.data.double()
+    return model
+
+
+def assert_unmoved(name: str, out: Path, before: torch.Tensor, result: Result) -> None:
+    """The loaded result has the logits of the source, and what the run has found on real tokens agrees."""
+    assert result.real is not None and 0 < result.real.relative < 1e-9
+    after = logits(in_float64(load(out)), tokens(1, 12))
+    assert (after - before).norm() / before.norm() < (1e-6 if name in NARROW else 1e-9)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_folder_with_every_rotation_has_the_same_logits(name, tmp_path, text):
+    """Whatever the family allows, in a folder of our own: R3 and R4 are done at run time."""
+    before, spec = saved(tmp_path / "model", name), RotationSpec(FAMILIES[name].allowed, "auto", randomize=True)
+    result = quantize_folder(tmp_path / "model", tmp_path / "out", Scheme(), spec, text=text, options=UNPROVED)
+    assert_unmoved(name, tmp_path / "out", before, result)
+
+
+def mergeable(name: str) -> RotationSpec:
+    return RotationSpec(tuple(rotation for rotation in FAMILIES[name].allowed if rotation in MERGEABLE), "auto")
+
+
+@pytest.mark.parametrize("name", [*KINDS, "phi", "olmo_hybrid", "qwen3_vl"])
+def test_a_plain_folder_has_the_same_logits(name, tmp_path, text):
+    """As `spinquant rotate` writes it, where transformers loads it with nothing of ours."""
+    before, spec = saved(tmp_path / "model", name), mergeable(name)
+    result = rotate_folder(tmp_path / "model", tmp_path / "out", spec, text=text, options=UNPROVED)
+    assert_unmoved(name, tmp_path / "out", before, result)
+
+
+def damage(monkeypatch, tensor: str) -> list[str]:
+    """Let a stream fuse one tensor wrongly: a hundredth is added to one of its rows. What was damaged."""
+    right, found = fuse.fuse_in_place, []
+
+    def wrong(name: str, rows: torch.Tensor, *args, **kwargs) -> None:
+        right(name, rows, *args, **kwargs)
+        if name == tensor:
+            rows[0] += 0.01
+            found.append(name)
+
+    monkeypatch.setattr(fuse, "fuse_in_place", wrong)
+    return found
+
+
+@pytest.mark.parametrize(("name", "tensor"), KINDS.items())
+def test_a_folder_that_is_damaged_on_its_way_is_refused(name, tensor, tmp_path, text, monkeypatch):
+    """The comparison reads what was written and names a module of the layer; nothing is left under the final name."""
+    saved(tmp_path / "model", name)
+    damaged = damage(monkeypatch, tensor)
+    with pytest.raises(ProofError, match=r"logits moved .* first module that departs is") as refused:
+        rotate_folder(tmp_path / "model", tmp_path / "out", mergeable(name), text=text, options=UNPROVED)
+    assert damaged == [tensor]
+    layer = re.search(r"\.(?:layers|h)\.\d+\.", tensor)
+    assert layer and layer[0] in str(refused.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_residual_stream_may_be_wider_than_the_weights(tmp_path, text):
+    """Mamba's is float32 in bfloat16 models, up to the head."""
+    config = FAMILIES["mamba"].config()
+    random_weights(model_class(config).from_config(config, dtype=torch.bfloat16)).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    result = rotate_folder(tmp_path / "model", tmp_path / "out", mergeable("mamba"), text=text, options=UNPROVED)
+    assert result.real is not None and 0 < result.real.relative < 0.1

@@ -1,0 +1,400 @@
+"""Scales of spaces that are one factor of a product: fused into writers and readers, they change nothing else."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from families import FAMILIES, tiny
+from models import close, logits, random_weights, scaled, tiny_model, tokens
+from spinquant import (
+    LearnedRotations,
+    RotationSpec,
+    attach,
+    fuse,
+    fuse_module,
+    load,
+    make_rotations,
+    plan_of,
+    quantize,
+    quantize_folder,
+    save,
+    stream,
+)
+from spinquant.entrypoints.result import Options
+from spinquant.errors import LearningError, RotationError
+from spinquant.evaluation.equivalence import Float64Arithmetic, compare, snapshot
+from spinquant.evaluation.metrics import drawn
+from spinquant.learning.channel_scaling import add_up, fuse_scales, scale_sums, unscale
+from spinquant.learning.end_to_end import FROM_LOCAL, EndToEndOptions
+from spinquant.learning.fake_quant import fuse_gains, learning_scheme
+from spinquant.learning.layerwise import LocalOptions
+from spinquant.learning.learn import learn
+from spinquant.learning.options import LearnOptions
+from spinquant.models.capture import captured
+from spinquant.models.modules import named_tensor
+from spinquant.quantization.scheme import parse_scheme
+from spinquant.rotations.fuse import fuse_in_place, slices, transform
+from spinquant.rotations.rotation import Hadamard, matrix
+from spinquant.rotations.serialization import saved, to_save
+from spinquant.rotations.wrappers import Scaled, bare, check_given, in_precision, online_part
+
+SPEC = RotationSpec("R1,R2,R3,R4", "auto")
+QUICK = Options(prove=False)
+
+
+def learned_for(model):
+    plan = plan_of(model)
+    return LearnedRotations(scaled(plan, make_rotations(plan, SPEC)), SPEC, {"kept": "scaled"})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_they_change_the_inputs_of_their_readers_alone(name):
+    model, ids = tiny(name), tokens()
+    plan = plan_of(model)
+    if not plan.scalings:
+        pytest.skip("no space of its is one factor of a product of linears")
+    allowed = [r for r in ("R1", "R2", "R4") if r in FAMILIES[name].allowed]
+    rotations = scaled(plan, make_rotations(plan, RotationSpec(allowed, "auto", randomize=True)))
+    spaces = {o.module: o.space for o in plan.onlines if o.site == "input" and isinstance(rotations[o.space], Scaled)}
+    assert set(spaces.values()) == {scaling.space for scaling in plan.scalings}
+    with captured(model, spaces, inputs=True) as before, Float64Arithmetic():
+        expected = logits(model, ids)
+    fuse_module(model, plan, rotations)
+    with attach(model, plan, rotations), captured(model, spaces, inputs=True) as after, Float64Arithmetic():
+        assert close(logits(model, ids), expected)
+    for module, x in before.items():
+        rotation = rotations[spaces[module]]
+        assert close(after[module], rotation.apply(x * rotation.scale)), module
+        assert not torch.allclose(after[module], rotation.apply(x), rtol=1e-2), module
+
+
+def test_every_gated_mlp_of_linears_can_have_them():
+    """By the reader: what is one factor of it, in one family of each shape."""
+    found = {}
+    for name in ("llama", "phi3", "qwen2_moe", "granitemoeshared", "gemma2", "falcon_h1"):
+        plan = plan_of(tiny(name) if name in FAMILIES else tiny_model(name))
+        for scaling in plan.scalings[:1]:
+            found[name] = [(tensor.split("layers.")[1], span) for tensor, _, span in scaling.writers]
+    assert [tensor for tensor, _ in found["llama"]] == ["0.mlp.up_proj.weight", "0.mlp.up_proj.bias"]
+    span = found["phi3"][0][1]
+    assert span is not None and span.start == span.length == span.period // 2
+    assert found["qwen2_moe"][0][0] == "0.mlp.shared_expert.up_proj.weight"
+    assert found["granitemoeshared"][0][0] == "0.shared_mlp.input_linear.weight"
+    assert set(found) == {"llama", "phi3", "qwen2_moe", "granitemoeshared", "gemma2", "falcon_h1"}
+
+
+@pytest.mark.parametrize("name", ["up_proj.weight", "up_proj.bias", "down_proj.weight", "gate_proj.weight"])
+@pytest.mark.parametrize("first", [0, 16])
+def test_slices_take_their_share_of_them(name, first, monkeypatch):
+    """Also rows from the middle of a tensor, as they are read from disk, and blocks of a rotated axis."""
+    monkeypatch.setattr("spinquant.rotations.fuse.SLICE", 100)
+    model = tiny_model("llama")
+    plan = plan_of(model)
+    rotations = scaled(plan, make_rotations(plan, RotationSpec("R4", block_size=16)))
+    tensor = named_tensor(model, full := f"model.layers.0.mlp.{name}").detach()
+    expected = transform(full, tensor, plan, {}, rotations)
+    assert torch.equal(expected, tensor) == name.startswith("gate")
+    assert len(slices(full, tensor, plan, rotations)) > 1 or name.endswith("bias") or name.startswith("gate")
+    first = first if name.startswith("up") else 0
+    found = tensor[first:].clone()
+    fuse_in_place(full, found, plan, {}, rotations, shape=tensor.shape, first=first)
+    assert torch.allclose(found, expected[first:], atol=1e-12)
+
+
+def test_saved_they_come_back():
+    plan = plan_of(tiny_model("llama"))
+    rotations = scaled(plan, make_rotations(plan, replace(SPEC, transform_type={"R4": "random-matrix"})))
+    about, tensors = to_save(rotations)
+    found = saved(json.loads(json.dumps(about)), tensors)
+    x = torch.randn(2, 3, plan.space["layers.0.hidden"].size, dtype=torch.float64)
+    for space, rotation in rotations.items():
+        if isinstance(rotation, Scaled):
+            again = found[space]
+            assert isinstance(again, Scaled) and torch.equal(again.scale, rotation.scale)
+            assert torch.allclose(again.apply(x), rotation.apply(x), atol=1e-12)
+    # At run time there are none.
+    assert not any(isinstance(r, Scaled) for r in online_part(plan, rotations).values())
+    assert not any(isinstance(r, Scaled) for r in in_precision(rotations, None).values())
+    assert "scale" not in json.dumps([r.describe() for r in in_precision(rotations, torch.bfloat16).values()])
+
+
+@pytest.mark.parametrize("of", [{"size": 24}, {"block": 16}])
+def test_rotations_of_another_order_are_refused(of):
+    """Those of a model whose width is a multiple are no blocks of this one's."""
+    plan = plan_of(tiny_model("llama"))
+    spec = RotationSpec("R1", block_size=of.get("block"))
+    made = make_rotations(plan, RotationSpec("R1"))
+    if "size" in of:
+        made = {space: Hadamard(of["size"]) for space in made}
+    with pytest.raises(RotationError, match="and this model needs"):
+        check_given(plan, spec, made)
+
+
+@pytest.mark.parametrize("change", ["space", "shape", "sign"])
+def test_wrong_ones_are_refused(change):
+    plan = plan_of(tiny_model("llama"))
+    rotations = scaled(plan, make_rotations(plan, SPEC))
+    check_given(plan, SPEC, rotations)
+    good = rotations["layers.0.hidden"]
+    wrong = {
+        "space": ("layers.0.value", Scaled(rotations["layers.0.value"], torch.ones(8)), "no linear that is one factor"),
+        "shape": ("layers.0.hidden", Scaled(good.rotation, good.scale[1:]), "expected .* positive numbers"),
+        "sign": ("layers.0.hidden", Scaled(good.rotation, -good.scale), "expected .* positive numbers"),
+    }[change]
+    with pytest.raises(RotationError, match=wrong[2]):
+        check_given(plan, SPEC, {**rotations, wrong[0]: wrong[1]})
+
+
+@pytest.mark.parametrize("scheme", ["none", "W4A4KV4"])
+def test_streamed_they_give_what_they_give_in_memory(scheme, tmp_path, monkeypatch):
+    model = tiny_model("llama").float()
+    model.save_pretrained(tmp_path / "model")
+    learned = learned_for(model)
+    for module, name in ((stream, "BAND"), (fuse, "SLICE")):
+        monkeypatch.setattr(module, name, 500)  # several bands of every tensor that can be cut
+    given = {"learned": learned, "text": None, "options": QUICK}
+    quantize_folder(tmp_path / "model", tmp_path / "disk", parse_scheme(scheme), SPEC, **given)
+    result = quantize(load(tmp_path / "model"), scheme, SPEC, rotations=learned.rotations, options=QUICK)
+    save(result, tmp_path / "memory")
+    disk, memory = (load_file(tmp_path / name / "model.safetensors") for name in ("disk", "memory"))
+    assert disk.keys() == memory.keys() and all(torch.equal(disk[n], memory[n]) for n in disk)
+    found = logits(load(tmp_path / "disk"), tokens())
+    assert torch.equal(found, logits(result.model, tokens()))
+    if scheme == "none":
+        assert torch.allclose(found, logits(model, tokens()), atol=1e-3)
+
+
+def test_the_comparison_from_disk_knows_them(tmp_path):
+    """It passes where they are fused on both sides; where a writer was forgotten it says which module departs."""
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "model")
+    learned = learned_for(model)
+    given = {"learned": learned, "text": "manual", "options": QUICK}
+    result = quantize_folder(tmp_path / "model", tmp_path / "out", parse_scheme("none"), SPEC, **given)
+    assert result.real is not None and result.real.relative < 1e-9
+    plan, before = plan_of(model), snapshot(model, plan_of(model), tokens())
+    with torch.no_grad():
+        fuse_module(model, plan, learned.rotations)
+        model.model.layers[1].mlp.up_proj.weight.div_(learned.rotations["layers.1.hidden"].scale[:, None])
+        attachment = attach(model, plan, learned.rotations)
+    assert compare(before, model, plan, learned.rotations).module == "model.layers.1.mlp.up_proj"
+    attachment.remove()
+
+
+# Which they should be
+
+
+def scales_of(model, plan, scheme, ids):
+    sums = filled(model, plan, make_rotations(plan, SPEC), scheme, ids)
+    return {space: both.scale() for space, both in sums.items()}
+
+
+def filled(model, plan, rotations, scheme, ids):
+    sums = scale_sums(plan, rotations, scheme)
+    add_up(model, plan, sums, scheme, ids, generator=torch.Generator().manual_seed(0))
+    return sums
+
+
+def prepared():
+    """A model with a few large channels in its MLPs that matter no more than the others."""
+    model = random_weights(tiny_model("llama"))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight[::20] *= 30
+            layer.mlp.down_proj.weight[:, ::20] /= 30
+    plan = plan_of(model)
+    fuse_gains(model, plan, make_rotations(plan, SPEC))
+    return model, plan
+
+
+def test_the_sums_are_those_of_all_rows():
+    model, plan = prepared()
+    ids = tokens(3, 12)
+    scheme = learning_scheme(parse_scheme("W4A4KV4"), weights=False)
+    found = scales_of(model, plan, scheme, ids)
+    rows: dict[str, list] = {space: [] for space in found}
+    inputs = {f"model.layers.{i}.mlp.down_proj": f"layers.{i}.hidden" for i in range(len(found))}
+    generator = torch.Generator().manual_seed(0)
+    for row in ids.split(1):
+        with captured_inputs(model, inputs) as seen:
+            out = model(input_ids=row, use_cache=False).logits[0]
+            own = drawn(out.detach().softmax(-1), generator)
+            gradients = torch.autograd.grad(-out.log_softmax(-1).gather(-1, own).sum(), list(seen.values()))
+        for (space, x), g in zip(seen.items(), gradients, strict=True):
+            rows[space].append((x.detach()[0], g[0]))
+    for space, pairs in rows.items():
+        x, g = (torch.cat(part).square() for part in zip(*pairs, strict=True))
+        mattering, large = (g * x.sum(-1, keepdim=True)).sum(0), (x * g.sum(-1, keepdim=True)).sum(0)
+        logs = ((mattering + 0.1 * mattering.mean()).log() - (large + 0.1 * large.mean()).log()) / 4
+        assert torch.allclose(found[space], (logs - logs.mean()).exp(), rtol=1e-4)
+
+        # They lessen what rounding costs, to second order, and nearly as far as it goes.
+        def cost(scale, x=x, g=g):
+            return float(((x @ scale.square()) * (g @ scale.square().reciprocal())).sum())
+
+        free = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.Adam([free], lr=0.05)
+        for _ in range(200):
+            optimizer.zero_grad()
+            loss = ((x @ (2 * free).exp()) * (g @ (-2 * free).exp())).sum().log()
+            loss.backward()
+            optimizer.step()
+        best, plain = cost(free.detach().exp()), cost(torch.ones_like(free))
+        assert best < 0.6 * plain and cost(found[space]) < best + 0.15 * (plain - best)
+
+
+class captured_inputs:
+    """Inputs of modules, with their gradients, by another name."""
+
+    def __init__(self, model, names):
+        self.found, self.hooks = {}, []
+        for name, other in names.items():
+            hook = lambda module, args, other=other: self.found.__setitem__(other, args[0])  # noqa: E731
+            self.hooks.append(model.get_submodule(name).register_forward_pre_hook(hook))
+
+    def __enter__(self):
+        return self.found
+
+    def __exit__(self, *error):
+        for hook in self.hooks:
+            hook.remove()
+
+
+def test_fused_they_keep_the_function_and_go_again():
+    model, plan = prepared()
+    ids, before = tokens(), {n: p.detach().clone() for n, p in model.named_parameters()}
+    expected = logits(model, ids)
+    rotations = make_rotations(plan, SPEC)
+    scheme = learning_scheme(parse_scheme("W4A4KV4"), weights=False)
+    sums = filled(model, plan, rotations, scheme, tokens(2, 12))
+    scales = {space: both.scale() for space, both in sums.items()}
+    fuse_scales(model, plan, scales, ids[:1])
+    assert set(scales) == {scaling.space for scaling in plan.scalings}
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert {name.split(".")[4] for name in changed} == {"up_proj", "down_proj"}
+    assert close(logits(model, ids), expected)
+    unscale(model, plan, scales)
+    assert all(torch.allclose(p, before[n], atol=1e-12) for n, p in model.named_parameters())
+    # A space that is not rotated has none: nothing would be rounded there in other coordinates.
+    assert not scale_sums(plan, {"residual": Hadamard(1)}, scheme) and not scale_sums(
+        plan, rotations, parse_scheme("KV4")
+    )
+
+
+def test_a_table_that_is_wrong_about_them_is_found_out():
+    """What passes through the activation is no factor of a product."""
+    model, plan = prepared()
+    scalings = tuple(
+        replace(s, writers=tuple((t.replace("up_proj", "gate_proj"), d, span) for t, d, span in s.writers))
+        for s in plan.scalings
+    )
+    scheme = learning_scheme(parse_scheme("W4A4KV4"), weights=False)
+    wrong = replace(plan, scalings=scalings)
+    with pytest.raises(LearningError, match=r"they are not\. Learn without"):
+        sums = filled(model, wrong, make_rotations(plan, SPEC), scheme, tokens(2, 12))
+        fuse_scales(model, wrong, {space: both.scale() for space, both in sums.items()}, tokens(1))
+
+
+def test_learning_goes_on_from_what_was_learned():
+    def go_on(options, **more):
+        texts = tokens(16, 24), tokens(4, 24, seed=9)
+        return learn(prepared()[0], parse_scheme("W4A4KV4"), SPEC, *texts, options, **more)
+
+    local = go_on(QUICKLY)
+    assert local.kept in ("local", "scaled") and local.record["scales"]
+    again = go_on(replace(QUICKLY, method="random"), start=local)
+    assert again.kept == "given" == again.record["start"] and again.record["learned"]
+    assert again.record["scores"]["given"]["kl"] == pytest.approx(local.record["scores"][local.kept]["kl"], rel=1e-3)
+    assert set(again.record["scales"]) == set(local.record["scales"]) and again.spec == local.spec
+    for space, rotation in local.rotations.items():
+        assert torch.equal(matrix(bare(rotation)), matrix(bare(again.rotations[space])))
+        if isinstance(rotation, Scaled):
+            assert torch.equal(rotation.scale, again.rotations[space].scale)
+    # From there on: the first step's loss is that of the rotations given, and the scales stay.
+    through = EndToEndOptions(steps=2, batch=8)
+    more = go_on(replace(QUICKLY, method="end-to-end", end_to_end=through), start=local)
+    other = go_on(replace(QUICKLY, method="local+end-to-end", end_to_end=through))
+    assert more.record["steps"][0]["loss"] == pytest.approx(other.record["steps"][0]["loss"], rel=1e-6)
+    assert more.record["options"]["end_to_end"]["lr"] == FROM_LOCAL
+    assert more.record["scales"].keys() == local.record["scales"].keys()
+    # What does not beat the random rotations is not gone on from, and its scales go.
+    wild = dict(local.rotations)
+    for space in local.record["scales"]:
+        scale = wild[space].scale
+        wild[space] = replace(wild[space], scale=scale * torch.logspace(-2, 2, len(scale), dtype=scale.dtype))
+    lost = go_on(replace(QUICKLY, method="random"), start=replace(local, rotations=wild))
+    assert lost.record["start"].startswith("random") and lost.kept != "given"
+    assert lost.record["scores"]["random 0"] == local.record["scores"]["random 0"]
+    with pytest.raises(LearningError, match=r"start from are of R1, R2, R3, R4, and R1, R2 is asked"):
+        learn(prepared()[0], parse_scheme("W4A4KV4"), RotationSpec("R1,R2"), tokens(), tokens(), start=local)
+    with pytest.raises(LearningError, match="have scales"):
+        go_on(LearnOptions("end-to-end", shard=True), start=local)
+
+
+QUICKLY = LearnOptions(method="local", baselines=2, local=LocalOptions(steps=5, rows=64, batch=32))
+
+
+@pytest.mark.parametrize("signs", [0, 2])
+def test_learning_keeps_them_where_they_lessen_kl(signs):
+    """Signs of R4 are chosen by rows that scales change, so those take a pass of their own."""
+    model, _ = prepared()
+    original, _ = prepared()
+    options = replace(QUICKLY, signs=signs)
+    learned = learn(model, parse_scheme("W4A4KV4"), SPEC, tokens(16, 24), tokens(4, 24, seed=9), options)
+    assert ("scales" in learned.record["seconds"]) == bool(signs)
+    scores = {name: score["kl"] for name, score in learned.record["scores"].items()}
+    assert scores["scaled"] < 0.9 * min(scores["random 0"], scores["random 1"])
+    assert learned.kept in ("local", "scaled")
+    assert all(isinstance(learned.rotations[space], Scaled) for space in learned.record["scales"])
+    assert learned.spec.type_of("R4") == SPEC.type_of("R4")  # scales do not make it another kind of rotation
+    # The model as it was, rotated by what was learned, computes what it computed.
+    plan = plan_of(original)
+    expected = logits(original, tokens())
+    fuse_module(original, plan, learned.rotations)
+    with attach(original, plan, online_part(plan, learned.rotations)):
+        assert close(logits(original, tokens()), expected)
+    without = learn(
+        prepared()[0],
+        parse_scheme("W4A4KV4"),
+        SPEC,
+        tokens(16, 24),
+        tokens(4, 24, seed=9),
+        replace(QUICKLY, scales=False),
+    )
+    assert "scaled" not in without.record["scores"] and not without.record["scales"]
+    assert not any(isinstance(rotation, Scaled) for rotation in without.rotations.values())
+
+
+def test_scales_that_lose_are_taken_out_again(monkeypatch):
+    monkeypatch.setattr(
+        "spinquant.learning.channel_scaling.Sums.scale",
+        lambda self: torch.linspace(-4, 4, len(self.large)).double().exp(),
+    )
+    model, _ = prepared()
+    learned = learn(model, parse_scheme("W4A4KV4"), SPEC, tokens(16, 24), tokens(4, 24, seed=9), QUICKLY)
+    scores = {name: score["kl"] for name, score in learned.record["scores"].items()}
+    assert scores["scaled"] > min(scores["random 0"], scores["random 1"]) and not learned.record["scales"]
+    assert not any(isinstance(rotation, Scaled) for rotation in learned.rotations.values())
+    other, _ = prepared()
+    without = learn(
+        other, parse_scheme("W4A4KV4"), SPEC, tokens(16, 24), tokens(4, 24, seed=9), replace(QUICKLY, scales=False)
+    )
+    assert abs(without.record["scores"]["local"]["kl"] - scores["local"]) < 1e-6
+
+
+def test_the_format_of_vllm_holds_them_as_ours_does(tmp_path):
+    """R4 runs there as it runs here, on inputs that up_proj has scaled."""
+    model = tiny_model("llama").float()
+    model.save_pretrained(tmp_path / "model")
+    plan, spec = plan_of(model), RotationSpec("R1,R2,R4", {"R4": "hadamard"}, {"R4": 16})
+    learned = LearnedRotations(scaled(plan, make_rotations(plan, spec)), spec, {"kept": "scaled"})
+    found = []
+    for format in ("native", "compressed-tensors"):
+        given = {"learned": learned, "text": None, "options": QUICK, "format": format}
+        quantize_folder(tmp_path / "model", tmp_path / format, parse_scheme("W8"), spec, **given)
+        found.append(logits(load(tmp_path / format), tokens()))
+    assert torch.allclose(*found, atol=1e-3)
+    assert (found[1] - logits(model, tokens())).norm() < 0.05 * found[1].norm()

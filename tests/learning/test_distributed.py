@@ -1,0 +1,118 @@
+"""Several processes learn what one does."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models import byte_tokenizer, tiny_model
+
+WORKER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import warnings
+warnings.simplefilter("ignore")
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from dataclasses import replace
+from test_learning import ALL, FAST, STORY, prepared, tokens
+from spinquant import LearnOptions, RotationSpec, learn, parse_scheme
+from spinquant.learning.end_to_end import EndToEndOptions
+from spinquant.rotations.rotation import matrix
+
+dist.init_process_group("gloo")
+through = replace(FAST, batch=2, steps=3, loss=sys.argv[3])
+options = LearnOptions("end-to-end", baselines=2, shard=sys.argv[4] == "shard", end_to_end=through)
+model, *_ = prepared(dtype=torch.float64)
+# No 4-bit cache: it makes numbers equal, and a tie for the largest has no one gradient.
+found = learn(model, parse_scheme("A4"), RotationSpec(ALL), tokens(8, 24), tokens(2, 24, seed=9), options)
+if options.shard:  # the outermost group, embedding and head, stays whole after a forward pass
+    blocks = [parameter for parameter in model.model.layers.parameters()]
+    own = sum(parameter.to_local().numel() for parameter in blocks)
+    assert own < 0.55 * sum(parameter.numel() for parameter in blocks), own
+if dist.get_rank() == 0:
+    tensors = {space: matrix(r) for space, r in found.rotations.items()}
+    losses = torch.tensor([step["loss"] for step in found.record["steps"]], dtype=torch.float64)
+    save_file({**tensors, "losses": losses}, sys.argv[2])
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def launch(tmp_path, processes, loss, how="plain"):
+    script, out = tmp_path / "worker.py", tmp_path / f"{processes}.safetensors"
+    script.write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    run = subprocess.run(
+        [*command, str(script), str(Path(__file__).parent), str(out), loss, how],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return load_file(out)
+
+
+@pytest.mark.parametrize(("loss", "how"), [("fisher", "plain"), ("kl", "shard")])
+def test_two_processes_with_one_sample_are_one_with_two(tmp_path, loss, how):
+    one, two = launch(tmp_path, 1, loss), launch(tmp_path, 2, loss, how)
+    assert torch.allclose(one["losses"], two["losses"], atol=1e-6)
+    for space, r in one.items():
+        torch.testing.assert_close(two[space], r, atol=1e-5, rtol=0)
+    assert len(one) > 4
+
+
+def rank_of(pid):
+    try:
+        return re.search(rb"\0RANK=(\d+)\0", Path(f"/proc/{pid}/environ").read_bytes())
+    except OSError:
+        return None
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found in /proc")
+def test_a_process_that_ends_is_named_and_the_command_goes_on(tmp_path):
+    tiny_model("llama-tied", dtype=torch.float32).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "spinquant"]
+    command += ["learn", str(tmp_path / "model"), str(tmp_path / "out"), "--scheme", "A4KV4", "--text", "manual"]
+    command += ["--samples", "6", "--sample-length", "24", "--windows", "2", "--baselines", "1", "--no-scales"]
+    command += ["--method", "end-to-end", "--batch", "2", "--steps", "60"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    kind = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    job = subprocess.Popen(command, **kind)
+    state = tmp_path / ".out.learning" / "end-to-end.safetensors"
+    try:
+        while not state.exists():
+            assert job.poll() is None, job.stderr.read()[-3000:]
+            time.sleep(0.05)
+        children = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and f" {job.pid} " in parent(p)]
+        second = next(pid for pid in children if (rank := rank_of(pid)) and rank.group(1) == b"1")
+        os.kill(second, signal.SIGKILL)
+        errors = job.communicate(timeout=120)[1]
+    finally:
+        job.kill()
+    assert job.returncode != 0 and "error: process 1 of 2 ended before its work was done" in errors
+    assert "Connection closed by peer" not in errors
+    alone = [sys.executable, *command[command.index("-m", 3) :]]  # one process goes on with what two have begun
+    again = subprocess.run(alone, check=False, timeout=300, **kind)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+def parent(process):
+    """The second half of /proc/PID/stat, which begins with the state and the parent."""
+    try:
+        return (process / "stat").read_text().rpartition(")")[2]
+    except OSError:
+        return ""

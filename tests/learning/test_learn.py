@@ -1,0 +1,778 @@
+"""Laws of learning rotations."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+
+from models import CONFIGS, logits, tiny_model, tokens
+from spinquant import (
+    LearningError,
+    LearnOptions,
+    Options,
+    RotationSpec,
+    attach,
+    fuse_module,
+    learn,
+    make_rotations,
+    parse_scheme,
+    plan_of,
+    quantize,
+)
+from spinquant.evaluation.equivalence import Float64Arithmetic
+from spinquant.evaluation.metrics import divergence, drawn
+from spinquant.learning.activations import Site, collect
+from spinquant.learning.cayley import Descent, cayley, nearer, orthogonality_error
+from spinquant.learning.end_to_end import (
+    FROM_LOCAL,
+    FROM_RANDOM,
+    LOSSES,
+    EndToEndOptions,
+    _rows_of,
+    learn_end_to_end,
+)
+from spinquant.learning.fake_quant import fuse_gains, learning_scheme, rounding
+from spinquant.learning.layerwise import LocalOptions, learn_locally, rounding_errors
+from spinquant.learning.learn import CLIP_WINDOWS, _with_signs
+from spinquant.learning.options import Watch, learned_spaces
+from spinquant.learning.parametrization import learn as learn_parameters
+from spinquant.learning.selection import Contest, judge, with_clips
+from spinquant.learning.sensitivity import predicted_kl, sensitive_sites
+from spinquant.learning.training_state import StateFile
+from spinquant.online.hooks import attachment_of
+from spinquant.quantization.integer import fake_quantize
+from spinquant.quantization.rotated_rounding import Moving, Tally, Turn, round_rotated
+from spinquant.quantization.rtn import round_weights
+from spinquant.quantization.scheme import Quantizer
+from spinquant.rotations.factory import random_orthogonal
+from spinquant.rotations.rotation import Orthogonal, matrix
+
+ALL = "R1,R2,R3,R4"
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def orthogonal(order, seed=0):
+    return random_orthogonal(order, torch.Generator().manual_seed(seed))
+
+
+# Descent
+
+
+def test_a_step_has_its_length_and_stays_on_the_group():
+    r = orthogonal(12)
+    skew = random(12, 12, seed=1)
+    moved = cayley(r, skew * 0.3)
+    assert orthogonality_error(moved) < 1e-13
+    for length in (1e-4, 0.1, 3.0):
+        descent = Descent({"r": r.clone()})
+        descent.step({"r": skew}, length)
+        step = torch.linalg.solve(
+            torch.eye(12) + r.T @ descent.matrices["r"], torch.eye(12) - r.T @ descent.matrices["r"]
+        )
+        assert torch.isclose((2 * step).norm(), torch.tensor(length, dtype=torch.float64), rtol=1e-6)
+        assert orthogonality_error(descent.matrices["r"]) < 1e-13
+    noisy = r + 1e-4 * random(12, 12, seed=2)
+    assert orthogonality_error(nearer(noisy)) < 20 * orthogonality_error(noisy) ** 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("optimizer", "momentum"), [("sgd", 0.0), ("sgd", 0.9), ("adam", 0.0)])
+def test_descent_finds_a_rotation_and_never_leaves_the_group(optimizer, momentum, dtype):
+    goal, start = orthogonal(16, 1).to(dtype), orthogonal(16, 2).to(dtype)
+    goal[0] *= goal.det() * start.det()  # Cayley steps do not change the sign of the determinant
+    descent = Descent({"r": start.clone()}, optimizer, momentum)
+    r = descent.matrices["r"]
+    distance = (r - goal).norm()
+    for step in range(300):
+        descent.step({"r": -r.T @ (r - goal)}, 0.6 * (1 - step / 300))
+        assert orthogonality_error(r) < (1e-5 if dtype == torch.float32 else 1e-12)
+    assert (r - goal).norm() < 0.02 * distance
+
+
+# Rounding in rotated coordinates
+
+
+@pytest.mark.parametrize("quantizer", [Quantizer(3), Quantizer(4, symmetric=True, clip=0.8)])
+def test_gradients_are_those_of_the_rotated_network(quantizer):
+    """Against autograd through the rotated input and the rotated weight, with the same straight-through rounding."""
+    x, weight, start = random(7, 24).requires_grad_(), random(5, 24, seed=1), orthogonal(8, 3)
+    target = random(7, 5, seed=4)
+    skew = torch.zeros(8, 8, dtype=torch.float64, requires_grad=True)
+    blocks = torch.block_diag(*[cayley(start, skew)] * 3)
+    y = fake_quantize(x @ blocks, quantizer) @ (weight @ blocks).T
+    loss = (y - target).square().sum()
+    expected = torch.autograd.grad(loss, (x, skew))
+    moving = Moving.starting(start, range_gradient=False)
+    found = round_rotated(x, (Turn(moving),), quantizer) @ weight.T
+    torch.testing.assert_close(found, y)
+    gradients = torch.autograd.grad((found - target).square().sum(), (x, moving.skew))
+    torch.testing.assert_close(gradients[0], expected[0])
+    torch.testing.assert_close((gradients[1] - gradients[1].T).tril(-1), expected[1])
+    assert expected[1].norm() > 0.1
+
+
+def quantized(name, spec, scheme):
+    """A rotated and quantized model, and the plain one that rounds as if it were."""
+    ids, model, plain = tokens(), tiny_model(name), tiny_model(name)
+    plan = plan_of(model)
+    made = make_rotations(plan, spec)
+    fuse_module(model, plan, made)
+    round_weights(model, plan, scheme)
+    attach(model, plan, made, scheme)
+    fuse_gains(plain, plan, made)
+    return ids, plan, made, model, plain
+
+
+@pytest.mark.parametrize("scheme", ["A4KV4", "W4A4KV4", "A6"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_that_is_not_rotated_rounds_like_one_that_is(name, scheme):
+    scheme = parse_scheme(scheme, weight_clip=0.9)
+    ids, plan, made, model, plain = quantized(name, RotationSpec(ALL, randomize=True), scheme)
+    before = logits(plain, ids)
+    with Float64Arithmetic(), rounding(plain, plan, made, scheme):
+        assert torch.allclose(logits(plain, ids), logits(model, ids), atol=1e-9)
+        assert not torch.allclose(logits(plain, ids), before, atol=1e-2)
+    assert torch.equal(logits(plain, ids), before), "nothing stays behind"
+
+
+@pytest.mark.parametrize("quantizer", [Quantizer(3), Quantizer(4, symmetric=True), Quantizer(3, group_size=8)])
+def test_gradients_through_the_range(quantizer):
+    """Against autograd with errors that are the step, a function of the range, times a residue that is not."""
+    x, start, target = random(7, 24), orthogonal(8, 3), random(7, 24, seed=4)
+    skew = torch.zeros(8, 8, dtype=torch.float64, requires_grad=True)
+    blocks = torch.block_diag(*[cayley(start, skew)] * 3)
+    z = x @ blocks
+    groups = z.unflatten(-1, (-1, quantizer.group_size or 24))
+    high, low = groups.amax(-1, keepdim=True), groups.amin(-1, keepdim=True)
+    span = torch.maximum(high, -low) if quantizer.symmetric else high.clamp(min=0) - low.clamp(max=0)
+    residue = ((fake_quantize(z, quantizer) - z).unflatten(-1, (-1, groups.shape[-1])) / span).detach()
+    y = (x @ blocks + (residue * span).flatten(-2)) @ blocks.T
+    (expected,) = torch.autograd.grad((y - target).square().sum(), skew)
+    moving = Moving.starting(start)
+    found = round_rotated(x, (Turn(moving),), quantizer)
+    torch.testing.assert_close(found, y)
+    (gradient,) = torch.autograd.grad((found - target).square().sum(), moving.skew)
+    torch.testing.assert_close((gradient - gradient.T).tril(-1), expected)
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    # Of the last a rotation turns two groups at once.
+    [Quantizer(3), Quantizer(4, symmetric=True), Quantizer(3, group_size=8), Quantizer(3, group_size=4)],
+)
+def test_gradients_of_the_expected_cost(quantizer):
+    """Against autograd: 1/2 ||g||^2 ||e||^2 / n of every group, with errors that go with the range and g as it is."""
+    x, start, g = random(7, 24), orthogonal(8, 3), random(7, 24, seed=4)
+    skew = torch.zeros(8, 8, dtype=torch.float64, requires_grad=True)
+    group = quantizer.group_size or 24
+    z = x @ torch.block_diag(*[cayley(start, skew)] * 3)
+    groups = z.unflatten(-1, (-1, group))
+    high, low = groups.amax(-1, keepdim=True), groups.amin(-1, keepdim=True)
+    span = torch.maximum(high, -low) if quantizer.symmetric else high.clamp(min=0) - low.clamp(max=0)
+    error = (fake_quantize(z, quantizer) - z).unflatten(-1, (-1, group)).detach()
+    error = error / span.detach() * span
+    slopes = (g @ torch.block_diag(*[start] * 3)).unflatten(-1, (-1, group))
+    cost = 0.5 * (slopes.square().sum(-1) * error.square().sum(-1) / group).sum()
+    (expected,) = torch.autograd.grad(cost, skew)
+    tally = Tally()
+    moving = Moving.starting(start, tally=tally)
+    y = round_rotated(x.requires_grad_(), (Turn(moving),), quantizer)
+    at_x, gradient = torch.autograd.grad(y, (x, moving.skew), g)
+    torch.testing.assert_close(at_x, g)
+    torch.testing.assert_close((gradient - gradient.T).tril(-1), expected)
+    assert tally.take() == pytest.approx(float(cost.detach())) and tally.take() == 0.0
+
+
+@pytest.mark.parametrize(("size", "scale"), [(1, 1), (1e-6, 1), (1e-5, 1 / 256)])  # where products end in float16
+@pytest.mark.parametrize("tally", [Tally(), None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_in_half_precision(dtype, tally, size, scale):
+    """Activations are rotated as they are, and the rotation's gradient is in float32: that of float64, about."""
+    x, g, start = (scale * peaked(300, 64)).to(dtype), (size * random(300, 64, seed=4)).to(dtype), orthogonal(32, 3)
+    found = []
+    for kind, weight in ((dtype, start.float()), (torch.float64, start)):
+        moving = Moving.starting(weight, tally=tally)
+        y = round_rotated(x.to(kind).requires_grad_(), (Turn(moving),), Quantizer(4))
+        (gradient,) = torch.autograd.grad(y, moving.skew, g.to(kind))
+        assert y.dtype == kind and gradient.dtype == weight.dtype
+        found += [y.double(), (gradient - gradient.T).double()]
+    # Some numbers fall on the other side of a half, which changes their errors' signs and not what errors cost.
+    flips = {torch.bfloat16: 0.35, torch.float16: 0.15}[dtype]
+    assert (found[0] - found[2]).norm() < flips * (found[2] - x).norm()
+    assert (found[1] - found[3]).norm() < (0.15 if tally else flips) * found[3].norm()
+
+
+def next_token_loss(model, ids):
+    """Without a cache: a packed one passes no gradients."""
+    found = model(ids, use_cache=False).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(found.flatten(0, 1), ids[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_the_whole_network_s_gradients_are_those_of_trainable_parameters(name):
+    """`learnable.py` rotates every weight under autograd; here none is rotated."""
+    scheme, ids = parse_scheme("A4KV4"), tokens()
+    model, plain = tiny_model(name), tiny_model(name)
+    plan = plan_of(model)
+    made = make_rotations(plan, RotationSpec("R1,R2,R4", "random-matrix", {"R4": 16}))
+    names = {"residual": "R1", "layers.0.value": "a", "layers.1.value": "b", "layers.2.value": "b"}
+    slow = learn_parameters(model, plan, made, names, online=made, precision=torch.float64)
+    attachment_of(model).remove()
+    attach(model, plan, slow.rotations, scheme)
+    fuse_gains(plain, plan, made)
+    plain.requires_grad_(False)
+    moving = {n: Moving.starting(matrix(made[s]), range_gradient=False) for s, n in names.items()}
+    used = {space: moving[names[space]] if space in names else r for space, r in made.items()}
+    with Float64Arithmetic():
+        loss = next_token_loss(model, ids)
+        loss.backward()
+        with rounding(plain, plan, used, scheme):
+            found = next_token_loss(plain, ids)
+            found.backward()
+    assert torch.isclose(loss, found, atol=1e-10)
+    for name_, rotation in moving.items():
+        expected = model.spinquant_learned[name_].skew.grad
+        gradient = rotation.skew.grad
+        torch.testing.assert_close((gradient - gradient.T).tril(-1), expected, atol=1e-9, rtol=1e-6)
+        assert expected.norm() > 1e-4
+
+
+def test_rounded_weights_have_gradients_too():
+    """Both sides of a weight are rotated: against autograd through the rotated and rounded weight."""
+    weight, x, quantizer = random(12, 16), random(9, 16, seed=1), Quantizer(3, symmetric=True)
+    left, right = orthogonal(6, 2), orthogonal(8, 3)
+    skews = [torch.zeros(n, n, dtype=torch.float64, requires_grad=True) for n in (6, 8)]
+    a = torch.block_diag(*[cayley(left, skews[0])] * 2)
+    b = torch.block_diag(*[cayley(right, skews[1])] * 2)
+    y = (x @ b) @ fake_quantize(a.T @ weight @ b, quantizer).T @ a.T
+    expected = torch.autograd.grad(y.square().sum(), skews)
+    moving = [Moving.starting(r, range_gradient=False) for r in (left, right)]
+    found = x @ round_rotated(weight, (Turn(moving[0], 0), Turn(moving[1], 1)), quantizer).T
+    torch.testing.assert_close(found, y)
+    gradients = torch.autograd.grad(found.square().sum(), [m.skew for m in moving])
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close((gradient - gradient.T).tril(-1), wanted)
+
+
+# Local learning
+
+
+def peaked(rows, width, seed=0):
+    """Activations with a few large directions that no random rotation knows."""
+    directions = orthogonal(width, seed + 1)
+    return (random(rows, width, seed=seed) * torch.logspace(1.5, -1, width)) @ directions
+
+
+@pytest.mark.parametrize("objective", ["error", "whip", "kurtosis"])
+@pytest.mark.parametrize("solver", ["cayley", "qr"])
+def test_local_learning_lowers_the_error_of_rounding_on_other_rows(solver, objective):
+    sites = [Site("a", "residual", Quantizer(4), peaked(600, 32).float())]
+    other = [replace(sites[0], rows=peaked(2000, 32)[600:].float())]
+    start = {"residual": Orthogonal(orthogonal(32, 5))}
+    lr = {"cayley": 0.3, "qr": 0.05}[solver]
+    options = LocalOptions(objective, solver, steps=150, lr=lr, batch=256)
+    losses = []
+    learned, curves = learn_locally(sites, start, options, report=lambda space, step, loss: losses.append(loss))
+    before, after = rounding_errors(other, start)["a"], rounding_errors(other, learned)["a"]
+    assert after < 0.93 * before
+    assert len(losses) == 150 and sum(losses[-10:]) < sum(losses[:10])
+    assert curves["residual"] == pytest.approx(losses, rel=1e-5)
+    assert orthogonality_error(matrix(learned["residual"])) < 1e-12
+    assert torch.equal(
+        matrix(learn_locally(sites, start, options)[0]["residual"]),
+        matrix(learned["residual"]),
+    )
+
+
+def test_procrustes_never_raises_the_error_it_lowers():
+    sites = [Site("a", "residual", Quantizer(4), peaked(600, 32).float())]
+    losses = []
+    options = LocalOptions(solver="procrustes", steps=20)
+    start = {"residual": Orthogonal(orthogonal(32, 5))}
+    learn_locally(sites, start, options, report=lambda *a: losses.append(a[2]))
+    assert losses[-1] < 0.99 * losses[0]
+
+
+def test_massive_rows_count_as_much_as_the_user_says():
+    rows = peaked(400, 512).float() / 30
+    rows[:4, 7] = 3000.0
+    site = Site("a", "residual", Quantizer(4), rows)
+    assert site.weights("massive", 5.0).tolist()[:6] == [5, 5, 5, 5, 1, 1]
+    assert site.weights("uniform", 5.0).unique().tolist() == [1]
+
+
+def test_rows_are_drawn_by_what_they_cost():
+    """Against the definition, by autograd on a model of its own: rows, probabilities and the sum of them all."""
+    model, plan, _, names = prepared()
+    ids = tokens(2, 12)
+    generator = torch.Generator().manual_seed(3)
+    sites = sensitive_sites(model, plan, list(names), SCHEME, ids, rows=4000, generator=generator)
+    again = torch.Generator().manual_seed(3)
+    name = plan.linears[2][0]  # gate and up of the first layer
+    module, costs, seen = model.get_submodule(name), [], []
+    for row in ids.split(1):
+        kept = []
+        handle = module.register_forward_hook(lambda m, args, out, kept=kept: kept.append((args[0], out)))
+        other = model.get_submodule(plan.linears[2][1]).register_forward_hook(
+            lambda m, args, out, kept=kept: kept.append((args[0], out))
+        )
+        logits = model(input_ids=row, use_cache=False).logits[0]
+        handle.remove()
+        other.remove()
+        own = drawn(logits.detach().softmax(-1), again)
+        loss = -logits.log_softmax(-1).gather(-1, own).sum()
+        # The gradient at the input from those at the outputs of its readers.
+        readers = torch.autograd.grad(loss, [out for _, out in kept])
+        slope = sum(g[0] @ model.get_submodule(n).weight for g, n in zip(readers, plan.linears[2][:2], strict=True))
+        x = kept[0][0][0]
+        costs.append((slope.square().sum(-1) * x.square().sum(-1) / x.shape[-1]).detach())
+        seen.append(x.detach().float())
+        break  # the draws of rows come from the same generator: only the first sample's tokens are known here
+    site = next(site for site in sites if site.name == name)
+    first = site.rows[: len(site.rows) // 2]
+    matches = (torch.cdist(first, seen[0], compute_mode="donot_use_mm_for_euclid_dist") < 1e-4).double()
+    assert (matches.sum(-1) >= 1).all(), "rows are rows of the activation"
+    torch.testing.assert_close(matches.mean(0), (costs[0] / costs[0].sum()).double(), atol=0.05, rtol=0.2)
+    assert site.share > 0.5 * float(costs[0].sum()) / ids.numel()
+
+
+def test_the_estimate_of_kl_is_about_what_rounding_costs():
+    """Small errors, where second order is enough; the draws leave some noise."""
+    model, plan, made, names = prepared()
+    scheme, ids = parse_scheme("A8KV8"), tokens(6, 20)
+    generator = torch.Generator().manual_seed(0)
+    sites = sensitive_sites(model, plan, list(names), scheme, ids, rows=1200, generator=generator)
+    estimate = sum(predicted_kl(sites, made).values())
+    spaces = {name: r for name, r in made.items() if name in names}
+    found = 0.0
+    with torch.no_grad():
+        for row in ids.split(1):
+            exact = model(input_ids=row, use_cache=False).logits[0]
+            with rounding(model, plan, spaces, scheme) as attachment:
+                for name, site in attachment.inputs.items():
+                    site.rounds = name in {site.name for site in sites}
+                found += divergence(exact, model(input_ids=row, use_cache=False).logits[0]) / ids.numel()
+    assert 0.6 * found < estimate < 1.7 * found, (estimate, found)
+
+
+def test_drawing_rows_leaves_nothing_and_checkpointing_changes_nothing():
+    model, plan, _, names = prepared()
+    before = {p: p.requires_grad for p in model.parameters()}
+    sites = sensitive_sites(
+        model, plan, list(names), SCHEME, tokens(3, 12), rows=60, generator=torch.Generator().manual_seed(0)
+    )
+    assert all(p.grad is None and p.requires_grad == before[p] for p in model.parameters())
+    assert attachment_of(model) is None and not model.get_input_embeddings()._forward_hooks
+    assert {site.space for site in sites} == set(names)
+    checkpointed = sensitive_sites(
+        model,
+        plan,
+        list(names),
+        SCHEME,
+        tokens(3, 12),
+        rows=60,
+        generator=torch.Generator().manual_seed(0),
+        checkpointing=True,
+    )
+    for one, other in zip(sites, checkpointed, strict=True):
+        assert torch.equal(one.rows, other.rows) and one.share == pytest.approx(other.share)
+
+
+def test_sites_are_what_the_quantizers_see():
+    model, ids = tiny_model("llama"), tokens(4, 20)
+    plan = plan_of(model)
+    made = make_rotations(plan, RotationSpec(ALL))
+    fuse_gains(model, plan, made)
+    scheme = parse_scheme("A4KV4")
+    found = collect(model, plan, list(made), scheme, ids, rows=80, generator=torch.Generator())
+    sites = {site.name: site for site in found}
+    assert len(sites) == 3 * (4 + 2)
+    assert sites["model.layers.1.mlp.down_proj"].rows.shape == (80, 80)
+    assert sites["model.layers.1.self_attn.keys"].rows.shape == (80, 16)
+    # Every row is an activation of the plain run.
+    name = "model.layers.2.mlp.up_proj"
+    from spinquant.models.capture import captured
+
+    group = sites["model.layers.2.mlp.gate_proj"]
+    with captured(model, [name], inputs=True) as seen:
+        logits(model, ids)
+    everything = seen[name].flatten(0, 1).float()
+    assert all((everything - row).abs().amax(-1).min() < 1e-5 for row in group.rows[:20])
+
+
+# End to end
+
+
+def prepared(name="llama", spec=None, dtype=torch.float32):
+    model = tiny_model(name, dtype=dtype)
+    with torch.no_grad():  # two strong directions: a random rotation spreads them, and leaves something to be learned
+        directions = random(2, 48, seed=7).to(dtype)
+        model.model.embed_tokens.weight += random(256, 2, seed=8).to(dtype) @ directions
+    plan = plan_of(model)
+    made = make_rotations(plan, spec or RotationSpec("R1,R2", seed=3))
+    fuse_gains(model, plan, made)
+    names = {s.name: "R1" if s.rotation == "R1" else s.name for s in plan.spaces if s.rotation in ("R1", "R2")}
+    return model, plan, made, names
+
+
+SCHEME = parse_scheme("A4KV4")
+FAST = EndToEndOptions(steps=12, batch=4, lr=0.3, optimizer="sgd", save_every=5)
+
+
+def run(options=FAST, *, ids=None, spec=None, scheme=SCHEME, dtype=torch.float32, **more):
+    model, plan, made, names = prepared(spec=spec, dtype=dtype)
+    ids = tokens(16, 24) if ids is None else ids
+    learned, history = learn_end_to_end(model, plan, made, names, scheme, ids, options, **more)
+    assert all(p.requires_grad for p in model.parameters()) and not any(m._forward_pre_hooks for m in model.modules())
+    return {space: matrix(r) for space, r in learned.items()}, history
+
+
+def kl_of(rotations, ids):
+    model, plan, made, _ = prepared()
+    exact = logits(model, ids).log_softmax(-1)
+    with rounding(model, plan, rotations or made, SCHEME):
+        found = logits(model, ids).log_softmax(-1)
+    return float((exact.exp() * (exact - found)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_learning_end_to_end_lowers_the_loss(loss, optimizer):
+    options = replace(FAST, steps=40, batch=16, lr=0.6, loss=loss, optimizer=optimizer)
+    ids = tokens(16, 24)
+    learned, history = run(options, ids=ids)
+    assert all(step.orthogonality < 1e-5 for step in history)
+    assert sum(s.loss for s in history[-5:]) < sum(s.loss for s in history[:5])
+    if loss != "cross-entropy":
+        rotations = {space: Orthogonal(r) for space, r in learned.items()}
+        assert kl_of(rotations, ids) < 0.9 * kl_of(None, ids)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_learn_rotations_in_float32(dtype, loss):
+    options = EndToEndOptions(loss, steps=6, batch=4, lr=0.3)
+    learned, history = run(options, dtype=dtype)
+    start = matrix(prepared()[2]["residual"])
+    for step in history:
+        assert step.orthogonality < 1e-5
+    assert float((learned["residual"] - start).norm()) > 0.3
+    assert history[0].loss == pytest.approx(run(replace(options, steps=1))[1][0].loss, rel=0.5)
+
+
+@pytest.mark.parametrize("change", [{"micro_batch": 1}, {"checkpointing": True}])
+def test_how_a_step_is_computed_does_not_change_it(change):
+    # No 4-bit cache here: it makes numbers equal, and a tie for the largest has no one gradient.
+    short = replace(FAST, steps=4)
+    with nullcontext() if "checkpointing" in change else Float64Arithmetic():  # which recomputing would not see
+        plain = run(short, scheme=parse_scheme("A4"), dtype=torch.float64)[0]
+        changed = run(replace(short, **change), scheme=parse_scheme("A4"), dtype=torch.float64)[0]
+    for space, r in plain.items():
+        torch.testing.assert_close(changed[space], r, atol=1e-9, rtol=0)
+
+
+def test_checkpointing_computes_blocks_twice_and_leaves_nothing():
+    model, plan, made, names = prepared()
+    block, calls = model.model.layers[1], []
+    handle = block.self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+    for wanted in (False, True):
+        calls.clear()
+        options = replace(FAST, steps=1, batch=2, loss="cross-entropy", checkpointing=wanted)
+        learn_end_to_end(model, plan, made, names, SCHEME, tokens(4, 24), options)
+        assert len(calls) == (2 if wanted else 1)
+    handle.remove()
+    assert not model.is_activation_checkpointing and not any(module.training for module in model.modules())
+
+
+def test_weights_are_rounded_while_learning_when_asked():
+    learned, _ = run(replace(FAST, steps=3, weights=True), scheme=parse_scheme("W3A4"))
+    other, _ = run(replace(FAST, steps=3), scheme=parse_scheme("W3A4"))
+    assert not torch.allclose(learned["residual"], other["residual"], atol=1e-3)
+    assert learning_scheme(parse_scheme("W3A4"), weights=False).weights is None
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_after(steps):
+    def report(*arguments):
+        step = arguments[0].number if len(arguments) == 1 else arguments[1]
+        if step == steps:
+            raise Killed
+
+    return report
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, optimizer):
+    options = replace(FAST, optimizer=optimizer, momentum=0.5 if optimizer == "sgd" else 0.0)
+    whole, history = run(options)
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(Killed):
+        run(options, state=StateFile(path, ["a"]), report=kill_after(8))
+    kept = StateFile(path, ["a"]).load()
+    assert kept is not None and kept.step == 5 and len(kept.history) == 5
+    numbers = []
+    again, resumed = run(options, state=StateFile(path, ["a"]), report=lambda step: numbers.append(step.number))
+    assert numbers == list(range(6, 13)), "goes on, not anew"
+    assert [step.loss for step in resumed] == [step.loss for step in history]
+    for space, r in whole.items():
+        assert torch.equal(again[space], r), space
+    assert StateFile(path, ["b"]).load() is None, "other settings start anew"
+
+
+@pytest.mark.parametrize("solver", ["cayley", "qr", "procrustes"])
+def test_a_killed_local_run_goes_on_to_the_same_bits(tmp_path, solver):
+    sites = [Site(n, n, Quantizer(4), peaked(200, 32, seed).float()) for n, seed in (("a", 0), ("b", 5))]
+    start = {name: Orthogonal(orthogonal(32, 5)) for name in "ab"}
+    own = {} if solver == "procrustes" else {"lr": 0.1, "batch": 64}
+    options = LocalOptions(solver=solver, steps=12, save_every=5, **own)
+    whole, curves = learn_locally(sites, start, options)
+    seen = []
+
+    def kill(space, step, loss):
+        if space == "b" and step == 8:
+            raise Killed
+
+    with pytest.raises(Killed):
+        learn_locally(sites, start, options, store=tmp_path, report=kill)
+    again, resumed = learn_locally(sites, start, options, store=tmp_path, report=lambda *a: seen.append(a[:2]))
+    assert seen == [("b", step) for step in range(6, 13)]
+    assert resumed == curves and len(curves["b"]) == 12
+    for space in "ab":
+        assert torch.equal(matrix(again[space]), matrix(whole[space]))
+
+
+def test_the_same_seed_gives_the_same_rotation_and_another_one_does_not():
+    first, second, third = run(seed=1)[0], run(seed=1)[0], run(seed=2)[0]
+    assert all(torch.equal(first[space], second[space]) for space in first)
+    assert not torch.equal(first["residual"], third["residual"])
+
+
+def test_every_sample_is_seen_once_before_any_is_seen_again():
+    rows = torch.cat([_rows_of(step, 10, 4, seed=3) for step in range(10)])
+    for epoch in rows.view(4, 10):
+        assert sorted(epoch.tolist()) == list(range(10))
+    assert not torch.equal(rows[:10], rows[10:20])
+
+
+# The whole story
+
+
+STORY = LearnOptions(
+    method="local+end-to-end",
+    baselines=3,
+    local=LocalOptions(steps=30, rows=64, batch=32),
+    end_to_end=replace(FAST, steps=10, batch=8, lr=0.5),
+)
+
+
+def story(options=STORY, spec=None, scheme="W4A4KV4", **more):
+    model, *_ = prepared()
+    spec = spec or RotationSpec(ALL)
+    return model, learn(model, parse_scheme(scheme), spec, tokens(16, 24), tokens(4, 24, seed=9), options, **more)
+
+
+def test_what_is_kept_has_the_least_kl_on_held_out_text():
+    _, learned = story()
+    scores = {name: score["kl"] for name, score in learned.record["scores"].items()}
+    assert set(scores) == {"16-bit", "random 0", "random 1", "random 2", "scaled", "local", "local+end-to-end"}
+    assert learned.kept == min((n for n in scores if n != "16-bit"), key=scores.get)
+    assert learned.record["learned"] and scores[learned.kept] < 0.9 * min(scores[f"random {i}"] for i in range(3))
+    assert learned.spec.type_of("R1") == "random-matrix" and learned.spec.type_of("R4") == "random-hadamard"
+    errors = learned.record["errors"]
+    assert sum(errors["after"].values()) < 0.9 * sum(errors["before"].values())
+    # The rotated and quantized model does what was judged: 16-bit weights, the clip ratios of the record.
+    clips = learned.record["clips"][learned.kept]
+    scheme = parse_scheme("A4KV4", activation_clip=clips["activations"], kv_clip=clips["kv"])
+    plain, *_ = prepared()
+    ids = tokens(4, 24, seed=9)
+    exact = logits(plain, ids).log_softmax(-1)
+    quantize(plain, scheme, learned.spec, rotations=learned.rotations, options=Options(prove=False))
+    found = logits(plain, ids).log_softmax(-1)
+    kl = float((exact.exp() * (exact - found))[:, :-1].sum(-1).mean())
+    assert abs(kl - scores[learned.kept]) < 0.02 * kl
+
+
+def test_some_of_the_learned_rotations_can_be_taken():
+    model, learned = story()
+    some = learned.only(("R1", "R2"))
+    plan = plan_of(model)
+    assert set(some.rotations) == {s.name for s in plan.spaces if s.rotation in ("R1", "R2")}
+    assert some.spec.rotations == ("R1", "R2") and some.spec.type_of("R1") == "random-matrix"
+    plain, *_ = prepared()
+    before = logits(plain, tokens())
+    quantize(plain, parse_scheme("none"), some.spec, rotations=some.rotations, options=Options(prove=False))
+    assert torch.allclose(logits(plain, tokens()), before, atol=1e-4)
+    with pytest.raises(LearningError, match="R3 is asked for, and R1, R2 was learned"):
+        some.only(("R3",))
+    with pytest.raises(LearningError, match="do not say which"):
+        replace(learned, record={}).only(("R1",))
+
+
+def test_every_method_says_what_rounding_cost_before_and_after():
+    for method in ("local", "end-to-end"):
+        _, learned = story(replace(STORY, method=method))
+        errors = learned.record["errors"]
+        assert set(errors["before"]) == set(errors["after"]) and len(errors["before"]) > 9
+        assert sum(errors["after"].values()) < sum(errors["before"].values())
+
+
+def test_what_leads_is_judged_with_clip_ratios_of_its_own():
+    """So the best of the random rotations has what whatever learning makes of it has."""
+    scheme, windows, held_out = parse_scheme("A4KV4"), tokens(16, 24)[:CLIP_WINDOWS], tokens(4, 24, seed=9)
+    model, plan, *_ = prepared()
+    differing = 0
+    for seed in range(0, 24, 4):
+        made = {f"random {i}": make_rotations(plan, RotationSpec(ALL, seed=seed + i)) for i in range(4)}
+        contest = Contest(model, plan, scheme, windows, held_out)
+        contest.enter_all(made)
+        kept = made[contest.leader]
+        both = [with_clips(model, plan, made[name], scheme, windows) for name in ("random 0", contest.leader)]
+        both = {str(i): replace(candidate, rotations=kept) for i, candidate in enumerate(both)}
+        scores = judge(model, plan, both, scheme, held_out)
+        differing += both["0"].scheme(scheme) != both["1"].scheme(scheme) and scores["1"].kl < scores["0"].kl
+        assert contest.scores[contest.leader].kl == pytest.approx(min(scores["0"].kl, scores["1"].kl))
+    assert differing, "take other seeds: ratios of its own were never better"
+
+
+def test_a_learned_rotation_that_loses_is_not_kept():
+    # One wild step is no more than another random rotation, and here are thirty of those.
+    bad = replace(STORY, method="end-to-end", baselines=30, end_to_end=replace(FAST, steps=1, batch=1, lr=6.0))
+    _, learned = story(bad)
+    assert learned.kept.startswith("random") and not learned.record["learned"]
+    assert learned.spec.type_of("R1") == "random-hadamard"
+    assert "end-to-end" in learned.record["scores"]
+
+
+@pytest.mark.parametrize(("method", "length"), [("end-to-end", FROM_RANDOM), ("local+end-to-end", FROM_LOCAL)])
+def test_the_record_says_how_long_the_steps_were(method, length):
+    options = replace(STORY, method=method, end_to_end=replace(FAST, steps=1, batch=4, lr=None))
+    _, learned = story(options)
+    assert "local" not in method or learned.record["scores"]["local"]["kl"] == min(
+        score["kl"] for name, score in learned.record["scores"].items() if name not in ("16-bit", method)
+    )
+    assert learned.record["options"]["end_to_end"]["lr"] == length
+
+
+def test_auto_goes_on_only_where_local_loses():
+    _, learned = story(replace(STORY, method="random"))
+    assert learned.kept.startswith("random") and not learned.record["steps"]
+    _, learned = story(replace(STORY, method="auto"))
+    assert "local" in learned.record["scores"] and "local+end-to-end" not in learned.record["scores"]
+    weak = replace(STORY, method="auto", baselines=30, local=replace(STORY.local, steps=1, lr=40.0))
+    _, learned = story(weak)
+    assert "local+end-to-end" in learned.record["scores"]
+
+
+def test_signs_of_online_rotations_are_searched_layer_by_layer():
+    _, learned = story(replace(STORY, method="local", signs=8))
+    signs = [learned.rotations[f"layers.{i}.hidden"].signs for i in range(3)]
+    assert not torch.equal(signs[0], signs[1])
+    assert "random signs" in learned.record["scores"]
+    # The best of the draws and of what was there before, on the rows that were sampled.
+    model, plan, made, _ = prepared(spec=RotationSpec(ALL))
+    spaces = [space.name for space in plan.spaces_of("R4")]
+    sites = collect(model, plan, spaces, SCHEME, tokens(16, 24), rows=64, generator=torch.Generator())
+    chosen = _with_signs(plan, made, sites, replace(STORY, signs=8), {})
+    before, after = rounding_errors(sites, made), rounding_errors(sites, chosen)
+    assert all(after[name] <= before[name] for name in before) and sum(after.values()) < sum(before.values())
+
+
+def test_blocks_of_r4_and_r3_are_learned():
+    spec = RotationSpec(ALL, "random-hadamard", {"R4": 16})
+    options = replace(STORY, method="local", rotations=("R1", "R2", "R3", "R4"))
+    _, learned = story(options, spec)
+    assert learned.record["learned"]
+    assert matrix(learned.rotations["layers.0.hidden"]).shape == (16, 16)
+    assert learned.spec.block_of("R4") == 16 and learned.spec.type_of("R3") == "random-matrix"
+
+
+def test_what_was_judged_is_not_judged_again(tmp_path, monkeypatch):
+    """A run that goes on takes scores and clip ratios as they were found; one with other text does not."""
+    from spinquant.learning import judge as module
+
+    _, whole = story(store=tmp_path)
+    calls = []
+    real = module.judge
+    monkeypatch.setattr(module, "judge", lambda *a, **k: calls.append(a) or real(*a, **k))
+    _, again = story(store=tmp_path)
+    assert not calls and again.kept == whole.kept and again.record["scores"] == whole.record["scores"]
+    model, *_ = prepared()
+    learn(
+        model, parse_scheme("W4A4KV4"), RotationSpec(ALL), tokens(16, 24), tokens(4, 24, seed=4), STORY, store=tmp_path
+    )
+    assert len(calls) >= 4
+
+
+def test_a_killed_story_goes_on_to_the_same_result(tmp_path):
+    _, whole = story()
+
+    def kill(name, step, steps):
+        if step.number == 7:
+            raise Killed
+
+    with pytest.raises(Killed):
+        story(store=tmp_path, watch=Watch(step=kill))
+    numbers = []
+    _, again = story(store=tmp_path, watch=Watch(step=lambda name, step, steps: numbers.append(step.number)))
+    assert numbers == [6, 7, 8, 9, 10]
+    for key in ("scores", "clips", "steps", "local_steps", "errors"):
+        drop = {"tokens_per_second"} if key == "steps" else set()
+        both = [[{k: v for k, v in s.items() if k not in drop} for s in r.record[key]] if drop else r.record[key]
+                for r in (whole, again)]  # fmt: skip
+        assert both[0] == both[1]
+    for space, rotation in whole.rotations.items():
+        assert torch.equal(matrix(again.rotations[space]), matrix(rotation))
+
+
+def test_what_makes_no_sense_is_refused():
+    with pytest.raises(LearningError, match="R2 is to be learned"):
+        story(replace(STORY, rotations=("R1", "R2")), RotationSpec("R1"))
+    with pytest.raises(LearningError, match="rounds nothing that it rotates"):
+        story(replace(STORY, rotations=("R1", "R3")), scheme="W4A4")
+    with pytest.raises(LearningError, match="neither activations"):
+        story(scheme="W4A16")
+    with pytest.raises(LearningError, match="rounds nothing"):
+        story(scheme="none")
+    weighing = replace(STORY, method="local", end_to_end=replace(FAST, weights=True))
+    with pytest.raises(LearningError, match="--method end-to-end"):
+        story(weighing, scheme="W4A16")
+    with pytest.raises(LearningError, match="--signs would do nothing"):
+        story(replace(STORY, signs=4), RotationSpec("R1,R2"))
+    with pytest.raises(LearningError, match="--scales would do nothing"):
+        story(replace(STORY, scales=True), RotationSpec("R1,R2"))
+    with pytest.raises(LearningError, match="--micro-batch"):
+        replace(FAST, batch=4, micro_batch=8)
+    plan = plan_of(tiny_model("llama"))
+    wide = replace(plan, spaces=tuple(replace(s, size=1024) if s.rotation == "R4" else s for s in plan.spaces))
+    with pytest.raises(LearningError, match="--block-size"):
+        learned_spaces(wide, RotationSpec(ALL), SCHEME, replace(STORY, rotations=("R4",)))
+    with pytest.raises(LearningError, match="method"):
+        replace(STORY, method="best")
+
+
+def test_what_cannot_be_learned_is_refused():
+    for bad in ({"loss": "mse"}, {"schedule": "warm"}, {"steps": 0}, {"momentum": 1.0}):
+        with pytest.raises(LearningError):
+            replace(FAST, **bad)
+    for bad in ({"objective": "l1"}, {"optimizer": "lion"}, {"solver": "newton"}, {"weighting": "some"}, {"rows": 0}):
+        with pytest.raises(LearningError):
+            LocalOptions(**bad)
+    with pytest.raises(LearningError, match="solver procrustes does not use lr, optimizer"):
+        LocalOptions(solver="procrustes", lr=2.0, optimizer="sgd")
+    with pytest.raises(LearningError, match="solver qr does not use optimizer"):
+        LocalOptions(solver="qr", optimizer="sgd")
+    with pytest.raises(LearningError, match="weighting fisher with factor 2"):
+        LocalOptions(factor=2.0)
+    with pytest.raises(LearningError, match="factor other than 1"):
+        LocalOptions(weighting="massive")
+    with pytest.raises(LearningError, match="nothing to checkpoint"):
+        LocalOptions(weighting="uniform", checkpointing=True)
+    with pytest.raises(LearningError, match="loss fisher does not use top_tokens, range_gradient"):
+        EndToEndOptions(top_tokens=64, range_gradient=False)

@@ -1,0 +1,178 @@
+"""Calibrating from disk is calibrating in memory: the same packed integers and clips, in the memory of a few blocks."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from checkpoints import assert_same, digest
+from families import FAMILIES
+from models import byte_tokenizer, logits, random_weights, tiny_model, tokens
+from spinquant import Options, RotationSpec, load, parse_scheme, quantize, quantize_folder
+from spinquant.calibration.blockwise import Calibration
+from spinquant.calibration.data import CalibrationText, calibration_tokens
+from spinquant.calibration.hidden_states import HiddenStates
+from spinquant.checkpoint.folder import load_tokenizer
+from spinquant.entrypoints.validation import from_disk
+from spinquant.quantization.gptq import GPTQOptions
+
+ALL = RotationSpec("R1,R2,R3,R4")
+TEXT = CalibrationText("manual", 5, 16)
+UNPROVED = Options(prove=False)
+
+
+pytestmark = pytest.mark.usefixtures("small_pieces")
+
+
+def saved(path, name, dtype):
+    """A tiny model of a family on disk, in several shards."""
+    if name in FAMILIES:
+        model = random_weights(AutoModelForCausalLM.from_config(FAMILIES[name].config(), dtype=dtype))
+    else:
+        model = tiny_model(name, dtype=dtype)
+    model.save_pretrained(path, max_shard_size="60KB")
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def in_memory(folder, out, scheme, spec, method, calibration):
+    """What the in-memory walk makes of a folder, and its clips."""
+    model = load(folder)
+    _, ids = calibration_tokens(model, load_tokenizer(folder), TEXT)
+    options = {"method": method, "tokens": ids, "calibration": calibration, "options": UNPROVED}
+    found = quantize(model, scheme, spec, **options)
+    model.save_pretrained(out)
+    return model, found
+
+
+# Those that the checkpoint holds one by one and the model's class stacks; DeepSeek's with dense layers before.
+EXPERTS = ("mixtral", "qwen3_moe", "deepseek_v3")
+CASES = {
+    "gptq": ("gptq", Calibration(), "W4A8KV4"),
+    "gptaq": ("gptaq", Calibration(clips=True), "W3g8A4KV4"),
+    "sequential": ("gptaq", Calibration(GPTQOptions(0.02, True), sequential=True, round_inputs=False), "W4A4"),
+    "rtn": ("rtn", Calibration(clips=True), "W4A4KV4"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("llama", torch.float32),
+        ("phi3", torch.bfloat16),
+        ("opt", torch.float32),
+        ("gpt2", torch.float32),
+        ("gpt_oss", torch.float32),
+        ("mixtral", torch.float32),
+        ("qwen3_moe", torch.bfloat16),
+        ("deepseek_v3", torch.float32),
+    ],
+)
+def test_from_disk_is_in_memory_bit_for_bit(name, dtype, case, tmp_path):
+    method, calibration, words = CASES[case]
+    spec = RotationSpec(FAMILIES[name].allowed) if name in EXPERTS else ALL
+    spec = RotationSpec("R1,R2") if name in ("opt", "gpt2") else spec
+    scheme = parse_scheme(words, lm_head=case == "gptq")
+    folder = saved(tmp_path / "model", name, dtype)
+    assert from_disk(folder)
+    given = {"method": method, "calibration": calibration, "calibration_text": TEXT, "text": None}
+    # So little room that the hidden states go to a file.
+    options = replace(UNPROVED, memory=2000)
+    result = quantize_folder(folder, tmp_path / "out", scheme, spec, **given, options=options)
+    model, found = in_memory(folder, tmp_path / "expected", scheme, spec, method, calibration)
+    assert_same(tmp_path / "out", tmp_path / "expected")
+    assert result.clips == found.clips and result.model is None
+    loaded = load(tmp_path / "out")
+    assert torch.equal(logits(loaded, tokens()), logits(model, tokens()))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["expected", "model", "out"]
+
+
+def test_a_shard_size_and_the_record(folder, tmp_path):
+    given = {"method": "gptq", "calibration_text": TEXT, "text": "manual", "max_shard_size": 40_000}
+    result = quantize_folder(folder, tmp_path / "out", parse_scheme("W4A16"), ALL, **given, options=UNPROVED)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    record = json.loads((tmp_path / "out" / "spinquant" / "record.json").read_text())
+    assert record["method"] == "gptq" and record["calibration_text"]["samples"] == 5
+    assert record["proof"]["real_tokens"]["relative"] < 1e-4
+    assert result.seconds is not None and result.seconds["calibrate"] > 0
+
+
+@pytest.mark.parametrize("stage", ["calibrate", "stream"])
+def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(stage, folder, tmp_path):
+    given = {"method": "gptaq", "calibration_text": TEXT, "text": None, "max_shard_size": 40_000}
+    scheme = parse_scheme("W4A8KV4", lm_head=True)
+    quantize_folder(folder, tmp_path / "expected", scheme, ALL, **given, options=UNPROVED)
+    store = tmp_path / ".out.calibration"
+
+    def stop(name, done, total):
+        if name == stage and 2 * done > total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_folder(folder, tmp_path / "out", scheme, ALL, **given, options=replace(UNPROVED, progress=stop))
+    kept = {path.name: path.stat().st_mtime_ns for path in store.glob("*.safetensors")}
+    assert len(kept) == {"calibrate": 2, "stream": 4}[stage]
+    seen = []
+
+    def watch(name, done, total):
+        if name == "calibrate" and done == 1:
+            seen.append({path.name: path.stat().st_mtime_ns for path in store.glob("*.safetensors")})
+
+    quantize_folder(folder, tmp_path / "out", scheme, ALL, **given, options=replace(UNPROVED, progress=watch))
+    assert seen == [kept], "what was finished is not done again"
+    assert digest(tmp_path / "out") == digest(tmp_path / "expected")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["expected", "model", "out"]
+
+
+@pytest.mark.parametrize("room", [None, 0, 3 * 4 * 40, 10**6])
+def test_hidden_states_come_back_as_they_went(room, tmp_path):
+    states, expected = HiddenStates(room, tmp_path), [torch.randn(1, 4, 10) for _ in range(7)]
+    for state in expected:
+        states.append(state.clone())
+    other = states.copy()
+    expected[2], expected[6] = torch.ones(1, 4, 10), torch.zeros(1, 4, 10)
+    states[2], states[6] = expected[2].clone(), expected[6].clone()
+    assert states.spilt == {None: 0, 0: 7, 3 * 4 * 40: 4, 10**6: 0}[room]
+    assert all(torch.equal(a, b) for a, b in zip(states, expected, strict=True))
+    assert not torch.equal(other[6], states[6])
+    assert list(tmp_path.iterdir()) == []
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from spinquant import Options, RotationSpec, quantize_folder, parse_scheme
+from spinquant.calibration.data import CalibrationText
+from spinquant.calibration.blockwise import Calibration
+text = CalibrationText("manual", 4, 64)
+options = Options(prove=False, memory=1 << 20)
+quantize_folder(sys.argv[1], sys.argv[2], parse_scheme("W4A16"), RotationSpec("R1,R2"), method="gptq",
+                calibration_text=text, text=None, options=options)
+status = Path("/proc/self/status").read_text()
+print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_peak_memory_does_not_grow_with_the_model(tmp_path):
+    sizes = {"vocab_size": 1024, "hidden_size": 1024, "intermediate_size": 1024, "head_dim": 64}
+    sizes |= {"num_attention_heads": 16, "num_key_value_heads": 16}
+    peaks, bytes_ = [], []
+    for layers in (1, 10):
+        config = LlamaConfig(**sizes, num_hidden_layers=layers)
+        folder = tmp_path / str(layers)
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+        bytes_.append((folder / "model.safetensors").stat().st_size)
+        command = [sys.executable, "-c", PEAK, str(folder), str(tmp_path / f"out{layers}")]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(int(run.stdout.split()[-1]))
+    assert bytes_[1] - bytes_[0] > 240e6
+    # Two blocks' worth, and what differs from run to run.
+    assert peaks[1] - peaks[0] < 0.25 * (bytes_[1] - bytes_[0]), peaks

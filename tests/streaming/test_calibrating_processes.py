@@ -1,0 +1,120 @@
+"""Several processes quantize with calibration: one calibrates, all write, and what one alone writes comes out."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+from checkpoints import digest
+from families import FAMILIES
+from models import byte_tokenizer, random_weights
+from spinquant.compute.distributed import Processes
+from spinquant.entrypoints.stream import check_same
+from spinquant.errors import ProcessError
+
+# The command line; one process may die as soon as the first has kept so many blocks.
+WORKER = """
+import os, sys, threading, time
+from pathlib import Path
+dying, kept = int(os.environ["DYING"]), int(os.environ["KEPT"])
+if dying == int(os.environ["RANK"]):
+    store = Path(os.environ["STORE"])
+
+    def watch():
+        while len(list(store.glob("*.safetensors"))) < kept:
+            time.sleep(0.005)
+        os._exit(9)
+
+    threading.Thread(target=watch, daemon=True).start()
+if kept:
+    from spinquant.calibration.block_store import BlockStore
+    save = BlockStore.save
+
+    def slowly(self, *arguments):
+        save(self, *arguments)
+        time.sleep(2)  # so that whoever dies then does it before the next block is finished
+
+    BlockStore.save = slowly
+from spinquant.cli.main import main
+main()
+"""
+COMMAND = ("--scheme", "W4A8KV4", "--rotations", "R1,R2,R4", "--method", "gptq", "--clips", "--samples", "4")
+TEXT = ("--calibration", "manual", "--sample-length", "16", "--text", "manual")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("calibrating") / "model"
+    config = FAMILIES["mixtral"].config()
+    config.num_hidden_layers = 3
+    random_weights(AutoModelForCausalLM.from_config(config)).save_pretrained(path, max_shard_size="90KB")
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def launch(folder: Path, model: Path, out: Path, *, processes: int = 2, dying: int = -1, kept: int = 0, more=()):
+    script = folder / "worker.py"
+    script.write_text(WORKER)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DYING": str(dying), "KEPT": str(kept)}
+    environment["STORE"] = str(out.parent / f".{out.name}.calibration")
+    command = [*run, "quantize", str(model), str(out), *COMMAND, *TEXT, *more]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+
+
+@pytest.fixture
+def one_thread():
+    """As torchrun gives its processes: the number decides the last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_one_dies_while_it_calibrates_and_two_go_on_to_what_one_writes(model, tmp_path, run):
+    assert run("quantize", model, tmp_path / "alone", *COMMAND, *TEXT)[0] == 0
+    out, store = tmp_path / "out", tmp_path / ".out.calibration"
+    ended = launch(tmp_path, model, out, dying=0, kept=2)
+    assert ended.returncode != 0 and not out.exists()
+    assert "process 0 of 2 ended before its work was done" in ended.stderr, ended.stderr[-3000:]
+    assert len(list(store.glob("*.safetensors"))) == 2
+    again = launch(tmp_path, model, out)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert digest(out) == digest(tmp_path / "alone")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out", "worker.py"]
+
+
+def test_an_error_of_the_calibration_is_told_once_and_nothing_stays(model, tmp_path):
+    run = launch(tmp_path, model, tmp_path / "out", more=("--damping", "0", "--sample-length", "2"))
+    assert run.returncode != 0
+    assert run.stderr.count("is singular") == 1, run.stderr[-3000:]
+    assert [path.name for path in tmp_path.iterdir()] == ["worker.py"]
+
+
+def test_processes_that_learn_first_share_what_they_learned(model, tmp_path):
+    run = launch(tmp_path, model, tmp_path / "out", more=("--learn", "local", "--samples", "20"))
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert (tmp_path / "out" / "spinquant" / "record.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "worker.py"]
+
+
+def test_processes_that_were_asked_for_different_things_are_told_what():
+    """Each machine may have a copy of the model; nothing else may differ."""
+
+    def found(settings):
+        store = dist.HashStore()
+        with ThreadPoolExecutor(2) as pool:
+            futures = [pool.submit(check_same, one, Processes(i, 2, store=store)) for i, one in enumerate(settings)]
+        return [future.exception() for future in futures]
+
+    asked = {"model": "/a", "files": "12ab", "dtype": "None", "learned": "0123"}
+    assert found([asked, {**asked, "model": "/b", "files": "34cd"}]) == [None, None]
+    for error in found([asked, {**asked, "learned": "3210"}]):
+        assert isinstance(error, ProcessError) and "differ in learned:" in str(error)

@@ -1,0 +1,69 @@
+"""compressed-tensors folders as a stream: what the in-memory export writes, tensor by tensor."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from checkpoints import assert_same
+from models import byte_tokenizer, logits, tiny_model, tokens
+from spinquant import Options, RotationSpec, load, parse_scheme, quantize, quantize_folder, save
+from spinquant.calibration.data import CalibrationText, calibration_tokens
+from spinquant.checkpoint.folder import load_tokenizer
+from spinquant.formats.compressed_config import as_stored
+
+pytest.importorskip("compressed_tensors")
+
+SPEC = RotationSpec("R1,R2,R4", "hadamard", block_size={"R4": 16})
+TEXT = CalibrationText("manual", 4, 16)
+UNPROVED = Options(prove=False)
+
+
+pytestmark = pytest.mark.usefixtures("small_pieces")
+
+
+def saved(path, dtype):
+    """A tiny model whose linears take every group size, in several shards."""
+    model = tiny_model("llama-tied", dtype=dtype)
+    model.save_pretrained(path, max_shard_size="60KB")
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def symmetric(words: str, **options):
+    """As the command line reads a scheme for this format."""
+    return as_stored(parse_scheme(words, activation_symmetric=True, **options))
+
+
+CASES = {
+    "packed": ("W4g16A16", "rtn", torch.bfloat16, {}),
+    "asymmetric": ("W4g16A16", "gptq", torch.float32, {}),
+    "bytes": ("W4A8", "rtn", torch.float32, {"lm_head": True}),
+    "gptq": ("W8A8", "gptaq", torch.bfloat16, {"lm_head": True}),
+    "fp8": ("FP8_DYNAMIC", "rtn", torch.bfloat16, {}),
+    "nvfp4": ("NVFP4", "gptq", torch.bfloat16, {}),
+    "online": ("none", "rtn", torch.float32, {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_stream_writes_what_the_export_writes(case, tmp_path):
+    words, method, dtype, options = CASES[case]
+    scheme = symmetric(words, **options)
+    if case == "asymmetric" and scheme.weights is not None:
+        scheme = replace(scheme, weights=replace(scheme.weights, symmetric=False))
+    folder = saved(tmp_path / "model", dtype)
+    calibrated = {} if method == "rtn" else {"calibration_text": TEXT}
+    given = {"method": method, "format": "compressed-tensors", "text": None, "options": UNPROVED}
+    quantize_folder(folder, tmp_path / "out", scheme, SPEC, **given, **calibrated)
+    model = load(folder)
+    _, ids = calibration_tokens(model, load_tokenizer(folder), TEXT)
+    result = quantize(model, scheme, SPEC, method=method, tokens=ids if calibrated else None, options=UNPROVED)
+    save(result, tmp_path / "expected", format="compressed-tensors")
+    assert_same(tmp_path / "out", tmp_path / "expected")
+    written, expected = (
+        json.loads((tmp_path / name / "config.json").read_text())["quantization_config"] for name in ("out", "expected")
+    )
+    assert written == expected
+    assert torch.equal(logits(load(tmp_path / "out"), tokens()), logits(load(tmp_path / "expected"), tokens()))

@@ -1,0 +1,141 @@
+"""Several processes write what one writes, and end together: real ones, under torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from checkpoints import digest
+from models import SIZES
+from spinquant import RotationSpec, parse_scheme, quantize_folder, rotate_folder
+from spinquant.architectures import make_plan
+from spinquant.checkpoint.folder import load_config
+from spinquant.checkpoint.reader import Source
+from spinquant.streaming.partition import bands_in_order, shared
+from spinquant.streaming.shards import Change, make_shards
+
+# The command line, in a process that may die at its n-th write, and cuts tiny tensors too.
+WORKER = """
+import os, sys
+import spinquant.checkpoint.direct_io, spinquant.streaming.pipeline, spinquant.rotations.fuse
+spinquant.checkpoint.direct_io.GATHERED = 4096
+spinquant.rotations.fuse.SLICE = 600
+spinquant.streaming.pipeline.BAND, spinquant.streaming.pipeline.IN_FLIGHT = 5000, 20_000
+dying, after = int(os.environ["DYING"]), int(os.environ["AFTER"])
+if dying == int(os.environ["RANK"]):
+    real, count = os.pwrite, 0
+    def pwrite(file, data, offset):
+        global count
+        count += 1
+        if count > after:
+            real(file, memoryview(data)[: len(data) // 2], offset)
+            os._exit(9)
+        return real(file, data, offset)
+    os.pwrite = pwrite
+from spinquant.cli.main import main
+main()
+"""
+
+
+def launch(folder: Path, command: list[str], *, dying: int = -1, after: int = 0, processes: int = 2):
+    script = folder / "worker.py"
+    script.write_text(WORKER)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DYING": str(dying), "AFTER": str(after)}
+    return subprocess.run([*run, *command], capture_output=True, text=True, env=environment, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("processes") / "model"
+    config = LlamaConfig(**SIZES, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path, max_shard_size="90KB")
+    assert len(list(path.glob("*.safetensors"))) > 3
+    return path
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    """As the processes cut them, which decides the last bit; the number of threads (torchrun gives one) does not."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    monkeypatch.setattr("spinquant.rotations.fuse.SLICE", 600)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_rotating_by_two_is_rotating_by_one(model, tmp_path):
+    rotate_folder(model, tmp_path / "one", RotationSpec("R1,R2"), text=None)
+    run = launch(tmp_path, ["rotate", str(model), str(tmp_path / "two"), "--no-compare", "--json"])
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert digest(tmp_path / "two") == digest(tmp_path / "one")
+    about = json.loads(run.stdout)  # printed once
+    assert about["seconds"]["processes"] == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two", "worker.py"]
+
+
+def test_one_process_dies_the_others_say_which_and_the_same_command_goes_on(model, tmp_path):
+    spec, scheme = RotationSpec("R1,R2,R4"), parse_scheme("W4A4KV4")
+    quantize_folder(model, tmp_path / "one", scheme, spec, text="manual")
+    command = ["quantize", str(model), str(tmp_path / "two"), "--scheme", "W4A4KV4", "--rotations", "R1,R2,R4"]
+    command += ["--text", "manual"]
+    run = launch(tmp_path, command, dying=1, after=40)
+    assert run.returncode != 0
+    assert "process 1 of 2 ended before its work was done" in run.stderr, run.stderr[-3000:]
+    assert not (tmp_path / "two").exists()
+    finished = list((tmp_path / ".two.partial" / "finished").glob("*.json"))
+    assert finished
+    times = {p.stem: (tmp_path / ".two.partial" / "data" / p.stem).stat().st_mtime_ns for p in finished}
+    again = launch(tmp_path, command)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert digest(tmp_path / "two") == digest(tmp_path / "one")
+    assert {name: (tmp_path / "two" / name).stat().st_mtime_ns for name in times} == times
+
+
+def test_an_error_of_one_is_told_by_the_first(model, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in model.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    broken = None
+    with closing(Source(folder, load_config(folder))) as source:
+        change = Change(make_plan(load_config(model), source.shapes), {}, {})
+        shards = make_shards(source, change)
+        bands = {shard.file: bands_in_order(source, change, shard, 5000) for shard in shards}
+        for file, inside in shared(bands, 2, dict.fromkeys(bands, False))[1].items():
+            broken = broken or next(((file, band.job.name) for band in inside if "proj" in band.job.name), None)
+    assert broken is not None
+    tensors = load_file(folder / broken[0])
+    tensors[broken[1]][0, 0] = float("nan")
+    save_file(tensors, folder / broken[0], metadata={"format": "pt"})
+    run = launch(tmp_path, ["rotate", str(folder), str(tmp_path / "out"), "--no-compare", "--no-proof"])
+    assert run.returncode != 0
+    assert run.stderr.count("values that are NaN") == 1 and broken[1] in run.stderr, run.stderr[-3000:]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "worker.py"]
+
+
+@pytest.mark.parametrize("processes", [2, 3, 7])
+def test_everything_is_taken_once_and_evenly(model, processes):
+    source = Source(model, load_config(model))
+    change = Change(make_plan(load_config(model), source.shapes), {}, {})
+    bands = {shard.file: bands_in_order(source, change, shard, 1000) for shard in make_shards(source, change)}
+    files = list(bands)
+    taken = shared(bands, processes, {file: file == files[0] for file in files})
+    for file in files[1:]:
+        places = [bands[file].index(band) for mine in taken for band in mine[file]]
+        assert sorted(places) == list(range(len(bands[file])))
+        assert all(
+            [bands[file].index(b) for b in m[file]] == sorted(bands[file].index(b) for b in m[file]) for m in taken
+        )
+    assert not any(mine[files[0]] for mine in taken)
+    loads = [sum(band.nbytes for inside in mine.values() for band in inside) for mine in taken]
+    assert max(loads) - min(loads) < 0.05 * sum(loads)
+    source.close()
