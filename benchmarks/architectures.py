@@ -60,7 +60,7 @@ family, in float64, with non-zero biases and non-unit gains.
 
 A model that no table explains is refused by name, and takes a family file, which `spinquant plan --probe` drafts
 ([families.md](families.md)). Refused is also a tensor that its table does not explain. Of a
-vision-language model the language part is rotated, and the projector, which writes to its residual stream; the twin
+vision-language model the language part is rotated, and the projector, which writes to its residual stream; the tiny
 that is tried before a model is touched is given text alone (the tests give images too).
 
 Stacked experts and Conv1D are quantized like linears, each expert on the tokens that it gets; the format

@@ -25,7 +25,7 @@ from spinquant.errors import RotationError
 ROTATION_NAMES = ("R1", "R2", "R3", "R4")
 MERGEABLE = ("R1", "R2")  # fused into weights; R3 and R4 need work at run time
 
-Site = Literal["input", "query_key", "experts"]
+OnlineSite = Literal["input", "query_key", "experts"]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Online:
     stacked experts, before their second product."""
 
     module: str
-    site: Site
+    site: OnlineSite
     space: str
 
 

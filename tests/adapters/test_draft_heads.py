@@ -276,7 +276,7 @@ def test_medusa_cannot_follow_r1(tmp_path):
     with pytest.raises(RotationError, match=r"R1 is impossible.*Medusa.*SiLU"):
         rotate_folder(target, tmp_path / "no", RotationSpec("R1"), also=also, text=None, options=QUICK)
     done = rotate_folder(target, tmp_path / "r2", RotationSpec("R2"), also=also, text=None, options=QUICK)
-    assert done.notes["along"]["head"] == {"kind": "medusa", "source": str(also[0]), "tensors": 3, "rotated": 0}
+    assert done.notes["adapters"]["head"] == {"kind": "medusa", "source": str(also[0]), "tensors": 3, "rotated": 0}
     result = rotate_folder(target, tmp_path / "out", RotationSpec("R1", "auto"), text=None, options=QUICK)
     space, original = result.rotations["residual"], load(target)
     before, after = (states_of(model, ids)[1].flatten(0, 1) for model in (original, load(tmp_path / "out")))

@@ -116,7 +116,7 @@ def test_rotated_along_it_adds_the_same(name, tmp_path):
     made = tmp_path / "out" / "adapters" / "lora"
     assert torch.allclose(answer(tmp_path / "out", made), expected, atol=1e-9)
     assert not torch.allclose(answer(tmp_path / "out", lora), expected, atol=1e-3)  # as it was, it adds something else
-    assert result.notes["along"]["lora"]["rotated"] > 0
+    assert result.notes["adapters"]["lora"]["rotated"] > 0
     # Later, from what the folder and its record say, it is the same to the last bit.
     rotate_adapter(tmp_path / "out", lora, tmp_path / "later")
     late, along = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "later", made))

@@ -292,7 +292,7 @@ def slow(result, folder):  # the weights are written by now
     print("writing", flush=True)
     time.sleep(60)
 
-streamed_folders.write_beside = slow
+streamed_folders.write_record = slow
 sys.argv = ["spinquant", "rotate", sys.argv[1], sys.argv[2], "--text", "manual"]
 main()
 """

@@ -253,7 +253,7 @@ def test_a_folder_that_appears_during_the_run_is_kept(small, tmp_path, monkeypat
         out.mkdir()
         (out / "precious").write_text("1")
 
-    monkeypatch.setattr("spinquant.entrypoints.stream.write_beside", appear)
+    monkeypatch.setattr("spinquant.entrypoints.stream.write_record", appear)
     with pytest.raises(CheckpointError, match="--force"):
         rotate_folder(small, out, SPEC, **QUICK)
     assert (out / "precious").exists()

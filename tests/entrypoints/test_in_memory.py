@@ -56,7 +56,7 @@ def test_rotating_helps_where_channels_are_huge():
 
 
 def test_saving_is_refused_when_the_function_changed(folder, tmp_path, monkeypatch):
-    """A wrong table must be stopped by the twin, and by real tokens where the twin is skipped."""
+    """A wrong table must be stopped by the tiny, and by real tokens where the tiny is skipped."""
     gains = {k: () if "post_attention" in k else v for k, v in llama.LLAMA.gains.items()}
     monkeypatch.setattr("spinquant.architectures.FAMILIES", (replace(llama.LLAMA, gains=gains),))
     out = tmp_path / "out"

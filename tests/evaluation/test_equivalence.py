@@ -8,7 +8,7 @@ from models import CONFIGS, tiny_model, tokens
 from spinquant import ProofError, RotationSpec, fuse_module, make_rotations, plan_of, prove
 from spinquant.architectures import llama
 from spinquant.evaluation.equivalence import Float64Arithmetic, check, compare, snapshot
-from spinquant.evaluation.tiny_model import make_twin, twin_config
+from spinquant.evaluation.tiny_model import make_tiny_model, tiny_config
 from spinquant.models.modules import named_tensor
 
 
@@ -22,24 +22,24 @@ def test_the_twin_proves_every_family(name, kind):
 @pytest.mark.parametrize("block_size", [64, {"R1": 2048, "R4": 4096, "R2": 32}])
 def test_the_twin_is_small_whatever_the_size_of_the_model(block_size):
     config = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8)
-    twin = make_twin(config)
-    assert sum(p.numel() for p in twin.parameters()) < 300_000
+    tiny = make_tiny_model(config)
+    assert sum(p.numel() for p in tiny.parameters()) < 300_000
     prove(config, RotationSpec("R1,R2,R3,R4", block_size=block_size))
 
 
 def test_the_twin_has_every_kind_of_layer():
-    config = twin_config(SmolLM3Config(num_hidden_layers=36, pad_token_id=None))
+    config = tiny_config(SmolLM3Config(num_hidden_layers=36, pad_token_id=None))
     assert set(config.no_rope_layers) == {0, 1}
     config = Qwen2Config(num_hidden_layers=8, use_sliding_window=True, sliding_window=4096, max_window_layers=4)
-    assert set(twin_config(config).layer_types) == {"full_attention", "sliding_attention"}
-    assert twin_config(config).sliding_window < 12
-    assert twin_config(LlamaConfig(num_hidden_layers=1)).num_hidden_layers == 2
+    assert set(tiny_config(config).layer_types) == {"full_attention", "sliding_attention"}
+    assert tiny_config(config).sliding_window < 12
+    assert tiny_config(LlamaConfig(num_hidden_layers=1)).num_hidden_layers == 2
 
 
 def test_the_twin_has_biases_and_gains():
-    twin = make_twin(Qwen2Config(hidden_size=64, num_attention_heads=4, num_key_value_heads=2))
-    assert twin.model.layers[0].self_attn.v_proj.bias.abs().min() > 0
-    assert (twin.model.norm.weight - 1).abs().max() > 0.1
+    tiny = make_tiny_model(Qwen2Config(hidden_size=64, num_attention_heads=4, num_key_value_heads=2))
+    assert tiny.model.layers[0].self_attn.v_proj.bias.abs().min() > 0
+    assert (tiny.model.norm.weight - 1).abs().max() > 0.1
 
 
 def broken(monkeypatch, change) -> None:

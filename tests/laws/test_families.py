@@ -292,14 +292,14 @@ def test_experts_are_refused_where_r4_cannot_be_inside_them():
     before = logits(model, ids)
     fuse_module(model, plan, rotations)
     with attach(model, plan, rotations):
-        twin = copy.deepcopy(model)  # has online parts of its own
+        copied = copy.deepcopy(model)  # has online parts of its own
         model.set_experts_implementation("eager")
         with pytest.raises(RotationError, match=r"mlp\.experts|grouped_mm"):
             logits(model, ids)
         model.set_experts_implementation("batched_mm")
         assert close(logits(model, ids), before)
     assert not close(logits(model, ids), before)
-    assert close(logits(twin, ids), before)
+    assert close(logits(copied, ids), before)
     assert "_apply_gate" not in vars(model.model.layers[1].mlp.experts)
 
 

@@ -19,7 +19,7 @@ from spinquant.models.modules import model_class
 from spinquant.plan import MERGEABLE
 from spinquant.rotations import fuse
 
-UNPROVED = Options(prove=False)  # the twin of every family is tried in test_families.py
+UNPROVED = Options(prove=False)  # the tiny of every family is tried in test_families.py
 # One family of each kind, and a tensor that is fused wrongly there.
 KINDS = {
     "arcee": "model.layers.1.self_attn.v_proj.weight",

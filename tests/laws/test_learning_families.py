@@ -22,7 +22,7 @@ from spinquant import (
 )
 from spinquant.evaluation.equivalence import Float64Arithmetic
 from spinquant.learning.fake_quant import fuse_gains, rounding
-from spinquant.rotations.mean_preserving import check_centred
+from spinquant.rotations.mean_preserving import check_mean_preserving
 
 NAMES = ["gpt_neox", "starcoder2", "cohere2", "olmo", "phi3", "gemma", "gemma2"]
 CENTRED = ["gpt_neox", "starcoder2", "cohere2", "olmo"]
@@ -62,7 +62,7 @@ def test_learned_rotations_change_nothing_but_rounding(name):
     learned = learn(model, parse_scheme("A4KV4"), spec_for(plan), tokens(8, 20), tokens(2, 20, seed=5), options)
     assert torch.allclose(logits(model, ids), before, atol=1e-6), "the model's function stays while it is learned for"
     found = {**learned.rotations}
-    check_centred(plan, found)
+    check_mean_preserving(plan, found)
     fresh = tiny(name)
     with Float64Arithmetic():
         rotate(fresh, learned.spec, rotations=found, options=Options(prove=False))
@@ -83,7 +83,7 @@ def test_every_learner_keeps_the_mean(name):
         )
         learned = learn(model, parse_scheme("A3"), spec_for(plan), tokens(8, 20), tokens(2, 20, seed=5), options)
         assert method in learned.record["scores"]
-        check_centred(plan, learned.rotations)
+        check_mean_preserving(plan, learned.rotations)
     options = LearnOptions("local", baselines=1, local=LocalOptions(solver="qr", rows=32))
     with pytest.raises(LearningError, match="mean"):
         learn(model, parse_scheme("A3"), spec_for(plan), tokens(8, 20), tokens(2, 20, seed=5), options)

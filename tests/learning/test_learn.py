@@ -22,7 +22,7 @@ from spinquant import (
 )
 from spinquant.evaluation.equivalence import Float64Arithmetic
 from spinquant.evaluation.metrics import divergence, drawn
-from spinquant.learning.activations import Site, collect
+from spinquant.learning.activations import ActivationSite, collect
 from spinquant.learning.cayley import Descent, cayley, nearer, orthogonality_error
 from spinquant.learning.end_to_end import (
     FROM_LOCAL,
@@ -270,7 +270,7 @@ def peaked(rows, width, seed=0):
 @pytest.mark.parametrize("objective", ["error", "whip", "kurtosis"])
 @pytest.mark.parametrize("solver", ["cayley", "qr"])
 def test_local_learning_lowers_the_error_of_rounding_on_other_rows(solver, objective):
-    sites = [Site("a", "residual", Quantizer(4), peaked(600, 32).float())]
+    sites = [ActivationSite("a", "residual", Quantizer(4), peaked(600, 32).float())]
     other = [replace(sites[0], rows=peaked(2000, 32)[600:].float())]
     start = {"residual": Orthogonal(orthogonal(32, 5))}
     lr = {"cayley": 0.3, "qr": 0.05}[solver]
@@ -289,7 +289,7 @@ def test_local_learning_lowers_the_error_of_rounding_on_other_rows(solver, objec
 
 
 def test_procrustes_never_raises_the_error_it_lowers():
-    sites = [Site("a", "residual", Quantizer(4), peaked(600, 32).float())]
+    sites = [ActivationSite("a", "residual", Quantizer(4), peaked(600, 32).float())]
     losses = []
     options = LocalOptions(solver="procrustes", steps=20)
     start = {"residual": Orthogonal(orthogonal(32, 5))}
@@ -300,7 +300,7 @@ def test_procrustes_never_raises_the_error_it_lowers():
 def test_massive_rows_count_as_much_as_the_user_says():
     rows = peaked(400, 512).float() / 30
     rows[:4, 7] = 3000.0
-    site = Site("a", "residual", Quantizer(4), rows)
+    site = ActivationSite("a", "residual", Quantizer(4), rows)
     assert site.weights("massive", 5.0).tolist()[:6] == [5, 5, 5, 5, 1, 1]
     assert site.weights("uniform", 5.0).unique().tolist() == [1]
 
@@ -528,7 +528,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, optimizer):
 
 @pytest.mark.parametrize("solver", ["cayley", "qr", "procrustes"])
 def test_a_killed_local_run_goes_on_to_the_same_bits(tmp_path, solver):
-    sites = [Site(n, n, Quantizer(4), peaked(200, 32, seed).float()) for n, seed in (("a", 0), ("b", 5))]
+    sites = [ActivationSite(n, n, Quantizer(4), peaked(200, 32, seed).float()) for n, seed in (("a", 0), ("b", 5))]
     start = {name: Orthogonal(orthogonal(32, 5)) for name in "ab"}
     own = {} if solver == "procrustes" else {"lr": 0.1, "batch": 64}
     options = LocalOptions(solver=solver, steps=12, save_every=5, **own)

@@ -120,9 +120,9 @@ def test_a_copy_has_an_attachment_of_its_own():
     attach(model, plan, made, SCHEME)
     ids = tokens()
     before = logits(model, ids)
-    twin = copy.deepcopy(model)
-    attachment_of(twin).remove()
-    assert hooks_of(twin) == 0
+    tiny = copy.deepcopy(model)
+    attachment_of(tiny).remove()
+    assert hooks_of(tiny) == 0
     assert torch.equal(logits(model, ids), before)
 
 

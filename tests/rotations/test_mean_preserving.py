@@ -4,7 +4,12 @@ import torch
 from spinquant.errors import HadamardOrderError, RotationError
 from spinquant.plan import Plan, Space
 from spinquant.rotations.factory import RotationSpec, make_rotation, make_rotations, random_signs
-from spinquant.rotations.mean_preserving import CentredHadamard, CentredRandomHadamard, check_centred, factors_of
+from spinquant.rotations.mean_preserving import (
+    CentredHadamard,
+    CentredRandomHadamard,
+    check_mean_preserving,
+    factors_of,
+)
 from spinquant.rotations.rotation import Hadamard, matrix
 from spinquant.rotations.serialization import restore
 
@@ -93,6 +98,6 @@ def test_seeds_and_half_precision():
 def test_a_rotation_that_moves_the_mean_is_refused_by_name():
     signs = random_signs(16, torch.Generator().manual_seed(0))
     with pytest.raises(RotationError, match=r"mean of the space .residual"):
-        check_centred(plan(16), {"residual": Hadamard(16, signs)})
-    check_centred(plan(16), {"residual": CentredHadamard(16)})
-    check_centred(plan(16), {})
+        check_mean_preserving(plan(16), {"residual": Hadamard(16, signs)})
+    check_mean_preserving(plan(16), {"residual": CentredHadamard(16)})
+    check_mean_preserving(plan(16), {})

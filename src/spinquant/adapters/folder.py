@@ -13,7 +13,7 @@ from spinquant.adapters.base_model import Target, target_of
 from spinquant.adapters.draft_heads import head_kind, rotate_head
 from spinquant.adapters.lora import rotate_lora
 from spinquant.checkpoint.atomic import atomic_folder, check_replaceable
-from spinquant.checkpoint.folder import SINGLE, companions, folder_of, weights_digest
+from spinquant.checkpoint.folder import SINGLE, copied_files, folder_of, weights_digest
 from spinquant.checkpoint.resumable import write_file
 from spinquant.errors import CheckpointError
 
@@ -40,10 +40,10 @@ def rotate_adapter(
     check_replaceable(out, force=force, source=folder)
     check_replaceable(out, force=True, source=rotated)
     with target_of(rotated, model) as target, atomic_folder(out, force=force) as made:
-        return write_along(folder, target, made)
+        return write_adapter(folder, target, made)
 
 
-def write_along(folder: Path, target: Target, out: Path) -> dict[str, Any]:
+def write_adapter(folder: Path, target: Target, out: Path) -> dict[str, Any]:
     """Write what rides along with a target into `out`, an empty folder; what was done, as JSON."""
     if (folder / ADAPTER_CONFIG).is_file():
         kind, about, tensors, metadata = "lora", *_read(folder, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
@@ -63,12 +63,12 @@ def write_along(folder: Path, target: Target, out: Path) -> dict[str, Any]:
     moved = [name for name, tensor in tensors.items() if rotated[name] is not tensor]
     write_file(out / weights, save_bytes({n: t.contiguous() for n, t in rotated.items()}, metadata or None))
     write_file(out / config, (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode())
-    for path in companions(folder):
+    for path in copied_files(folder):
         write_file(out / path, folder / path)
     return {"kind": kind, "source": str(folder), "tensors": len(tensors), "rotated": len(moved)}
 
 
-def read_along(folders: Iterable[str | Path]) -> dict[str, Path]:
+def read_adapters(folders: Iterable[str | Path]) -> dict[str, Path]:
     """Folders of adapters by the name that each gets beside the model, before any work.
 
     Raises CheckpointError for one that does not exist, and for two of one name.
@@ -83,7 +83,7 @@ def read_along(folders: Iterable[str | Path]) -> dict[str, Path]:
     return found
 
 
-def along_digests(folders: Mapping[str, Path]) -> dict[str, str]:
+def adapter_digests(folders: Mapping[str, Path]) -> dict[str, str]:
     """What tells the adapters of one run from those of another."""
     return {name: weights_digest(folder) for name, folder in folders.items()}
 

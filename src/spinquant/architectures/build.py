@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from spinquant.architectures.family import INSIDE, Family, Living, Named, Norm, Part, holds, size_of
+from spinquant.architectures.family import INSIDE, AxisPart, Family, Living, Named, Norm, holds, size_of
 from spinquant.architectures.shared_blocks import owners, with_shared_blocks
 from spinquant.errors import ArchitectureError
 from spinquant.plan import Axis, Experts, Gain, Online, Plan, Scaling, Space, Span, Tie
@@ -128,8 +128,8 @@ class _Build:
     def in_layer(self, living: Living, i: int | None) -> Living:
         """Where an axis lives, of a layer; what layers share lives in the spaces of the first that has it."""
         at = str(self._owners.get(i, i) if i is not None else i)
-        if isinstance(living, Part):
-            return Part(living.space.replace("{i}", at), living.start, living.length, living.period)
+        if isinstance(living, AxisPart):
+            return AxisPart(living.space.replace("{i}", at), living.start, living.length, living.period)
         return living.replace("{i}", at) if living else None
 
     def is_there(self, prefix: str) -> bool:
@@ -258,7 +258,7 @@ class _Build:
         for dim, where in enumerate(living):
             if where is None:
                 continue
-            part = where if isinstance(where, Part) else None
+            part = where if isinstance(where, AxisPart) else None
             space = self.spaces[part.space if part else str(where)]
             span = self._span(name, dim, part) if part else None
             size, length = space.size, span.length if span else shape[dim]
@@ -271,7 +271,7 @@ class _Build:
                 )
             yield Axis(name, dim, space.name, span)
 
-    def _span(self, name: str, dim: int, part: Part) -> Span:
+    def _span(self, name: str, dim: int, part: AxisPart) -> Span:
         length = self.shapes[name][dim]
         period = size_of(self.config, part.period) if part.period else length
         span = Span(size_of(self.config, part.start), size_of(self.config, part.length), period)
@@ -314,7 +314,7 @@ class _Build:
                 where = self.in_layer(living, i)
                 for tensor, dim in ((f"{name}.weight", int(self.family.transposed)), (f"{name}.bias", 0)):
                     if tensor in self.shapes and where is not None:
-                        part = where if isinstance(where, Part) else None
+                        part = where if isinstance(where, AxisPart) else None
                         span = self._span(tensor, dim, part) if part else None
                         writers.setdefault(part.space if part else str(where), {})[tensor, dim, span] = None
         for space, found in writers.items():
@@ -370,4 +370,4 @@ def _space_of(norm: tuple[str, ...] | Norm) -> str:
 
 def _axis_in(living: Sequence[Living], space: str) -> int:
     """The axis that lives in a space."""
-    return [where.space if isinstance(where, Part) else where for where in living].index(space)
+    return [where.space if isinstance(where, AxisPart) else where for where in living].index(space)

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from spinquant.errors import ArchitectureError
-from spinquant.plan import Site
+from spinquant.plan import OnlineSite
 
 
 @dataclass(frozen=True)
-class Part:
+class AxisPart:
     """The part of an axis that lives in a space: `length` elements from `start` in every `period`, else in the axis."""
 
     space: str
@@ -26,7 +26,7 @@ class Part:
     period: str | None = None
 
 
-Living = str | Part | None
+Living = str | AxisPart | None
 
 # Where the axes of a tensor live whose every axis is inside a module: nowhere, however many there are.
 INSIDE: tuple[Living, ...] = ()
@@ -91,7 +91,7 @@ class Family:
     tensors: Mapping[str, tuple[Living, ...]]
     spaces: Mapping[str, tuple[str, str]]
     gains: Mapping[str, tuple[str, ...] | Norm]
-    onlines: Mapping[str, tuple[Site, str]]
+    onlines: Mapping[str, tuple[OnlineSite, str]]
     linears: tuple[tuple[str, ...], ...]
     attention: str
     block: str
@@ -155,7 +155,7 @@ def _mapped(value: Any, renamed: Callable[[str], str], kept: Callable[[str], boo
     if isinstance(value, tuple):
         items = tuple(_mapped(item, renamed, kept) for item in value if not isinstance(item, str) or kept(item))
         return tuple(item for item in items if item != ())  # a group that lost all its members
-    if isinstance(value, Part | Norm | Shared):
+    if isinstance(value, AxisPart | Norm | Shared):
         return replace(value, **{f.name: _mapped(getattr(value, f.name), renamed, kept) for f in fields(value)})
     return value
 

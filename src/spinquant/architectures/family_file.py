@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from spinquant.architectures.family import Family, Living, Norm, Part, Refusal
+from spinquant.architectures.family import AxisPart, Family, Living, Norm, Refusal
 from spinquant.errors import ArchitectureError
-from spinquant.plan import Site
+from spinquant.plan import OnlineSite
 
 RESIDUAL, NOWHERE = "residual", "-"
 VALUE, QUERY_KEY, HIDDEN = (f"layers.{{i}}.{name}" for name in ("value", "query_key", "hidden"))
@@ -71,7 +71,7 @@ class NormEntry(_Part):
 class OnlineEntry(_Part):
     """A module that rotates a space at run time."""
 
-    site: Site
+    site: OnlineSite
     space: Name
 
 
@@ -260,7 +260,7 @@ def _check_whole(family: Family) -> None:
             )
     for name, living in family.tensors.items():
         for where in living:
-            space = where.space if isinstance(where, Part) else where
+            space = where.space if isinstance(where, AxisPart) else where
             if space is not None and space not in family.spaces:
                 raise ArchitectureError(
                     f"family {family.name!r}: tensor {_starred(name)!r} lives in {_starred(space)!r}, expected - or "
@@ -271,13 +271,15 @@ def _check_whole(family: Family) -> None:
         for reader in family.readers(name):
             living = family.tensors.get(f"{reader}.weight", family.tensors.get(f"{reader}.weight?"))
             living = family.tensors.get(reader) if living is None else living
-            if living is None or space not in {where.space if isinstance(where, Part) else where for where in living}:
+            if living is None or space not in {
+                where.space if isinstance(where, AxisPart) else where for where in living
+            }:
                 raise ArchitectureError(
                     f"family {family.name!r}: norm {_starred(name)!r} is read by {_starred(reader)!r}, which has no "
                     f"axis in {_starred(space)!r}"
                 )
     for module, where in family.scaled.items():
-        space = where.space if isinstance(where, Part) else where
+        space = where.space if isinstance(where, AxisPart) else where
         if space not in family.spaces:
             raise ArchitectureError(
                 f"family {family.name!r}: scaled {_starred(module)!r} is of {_starred(str(space))!r}, which is no space"
@@ -306,7 +308,7 @@ def _from_roles(file: FamilyFile) -> Family:
     head = _layered(file.head)
     tensors: dict[str, tuple[Living, ...]] = {f"{name}.weight": (None, RESIDUAL) for name in (*embeddings, head)}
     spaces = {RESIDUAL: ("R1", file.hidden_size)}
-    onlines: dict[str, tuple[Site, str]] = {}
+    onlines: dict[str, tuple[OnlineSite, str]] = {}
     linears: list[tuple[str, ...]] = []
 
     def linear(name: str, rows: Living, columns: Living) -> None:
@@ -314,7 +316,7 @@ def _from_roles(file: FamilyFile) -> Family:
 
     attention = file.attention
     if attention is not None:
-        values = attention.values and Part(
+        values = attention.values and AxisPart(
             VALUE, attention.values.start, attention.values.length, attention.values.period
         )
         rows: Living = VALUE if attention.v is not None else values
@@ -358,7 +360,7 @@ def _starred(name: str) -> str:
 
 def _living(axes: list[str | SpanEntry]) -> tuple[Living, ...]:
     return tuple(
-        Part(_layered(axis.space), axis.start, axis.length, axis.period)
+        AxisPart(_layered(axis.space), axis.start, axis.length, axis.period)
         if isinstance(axis, SpanEntry)
         else None
         if axis == NOWHERE

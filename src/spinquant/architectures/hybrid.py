@@ -5,7 +5,7 @@ convolutions, gates and norms that act element by element: nothing there is rota
 R3 as elsewhere, all layers with an MLP have R4.
 """
 
-from spinquant.architectures.family import INSIDE, Family, Part, Refusal, Shared
+from spinquant.architectures.family import INSIDE, AxisPart, Family, Refusal, Shared
 from spinquant.architectures.llama import ATTENTION, GEMMA, HIDDEN, LAYER, LLAMA, MLP, VALUE
 from spinquant.architectures.moe import EXPERT, GRANITE_MOE, QWEN2_MOE, QWEN3_MOE, SHARED
 
@@ -166,7 +166,7 @@ RECURRENT_GEMMA = with_mixer(
 # through them, so what they hand on lives in that space too.
 _SHARED_BLOCK = f"{LAYER}.shared_transf"
 _BEFORE = tuple(f"{LAYER}.{mamba}" for mamba in ("mamba", "mamba_decoder.mamba"))
-_SIDE_BY_SIDE = Part("residual", "0", "hidden_size", "hidden_size")
+_SIDE_BY_SIDE = AxisPart("residual", "0", "hidden_size", "hidden_size")
 _ATTENTION_INPUTS = tuple(f"{_SHARED_BLOCK}.self_attn.{name}_proj" for name in "qkv")
 
 

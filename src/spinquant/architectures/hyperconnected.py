@@ -8,11 +8,11 @@ Keys are values here, and both turn with the position: what a token gives is tur
 That rules out R2 on values and R3; the queries' latent has a rotation of its own (R2), as in DeepSeek-V3.
 """
 
-from spinquant.architectures.family import Norm, Part, Refusal
+from spinquant.architectures.family import AxisPart, Norm, Refusal
 from spinquant.architectures.llama import ATTENTION, LAYER, MLP, VALUE
 from spinquant.architectures.moe import EXPERTS, MIXTRAL, QUERY_LATENT, with_shared
 
-_STREAMS = Part("residual", "0", "hidden_size", "hidden_size")
+_STREAMS = AxisPart("residual", "0", "hidden_size", "hidden_size")
 _MIXES = tuple(f"{LAYER}.{name}_hc" for name in ("attn", "ffn"))
 _COMPRESSOR = f"{ATTENTION}.compressor"
 _INDEXER = f"{_COMPRESSOR}.indexer"

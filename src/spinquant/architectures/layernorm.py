@@ -8,12 +8,12 @@ place to stand.
 
 from collections.abc import Mapping
 
-from spinquant.architectures.family import Family, Part, Refusal
+from spinquant.architectures.family import AxisPart, Family, Refusal
 from spinquant.architectures.llama import ARCEE, ATTENTION, HIDDEN, LAYER, LLAMA, MLP, VALUE
 
 QUERY_KEY = "layers.{i}.query_key"
 FILLED = {VALUE: ("R2", "hidden_size/num_attention_heads"), QUERY_KEY: ("R3", "hidden_size/num_attention_heads")}
-EVERY_HEAD = Part(VALUE, "2*head_dim", "head_dim", "3*head_dim")
+EVERY_HEAD = AxisPart(VALUE, "2*head_dim", "head_dim", "3*head_dim")
 
 OWN_ATTENTION = Refusal(
     "R3",
@@ -165,7 +165,7 @@ BIOGPT = OPT.like(
 )
 
 
-def _fused(layer: str, attention: str, values: Part, names: Mapping[str, str]) -> Family:
+def _fused(layer: str, attention: str, values: AxisPart, names: Mapping[str, str]) -> Family:
     """A family with q, k and v in one linear, and an MLP without a gate."""
     return ARCEE.like(
         "fused",
@@ -225,7 +225,7 @@ FALCON = FALCON_SEQUENTIAL.like(
     "falcon",
     "falcon",
     without=("post_attention_layernorm",),
-    tensors={f"{_FALCON_QKV}.weight": (Part(VALUE, "hidden_size + head_dim", "head_dim"), "residual")},
+    tensors={f"{_FALCON_QKV}.weight": (AxisPart(VALUE, "hidden_size + head_dim", "head_dim"), "residual")},
     gains={f"{_BLOCK}.input_layernorm.weight": (_FALCON_QKV, _FALCON_MLP)},
     when=("not new_decoder_architecture", "parallel_attn", "multi_query"),
 )
@@ -235,7 +235,7 @@ FALCON_GROUPED = FALCON.like(
     "falcon",
     tensors={
         f"{_FALCON_QKV}.weight": (
-            Part(VALUE, f"{_HEADS_OF_GROUP} + head_dim", "head_dim", f"{_HEADS_OF_GROUP} + 2*head_dim"),
+            AxisPart(VALUE, f"{_HEADS_OF_GROUP} + head_dim", "head_dim", f"{_HEADS_OF_GROUP} + 2*head_dim"),
             "residual",
         )
     },
@@ -276,7 +276,7 @@ BLOOM = FALCON_SEQUENTIAL.like(
 MPT = _fused(
     "transformer.blocks.{i}",
     "attn",
-    Part(VALUE, "2*hidden_size", "hidden_size"),
+    AxisPart(VALUE, "2*hidden_size", "hidden_size"),
     {"qkv": "Wqkv", "out": "out_proj", "up": "up_proj", "down": "down_proj"},
 ).like(
     "mpt",
@@ -314,7 +314,7 @@ _QKV = f"{_BLOCK}.attn.c_attn"
 GPT_BIGCODE_MULTI_QUERY = GPT_BIGCODE.like(
     "gpt_bigcode",
     "gpt_bigcode",
-    tensors={f"{_QKV}.weight": (Part(VALUE, "hidden_size + head_dim", "head_dim"), "residual")},
+    tensors={f"{_QKV}.weight": (AxisPart(VALUE, "hidden_size + head_dim", "head_dim"), "residual")},
     when=("multi_query",),
 )
 # Rows of four groups of heads; in each, queries, then values, then keys.
@@ -324,7 +324,10 @@ CODEGEN = GPTJ.like(
     rename={"q_proj": "qkv_proj"},
     without=("k_proj", "v_proj"),
     tensors={
-        f"{_BLOCK}.attn.qkv_proj.weight": (Part(VALUE, "hidden_size/4", "hidden_size/4", "3*hidden_size/4"), "residual")
+        f"{_BLOCK}.attn.qkv_proj.weight": (
+            AxisPart(VALUE, "hidden_size/4", "hidden_size/4", "3*hidden_size/4"),
+            "residual",
+        )
     },
     ignored=(r"transformer\.h\.\d+\.attn\.causal_mask",),
     heads=4,
@@ -355,7 +358,7 @@ GPT2 = GPT_BIGCODE.like(
     stored=((r"^(wte|wpe|h|ln_f)\.", r"transformer.\1."),),  # the first checkpoints, of the model without its head
     transposed=True,
     tensors={
-        f"{_QKV}.weight": ("residual", Part(VALUE, "2*hidden_size", "hidden_size")),
+        f"{_QKV}.weight": ("residual", AxisPart(VALUE, "2*hidden_size", "hidden_size")),
         f"{_BLOCK}.attn.c_proj.weight": (VALUE, "residual"),
         f"{_BLOCK}.mlp.c_fc.weight": ("residual", None),
         f"{_BLOCK}.mlp.c_proj.weight": (HIDDEN, "residual"),

@@ -6,7 +6,7 @@ commute with a rotation) follow the same table. So does Seed-OSS; Ministral's qu
 is a scalar too.
 """
 
-from spinquant.architectures.family import Family, Part
+from spinquant.architectures.family import AxisPart, Family
 
 LAYER = "model.layers.{i}"
 ATTENTION = f"{LAYER}.self_attn"
@@ -102,7 +102,7 @@ GLM = LLAMA.like(
     "glm",
     rename={"gate_proj": "gate_up_proj"},
     without=("mlp.up_proj",),
-    scaled={f"{MLP}.gate_up_proj": Part(HIDDEN, "intermediate_size", "intermediate_size")},
+    scaled={f"{MLP}.gate_up_proj": AxisPart(HIDDEN, "intermediate_size", "intermediate_size")},
 )
 PHI3 = GLM.like(
     "phi3",
@@ -112,7 +112,7 @@ PHI3 = GLM.like(
     without=("k_proj", "v_proj"),
     tensors={
         f"{ATTENTION}.qkv_proj.weight": (
-            Part(
+            AxisPart(
                 VALUE,
                 "num_attention_heads*head_dim + num_key_value_heads*head_dim",
                 "num_key_value_heads*head_dim",

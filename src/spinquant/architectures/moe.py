@@ -10,7 +10,7 @@ writes, a norm scales and a linear reads: a space of its own. It is what the cac
 which would rotate keys head by head on their way into the cache, has nothing to act on.
 """
 
-from spinquant.architectures.family import Family, Norm, Part, Refusal
+from spinquant.architectures.family import AxisPart, Family, Norm, Refusal
 from spinquant.architectures.layernorm import CLIPPED
 from spinquant.architectures.llama import ATTENTION, HIDDEN, LAYER, LLAMA, MLP, VALUE
 
@@ -63,7 +63,7 @@ def with_shared(
     weighing = f"{path}_gate"
     norm = _NORM if _NORM in family.gains else _INPUT
     # Where one weight has both, the first half of its rows is the gate.
-    factor = {f"{path}.up_proj": SHARED} if gate == "gate_proj" else {f"{path}.{gate}": Part(SHARED, size, size)}
+    factor = {f"{path}.up_proj": SHARED} if gate == "gate_proj" else {f"{path}.{gate}": AxisPart(SHARED, size, size)}
     factor = factor if scaled else {}
     return family.like(
         family.name,
@@ -210,9 +210,9 @@ DEEPSEEK = GLM4_MOE.like(
         f"{ATTENTION}.q_proj.weight": (None, "residual"),
         f"{ATTENTION}.q_a_proj.weight": (QUERY_LATENT, "residual"),
         f"{ATTENTION}.q_b_proj.weight": (None, QUERY_LATENT),
-        f"{ATTENTION}.kv_a_proj_with_mqa.weight": (Part(KEY_VALUE_LATENT, "0", "kv_lora_rank"), "residual"),
+        f"{ATTENTION}.kv_a_proj_with_mqa.weight": (AxisPart(KEY_VALUE_LATENT, "0", "kv_lora_rank"), "residual"),
         f"{ATTENTION}.kv_b_proj.weight": (
-            Part(VALUE, "qk_nope_head_dim", "v_head_dim", "qk_nope_head_dim + v_head_dim"),
+            AxisPart(VALUE, "qk_nope_head_dim", "v_head_dim", "qk_nope_head_dim + v_head_dim"),
             KEY_VALUE_LATENT,
         ),
     },

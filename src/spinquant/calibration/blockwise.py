@@ -17,7 +17,7 @@ from torch import Tensor
 from spinquant.calibration.block_store import BlockStore
 from spinquant.calibration.experts import Calls, Routed, between, routed_calls
 from spinquant.calibration.hidden_states import HiddenStates
-from spinquant.calibration.observers import Work, find_peaks, search_cache_clips, search_input_clips
+from spinquant.calibration.observers import BlockInputs, find_peaks, search_cache_clips, search_input_clips
 from spinquant.calibration.sequential import (
     Home,
     InMemory,
@@ -138,7 +138,7 @@ class _Walk:
 
     def block(self, name: str, finished: "tuple[Mapping[str, Packed], Clips] | None") -> None:
         """Quantize one block, or take over what a run before has found, and move the states through it."""
-        work = Work(self.model, self.plan, self.scheme, self.attachment, name, self.states, self.arguments[name])
+        work = BlockInputs(self.model, self.plan, self.scheme, self.attachment, name, self.states, self.arguments[name])
         with self.home.block(name):
             self.packed = {}
             if finished is not None:
@@ -184,7 +184,7 @@ class _Walk:
             return x
         return fake_quantize(x, site.quantizer)
 
-    def _advance_exact(self, work: Work) -> None:
+    def _advance_exact(self, work: BlockInputs) -> None:
         """Move the exact states through the block, whose weights are still whole."""
         for i, state in enumerate(self.exact or ()):
             assert self.exact is not None
@@ -207,7 +207,7 @@ class _Walk:
         both = ((getattr(self.clips, part), getattr(clips, part)) for part in ("inputs", "keys", "values"))
         self.clips = Clips(*({**old, **new} for old, new in both))
 
-    def _round_block(self, work: Work) -> None:
+    def _round_block(self, work: BlockInputs) -> None:
         groups, stacks, home = work.groups, work.stacks, device_of(work.block)
         if self.scheme.weights is None:
             self._advance_exact(work)

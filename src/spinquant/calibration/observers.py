@@ -27,7 +27,7 @@ CLIP_TOKENS, CLIP_INPUT_SAMPLES, CLIP_CACHE_SAMPLES = 1024, 8, 2
 
 
 @dataclass(frozen=True)
-class Work:
+class BlockInputs:
     """A decoder block whose weights are there: the hidden states it is called with, and the arguments beside them."""
 
     model: Any
@@ -68,7 +68,7 @@ class Work:
         return found, output
 
 
-def find_peaks(work: Work) -> Clips:
+def find_peaks(work: BlockInputs) -> Clips:
     """The ranges of static quantizers: the largest magnitudes on the calibration text."""
     parts, attachment = static_parts(work.scheme), work.attachment
     inputs: dict[str, float] = {}
@@ -104,7 +104,7 @@ def _raise_peak(peaks: dict[str, float], name: str, x: Tensor) -> None:
     peaks[name] = max(peaks.get(name, 0.0), float(x.abs().amax()))
 
 
-def search_input_clips(work: Work) -> Clips:
+def search_input_clips(work: BlockInputs) -> Clips:
     """Clip ratios of activations, one for each group of linears, and for the two products of experts."""
     quantizer, states = work.scheme.activations, work.states
     if quantizer is None or "activations" in static_parts(work.scheme):
@@ -131,7 +131,7 @@ def search_input_clips(work: Work) -> Clips:
     return Clips(ratios, {}, {})
 
 
-def search_cache_clips(work: Work) -> Clips:
+def search_cache_clips(work: BlockInputs) -> Clips:
     """Clip ratios of keys and values, one after the other, that change the output of the attention least."""
     quantizer, states = work.scheme.kv, work.states
     keys: dict[str, float] = {}
@@ -143,7 +143,9 @@ def search_cache_clips(work: Work) -> Clips:
     return Clips({}, keys, values)
 
 
-def _cache_clips(work: Work, attention: str, quantizer: Quantizer, states: Sequence[Tensor]) -> tuple[float, float]:
+def _cache_clips(
+    work: BlockInputs, attention: str, quantizer: Quantizer, states: Sequence[Tensor]
+) -> tuple[float, float]:
     module, site = work.model.get_submodule(attention), work.attachment.keys_values[attention]
     calls = []
     with work.attachment.exact():

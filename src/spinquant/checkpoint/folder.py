@@ -210,7 +210,7 @@ def check_unquantized(config: Any, model: str | Path) -> None:
         )
 
 
-def companions(folder: Path) -> list[Path]:
+def copied_files(folder: Path) -> list[Path]:
     """The files of a folder that are copied, relative to it: no weights, nothing hidden, nothing of ours.
 
     Nor adapters that lie inside, whose weights are those of the model as it was, nor folders that we have made of it.

@@ -14,7 +14,7 @@ from spinquant.cli.learn import learn
 from spinquant.cli.output import err_console
 from spinquant.cli.quantize import EXAMPLES as QUANTIZE_EXAMPLES
 from spinquant.cli.quantize import quantize
-from spinquant.cli.rotate_adapter import EXAMPLES as ALONG_EXAMPLES
+from spinquant.cli.rotate_adapter import EXAMPLES as ADAPTER_EXAMPLES
 from spinquant.cli.rotate_adapter import rotate_adapter
 from spinquant.compute.distributed import is_first
 from spinquant.errors import ProcessError, SpinquantError
@@ -30,7 +30,7 @@ app = typer.Typer(
 INTERRUPTED = 130  # the exit code that typer gives Ctrl-C
 
 
-app.command("rotate-adapter", epilog=ALONG_EXAMPLES)(rotate_adapter)
+app.command("rotate-adapter", epilog=ADAPTER_EXAMPLES)(rotate_adapter)
 app.command(epilog=QUANTIZE_EXAMPLES)(quantize)
 app.command(epilog=LEARN_EXAMPLES)(learn)
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from spinquant.adapters.folder import rotate_adapter as rotate_folder_along
+from spinquant.adapters.folder import rotate_adapter as rotate_adapter_folder
 from spinquant.cli import tables as report
 from spinquant.cli.options import Force, Json, Out
 from spinquant.cli.output import print_result
@@ -31,5 +31,5 @@ def rotate_adapter(
     With `spinquant rotate --also ADAPTER` they are rotated together. Of the model before rotating, only its norms and
     what the adapter needs are read.
     """
-    done = rotate_folder_along(rotated, adapter, out, model=model, force=force)
-    print_result(json_, done, report.along_table({str(out): done}))
+    done = rotate_adapter_folder(rotated, adapter, out, model=model, force=force)
+    print_result(json_, done, report.adapters_table({str(out): done}))

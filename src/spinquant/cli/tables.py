@@ -167,21 +167,21 @@ def result_table(result: Result, out: str) -> Table:
         table.add_row("this model, real tokens", f"{moved}, before quantization" if result.scheme else moved)
     elif "real_tokens" in result.notes:
         table.add_row("this model, real tokens", escape(result.notes["real_tokens"]))
-    for name, done in result.notes.get("along", {}).items():
-        table.add_row(*_along_row(f"adapters/{name}", done))
+    for name, done in result.notes.get("adapters", {}).items():
+        table.add_row(*_adapter_row(f"adapters/{name}", done))
     table.add_row("seed", str(spec.seed))
     return table
 
 
-def along_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
+def adapters_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
     """What was rotated for a model that was rotated before, by folder."""
     table = Table(title=escape(f"wrote {', '.join(found)}"), title_justify="left", show_header=False)
     for out, done in found.items():
-        table.add_row(*_along_row(out, done))
+        table.add_row(*_adapter_row(out, done))
     return table
 
 
-def _along_row(out: str, done: Mapping[str, Any]) -> tuple[str, str]:
+def _adapter_row(out: str, done: Mapping[str, Any]) -> tuple[str, str]:
     return escape(out), escape(f"{done['kind']} of {done['source']}: {done['rotated']} of {done['tensors']} tensors")
 
 

@@ -100,7 +100,7 @@ def run_demo(
     refused = dict(plan.refused)
     possible = tuple(name for name in ROTATION_NAMES if plan.spaces_of(name) and name not in refused)
     spec = RotationSpec(possible, "auto", seed=seed)
-    twin = prove(loaded.config, spec)
+    tiny = prove(loaded.config, spec)
 
     before = _measure(loaded, plan, {}, variants, tokens, _stage(progress, "plain"))
     weight = max(before.weight_kurtosis, key=lambda name: before.weight_kurtosis[name])
@@ -124,7 +124,7 @@ def run_demo(
         scheme=variants[-1][0],
         rotations=_constructions(plan, rotated.rotations),
         rows=tuple(zip((label for label, _ in variants), before.perplexities, after.perplexities, strict=True)),
-        twin=twin,
+        twin=tiny,
         real=rotated.real,
         layer=layer,
         activations=tuple(_activation(readers, *pair, variants[-1][1]) for readers, pair in pairs.items()),

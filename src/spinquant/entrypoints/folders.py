@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spinquant.adapters.folder import read_along
+from spinquant.adapters.folder import read_adapters
 from spinquant.architectures import FamilyLike, make_plan
 from spinquant.architectures.mtp import COUNTS
 from spinquant.calibration.blockwise import Calibration, Method
@@ -138,7 +138,7 @@ def rotate_folder(
             options=options,
             learned=learned,
             checksums=checksums,
-            also=read_along(also),
+            also=read_adapters(also),
             family=family,
         )
         return stream_folder(model, out, request, force=force)

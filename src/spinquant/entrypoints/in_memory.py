@@ -50,7 +50,7 @@ def rotate(
     if rotations is None:
         rotations = make_rotations(plan, spec)
     check_given(plan, spec, rotations)
-    twin = prove(model.config, spec) if options.prove and rotations else None
+    tiny = prove(model.config, spec) if options.prove and rotations else None
     before = None if sample is None or not rotations else snapshot(model, plan, sample)
     install(model, plan, rotations, spec, options=options)
     real = None
@@ -58,7 +58,7 @@ def rotate(
         real = compare(before, model, plan, rotations)
         if not options.allow_inexact:
             check(real, before.logits.dtype, what="this model")
-    return Result(model, plan, spec, rotations, twin=twin, real=real)
+    return Result(model, plan, spec, rotations, twin=tiny, real=real)
 
 
 def install(

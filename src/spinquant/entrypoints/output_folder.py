@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save as save_bytes
 
 from spinquant.architectures import RECORDED
-from spinquant.checkpoint.folder import BESIDE, INDEX, RECORD, ROTATIONS, SINGLE, companions
+from spinquant.checkpoint.folder import BESIDE, INDEX, RECORD, ROTATIONS, SINGLE, copied_files
 from spinquant.checkpoint.reader import Source, fp8_block
 from spinquant.checkpoint.resumable import write_file
 from spinquant.entrypoints.result import Result
@@ -21,7 +21,7 @@ from spinquant.rotations.serialization import to_save
 from spinquant.streaming.shards import Shard
 
 
-def write_companions(source: Source, shards: Sequence[Shard], folder: Path, changes: Mapping[str, Any]) -> None:
+def write_config_and_copies(source: Source, shards: Sequence[Shard], folder: Path, changes: Mapping[str, Any]) -> None:
     """Write all that lies beside the weights: the index, the config with its changes, and copies of everything else."""
     names = {shard.file: shard.layout for shard in shards}
     if list(names) != [SINGLE]:
@@ -38,11 +38,11 @@ def write_companions(source: Source, shards: Sequence[Shard], folder: Path, chan
         changes = {"dtype": str(dtype_of(config)).removeprefix("torch."), **changes}
     _change(config, changes)
     write_file(folder / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
-    for path in companions(source.folder):
+    for path in copied_files(source.folder):
         write_file(folder / path, source.folder / path)
 
 
-def write_beside(result: Result, folder: Path) -> None:
+def write_record(result: Result, folder: Path) -> None:
     """Write the rotations and the record of how the folder came about."""
     write_file(folder / BESIDE / ROTATIONS, save_bytes(to_save(result.rotations)[1]))
     record = json.dumps(result.record(), indent=1, default=dict)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spinquant.adapters.folder import along_digests
+from spinquant.adapters.folder import adapter_digests
 from spinquant.architectures import FamilyLike, recorded_family
 from spinquant.calibration.block_store import BlockStore
 from spinquant.checkpoint.folder import (
@@ -69,7 +69,7 @@ class Request:
             "calibrating": None if self.calibrating is None else asdict(self.calibrating),
             "format": self.format,
             "drop_mtp": self.options.drop_mtp,
-            "also": along_digests(self.also),
+            "also": adapter_digests(self.also),
             "family": recorded_family(config),
         }
 

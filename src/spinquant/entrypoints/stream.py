@@ -14,7 +14,7 @@ from spinquant.checkpoint.folder import check_device, check_unquantized, folder_
 from spinquant.checkpoint.reader import Source, fp8_block
 from spinquant.checkpoint.resumable import Growing, Resumable, read_settings
 from spinquant.compute.distributed import Processes, joined
-from spinquant.entrypoints.output_folder import write_beside, write_companions
+from spinquant.entrypoints.output_folder import write_config_and_copies, write_record
 from spinquant.entrypoints.request import Request
 from spinquant.entrypoints.result import Result
 from spinquant.entrypoints.stream_run import Clock, Run
@@ -97,7 +97,7 @@ def _write(
     if not processes.agree(work is not None and work.published):
         with processes.locked(files.home / "processes"):
             if work:
-                run.take_along(work)  # first: what cannot be rotated should be refused before gigabytes are
+                run.write_adapters(work)  # first: what cannot be rotated should be refused before gigabytes are
             # What is quantized cannot be compared any more; a calibration has compared before it began.
             if work and not run.is_plain and not run.request.calibrating:
                 with clock.phase("compare"):
@@ -114,11 +114,11 @@ def _write(
                     run.note_source(hashes.finish(run.source.files, known))
             processes.meet()
             if work:
-                write_companions(run.source, run.shards, work.data, run.changes)
+                write_config_and_copies(run.source, run.shards, work.data, run.changes)
                 if run.is_plain:
                     with clock.phase("compare"), closing(Source(work.data, load_config(work.data))) as written:
                         run.compare(written)
-                write_beside(run.result, work.data)
+                write_record(run.result, work.data)
             processes.meet()
     if work:
         work.publish()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spinquant.adapters.base_model import Target
-from spinquant.adapters.folder import ADAPTERS, write_along
+from spinquant.adapters.folder import ADAPTERS, write_adapter
 from spinquant.architectures import RECORDED, FamilyLike, make_plan, recorded_family
 from spinquant.architectures.mtp import COUNTS
 from spinquant.calibration.block_store import BlockStore
@@ -37,7 +37,7 @@ from spinquant.formats.native_packing import Finished, NativePacking
 from spinquant.quantization.scheme import Clips, Scheme
 from spinquant.quantization.targets import check_fits, parts_tied
 from spinquant.rotations.factory import make_rotations
-from spinquant.rotations.mean_preserving import check_centred
+from spinquant.rotations.mean_preserving import check_mean_preserving
 from spinquant.rotations.wrappers import check_given, in_precision, online_part
 from spinquant.streaming.calibrate import calibrate_on_disk
 from spinquant.streaming.compare import compare_on_disk
@@ -88,7 +88,7 @@ class Run:
         scheme, learned = request.scheme, request.learned
         rotations = make_rotations(plan, request.spec) if learned is None else learned.rotations
         check_given(plan, request.spec, rotations)
-        check_centred(plan, rotations)
+        check_mean_preserving(plan, rotations)
         if scheme is not None:
             check_fits(plan, source.shapes, scheme)
             if request.format == "compressed-tensors":
@@ -199,14 +199,14 @@ class Run:
         about = {"text": name, "samples": tokens.shape[0], "length": tokens.shape[1]}
         return {"fingerprint": store.fingerprint, "clips": clips.to_dict(), "text": about}
 
-    def take_along(self, work: Resumable) -> None:
+    def write_adapters(self, work: Resumable) -> None:
         """Write the adapters and heads that ride along, rotated."""
         change, found = self.change, {}
         target = Target(str(work.out), self.config, self.source, change.plan, change.rotations)
         for name, folder in self.request.also.items():
-            found[name] = write_along(folder, target, work.data / ADAPTERS / name)
+            found[name] = write_adapter(folder, target, work.data / ADAPTERS / name)
         if found:
-            self.result = replace(self.result, notes={**self.result.notes, "along": found})
+            self.result = replace(self.result, notes={**self.result.notes, "adapters": found})
 
     def compare(self, after: Weights) -> None:
         """Compare the logits of real tokens before and after, where the blocks of the model can be filled from disk."""

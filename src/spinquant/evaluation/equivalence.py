@@ -1,6 +1,6 @@
 """Proof that rotating changed nothing, before real weights are touched and after.
 
-Before: the plan is tried on a *twin*, the same model class from the same config shrunk to a few layers and small
+Before: the plan is tried on a *tiny model*, the same model class from the same config shrunk to a few layers and small
 sizes, in float64, with random weights, non-zero biases and non-unit gains. Its logits, and those of greedy
 generation through a KV cache, must not move by more than rounding. After: real tokens go through the real model
 before and after it is fused, and the logits must agree to what the dtype allows. When they do not, the first module
@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from spinquant.architectures import FamilyLike, use_family
 from spinquant.errors import ProofError
-from spinquant.evaluation.tiny_model import TWIN_VOCABULARY, make_twin, twin_spec
+from spinquant.evaluation.tiny_model import TWIN_VOCABULARY, make_tiny_model, tiny_spec
 from spinquant.models.capture import captured, device_of
 from spinquant.online.hooks import attach
 from spinquant.plan import Axis, Plan
@@ -192,27 +192,27 @@ def prove(
     planner: Planner | None = None,
     family: FamilyLike | None = None,
 ) -> Deviation:
-    """Try the rotations of a spec on the twin of a config; or a plan and rotations, as `planner(twin)` gives them.
+    """Try the rotations of a spec on the tiny model of a config; or what `planner(tiny)` gives.
 
     family: a family file that explains the config, see `use_family`. Raises ProofError, naming the first module that
     departs, when logits (whole sequences, or token by token through a KV cache) move by more than float64 rounding.
     """
     use_family(config, family)
     with Float64Arithmetic(), torch.random.fork_rng(devices=[]):  # a model's initialisation draws from the global state
-        twin = make_twin(config, seed=seed)
+        tiny = make_tiny_model(config, seed=seed)
         if planner is None:
-            plan = plan_of(twin)
-            rotations = make_rotations(plan, twin_spec(spec))
+            plan = plan_of(tiny)
+            rotations = make_rotations(plan, tiny_spec(spec))
         else:
-            plan, rotations = planner(twin)
+            plan, rotations = planner(tiny)
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(0, TWIN_VOCABULARY - 1, (2, 12), generator=generator)
-        before, generated = snapshot(twin, plan, tokens), greedy_logits(twin, tokens)
-        fuse_module(twin, plan, rotations)
-        with attach(twin, plan, rotations):
-            deviation = compare(before, twin, plan, rotations)
+        before, generated = snapshot(tiny, plan, tokens), greedy_logits(tiny, tokens)
+        fuse_module(tiny, plan, rotations)
+        with attach(tiny, plan, rotations):
+            deviation = compare(before, tiny, plan, rotations)
             check(deviation, torch.float64, what="a small model of this architecture (before touching yours)")
-            cached = difference(generated, greedy_logits(twin, tokens))
+            cached = difference(generated, greedy_logits(tiny, tokens))
             check(cached, torch.float64, what="generation through a KV cache in a small model of this architecture")
     return deviation if deviation.relative > cached.relative else cached
 

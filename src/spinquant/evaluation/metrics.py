@@ -69,23 +69,23 @@ def evaluate(
     """
     _check_windows(windows)
     start = time.perf_counter()
-    nll = kl = agree = reference_nll = 0.0
+    total = kl = agree = reference_nll = 0.0
     for done, window in enumerate(windows):
         logits = _logits(model, window)[:-1]
         targets = window[1:].to(logits.device)
         others = None if reference is None else _logits(reference, window)[:-1].to(logits.device)
         if others is not None:
             _check_vocabularies(others, logits)
-        nll += surprise(logits, targets)
+        total += nll(logits, targets)
         if others is not None:
-            reference_nll += surprise(others, targets)
+            reference_nll += nll(others, targets)
             kl += divergence(others, logits)
             agree += (others.argmax(-1) == logits.argmax(-1)).sum().item()
         if progress:
             progress(done + 1, len(windows))
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     return Evaluation(
-        perplexity=perplexity_of(nll / tokens),
+        perplexity=perplexity_of(total / tokens),
         tokens=tokens,
         seconds=time.perf_counter() - start,
         kl=kl / tokens if reference is not None else None,
@@ -133,7 +133,7 @@ def compare_models(
     )
 
 
-def surprise(logits: Tensor, targets: Tensor) -> float:
+def nll(logits: Tensor, targets: Tensor) -> float:
     """Negative log-likelihood of the targets, (tokens,), in nats, summed; logits are (tokens, vocabulary)."""
     parts = zip(logits.split(SLICE), targets.split(SLICE), strict=True)
     return -sum(wide(x).log_softmax(-1).gather(-1, t.unsqueeze(-1)).sum().item() for x, t in parts)

@@ -1,7 +1,7 @@
 """Twins: the same model class from the same config, with a few small layers, in float64, with random weights.
 
-A twin has biases that are not zero and gains that are not one, so that what a plan forgets shows. `proof.py` tries
-plans on twins, `probing` looks into them.
+Its biases are not zero and its gains are not one, so that what a plan forgets shows. `equivalence.py` tries
+plans on tiny_models, `probing` looks into them.
 """
 
 import copy
@@ -20,7 +20,7 @@ from spinquant.rotations.factory import RotationSpec
 
 TWIN_HIDDEN, TWIN_INTERMEDIATE, TWIN_VOCABULARY, TWIN_BLOCK = 48, 80, 96, 16
 INTERMEDIATES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
-# What else a twin has less of; a config that has less already keeps it.
+# What else a tiny model has less of; a config that has less already keeps it.
 TWIN_SIZES = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "decoder_sparse_step"), 2),
@@ -68,7 +68,7 @@ class Sizing:
     intermediate: int = TWIN_INTERMEDIATE
 
 
-def twin_config(config: Any, sizing: Sizing | None = None) -> Any:
+def tiny_config(config: Any, sizing: Sizing | None = None) -> Any:
     """The same config with few small layers: one of every kind that the original has (more where it takes more for a
     block to be shared), at least two.
 
@@ -79,13 +79,13 @@ def twin_config(config: Any, sizing: Sizing | None = None) -> Any:
         sizing = Sizing(family.filled, family.heads, family.names) if family else Sizing()
         if family and family.shared:  # so that layers do share a block
             sizing = replace(sizing, each=size_of(config, family.shared.blocks) + 1)
-    return _twin(config, sizing)
+    return _tiny(config, sizing)
 
 
-def _twin(config: Any, sizing: Sizing) -> Any:
+def _tiny(config: Any, sizing: Sizing) -> Any:
     text = config.get_text_config()
     if text is not config:
-        return _twin_with_vision(config, _twin(text, sizing))
+        return _tiny_with_vision(config, _tiny(text, sizing))
     data, original, names = copy.deepcopy(config.to_dict()), config, sizing.names
     config = Named(config, names)
     layers = config.num_hidden_layers
@@ -130,7 +130,7 @@ def _twin(config: Any, sizing: Sizing) -> Any:
     return _made(original, data)
 
 
-def _twin_with_vision(config: Any, text: Any) -> Any:
+def _tiny_with_vision(config: Any, text: Any) -> Any:
     """The config with a small language part, and as little as it takes to write to it of what sees."""
     data = copy.deepcopy(config.to_dict())
     data["text_config"] = text.to_dict()
@@ -177,12 +177,12 @@ def _small_heads(config: Any, sizing: Sizing) -> dict[str, int]:
     return {**found, **own, "hidden_size": heads * head_dim // sizing.filled}
 
 
-def make_twin(
+def make_tiny_model(
     config: Any, *, seed: int = 0, attn_implementation: str | None = None, sizing: Sizing | None = None
 ) -> nn.Module:
-    """A float64 model of `twin_config` with random weights, non-zero biases and non-unit gains."""
+    """A float64 model of `tiny_config` with random weights, non-zero biases and non-unit gains."""
     model = model_class(config).from_config(
-        twin_config(config, sizing), dtype=torch.float64, attn_implementation=attn_implementation
+        tiny_config(config, sizing), dtype=torch.float64, attn_implementation=attn_implementation
     )
     exact_experts(model)
     generator = torch.Generator().manual_seed(seed)
@@ -203,7 +203,7 @@ def exact_experts(model: Any) -> None:
         model.set_experts_implementation("batched_mm")
 
 
-def twin_spec(spec: RotationSpec) -> RotationSpec:
-    """The spec for a twin, which keeps the head's size: R2 and R3 as they are, R1 and R4 with blocks that fit."""
+def tiny_spec(spec: RotationSpec) -> RotationSpec:
+    """The spec for a tiny model, which keeps the head's size: R2 and R3 as they are, R1 and R4 with blocks that fit."""
     blocks = {name: block for name in spec.rotations if (block := spec.block_of(name)) is not None}
     return replace(spec, block_size={name: b if name in ("R2", "R3") else TWIN_BLOCK for name, b in blocks.items()})

@@ -179,7 +179,7 @@ def quantization_config(
     from compressed_tensors import __version__
     from compressed_tensors.quantization import QuantizationConfig
 
-    transforms = transform_config(plan, rotations)
+    transforms = compressed_transform_config(plan, rotations)
     if scheme.weights is None:
         described.targets = []  # a group of nothing: without any, transformers would not look at the status below
     made = QuantizationConfig(
@@ -195,7 +195,7 @@ def quantization_config(
     return {**made, "version": __version__}
 
 
-def transform_config(plan: Plan, rotations: Mapping[str, Rotation]) -> dict[str, Any]:
+def compressed_transform_config(plan: Plan, rotations: Mapping[str, Rotation]) -> dict[str, Any]:
     """The `transform_config` of the online rotations; its `config_groups` are empty where there are none."""
     from compressed_tensors.transform import TransformConfig
 

@@ -24,7 +24,7 @@ MASSIVE = 20.0  # a row whose largest number is so many times its root mean squa
 
 
 @dataclass(frozen=True)
-class Site:
+class ActivationSite:
     """Rows, (rows, width), that live in a space and are rounded by a quantizer; width a multiple of the space's size.
 
     name: the linear that reads the activation, the tensor of experts that does, or the attention's keys or values.
@@ -57,7 +57,7 @@ def collect(
     generator: torch.Generator,
     device: str | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> list[Site]:
+) -> list[ActivationSite]:
     """About `rows` rows of every site whose space is among `spaces`, from tokens, int64 (samples, length).
 
     Nothing is rounded meanwhile; gains must be fused. One decoder block at a time is on `device`.
@@ -86,7 +86,7 @@ def collect(
     finally:
         attachment.remove()
     return [
-        Site(name, space.name, quantizer, torch.cat(sampling.rows[name]))
+        ActivationSite(name, space.name, quantizer, torch.cat(sampling.rows[name]))
         for name, (space, quantizer) in wanted.items()
         if name in sampling.rows
     ]

@@ -21,7 +21,7 @@ from spinquant.evaluation.metrics import wide
 from spinquant.learning.cayley import OPTIMIZERS, Descent, Optimizer, orthogonality_error
 from spinquant.learning.fake_quant import checkpointed, learning_scheme, rounding
 from spinquant.learning.layerwise import check_numbers, cosine
-from spinquant.learning.sensitivity import surprise_of_own
+from spinquant.learning.sensitivity import nll_of_own
 from spinquant.learning.training_state import StateFile
 from spinquant.models.capture import device_of
 from spinquant.online.hooks import Attachment
@@ -211,7 +211,7 @@ def _gradients(
     size = options.micro_batch or len(own)
     for first, part in zip(range(0, len(own), size), own.split(size), strict=True):
         if tally is not None:
-            surprise_of_own(model, part, labels[first : first + size]).backward()
+            nll_of_own(model, part, labels[first : first + size]).backward()
             total += tally.take() / rows.numel()
         else:
             loss = _loss(model, attachment, part, options) * (len(part) / len(rows))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from spinquant.errors import LearningError
-from spinquant.learning.activations import WEIGHTINGS, Site, Weighting
+from spinquant.learning.activations import WEIGHTINGS, ActivationSite, Weighting
 from spinquant.learning.cayley import OPTIMIZERS, Descent, Optimizer
 from spinquant.learning.objectives import OBJECTIVES, Objective, row_loss
 from spinquant.learning.training_state import StateFile
@@ -95,7 +95,7 @@ Report = Callable[[str, int, float], None]
 
 
 def learn_locally(
-    sites: Sequence[Site],
+    sites: Sequence[ActivationSite],
     rotations: Mapping[str, Rotation],
     options: LocalOptions,
     *,
@@ -145,7 +145,7 @@ def learn_locally(
 
 
 @torch.no_grad()
-def rounding_errors(sites: Sequence[Site], rotations: Mapping[str, Rotation]) -> dict[str, float]:
+def rounding_errors(sites: Sequence[ActivationSite], rotations: Mapping[str, Rotation]) -> dict[str, float]:
     """||Q(x R) - x R||^2 / ||x||^2 of every site, by name: what the scheme's rounding really costs there."""
     errors = {}
     for site in sites:
@@ -159,7 +159,11 @@ def _rotated(x: Tensor, r: Tensor) -> Tensor:
 
 
 def _loss(
-    sites: Sequence[Site], r: Tensor, options: LocalOptions, generator: torch.Generator, weights: Mapping[str, Tensor]
+    sites: Sequence[ActivationSite],
+    r: Tensor,
+    options: LocalOptions,
+    generator: torch.Generator,
+    weights: Mapping[str, Tensor],
 ) -> Tensor:
     """Mean over sites, by their shares, of the weighted mean over a batch of rows."""
     total = torch.zeros((), dtype=r.dtype, device=r.device)
@@ -181,7 +185,7 @@ class _Cayley:
         return self.descent.matrices["r"]
 
     def step(
-        self, sites: Sequence[Site], weights: Mapping[str, Tensor], number: int, generator: torch.Generator
+        self, sites: Sequence[ActivationSite], weights: Mapping[str, Tensor], number: int, generator: torch.Generator
     ) -> float:
         r = self.rotation()
         leaf = r.clone().requires_grad_()
@@ -210,7 +214,7 @@ class _QR:
         return q * triangle.diagonal().sign()
 
     def step(
-        self, sites: Sequence[Site], weights: Mapping[str, Tensor], number: int, generator: torch.Generator
+        self, sites: Sequence[ActivationSite], weights: Mapping[str, Tensor], number: int, generator: torch.Generator
     ) -> float:
         z = self.z.clone().requires_grad_()
         loss = _loss(sites, self.rotation(z), self.options, generator, weights)
@@ -237,7 +241,7 @@ class _Procrustes:
 
     @torch.no_grad()
     def step(
-        self, sites: Sequence[Site], weights: Mapping[str, Tensor], number: int, generator: torch.Generator
+        self, sites: Sequence[ActivationSite], weights: Mapping[str, Tensor], number: int, generator: torch.Generator
     ) -> float:
         r, product, total = self.r, torch.zeros_like(self.r), 0.0
         for site in sites:

@@ -21,7 +21,7 @@ from torch import Tensor
 from spinquant.architectures import FamilyLike
 from spinquant.compute.hashing import digest
 from spinquant.errors import LearningError
-from spinquant.learning.activations import Site, collect
+from spinquant.learning.activations import ActivationSite, collect
 from spinquant.learning.channel_scaling import Sums, add_up, scale_sums, watches
 from spinquant.learning.end_to_end import FROM_LOCAL, Step, learn_end_to_end
 from spinquant.learning.fake_quant import fuse_gains, learning_scheme, shard_blocks
@@ -102,7 +102,7 @@ def learn(
     sampled = scheme.activations is not None or scheme.kv is not None
     local_too = options.method in ("local", "local+end-to-end", "auto") and sampled
     sums = scale_sums(plan, begin, rounds) if options.scaling and not contest.scales else {}
-    sites: list[Site] | None = None
+    sites: list[ActivationSite] | None = None
     if sums and local_too and options.differentiates and not set(sums) & set(_sampled(plan, names, options, spec)):
         # What scales change is not among the rows, so one pass through the model serves both.
         with _timed(clock, "local"):
@@ -212,7 +212,7 @@ def _collect(
     spec: RotationSpec,
     watch: Watch,
     sums: Mapping[str, Sums] | None = None,
-) -> list[Site]:
+) -> list[ActivationSite]:
     """Rows to learn from. sums: what is added up on the way, where gradients are taken."""
     spaces = _sampled(plan, names, options, spec)
     given: dict[str, Any] = {"rows": options.local.rows, "generator": generator_for(options.seed, "rows")}
@@ -226,7 +226,7 @@ def _collect(
 
 def _seen(
     model: Any, plan: Plan, names: Mapping[str, str], scheme: Scheme, tokens: Tensor, options: LearnOptions
-) -> list[Site]:
+) -> list[ActivationSite]:
     """A few rows of all that was learned, for errors of rounding before and after."""
     generator = generator_for(options.seed, "seen")
     return collect(model, plan, list(names), scheme, tokens[:SEEN_SAMPLES], rows=SEEN_ROWS, generator=generator)
@@ -241,7 +241,7 @@ def _sampled(plan: Plan, names: Mapping[str, str], options: LearnOptions, spec: 
 def _with_signs(
     plan: Plan,
     rotations: Mapping[str, Rotation],
-    sites: Sequence[Site],
+    sites: Sequence[ActivationSite],
     options: LearnOptions,
     names: Mapping[str, str],
 ) -> Mapping[str, Rotation]:

@@ -5,7 +5,7 @@
 A Cayley map of a skew A is orthogonal whatever A is, so any optimizer keeps R orthogonal, without a retraction. The
 matrix I + A/2 is normal with eigenvalues 1 + i t, hence well conditioned as long as A is of moderate size.
 
-Weights stay as they were, frozen, under a parametrization that calls `fuse.transform`; `unlearn` takes it all off
+Weights stay as they were, frozen, under a parametrization that calls `fuse.transform`; `end_training` takes it all off
 again, and what was learned is then fused by `fuse_module` as any other rotation is.
 """
 
@@ -100,7 +100,7 @@ class _Rotated(nn.Module):
 
 
 @dataclass(frozen=True)
-class Learning:
+class Trainable:
     """A model whose rotations are being learned, and what is needed to undo that.
 
     rotations: as they are now, by space. norms: the weights of fused norms, by name. trained: names of the parameters
@@ -115,7 +115,7 @@ class Learning:
     save: Any
 
 
-def learn(
+def begin_training(
     model: Any,
     plan: Plan,
     rotations: Mapping[str, Rotation],
@@ -123,12 +123,12 @@ def learn(
     *,
     online: Mapping[str, Rotation],
     precision: torch.dtype,
-) -> Learning:
+) -> Trainable:
     """Rotate a model so that the rotations of the spaces in `names` are trainable parameters of it.
 
     names: by space, what the rotation is called in the model's module `spinquant_learned`. online: what fixed rotations
     are at run time. precision: of the learned rotations and the arithmetic. The model's own parameters are frozen, and
-    saving it is refused, until `unlearn`.
+    saving it is refused, until `end_training`.
     """
     check_in_memory(model)
     if "residual" in rotations:
@@ -160,11 +160,11 @@ def learn(
         attachment.hook(before_forward(model, rotation.module.forget))
     save = model.__dict__.get("save_pretrained")
     model.save_pretrained = _refuse_saving
-    return Learning(model, plan, current, norms, trained, save)
+    return Trainable(model, plan, current, norms, trained, save)
 
 
 @torch.no_grad()
-def unlearn(learning: Learning) -> dict[str, Rotation]:
+def end_training(learning: Trainable) -> dict[str, Rotation]:
     """Give the model its own weights back, and return the rotations as they are now, by space."""
     model = learning.model
     found: dict[int, Rotation] = {}

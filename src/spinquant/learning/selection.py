@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spinquant.evaluation.metrics import divergence, perplexity_of, surprise
+from spinquant.evaluation.metrics import divergence, nll, perplexity_of
 from spinquant.learning.channel_scaling import fuse_scales, unscale
 from spinquant.learning.fake_quant import rounding
 from spinquant.learning.training_state import JudgedFile
@@ -146,12 +146,12 @@ def judge(
         row = window.unsqueeze(0).to(device_of(model))
         targets = row[0, 1:]
         exact = _predictions(model, row)
-        sums["16-bit"][1] += surprise(exact, targets)
+        sums["16-bit"][1] += nll(exact, targets)
         for name, candidate in candidates.items():
             with rounding(model, plan, candidate.rotations, candidate.scheme(scheme)):
                 found = _predictions(model, row)
             sums[name][0] += divergence(exact, found)
-            sums[name][1] += surprise(found, targets)
+            sums[name][1] += nll(found, targets)
         if progress:
             progress(done + 1, len(windows))
     tokens = windows.shape[0] * (windows.shape[1] - 1)

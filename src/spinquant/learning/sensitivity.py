@@ -26,7 +26,7 @@ from torch import Tensor
 
 from spinquant.errors import LearningError
 from spinquant.evaluation.metrics import drawn, wide
-from spinquant.learning.activations import Site, quantized_spaces
+from spinquant.learning.activations import ActivationSite, quantized_spaces
 from spinquant.learning.fake_quant import checkpointed
 from spinquant.models.capture import device_of
 from spinquant.online.hooks import Attachment, attach
@@ -48,12 +48,12 @@ def sensitive_sites(
     checkpointing: bool = False,
     beside: Mapping[str, Callable[[Tensor], None]] | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> list[Site]:
+) -> list[ActivationSite]:
     """About `rows` rows of every site whose space is among `spaces`, drawn by what they count, from tokens, int64
     (samples, length).
 
-    Gains must be fused. beside: further inputs of linears to be watched. Site.share is the KL per token, in nats, that
-    a relative error of one would cost. Raises LearningError for gradients that are not finite.
+    Gains must be fused. beside: further inputs of linears to be watched. ActivationSite.share is the KL per token, in
+    nats, that a relative error of one would cost. Raises LearningError for gradients that are not finite.
     """
     wanted = quantized_spaces(plan, spaces, scheme)
     attachment = attach(model, plan, {}, scheme, around=True)
@@ -67,7 +67,9 @@ def sensitive_sites(
     finally:
         attachment.remove()
     return [
-        Site(name, space.name, quantizer, torch.cat(drawn.rows[name]), 0.5 * drawn.mass[name] / tokens.numel())
+        ActivationSite(
+            name, space.name, quantizer, torch.cat(drawn.rows[name]), 0.5 * drawn.mass[name] / tokens.numel()
+        )
         for name, (space, quantizer) in wanted.items()
         if name in drawn.rows
     ]
@@ -90,7 +92,7 @@ def own_predictions(
     try:
         with checkpointed(model, plan, checkpointing):
             for done, row in enumerate(tokens.split(1)):
-                surprise_of_own(model, row.to(device_of(model)), [generator]).backward()
+                nll_of_own(model, row.to(device_of(model)), [generator]).backward()
                 if progress:
                     progress(done + 1, len(tokens))
     finally:
@@ -99,7 +101,7 @@ def own_predictions(
             parameter.requires_grad_(True)
 
 
-def surprise_of_own(model: Any, rows: Tensor, labels: Sequence[torch.Generator]) -> Tensor:
+def nll_of_own(model: Any, rows: Tensor, labels: Sequence[torch.Generator]) -> Tensor:
     """-log p(y) of labels y drawn from the model's own predictions, of all tokens of rows, (batch, length), together.
 
     labels: what those of a row are drawn with.
@@ -165,7 +167,7 @@ def _watch(attachment: Attachment, wanted: Mapping[str, Any], drawn: _Drawn) -> 
 
 
 @torch.no_grad()
-def predicted_kl(sites: Sequence[Site], rotations: Mapping[str, Rotation]) -> dict[str, float]:
+def predicted_kl(sites: Sequence[ActivationSite], rotations: Mapping[str, Rotation]) -> dict[str, float]:
     """The estimate for every site, by name, in nats per token: of its rows as they are really rounded."""
     found = {}
     for site in sites:

@@ -53,7 +53,7 @@ def captured(
 
 
 @dataclass
-class Call:
+class CapturedCall:
     """The arguments of a module's last call, as its caller gave them."""
 
     args: tuple[Any, ...] = ()
@@ -81,9 +81,9 @@ def watched_calls(
 
 
 @contextmanager
-def captured_call(module: nn.Module) -> Iterator[Call]:
+def captured_call(module: nn.Module) -> Iterator[CapturedCall]:
     """Within the block, how the module was called last, before other hooks changed anything."""
-    call = Call()
+    call = CapturedCall()
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call.args, call.kwargs = args, dict(kwargs)

@@ -20,9 +20,9 @@ from torch import nn
 from spinquant.entrypoints.in_memory import install
 from spinquant.entrypoints.result import Options, Result
 from spinquant.errors import RotationError
-from spinquant.learning.parametrization import Learning, learn, unlearn
+from spinquant.learning.parametrization import Trainable, begin_training, end_training
 from spinquant.modifiers.mappings import NormMapping, SpinQuantMapping
-from spinquant.modifiers.resolve import Wanted, Work, prepare
+from spinquant.modifiers.resolve import ModifierRequest, Resolved, prepare
 from spinquant.modifiers.transform_config import TorchDtype, TransformConfig, TransformType
 from spinquant.online.hooks import ATTENTIONS
 from spinquant.plan import Plan, parse_rotation_names
@@ -71,8 +71,8 @@ class SpinQuantModifier(BaseModel):
     transform_config: TransformConfig | None = Field(default=None, repr=False)
     seed: int = 0
 
-    _work: Work | None = PrivateAttr(None)
-    _learning: Learning | None = PrivateAttr(None)
+    _work: Resolved | None = PrivateAttr(None)
+    _learning: Trainable | None = PrivateAttr(None)
     _done: bool = PrivateAttr(False)
     _result: Result | None = PrivateAttr(None)
 
@@ -169,7 +169,7 @@ class SpinQuantModifier(BaseModel):
         # compressed-tensors looks the function up in transformers' list, where eager is not.
         attentions = [name for name in ATTENTIONS if not (name == "eager" and _in_llm_compressor(state))]
         given = (self.mappings, self.norm_mappings, self.transform_config)
-        wanted = Wanted(self._spec(), self.learnable, self.precision, *given, attentions=attentions)
+        wanted = ModifierRequest(self._spec(), self.learnable, self.precision, *given, attentions=attentions)
         work = prepare(_model_of(state), wanted)
         self._work, self.mappings, self.norm_mappings = work, work.mappings, work.norm_mappings
         self.transform_config = work.config
@@ -190,7 +190,7 @@ class SpinQuantModifier(BaseModel):
 
                 check_in_place(model)
             online, dtype = work.online(), self.precision
-            self._learning = learn(model, work.plan, work.rotations, learned, online=online, precision=dtype)
+            self._learning = begin_training(model, work.plan, work.rotations, learned, online=online, precision=dtype)
         else:
             self._install(state, model, work)
         self._done = self.started_ = True
@@ -221,7 +221,7 @@ class SpinQuantModifier(BaseModel):
         if not self._done:
             raise RotationError("finalized before it was started: the model is not rotated. Call on_start first")
         if self._learning is not None:
-            learned, self._learning = unlearn(self._learning), None
+            learned, self._learning = end_training(self._learning), None
             self._install(state, _model_of(state), replace(self._ready(), rotations=learned))
         return True
 
@@ -259,12 +259,12 @@ class SpinQuantModifier(BaseModel):
             tuple(self.rotations), self.transform_type, self.transform_block_size, self.randomize, self.seed
         )
 
-    def _ready(self) -> Work:
+    def _ready(self) -> Resolved:
         if self._work is None:
             raise RotationError("this modifier has no model yet: call initialize or on_initialize first")
         return self._work
 
-    def _install(self, state: Any, model: Any, work: Work) -> None:
+    def _install(self, state: Any, model: Any, work: Resolved) -> None:
         if _in_llm_compressor(state):
             from spinquant.modifiers.compressed_transforms import install_compressed
 

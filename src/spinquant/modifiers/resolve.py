@@ -1,7 +1,7 @@
 """What a modifier is going to do to a model: found, checked and proved before anything is changed.
 
 The plan is the table's, or what mappings make of it, or what complete mappings say where no table knows the model;
-the rotations are those of a spec, or what a transform config says. Either way a twin tries it first.
+the rotations are those of a spec, or what a transform config says. Either way a tiny model tries it first.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ import torch
 
 from spinquant.errors import ArchitectureError
 from spinquant.evaluation.equivalence import Deviation, prove
-from spinquant.evaluation.tiny_model import TWIN_BLOCK, twin_spec
+from spinquant.evaluation.tiny_model import TWIN_BLOCK, tiny_spec
 from spinquant.formats.native import check_fresh
 from spinquant.models.modules import check_in_memory
 from spinquant.modifiers.mapping_plan import held_against, plan_from_mappings
@@ -34,7 +34,7 @@ from spinquant.rotations.wrappers import InPrecision
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ModifierRequest:
     """What a user asks for. config: in place of the spec, `learnable` and `precision`; mappings: None to infer them.
 
     attentions: implementations under which R3 can run.
@@ -50,7 +50,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Work:
+class Resolved:
     """What a modifier is going to do to a model, found and proved before anything is changed.
 
     config: the groups of transforms. group_of: the group that the rotation of a space belongs to. mappings and
@@ -85,7 +85,7 @@ class Work:
         return found
 
 
-def prepare(model: Any, wanted: Wanted) -> Work:
+def prepare(model: Any, wanted: ModifierRequest) -> Resolved:
     """Find a plan and rotations for a model, and prove them; the model is not changed.
 
     Raises ArchitectureError for a model that neither a table nor complete mappings explain, RotationError for mappings
@@ -115,16 +115,16 @@ def prepare(model: Any, wanted: Wanted) -> Work:
     if any(online.site == "query_key" and online.space in rotations for online in plan.onlines):
         check_implementation(model.config._attn_implementation, wanted.attentions)
 
-    def try_out(twin: Any) -> tuple[Plan, Mapping[str, Rotation]]:
+    def try_out(tiny: Any) -> tuple[Plan, Mapping[str, Rotation]]:
         small = wanted.config and _small(wanted.config)
-        return _rotations(twin, plan_from_mappings(twin, mapping, norms), small, twin_spec(spec))[:2]
+        return _rotations(tiny, plan_from_mappings(tiny, mapping, norms), small, tiny_spec(spec))[:2]
 
     touched = {plan.space[space].rotation for space in rotations}
     proved = RotationSpec(tuple(name for name in ROTATION_NAMES if name in touched), "auto", seed=spec.seed)
     # A mapping has been held against the table, where there is one: the table is what has to be proved.
     planner = try_out if table is None else None
-    twin = prove(model.config, proved, planner=planner) if proved.rotations or (planner and rotations) else None
-    return Work(plan, rotations, config, group_of, mapping, norms, twin)
+    tiny = prove(model.config, proved, planner=planner) if proved.rotations or (planner and rotations) else None
+    return Resolved(plan, rotations, config, group_of, mapping, norms, tiny)
 
 
 def _rotations(
@@ -146,7 +146,7 @@ def _table_of(model: Any) -> tuple[Plan | None, str]:
 
 
 def _small(config: TransformConfig) -> TransformConfig:
-    """A config for the twin, whose heads are those of the model and whose other sizes are multiples of a block."""
+    """A config for the tiny model: its heads are those of the model, its other sizes are multiples of a block."""
     small = config.model_copy(deep=True)
     for scheme in small.config_groups.values():
         heads = any(args.location in ("q_attn", "k_cache") for args in scheme.apply)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from spinquant.probing.moe import stack_of
-from spinquant.probing.observation import Draft, Seen, formula, reading_of
+from spinquant.probing.observation import Draft, Observation, formula, reading_of
 
 WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "4*hidden_size")
 SHARED_WIDTHS = (
@@ -29,7 +29,7 @@ EXPERTS, SHARED = "layers.*.experts", "layers.*.shared"
 Original = tuple[Any, Mapping[str, Sequence[int]]]
 
 
-def add_stacks(found: Draft, seen: Sequence[Seen]) -> dict[str, str]:
+def add_stacks(found: Draft, seen: Sequence[Observation]) -> dict[str, str]:
     """Adds experts and what chooses them to a draft; by the module of experts, the tensor by which it reads."""
     first, data = seen[0], found.data
     reads: dict[str, str] = {}
@@ -61,7 +61,7 @@ def add_stacks(found: Draft, seen: Sequence[Seen]) -> dict[str, str]:
     return reads
 
 
-def add_branches(found: Draft, seen: Sequence[Seen], original: Original, taken: set[str]) -> list[str]:
+def add_branches(found: Draft, seen: Sequence[Observation], original: Original, taken: set[str]) -> list[str]:
     """Adds MLPs, shared experts and mixers to a draft; returns linears on the stream that R1 alone reaches."""
     first, data = seen[0], found.data
     attention = data.get("attention") or {}
@@ -113,7 +113,7 @@ def add_branches(found: Draft, seen: Sequence[Seen], original: Original, taken: 
 
 
 def _add_mlp(
-    found: Draft, seen: Sequence[Seen], original: Original, role: str, readers: Sequence[str], writer: str
+    found: Draft, seen: Sequence[Observation], original: Original, role: str, readers: Sequence[str], writer: str
 ) -> bool:
     """Adds an MLP, or experts that every token goes through; whether that could be said."""
     first, data, (config, shapes) = seen[0], found.data, original

@@ -1,6 +1,6 @@
 """From what went through a small model to which module plays which part.
 
-Everything here is read off numbers, and is a candidate until the twin has survived it (`probe.py`):
+Everything here is read off numbers, and is a candidate until the tiny model has survived it (`probe.py`):
 
 - the residual stream enters a layer as s and leaves it as s + sum_m c_m y_m, a scalar c_m for every module m whose
   output y_m is written to it; modules with c_m = 0 are no writers;
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from spinquant.probing.moe import is_router, is_stack
-from spinquant.probing.trace import Call, answers
+from spinquant.probing.trace import TracedCall, answers
 
 EXACT = 1e-9  # relative error of what float64 explains
 NUDGE = 1e-3
@@ -50,7 +50,7 @@ class Values:
 
 
 @dataclass
-class Part:
+class LayerPart:
     """What was found in a layer, or around the layers.
 
     stacks: modules of experts that read and write the stream. fed: by reader of the stream, the writers whose inputs it
@@ -110,7 +110,7 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return dict(module.named_parameters(recurse=False))
 
 
-def scale_of(call: Call) -> str | None:
+def scale_of(call: TracedCall) -> str | None:
     """The name of the parameter by which a module scales element by element; None for what is no norm."""
     parameters = own_parameters(call.module)
     scales = [name for name, p in parameters.items() if p.ndim == 1 and p.shape[0] == call.output.shape[-1]]
@@ -120,7 +120,7 @@ def scale_of(call: Call) -> str | None:
 
 
 @torch.no_grad()
-def offset_of(call: Call) -> float | None:
+def offset_of(call: TracedCall) -> float | None:
     """0 for a norm that multiplies by its weight, 1 for one that multiplies by 1 + weight; found by trying it."""
     name = scale_of(call)
     assert name is not None
@@ -145,18 +145,18 @@ def offset_of(call: Call) -> float | None:
 
 
 @torch.no_grad()
-def subtracts_mean(call: Call) -> bool:
+def subtracts_mean(call: TracedCall) -> bool:
     """Whether a norm gives the same for an input that is shifted."""
     plain, shifted = call.module(call.input), call.module(call.input + 1)
     return bool((plain - shifted).norm() <= 1e-6 * plain.norm())
 
 
-def explain_layer(model: Any, layer: Call, calls: Sequence[Call], tokens: Tensor) -> Part:
+def explain_layer(model: Any, layer: TracedCall, calls: Sequence[TracedCall], tokens: Tensor) -> LayerPart:
     """What the modules inside a layer are to the residual stream. calls: those inside, in order of execution."""
-    part = Part()
+    part = LayerPart()
     hidden = layer.output.shape[-1]
     leaves = [call for call in calls if own_parameters(call.module)]
-    parts: list[Call] = []
+    parts: list[TracedCall] = []
     for call in leaves:  # a module may hand on what one inside it gives
         if call.output.shape == layer.output.shape and not any(torch.equal(call.output, p.output) for p in parts):
             parts.append(call)
@@ -198,7 +198,7 @@ def explain_layer(model: Any, layer: Call, calls: Sequence[Call], tokens: Tensor
     return part
 
 
-def _is_stream(sums: Sequence[float], parts: Sequence[Call]) -> bool:
+def _is_stream(sums: Sequence[float], parts: Sequence[TracedCall]) -> bool:
     """Whether a sum has the stream in it: what entered the layer, or a norm of it that took its place."""
     return abs(sums[0]) > EXACT or sum(abs(number) > EXACT for number in sums) > 1
 
@@ -214,7 +214,7 @@ def _carried(delta: Tensor) -> dict[int, tuple[int, ...]]:
     return found
 
 
-def _writers(part: Part, layer: Call, parts: Sequence[Call]) -> list[str]:
+def _writers(part: LayerPart, layer: TracedCall, parts: Sequence[TracedCall]) -> list[str]:
     """The modules whose outputs a layer adds to the stream; adds to the part's problems what is in the way."""
     sums, error = combination(layer.output, [layer.input, *(call.output for call in parts)])
     if error > EXACT:  # a gate may weigh a branch token by token, which a rotation does not see
@@ -247,7 +247,7 @@ def _writers(part: Part, layer: Call, parts: Sequence[Call]) -> list[str]:
     return [c.name for c in parts if c.name in names and (isinstance(c.module, LINEARS) or is_stack(c))]
 
 
-def _why_unexplained(layer: Call, parts: Sequence[Call]) -> str:
+def _why_unexplained(layer: TracedCall, parts: Sequence[TracedCall]) -> str:
     """Names what acts element by element, where that explains what a layer does to the stream."""
     columns = torch.stack([layer.input, *(call.output for call in parts)]).flatten(1, 2)  # (parts, tokens, hidden)
     if columns.shape[1] > columns.shape[0]:
@@ -278,7 +278,9 @@ def _follows(parameter: Tensor, scale: Tensor) -> bool:
     return any(is_multiple(scale, p) for p in (parameter, 1 + parameter)) if parameter.any() else False
 
 
-def _add_readers(part: Part, linears: Sequence[Call], norms: Sequence[Call], stream: Sequence[Tensor]) -> None:
+def _add_readers(
+    part: LayerPart, linears: Sequence[TracedCall], norms: Sequence[TracedCall], stream: Sequence[Tensor]
+) -> None:
     """Norms with the linears that read them, and the linears that read the stream without a norm that scales."""
     found = [
         Norm(
@@ -298,9 +300,9 @@ def _add_readers(part: Part, linears: Sequence[Call], norms: Sequence[Call], str
     part.centred = any(norm.centred for norm in part.norms) or any(name not in plain for name in centred)
 
 
-def explain_ends(model: Any, calls: Mapping[str, Call], first: Call, last: Call) -> Part:
+def explain_ends(model: Any, calls: Mapping[str, TracedCall], first: TracedCall, last: TracedCall) -> LayerPart:
     """What writes to the stream before the first layer, the embedding of tokens first, and what reads it last."""
-    part = Part()
+    part = LayerPart()
     names = {module: name for name, module in model.named_modules()}
     embedding, head = names.get(model.get_input_embeddings()), names.get(model.get_output_embeddings())
     if embedding is None or head is None or embedding not in calls or head not in calls:

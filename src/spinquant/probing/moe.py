@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from spinquant.probing.trace import Call
+from spinquant.probing.trace import TracedCall
 
 Shape = tuple[int, ...]
 
@@ -36,13 +36,13 @@ def parameters_of(module: nn.Module, ndim: int) -> dict[str, Shape]:
     return {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False) if p.ndim == ndim}
 
 
-def is_stack(call: Call) -> bool:
+def is_stack(call: TracedCall) -> bool:
     """Whether a module holds several matrices one behind the other, two times or more."""
     found = list(parameters_of(call.module, 3).values())
     return len(found) > 1 and len({shape[0] for shape in found}) == 1 and found[0][0] > 1
 
 
-def is_router(call: Call) -> bool:
+def is_router(call: TracedCall) -> bool:
     """Whether a module multiplies by one matrix without being a linear, as what chooses experts does."""
     weights = parameters_of(call.module, 2)
     if isinstance(call.module, nn.Linear | nn.Embedding | Conv1D | nn.Conv1d) or set(weights) != {"weight"}:

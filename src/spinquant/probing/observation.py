@@ -7,19 +7,19 @@ from typing import Any
 
 from spinquant.architectures.family import size_of
 from spinquant.errors import ArchitectureError
-from spinquant.probing.explain import Part
-from spinquant.probing.trace import Call
+from spinquant.probing.explain import LayerPart
+from spinquant.probing.trace import TracedCall
 
 
 @dataclass(frozen=True)
-class Seen:
+class Observation:
     """What was found in one small model: by layer, and at its ends. layers: the pattern of the names of layers."""
 
     config: Any
-    calls: Mapping[str, Call]
+    calls: Mapping[str, TracedCall]
     pattern: str
-    layers: tuple[Part, ...]
-    ends: Part
+    layers: tuple[LayerPart, ...]
+    ends: LayerPart
     shapes: Mapping[str, tuple[int, ...]]
 
     @property
@@ -62,7 +62,7 @@ def formula(sizes: Sequence[tuple[Any, int]], candidates: Sequence[str]) -> str 
     return zero or next((text for text in [*candidates, *named] if fits(text)), None)
 
 
-def reading_of(seen: Seen, part: Part) -> list[str]:
+def reading_of(seen: Observation, part: LayerPart) -> list[str]:
     """What reads the stream in a layer, in order of execution."""
     order = {name: i for i, name in enumerate(seen.calls)}
     readers = [reader for norm in part.norms for reader in norm.readers] + part.readers

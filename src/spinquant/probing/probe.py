@@ -22,7 +22,7 @@ from spinquant.architectures.family import Named
 from spinquant.architectures.family_file import FamilyFile, family_from, to_family
 from spinquant.errors import ArchitectureError, SpinquantError
 from spinquant.evaluation.equivalence import Float64Arithmetic, difference, greedy_logits
-from spinquant.evaluation.tiny_model import Sizing, make_twin, twin_config
+from spinquant.evaluation.tiny_model import Sizing, make_tiny_model, tiny_config
 from spinquant.models.modules import model_class, module_and_attribute, tensor_shapes
 from spinquant.online.hooks import attach
 from spinquant.plan import ROTATION_NAMES, Plan
@@ -31,7 +31,7 @@ from spinquant.probing.channel_scaling import candidates, scales
 from spinquant.probing.checkpoints import with_single_experts
 from spinquant.probing.explain import LINEARS, explain_ends, explain_layer
 from spinquant.probing.layer_kinds import choices_of, groups_of
-from spinquant.probing.observation import Draft, Seen
+from spinquant.probing.observation import Draft, Observation
 from spinquant.probing.roles import draft, same_attention
 from spinquant.probing.trace import cached_layers, run, silent_parts, trace
 from spinquant.rotations.factory import RotationSpec, make_rotations
@@ -85,12 +85,12 @@ def probe(config: Any, *, shapes: Mapping[str, Sequence[int]] | None = None) -> 
     ArchitectureError where no small model of the class can be made or run.
     """
     with Float64Arithmetic(), torch.random.fork_rng(devices=[]):
-        twins, sizing = _small_models(config)
-        seen = [_look(twin, sizing) for twin in twins]
+        tiny_models, sizing = _small_models(config)
+        seen = [_look(tiny, sizing) for tiny in tiny_models]
         for one in seen:
             if isinstance(one, str):
                 return Probe(config.model_type, None, (), (one,))
-        looks = [one for one in seen if isinstance(one, Seen)]
+        looks = [one for one in seen if isinstance(one, Observation)]
         why = next((reason for one in looks if (reason := same_attention(one))), None)
         if why is not None:
             return Probe(config.model_type, None, (), (why,))
@@ -98,8 +98,8 @@ def probe(config: Any, *, shapes: Mapping[str, Sequence[int]] | None = None) -> 
             original = tensor_shapes(model_class(config).from_config(config))
         text = Named(config.get_text_config(), sizing.names)
         drafted = draft(config.model_type, looks, (text, original), sizing)
-        drafted.silent = silent_parts(twins[0], looks[0].calls) if config.get_text_config() is not config else []
-        found = _Trial(twins[0], looks[0], drafted).outcome()
+        drafted.silent = silent_parts(tiny_models[0], looks[0].calls) if config.get_text_config() is not config else []
+        found = _Trial(tiny_models[0], looks[0], drafted).outcome()
     return found if found.family is None else _against(found, config, shapes or original)
 
 
@@ -145,15 +145,15 @@ def _small_models(config: Any) -> tuple[list[Any], Sizing]:
 
 def _running(config: Any, sizing: Sizing) -> Any:
     with torch.device("meta"):
-        hollow = model_class(config).from_config(twin_config(config, sizing))
+        hollow = model_class(config).from_config(tiny_config(config, sizing))
     size = sum(p.numel() for p in hollow.parameters())
     if size > LARGEST:
         raise ArchitectureError(f"with small sizes it has {size} parameters: the config has other names for its sizes")
-    twin = make_twin(config, sizing=sizing)
-    if not run(twin, _tokens(twin)).isfinite().all():
+    tiny = make_tiny_model(config, sizing=sizing)
+    if not run(tiny, _tokens(tiny)).isfinite().all():
         raise ArchitectureError("its logits are not finite")
-    greedy_logits(twin, _tokens(twin))
-    return twin
+    greedy_logits(tiny, _tokens(tiny))
+    return tiny
 
 
 def _names(config: Any) -> dict[str, str]:
@@ -167,22 +167,22 @@ def _names(config: Any) -> dict[str, str]:
     return found
 
 
-def _tokens(twin: Any) -> Tensor:
+def _tokens(tiny: Any) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    vocabulary = twin.get_input_embeddings().weight.shape[0]
+    vocabulary = tiny.get_input_embeddings().weight.shape[0]
     return torch.randint(0, vocabulary - 1, (2, 9), generator=generator)
 
 
-def _look(twin: Any, sizing: Sizing) -> Seen | str:
+def _look(tiny: Any, sizing: Sizing) -> Observation | str:
     """What a small model does; why that cannot be said, where it has no list of layers."""
-    tokens = _tokens(twin)
-    config = Named(twin.config.get_text_config(), sizing.names)
+    tokens = _tokens(tiny)
+    config = Named(tiny.config.get_text_config(), sizing.names)
     count = config.num_hidden_layers
-    stacks = [name for name, m in twin.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    calls = trace(twin, tokens)
+    stacks = [name for name, m in tiny.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    calls = trace(tiny, tokens)
     stacks = [name for name in stacks if all(f"{name}.{i}" in calls for i in range(count))]
     if not stacks:
-        return f"{type(twin).__name__} has no list of {count} layers that run one after the other"
+        return f"{type(tiny).__name__} has no list of {count} layers that run one after the other"
     layers = [calls[f"{stacks[0]}.{i}"] for i in range(count)]
     if any(not torch.equal(a.output, b.input) for a, b in pairwise(layers)):
         return f"what a layer of {stacks[0]} gives is not what the next one gets"
@@ -193,22 +193,22 @@ def _look(twin: Any, sizing: Sizing) -> Seen | str:
             "several residual streams side by side are not understood"
         )
     parts = tuple(
-        explain_layer(twin, layer, [c for n, c in calls.items() if n.startswith(f"{layer.name}.")], tokens[:1])
+        explain_layer(tiny, layer, [c for n, c in calls.items() if n.startswith(f"{layer.name}.")], tokens[:1])
         for layer in layers
     )
-    for part, caches in zip(parts, cached_layers(twin, tokens, count), strict=True):
+    for part, caches in zip(parts, cached_layers(tiny, tokens, count), strict=True):
         part.attention = part.attention if caches else None
-    ends = explain_ends(twin, calls, layers[0], layers[-1])
-    return Seen(config, calls, f"{stacks[0]}.*", parts, ends, tensor_shapes(twin))
+    ends = explain_ends(tiny, calls, layers[0], layers[-1])
+    return Observation(config, calls, f"{stacks[0]}.*", parts, ends, tensor_shapes(tiny))
 
 
 class _Trial:
     """Statements of a draft, tried on the small model one by one."""
 
-    def __init__(self, twin: Any, seen: Seen, drafted: Draft):
-        self.twin, self.seen, self.draft = twin, seen, drafted
-        self.tokens = _tokens(twin)
-        self.before, self.generated = run(twin, self.tokens), greedy_logits(twin, self.tokens)
+    def __init__(self, tiny: Any, seen: Observation, drafted: Draft):
+        self.twin, self.seen, self.draft = tiny, seen, drafted
+        self.tokens = _tokens(tiny)
+        self.before, self.generated = run(tiny, self.tokens), greedy_logits(tiny, self.tokens)
         self.findings: list[Finding] = []
 
     def outcome(self) -> Probe:

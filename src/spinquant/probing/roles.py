@@ -11,8 +11,8 @@ from spinquant.architectures.family import size_of
 from spinquant.errors import ArchitectureError
 from spinquant.evaluation.tiny_model import Sizing
 from spinquant.probing.branches import add_branches, add_stacks
-from spinquant.probing.explain import Part, Values, is_multiple, scale_of
-from spinquant.probing.observation import Draft, Seen, formula, reading_of
+from spinquant.probing.explain import LayerPart, Values, is_multiple, scale_of
+from spinquant.probing.observation import Draft, Observation, formula, reading_of
 
 _HEADS, _KV = "num_attention_heads*head_dim", "num_key_value_heads*head_dim"
 _GROUP = ("num_attention_heads/num_key_value_heads*head_dim", "num_attention_heads/num_kv_heads*head_dim")
@@ -26,10 +26,10 @@ FORMULAS = (
 )
 
 
-def same_attention(seen: Seen) -> str | None:
+def same_attention(seen: Observation) -> str | None:
     """Why the attentions of a model's layers cannot be described as one; None where they can."""
 
-    def described(part: Part) -> Any:
+    def described(part: LayerPart) -> Any:
         values = [(seen.starred(v.linear), seen.starred(v.reader), dict(v.channels)) for v in part.values]
         return values, part.attention and seen.starred(part.attention)
 
@@ -44,7 +44,7 @@ def same_attention(seen: Seen) -> str | None:
 
 
 def draft(
-    model_type: str, seen: Sequence[Seen], original: tuple[Any, Mapping[str, Sequence[int]]], sizing: Sizing
+    model_type: str, seen: Sequence[Observation], original: tuple[Any, Mapping[str, Sequence[int]]], sizing: Sizing
 ) -> Draft:
     """The family of small models of several sizes. original: the config and the shapes of the large one."""
     first = seen[0]
@@ -87,7 +87,7 @@ def draft(
     return found
 
 
-def _attention(found: Draft, seen: Sequence[Seen], at: int) -> set[str]:
+def _attention(found: Draft, seen: Sequence[Observation], at: int) -> set[str]:
     """Adds the attention of a layer to a draft; returns the linears that have a role in it."""
     first, part = seen[0], seen[0].layers[at]
     reading = reading_of(first, part)
@@ -135,7 +135,7 @@ def _attention(found: Draft, seen: Sequence[Seen], at: int) -> set[str]:
     return {*inputs, out}
 
 
-def _layout(seen: Sequence[Seen], at: int, values: Values, whole: bool, roles: dict[str, Any]) -> str | None:
+def _layout(seen: Sequence[Observation], at: int, values: Values, whole: bool, roles: dict[str, Any]) -> str | None:
     """Adds the size of a head, and the rows that are values, to the roles; returns why that cannot be said."""
     every = []
     for one in seen:
@@ -181,7 +181,7 @@ def _span(rows: list[int], length: int) -> tuple[int, int, int] | None:
     return None
 
 
-def _head_size(seen: Seen, values: Values) -> int | None:
+def _head_size(seen: Observation, values: Values) -> int | None:
     """The size of a head as the config has it, where channels agree with it; else the largest that they allow."""
     rows = sorted(values.channels)
     width = seen.calls[values.reader].input.shape[-1]

@@ -12,7 +12,7 @@ from spinquant.evaluation.equivalence import Float64Arithmetic
 
 
 @dataclass(frozen=True)
-class Call:
+class TracedCall:
     """The first call of a module: what went in and came out, (B, T, ..), and the names of its keyword arguments."""
 
     name: str
@@ -22,10 +22,10 @@ class Call:
     keywords: frozenset[str]
 
 
-def trace(model: Any, tokens: Tensor) -> dict[str, Call]:
+def trace(model: Any, tokens: Tensor) -> dict[str, TracedCall]:
     """The first call of every module that takes and gives a floating tensor (embeddings take integers), in order of
     execution: a module comes after those inside it."""
-    found: dict[str, Call] = {}
+    found: dict[str, TracedCall] = {}
     names = {module: name for name, module in model.named_modules() if name}
     handles = []
 
@@ -34,7 +34,7 @@ def trace(model: Any, tokens: Tensor) -> dict[str, Call]:
         if names[module] not in found and given is not None and result is not None and result.is_floating_point():
             # A copy: some classes add to a tensor in place.
             given, result = (by_sequence(x, tokens.shape[0]) for x in (before[module], result.detach().clone()))
-            call = Call(names[module], module, given, result, frozenset(kwargs))
+            call = TracedCall(names[module], module, given, result, frozenset(kwargs))
             found[call.name] = call
 
     before: dict[nn.Module, Tensor] = {}
@@ -67,7 +67,7 @@ def run(model: Any, tokens: Tensor) -> Tensor:
         return model(input_ids=tokens, use_cache=False).logits
 
 
-def silent_parts(model: Any, calls: Mapping[str, Call]) -> list[str]:
+def silent_parts(model: Any, calls: Mapping[str, TracedCall]) -> list[str]:
     """The largest modules with parameters of which nothing was called."""
     embedding = model.get_input_embeddings()
     called = {*calls, *(name for name, module in model.named_modules() if module is embedding)}
@@ -110,7 +110,13 @@ def _nudged(module: nn.Module, size: float, tokens: slice) -> Iterator[None]:
 
 
 def answers(
-    model: Any, linear: Call, readers: Sequence[Call], tokens: Tensor, size: float, *, where: slice = slice(None)
+    model: Any,
+    linear: TracedCall,
+    readers: Sequence[TracedCall],
+    tokens: Tensor,
+    size: float,
+    *,
+    where: slice = slice(None),
 ) -> dict[str, Tensor]:
     """How the inputs of `readers` move when the outputs of a linear are nudged one by one: (rows, T, width) by name.
 

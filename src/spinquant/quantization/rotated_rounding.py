@@ -52,7 +52,7 @@ class Moving:
 
     The gradient of `skew` is that of the loss with respect to A, where the rotation is `weight` (I - A) and A is zero.
     range_gradient: with the part that comes through the range of a group. tally: gradients are those of the expected
-    cost instead, which is added to it; the loss has to be the surprise of labels drawn from the network's predictions.
+    cost instead, which is added to it; the loss has to be the nll of labels drawn from the network's predictions.
     """
 
     weight: Tensor

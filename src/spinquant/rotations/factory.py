@@ -11,7 +11,7 @@ from torch import Tensor
 from spinquant.errors import HadamardOrderError, RotationError
 from spinquant.plan import Plan, Space, parse_rotation_names
 from spinquant.rotations.hadamard import construct
-from spinquant.rotations.mean_preserving import CentredHadamard, CentredRandomHadamard, random_centred
+from spinquant.rotations.mean_preserving import CentredHadamard, CentredRandomHadamard, random_mean_preserving
 from spinquant.rotations.mean_preserving import describe as describe_centred
 from spinquant.rotations.rotation import Hadamard, Kronecker, Orthogonal, Rotation, _description
 
@@ -152,7 +152,7 @@ def make_rotation(space: Space, spec: RotationSpec, label: str) -> Rotation:
     chosen = choose(space, spec)
     order = chosen["order"]
     if space.centred:
-        return _centred(chosen, generator)
+        return _mean_preserving_rotation(chosen, generator)
     if chosen["kind"] == "orthogonal":
         return Orthogonal(random_orthogonal(order, generator))
     if chosen["kind"] == "kronecker":
@@ -161,14 +161,14 @@ def make_rotation(space: Space, spec: RotationSpec, label: str) -> Rotation:
     return Hadamard(order) if chosen["kind"] == "hadamard" else Hadamard(order, random_signs(order, generator))
 
 
-def _centred(chosen: Mapping[str, Any], generator: torch.Generator) -> Rotation:
+def _mean_preserving_rotation(chosen: Mapping[str, Any], generator: torch.Generator) -> Rotation:
     order = chosen["order"]
     if chosen["kind"] == "centred-hadamard":
         return CentredHadamard(order)
     if chosen["kind"] == "orthogonal":
-        return Orthogonal(random_centred(order, random_orthogonal(order - 1, generator)))
+        return Orthogonal(random_mean_preserving(order, random_orthogonal(order - 1, generator)))
     power = chosen["hadamard_order"]
     signs, odd = random_signs(power, generator), order // power
     signs[0] = 1  # the mean keeps its sign
-    weight = None if odd == 1 else random_centred(odd, random_orthogonal(odd - 1, generator))
+    weight = None if odd == 1 else random_mean_preserving(odd, random_orthogonal(odd - 1, generator))
     return CentredRandomHadamard(signs, weight)

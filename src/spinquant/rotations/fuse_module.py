@@ -12,7 +12,7 @@ from spinquant.models.modules import check_in_memory, largest, module_and_attrib
 from spinquant.plan import Plan
 from spinquant.rotations.fast_transform import kernels_for
 from spinquant.rotations.fuse import fuse_in_place
-from spinquant.rotations.mean_preserving import check_centred
+from spinquant.rotations.mean_preserving import check_mean_preserving
 from spinquant.rotations.rotation import Rotation
 
 
@@ -39,7 +39,7 @@ def fuse_module(
     if not rotations:
         return
     check_in_memory(model)
-    check_centred(plan, rotations)
+    check_mean_preserving(plan, rotations)
     if "residual" in rotations:
         untie(model, plan)
     parameters = dict(model.named_parameters())

@@ -129,7 +129,7 @@ def _odd_primes(number: int) -> list[int]:
     return found
 
 
-def random_centred(order: int, orthogonal: Tensor) -> Tensor:
+def random_mean_preserving(order: int, orthogonal: Tensor) -> Tensor:
     """P diag(1, Q) P^T, (order, order), of an orthogonal Q of order - 1."""
     v = torch.full((order,), -(order**-0.5), dtype=orthogonal.dtype)
     v[0] += 1
@@ -146,7 +146,7 @@ def _check_blocks(x: Tensor, order: int, dim: int) -> None:
         raise RotationError(f"a rotation of order {order} does not divide an axis of length {x.shape[dim]}")
 
 
-def check_centred(plan: Plan, rotations: Mapping[str, Any]) -> None:
+def check_mean_preserving(plan: Plan, rotations: Mapping[str, Any]) -> None:
     """Raise RotationError, naming the space, for a rotation that moves a mean which norms subtract."""
     for space in plan.spaces:
         if not space.centred or space.name not in rotations:
