@@ -29,7 +29,7 @@ import spinquant
 from spinquant.demo.model import demo_model
 from spinquant.learning.cayley import Descent
 from spinquant.learning.fake_quant import fuse_gains, rounding
-from spinquant.learning.parametrization import learn as learn_parameters
+from spinquant.learning.parametrization import begin_training
 from spinquant.learning.sensitivity import nll_of_own
 from spinquant.online.hooks import attachment_of
 from spinquant.quantization.rotated_rounding import Moving, Tally
@@ -130,7 +130,7 @@ def every_weight(model, rows, scheme, precision) -> Callable[[], None]:
     plan = spinquant.plan_of(model)
     made = made_for(plan)
     names = {space: name.replace(".", "_") for space, name in learned_names(plan).items()}
-    learning = learn_parameters(model, plan, made, names, online=made, precision=precision)
+    learning = begin_training(model, plan, made, names, online=made, precision=precision)
     attachment = attachment_of(model)
     assert attachment is not None
     attachment.remove()

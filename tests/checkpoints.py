@@ -2,11 +2,16 @@
 
 import hashlib
 import json
+from contextlib import closing
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from models import byte_tokenizer, tiny_model
+from spinquant.architectures import make_plan
+from spinquant.checkpoint.folder import load_config
+from spinquant.checkpoint.reader import Source
+from spinquant.entrypoints import validation
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -62,3 +67,10 @@ def digest(folder) -> str:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
     return found.hexdigest()
+
+
+def from_disk(folder) -> bool:
+    """Whether the blocks of a folder can be calibrated one by one."""
+    config = load_config(folder)
+    with closing(Source(folder, config)) as source:
+        return validation.from_disk(config, source, make_plan(config, source.shapes))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoints import assert_same, quantize_to_fp8, weights
+from checkpoints import assert_same, from_disk, quantize_to_fp8, weights
 from families import FAMILIES
 from models import byte_tokenizer, random_weights
 from spinquant import Options, ProofError, RotationSpec, load, parse_scheme, quantize_folder, rotate_folder
@@ -19,7 +19,6 @@ from spinquant.architectures.checkpoint_mapping import form_of
 from spinquant.calibration.data import CalibrationText
 from spinquant.checkpoint.folder import load_config
 from spinquant.checkpoint.reader import Source
-from spinquant.entrypoints.validation import from_disk
 from spinquant.models.modules import model_class
 from spinquant.streaming.offloaded_model import OnDisk, form_in, hollow_model, unfillable
 from spinquant.streaming.pipeline import Rotated

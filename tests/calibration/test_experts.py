@@ -35,6 +35,7 @@ from spinquant.architectures import FAMILIES as TABLES
 from spinquant.calibration.block_store import BlockStore
 from spinquant.calibration.blockwise import quantize_blocks
 from spinquant.checkpoint.folder import read_headers
+from spinquant.checkpoint.run_directory import Pieces
 from spinquant.evaluation.equivalence import Float64Arithmetic
 from spinquant.evaluation.tiny_model import exact_experts
 from spinquant.learning.activations import collect
@@ -422,7 +423,7 @@ def test_a_killed_calibration_goes_on_with_the_experts_it_had(tmp_path):
             if done == stop_after:
                 raise KeyboardInterrupt
 
-        store = None if stop_after == 0 else BlockStore(tmp_path / "store", "a")
+        store = None if stop_after == 0 else BlockStore(Pieces(tmp_path / "store", ["a"]))
         clips = quantize_blocks(model, plan, made, scheme, ids, calibration, store=store, progress=progress)
         return dict(model.named_parameters()), clips
 

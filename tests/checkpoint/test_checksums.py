@@ -110,7 +110,7 @@ def test_a_source_that_changed_unseen_is_not_gone_on_with(size, model, tmp_path)
     with suppress(KeyboardInterrupt):
         options = Options(prove=False, progress=stop)
         rotate_folder(model, tmp_path / "out", SPEC, **{**given, "options": options})
-    finished = list((tmp_path / ".out.partial" / "finished").glob("*.json"))
+    finished = list((tmp_path / ".out.run" / "finished").glob("*.json"))
     assert finished and not (tmp_path / "out").exists()
     shard = min(model.glob("*.safetensors"))
     flip(shard, first=True)  # in what was read for the shards that are finished

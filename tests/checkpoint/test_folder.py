@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from models import tiny_model
 from spinquant import CheckpointError, RotationSpec, load, load_tokenizer, read_headers, rotate_folder
-from spinquant.checkpoint.atomic import atomic_folder, check_free, is_full, why_full
+from spinquant.checkpoint.atomic import check_free, is_full, why_full
 from spinquant.checkpoint.folder import load_config
+from spinquant.checkpoint.run_directory import atomic_folder
 
 
 def test_headers_are_what_is_in_the_files(folder):
@@ -273,7 +274,7 @@ def test_a_full_disk_is_an_error_and_what_is_finished_is_kept(folder, tmp_path, 
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "refused: a file grew beyond what may be written" in run.stdout, run.stdout + run.stderr
     assert not out.exists()
-    kept = [".out.partial"] if limit == 500_000 else []
+    kept = [".out.run"] if limit == 500_000 else []
     assert sorted(p.name for p in tmp_path.iterdir()) == [*kept, "model"]
     rotate_folder(folder, out, RotationSpec("R1"), text="manual")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
@@ -315,4 +316,4 @@ def test_an_interrupt_shows_no_folder_and_exits_with_130(folder, tmp_path):
     assert process.returncode == 130
     assert "interrupted" in errors
     assert "Traceback" not in errors
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.partial", "model"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.run", "model"]

@@ -91,7 +91,7 @@ def test_a_process_that_ends_is_named_and_the_command_goes_on(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     kind = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "env": environment}
     job = subprocess.Popen(command, **kind)
-    state = tmp_path / ".out.learning" / "end-to-end.safetensors"
+    state = tmp_path / ".out.run" / "learning" / "end-to-end.safetensors"
     try:
         while not state.exists():
             assert job.poll() is None, job.stderr.read()[-3000:]

@@ -20,6 +20,7 @@ from spinquant import (
     plan_of,
     quantize,
 )
+from spinquant.checkpoint.run_directory import Pieces
 from spinquant.evaluation.equivalence import Float64Arithmetic
 from spinquant.evaluation.metrics import divergence, drawn
 from spinquant.learning.activations import ActivationSite, collect
@@ -36,10 +37,9 @@ from spinquant.learning.fake_quant import fuse_gains, learning_scheme, rounding
 from spinquant.learning.layerwise import LocalOptions, learn_locally, rounding_errors
 from spinquant.learning.learn import CLIP_WINDOWS, _with_signs
 from spinquant.learning.options import Watch, learned_spaces
-from spinquant.learning.parametrization import learn as learn_parameters
-from spinquant.learning.selection import Contest, judge, with_clips
+from spinquant.learning.parametrization import begin_training
+from spinquant.learning.selection import Selection, judge, with_clips
 from spinquant.learning.sensitivity import predicted_kl, sensitive_sites
-from spinquant.learning.training_state import StateFile
 from spinquant.online.hooks import attachment_of
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.rotated_rounding import Moving, Tally, Turn, round_rotated
@@ -220,7 +220,7 @@ def test_the_whole_network_s_gradients_are_those_of_trainable_parameters(name):
     plan = plan_of(model)
     made = make_rotations(plan, RotationSpec("R1,R2,R4", "random-matrix", {"R4": 16}))
     names = {"residual": "R1", "layers.0.value": "a", "layers.1.value": "b", "layers.2.value": "b"}
-    slow = learn_parameters(model, plan, made, names, online=made, precision=torch.float64)
+    slow = begin_training(model, plan, made, names, online=made, precision=torch.float64)
     attachment_of(model).remove()
     attach(model, plan, slow.rotations, scheme)
     fuse_gains(plain, plan, made)
@@ -512,18 +512,20 @@ def kill_after(steps):
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, optimizer):
     options = replace(FAST, optimizer=optimizer, momentum=0.5 if optimizer == "sgd" else 0.0)
     whole, history = run(options)
-    path = tmp_path / "state.safetensors"
     with pytest.raises(Killed):
-        run(options, state=StateFile(path, ["a"]), report=kill_after(8))
-    kept = StateFile(path, ["a"]).load()
-    assert kept is not None and kept.step == 5 and len(kept.history) == 5
+        run(options, pieces=Pieces(tmp_path / "state", ["a"]), report=kill_after(8))
+    kept = Pieces(tmp_path / "state", ["a"]).load("end-to-end")
+    assert kept is not None and len(kept[1]["history"]) == 5
     numbers = []
-    again, resumed = run(options, state=StateFile(path, ["a"]), report=lambda step: numbers.append(step.number))
+    again, resumed = run(
+        options, pieces=Pieces(tmp_path / "state", ["a"]), report=lambda step: numbers.append(step.number)
+    )
     assert numbers == list(range(6, 13)), "goes on, not anew"
     assert [step.loss for step in resumed] == [step.loss for step in history]
     for space, r in whole.items():
         assert torch.equal(again[space], r), space
-    assert StateFile(path, ["b"]).load() is None, "other settings start anew"
+    assert Pieces(tmp_path / "state", ["b"], writes=False).load("end-to-end") is None, "other settings start anew"
+    assert Pieces(tmp_path / "state", ["b"]).load("end-to-end") is None and not (tmp_path / "state").exists()
 
 
 @pytest.mark.parametrize("solver", ["cayley", "qr", "procrustes"])
@@ -540,8 +542,9 @@ def test_a_killed_local_run_goes_on_to_the_same_bits(tmp_path, solver):
             raise Killed
 
     with pytest.raises(Killed):
-        learn_locally(sites, start, options, store=tmp_path, report=kill)
-    again, resumed = learn_locally(sites, start, options, store=tmp_path, report=lambda *a: seen.append(a[:2]))
+        learn_locally(sites, start, options, pieces=Pieces(tmp_path / "state"), report=kill)
+    pieces = Pieces(tmp_path / "state")
+    again, resumed = learn_locally(sites, start, options, pieces=pieces, report=lambda *a: seen.append(a[:2]))
     assert seen == [("b", step) for step in range(6, 13)]
     assert resumed == curves and len(curves["b"]) == 12
     for space in "ab":
@@ -630,14 +633,14 @@ def test_what_leads_is_judged_with_clip_ratios_of_its_own():
     differing = 0
     for seed in range(0, 24, 4):
         made = {f"random {i}": make_rotations(plan, RotationSpec(ALL, seed=seed + i)) for i in range(4)}
-        contest = Contest(model, plan, scheme, windows, held_out)
-        contest.enter_all(made)
-        kept = made[contest.leader]
-        both = [with_clips(model, plan, made[name], scheme, windows) for name in ("random 0", contest.leader)]
+        selection = Selection(model, plan, scheme, windows, held_out)
+        selection.enter_all(made)
+        kept = made[selection.leader]
+        both = [with_clips(model, plan, made[name], scheme, windows) for name in ("random 0", selection.leader)]
         both = {str(i): replace(candidate, rotations=kept) for i, candidate in enumerate(both)}
         scores = judge(model, plan, both, scheme, held_out)
         differing += both["0"].scheme(scheme) != both["1"].scheme(scheme) and scores["1"].kl < scores["0"].kl
-        assert contest.scores[contest.leader].kl == pytest.approx(min(scores["0"].kl, scores["1"].kl))
+        assert selection.scores[selection.leader].kl == pytest.approx(min(scores["0"].kl, scores["1"].kl))
     assert differing, "take other seeds: ratios of its own were never better"
 
 
@@ -695,7 +698,7 @@ def test_blocks_of_r4_and_r3_are_learned():
 
 def test_what_was_judged_is_not_judged_again(tmp_path, monkeypatch):
     """A run that goes on takes scores and clip ratios as they were found; one with other text does not."""
-    from spinquant.learning import judge as module
+    from spinquant.learning import selection as module
 
     _, whole = story(store=tmp_path)
     calls = []

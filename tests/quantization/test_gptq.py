@@ -31,6 +31,7 @@ from spinquant.calibration.block_store import BlockStore
 from spinquant.calibration.blockwise import quantize_blocks
 from spinquant.calibration.data import CalibrationText, calibration_tokens
 from spinquant.calibration.sequential import after_blocks, block_calls, run_block
+from spinquant.checkpoint.run_directory import Pieces
 from spinquant.evaluation.equivalence import Float64Arithmetic
 from spinquant.models.capture import captured
 from spinquant.models.modules import named_tensor
@@ -322,11 +323,11 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
 
     model, plan, made = rotated()
     with pytest.raises(Killed):
-        store = BlockStore(tmp_path / "store", "a")
+        store = BlockStore(Pieces(tmp_path / "store", ["a"]))
         quantize_blocks(model, plan, made, scheme, ids, calibration, store=store, progress=kill)
     assert len(list((tmp_path / "store").glob("*.safetensors"))) == 2
     model, plan, made = rotated()
-    store = BlockStore(tmp_path / "store", "a")
+    store = BlockStore(Pieces(tmp_path / "store", ["a"]))
     assert store.load(plan.blocks[1]) is not None and store.load(plan.blocks[2]) is None
     found = quantize_blocks(model, plan, made, scheme, ids, calibration, store=store)
     assert found.to_dict() == clips.to_dict()
@@ -339,7 +340,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     model, plan, made = rotated()
     quantize_blocks(model, plan, made, scheme, ids, calibration, store=store)
     assert not torch.equal(named_tensor(model, linear), expected[linear])
-    BlockStore(tmp_path / "store", "b")
+    BlockStore(Pieces(tmp_path / "store", ["b"]))
     assert not (tmp_path / "store").exists()
 
 
@@ -347,7 +348,7 @@ def test_folders_resume_for_the_same_weights_alone(folder, tmp_path):
     """Settings, tokens or weights that differ start anew; the same ones go on."""
     options = Options(prove=False)
     fast = {"method": "gptq", "calibration_text": CalibrationText("manual", 4, 16), "text": "manual"}
-    store, spec = tmp_path / ".out.calibration", RotationSpec("R1")
+    store, spec = tmp_path / ".out.run" / "calibration", RotationSpec("R1")
 
     def run(kill_after=None, **changes):
         seen = []

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from checkpoints import assert_same, digest
+from checkpoints import assert_same, digest, from_disk
 from families import FAMILIES
 from models import byte_tokenizer, logits, random_weights, tiny_model, tokens
 from spinquant import Options, RotationSpec, load, parse_scheme, quantize, quantize_folder
@@ -18,7 +18,6 @@ from spinquant.calibration.blockwise import Calibration
 from spinquant.calibration.data import CalibrationText, calibration_tokens
 from spinquant.calibration.hidden_states import HiddenStates
 from spinquant.checkpoint.folder import load_tokenizer
-from spinquant.entrypoints.validation import from_disk
 from spinquant.quantization.gptq import GPTQOptions
 
 ALL = RotationSpec("R1,R2,R3,R4")
@@ -108,7 +107,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(stage, folder, tmp_path
     given = {"method": "gptaq", "calibration_text": TEXT, "text": None, "max_shard_size": 40_000}
     scheme = parse_scheme("W4A8KV4", lm_head=True)
     quantize_folder(folder, tmp_path / "expected", scheme, ALL, **given, options=UNPROVED)
-    store = tmp_path / ".out.calibration"
+    store = tmp_path / ".out.run" / "calibration"
 
     def stop(name, done, total):
         if name == stage and 2 * done > total:

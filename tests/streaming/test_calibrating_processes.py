@@ -63,7 +63,7 @@ def launch(folder: Path, model: Path, out: Path, *, processes: int = 2, dying: i
     script.write_text(WORKER)
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DYING": str(dying), "KEPT": str(kept)}
-    environment["STORE"] = str(out.parent / f".{out.name}.calibration")
+    environment["STORE"] = str(out.parent / f".{out.name}.run" / "calibration")
     command = [*run, "quantize", str(model), str(out), *COMMAND, *TEXT, *more]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
@@ -80,7 +80,7 @@ def one_thread():
 @pytest.mark.usefixtures("one_thread")
 def test_one_dies_while_it_calibrates_and_two_go_on_to_what_one_writes(model, tmp_path, run):
     assert run("quantize", model, tmp_path / "alone", *COMMAND, *TEXT)[0] == 0
-    out, store = tmp_path / "out", tmp_path / ".out.calibration"
+    out, store = tmp_path / "out", tmp_path / ".out.run" / "calibration"
     ended = launch(tmp_path, model, out, dying=0, kept=2)
     assert ended.returncode != 0 and not out.exists()
     assert "process 0 of 2 ended before its work was done" in ended.stderr, ended.stderr[-3000:]

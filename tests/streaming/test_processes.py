@@ -91,9 +91,9 @@ def test_one_process_dies_the_others_say_which_and_the_same_command_goes_on(mode
     assert run.returncode != 0
     assert "process 1 of 2 ended before its work was done" in run.stderr, run.stderr[-3000:]
     assert not (tmp_path / "two").exists()
-    finished = list((tmp_path / ".two.partial" / "finished").glob("*.json"))
+    finished = list((tmp_path / ".two.run" / "finished").glob("*.json"))
     assert finished
-    times = {p.stem: (tmp_path / ".two.partial" / "data" / p.stem).stat().st_mtime_ns for p in finished}
+    times = {p.stem: (tmp_path / ".two.run" / "data" / p.stem).stat().st_mtime_ns for p in finished}
     again = launch(tmp_path, command)
     assert again.returncode == 0, again.stderr[-3000:]
     assert digest(tmp_path / "two") == digest(tmp_path / "one")

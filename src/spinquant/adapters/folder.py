@@ -12,9 +12,9 @@ from torch import Tensor
 from spinquant.adapters.base_model import Target, target_of
 from spinquant.adapters.draft_heads import head_kind, rotate_head
 from spinquant.adapters.lora import rotate_lora
-from spinquant.checkpoint.atomic import atomic_folder, check_replaceable
+from spinquant.checkpoint.atomic import check_replaceable, write_file
 from spinquant.checkpoint.folder import SINGLE, copied_files, folder_of, weights_digest
-from spinquant.checkpoint.resumable import write_file
+from spinquant.checkpoint.run_directory import atomic_folder
 from spinquant.errors import CheckpointError
 
 ADAPTERS = "adapters"  # beside the weights of a rotated model

@@ -1,13 +1,9 @@
-"""Folders that appear complete or not at all, and what is refused before one is written."""
+"""Write files atomically, and check that a folder may be written before work begins."""
 
 import errno
-import fcntl
-import glob
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from spinquant.errors import CheckpointError
@@ -18,52 +14,64 @@ OURS = (
     "demo.json",
     "learned.json",
 )  # what marks a folder that --force may replace
+UNFINISHED = ".spinquant-writing"  # the end of a name until the file is complete
+_COPIED_AT_ONCE = 1 << 23
+_QUOTA = getattr(errno, "EDQUOT", errno.ENOSPC)  # Windows has no quotas of this kind
+_BINARY = getattr(os, "O_BINARY", 0)  # Windows changes line ends elsewhere
 
 
-@contextmanager
-def atomic_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
-    """A temporary folder that becomes `out` when the block ends well, and vanishes when it does not.
-
-    It stands beside `out`, so that the last step is one rename. What a run before left there that was killed goes.
-    Raises CheckpointError when `out` exists and `force` is off, and when the disk is full.
-    """
-    out = Path(out)
-    check_free(out, force=force)
-    _remove_left(out)
-    partial = Path(tempfile.mkdtemp(prefix=f"{_partial(out)}", dir=out.parent))
-    lock = os.open(partial, os.O_RDONLY)  # says that this process lives
+def write_file(path: Path, content: bytes | Path) -> None:
+    """Write a file, or copy one, atomically: whatever happens, it is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}{UNFINISHED}")
+    file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _BINARY, 0o666)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            yield partial
-            _sync(partial)
-        except Exception as error:  # a full disk is an OSError, a SafetensorError, or the tokenizer's plain Exception
-            if is_full(error):
-                raise CheckpointError(
-                    f"{why_full(error)} while writing {out} ({first_line(error)}): nothing was written"
-                ) from error
-            raise
-        check_free(out, force=force)  # it may have appeared during a long run
-        _replace(partial, out)
+        for chunk in _chunks(content):
+            view = memoryview(chunk)
+            while len(view):
+                view = view[os.write(file, view) :]
+        os.fsync(file)
     finally:
-        os.close(lock)
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(file)
+    partial.replace(path)
+    sync_folder(path.parent)
 
 
-def _partial(out: Path) -> str:
-    return f".{out.name}.partial-"
+def _chunks(content: bytes | Path) -> Iterator[bytes]:
+    if isinstance(content, bytes):
+        yield content
+        return
+    with content.open("rb") as file:
+        while chunk := file.read(_COPIED_AT_ONCE):
+            yield chunk
 
 
-def _remove_left(out: Path) -> None:
-    """Delete what runs that were killed have left of `out`."""
-    for path in out.parent.glob(f"{glob.escape(_partial(out))}*"):
-        with suppress(OSError):  # another run is at work there, or removes it too
-            lock = os.open(path, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path)
-            finally:
-                os.close(lock)
+def sync_file(path: Path) -> None:
+    """Bring a file's contents to the disk."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's names to the disk, where the system lets folders be opened (Windows does not)."""
+    if os.name == "nt":
+        return
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def sync_all(folder: Path) -> None:
+    """Bring all files of a folder to the disk, with the permissions that the user's umask gives new files."""
+    # safetensors makes private files.
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+        if path.is_file():
+            sync_file(path)
 
 
 def check_free(out: str | Path, *, force: bool = False, source: str | Path | None = None) -> None:
@@ -98,40 +106,10 @@ def check_replaceable(out: str | Path, *, force: bool = False, source: str | Pat
         raise CheckpointError(f"{out} is no model folder of ours to replace (it has no {' or '.join(OURS)}): remove it")
 
 
-def _replace(partial: Path, out: Path) -> None:
-    if not out.exists():
-        partial.replace(out)
-        return
-    # A folder cannot be renamed onto another: the old one steps aside first, and comes back if anything fails.
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-    try:
-        out.replace(old / out.name)
-        partial.replace(out)
-    except BaseException:
-        if not out.exists() and (old / out.name).exists():
-            (old / out.name).replace(out)
-        raise
-    finally:
-        if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    # mkdtemp makes folders private, and safetensors files too: give them what the user's umask allows.
-    umask = os.umask(0)
-    os.umask(umask)
-    folder.chmod(0o777 & ~umask)
-    for path in folder.rglob("*"):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-
-
 def is_full(error: BaseException) -> bool:
     """Whether an error says that the disk, or the user's share of it, is full."""
     # safetensors reports the operating system's error as text.
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = (errno.ENOSPC, _QUOTA, errno.EFBIG)
     numbers = tuple(f"os error {number}" for number in full)
     return getattr(error, "errno", None) in full or any(number in str(error) for number in numbers)
 
@@ -140,7 +118,7 @@ def why_full(error: BaseException) -> str:
     """What is full, and what to do about it."""
     if getattr(error, "errno", None) == errno.EFBIG or f"os error {errno.EFBIG}" in str(error):
         return "a file grew beyond what may be written (`ulimit -f`, or the file system's limit)"
-    if getattr(error, "errno", None) == errno.EDQUOT or f"os error {errno.EDQUOT}" in str(error):
+    if getattr(error, "errno", None) == _QUOTA or f"os error {_QUOTA}" in str(error):
         return "your share of the disk is full (quota): free some of it"
     return "no space left: free some"
 

@@ -8,7 +8,7 @@ import typer
 
 from spinquant.calibration.data import load_text, token_windows
 from spinquant.checkpoint.folder import is_local, load_tokenizer, read_headers
-from spinquant.checkpoint.resumable import check_checksums
+from spinquant.checkpoint.run_directory import check_checksums
 from spinquant.cli import tables as report
 from spinquant.cli.main import app
 from spinquant.cli.options import (

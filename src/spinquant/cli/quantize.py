@@ -1,6 +1,5 @@
 """The command `quantize`."""
 
-from contextlib import nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -40,15 +39,12 @@ from spinquant.cli.options import (
     taken_from,
 )
 from spinquant.cli.output import print_result, stages, step_report
-from spinquant.compute.distributed import Processes, joined
 from spinquant.entrypoints.folders import quantize_folder
-from spinquant.entrypoints.learn import LearnText, learn_from, what_is_asked
-from spinquant.entrypoints.learn_run import keeping
+from spinquant.entrypoints.request import LearnText
 from spinquant.entrypoints.result import Options
-from spinquant.entrypoints.validation import check_request
+from spinquant.entrypoints.validation import settle_format
 from spinquant.errors import LearningError
 from spinquant.formats.compressed_config import as_stored
-from spinquant.formats.runtimes import format_for
 from spinquant.learning.options import LearnOptions, Watch
 from spinquant.quantization.gptq import GPTQOptions
 from spinquant.quantization.scheme import parse_scheme, static_parts
@@ -130,80 +126,64 @@ def quantize(
     is streamed, and what does goes decoder block by decoder block.
     """
     spec = parse_spec(rotations, type, block_size, randomize, seed)
-    if format is None:
-        format = format_for(runtime, parse_scheme(scheme), spec) if runtime else "native"
+    settled = settle_format(format, runtime, parse_scheme(scheme), spec)  # pyright: ignore[reportArgumentType]
     parsed = parse_scheme(
         scheme,
         group_size=group_size,
         weight_clip=parse_ratio(weight_clip),
         activation_clip=activation_clip,
-        activation_symmetric=format == "compressed-tensors" if symmetric_activations is None else symmetric_activations,
+        activation_symmetric=settled == "compressed-tensors"
+        if symmetric_activations is None
+        else symmetric_activations,
         kv_clip=kv_clip,
         lm_head=lm_head,
     )
-    if format == "compressed-tensors":
-        parsed = as_stored(parsed)
     about = {"text": calibration, "samples": samples, "length": sample_length}
     chosen: dict[str, Any] = {name: value for name, value in about.items() if value is not None}
     source = CalibrationText(**chosen, seed=seed)
     if learn_first and learned:
         raise LearningError("--learn learns rotations and --learned takes them from a folder: give one of them")
-    calibrated = method != "rtn" or clips or static_parts(parsed)
-    how = Calibration(
-        GPTQOptions(damping, act_order, asymmetry), clips=clips, round_inputs=not exact_inputs, sequential=sequential
-    )
-    taken = None if learned is None else taken_from(learned, model, context, scheme=parsed, drawing=bool(calibrated))
+    static = settled == "compressed-tensors" and static_parts(as_stored(parsed))
+    calibrated = bool(method != "rtn" or clips or static_parts(parsed) or static)
+    taken = None if learned is None else taken_from(learned, model, context, scheme=parsed, drawing=calibrated)
     # The text of --learn alone is not one for calibration.
     read = source if (chosen and (calibrated or not learn_first)) or (taken and calibrated) else None
-    shard = None if max_shard_size is None else parse_size(max_shard_size)
-    where: dict[str, Any] = {"runtime": runtime, "format": format, "force": force, "allow_pickle": allow_pickle}
-    where |= {"family": family, "checksums": checksums}
-    # Processes that learn together stay together.
-    with stages() as progress, joined(device) if learn_first else nullcontext(Processes(0, 1, device)) as processes:
-        found, kept = taken, nullcontext(None)
-        if learn_first:
-            # What would be refused afterwards is refused before.
-            check_request(model, out, parsed, spec, method, how, calibration_text=read, max_shard_size=shard, **where)
-            options = LearnOptions(method=learn_first, seed=seed)  # pyright: ignore[reportArgumentType] - checked by it
-            about_learning: dict[str, Any] = {"text": LearnText(source), "family": family}
-            about_learning["dtype"] = parse_dtype(dtype) or "auto"
-            asked = what_is_asked(model, parsed, spec, options, **about_learning)
-            kept = keeping(out, asked, model, processes, force=force)
-        with kept as store:
-            if store is not None:
-                found = learn_from(
-                    model,
-                    store,
-                    parsed,
-                    spec,
-                    options,
-                    device=processes.device,
-                    allow_pickle=allow_pickle,
-                    watch=Watch(progress, step_report(progress)),
-                    **about_learning,
-                )
-            result = quantize_folder(
-                model,
-                out,
-                parsed,
-                spec,
-                learned=found,
-                method=method,  # pyright: ignore[reportArgumentType] - checked by the function
-                calibration=how,
-                calibration_text=read,
-                dtype=parse_dtype(dtype),
-                text=text if compare else None,
-                device=processes.device,
-                max_shard_size=shard,
-                options=Options(
-                    prove=proof,
-                    allow_inexact=allow_inexact,
-                    drop_mtp=drop_mtp,
-                    memory=None if memory is None else parse_size(memory),
-                    progress=progress,
-                ),
-                **where,
-            )
-    if learn_first and found is not None and not json_:
-        print_result(False, {}, report.learning_table(found, f"rotations of {out}"))
+    with stages() as progress:
+        result = quantize_folder(
+            model,
+            out,
+            parsed,
+            spec,
+            learned=taken,
+            learn=LearnOptions(method=learn_first, seed=seed) if learn_first else None,  # pyright: ignore[reportArgumentType]
+            learn_text=LearnText(source),
+            watch=Watch(progress, step_report(progress)),
+            method=method,  # pyright: ignore[reportArgumentType] - checked by the function
+            calibration=Calibration(
+                GPTQOptions(damping, act_order, asymmetry),
+                clips=clips,
+                round_inputs=not exact_inputs,
+                sequential=sequential,
+            ),
+            calibration_text=read,
+            dtype=parse_dtype(dtype),
+            text=text if compare else None,
+            device=device,
+            max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
+            checksums=checksums,
+            options=Options(
+                prove=proof,
+                allow_inexact=allow_inexact,
+                drop_mtp=drop_mtp,
+                memory=None if memory is None else parse_size(memory),
+                progress=progress,
+            ),
+            format=settled,  # pyright: ignore[reportArgumentType]
+            runtime=runtime,
+            family=family,
+            force=force,
+            allow_pickle=allow_pickle,
+        )
+    if result.learned is not None and learn_first and not json_:
+        print_result(False, {}, report.learning_table(result.learned, f"rotations of {out}"))
     print_result(json_, {**result.record(), "seconds": result.seconds}, report.result_table(result, str(out)))

@@ -6,14 +6,13 @@ lock on a file of its own beside the result; the operating system takes it back 
 waits looks at the locks of the others.
 """
 
-import fcntl
 import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -21,12 +20,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 
 from spinquant import errors
 from spinquant.errors import ProcessError, SpinquantError
 
 _POLLED = 0.05  # seconds between two looks at what is waited for
 _LOST = 5.0  # seconds in which a process that is lost for others has ended as a whole
+# Others wait while the first process works; that one of them ended is seen otherwise.
+LONGEST = timedelta(days=7)
 _LOOKED = 1.0  # seconds between two looks at the locks of the others, while there is work
 
 
@@ -76,6 +78,7 @@ class Processes:
         self.rank, self.size, self.device = rank, size, device
         self._store, self._met, self._asked = store, 0, 0
         self._locks: Path | None = None
+        self._gone: set[int] = set()
         self._looked = time.monotonic()
 
     @property
@@ -160,20 +163,18 @@ class Processes:
             yield
             return
         folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(folder / str(self.rank), os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            self.meet()
-            self._locks = folder
-            yield
-        except ProcessError:
-            raise
-        except BaseException as error:
-            self._tell(error)  # while the lock says that this process is there to be asked
-            raise
-        finally:
-            self._locks = None
-            os.close(file)
+        with FileLock(folder / str(self.rank)):
+            try:
+                self.meet()
+                self._locks, self._gone = folder, set()
+                yield
+            except ProcessError:
+                raise
+            except BaseException as error:
+                self._tell(error)  # while the lock says that this process is there to be asked
+                raise
+            finally:
+                self._locks = None
 
     @contextmanager
     def _terminated(self) -> Iterator[None]:
@@ -229,23 +230,14 @@ class Processes:
             raise ProcessError(f"the processes of this job lost each other. {_AGAIN}")
 
     def _dead(self) -> list[int]:
-        """Ranks whose locks are free."""
-        found = []
-        for rank in range(self.size) if self._locks else ():
-            if rank == self.rank or self._locks is None:
+        """Ranks whose locks are free. Who is gone stays gone."""
+        for rank in set(range(self.size)) - {self.rank, *self._gone} if self._locks else ():
+            path = self._locks / str(rank) if self._locks else None
+            if path is None or not path.exists():  # the folder is gone, because the result is complete
                 continue
-            try:
-                file = os.open(self._locks / str(rank), os.O_RDWR)
-            except FileNotFoundError:  # the folder is gone, because the result is complete
-                continue
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                found.append(rank)
-            except OSError:
-                pass
-            finally:
-                os.close(file)
-        return found
+            with suppress(Timeout), FileLock(path, timeout=0):
+                self._gone.add(rank)
+        return sorted(self._gone)
 
     def _called(self, rank: int) -> str:
         return f"process {rank} of {self.size}"
@@ -254,4 +246,17 @@ class Processes:
         return f"{', '.join(map(self._called, ranks))} ended before its work was done. {_AGAIN}"
 
 
-_AGAIN = "Repeat the same command: it goes on behind what was finished"
+_AGAIN = "Rerun the same command to resume"
+
+
+def check_same(settings: Mapping[str, Any], processes: Processes) -> None:
+    """Raise ProcessError where processes were asked for different things, or have learned different rotations."""
+    # Each machine may have a copy of the model, elsewhere and of another time.
+    found = processes.gather({name: value for name, value in settings.items() if name not in ("model", "files")})
+    names = sorted({name for one in found for name in one if one[name] != found[0][name]})
+    if names:
+        raise ProcessError(
+            f"the processes of this job differ in {', '.join(names)}: start all of them with the same command, on the "
+            "same files. Rotations that they have learned may differ in the last bits where their machines do: then "
+            "use `spinquant learn` first, and --learned with what it writes"
+        )

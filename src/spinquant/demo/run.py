@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from spinquant.calibration.data import load_text, token_windows
 from spinquant.models.capture import captured, device_of
-from spinquant.checkpoint.atomic import atomic_folder, check_free
+from spinquant.checkpoint.atomic import check_free
+from spinquant.checkpoint.run_directory import atomic_folder
 from spinquant.checkpoint.folder import is_local, load_tokenizer
 from spinquant.formats.load import load_model
 from spinquant.demo.model import demo_model

@@ -1,54 +1,39 @@
-"""From a folder or hub id to a new folder, which appears complete or not at all."""
+"""Rotate and quantize a folder or hub id into a new folder, which is written atomically."""
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from spinquant.adapters.folder import read_adapters
-from spinquant.architectures import FamilyLike, make_plan
+from spinquant.architectures import FamilyLike
 from spinquant.architectures.mtp import COUNTS
 from spinquant.calibration.blockwise import Calibration, Method
 from spinquant.calibration.data import CalibrationText, calibration_tokens
-from spinquant.checkpoint.atomic import atomic_folder, check_free
-from spinquant.checkpoint.folder import (
-    BESIDE,
-    RECORD,
-    ROTATIONS,
-    check_finite,
-    check_unquantized,
-    folder_of,
-    has_pickles_only,
-    load_config,
-    load_tokenizer,
-    read_headers,
-)
+from spinquant.checkpoint.folder import check_device, check_finite, load_tokenizer
+from spinquant.checkpoint.run_directory import LEARNING, RunDirectory, atomic_folder, opened_run
+from spinquant.compute.distributed import LONGEST, Processes, check_same, joined
 from spinquant.entrypoints.in_memory import quantize, rotate
-from spinquant.entrypoints.request import Request, store_for
+from spinquant.entrypoints.learn import learn_from
+from spinquant.entrypoints.output_folder import write_record
+from spinquant.entrypoints.request import Format, LearnText, Request
 from spinquant.entrypoints.result import Options, Result
 from spinquant.entrypoints.stream import stream_folder
-from spinquant.entrypoints.stream_run import sample_tokens
-from spinquant.entrypoints.validation import check_format, check_request
+from spinquant.entrypoints.stream_run import block_store, sample_tokens
+from spinquant.entrypoints.validation import Job, check_format, validate
 from spinquant.errors import CheckpointError, RotationError
 from spinquant.formats.compressed_config import check_plan
 from spinquant.formats.compressed_tensors import write_compressed
 from spinquant.formats.load import load_model
 from spinquant.formats.native import is_marked
-from spinquant.plan import MERGEABLE, Plan
+from spinquant.learning.options import LearnOptions, Watch
+from spinquant.plan import MERGEABLE
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.learned import LearnedRotations
-from spinquant.rotations.serialization import to_save
 from spinquant.rotations.wrappers import online_part
-from spinquant.streaming.calibrate import Calibrating
-
-Format = Literal["native", "compressed-tensors", "hf"]
 
 
 def save(
@@ -73,18 +58,20 @@ def save(
         )
     check_finite(result.model, "the model to be saved")
     with atomic_folder(out, force=force) as folder:
-        if format == "compressed-tensors":
-            write_compressed(result.model, result.plan, online, result.scheme or Scheme(), result.clips, folder)
-        else:
-            result.model.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        _, tensors = to_save(result.rotations)
-        # In a folder of their own: runtimes load every safetensors file that lies beside the weights.
-        (folder / BESIDE).mkdir()
-        save_file(tensors, folder / BESIDE / ROTATIONS)
-        record = json.dumps(result.record(), indent=1, default=dict)
-        (folder / BESIDE / RECORD).write_text(record + "\n", encoding="utf-8")
+        _write(result, folder, tokenizer, format)
+
+
+def _write(result: Result, folder: Path, tokenizer: Any, format: str) -> None:
+    """Write the files of a model in memory, and beside them how it came about."""
+    if format == "compressed-tensors":
+        online = online_part(result.plan, result.rotations)
+        write_compressed(result.model, result.plan, online, result.scheme or Scheme(), result.clips, folder)
+    else:
+        result.model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    # In a folder of their own: runtimes load every safetensors file that lies beside the weights.
+    write_record(result, folder)
 
 
 def rotate_folder(
@@ -118,43 +105,33 @@ def rotate_folder(
     model where no table does, see `use_family`. Raises RotationError for rotations that need work at run time (R3, R4):
     a plain folder cannot hold them; and for what cannot ride along.
     """
-    spec, rotations = (learned.spec, learned.rotations) if learned else (spec, None)
-    online = [name for name in spec.rotations if name not in MERGEABLE]
+    online = [name for name in learned.spec.rotations if name not in MERGEABLE] if learned else []
     if learned and online:
+        mergeable = ",".join(n for n in learned.spec.rotations if n in MERGEABLE) or "none"
         raise RotationError(
             f"{', '.join(online)} of the learned rotations run at run time, which a plain folder cannot say. Take the "
-            f"others alone (--rotations {','.join(n for n in spec.rotations if n in MERGEABLE) or 'none'}), or write a "
-            "folder with online parts: spinquant quantize MODEL OUT --scheme none --learned LEARNED"
+            f"others alone (--rotations {mergeable}), or write a folder with online parts: spinquant quantize MODEL "
+            "OUT --scheme none --learned LEARNED"
         )
-    check_format("hf", Scheme(), spec)
-    options = options or Options()
-    if not (allow_pickle and has_pickles_only(folder_of(model, allow_pickle=True))):
-        request = Request(
-            spec,
-            dtype,
-            device,
-            max_shard_size,
-            text,
-            options=options,
+    return run_request(
+        Request(
+            model=model,
+            out=out,
+            spec=spec,
+            format="hf",
             learned=learned,
+            dtype=dtype,
+            device=device,
+            text=text,
+            max_shard_size=max_shard_size,
             checksums=checksums,
-            also=read_adapters(also),
+            also=also,
             family=family,
+            force=force,
+            allow_pickle=allow_pickle,
+            options=options or Options(),
         )
-        return stream_folder(model, out, request, force=force)
-    if max_shard_size is not None or checksums is not None or also:
-        raise CheckpointError(
-            "pickle weights are not streamed: leave --max-shard-size, --checksums and --also out, or convert them first"
-        )
-    check_free(out, force=force, source=model)
-    loaded, tokenizer, sample, notes = _open(
-        model, dtype, text or "auto", allow_pickle, device, options.drop_mtp, family
     )
-    result = rotate(loaded, spec, rotations=rotations, sample=None if text is None else sample, options=options)
-    if dtype is not None:
-        _cast(loaded, dtype)
-    save(replace(result, notes={**notes, **_learned_note(learned)}), out, tokenizer, force=force)
-    return result
 
 
 def quantize_folder(
@@ -175,9 +152,12 @@ def quantize_folder(
     max_shard_size: int | None = None,
     checksums: Path | None = None,
     options: Options | None = None,
-    format: Format = "native",
+    format: Format | None = None,
     runtime: str | None = None,
     family: FamilyLike | None = None,
+    learn: LearnOptions | None = None,
+    learn_text: LearnText | None = None,
+    watch: Watch | None = None,
 ) -> Result:
     """Rotate and quantize a folder or hub id into a folder that `spinquant.load` and transformers load.
 
@@ -190,112 +170,118 @@ def quantize_folder(
     than the checkpoint. Finished blocks of a calibration are kept beside `out` until it is written; the same call goes
     on where another was stopped. max_shard_size, checksums: of a stream, as for `rotate_folder`.
     """
-    spec, rotations = (learned.spec, learned.rotations) if learned else (spec, None)
-    calibrated, streamed = check_request(
-        model,
-        out,
-        scheme,
-        spec,
-        method,
-        calibration,
-        calibration_text=calibration_text,
-        max_shard_size=max_shard_size,
-        checksums=checksums,
-        runtime=runtime,
-        format=format,
-        force=force,
-        allow_pickle=allow_pickle,
-        family=family,
+    return run_request(
+        Request(
+            model=model,
+            out=out,
+            spec=spec,
+            scheme=scheme,
+            format=format,
+            method=method,
+            calibration=calibration,
+            calibration_text=calibration_text,
+            learned=learned,
+            learn=learn,
+            learn_text=learn_text or LearnText(),
+            dtype=dtype,
+            device=device,
+            text=text,
+            max_shard_size=max_shard_size,
+            checksums=checksums,
+            runtime=runtime,
+            family=family,
+            force=force,
+            allow_pickle=allow_pickle,
+            options=options or Options(),
+            watch=watch or Watch(),
+        )
     )
-    options = options or Options()
-    calibrating = None
-    if calibrated is not None:
-        calibrating = Calibrating(method, calibrated, calibration_text or CalibrationText(seed=spec.seed))
-    request = Request(
-        spec,
-        dtype,
-        device,
-        max_shard_size,
-        text,
-        scheme,
-        options,
-        learned,
-        calibrating,
-        "native" if format == "hf" else format,
-        checksums,
-        family=family,
+
+
+def run_request(request: Request) -> Result:
+    """Carry out a request: validate it, learn rotations where that is asked, then stream or load the model as a whole.
+
+    Several processes under torchrun work on it together; each returns the result.
+    """
+    with joined(request.device, timeout=LONGEST) as processes, processes.together():
+        check_device(processes.device)
+        job = validate(request)
+        check_same(job.settings, processes)
+        place = {"force": request.force, "source": job.folder}
+        with opened_run(request.out, job.settings, processes, **place) as run:
+            if request.learn is not None and not run.published:
+                job = job.with_learned(_learn(job, run, processes))
+            result = stream_folder(job, run, processes) if job.streamed else _in_memory(job, run)
+            return replace(result, learned=job.request.learned)
+
+
+def _learn(job: Job, run: RunDirectory, processes: Processes) -> LearnedRotations:
+    """The rotations that a job learns before it uses them."""
+    request = job.request
+    assert request.learn is not None and job.scheme is not None
+    learned = learn_from(
+        request.model,
+        run.home / LEARNING,
+        job.scheme,
+        job.spec,
+        request.learn,
+        text=request.learn_text,
+        device=processes.device,
+        dtype=request.dtype or "auto",
+        allow_pickle=request.allow_pickle,
+        watch=request.watch,
+        family=request.family,
     )
-    if streamed:
-        return stream_folder(model, out, request, force=force)
-    check = partial(check_plan, scheme=scheme, spec=spec) if format == "compressed-tensors" else None
-    loaded, tokenizer, sample, notes = _open(
-        model, dtype, text or "auto", allow_pickle, device, options.drop_mtp, family, check
-    )
-    if dtype is not None:
-        _cast(loaded, dtype)
-    tokens, store = None, None
-    if calibrating is not None:
-        progress = options.stage("generate text")
-        name, tokens = calibration_tokens(loaded, tokenizer, calibrating.text, progress=progress)
-        notes["calibration_text"] = {"text": name, "samples": tokens.shape[0], "length": tokens.shape[1]}
-        store = store_for(out, model, request, tokens, loaded.dtype, loaded.config)
-    result = quantize(
-        loaded,
-        scheme,
-        spec,
-        method=method,
-        rotations=rotations,
-        tokens=tokens,
-        calibration=calibration,
-        sample=None if text is None else sample,
-        store=store,
-        options=options,
-    )
-    result = replace(result, notes={**notes, **_learned_note(learned)})
-    save(result, out, tokenizer, force=force, format=format)
-    if store is not None:
-        store.remove()
+    check_same({"learned": learned.digest()}, processes)
+    return learned
+
+
+def _in_memory(job: Job, run: RunDirectory) -> Result:
+    """Carry out a job on the model as a whole: pickles, and calibrated classes that keep weights in another form."""
+    request = job.request
+    if run.published:
+        run.publish()
+        raise CheckpointError(f"{request.out} exists and is complete: the run that wrote it was only not tidied up")
+    loaded, tokenizer, sample, notes = _open(job)
+    rotations = request.learned.rotations if request.learned else None
+    given: dict[str, Any] = {"rotations": rotations, "options": request.options}
+    given["sample"] = None if request.text is None else sample
+    if job.scheme is None:
+        result = rotate(loaded, job.spec, **given)
+        if request.dtype is not None:
+            _cast(loaded, request.dtype)
+    else:
+        if request.dtype is not None:
+            _cast(loaded, request.dtype)
+        if job.calibration is not None:
+            progress = request.options.stage("generate text")
+            name, tokens = calibration_tokens(loaded, tokenizer, job.text, progress=progress)
+            notes["calibration_text"] = {"text": name, "samples": tokens.shape[0], "length": tokens.shape[1]}
+            given |= {"tokens": tokens, "store": block_store(run, tokens, loaded.dtype)}
+        result = quantize(loaded, job.scheme, job.spec, method=request.method, calibration=request.calibration, **given)
+    learned = {"learned": request.learned.note()} if request.learned else {}
+    result = replace(result, notes={**notes, **learned})
+    check_finite(result.model, "the model to be saved")
+    _write(result, run.data, tokenizer, job.format)
+    run.publish(checksums=False)
     return result
 
 
-def _learned_note(learned: LearnedRotations | None) -> dict[str, Any]:
-    return {"learned": learned.note()} if learned else {}
-
-
-def _open(
-    model: str | Path,
-    dtype: torch.dtype | None,
-    text: str,
-    allow_pickle: bool,
-    device: str,
-    drop_mtp: bool,
-    family: FamilyLike | None,
-    check: Callable[[Plan], None] | None = None,
-) -> tuple[Any, Any, Tensor, dict[str, Any]]:
-    config = load_config(model, family=family)
-    check_unquantized(config, model)
-    if not allow_pickle:
-        # An architecture that no table explains is refused before gigabytes are loaded.
-        plan = make_plan(config, {name: info.shape for name, info in read_headers(model).items()})
-        if check:
-            check(plan)
-        if plan.predictors and not drop_mtp:
-            raise CheckpointError(
-                f"{str(model)!r} holds layers for multi-token prediction ({plan.predictors[0]}, ...), and transformers "
-                "loads the model without them: they would be missing from the result. Say so with --drop-mtp"
-            )
-    loaded = load_model(model, allow_pickle=allow_pickle, device=device, family=family)
-    if drop_mtp:
+def _open(job: Job) -> tuple[Any, Any, Tensor, dict[str, Any]]:
+    """The model, its tokenizer where it has one, real tokens to compare logits on, and notes for the record."""
+    request = job.request
+    loaded = load_model(job.folder, allow_pickle=request.allow_pickle, device=request.device, family=request.family)
+    if request.options.drop_mtp:
         for name in (name for name in COUNTS if hasattr(loaded.config, name)):
             setattr(loaded.config, name, 0)
-    if dtype is not None and dtype.itemsize > loaded.dtype.itemsize:
-        _cast(loaded, dtype)  # widened before anything is rounded
-    name, sample = sample_tokens(folder_of(model, allow_pickle=allow_pickle), loaded.config, text)
+    if request.dtype is not None and request.dtype.itemsize > loaded.dtype.itemsize:
+        _cast(loaded, request.dtype)  # widened before anything is rounded
+    name, sample = sample_tokens(job.folder, loaded.config, request.text or "auto")
     try:
-        tokenizer = load_tokenizer(model)
+        tokenizer = load_tokenizer(job.folder)
     except CheckpointError:
         tokenizer = None
-    return loaded, tokenizer, sample, {"source": str(model), "sample_text": name}
+    return loaded, tokenizer, sample, {"source": str(request.model), "sample_text": name}
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:

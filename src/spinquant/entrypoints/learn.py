@@ -1,8 +1,7 @@
 """Learned rotations on disk: rotations.safetensors and learned.json, a folder that `rotate` and `quantize` take."""
 
 import json
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ from torch import Tensor
 
 from spinquant.architectures import FamilyLike, recorded_family
 from spinquant.calibration.data import CalibrationText, calibration_tokens
-from spinquant.checkpoint.atomic import atomic_folder
-from spinquant.checkpoint.folder import load_tokenizer, weights_digest, weights_sample
-from spinquant.checkpoint.safetensors_io import file_hash
-from spinquant.compute.distributed import is_first, joined
-from spinquant.entrypoints.learn_run import keeping
+from spinquant.checkpoint.folder import folder_of, load_config, load_tokenizer, weights_digest, weights_sample
+from spinquant.checkpoint.run_directory import LEARNING, atomic_folder, opened_run
+from spinquant.compute.distributed import LONGEST, check_same, is_first, joined
+from spinquant.entrypoints.request import LearnText
+from spinquant.entrypoints.validation import run_identity, text_files
 from spinquant.errors import CheckpointError, SpinquantError, TextError
 from spinquant.formats.load import load_model
 from spinquant.learning.learn import learn
@@ -31,24 +30,7 @@ from spinquant.rotations.learned import LearnedRotations
 from spinquant.rotations.serialization import saved, to_save
 
 TENSORS, ABOUT = "rotations.safetensors", "learned.json"
-DONE = "learned"  # where they are kept beside OUT until it is written
-
-
-@dataclass(frozen=True)
-class LearnText:
-    """What rotations are learned from and judged on.
-
-    calibration: samples to learn from. held_out: another text to judge on; None takes the last windows of the same text
-    away from learning. windows: to judge on.
-    """
-
-    calibration: CalibrationText = field(default_factory=CalibrationText)
-    held_out: str | None = None
-    windows: int = 8
-
-    def __post_init__(self):
-        if self.windows < 1:
-            raise TextError(f"windows is {self.windows}: expected a number from 1 on (--windows)")
+DONE = "learned"  # where a run keeps them until OUT is written
 
 
 def learn_folder(
@@ -76,12 +58,21 @@ def learn_folder(
     first one writes.
     """
     text, watch, options = text or LearnText(), watch or Watch(), options or LearnOptions()
-    with joined(device) as processes:
-        asked = what_is_asked(model, scheme, spec, options, text, start=start, dtype=dtype, family=family)
-        with keeping(out, asked, model, processes, force=force) as store:
+    with joined(device, timeout=LONGEST) as processes, processes.together():
+        config, folder = load_config(model, family=family), folder_of(model, allow_pickle=allow_pickle)
+        asked = {
+            **run_identity(model, folder, spec, scheme, config),
+            "dtype": str(dtype),
+            "options": options.to_dict(),
+            "text": asdict(text),
+            "text files": text_files(text.calibration.text, text.held_out),
+            "start": None if start is None else read_learned(start).digest(),
+        }
+        check_same(asked, processes)
+        with opened_run(out, asked, processes, force=force, source=folder) as run:
             learned = learn_from(
                 model,
-                store,
+                run.home / LEARNING,
                 scheme,
                 spec,
                 options,
@@ -94,37 +85,10 @@ def learn_folder(
                 family=family,
             )
             if processes.first:
-                write_learned(learned, out, force=force)
+                if not run.published:
+                    write_files(learned, run.data)
+                run.publish(checksums=False)
     return learned
-
-
-def what_is_asked(
-    model: str | Path,
-    scheme: Scheme,
-    spec: RotationSpec,
-    options: LearnOptions,
-    text: LearnText,
-    *,
-    start: str | Path | None = None,
-    dtype: torch.dtype | str = "auto",
-    family: FamilyLike | None = None,
-) -> dict[str, Any]:
-    """All that decides what is learned, as JSON: a run that was stopped goes on where it is asked for the same."""
-    files = {name: Path(name) for name in (text.calibration.text, text.held_out) if name and Path(name).is_file()}
-    return {
-        "spinquant": version("spinquant"),
-        "torch": torch.__version__,
-        "model": str(model),
-        "files": weights_digest(model),
-        "scheme": scheme.to_dict(),
-        **spec.to_dict(),
-        "options": options.to_dict(),
-        "text": asdict(text),
-        "text files": {name: file_hash(path) for name, path in files.items()},
-        "start": None if start is None else read_learned(start).digest(),
-        "dtype": str(dtype),
-        "family": str(family) if isinstance(family, str | Path) else repr(family),
-    }
 
 
 def learn_from(
@@ -142,7 +106,7 @@ def learn_from(
     watch: Watch | None = None,
     family: FamilyLike | None = None,
 ) -> LearnedRotations:
-    """Learned rotations of a model folder or hub id. store: where the run is kept, see `keeping`."""
+    """Learned rotations of a model folder or hub id. store: where the run is saved, and resumed from."""
     watch, done = watch or Watch(), store / DONE
     if (done / ABOUT).exists():
         return read_learned(done)
@@ -164,7 +128,8 @@ def learn_from(
     named = {"model": str(model), "weights": weights_sample(model)}
     learned = replace(learned, record={**learned.record, **named, "tokens": about, **begun})
     if is_first():
-        write_learned(learned, done, pictures=False)
+        with atomic_folder(done, force=True) as folder:
+            write_files(learned, folder, pictures=False)
     return learned
 
 
@@ -193,15 +158,20 @@ def _texts(loaded: Any, model: str | Path, text: LearnText, watch: Watch) -> tup
     return name, tokens[: -text.windows - 1], tokens[-text.windows :]
 
 
-def write_learned(learned: LearnedRotations, out: str | Path, *, force: bool = False, pictures: bool = True) -> None:
-    """Write the folder, with pictures where matplotlib is installed."""
-    about, tensors = to_save(learned.rotations)
+def write_learned(learned: LearnedRotations, out: str | Path, *, force: bool = False) -> None:
+    """Write a folder of learned rotations atomically, with pictures where matplotlib is installed."""
     with atomic_folder(out, force=force) as folder:
-        save_file(tensors, folder / TENSORS)
-        data = {**about, "spec": learned.spec.to_dict(), **learned.record}
-        (folder / ABOUT).write_text(json.dumps(data, indent=1, default=dict) + "\n", encoding="utf-8")
-        if pictures:
-            _draw(learned, folder)
+        write_files(learned, folder)
+
+
+def write_files(learned: LearnedRotations, folder: Path, *, pictures: bool = True) -> None:
+    """Write the files of a folder of learned rotations."""
+    about, tensors = to_save(learned.rotations)
+    save_file(tensors, folder / TENSORS)
+    data = {**about, "spec": learned.spec.to_dict(), **learned.record}
+    (folder / ABOUT).write_text(json.dumps(data, indent=1, default=dict) + "\n", encoding="utf-8")
+    if pictures:
+        _draw(learned, folder)
 
 
 def _draw(learned: LearnedRotations, folder: Path) -> None:

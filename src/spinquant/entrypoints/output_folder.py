@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save as save_bytes
 
 from spinquant.architectures import RECORDED
+from spinquant.checkpoint.atomic import write_file
 from spinquant.checkpoint.folder import BESIDE, INDEX, RECORD, ROTATIONS, SINGLE, copied_files
 from spinquant.checkpoint.reader import Source, fp8_block
-from spinquant.checkpoint.resumable import write_file
 from spinquant.entrypoints.result import Result
 from spinquant.rotations.serialization import to_save
 from spinquant.streaming.shards import Shard

@@ -1,91 +1,96 @@
-"""Request"""
+"""What `rotate_folder`, `quantize_folder` and the command line ask for: one frozen value, built by keyword."""
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
-from torch import Tensor
 
-from spinquant.adapters.folder import adapter_digests
-from spinquant.architectures import FamilyLike, recorded_family
-from spinquant.calibration.block_store import BlockStore
-from spinquant.checkpoint.folder import (
-    weights_digest,
-)
-from spinquant.compute.hashing import digest
+from spinquant.architectures import FamilyLike
+from spinquant.calibration.blockwise import Calibration, Method
+from spinquant.calibration.data import CalibrationText
 from spinquant.entrypoints.result import Options
+from spinquant.errors import TextError
+from spinquant.learning.options import LearnOptions, Watch
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.learned import LearnedRotations
-from spinquant.streaming.calibrate import Calibrating
+
+Format = Literal["native", "compressed-tensors", "hf"]
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a stream is asked to do.
+class LearnText:
+    """What rotations are learned from, and scored on.
 
-    max_shard_size: bytes; None for the shards of the source. text: of the real tokens on which the result is compared
-    with the source, as in `load_text`; None for no comparison. scheme: what is quantized; None for rotations alone.
-    learned: rotations in place of those that the spec makes, which then describes them. calibrating: how, where weights
-    are not just rounded to nearest. format: native or compressed-tensors, of what is no plain folder. checksums: a list
-    of SHA-256 that the files of the source have to have. also: folders of adapters and heads that ride along, by name.
-    family: a file that explains the model where no table does.
+    Attributes:
+        calibration: samples to learn from.
+        held_out: another text to score candidates on; None takes the last windows of the same text away from learning.
+        windows: how many windows candidates are scored on.
     """
 
+    calibration: CalibrationText = field(default_factory=CalibrationText)
+    held_out: str | None = None
+    windows: int = 8
+
+    def __post_init__(self):
+        if self.windows < 1:
+            raise TextError(f"windows is {self.windows}: expected a number from 1 on (--windows)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A folder or hub id to rotate, and to quantize where there is a scheme, into another folder.
+
+    `validate` settles what is left open here, once, and refuses what cannot be done.
+
+    Attributes:
+        model: a folder, or the id of a model on the hub.
+        out: the folder to write.
+        spec: rotations, their types, block sizes and seed; not used where `learned` is given.
+        scheme: what is quantized; None for rotations alone.
+        format: of the folder; None for what `runtime` reads, and our own format without a runtime.
+        method: how weights are rounded.
+        calibration: how, where method or clips need calibration.
+        calibration_text: what to calibrate on; refused where nothing is calibrated.
+        learned: rotations in the place of random ones.
+        learn: learn rotations first, with these options.
+        learn_text: what they are learned from.
+        dtype: of what is not quantized, and of the arithmetic; None for the source's.
+        device: to work on.
+        text: of the real tokens on which logits are compared, see `load_text`; None for no comparison.
+        max_shard_size: bytes; None for the shards of the source.
+        checksums: a list of SHA-256 that the files of the source have to have, as sha256sum writes it.
+        also: folders of LoRA adapters and draft heads that are rotated with the model.
+        runtime: refuse what it does not run.
+        family: a file that explains the model where no table does.
+        force: replace `out`.
+        allow_pickle: load pickle weights, which can run code.
+        options: how the run goes about it.
+        watch: what learning reports to.
+    """
+
+    model: str | Path
+    out: str | Path
     spec: RotationSpec
+    scheme: Scheme | None = None
+    format: Format | None = None
+    method: Method = "rtn"
+    calibration: Calibration | None = None
+    calibration_text: CalibrationText | None = None
+    learned: LearnedRotations | None = None
+    learn: LearnOptions | None = None
+    learn_text: LearnText = field(default_factory=LearnText)
     dtype: torch.dtype | None = None
     device: str = "cpu"
-    max_shard_size: int | None = None
     text: str | None = "auto"
-    scheme: Scheme | None = None
-    options: Options = field(default_factory=Options)
-    learned: LearnedRotations | None = None
-    calibrating: Calibrating | None = None
-    format: str = "native"
+    max_shard_size: int | None = None
     checksums: Path | None = None
-    also: Mapping[str, Path] = field(default_factory=dict)
+    also: Sequence[str | Path] = ()
+    runtime: str | None = None
     family: FamilyLike | None = None
-
-    def settings(self, model: str | Path, folder: Path, config: Any, *, compiled: bool) -> dict[str, Any]:
-        """Everything that decides the bytes of the result, as JSON. compiled: with kernels of the transform."""
-        return {
-            "spinquant": version("spinquant"),
-            "torch": torch.__version__,
-            "kernels": compiled,
-            "model": str(model),
-            "files": weights_digest(folder),
-            **self.spec.to_dict(),
-            "dtype": str(self.dtype),
-            "precision": str(self.options.precision),
-            "device": self.device,
-            "max_shard_size": self.max_shard_size,
-            "text": self.text,
-            "scheme": None if self.scheme is None else self.scheme.to_dict(),
-            "learned": None if self.learned is None else self.learned.digest(),
-            "calibrating": None if self.calibrating is None else asdict(self.calibrating),
-            "format": self.format,
-            "drop_mtp": self.options.drop_mtp,
-            "also": adapter_digests(self.also),
-            "family": recorded_family(config),
-        }
-
-
-def store_folder(out: str | Path) -> Path:
-    """Where a calibration for `out` is kept until it is written."""
-    return Path(out).parent / f".{Path(out).name}.calibration"
-
-
-def store_for(
-    out: str | Path, model: str | Path, request: Request, tokens: Tensor, dtype: torch.dtype, config: Any
-) -> BlockStore:
-    """Where finished blocks of a calibration are kept until `out` is written, under a name of all that decides them."""
-    how = request.calibrating
-    assert how is not None
-    settings = [version("spinquant"), request.scheme, request.spec, how.method, how.calibration]
-    settings += [request.options.precision, dtype, digest(tokens), weights_digest(model)]
-    settings += [request.learned.digest() if request.learned else None, recorded_family(config)]
-    return BlockStore(store_folder(out), json.dumps([repr(s) for s in settings]))
+    force: bool = False
+    allow_pickle: bool = False
+    options: Options = field(default_factory=Options)
+    watch: Watch = field(default_factory=Watch)

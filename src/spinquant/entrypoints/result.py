@@ -14,6 +14,7 @@ from spinquant.evaluation.equivalence import Deviation
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Clips, Scheme
 from spinquant.rotations.factory import RotationSpec
+from spinquant.rotations.learned import LearnedRotations
 from spinquant.rotations.rotation import Rotation
 from spinquant.rotations.serialization import to_save
 
@@ -56,6 +57,7 @@ class Result:
 
     twin and real are how far logits moved by rotating: in the small model, and on real tokens (None: not tried).
     model is None where it was never loaded; seconds then says how long each phase took.
+    learned: the rotations, where they were learned, with their scores.
     """
 
     model: Any
@@ -70,6 +72,7 @@ class Result:
     real: Deviation | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] | None = None
+    learned: LearnedRotations | None = None
 
     def record(self) -> dict[str, Any]:
         """Everything but the tensors, as JSON: seeds, scheme, plan, proofs, versions."""

@@ -1,9 +1,8 @@
-"""What follows from the request for a stream: the plan, the shards and how they are stored, and what is checked."""
+"""State of one streamed job: rotations, shards and how they are stored, calibration, and the comparison of logits."""
 
 import copy
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,18 +15,19 @@ from torch import Tensor
 
 from spinquant.adapters.base_model import Target
 from spinquant.adapters.folder import ADAPTERS, write_adapter
-from spinquant.architectures import RECORDED, FamilyLike, make_plan, recorded_family
+from spinquant.architectures import RECORDED, recorded_family
 from spinquant.architectures.mtp import COUNTS
 from spinquant.calibration.block_store import BlockStore
-from spinquant.calibration.data import CalibrationText, calibration_tokens, check_length, load_text, token_windows
-from spinquant.checkpoint.folder import load_config, load_tokenizer
+from spinquant.calibration.data import calibration_tokens, check_length, load_text, token_windows
+from spinquant.checkpoint.folder import load_tokenizer
 from spinquant.checkpoint.reader import Source, read_gains
-from spinquant.checkpoint.resumable import Resumable
+from spinquant.checkpoint.run_directory import CALIBRATION, RunDirectory
 from spinquant.compute.distributed import Processes
+from spinquant.compute.hashing import digest
 from spinquant.entrypoints.output_folder import dtype_of, model_dtype
-from spinquant.entrypoints.request import Request, store_folder, store_for
 from spinquant.entrypoints.result import Result, Stage
-from spinquant.errors import CalibrationError, CheckpointError, ProcessError, SpinquantError
+from spinquant.entrypoints.validation import Job
+from spinquant.errors import CheckpointError
 from spinquant.evaluation.equivalence import allowed, check
 from spinquant.formats.compressed_config import check_plan, quantization_config
 from spinquant.formats.compressed_packing import CompressedPacking
@@ -79,20 +79,20 @@ class Clock:
         return {**summed, "total": total, "processes": processes.size}
 
 
-class Run:
-    """What follows from a request and a source: the plan, the shards, the changes of the config."""
+class StreamRun:
+    """What follows from a job and its open source: rotations, shards and how they are stored, changes of the config."""
 
-    def __init__(self, source: Source, config: Any, request: Request, model: str | Path):
-        self.source, self.request, self.config, self.model = source, request, config, model
-        plan = make_plan(config, source.shapes)
-        scheme, learned = request.scheme, request.learned
-        rotations = make_rotations(plan, request.spec) if learned is None else learned.rotations
-        check_given(plan, request.spec, rotations)
+    def __init__(self, source: Source, job: Job, device: str):
+        self.source, self.job, self.device = source, job, device
+        request, plan, scheme = job.request, job.plan, job.scheme
+        assert plan is not None
+        rotations = make_rotations(plan, job.spec) if request.learned is None else request.learned.rotations
+        check_given(plan, job.spec, rotations)
         check_mean_preserving(plan, rotations)
         if scheme is not None:
             check_fits(plan, source.shapes, scheme)
-            if request.format == "compressed-tensors":
-                check_plan(plan, scheme, request.spec)
+            if job.format == "compressed-tensors":
+                check_plan(plan, scheme, job.spec)
         self.online = in_precision(online_part(plan, rotations), request.options.precision)
         self.is_plain = not self.online and (scheme is None or scheme == Scheme(lm_head=scheme.lm_head))
         self.change = Change(
@@ -101,119 +101,109 @@ class Run:
             read_gains(source, plan),
             packing=Plain(),
             dtype=request.dtype,
-            fp8_dtype=dtype_of(config),
+            fp8_dtype=dtype_of(job.config),
             precision=request.options.precision,
-            device=request.device,
+            device=device,
         )
         parts = scheme is not None and not self.is_plain and parts_tied(plan, scheme)
         unties = bool(plan.ties) and ("residual" in rotations or parts)
         self.untied = [(tie.tensor, tie.source) for tie in plan.ties] if unties else []
         self.changes: dict[str, Any] = {"tie_word_embeddings": False} if unties else {}
         if request.options.drop_mtp:
-            self.changes |= dict.fromkeys((name for name in COUNTS if hasattr(config, name)), 0)
-        if recorded_family(config) is not None:  # so that what is written needs no family file
-            self.changes[RECORDED] = recorded_family(config)
+            self.changes |= dict.fromkeys((name for name in COUNTS if hasattr(job.config, name)), 0)
+        if recorded_family(job.config) is not None:  # so that what is written needs no family file
+            self.changes[RECORDED] = recorded_family(job.config)
         if request.dtype is not None:
             self.changes["dtype"] = str(request.dtype).removeprefix("torch.")
+        notes: dict[str, Any] = {"source": str(request.model)}
+        if request.learned is not None:
+            notes["learned"] = request.learned.note()
         method = None if scheme is None else "rtn"
-        notes: dict[str, Any] = {"source": str(model)}
-        if learned is not None:
-            notes["learned"] = learned.note()
-        self.result = Result(None, plan, request.spec, rotations, scheme=scheme, method=method, notes=notes)
+        self.result = Result(None, plan, job.spec, rotations, scheme=scheme, method=method, notes=notes)
         self._store_as(None)
 
     def _store_as(self, finished: Finished | None) -> None:
         """Fix what is written, once all clip ratios are known. finished: weights that a calibration has rounded."""
-        request = self.request
+        job = self.job
         if not self.is_plain:
-            packing, described = FORMATS[request.format](self, request.scheme or Scheme(), finished)
+            packing, described = FORMATS[job.format](self, job.scheme or Scheme(), finished)
             self.change = replace(self.change, packing=packing)
             self.changes["quantization_config"] = json.loads(json.dumps(described))
-        self.shards = make_shards(self.source, self.change, untied=self.untied, max_shard_size=request.max_shard_size)
+        self.shards = make_shards(
+            self.source, self.change, untied=self.untied, max_shard_size=job.request.max_shard_size
+        )
 
     def note_source(self, found: Mapping[str, str]) -> None:
         """Record the SHA-256 of the source's files."""
         self.result = replace(self.result, notes={**self.result.notes, "source_files": dict(found)})
 
-    def calibrate(self, out: str | Path, clock: Clock, processes: Processes) -> BlockStore:
-        """Quantize block by block into a store, from which the stream will take the weights.
+    def calibrate(self, run: RunDirectory, clock: Clock, processes: Processes) -> None:
+        """Quantize block by block into pieces of the run, from which the stream takes the weights.
 
         The first process does that while the others wait, for as long as it takes; then all know what it found.
         """
-        plan, how = self.result.plan, self.request.calibrating
-        assert how is not None
-        config = _unquantized(self.config)
-        dtype = self.request.dtype or model_dtype(config, self.source)
+        config = _unquantized(self.job.config)
+        dtype = self.job.request.dtype or model_dtype(config, self.source)
         rotated = Rotated(self.source, self.change, self.untied)
-        folder = store_folder(out)
-        try:
-            with processes.locked(folder / "processes"):
-                mine = self._calibrated(out, config, dtype, rotated, clock, processes) if processes.first else None
-                found = processes.agree(mine)
-        except SpinquantError as error:
-            # Numbers that are not finite will be so again; elsewhere nothing but locks is in it.
-            useless = isinstance(error, CalibrationError) or not any(folder.glob("*.safetensors"))
-            if processes.first and not isinstance(error, ProcessError) and useless:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
-        store = BlockStore(folder, found["fingerprint"])
+        mine = self._calibrated(run, config, dtype, rotated, clock, processes) if processes.first else None
+        found = processes.agree(mine)
         notes = {**self.result.notes, "calibration_text": found["text"]}
-        clips = Clips.from_dict(found["clips"])
-        self.result = replace(self.result, method=how.method, calibration=how.calibration, clips=clips, notes=notes)
+        clips, how = Clips.from_dict(found["clips"]), {"method": self.job.request.method}
+        self.result = replace(self.result, calibration=self.job.calibration, clips=clips, notes=notes, **how)
+        plan, store = self.result.plan, BlockStore(run.pieces(CALIBRATION, writes=False))
         form = form_in(hollow_model(config, dtype), rotated, plan)
         self._store_as(Finished(store, (*plan.blocks, plan.head.removesuffix(".weight")), dtype, form))
-        return store
 
     def _calibrated(
-        self, out: str | Path, config: Any, dtype: torch.dtype, rotated: Rotated, clock: Clock, processes: Processes
+        self,
+        run: RunDirectory,
+        config: Any,
+        dtype: torch.dtype,
+        rotated: Rotated,
+        clock: Clock,
+        processes: Processes,
     ) -> dict[str, Any]:
-        """What a calibration finds beside the store, as JSON."""
-        request, how = self.request, self.request.calibrating
-        assert how is not None and request.scheme is not None
+        """What a calibration finds beside the pieces, as JSON."""
+        job, request = self.job, self.job.request
+        assert job.calibration is not None and job.scheme is not None
         with clock.phase("compare"):
             self.compare(rotated)
         with clock.phase("calibrate"):
             options = replace(request.options, progress=_looking(request.options.progress, processes))
-            name, tokens = tokens_for(
-                self.model,
-                how.text,
-                dtype=request.dtype or "auto",
-                family=request.family,
-                progress=options.stage("generate text"),
-            )
-            store = store_for(out, self.model, request, tokens, dtype, config)
+            name, tokens = tokens_for(job, progress=options.stage("generate text"))
             clips = calibrate_on_disk(
                 config,
                 self.result.plan,
                 self.online,
                 rotated,
-                request.scheme,
+                job.scheme,
                 tokens,
-                how,
-                store,
+                job.calibration,
+                block_store(run, tokens, dtype),
+                error_feedback=request.method != "rtn",
                 dtype=dtype,
-                device=request.device,
+                device=self.device,
                 memory=options.memory,
                 progress=options.stage("calibrate"),
             )
         about = {"text": name, "samples": tokens.shape[0], "length": tokens.shape[1]}
-        return {"fingerprint": store.fingerprint, "clips": clips.to_dict(), "text": about}
+        return {"clips": clips.to_dict(), "text": about}
 
-    def write_adapters(self, work: Resumable) -> None:
-        """Write the adapters and heads that ride along, rotated."""
+    def write_adapters(self, data: Path) -> None:
+        """Write the LoRA adapters and draft heads, rotated, into a folder `adapters` of `data`."""
         change, found = self.change, {}
-        target = Target(str(work.out), self.config, self.source, change.plan, change.rotations)
-        for name, folder in self.request.also.items():
-            found[name] = write_adapter(folder, target, work.data / ADAPTERS / name)
+        target = Target(str(self.job.request.out), self.job.config, self.source, change.plan, change.rotations)
+        for name, folder in self.job.adapters.items():
+            found[name] = write_adapter(folder, target, data / ADAPTERS / name)
         if found:
             self.result = replace(self.result, notes={**self.result.notes, "adapters": found})
 
     def compare(self, after: Weights) -> None:
         """Compare the logits of real tokens before and after, where the blocks of the model can be filled from disk."""
-        request, result, source = self.request, self.result, self.source
+        request, result, source = self.job.request, self.result, self.source
         if request.text is None or not result.rotations:
             return
-        config = _unquantized(self.config)
+        config = _unquantized(self.job.config)
         written = [job.dtype for shard in self.shards for job in shard.jobs if job.dtype.is_floating_point]
         dtype = max((*written, *(stored.dtype for stored in source.tensors.values())), key=_width)
         reason = self._why_not_compared(hollow_model(config, dtype))
@@ -244,9 +234,9 @@ class Run:
         self.result = replace(result, real=real, notes=notes)
 
     def _why_not_compared(self, model: Any) -> str | None:
-        plan, source, options = self.result.plan, self.source, self.request.options
+        plan, source, options = self.result.plan, self.source, self.job.request.options
         reason = unfillable(model, source, plan)
-        if reason is not None or self.request.calibrating is not None:  # a calibration loads every block anyway
+        if reason is not None or self.job.calibration is not None:  # a calibration loads every block anyway
             return reason
         room = max(BLOCK_SHARE * source.largest + BLOCK_FREE, options.memory or 0)
         state = model.state_dict()
@@ -258,17 +248,17 @@ class Run:
         return None
 
 
-def _native(run: Run, scheme: Scheme, finished: Finished | None) -> tuple[Packing, dict[str, Any]]:
+def _native(run: StreamRun, scheme: Scheme, finished: Finished | None) -> tuple[Packing, dict[str, Any]]:
     """How tensors are stored in our own format, and its `quantization_config`."""
     plan = run.result.plan
-    described = make_config(plan, run.online, run.request.spec, scheme, run.result.clips)
+    described = make_config(plan, run.online, run.job.spec, scheme, run.result.clips)
     return NativePacking(plan, scheme, run.online, finished), described.to_dict()
 
 
-def _compressed(run: Run, scheme: Scheme, finished: Finished | None) -> tuple[Packing, dict[str, Any]]:
+def _compressed(run: StreamRun, scheme: Scheme, finished: Finished | None) -> tuple[Packing, dict[str, Any]]:
     """How tensors are stored for compressed-tensors, and its `quantization_config`."""
-    plan, config = run.result.plan, _unquantized(run.config)
-    dtype = run.request.dtype or model_dtype(config, run.source)
+    plan, config = run.result.plan, _unquantized(run.job.config)
+    dtype = run.job.request.dtype or model_dtype(config, run.source)
     packing = CompressedPacking(plan, scheme, run.online, dtype, finished, run.result.clips)
     linears = [n for n, m in hollow_model(config, dtype).named_modules() if isinstance(m, torch.nn.Linear)]
     covered = set(packing.covered.values())
@@ -316,20 +306,19 @@ def sample_tokens(folder: Path, config: Any, text: str) -> tuple[str, torch.Tens
     return name, token_windows(tokenizer, content[:20_000], length=SAMPLE_TOKENS, count=1)
 
 
-def tokens_for(
-    model: str | Path,
-    text: CalibrationText,
-    *,
-    dtype: torch.dtype | str,
-    family: FamilyLike | None,
-    progress: Callable[[int, int], None],
-) -> tuple[str, Tensor]:
-    """(name, tokens) of a calibration text. To generate it, the model is in memory as a whole meanwhile."""
+def tokens_for(job: Job, *, progress: Callable[[int, int], None]) -> tuple[str, Tensor]:
+    """(name, tokens) of the calibration text. To generate it, the model is in memory as a whole meanwhile."""
+    request = job.request
     try:
-        tokenizer = load_tokenizer(model)
+        tokenizer = load_tokenizer(job.folder)
     except CheckpointError:
         tokenizer = None
-    check_length(load_config(model, family=family), text)
-    generated = text.text == "generated" or (tokenizer is None and text.text == "auto")
-    loaded = load_model(model, dtype=dtype, family=family) if generated else None
-    return calibration_tokens(loaded, tokenizer, text, progress=progress)
+    check_length(job.config, job.text)
+    generated = job.text.text == "generated" or (tokenizer is None and job.text.text == "auto")
+    loaded = load_model(job.folder, dtype=request.dtype or "auto", family=request.family) if generated else None
+    return calibration_tokens(loaded, tokenizer, job.text, progress=progress)
+
+
+def block_store(run: RunDirectory, tokens: Tensor, dtype: torch.dtype) -> BlockStore:
+    """Where calibrated blocks of a run are kept. Other tokens than those of the run before start anew."""
+    return BlockStore(run.pieces(CALIBRATION, [digest(tokens), dtype]))

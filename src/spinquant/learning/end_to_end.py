@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from spinquant.checkpoint.run_directory import Pieces
 from spinquant.errors import LearningError
 from spinquant.evaluation.metrics import wide
 from spinquant.learning.cayley import OPTIMIZERS, Descent, Optimizer, orthogonality_error
 from spinquant.learning.fake_quant import checkpointed, learning_scheme, rounding
 from spinquant.learning.layerwise import check_numbers, cosine
 from spinquant.learning.sensitivity import nll_of_own
-from spinquant.learning.training_state import StateFile
 from spinquant.models.capture import device_of
 from spinquant.online.hooks import Attachment
 from spinquant.plan import Plan
@@ -35,6 +35,7 @@ Loss = Literal["fisher", "kl", "cross-entropy"]
 Schedule = Literal["cosine", "linear", "constant"]
 LOSSES, SCHEDULES = get_args(Loss), get_args(Schedule)
 FROM_RANDOM, FROM_LOCAL = 0.5, 0.15  # lengths of a step
+STATE = "end-to-end"  # the piece of a run that holds the descent
 ORTHOGONAL = 1e-5  # how far R^T R may be from the identity at any step
 
 
@@ -120,14 +121,14 @@ def learn_end_to_end(
     options: EndToEndOptions,
     *,
     seed: int = 0,
-    state: StateFile | None = None,
+    pieces: Pieces | None = None,
     report: Callable[[Step], None] | None = None,
 ) -> tuple[dict[str, Rotation], list[Step]]:
     """Rotations by space, of which those in `learned` are learned, and the steps that led there.
 
     learned: the name of a rotation by space; spaces that share one name share one rotation. tokens: int64 (samples,
-    length). Gains must be fused. state: where to keep the run, and take it up. Raises LearningError when the loss is
-    not finite, a rotation leaves the group, or a batch cannot be shared among the processes.
+    length). Gains must be fused. pieces: where the run is saved, and resumed from. Raises LearningError when the loss
+    is not finite, a rotation leaves the group, or a batch cannot be shared among the processes.
     """
     device = device_of(model)
     wide = torch.promote_types(model.dtype, torch.float32)
@@ -141,9 +142,9 @@ def learn_end_to_end(
     centred = frozenset(name for space, name in learned.items() if plan.space[space].centred)
     descent = Descent({name: m.weight for name, m in moving.items()}, options.optimizer, options.momentum, centred)
     history: list[Step] = []
-    if state is not None and (kept := state.load()) is not None:
-        descent.restore(kept.tensors, kept.step)
-        history = [Step(**step) for step in kept.history]
+    if pieces is not None and (kept := pieces.load(STATE)) is not None:
+        history = [Step(**step) for step in kept[1]["history"]]
+        descent.restore(kept[0], len(history))
     parameters = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
     try:
@@ -167,8 +168,8 @@ def learn_end_to_end(
                     )
                 seconds = time.perf_counter() - start
                 history.append(Step(number + 1, loss, error, len(rows) * tokens.shape[1] / seconds))
-                if state is not None and ((number + 1) % options.save_every == 0 or number + 1 == options.steps):
-                    state.save(descent.tensors(), number + 1, [asdict(step) for step in history])
+                if pieces is not None and ((number + 1) % options.save_every == 0 or number + 1 == options.steps):
+                    pieces.save(STATE, descent.tensors(), {"history": [asdict(step) for step in history]})
                 if report:
                     report(history[-1])
     finally:

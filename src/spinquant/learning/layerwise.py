@@ -12,17 +12,16 @@ The loss is the objective of `objectives.py`, weighted row by row and averaged o
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from spinquant.checkpoint.run_directory import Pieces
 from spinquant.errors import LearningError
 from spinquant.learning.activations import WEIGHTINGS, ActivationSite, Weighting
 from spinquant.learning.cayley import OPTIMIZERS, Descent, Optimizer
 from spinquant.learning.objectives import OBJECTIVES, Objective, row_loss
-from spinquant.learning.training_state import StateFile
 from spinquant.quantization.integer import fake_quantize
 from spinquant.rotations.factory import generator_for
 from spinquant.rotations.rotation import Orthogonal, Rotation, matrix, nearest_orthogonal
@@ -102,14 +101,13 @@ def learn_locally(
     centred: Collection[str] = (),
     seed: int = 0,
     device: torch.device | str = "cpu",
-    store: Path | None = None,
-    settings: Sequence[Any] = (),
+    pieces: Pieces | None = None,
     report: Report | None = None,
 ) -> tuple[dict[str, Rotation], dict[str, list[float]]]:
     """Learned rotations of the sites' spaces, starting from `rotations`, by space; and the losses of their steps.
 
-    `report(space, step, loss)` follows the descent. centred: spaces whose rotation has to keep the mean. store: a
-    folder where each space's run is kept, and taken up when the `settings` are the same. Raises LearningError when a
+    `report(space, step, loss)` follows the descent. centred: spaces whose rotation has to keep the mean. pieces:
+    where each space's descent is saved, and resumed from. Raises LearningError when a
     loss is not finite, and for a solver that does not keep the mean where it has to be kept.
     """
     learned: dict[str, Rotation] = {}
@@ -123,12 +121,13 @@ def learn_locally(
         weights = {site.name: site.weights(options.weighting, options.factor) for site in own}
         shares = sum(site.share for site in own) / len(own)
         own = [replace(site, share=site.share / shares) for site in own]
-        state = StateFile(store / f"{space}.safetensors", [*settings, space, options, seed]) if store else None
-        kept = state.load() if state else None
+        losses: list[float] = []
+        kept = pieces.load(f"local-{space}") if pieces else None
         if kept is not None:
-            solver.restore(kept.tensors, kept.step)
-        losses = curves[space] = [step["loss"] for step in kept.history] if kept else []
-        for step in range(kept.step if kept else 0, options.steps):
+            losses = kept[1]["losses"]
+            solver.restore(kept[0], len(losses))
+        curves[space] = losses
+        for step in range(len(losses), options.steps):
             loss = solver.step(own, weights, step, generator_for(seed, f"{space}/{step}"))
             if not math.isfinite(loss):
                 raise LearningError(
@@ -136,8 +135,8 @@ def learn_locally(
                     "learning rate"
                 )
             losses.append(float(f"{loss:.6g}"))
-            if state and ((step + 1) % options.save_every == 0 or step + 1 == options.steps):
-                state.save(solver.tensors(), step + 1, [{"loss": value} for value in losses])
+            if pieces and ((step + 1) % options.save_every == 0 or step + 1 == options.steps):
+                pieces.save(f"local-{space}", solver.tensors(), {"losses": losses})
             if report:
                 report(space, step + 1, loss)
         learned[space] = Orthogonal(nearest_orthogonal(solver.rotation().double().cpu()))

@@ -12,13 +12,15 @@ A learned rotation that loses is not kept: the record says which was, and all sc
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from spinquant.architectures import FamilyLike
+from spinquant.checkpoint.run_directory import Pieces
+from spinquant.compute.distributed import is_first
 from spinquant.compute.hashing import digest
 from spinquant.errors import LearningError
 from spinquant.learning.activations import ActivationSite, collect
@@ -28,9 +30,8 @@ from spinquant.learning.fake_quant import fuse_gains, learning_scheme, shard_blo
 from spinquant.learning.layerwise import learn_locally, rounding_errors
 from spinquant.learning.learned import described, to_start_from
 from spinquant.learning.options import LearnOptions, Watch, check_used, learned_spaces
-from spinquant.learning.selection import Contest
+from spinquant.learning.selection import Selection
 from spinquant.learning.sensitivity import predicted_kl, sensitive_sites
-from spinquant.learning.training_state import JUDGED, JudgedFile, StateFile
 from spinquant.models.capture import device_of
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Scheme
@@ -62,13 +63,42 @@ def learn(
     watch: Watch | None = None,
     family: FamilyLike | None = None,
 ) -> LearnedRotations:
-    """Learn rotations for a model and a scheme on tokens, int64 (samples, length), and judge them on others.
+    """Learn rotations for a model and a scheme, and keep them where they beat random ones on held-out text.
 
-    The model's gains are fused, and tied heads untied; its function stays. start: what was learned for this model
-    before, with its scales; it is judged like the random rotations and learned from where it beats them. store: a
-    folder where the run is kept, and taken up by the same call; `settings` are whatever else it depends on, such as
-    the model's files. family: a file that explains the model where no table does, see `use_family`. Raises
-    LearningError for what cannot be learned.
+    The model's gains are fused and tied heads untied; its function stays.
+
+    Args:
+        model: a causal LM.
+        scheme: what the rotations are for; its activations and KV cache are rounded while learning.
+        spec: which rotations, of which type and block size; its seed draws the random rotations to beat.
+        tokens: to learn from, int64 (samples, length).
+        held_out: to score candidates on, int64 (windows, length).
+        options: method and its settings; `LearnOptions()` by default.
+        start: rotations learned for this model before, with their scales. They are scored like the random ones, and
+            learned from where they win.
+        store: a folder where the run is saved; the same call resumes from it.
+        settings: whatever else the run depends on, such as a digest of the model's files.
+        watch: what is told of stages and steps.
+        family: a file that explains the model where no table does, see `use_family`.
+
+    Returns:
+        The rotations of least KL divergence, with scores of all candidates in their record.
+
+    Raises:
+        LearningError: there is nothing to learn, or a loss is not finite.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from spinquant import LearnOptions, LocalOptions, RotationSpec, learn, parse_scheme
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        ...                      num_attention_heads=2, num_key_value_heads=2)
+        >>> tokens = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
+        >>> options = LearnOptions("local", baselines=2, local=LocalOptions(steps=4))
+        >>> learned = learn(LlamaForCausalLM(config), parse_scheme("A4"), RotationSpec("R1,R2"), tokens[:6],
+        ...                 tokens[6:], options)
+        >>> sorted(learned.rotations)
+        ['layers.0.value', 'residual']
     """
     options, watch = options or LearnOptions(), watch or Watch()
     plan = plan_of(model, family=family)
@@ -76,123 +106,201 @@ def learn(
     if options.end_to_end.weights and scheme.weights is None:
         raise LearningError(f"scheme {scheme} leaves weights at 16 bits: there is nothing to round while learning")
     check_used(plan, spec, names, options)
-    rounds = learning_scheme(scheme, weights=options.end_to_end.weights)
-    clock: dict[str, float] = {}
     settings = [*settings, scheme, spec, options, digest(tokens), digest(held_out)]
     given: Mapping[str, Rotation] = {}
     if start is not None:
         settings.append(start.digest())
         given = to_start_from(start, plan, spec, options)
+    pieces = None if store is None else Pieces(store, settings, writes=is_first())
     random = _baselines(plan, spec, options)
     fuse_gains(model, plan, next(iter(random.values())))
     if options.shard:
         shard_blocks(model, plan)
-    judged = JudgedFile(store / JUDGED, settings) if store else None
-    contest = Contest(model, plan, rounds, tokens[:CLIP_WINDOWS], held_out, watch.stage, judged)
-    with _timed(clock, "baselines"):
-        contest.enter_all(random)
-    if given:
-        with _timed(clock, "judging"):
-            scales = {space: rotation.scale for space, rotation in given.items() if isinstance(rotation, Scaled)}
-            contest.enter("given", {space: bare(rotation) for space, rotation in given.items()}, scales)
-    begin = contest.leading.rotations
-    record: dict[str, Any] = {"options": options.to_dict(), "scheme": scheme.to_dict(), "start": contest.leader}
-    from_given = contest.leader == "given"
-    # Of weights alone no activations are sampled.
-    sampled = scheme.activations is not None or scheme.kv is not None
-    local_too = options.method in ("local", "local+end-to-end", "auto") and sampled
-    sums = scale_sums(plan, begin, rounds) if options.scaling and not contest.scales else {}
-    sites: list[ActivationSite] | None = None
-    if sums and local_too and options.differentiates and not set(sums) & set(_sampled(plan, names, options, spec)):
-        # What scales change is not among the rows, so one pass through the model serves both.
-        with _timed(clock, "local"):
-            sites = _collect(model, plan, names, rounds, tokens, options, spec, watch, sums)
-    elif sums:
-        with _timed(clock, "scales"):
-            add_up(
-                model,
-                plan,
-                sums,
-                rounds,
-                tokens[:SCALED_BY],
-                generator=generator_for(options.seed, "scales"),
-                checkpointing=options.local.checkpointing or options.end_to_end.checkpointing,
-                progress=lambda *n: watch.stage("find scales", *n),
-            )
-    if sums:
-        with _timed(clock, "judging"):
-            contest.enter("scaled", begin, {space: both.scale() for space, both in sums.items()})
-    record["scales"] = {space: [float(s.min()), float(s.max())] for space, s in contest.scales.items()}
-    if local_too or options.signs:
-        with _timed(clock, "local"):
-            sites = _collect(model, plan, names, rounds, tokens, options, spec, watch) if sites is None else sites
-            begin = _with_signs(plan, begin, sites, options, names)
-        if options.signs:
-            with _timed(clock, "judging"):
-                contest.enter("random signs", begin)
-    if local_too:
+    rounds = learning_scheme(scheme, weights=options.end_to_end.weights)
+    candidates = Selection(model, plan, rounds, tokens[:CLIP_WINDOWS], held_out, watch.stage, pieces)
+    run = _Run(model, plan, scheme, rounds, spec, names, tokens, options, candidates, pieces, watch)
+    run.score_baselines(random, given)
+    sites = run.scale_channels()
+    begin, sites = run.draw_signs(sites)
+    if run.is_local:
         assert sites is not None
-        with _timed(clock, "local"):
-            own = [site for site in sites if site.space in names]
+        run.learn_layerwise(begin, sites)
+    if run.is_end_to_end:
+        run.learn_end_to_end()
+    return run.result()
+
+
+@dataclass
+class _Run:
+    """One call of `learn`: what all of its steps work on, and what they have found.
+
+    rounds: what of the scheme is rounded while learning. names: the rotation that each learned space belongs to. start:
+    the candidate that learning starts from.
+    """
+
+    model: Any
+    plan: Plan
+    scheme: Scheme
+    rounds: Scheme
+    spec: RotationSpec
+    names: Mapping[str, str]
+    tokens: Tensor
+    options: LearnOptions
+    candidates: Selection
+    pieces: Pieces | None
+    watch: Watch
+    start: str = ""
+    steps: list[Step] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)
+    clock: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether rotations are learned on captured activations; of weights alone none are captured."""
+        sampled = self.scheme.activations is not None or self.scheme.kv is not None
+        return self.options.method in ("local", "local+end-to-end", "auto") and sampled
+
+    @property
+    def is_end_to_end(self) -> bool:
+        """Whether rotations are learned through the quantized network; with `auto` where local learning lost."""
+        method = self.options.method
+        return method in ("end-to-end", "local+end-to-end") or (method == "auto" and self.candidates.leader != "local")
+
+    def score_baselines(self, random: Mapping[str, Mapping[str, Rotation]], given: Mapping[str, Rotation]) -> None:
+        """Score the random rotations, and those that were given to start from."""
+        with _timed(self.clock, "baselines"):
+            self.candidates.enter_all(random)
+        if given:
+            scales = {space: rotation.scale for space, rotation in given.items() if isinstance(rotation, Scaled)}
+            self._score("given", {space: bare(rotation) for space, rotation in given.items()}, scales)
+        self.start = self.candidates.leader
+        self.record |= {"options": self.options.to_dict(), "scheme": self.scheme.to_dict(), "start": self.start}
+
+    def scale_channels(self) -> list[ActivationSite] | None:
+        """Find and score scales of channels; the rows to learn from, where one pass through the model serves both."""
+        plan, options, candidates = self.plan, self.options, self.candidates
+        begin, sites = candidates.leading.rotations, None
+        sums = scale_sums(plan, begin, self.rounds) if options.scaling and not candidates.scales else {}
+        sampled = set(_sampled(plan, self.names, options, self.spec))
+        if sums and self.is_local and options.differentiates and not set(sums) & sampled:
+            # What scales change is not among the rows.
+            with _timed(self.clock, "local"):
+                sites = self._collect(sums)
+        elif sums:
+            with _timed(self.clock, "scales"):
+                add_up(
+                    self.model,
+                    plan,
+                    sums,
+                    self.rounds,
+                    self.tokens[:SCALED_BY],
+                    generator=generator_for(options.seed, "scales"),
+                    checkpointing=options.local.checkpointing or options.end_to_end.checkpointing,
+                    progress=lambda *n: self.watch.stage("find scales", *n),
+                )
+        if sums:
+            self._score("scaled", begin, {space: both.scale() for space, both in sums.items()})
+        self.record["scales"] = {space: [float(s.min()), float(s.max())] for space, s in candidates.scales.items()}
+        return sites
+
+    def draw_signs(
+        self, sites: list[ActivationSite] | None
+    ) -> tuple[Mapping[str, Rotation], list[ActivationSite] | None]:
+        """The rotations to learn from, with the best of several signs for R3 and R4; and the rows to learn from."""
+        begin = self.candidates.candidates[self.start].rotations
+        if self.is_local or self.options.signs:
+            with _timed(self.clock, "local"):
+                sites = self._collect() if sites is None else sites
+                begin = _with_signs(self.plan, begin, sites, self.options, self.names)
+            if self.options.signs:
+                self._score("random signs", begin)
+        return begin, sites
+
+    def learn_layerwise(self, begin: Mapping[str, Rotation], sites: Sequence[ActivationSite]) -> None:
+        """Learn each space on its own activations, and score the result."""
+        local = self.options.local
+        own = [site for site in sites if site.space in self.names]
+        with _timed(self.clock, "local"):
             found, curves = learn_locally(
                 own,
                 begin,
-                options.local,
-                centred=[space for space in names if plan.space[space].centred],
-                seed=options.seed,
-                device=device_of(model),
-                store=store / "local" if store else None,
-                settings=settings,
-                report=lambda space, step, loss: watch.stage(f"learn {space}", step, options.local.steps),
+                local,
+                centred=[space for space in self.names if self.plan.space[space].centred],
+                seed=self.options.seed,
+                device=device_of(self.model),
+                pieces=self.pieces,
+                report=lambda space, step, loss: self.watch.stage(f"learn {space}", step, local.steps),
             )
-        local = {**begin, **found}
-        with _timed(clock, "judging"):
-            contest.enter("local", local)
-        record["errors"] = {"before": rounding_errors(own, begin), "after": rounding_errors(own, local)}
-        record["local_steps"] = curves
-        if options.local.weighting == "fisher":
-            record["predicted_kl"] = {"before": predicted_kl(own, begin), "after": predicted_kl(own, local)}
-    steps: list[Step] = []
-    from_local = contest.leader == "local"
-    if options.method in ("end-to-end", "local+end-to-end") or (options.method == "auto" and not from_local):
+        learned = {**begin, **found}
+        self._score("local", learned)
+        self.record["errors"] = {"before": rounding_errors(own, begin), "after": rounding_errors(own, learned)}
+        self.record["local_steps"] = curves
+        if local.weighting == "fisher":
+            self.record["predicted_kl"] = {"before": predicted_kl(own, begin), "after": predicted_kl(own, learned)}
+
+    def learn_end_to_end(self) -> None:
+        """Learn through the quantized network from what leads so far, and score the result."""
+        options, candidates = self.options, self.candidates
         name = "end-to-end" if options.method == "end-to-end" else "local+end-to-end"
-        through_options = options.end_to_end
-        if (from_local or from_given) and through_options.lr is None:
-            through_options = replace(through_options, lr=FROM_LOCAL)
-        taken = replace(through_options, lr=through_options.length)
-        record["options"] = replace(options, end_to_end=taken).to_dict()
-        with _timed(clock, "end-to-end"):
-            through, steps = learn_end_to_end(
-                model,
-                plan,
-                contest.leading.rotations,
-                names,
-                scheme,
-                tokens,
-                through_options,
+        through = options.end_to_end
+        if candidates.leader == "local" or self.start == "given":
+            through = replace(through, lr=FROM_LOCAL) if through.lr is None else through
+        taken = replace(through, lr=through.length)
+        self.record["options"] = replace(options, end_to_end=taken).to_dict()
+        with _timed(self.clock, "end-to-end"):
+            found, self.steps = learn_end_to_end(
+                self.model,
+                self.plan,
+                candidates.leading.rotations,
+                self.names,
+                self.scheme,
+                self.tokens,
+                through,
                 seed=options.seed,
-                state=StateFile(store / "end-to-end.safetensors", settings) if store else None,
-                report=lambda step: watch.step(name, step, options.end_to_end.steps),
+                pieces=self.pieces,
+                report=lambda step: self.watch.step(name, step, options.end_to_end.steps),
             )
-        with _timed(clock, "judging"):
-            contest.enter(name, through)
+        self._score(name, found)
         if not options.shard:  # blocks of a sharded model are not run one by one
-            with _timed(clock, "judging"):
-                seen = _seen(model, plan, names, rounds, tokens, options)
-                before = contest.candidates[record["start"]].rotations
-                record["errors"] = {"before": rounding_errors(seen, before), "after": rounding_errors(seen, through)}
-    kept = contest.leading
-    rotations = {n: Scaled(r, kept.scales[n]) if n in kept.scales else r for n, r in kept.rotations.items()}
-    record |= {
-        "rotation_of": {space.name: space.rotation for space in plan.spaces if space.name in rotations},
-        "steps": [asdict(step) for step in steps],
-        "kept": contest.leader,
-        "learned": contest.leader in LEARNED,
-        "clips": {n: {"activations": c.activation_clip, "kv": c.kv_clip} for n, c in contest.candidates.items()},
-        "scores": {name: score.to_dict() for name, score in contest.scores.items()},
-        "seconds": clock,
-    }
-    return LearnedRotations(rotations, described(plan, kept.rotations, spec), record)
+            with _timed(self.clock, "judging"):
+                seen = _seen(self.model, self.plan, self.names, self.rounds, self.tokens, options)
+                before = candidates.candidates[self.start].rotations
+                self.record["errors"] = {"before": rounding_errors(seen, before), "after": rounding_errors(seen, found)}
+
+    def result(self) -> LearnedRotations:
+        """The candidate that leads, and the record of all."""
+        plan, candidates = self.plan, self.candidates
+        kept = candidates.leading
+        rotations = {n: Scaled(r, kept.scales[n]) if n in kept.scales else r for n, r in kept.rotations.items()}
+        clips = {n: {"activations": c.activation_clip, "kv": c.kv_clip} for n, c in candidates.candidates.items()}
+        record = self.record | {
+            "rotation_of": {space.name: space.rotation for space in plan.spaces if space.name in rotations},
+            "steps": [asdict(step) for step in self.steps],
+            "kept": candidates.leader,
+            "learned": candidates.leader in LEARNED,
+            "clips": clips,
+            "scores": {name: score.to_dict() for name, score in candidates.scores.items()},
+            "seconds": self.clock,
+        }
+        return LearnedRotations(rotations, described(plan, kept.rotations, self.spec), record)
+
+    def _score(self, name: str, rotations: Mapping[str, Rotation], scales: Mapping[str, Tensor] | None = None) -> None:
+        with _timed(self.clock, "judging"):
+            self.candidates.enter(name, rotations, scales)
+
+    def _collect(self, sums: Mapping[str, Sums] | None = None) -> list[ActivationSite]:
+        """Rows to learn from. sums: what is added up on the way, where gradients are taken."""
+        local, watch = self.options.local, self.watch
+        spaces = _sampled(self.plan, self.names, self.options, self.spec)
+        given: dict[str, Any] = {"rows": local.rows, "generator": generator_for(self.options.seed, "rows")}
+        given["progress"] = lambda *n: watch.stage("capture activations", *n)
+        if local.weighting == "fisher":
+            tokens = self.tokens[: max(1, local.rows // DRAWN_OF_A_SAMPLE)]
+            given["checkpointing"] = local.checkpointing
+            beside = watches(sums or {})
+            return sensitive_sites(self.model, self.plan, spaces, self.rounds, tokens, beside=beside, **given)
+        tokens = self.tokens[: max(1, local.rows // ROWS_OF_A_SAMPLE)]
+        return collect(self.model, self.plan, spaces, self.rounds, tokens, **given)
 
 
 def _baselines(plan: Plan, spec: RotationSpec, options: LearnOptions) -> dict[str, dict[str, Rotation]]:
@@ -200,28 +308,6 @@ def _baselines(plan: Plan, spec: RotationSpec, options: LearnOptions) -> dict[st
     fixed = all(spec.type_of(name) == "hadamard" for name in spec.rotations)
     count = 1 if fixed else options.baselines
     return {f"random {i}": make_rotations(plan, replace(spec, seed=spec.seed + i)) for i in range(count)}
-
-
-def _collect(
-    model: Any,
-    plan: Plan,
-    names: Mapping[str, str],
-    scheme: Scheme,
-    tokens: Tensor,
-    options: LearnOptions,
-    spec: RotationSpec,
-    watch: Watch,
-    sums: Mapping[str, Sums] | None = None,
-) -> list[ActivationSite]:
-    """Rows to learn from. sums: what is added up on the way, where gradients are taken."""
-    spaces = _sampled(plan, names, options, spec)
-    given: dict[str, Any] = {"rows": options.local.rows, "generator": generator_for(options.seed, "rows")}
-    given["progress"] = lambda *n: watch.stage("capture activations", *n)
-    if options.local.weighting == "fisher":
-        tokens = tokens[: max(1, options.local.rows // DRAWN_OF_A_SAMPLE)]
-        given["checkpointing"] = options.local.checkpointing
-        return sensitive_sites(model, plan, spaces, scheme, tokens, beside=watches(sums or {}), **given)
-    return collect(model, plan, spaces, scheme, tokens[: max(1, options.local.rows // ROWS_OF_A_SAMPLE)], **given)
 
 
 def _seen(

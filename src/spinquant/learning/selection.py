@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spinquant.checkpoint.run_directory import Pieces
 from spinquant.evaluation.metrics import divergence, nll, perplexity_of
 from spinquant.learning.channel_scaling import fuse_scales, unscale
 from spinquant.learning.fake_quant import rounding
-from spinquant.learning.training_state import JudgedFile
 from spinquant.models.capture import device_of
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.rotations.rotation import Rotation
 
+SCORES = "scores"  # the piece of a run that holds them
 RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 
 
@@ -58,11 +59,11 @@ class Score:
         return asdict(self)
 
 
-class Contest:
+class Selection:
     """Candidates that are judged as they come; the one with the least KL leads, the first of two that are equal.
 
     model: with its gains fused. clip_windows: tokens that clip ratios are chosen on. held_out: tokens to judge on.
-    kept: where all that was found is kept, and taken from by a run that goes on.
+    pieces: where scores are saved, and taken from by a run that is resumed.
     """
 
     def __init__(
@@ -73,10 +74,12 @@ class Contest:
         clip_windows: Tensor,
         held_out: Tensor,
         stage: Callable[[str, int, int], None] = lambda name, done, total: None,
-        kept: JudgedFile | None = None,
+        pieces: Pieces | None = None,
     ):
-        self.model, self.plan, self.scheme, self.stage, self.kept = model, plan, scheme, stage, kept
+        self.model, self.plan, self.scheme, self.stage, self.pieces = model, plan, scheme, stage, pieces
         self.clip_windows, self.held_out = clip_windows, held_out
+        saved = pieces.load(SCORES) if pieces else None
+        self.found: dict[str, Any] = saved[1]["found"] if saved else {}
         self.candidates: dict[str, Candidate] = {}
         self.scores: dict[str, Score] = {}  # of the 16-bit model too
         self.scales: Mapping[str, Tensor] = {}  # those that are fused into the model now
@@ -115,7 +118,7 @@ class Contest:
 
     def _judge(self, what: str, candidates: Mapping[str, Candidate]) -> None:
         """Judge some with the clip ratios of the first."""
-        found = self.kept.found.get(what) if self.kept else None
+        found = self.found.get(what)
         if found is None:
             first = next(iter(candidates.values())).rotations
             clipped = with_clips(self.model, self.plan, first, self.scheme, self.clip_windows)
@@ -124,8 +127,9 @@ class Contest:
             progress = partial(self.stage, f"judge {what}")
             scores = judge(self.model, self.plan, judged, self.scheme, self.held_out, progress=progress)
             found = {"clips": clips, "scores": {name: score.to_dict() for name, score in scores.items()}}
-            if self.kept:
-                self.kept.keep(what, found)
+            self.found[what] = found
+            if self.pieces:
+                self.pieces.save(SCORES, {}, {"found": self.found})
         self.scores |= {name: Score(**score) for name, score in found["scores"].items()}
         self.candidates |= {name: replace(candidate, **found["clips"]) for name, candidate in candidates.items()}
 

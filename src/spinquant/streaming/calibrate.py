@@ -6,29 +6,18 @@ it finds is in the store, block by block, from which the stream then writes its 
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spinquant.calibration.block_store import BlockStore
-from spinquant.calibration.blockwise import Calibration, Method, quantize_blocks
-from spinquant.calibration.data import CalibrationText
+from spinquant.calibration.blockwise import Calibration, quantize_blocks
 from spinquant.calibration.hidden_states import HiddenStates, room_by_default
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Clips, Scheme
 from spinquant.rotations.rotation import Rotation
 from spinquant.streaming.offloaded_model import OnDisk, Weights
-
-
-@dataclass(frozen=True)
-class Calibrating:
-    """How the weights of a stream are calibrated, and on which text."""
-
-    method: Method
-    calibration: Calibration
-    text: CalibrationText = field(default_factory=CalibrationText)
 
 
 def calibrate_on_disk(
@@ -38,9 +27,10 @@ def calibrate_on_disk(
     rotated: Weights,
     scheme: Scheme,
     tokens: Tensor,
-    calibrating: Calibrating,
+    calibration: Calibration,
     store: BlockStore,
     *,
+    error_feedback: bool,
     dtype: torch.dtype,
     device: str,
     memory: int | None = None,
@@ -48,10 +38,10 @@ def calibrate_on_disk(
 ) -> Clips:
     """Quantize the blocks (and the head) of a rotated checkpoint into the store; the clip ratios found.
 
-    online: rotations at run time. dtype: of the model's arithmetic. memory: bytes that hidden states may take before
-    they go to a file, by default a quarter of what is available.
+    online: rotations at run time. error_feedback: GPTQ, else round-to-nearest. dtype: of the model's arithmetic.
+    memory: bytes that hidden states may take before they go to a file, by default a quarter of what is available.
     """
-    home = OnDisk(config, plan, rotated, dtype, calibrating.calibration.device or device)
+    home = OnDisk(config, plan, rotated, dtype, calibration.device or device)
     room = room_by_default() if memory is None else memory
     with closing(HiddenStates(room, store.folder.parent)) as hidden:
         return quantize_blocks(
@@ -60,8 +50,8 @@ def calibrate_on_disk(
             online,
             scheme,
             tokens,
-            calibrating.calibration,
-            error_feedback=calibrating.method != "rtn",
+            calibration,
+            error_feedback=error_feedback,
             store=store,
             home=home,
             hidden=hidden,

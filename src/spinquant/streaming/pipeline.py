@@ -21,7 +21,7 @@ from torch import Tensor
 from spinquant.checkpoint.checksums import Prefix, SourceHash
 from spinquant.checkpoint.direct_io import room_for
 from spinquant.checkpoint.reader import Source, _check_source, _described
-from spinquant.checkpoint.resumable import Growing
+from spinquant.checkpoint.run_directory import RunDirectory
 from spinquant.checkpoint.safetensors_io import TensorFile, place_of
 from spinquant.compute.distributed import Processes
 from spinquant.compute.threads import all_threads, one_of_several, single_threaded
@@ -56,7 +56,7 @@ def stream(
     source: Source,
     shards: Sequence[Shard],
     change: Change,
-    out: Growing,
+    out: RunDirectory,
     *,
     processes: Processes | None = None,
     hashes: SourceHash | None = None,
@@ -102,14 +102,16 @@ def stream(
     return timing
 
 
-def _finished(shards: Sequence[Shard], out: Growing, processes: Processes) -> dict[str, bool]:
+def _finished(shards: Sequence[Shard], out: RunDirectory, processes: Processes) -> dict[str, bool]:
     """Which shards are finished; each process looks at some of them."""
     mine = {shard.file: out.is_finished(shard.file) for shard in shards[processes.rank :: processes.size]}
     found = {file: done for part in processes.gather(mine) for file, done in part.items()}
     return {shard.file: found[shard.file] for shard in shards}
 
 
-def _finish(out: Growing, name: str, file: TensorFile, processes: Processes, read: Mapping[str, Prefix] | None) -> None:
+def _finish(
+    out: RunDirectory, name: str, file: TensorFile, processes: Processes, read: Mapping[str, Prefix] | None
+) -> None:
     """The process that is the last to have written its part of a shard finishes it."""
     file.sync()
     if processes.add(f"written/{name}", 1) == processes.size:

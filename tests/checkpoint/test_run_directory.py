@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from checkpoints import digest
 from models import SIZES
 from spinquant import CheckpointError, Options, RotationSpec, rotate_folder
-from spinquant.checkpoint.resumable import Resumable, check_checksums, write_file
+from spinquant.checkpoint.atomic import write_file
+from spinquant.checkpoint.run_directory import RunDirectory, check_checksums, opened_run
 from spinquant.checkpoint.safetensors_io import file_hash
 
 SPEC = RotationSpec("R1,R2")
@@ -183,7 +184,7 @@ def killed_half_way(small, out, **more) -> Path:
     for after in range(10, 1000):
         with Mortal(after), pytest.raises(Death):
             rotate_folder(small, out, SPEC, **QUICK, **more)
-        home = out.parent / f".{out.name}.partial"
+        home = out.parent / f".{out.name}.run"
         if len(list((home / "finished").glob("*.json"))) == 2:
             return home
     raise AssertionError
@@ -238,11 +239,10 @@ def test_a_source_that_changed_is_refused(small, tmp_path):
 
 
 def test_a_second_run_at_the_same_time_is_refused(tmp_path):
-    first = Resumable(tmp_path / "out", {"a": 1})
-    with pytest.raises(CheckpointError, match="another run"):
-        Resumable(tmp_path / "out", {"a": 1})
-    first.close()
-    Resumable(tmp_path / "out", {"a": 1}).close()
+    with opened_run(tmp_path / "out", {"a": 1}), pytest.raises(CheckpointError, match="another run"):
+        RunDirectory(tmp_path / "out").acquire({"a": 1})
+    with opened_run(tmp_path / "out", {"a": 1}):
+        pass
     assert list(tmp_path.iterdir()) == []
 
 
@@ -304,7 +304,7 @@ rotate_folder(sys.argv[1], sys.argv[2], RotationSpec("R1,R2"), text=None, option
 
 
 def test_kill_9_and_again(small, undisturbed, tmp_path):
-    out, finished = tmp_path / "out", tmp_path / ".out.partial" / "finished"
+    out, finished = tmp_path / "out", tmp_path / ".out.run" / "finished"
     process = subprocess.Popen([sys.executable, "-c", RUN, str(small), str(out), "0.1"])
     while len(list(finished.glob("*.json"))) < 2:
         assert process.poll() is None
@@ -312,7 +312,7 @@ def test_kill_9_and_again(small, undisturbed, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not out.exists()
-    shards = {p.name: file_hash(p) for p in (tmp_path / ".out.partial" / "data").glob("*.safetensors")}
+    shards = {p.name: file_hash(p) for p in (tmp_path / ".out.run" / "data").glob("*.safetensors")}
     assert shards
     subprocess.run([sys.executable, "-c", RUN, str(small), str(out), "0"], check=True)
     assert digest(out) == undisturbed
