@@ -2,6 +2,9 @@
 
 import ast
 import importlib
+import importlib.metadata
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,11 +142,30 @@ def test_what_benchmarks_and_examples_import_is_there():
 
 
 def test_public_names_are_what_all_says():
-    public = {name for name in vars(spinquant) if not name.startswith("_")} - set(modules()) - {"version"}
-    public -= {name.split(".")[0] for name in modules()}
-    assert public <= set(spinquant.__all__)
+    """What type checkers see, where the names are imported from, and `__all__` are three lists of the same names."""
+    tree = ast.parse((SOURCE / "__init__.py").read_text())
+    (checked,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    seen = {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for node in checked.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    places = {name: f"spinquant.{module}" for name, module in spinquant._MODULES.items()}
+    assert {name: place.rpartition(".")[0] for name, place in seen.items()} == places
+    assert {*seen, "__version__"} == set(spinquant.__all__) == set(dir(spinquant))
     assert sorted(spinquant.__all__) == spinquant.__all__
-    assert all(hasattr(spinquant, name) for name in spinquant.__all__)
+    for name, place in seen.items():
+        module, _, attribute = place.rpartition(".")
+        assert getattr(spinquant, name) is getattr(importlib.import_module(module), attribute)
+    assert spinquant.__version__ == importlib.metadata.version("spinquant")
+    with pytest.raises(AttributeError, match="no attribute 'rotat'"):
+        _ = spinquant.rotat
+
+
+def test_importing_the_package_imports_neither_torch_nor_transformers():
+    code = "import sys, spinquant; print(sorted({'torch', 'transformers', 'numpy', 'pydantic'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
 @pytest.mark.parametrize("name", spinquant.__all__)

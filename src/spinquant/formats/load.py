@@ -27,8 +27,6 @@ def load_model(
     family: a file that explains the model where no table does, see `use_family`; such folders know it already. Raises
     CheckpointError for anything missing, corrupted or not finite, naming it.
     """
-    # Folders of our own format need its quantizer registered with transformers.
-    import spinquant.formats.native  # noqa: F401
     from spinquant.formats.compressed_reader import is_compressed, load_compressed
 
     check_device(device)

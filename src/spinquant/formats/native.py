@@ -1,6 +1,6 @@
 """Our own folder format: a Hugging Face folder with `quant_method: spinquant`, for schemes no other format can say.
 
-Importing spinquant registers it with transformers, whose `from_pretrained` then packs nothing into silence: weights
+Importing spinquant registers it with transformers (`register.py`), whose `from_pretrained` then packs nothing into silence: weights
 are unpacked, online rotations and quantizers attached. Without the import transformers only warns of an unknown
 quant_method and would go on without the online rotations; so the weights of all quantized linears are stored in
 shapes that no plain model has (packed words, or one flat axis at 16 bits), which it refuses to load.
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spinquant.errors import CheckpointError, RotationError
+from spinquant.formats.register import METHOD
 from spinquant.models.modules import module_and_attribute, named_tensor
 from spinquant.online.hooks import attach, attachment_of
 from spinquant.plan import Plan
@@ -36,7 +36,6 @@ from spinquant.rotations.rotation import Rotation
 from spinquant.rotations.serialization import empty_tensors, restore
 from spinquant.rotations.wrappers import online_part
 
-METHOD = "spinquant"
 FORMAT_VERSION = 2  # 2: clip ratios of single places
 BANK = "spinquant_rotations"
 
@@ -210,11 +209,6 @@ class SpinQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
-
-
-# Called rather than used as decorators, which have no types.
-register_quantization_config(METHOD)(SpinQuantConfig)
-register_quantizer(METHOD)(SpinQuantizer)
 
 
 def mark(
