@@ -15,14 +15,6 @@ from models import byte_tokenizer, logits, tiny_model, tokens
 from spinquant import load, read_learned
 
 
-@pytest.mark.parametrize("command", ["plan", "rotate", "quantize", "learn", "evaluate", "verify", "demo"])
-def test_help_has_an_example(run, command):
-    code, out, _ = run(command, "--help")
-    assert code == 0
-    assert "Example" in out
-    assert f"spinquant {command}" in " ".join(out.split())
-
-
 def test_plan(run, folder):
     code, out, _ = run("plan", folder)
     assert code == 0
@@ -298,7 +290,7 @@ def test_learned_rotations_are_used(run, learned, tmp_path):
     options = ("--learned", place / "out", "--text", "manual", "--no-proof")
     code, _, errors = run("quantize", place / "model", tmp_path / "q", "--scheme", "W4A8KV4", *options)
     assert code == 0, errors
-    assert "were learned for W4A4KV4, and W4A8KV4 is asked for" in " ".join(errors.split())
+    assert "were learned for W4A4KV4, not for W4A8KV4" in " ".join(errors.split())
     model = load(tmp_path / "q")
     assert torch.isfinite(logits(model, tokens())).all()
     record = json.loads((tmp_path / "q" / "spinquant" / "record.json").read_text())
@@ -395,9 +387,7 @@ def test_quantize_learns_in_one_go(run, learned, tmp_path):
     ],
 )
 def test_what_quantizing_would_refuse_is_refused_before_learning(run, learned, tmp_path, monkeypatch, more, word):
-    from spinquant import cli_quantize
-
-    monkeypatch.setattr(cli_quantize, "learn_from", lambda *_, **__: pytest.fail("it learned first"))
+    monkeypatch.setattr("spinquant.entrypoints.learn.learn_from", lambda *_, **__: pytest.fail("it learned first"))
     command = ["quantize", learned[0] / "model", tmp_path / "out", "--scheme", "W4A4KV4", "--learn", "local", *more]
     code, _, errors = run(*command)
     assert code == 1 and word in errors and len(errors.strip().splitlines()) == 1

@@ -1,38 +1,44 @@
-"""demo"""
+"""The command `demo`."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from spinquant.cli import tables as report
-from spinquant.cli.main import app
-from spinquant.cli.options import (
-    Force,
-    Json,
-    Length,
-    Seed,
-    Text,
+from spinquant.cli.options import ADVANCED, Force, Json, Length, Quiet, SchemeName, Seed, Text, Windows
+from spinquant.cli.output import out_console, print_result
+from spinquant.cli.progress import stages
+
+EXAMPLES = (
+    "spinquant demo ./demo",
+    "spinquant demo ./demo-llama --model ./llama --scheme W4A8KV8",
 )
-from spinquant.cli.output import out_console, print_result, stages
 
 
-@app.command(epilog="Example: `spinquant demo ./demo`")
 def demo(
-    out: Annotated[Path, typer.Argument(help="Folder for the page and its pictures.")] = Path("demo"),
-    model: Annotated[str | None, typer.Option(help="Another model; by default a 135M one from PyPI.")] = None,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the page and its pictures.")] = Path("demo"),
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Model folder or hub id; by default a 135M model from PyPI.",
+            show_default=False,
+            rich_help_panel=ADVANCED,
+        ),
+    ] = None,
+    scheme: SchemeName = "W4A4KV4",
     text: Text = "manual",
     length: Length = 512,
-    windows: Annotated[int, typer.Option(help="Windows per perplexity.")] = 8,
+    windows: Windows = 8,
     seed: Seed = 0,
-    scheme: Annotated[str, typer.Option(help="What to quantize to.")] = "W4A4KV4",
     force: Force = False,
+    quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
-    """Tell the whole story on a real model: a table, pictures that show why, and a page with both."""
+    """Measure a small real model plain and rotated, and write a page with a table and pictures that explain it."""
+    from spinquant.cli.tables import rows_table
     from spinquant.demo.run import run_demo
 
-    with stages() as progress:
+    with stages(quiet=quiet) as progress:
         result = run_demo(
             out,
             model=model,
@@ -44,6 +50,6 @@ def demo(
             force=force,
             progress=progress,
         )
-    print_result(json_, result.to_dict(), report.rows_table(f"perplexity, {scheme}", result.rows))
+    print_result(json_, result.to_dict(), rows_table(f"perplexity, {scheme}", result.rows))
     if not json_:
-        out_console.print(f"page: {out / 'index.html'}", highlight=False)
+        out_console().print(f"page: {out / 'index.html'}", highlight=False)

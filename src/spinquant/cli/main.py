@@ -1,63 +1,104 @@
-"""The command line: one function per command, each of which calls one documented function of the library.
+"""The command line: one module per command, each of which calls one documented function of the library.
 
 Tables go to standard output, progress and notes to standard error, so that `--json` can be piped. A mistake of the
-user's gives one line and exit code 1; `--debug` shows the traceback.
+user's gives one line and exit code 1; `--debug` shows the traceback. The modules of the commands import what they run
+inside the command, so that help, completion and `--version` start without torch and transformers.
 """
 
+import os
 import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
 
-import transformers
 import typer
+import typer.core
 
-from spinquant.cli.learn import EXAMPLES as LEARN_EXAMPLES
-from spinquant.cli.learn import learn
-from spinquant.cli.output import err_console
-from spinquant.cli.quantize import EXAMPLES as QUANTIZE_EXAMPLES
-from spinquant.cli.quantize import quantize
-from spinquant.cli.rotate_adapter import EXAMPLES as ADAPTER_EXAMPLES
-from spinquant.cli.rotate_adapter import rotate_adapter
-from spinquant.compute.distributed import is_first
+from spinquant.cli import demo, evaluate, learn, plan, quantize, rotate, rotate_adapter
+from spinquant.cli.output import print_error
+from spinquant.compute.torchrun import is_first
 from spinquant.errors import ProcessError, SpinquantError
 
+
+class _Group(typer.core.TyperGroup):
+    """Flags that were not given are False, not None, which typer would import pydantic for: half the time of help."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        found = super().get_params(ctx)
+        for option in found:
+            if getattr(option, "is_flag", False) and option.default is None:
+                option.default = False
+        return found
+
+
 app = typer.Typer(
+    name="spinquant",
+    cls=_Group,
     no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Rotate language models so that they survive 4-bit weights, activations and KV cache.\n\n"
-    "Add `--debug` anywhere for tracebacks.",
+    "Add --debug anywhere for tracebacks.",
 )
-INTERRUPTED = 130  # the exit code that typer gives Ctrl-C
+# What transformers and the hub's client print by themselves; what the user has set stays.
+SILENT = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
-app.command("rotate-adapter", epilog=ADAPTER_EXAMPLES)(rotate_adapter)
-app.command(epilog=QUANTIZE_EXAMPLES)(quantize)
-app.command(epilog=LEARN_EXAMPLES)(learn)
+def _examples(examples: Sequence[str]) -> str:
+    return "\n\n".join(["Examples:", *(f"  {example}" for example in examples)])
+
+
+app.command(epilog=_examples(plan.EXAMPLES))(plan.plan)
+app.command(epilog=_examples(rotate.EXAMPLES))(rotate.rotate)
+app.command(epilog=_examples(quantize.EXAMPLES))(quantize.quantize)
+app.command(epilog=_examples(learn.EXAMPLES))(learn.learn)
+app.command(epilog=_examples(evaluate.EVALUATE_EXAMPLES))(evaluate.evaluate)
+app.command(epilog=_examples(evaluate.VERIFY_EXAMPLES))(evaluate.verify)
+app.command("rotate-adapter", epilog=_examples(rotate_adapter.EXAMPLES))(rotate_adapter.rotate_adapter)
+app.command(epilog=_examples(demo.EXAMPLES))(demo.demo)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"spinquant {version('spinquant')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options before the command."""
 
 
 def main() -> None:
     """Entry point: turns mistakes of the user's into one line, and keeps everything else."""
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
-    transformers.utils.logging.disable_progress_bar()
-    if not debug:
-        transformers.utils.logging.set_verbosity_error()
+    _silence(debug=debug)
     try:
-        app()
+        app(prog_name="spinquant")
     except SpinquantError as error:
         if debug:
             raise
         if not is_first() and not isinstance(error, ProcessError):
             raise SystemExit(1) from None  # the first process hears of it, and says so
-        err_console.print("error:", style="bold red", end=" ")
-        err_console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        print_error(str(error))
         raise SystemExit(1) from None
-    except SystemExit as stop:
-        if stop.code == INTERRUPTED:
-            err_console.print(
-                "interrupted: no folder was written; the same command goes on behind what was finished", style="red"
-            )
-        raise
+
+
+def _silence(*, debug: bool) -> None:
+    """Turn off progress bars of other libraries and, without --debug, their warnings; before they are imported."""
+    for name, value in SILENT.items():
+        if not (debug and name == "TRANSFORMERS_VERBOSITY"):
+            os.environ.setdefault(name, value)
+    if (transformers := sys.modules.get("transformers")) is not None:  # `main` called from Python
+        transformers.utils.logging.disable_progress_bar()
+        if not debug:
+            transformers.utils.logging.set_verbosity_error()
 
 
 if __name__ == "__main__":

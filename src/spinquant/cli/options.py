@@ -1,130 +1,289 @@
-"""Options that several commands share, and how their texts are read."""
+"""Options of the command line, each defined once: name, help text, and the panel of the help that shows it.
+
+The options that people use first have panels by subject; the rest are under "Advanced". Nothing here imports torch or
+transformers at the top, since every `--help` imports this module.
+"""
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
-from spinquant.checkpoint.folder import (
-    is_local,
-    weights_sample,
-)
-from spinquant.cli.output import err_console
-from spinquant.compute.distributed import is_first
-from spinquant.entrypoints.learn import read_learned
-from spinquant.errors import (
-    LearningError,
-    RotationError,
-    SchemeError,
-)
+from spinquant.cli.output import note
+from spinquant.errors import CheckpointError, LearningError, RotationError, SchemeError
 from spinquant.formats.runtimes import RUNTIMES
 from spinquant.plan import ROTATION_NAMES, parse_rotation_names
 from spinquant.quantization.scheme import Clip, Scheme
-from spinquant.rotations.factory import RotationSpec
-from spinquant.rotations.learned import LearnedRotations
+
+if TYPE_CHECKING:
+    import torch
+
+    from spinquant.rotations.factory import RotationSpec
+    from spinquant.rotations.learned import LearnedRotations
 
 ALL_ROTATIONS = ",".join(ROTATION_NAMES)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
-Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face model, or the id of one on the hub.")]
-Out = Annotated[Path, typer.Argument(help="Folder to write; it appears complete or not at all.")]
-Rotations = Annotated[str, typer.Option(help="Some of R1,R2,R3,R4, or none.")]
-Type = Annotated[
+# Panels of the help.
+ROTATIONS, WEIGHTS, ACTIVATIONS = "Rotations", "Weights", "Activations and KV cache"
+CALIBRATION, LEARNING, OUTPUT, ADVANCED = "Calibration", "Learning", "Output", "Advanced"
+
+
+def check_repo(repo: str | None) -> str | None:
+    """The id of a repository on the hub. Raises CheckpointError for one that the hub would refuse."""
+    if repo is not None:
+        from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+        try:
+            validate_repo_id(repo)
+        except HFValidationError as error:
+            raise CheckpointError(f"--push-to-hub {repo}: {error}") from None
+    return repo
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Model folder in Hugging Face format, or a model id on the hub.")
+]
+Out = Annotated[
+    Path, typer.Argument(metavar="OUT", help="Folder to write. It is written atomically: complete, or not at all.")
+]
+
+# The scheme is required by some commands and optional in others.
+SCHEME = typer.Option(
+    help="What to quantize to: W4A4KV4 (bits of weights, activations, KV cache), W4g128A16, W8A8, FP8_DYNAMIC, ...; "
+    "none for rotations alone.",
+    rich_help_panel=WEIGHTS,
+)
+SchemeName = Annotated[str, SCHEME]
+OptionalScheme = Annotated[str | None, SCHEME]
+
+Rotations = Annotated[
     str,
     typer.Option(
-        "--type",
-        help="hadamard, random-hadamard, random-matrix or auto; or one per rotation: R1=random-matrix,R4=hadamard.",
-    ),
-]
-BlockSize = Annotated[
-    str | None, typer.Option(help="Order of the rotations' blocks: one number, or one per rotation: R1=64,R4=128.")
-]
-Randomize = Annotated[bool, typer.Option(help="A rotation of its own for every layer.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(help=f"Dtype of what is written or computed: {', '.join(DTYPES)}; by default the source's."),
-]
-Text = Annotated[str, typer.Option(help="A file, manual, wikitext, dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]], or auto.")]
-Force = Annotated[bool, typer.Option(help="Replace OUT when it exists.")]
-AllowPickle = Annotated[bool, typer.Option(help="Load pickle weights too; they can run code.")]
-AllowInexact = Annotated[bool, typer.Option(help="Save even when rotating moved the logits by more than rounding.")]
-DropMtp = Annotated[
-    bool, typer.Option("--drop-mtp", help="Leave out layers for multi-token prediction, which R1 cannot take along.")
-]
-Proof = Annotated[bool, typer.Option("--proof/--no-proof", help="Try the rotations on a small model first.")]
-MaxShardSize = Annotated[
-    str | None, typer.Option(help="Largest file of weights, such as 5GB; by default the files of the source.")
-]
-Checksums = Annotated[
-    Path | None,
-    typer.Option(help="SHA-256 of the model's files, as sha256sum writes them: refuse a file that has another."),
-]
-Memory = Annotated[
-    str | None,
-    typer.Option(
-        help="Room for hidden states of a calibration before they go to disk (by default a quarter of what is free), "
-        "and for a decoder block that is compared."
-    ),
-]
-Compare = Annotated[
-    bool, typer.Option("--compare/--no-compare", help="Compare logits on real tokens before and after rotating.")
-]
-Device = Annotated[str, typer.Option(help="Device to work on: cpu, cuda, cuda:1, mps, ...")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Length = Annotated[int, typer.Option(help="Tokens per window.")]
-Runtime = Annotated[
-    str | None,
-    typer.Option(
-        help=f"Refuse what a runtime does not run, before any work: {', '.join(RUNTIMES)}.", show_default=False
+        help="Rotations to apply, some of R1,R2,R3,R4, or none. R1 and R2 are fused into the weights; R3 and R4 run "
+        "online.",
+        rich_help_panel=ROTATIONS,
     ),
 ]
 Learned = Annotated[
     Path | None,
     typer.Option(
-        help="Folder of rotations that `spinquant learn` wrote, in place of random ones; of them those that "
-        "--rotations names, where it is given."
+        help="Folder written by `spinquant learn`: use its rotations instead of random ones (with --rotations, only "
+        "those named there).",
+        rich_help_panel=ROTATIONS,
     ),
 ]
-Also = Annotated[
-    list[str] | None,
+Type = Annotated[
+    str,
     typer.Option(
-        help="Folder or hub id of a LoRA adapter (peft) or an EAGLE-3 head, rotated into OUT/adapters/NAME; may be "
-        "repeated.",
-        show_default=False,
+        "--type",
+        help="Type of rotation: hadamard, random-hadamard, random-matrix or auto; or one per rotation, as in "
+        "R1=random-matrix,R4=hadamard.",
+        rich_help_panel=ADVANCED,
+    ),
+]
+BlockSize = Annotated[
+    str | None,
+    typer.Option(
+        help="Block size of block-diagonal rotations: one number, or one per rotation, as in R1=64,R4=128. By default "
+        "one block per space.",
+        rich_help_panel=ADVANCED,
+    ),
+]
+Randomize = Annotated[
+    bool,
+    typer.Option(
+        "--randomize", help="Draw a separate rotation for every layer.", rich_help_panel=ADVANCED, show_default=False
     ),
 ]
 Family = Annotated[
     Path | None,
     typer.Option(
-        help="TOML file with the family of a model that no table knows: docs/families.md.", show_default=False
+        help="Family file (TOML) for an architecture that spinquant does not know; see docs/families.md.",
+        show_default=False,
+        rich_help_panel=ADVANCED,
     ),
 ]
-Windows = Annotated[int, typer.Option(help="Windows, spread evenly over the text; 0 for all.")]
+Proof = Annotated[
+    bool,
+    typer.Option(
+        "--proof/--no-proof",
+        help="Check first, on a tiny random model of the same architecture in float64, that the rotations leave its "
+        "logits unchanged.",
+        rich_help_panel=ADVANCED,
+    ),
+]
+AllowInexact = Annotated[
+    bool,
+    typer.Option(
+        "--allow-inexact",
+        help="Write the folder even if rotating changed the logits by more than rounding errors.",
+        rich_help_panel=ADVANCED,
+        show_default=False,
+    ),
+]
+DropMtp = Annotated[
+    bool,
+    typer.Option(
+        "--drop-mtp",
+        help="Leave out layers for multi-token prediction, which cannot be rotated by R1.",
+        rich_help_panel=ADVANCED,
+    ),
+]
+Compare = Annotated[
+    bool,
+    typer.Option(
+        "--compare/--no-compare",
+        help="Compare logits on real tokens before and after rotating.",
+        rich_help_panel=ADVANCED,
+    ),
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        help="Calibration text: a file, manual, wikitext, dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]], generated (by the "
+        "model itself), or auto (the default).",
+        show_default=False,
+        rich_help_panel=CALIBRATION,
+    ),
+]
+# In `learn` the calibration text may be called --text too.
+LearningText = Annotated[
+    str,
+    typer.Option(
+        "--calibration",
+        "--text",
+        help="Calibration text: a file, manual, wikitext, dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]], generated (by the "
+        "model itself), or auto (the default).",
+        show_default=False,
+        rich_help_panel=CALIBRATION,
+    ),
+]
+SAMPLES = typer.Option(help="Calibration samples; 128 by default.", show_default=False, rich_help_panel=CALIBRATION)
+SAMPLE_LENGTH = typer.Option(
+    help="Tokens per calibration sample; 512 by default.", show_default=False, rich_help_panel=CALIBRATION
+)
+Text = Annotated[
+    str,
+    typer.Option(
+        help="Text to measure on: a file, manual (the Python manual), wikitext, "
+        "dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]], or auto.",
+        rich_help_panel=ADVANCED,
+    ),
+]
+Length = Annotated[int, typer.Option(help="Tokens per window of text.", rich_help_panel=ADVANCED)]
+Windows = Annotated[
+    int,
+    typer.Option(
+        help="Windows of text to measure on, spread evenly over it (evaluate and verify: 0 for all).",
+        rich_help_panel=ADVANCED,
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is random.", rich_help_panel=ADVANCED)]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Dtype to compute in and to write: {', '.join(DTYPES)}; by default that of the model.",
+        rich_help_panel=ADVANCED,
+    ),
+]
+Device = Annotated[str, typer.Option(help="Device to work on: cpu, cuda, cuda:1, mps, ...")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print no progress and no notes; errors and the result are still printed.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace OUT if it exists.", show_default=False, rich_help_panel=OUTPUT)
+]
+Runtime = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Runtime that is to load the result; what it cannot run is refused before any work: "
+        f"{', '.join(RUNTIMES)}.",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
+]
+Also = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="LoRA adapter (peft) or EAGLE-3 draft head, a folder or hub id, to rotate into OUT/adapters/NAME; may be "
+        "repeated.",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
+]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        "--push-to-hub",
+        metavar="REPO",
+        help="Upload OUT to this repository on the Hugging Face hub when it is written.",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+        callback=check_repo,
+    ),
+]
+MaxShardSize = Annotated[
+    str | None,
+    typer.Option(
+        help="Largest weight file, such as 5GB; by default the same files as the source.", rich_help_panel=ADVANCED
+    ),
+]
+Checksums = Annotated[
+    Path | None,
+    typer.Option(
+        help="File with the SHA-256 of the model's files, in sha256sum's format; a file with another checksum is "
+        "refused.",
+        rich_help_panel=ADVANCED,
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory, such as 8GB, for hidden states during calibration before they go to disk (by default a quarter "
+        "of what is free), and for a decoder block that is compared.",
+        rich_help_panel=ADVANCED,
+    ),
+]
+AllowPickle = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle",
+        help="Load pickle weights (pytorch_model.bin) too; they can run code.",
+        rich_help_panel=ADVANCED,
+        show_default=False,
+    ),
+]
 
 
-def parse_spec(rotations: str, kind: str, block_size: str | None, randomize: bool, seed: int) -> RotationSpec:
-    """The spec that the options say. Raises RotationError for what cannot be read."""
+def parse_spec(rotations: str, kind: str, block_size: str | None, randomize: bool, seed: int) -> "RotationSpec":
+    """The spec that the options describe. Raises RotationError for what cannot be read."""
+    from spinquant.rotations.factory import RotationSpec
+
     types: Any = _per_rotation(kind)
     blocks: Any = None if block_size is None else _per_rotation(block_size)
     try:
         sizes = {k: int(v) for k, v in blocks.items()} if isinstance(blocks, dict) else blocks and int(blocks)
     except ValueError:
-        raise RotationError(f"block size {block_size!r} is not a number, or R1=64,R4=128") from None
+        raise RotationError(
+            f"cannot read block size {block_size!r}: expected a number, or one per rotation as in R1=64,R4=128"
+        ) from None
     return RotationSpec(tuple(rotations.split(",")), types, sizes, randomize, seed)
 
 
 def taken_from(
     learned: Path, model: str, context: typer.Context, *, scheme: Scheme | None = None, drawing: bool = False
-) -> LearnedRotations:
+) -> "LearnedRotations":
     """The rotations of --learned: all, or those that --rotations names.
 
-    scheme: what they are used for, where something is quantized; a note says so when it is not what they were learned
-    for. drawing: whether anything but rotations is drawn with the seed. Raises LearningError for options that would do
-    nothing.
+    scheme: the scheme that they are used for, where something is quantized; a note says so if they were learned for
+    another. drawing: whether anything but rotations is drawn with the seed. Raises LearningError for options that would
+    have no effect.
     """
+    from spinquant.entrypoints.learn import read_learned
 
     def is_given(name: str) -> bool:
         source = context.get_parameter_source(name)
@@ -136,34 +295,34 @@ def taken_from(
     if idle:
         names = ", ".join("--" + name.replace("_", "-") for name in idle)
         raise LearningError(f"{names} would do nothing: --learned takes rotations as they are. Leave them out")
-    found = read_learned(learned)
-    note_another_model(learned, found, model)
+    found, quiet = read_learned(learned), bool(context.params.get("quiet"))
+    note_another_model(learned, found, model, quiet=quiet)
     if is_given("rotations"):
         found = found.only(parse_rotation_names(context.params["rotations"]))
     meant = found.record.get("scheme", {})
-    if is_first() and scheme is not None and meant and _sizes(before := Scheme.from_dict(meant)) != _sizes(scheme):
-        err_console.print(
-            f"note: the rotations of {learned} were learned for {before}, and {scheme} is asked for: they may gain "
-            "less than rotations that are learned for it",
-            highlight=False,
-            soft_wrap=True,
+    if scheme is not None and meant and _sizes(before := Scheme.from_dict(meant)) != _sizes(scheme):
+        note(
+            f"note: the rotations of {learned} were learned for {before}, not for {scheme}: they may gain less than "
+            "rotations learned for this scheme",
+            quiet=quiet,
         )
     return found
 
 
-def note_another_model(folder: Path, learned: LearnedRotations, model: str) -> None:
-    """Say so where rotations were learned for weights that are not those of a model: they fit, and may gain nothing."""
+def note_another_model(folder: Path, learned: "LearnedRotations", model: str, *, quiet: bool = False) -> None:
+    """Print a note if rotations were learned for other weights than a model's: they fit, and may gain nothing."""
+    from spinquant.checkpoint.folder import is_local, weights_sample
+
     known = learned.record.get("weights")
-    if is_first() and known is not None and is_local(model) and Path(model).is_dir() and known != weights_sample(model):
-        err_console.print(
+    if known is not None and is_local(model) and Path(model).is_dir() and known != weights_sample(model):
+        note(
             f"note: the rotations of {folder} were learned for {learned.record['model']}; {model} has other weights",
-            highlight=False,
-            soft_wrap=True,
+            quiet=quiet,
         )
 
 
 def _sizes(scheme: Scheme) -> list[Any]:
-    """What of the rounding of activations and cache rotations are learned for."""
+    """What rotations are learned for: how activations and KV cache are rounded."""
     return [part and (part.kind, part.bits, part.group_size) for part in (scheme.activations, scheme.kv)]
 
 
@@ -179,13 +338,15 @@ def _per_rotation(text: str) -> str | dict[str, str]:
     return {name.strip().upper(): value.strip() for name, _, value in pairs}
 
 
-def parse_dtype(name: str | None) -> torch.dtype | None:
+def parse_dtype(name: str | None) -> "torch.dtype | None":
     """A dtype by name. Raises SchemeError for an unknown one."""
+    import torch
+
     if name is None:
         return None
     if name not in DTYPES:
         raise SchemeError(f"unknown dtype {name!r}: expected one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+    return getattr(torch, name)
 
 
 def parse_ratio(text: str) -> Clip:

@@ -1,9 +1,7 @@
-"""rotate"""
+"""The command `rotate`."""
 
 import typer
 
-from spinquant.cli import tables as report
-from spinquant.cli.main import app
 from spinquant.cli.options import (
     AllowInexact,
     AllowPickle,
@@ -23,6 +21,8 @@ from spinquant.cli.options import (
     Model,
     Out,
     Proof,
+    PushToHub,
+    Quiet,
     Randomize,
     Rotations,
     Seed,
@@ -33,45 +33,55 @@ from spinquant.cli.options import (
     parse_spec,
     taken_from,
 )
-from spinquant.cli.output import print_result, stages
-from spinquant.entrypoints.folders import rotate_folder
-from spinquant.entrypoints.result import Options
+from spinquant.cli.output import print_result, push_to_hub
+from spinquant.cli.progress import stages
+
+EXAMPLES = (
+    "spinquant rotate ./llama ./llama-rotated",
+    "spinquant rotate ./llama ./llama-rotated --seed 1 --also ./my-lora --device cuda",
+    "spinquant rotate ./llama ./llama-rotated --learned ./learned --rotations R1,R2 --push-to-hub me/llama-rotated",
+)
 
 
-@app.command(epilog="Example: `spinquant rotate ./llama ./llama-rotated --rotations R1,R2 --seed 1`")
 def rotate(
     context: typer.Context,
     model: Model,
     out: Out,
     rotations: Rotations = "R1,R2",
+    learned: Learned = None,
+    also: Also = None,
+    force: Force = False,
+    push: PushToHub = None,
+    device: Device = "cpu",
+    quiet: Quiet = False,
+    json_: Json = False,
     type: Type = "random-hadamard",
     block_size: BlockSize = None,
     randomize: Randomize = False,
     seed: Seed = 0,
-    learned: Learned = None,
     dtype: Dtype = None,
     text: Text = "auto",
-    device: Device = "cpu",
+    compare: Compare = True,
+    proof: Proof = True,
     max_shard_size: MaxShardSize = None,
-    also: Also = None,
     checksums: Checksums = None,
     memory: Memory = None,
-    force: Force = False,
-    allow_pickle: AllowPickle = False,
-    allow_inexact: AllowInexact = False,
-    drop_mtp: DropMtp = False,
-    proof: Proof = True,
-    compare: Compare = True,
     family: Family = None,
-    json_: Json = False,
+    drop_mtp: DropMtp = False,
+    allow_inexact: AllowInexact = False,
+    allow_pickle: AllowPickle = False,
 ) -> None:
-    """Fuse R1 and R2 into a plain folder that transformers, vLLM and others load with nothing of ours installed.
+    """Fuse R1 and R2 into a plain folder that transformers, vLLM and others load without spinquant.
 
-    The model is never loaded: its tensors are rotated one by one, and a command that was stopped goes on where it was
-    when it is repeated.
+    The model is never loaded as a whole: its tensors are rotated one by one. If the command is stopped, rerun it to
+    resume.
     """
+    from spinquant.cli.tables import result_table
+    from spinquant.entrypoints.folders import rotate_folder
+    from spinquant.entrypoints.result import Options
+
     spec = parse_spec(rotations, type, block_size, randomize, seed)
-    with stages() as progress:
+    with stages(quiet=quiet, out=out) as progress:
         result = rotate_folder(
             model,
             out,
@@ -94,4 +104,5 @@ def rotate(
             ),
             family=family,
         )
-    print_result(json_, {**result.record(), "seconds": result.seconds}, report.result_table(result, str(out)))
+    push_to_hub(out, push, quiet=quiet)
+    print_result(json_, {**result.record(), "seconds": result.seconds}, result_table(result, str(out)))

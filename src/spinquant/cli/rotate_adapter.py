@@ -5,31 +5,39 @@ from typing import Annotated
 
 import typer
 
-from spinquant.adapters.folder import rotate_adapter as rotate_adapter_folder
-from spinquant.cli import tables as report
-from spinquant.cli.options import Force, Json, Out
+from spinquant.cli.options import ADVANCED, Force, Json, Out
 from spinquant.cli.output import print_result
 
 EXAMPLES = (
-    "Examples: `spinquant rotate-adapter ./llama-rotated ./my-lora ./my-lora-rotated`, "
-    "`spinquant rotate-adapter ./llama-w4a4 ./eagle3-head ./eagle3-rotated --model ./llama`"
+    "spinquant rotate-adapter ./llama-rotated ./my-lora ./my-lora-rotated",
+    "spinquant rotate-adapter ./llama-w4a4 ./eagle3-head ./eagle3-rotated --model ./llama",
 )
 
 
 def rotate_adapter(
-    rotated: Annotated[Path, typer.Argument(help="Folder of the rotated model, quantized or not.")],
-    adapter: Annotated[str, typer.Argument(help="Folder or hub id of a LoRA adapter (peft) or an EAGLE-3 head.")],
+    rotated: Annotated[Path, typer.Argument(metavar="ROTATED", help="Folder of the rotated model, quantized or not.")],
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="LoRA adapter (peft) or EAGLE-3 draft head: a folder or hub id.")
+    ],
     out: Out,
     model: Annotated[
-        str | None, typer.Option(help="The model before rotating; by default as the record of ROTATED names it.")
+        str | None,
+        typer.Option(
+            help="The original model, before it was rotated; by default the one that ROTATED records.",
+            show_default=False,
+            rich_help_panel=ADVANCED,
+        ),
     ] = None,
     force: Force = False,
     json_: Json = False,
 ) -> None:
-    """Rotate an adapter or a draft head for a model that was rotated before.
+    """Rotate a LoRA adapter or an EAGLE-3 draft head to match a model that was rotated before.
 
-    With `spinquant rotate --also ADAPTER` they are rotated together. Of the model before rotating, only its norms and
-    what the adapter needs are read.
+    `spinquant rotate --also ADAPTER` rotates model and adapter together. Of the original model only the norms, and the
+    tensors that the adapter needs, are read.
     """
+    from spinquant.adapters.folder import rotate_adapter as rotate_adapter_folder
+    from spinquant.cli.tables import adapters_table
+
     done = rotate_adapter_folder(rotated, adapter, out, model=model, force=force)
-    print_result(json_, done, report.adapters_table({str(out): done}))
+    print_result(json_, done, adapters_table({str(out): done}))

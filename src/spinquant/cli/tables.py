@@ -3,19 +3,21 @@
 import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from spinquant.entrypoints.result import Result
 from spinquant.errors import SpinquantError
-from spinquant.evaluation.metrics import Comparison, Evaluation
 from spinquant.formats.runtimes import RUNTIMES
 from spinquant.plan import MERGEABLE, Plan
 from spinquant.rotations.factory import RotationSpec, choose
-from spinquant.rotations.learned import LearnedRotations
+
+if TYPE_CHECKING:  # a table of a plan needs none of them
+    from spinquant.entrypoints.result import Result
+    from spinquant.evaluation.metrics import Comparison, Evaluation
+    from spinquant.rotations.learned import LearnedRotations
 
 NEEDS = {
     "R1": "nothing",
@@ -25,7 +27,7 @@ NEEDS = {
 }
 
 
-def learning_table(learned: LearnedRotations, out: str) -> Table:
+def learning_table(learned: "LearnedRotations", out: str) -> Table:
     """Every candidate with its score on held-out text, and which was kept."""
     record = learned.record
     table = Table(title=f"{out}: kept {record['kept']}", box=SIMPLE)
@@ -153,7 +155,7 @@ def runtime_table(name: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def result_table(result: Result, out: str) -> Table:
+def result_table(result: "Result", out: str) -> Table:
     """What was done to a model, and the proof that rotating changed nothing."""
     table = Table(title=escape(f"wrote {out}"), title_justify="left", show_header=False)
     spec = result.spec
@@ -185,7 +187,7 @@ def _adapter_row(out: str, done: Mapping[str, Any]) -> tuple[str, str]:
     return escape(out), escape(f"{done['kind']} of {done['source']}: {done['rotated']} of {done['tensors']} tensors")
 
 
-def evaluation_table(name: str, text: str, evaluation: Evaluation) -> Table:
+def evaluation_table(name: str, text: str, evaluation: "Evaluation") -> Table:
     """Perplexity, and agreement with the reference where there is one."""
     table = Table(title=escape(f"{name} on {text}"), title_justify="left", show_header=False)
     table.add_row("perplexity", f"{evaluation.perplexity:.4f}")
@@ -198,7 +200,7 @@ def evaluation_table(name: str, text: str, evaluation: Evaluation) -> Table:
     return table
 
 
-def comparison_table(reference: str, other: str, comparison: Comparison) -> Table:
+def comparison_table(reference: str, other: str, comparison: "Comparison") -> Table:
     """How far two models are apart."""
     table = Table(title=escape(f"{other} against {reference}"), title_justify="left", show_header=False)
     table.add_row("largest logit difference", f"{comparison.max_abs:.3e}")

@@ -23,6 +23,8 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 from spinquant import errors
+from spinquant.compute.torchrun import is_alone as is_alone
+from spinquant.compute.torchrun import is_first as is_first
 from spinquant.errors import ProcessError, SpinquantError
 
 _POLLED = 0.05  # seconds between two looks at what is waited for
@@ -30,16 +32,6 @@ _LOST = 5.0  # seconds in which a process that is lost for others has ended as a
 # Others wait while the first process works; that one of them ended is seen otherwise.
 LONGEST = timedelta(days=7)
 _LOOKED = 1.0  # seconds between two looks at the locks of the others, while there is work
-
-
-def is_first() -> bool:
-    """Whether this process is the one of its job that speaks to the user, as torchrun says."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def is_alone() -> bool:
-    """Whether torchrun started no other process beside this one."""
-    return int(os.environ.get("WORLD_SIZE", "1")) == 1
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from html import escape
 from statistics import NormalDist
 from typing import Any
 
-from spinquant.plan import MERGEABLE
-from spinquant.evaluation.plots import GAUSSIAN_KURTOSIS, number
 from spinquant.evaluation.equivalence import Deviation
+from spinquant.evaluation.plots import GAUSSIAN_KURTOSIS, number
+from spinquant.plan import MERGEABLE
 
 Pair = tuple[float, float]  # plain, rotated
 

@@ -20,23 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from spinquant.calibration.data import load_text, token_windows
-from spinquant.models.capture import captured, device_of
 from spinquant.checkpoint.atomic import check_free
-from spinquant.checkpoint.run_directory import atomic_folder
 from spinquant.checkpoint.folder import is_local, load_tokenizer
-from spinquant.formats.load import load_model
+from spinquant.checkpoint.run_directory import atomic_folder
 from spinquant.demo.model import demo_model
 from spinquant.demo.page import Activation, DemoResult, page
-from spinquant.errors import SchemeError
-from spinquant.evaluation.metrics import evaluate
-from spinquant.formats.native import unmark
-from spinquant.rotations.fuse_module import plan_of
-from spinquant.models.modules import tensor_shapes
-from spinquant.online.hooks import attach
 from spinquant.entrypoints.in_memory import rotate
-from spinquant.quantization.targets import check_fits
 from spinquant.entrypoints.result import Options
-from spinquant.plan import ROTATION_NAMES, Plan
+from spinquant.entrypoints.stream_run import SAMPLE_TOKENS
+from spinquant.errors import SchemeError
+from spinquant.evaluation.equivalence import prove
+from spinquant.evaluation.metrics import evaluate
 from spinquant.evaluation.plots import (
     plot_activations,
     plot_kurtosis,
@@ -45,14 +39,19 @@ from spinquant.evaluation.plots import (
     relative_magnitude,
     require_matplotlib,
 )
-from spinquant.evaluation.equivalence import prove
+from spinquant.formats.load import load_model
+from spinquant.formats.native import unmark
+from spinquant.models.capture import captured, device_of
+from spinquant.models.modules import tensor_shapes
+from spinquant.online.hooks import attach
+from spinquant.plan import ROTATION_NAMES, Plan
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.rtn import quantize_weight, round_weights
 from spinquant.quantization.scheme import Quantizer, Scheme, parse_scheme
-from spinquant.quantization.targets import weights_of
-from spinquant.rotations.rotation import Rotation
+from spinquant.quantization.targets import check_fits, weights_of
 from spinquant.rotations.factory import RotationSpec
-from spinquant.entrypoints.stream_run import SAMPLE_TOKENS
+from spinquant.rotations.fuse_module import plan_of
+from spinquant.rotations.rotation import Rotation
 
 Progress = Callable[[str, int, int], None]
 

@@ -18,7 +18,7 @@ from spinquant.compute.distributed import LONGEST, Processes, check_same, joined
 from spinquant.entrypoints.in_memory import quantize, rotate
 from spinquant.entrypoints.learn import learn_from
 from spinquant.entrypoints.output_folder import write_record
-from spinquant.entrypoints.request import Format, LearnText, Request
+from spinquant.entrypoints.request import LearnText, Request
 from spinquant.entrypoints.result import Options, Result
 from spinquant.entrypoints.stream import stream_folder
 from spinquant.entrypoints.stream_run import block_store, sample_tokens
@@ -37,7 +37,7 @@ from spinquant.rotations.wrappers import online_part
 
 
 def save(
-    result: Result, out: str | Path, tokenizer: Any = None, *, force: bool = False, format: Format = "native"
+    result: Result, out: str | Path, tokenizer: Any = None, *, force: bool = False, format: str = "native"
 ) -> None:
     """Write a model, its tokenizer, and beside them the rotations and the record of how it came about.
 
@@ -152,7 +152,7 @@ def quantize_folder(
     max_shard_size: int | None = None,
     checksums: Path | None = None,
     options: Options | None = None,
-    format: Format | None = None,
+    format: str | None = None,
     runtime: str | None = None,
     family: FamilyLike | None = None,
     learn: LearnOptions | None = None,

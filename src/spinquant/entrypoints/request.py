@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -16,8 +15,6 @@ from spinquant.learning.options import LearnOptions, Watch
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.learned import LearnedRotations
-
-Format = Literal["native", "compressed-tensors", "hf"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ class Request:
     out: str | Path
     spec: RotationSpec
     scheme: Scheme | None = None
-    format: Format | None = None
+    format: str | None = None
     method: Method = "rtn"
     calibration: Calibration | None = None
     calibration_text: CalibrationText | None = None

@@ -28,7 +28,7 @@ from spinquant.checkpoint.folder import (
 from spinquant.checkpoint.reader import Source, fp8_block
 from spinquant.checkpoint.safetensors_io import file_hash
 from spinquant.compute.distributed import is_alone
-from spinquant.entrypoints.request import Format, Request
+from spinquant.entrypoints.request import Request
 from spinquant.errors import CalibrationError, CheckpointError, RotationError, SchemeError
 from spinquant.formats.compressed_config import as_stored, check_plan, check_scheme, quantization_scheme
 from spinquant.formats.runtimes import check_runtime, format_for, runtime_of
@@ -115,7 +115,7 @@ class Job:
         return replace(self, spec=learned.spec, request=replace(self.request, learned=learned))
 
 
-def settle_format(format: Format | None, runtime: str | None, scheme: Scheme | None, spec: RotationSpec) -> str:
+def settle_format(format: str | None, runtime: str | None, scheme: Scheme | None, spec: RotationSpec) -> str:
     """The format of the folder that is written: as asked for, else what the runtime reads, else our own.
 
     Raises SchemeError for a format that the runtime does not read.

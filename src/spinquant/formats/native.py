@@ -1,9 +1,9 @@
 """Our own folder format: a Hugging Face folder with `quant_method: spinquant`, for schemes no other format can say.
 
-Importing spinquant registers it with transformers (`register.py`), whose `from_pretrained` then packs nothing into silence: weights
-are unpacked, online rotations and quantizers attached. Without the import transformers only warns of an unknown
-quant_method and would go on without the online rotations; so the weights of all quantized linears are stored in
-shapes that no plain model has (packed words, or one flat axis at 16 bits), which it refuses to load.
+`import spinquant` registers it with transformers (`register.py`), whose `from_pretrained` then unpacks the weights and
+attaches online rotations and quantizers. Without the import transformers only warns of an unknown quant_method and
+would load the model without its online rotations; so the weights of all quantized linears are stored in shapes that no
+plain model has (packed words, or one flat axis at 16 bits), which it refuses to load.
 
 On disk, for every linear of the plan: `X.weight` int32 (out, words) with `X.weight_scale` (out, groups), and
 `X.weight_zero` where asymmetric; at 16 bits `X.weight` (out * in,). Experts in the same way, under the names that their

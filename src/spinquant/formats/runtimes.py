@@ -7,12 +7,14 @@ so any runtime that loads the folder runs them.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spinquant.errors import RotationError, SchemeError
 from spinquant.plan import MERGEABLE, ROTATION_NAMES, Plan
 from spinquant.quantization.scheme import Quantizer, Scheme
-from spinquant.rotations.factory import RotationSpec
+
+if TYPE_CHECKING:  # it imports torch, and the command line reads the names of the runtimes without
+    from spinquant.rotations.factory import RotationSpec
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ def scheme_names(scheme: Scheme) -> tuple[str, ...]:
 
 
 def runtime_rows(
-    name: str, spec: RotationSpec, scheme: Scheme | None = None, plan: Plan | None = None
+    name: str, spec: "RotationSpec", scheme: Scheme | None = None, plan: Plan | None = None
 ) -> list[dict[str, Any]]:
     """One dict per rotation and part of the scheme: whether the runtime runs it, why, and what to do instead."""
     runtime = runtime_of(name)
@@ -251,13 +253,13 @@ def runtime_rows(
     return rows
 
 
-def _without(rotation: str, spec: RotationSpec, runtime: Runtime) -> str:
+def _without(rotation: str, spec: "RotationSpec", runtime: Runtime) -> str:
     kept = [r for r in spec.rotations if runtime.rotations.get(r, Claim(False)).runs]
     able = [n for n, other in RUNTIMES.items() if other.rotations.get(rotation, Claim(False)).runs and other.format]
     return f"--rotations {','.join(kept) or 'none'}, or --runtime {' or '.join(able)}"
 
 
-def _limit(runtime: Runtime, rotation: str, spec: RotationSpec, plan: Plan | None) -> tuple[str, str] | None:
+def _limit(runtime: Runtime, rotation: str, spec: "RotationSpec", plan: Plan | None) -> tuple[str, str] | None:
     """(reason, what to do instead) where this use of a rotation is one that the runtime does not run."""
     types = runtime.types.get(rotation)
     if types and spec.type_of(rotation) not in types:
@@ -287,7 +289,7 @@ def runtime_of(name: str) -> Runtime:
     return RUNTIMES[name]
 
 
-def format_for(name: str, scheme: Scheme, spec: RotationSpec) -> str:
+def format_for(name: str, scheme: Scheme, spec: "RotationSpec") -> str:
     """The format of the folder that a runtime loads. Raises SchemeError where spinquant writes none."""
     runtime = runtime_of(name)
     if runtime.format is None:
@@ -296,7 +298,7 @@ def format_for(name: str, scheme: Scheme, spec: RotationSpec) -> str:
     return "hf" if plain else runtime.format
 
 
-def check_runtime(name: str, scheme: Scheme, spec: RotationSpec, plan: Plan | None = None) -> None:
+def check_runtime(name: str, scheme: Scheme, spec: "RotationSpec", plan: Plan | None = None) -> None:
     """Raise RotationError or SchemeError, saying what would work, for what a runtime does not run.
 
     A plan adds the limits that depend on the model: orders, and biases.

@@ -1,0 +1,1 @@
+"""`spinquant demo`: the table, the pictures and the page."""
