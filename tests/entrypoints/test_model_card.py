@@ -161,6 +161,10 @@ def test_a_card_names_the_runtimes_that_run_the_folder_and_no_other(name, made):
         assert (runtime in named) == runs, runtime
         assert "FOLDER" in named.get(runtime, "FOLDER")
     titles = [about.title for runtime, about in RUNTIMES.items() if runtime not in named]
+    for runtime in named:
+        rows = runtime_rows(runtime, result.spec, scheme, result.plan)
+        about = card_of(made, name).split(f"(`{runtime}`)")[1].split("###")[0]
+        assert ("Not tried" in about) == any(not row["why"].startswith("test: ") for row in rows), runtime
     assert not [title for title in titles if f"### {title} (" in card_of(made, name)]
 
 
