@@ -1,54 +1,53 @@
-"""Errors that a user can act on.
+"""Exceptions raised for problems that the caller can fix.
 
-Every one is a ValueError that names the object, what was expected, what was found and what to do. The
-command line prints the message alone; anything that is not a `SpinquantError` is a defect and keeps its
-traceback.
+Each is a ValueError whose message names the object, the expectation, the value found and the remedy. The command line
+prints the message alone; any other exception is a bug and keeps its traceback.
 """
 
 
 class SpinquantError(ValueError):
-    """Base of every error that this package raises on purpose."""
+    """Base class of every error that this package raises on purpose."""
 
 
 class HadamardOrderError(SpinquantError):
-    """No Hadamard matrix of this order exists, or none that we can construct."""
+    """No Hadamard matrix of this order exists, or none can be constructed here."""
 
 
 class RotationError(SpinquantError):
-    """A rotation is unknown, does not fit its space, or is ruled out by the architecture."""
+    """A rotation is unknown, does not fit its space, or is impossible for the architecture."""
 
 
 class ArchitectureError(SpinquantError):
-    """No table explains this architecture, or a tensor of it."""
+    """The architecture is not supported, or a tensor is not explained by its family table."""
 
 
 class SchemeError(SpinquantError):
-    """A quantization scheme cannot be read, or does not fit the tensors it is for."""
+    """A quantization scheme cannot be parsed, or does not fit the tensors that it is applied to."""
 
 
 class CheckpointError(SpinquantError):
-    """A model folder is missing, incomplete, corrupted, or holds values that are not finite."""
+    """A model folder is missing, incomplete or corrupted, or holds values that are not finite."""
 
 
 class SourceChangedError(CheckpointError):
-    """The source of a run that goes on is no longer what was read."""
+    """The source checkpoint changed since the run that is being resumed read it."""
 
 
 class ProofError(SpinquantError):
-    """Rotating changed the function of the model."""
+    """Rotating changed the outputs of the model: the equivalence check failed."""
 
 
 class TextError(SpinquantError):
-    """A text cannot be read, or is too short."""
+    """A text cannot be read, or has too few tokens."""
 
 
 class CalibrationError(SpinquantError):
-    """Calibration text, or what a model computes on it, that cannot be used."""
+    """Calibration data, or the activations that a model computes on it, cannot be used."""
 
 
 class LearningError(SpinquantError):
-    """Rotations cannot be learned as asked, or their learning went astray."""
+    """Rotations cannot be learned with these options, or training diverged."""
 
 
 class ProcessError(SpinquantError):
-    """Another process of the job ended, or failed, before its work was done."""
+    """Another process of a distributed job ended or failed before its work was done."""

@@ -1,17 +1,17 @@
-"""A plan says where every rotation of a model goes. It is data: no tensors, no torch.
+"""Rotation plan of a model: which axis of which weight each of R1 to R4 rotates. Plain data, no tensors, no torch.
 
-The one idea: every axis of every weight tensor lives in a named *space*, or in none, and a rotation belongs to
-a space. To rotate a space is to contract each axis that lives in it with the same orthogonal matrix R, block by
-block where the axis is longer than R:
+Every axis of every weight tensor belongs to at most one named *space* (the residual stream, the values of a layer,
+...), and each rotation belongs to a space. Rotating a space contracts every axis in it with the same orthogonal
+matrix R, block by block where the axis is longer than R:
 
     T'[.., j, ..] = sum_i T[.., i, ..] R[i, j]
 
-Reader and writer of a space then cancel, so the function of the model is unchanged. Three facts complete a
-plan: the *gains* of norms, which do not commute with R and are fused into the linears that read the norm; the
-*spans* of fused tensors, where only a part of an axis lives in a space; and the *online* sites, where a space
-has to be rotated at run time because its writer is not linear.
+The rotations of a space's writers and readers cancel, so the function of the model does not change. Three things
+complete a plan: the *gains* of norms, which do not commute with R and are fused into the linears that read the norm;
+the *spans* of fused tensors (q, k and v in one weight), where only part of an axis belongs to a space; and the
+*online* sites, where a space is rotated at run time because what writes it is not linear.
 
-A plan describes the whole model. Which of its spaces are rotated is said by the rotations that go with it.
+A plan describes the whole model. The rotations passed along with it select the spaces that are rotated.
 """
 
 from collections import defaultdict
@@ -30,9 +30,14 @@ OnlineSite = Literal["input", "query_key", "experts"]
 
 @dataclass(frozen=True)
 class Space:
-    """A vector space of the model; `size` is the number of elements that one rotation mixes (a head's, for R2, R3).
+    """A vector space of the model, such as the residual stream.
 
-    centred: its norms subtract the mean, so its rotation has to keep the mean, R 1 = 1 (see `centred.py`).
+    Attributes:
+        name: "residual", or a name with the layer's number, such as "layers.0.value".
+        rotation: the one of R1 to R4 that rotates the space.
+        size: number of elements that one rotation mixes; the head size for R2 and R3.
+        centred: norms of the space subtract the mean (LayerNorm), so its rotation has to be mean-preserving, R 1 = 1
+            (see `rotations/mean_preserving.py`).
     """
 
     name: str
@@ -43,7 +48,7 @@ class Space:
 
 @dataclass(frozen=True)
 class Span:
-    """The part of an axis that lives in a space: `length` elements from `start` in every `period` elements."""
+    """The part of an axis that belongs to a space: `length` elements from `start` on, in every `period` elements."""
 
     start: int
     length: int
@@ -52,7 +57,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Axis:
-    """Axis `dim` of the tensor lives in the space."""
+    """Axis `dim` of a tensor belongs to a space; with a span, only part of the axis does."""
 
     tensor: str
     dim: int
@@ -62,10 +67,15 @@ class Axis:
 
 @dataclass(frozen=True)
 class Gain:
-    """A norm's elementwise scale, fused into axis `dim` of each reader when `space` is rotated.
+    """The elementwise scale of a norm, fused into axis `dim` of each reader when its space is rotated.
 
-    The model multiplies by `offset + weight`, so the norm is left with the weight `1 - offset`. A norm's `bias` is
-    added after the scale, so it is divided by it where the scale moves into the readers, then rotated as the space is.
+    Attributes:
+        norm: name of the norm's weight.
+        space: the space that the norm normalizes.
+        readers: (tensor, dim) of every weight that reads the norm's output.
+        offset: the model multiplies by `offset + weight`, so fusing leaves the weight at `1 - offset`.
+        bias: name of the norm's bias, if it has one. The norm adds it after scaling, so fusing divides it by the scale
+            and rotates it like the space.
     """
 
     norm: str
@@ -77,9 +87,10 @@ class Gain:
 
 @dataclass(frozen=True)
 class Scaling:
-    """A space that is written as one factor of a product: its channels may be scaled by any numbers but zero.
+    """A space whose channels may be scaled by any nonzero numbers, because it is one factor of a product.
 
-    Rows of the writers (tensor, dim, span of it) take the scales, and axis `dim` of each reader is divided by them.
+    An example is the inside of a gated MLP, act(gate) * up. The scales multiply the writers (tensor, dim, span) and
+    divide axis `dim` of each reader.
     """
 
     space: str
@@ -89,8 +100,11 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Online:
-    """A space that is rotated at run time: at the input of a linear, on the queries and keys of an attention, or inside
-    stacked experts, before their second product."""
+    """A space that is rotated at run time.
+
+    The site is the input of a linear, the queries and keys of an attention module, or the inside of stacked experts,
+    before their second matrix product.
+    """
 
     module: str
     site: OnlineSite
@@ -99,10 +113,16 @@ class Online:
 
 @dataclass(frozen=True)
 class Experts:
-    """Weights of the experts of one module: `first` read what the module reads, `second` what stands between the two.
+    """Expert weights of one mixture-of-experts module.
 
-    A module has them stacked, (experts, out, in), or (experts, in, out) where `transposed`; a checkpoint may have one
-    tensor for each expert.
+    A module stacks them, (experts, out, in), or (experts, in, out) if `transposed`; a checkpoint may hold one tensor
+    per expert.
+
+    Attributes:
+        module: name of the module.
+        first: weights that read the module's input (gate and up projections).
+        second: weights that read the hidden activation (down projections).
+        transposed: weights are (in, out).
     """
 
     module: str
@@ -113,8 +133,10 @@ class Experts:
 
 @dataclass(frozen=True)
 class Tie:
-    """A tensor that shares the memory of `source`, and cannot once the residual space is rotated: a head, or a tensor
-    of a block that layers share, which the same switch in the config ties."""
+    """A tied tensor, which shares the memory of `source` and has to be untied when the residual space is rotated.
+
+    It is the output head, or a tensor of a shared decoder block, which `tie_word_embeddings` ties as well.
+    """
 
     tensor: str
     source: str
@@ -122,17 +144,43 @@ class Tie:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where every rotation of one model goes.
+    """Where every rotation of one model goes: the spaces of a model and the weight axes that belong to them.
 
-    `linears` are groups of linear modules that read one activation, in order of execution, and `experts` those that are
-    not modules of their own: the places where weights and activations are quantized. `attentions` are the modules whose
-    keys and values are cached. `blocks` are the decoder layers, each of which reads the output of the one before.
-    `transposed`: weights of `linears` are (in, out), as Conv1D has them; never that of the head. `renamed`: weights of
-    linears that a checkpoint has under another name than the module.
-    `refused` are rotations that the architecture rules out, with the mathematical reason.
-    `predictors` are tensors of layers for multi-token prediction, which are in no space and in the checkpoint alone.
-    `uncalled` are linears whose weights the class uses without calling them: their inputs cannot be rounded.
-    `scalings` say which spaces may be scaled channel by channel, which costs nothing at run time.
+    Made by `make_plan` from a config and tensor shapes, or by `plan_of` from a model in memory.
+
+    Attributes:
+        family: name of the family table that the plan was made from, such as "llama".
+        spaces: the spaces that can be rotated, in order of execution.
+        axes: the tensor axes that belong to them.
+        gains: norm scales that are fused into the linears behind the norm.
+        onlines: places where a space is rotated at run time.
+        ties: tensors that share memory, such as a head tied to the embedding.
+        linears: groups of linear modules that read the same activation, in order of execution. Together with
+            `experts` these are the places where weights and activations are quantized.
+        attentions: modules whose keys and values are cached.
+        blocks: the decoder layers; each reads the output of the one before.
+        head: name of the output head's weight.
+        refused: (rotation, mathematical reason) for rotations that the architecture rules out.
+        experts: expert weights that are not modules of their own.
+        transposed: weights of `linears` are (in, out), as in Conv1D; the head's never is.
+        renamed: (name by the module, name in the checkpoint) for weights of linears where the two differ.
+        predictors: tensors of multi-token prediction layers, which belong to no space and exist in checkpoints only.
+        scalings: spaces that may be scaled channel by channel, which costs nothing at run time.
+        uncalled: linears whose weights the model class uses without calling the module, so that their inputs cannot
+            be quantized.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> from spinquant import make_plan
+        >>> config = LlamaConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=0, vocab_size=32)
+        >>> shapes = {"model.embed_tokens.weight": (32, 8), "model.norm.weight": (8,), "lm_head.weight": (32, 8)}
+        >>> plan = make_plan(config, shapes)
+        >>> [(space.name, space.rotation, space.size) for space in plan.spaces]
+        [('residual', 'R1', 8)]
+        >>> [(axis.tensor, axis.dim) for axis in plan.axes]
+        [('model.embed_tokens.weight', 1), ('lm_head.weight', 1)]
+        >>> [(gain.norm, gain.readers) for gain in plan.gains]
+        [('model.norm.weight', (('lm_head.weight', 1),))]
     """
 
     family: str
@@ -160,7 +208,7 @@ class Plan:
 
     @cached_property
     def axes_of(self) -> Mapping[str, tuple[Axis, ...]]:
-        """Axes by tensor name; a tensor that is not there lives in no space."""
+        """Axes by tensor name; a tensor that is absent belongs to no space."""
         found: defaultdict[str, list[Axis]] = defaultdict(list)
         for axis in self.axes:
             found[axis.tensor].append(axis)
@@ -187,7 +235,7 @@ class Plan:
 
     @cached_property
     def scalings_of(self) -> Mapping[str, tuple[tuple[Scaling, int, Span | None, bool], ...]]:
-        """By tensor name (scaling, dim, span of it, whether the tensor writes the space)."""
+        """(scaling, dim, span, whether the tensor writes the space) by tensor name."""
         found: defaultdict[str, list[tuple[Scaling, int, Span | None, bool]]] = defaultdict(list)
         for scaling in self.scalings:
             for tensor, dim, span in scaling.writers:
@@ -198,7 +246,7 @@ class Plan:
 
     @cached_property
     def tied(self) -> Mapping[str, str]:
-        """By the name of a tied tensor, which a checkpoint may lack, the name of its source."""
+        """The name of the source by the name of a tied tensor, which a checkpoint may lack."""
         return {tie.tensor: tie.source for tie in self.ties}
 
     @cached_property
@@ -206,35 +254,36 @@ class Plan:
         return dict(self.renamed)
 
     def weight_of(self, linear: str) -> str:
-        """The name of a linear's weight among the tensors that the plan was made from."""
+        """The name of a linear module's weight among the tensors that the plan was made from."""
         return self._renamed.get(f"{linear}.weight", f"{linear}.weight")
 
     def read_by(self, linear: str) -> Space | None:
-        """The space that the whole input of a linear module lives in; None where it lives in none."""
+        """The space that the whole input of a linear module belongs to; None if there is none."""
         weight = self.weight_of(linear)
         reading = 0 if self.transposed and weight != self.head else 1
         axes = (axis for axis in self.axes_of.get(weight, ()) if axis.dim == reading and axis.span is None)
         return next((self.space[axis.space] for axis in axes), None)
 
     def read_by_experts(self, experts: Experts) -> tuple[Space | None, Space | None]:
-        """The spaces that the inputs of the first and of the second weights live in."""
+        """The spaces of the inputs of the first and of the second expert weights."""
         outside = (self.space[axis.space] for axis in self.axes_of.get(experts.first[0], ()))
         inside = (self.space[o.space] for o in self.onlines if o.module == experts.module and o.site == "experts")
         return next(outside, None), next(inside, None)
 
     def values_of(self, attention: str) -> Space | None:
-        """The space that the values of an attention module live in: that of the linear that reads its output."""
+        """The space of the values of an attention module: that of the linear that reads its output."""
         inside = (self.read_by(name) for group in self.linears for name in group if name.startswith(f"{attention}."))
         return next((space for space in inside if space is not None and space.rotation == "R2"), None)
 
     def spaces_of(self, rotation: str) -> tuple[Space, ...]:
-        """The spaces that a rotation such as "R2" rotates, in order of the layers."""
+        """The spaces that a rotation such as "R2" rotates, in layer order."""
         return tuple(space for space in self.spaces if space.rotation == rotation)
 
     def rotated(self, rotations: Iterable[str]) -> frozenset[str]:
         """Names of the spaces that these rotations ("R1", ...) rotate.
 
-        Raises RotationError when one of them is unknown or ruled out for this model.
+        Raises:
+            RotationError: a rotation is unknown, or impossible for this model.
         """
         names = parse_rotation_names(rotations)
         reasons = dict(self.refused)
@@ -246,14 +295,17 @@ class Plan:
         return frozenset(space.name for space in self.spaces if space.rotation in names)
 
     def to_dict(self) -> dict:
-        """The plan as plain dicts and lists, for JSON."""
+        """The plan as plain dicts and lists for JSON."""
         return asdict(self)
 
 
 def parse_rotation_names(rotations: str | Iterable[str]) -> tuple[str, ...]:
-    """("R1", "R2") from "r1,R2" or any iterable of names; the empty string or "none" means no rotation.
+    """Parse rotation names: ("R1", "R2") from "r1,R2" or from any iterable of names.
 
-    Raises RotationError for a name that is not R1, R2, R3 or R4.
+    The empty string and "none" mean no rotation.
+
+    Raises:
+        RotationError: a name is not R1, R2, R3 or R4.
     """
     items = rotations.split(",") if isinstance(rotations, str) else rotations
     names = [item.strip().upper() for item in items]

@@ -83,7 +83,7 @@ MISTAKES = {
     "no name": ('model_types = ["acme"]\nlike = "llama"', "key name: Field required"),
     "no layer": ('name = "x"\nmodel_types = ["acme"]\nembedding = "tok"\nhead = "out"', "layer is missing"),
     "both ways": ('name = "x"\nmodel_types = ["acme"]\nlike = "llama"\nhead = "out"', "head describes a family"),
-    "unknown like": ('name = "x"\nmodel_types = ["acme"]\nlike = "lama"', "no table is called 'lama'"),
+    "unknown like": ('name = "x"\nmodel_types = ["acme"]\nlike = "lama"', "no built-in family is called 'lama'"),
     "two stars": ('name = "x"\nmodel_types = ["acme"]\nlike = "llama"\n[norms]\n"a.*.*" = ["b"]', "at most one"),
     "no output": (
         'name = "x"\nmodel_types = ["acme"]\nlayer = "a.*"\nembedding = "e"\nhead = "h"\n[attention]\nmodule = "m"\n'
@@ -101,7 +101,7 @@ MISTAKES = {
     ),
     "unknown space": (
         'name = "x"\nmodel_types = ["acme"]\nlike = "llama"\n[tensors]\n"a.weight" = ["stream"]',
-        "'a.weight' lives in 'stream'",
+        "'a.weight' is in space 'stream'",
     ),
     "a reader outside": (
         'name = "x"\nmodel_types = ["acme"]\nlike = "llama"\n[norms]\n"n.weight" = ["model.layers.*.nothing"]',

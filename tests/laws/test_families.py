@@ -409,5 +409,5 @@ def test_compressed_tensors_has_no_place_inside_experts(tmp_path):
 def test_a_model_type_without_a_table_is_refused_with_what_is_known_of_it():
     listed = [model_type for names in UNTABLED.values() for model_type in names]
     assert len(listed) == len(set(listed)) and not set(listed) & set(known_model_types())
-    with pytest.raises(ArchitectureError, match=r"model_type 'longcat_flash'\. Its kind: .*zero_expert_num.*--probe"):
+    with pytest.raises(ArchitectureError, match=r"model_type 'longcat_flash'\. Reason: .*zero_expert_num.*--probe"):
         make_plan(AutoConfig.for_model("longcat_flash"), {})

@@ -140,7 +140,11 @@ def test_wrong_ones_are_refused(change):
     check_given(plan, SPEC, rotations)
     good = rotations["layers.0.hidden"]
     wrong = {
-        "space": ("layers.0.value", Scaled(rotations["layers.0.value"], torch.ones(8)), "no linear that is one factor"),
+        "space": (
+            "layers.0.value",
+            Scaled(rotations["layers.0.value"], torch.ones(8)),
+            "no linear of llama writes one",
+        ),
         "shape": ("layers.0.hidden", Scaled(good.rotation, good.scale[1:]), "expected .* positive numbers"),
         "sign": ("layers.0.hidden", Scaled(good.rotation, -good.scale), "expected .* positive numbers"),
     }[change]

@@ -1,7 +1,7 @@
-"""Which family explains a model, and the plan that follows.
+"""Supported architectures: find the family table of a model and make its rotation plan.
 
-One file per group of families; a family is a table (see `table.py`). A model that no table knows is refused by name:
-guessing would give a model that loads and talks nonsense.
+A family of architectures is a table of data (see `family.py`), and each module here holds one group of families. A
+model without a table is refused by name, because a guess could give a model that loads and writes nonsense.
 """
 
 from dataclasses import replace
@@ -33,17 +33,31 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-# A family that came from a file travels with the config, in memory and in folders.
+# Attribute of the config that keeps a family read from a file, in memory and in saved folders.
 RECORDED = "spinquant_family"
 
 FamilyLike = str | Path | FamilyFile
 
 
 def use_family(config: Any, family: FamilyLike | None) -> None:
-    """Let a family file, by its path or as read, explain the models of a config, in place of our tables.
+    """Describe the architecture of a config by a family file, instead of by a built-in family table.
 
-    The config keeps it, so that what is made of the model and saved can be loaded without the file. None changes
-    nothing. Raises ArchitectureError for a file that cannot be read or is for other models.
+    The family is stored in the config, in place, so that a saved model loads again without the file.
+
+    Args:
+        config: a transformers config. Its `model_type` has to be one of the file's `model_types`.
+        family: path of a TOML file, or what `read_family` returned; None changes nothing.
+
+    Raises:
+        ArchitectureError: the file cannot be read, is not valid, or is for other model types.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> from spinquant import FamilyFile, use_family
+        >>> config = LlamaConfig()
+        >>> use_family(config, FamilyFile(name="my-llama", model_types=["llama"], like="llama"))
+        >>> config.spinquant_family["name"]
+        'my-llama'
     """
     if family is None:
         return
@@ -59,7 +73,7 @@ def use_family(config: Any, family: FamilyLike | None) -> None:
 
 
 def family_of(config: Any) -> Family | None:
-    """The table that explains the models of a config, None when there is none."""
+    """The family table for the models of a config; None if the architecture is not supported."""
     recorded = recorded_family(config)
     if recorded is not None:
         return to_family(family_from(recorded, f"{RECORDED} in the config"), FAMILIES)
@@ -74,22 +88,42 @@ def family_of(config: Any) -> Family | None:
 
 
 def recorded_family(config: Any) -> dict[str, Any] | None:
-    """What a config keeps of the family file that explains it, None where a table of ours does."""
+    """The family file that is stored in a config, as JSON; None if there is none."""
     return getattr(config, RECORDED, None)
 
 
 def known_model_types() -> list[str]:
-    """Every model_type that some table explains, in alphabetical order."""
+    """Every supported `model_type`, in alphabetical order."""
     return sorted({name for table in (*FAMILIES, *VISIONS) for name in table.model_types})
 
 
 def make_plan(config: Any, shapes: Shapes, *, family: FamilyLike | None = None) -> Plan:
-    """The plan of a model, from its config and the names and shapes of its tensors (a checkpoint's or a module's).
+    """Make the rotation plan of a model from its config and the names and shapes of its tensors; no weights needed.
 
-    Beside layers for multi-token prediction R1 is refused; without their tensors it is not.
-    family: a family file in place of our tables, see `use_family`. Raises ArchitectureError when no table knows the
-    model_type, when the model is not a causal LM (or a vision-language model whose language part is one), or when a
-    tensor is not explained.
+    R1 is refused for checkpoints with multi-token prediction layers; it is allowed once their tensors are left out.
+
+    Args:
+        config: the model's transformers config.
+        shapes: shape by tensor name, of a checkpoint or of a module.
+        family: a family file (path, or from `read_family`) that is used instead of the built-in tables, see
+            `use_family`.
+
+    Returns:
+        The plan, whose tensor names are those of `shapes`.
+
+    Raises:
+        ArchitectureError: no table supports the `model_type`, the model is not a causal LM (or a vision-language model
+            whose language part is one), or the table does not explain a tensor.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from spinquant import make_plan
+        >>> config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(config)
+        >>> plan = make_plan(config, {name: tensor.shape for name, tensor in model.state_dict().items()})
+        >>> [f"{space.name}: {space.rotation}, size {space.size}" for space in plan.spaces]
+        ['residual: R1, size 32', 'layers.0.value: R2, size 16', 'layers.0.query_key: R3, size 16',
+         'layers.0.hidden: R4, size 64']
     """
     use_family(config, family)
     model_type = getattr(config, "model_type", None)
@@ -104,14 +138,14 @@ def make_plan(config: Any, shapes: Shapes, *, family: FamilyLike | None = None) 
         if not name.endswith("ForConditionalGeneration" if sees else ("ForCausalLM", "LMHeadModel")):
             raise ArchitectureError(f"architecture {name!r} is not a causal LM: expected a ...ForCausalLM class")
     table = family_of(config)
-    if table is None:  # a guess would be a model that loads and talks nonsense
+    if table is None:  # a guess could give a model that loads and writes nonsense
         inside = f" (language part {config.get_text_config().model_type!r})" if sees else ""
         reason = why_untabled(model_type)
-        looked = f" Its kind: {reason}." if reason else ""
+        looked = f" Reason: {reason}." if reason else ""
         raise ArchitectureError(
-            f"no table explains model_type {model_type!r}{inside}.{looked} Known: {', '.join(known_model_types())}. "
-            "`spinquant plan MODEL --probe` tries out what can be rotated and drafts a family file, which "
-            "--family takes (docs/families.md)."
+            f"no family table supports model_type {model_type!r}{inside}.{looked} Supported: "
+            f"{', '.join(known_model_types())}. `spinquant plan MODEL --probe` finds out what can be rotated and "
+            "drafts a family file for --family (docs/families.md)."
         )
     predictors = prediction_tensors(config, shapes)
     plan = build_plan(table, config, {name: shape for name, shape in shapes.items() if name not in set(predictors)})

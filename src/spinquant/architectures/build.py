@@ -1,8 +1,8 @@
-"""From a family's table to a plan.
+"""Build the plan of a model from its family table, its config, and the names and shapes of its tensors.
 
-The table is checked against the names and shapes at hand, and whatever it does not explain is refused by name. Names
+The table is checked against these names and shapes, and every tensor that it does not explain is refused by name. Names
 are those of a module or of a checkpoint, which may differ: a module stacks the experts that a checkpoint holds one by
-one. A table knows both; the plan's tensors are those that are there, its modules always those of the module.
+one. A table knows both. The plan names tensors as they were given, and modules always as the module does.
 """
 
 import re
@@ -21,10 +21,15 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
-    """The plan of a model, from its config and the names and shapes of its tensors alone.
+    """Build the plan of a model.
 
-    Raises ArchitectureError for a tensor that the table does not know, lacks, or that has another shape than
-    the config promises.
+    Args:
+        family: the table of its architecture.
+        config: its transformers config.
+        shapes: shape by tensor name, of a module or a checkpoint.
+
+    Raises:
+        ArchitectureError: a tensor is unknown or missing, or has another shape than the config implies.
     """
     stored = module_names(family, shapes)
     shapes = {name: shapes[origin] for name, origin in stored.items()}
@@ -95,7 +100,7 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
 
 
 def module_names(family: Family, names: Iterable[str]) -> dict[str, str]:
-    """The names of a checkpoint's tensors, by the names that the module gives them."""
+    """Map names in the module to names in the checkpoint, for the tensors of a checkpoint."""
     return {_in_module(name, family.stored): name for name in names}
 
 
@@ -107,7 +112,7 @@ def _in_module(name: str, stored: Sequence[tuple[str, str]]) -> str:
 
 @dataclass(frozen=True)
 class _Build:
-    """A table beside the model that it has to explain."""
+    """A family table together with the config and tensor shapes of the model that is planned."""
 
     family: Family
     config: Any
@@ -126,24 +131,24 @@ class _Build:
         return owners(self.family.shared, self.config, self._names)
 
     def in_layer(self, living: Living, i: int | None) -> Living:
-        """Where an axis lives, of a layer; what layers share lives in the spaces of the first that has it."""
+        """The space of an axis in layer i; a shared block uses the spaces of the first layer that has it."""
         at = str(self._owners.get(i, i) if i is not None else i)
         if isinstance(living, AxisPart):
             return AxisPart(living.space.replace("{i}", at), living.start, living.length, living.period)
         return living.replace("{i}", at) if living else None
 
     def is_there(self, prefix: str) -> bool:
-        """Whether there is a tensor whose name begins so."""
+        """Whether some tensor's name starts with the prefix."""
         at = bisect_left(self._names, prefix)
         return at < len(self._names) and self._names[at].startswith(prefix)
 
     def has(self, module: str, pattern: str | None = None) -> bool:
-        """Whether there is a module; by default an attention."""
+        """Whether the model has a module; by default, an attention module."""
         part = self.family.attention_part if pattern in (None, self.family.attention) else ""
         return self.is_there(f"{module}.{part}")
 
     def each(self, pattern: str) -> Iterator[tuple[str, int | None]]:
-        """Names that a pattern stands for, each with its layer."""
+        """Names that a pattern stands for, each with its layer (None if it has none)."""
         for i in self.layers if "{i}" in pattern else [None]:
             name = pattern.replace("{i}", str(i))
             if "{e}" in name:
@@ -168,7 +173,7 @@ class _Build:
         return {name: space for name, (_, space) in sorted(found.items(), key=lambda item: item[1][0])}
 
     def _is_known(self, size: str) -> bool:
-        # Members of a family without experts, say, have no size for them, nor a space.
+        # A member of the family may lack a size together with its space: dense models have no experts.
         try:
             size_of(self.config, size)
         except ArchitectureError:
@@ -177,7 +182,7 @@ class _Build:
 
     @cached_property
     def explained(self) -> dict[str, tuple[Living, ...]]:
-        """Where the axes of every tensor that is there live. Raises ArchitectureError for one missing or unknown."""
+        """Spaces of the axes of every tensor in the model. Raises ArchitectureError for a missing or unknown tensor."""
         found: dict[str, tuple[Living, ...]] = {}
         for pattern, living in self._patterns().items():
             optional, pattern = pattern.endswith("?"), pattern.removesuffix("?")
@@ -186,21 +191,20 @@ class _Build:
                     found[name] = tuple(self.in_layer(space, i) for space in living)
                 elif not optional and self._is_needed(name, i):
                     raise ArchitectureError(
-                        f"{self.family.name}: tensor {name!r} is missing; the config promises {len(self.layers)} "
-                        f"layers of model_type {self.config.model_type!r}. The checkpoint is incomplete or not of this "
-                        "family."
+                        f"{self.family.name}: tensor {name!r} is missing; the config has {len(self.layers)} layers of "
+                        f"model_type {self.config.model_type!r}. The checkpoint is incomplete or not of this family."
                     )
         for name, shape in self.shapes.items():
             if name not in found and not any(re.fullmatch(pattern, name) for pattern in self.family.ignored):
                 raise ArchitectureError(
                     f"tensor {name!r} (shape {tuple(shape)}) is not explained by the table of {self.family.name!r}: "
-                    "rotating around it could change the model. A table knows the tensors of one class alone; one "
+                    "rotating the model without it could change its outputs. A table covers one model class; a class "
                     "that differs needs a family file (--family)."
                 )
         return found
 
     def _patterns(self) -> dict[str, tuple[Living, ...]]:
-        """The table's tensors and those that follow from them."""
+        """The table's tensors and those that it implies: norm weights, biases."""
         family = self.family
         stated = {key.removesuffix("?") for key in family.tensors}
         implied: dict[str, tuple[Living, ...]] = {}
@@ -215,7 +219,7 @@ class _Build:
         return {**family.tensors, **{k: v for k, v in implied.items() if k.removesuffix("?") not in stated}}
 
     def _is_needed(self, name: str, i: int | None) -> bool:
-        """Whether a tensor that is not there is missed: not where it belongs to absent alternatives alone."""
+        """Whether an absent tensor is an error: not if it belongs to absent alternatives alone."""
         if i is None:
             return True
         absent, present = self._alternatives[i]
@@ -223,7 +227,7 @@ class _Build:
 
     @cached_property
     def _alternatives(self) -> list[tuple[re.Pattern[str], re.Pattern[str]]]:
-        """By layer, what names begin with that belong to alternatives which are absent, and to those that are there."""
+        """Per layer, patterns for the prefixes of names in absent alternatives, and in present ones."""
         found = []
         for i in self.layers:
             prefixes: dict[bool, list[str]] = {True: [], False: []}
@@ -244,7 +248,7 @@ class _Build:
         return found
 
     def axes(self) -> tuple[Axis, ...]:
-        """In the order of the table, whatever the order of the file."""
+        """All axes that belong to a space, in the order of the table, whatever the order of the file."""
         return tuple(axis for name, living in self.explained.items() for axis in self._axes_of(name, living))
 
     def _axes_of(self, name: str, living: Sequence[Living]) -> Iterator[Axis]:
@@ -263,11 +267,11 @@ class _Build:
             span = self._span(name, dim, part) if part else None
             size, length = space.size, span.length if span else shape[dim]
             if span and (span.start, span.length) == (0, span.period):
-                span = None  # copies of the space side by side: a rotation is repeated along its axis anyway
+                span = None  # copies of the space side by side: a rotation repeats along its axis anyway
             if size == 0 or length % size or (space.name == "residual" and length != size):
                 raise ArchitectureError(
-                    f"axis {dim} of {name!r} has length {length}, which does not fit the space {space.name!r} of "
-                    f"size {size} that the config promises"
+                    f"axis {dim} of {name!r} has length {length}, which does not fit the space {space.name!r}, of "
+                    f"size {size} by the config"
                 )
             yield Axis(name, dim, space.name, span)
 
@@ -277,13 +281,13 @@ class _Build:
         span = Span(size_of(self.config, part.start), size_of(self.config, part.length), period)
         if length % period or span.start + span.length > period:
             raise ArchitectureError(
-                f"axis {dim} of {name!r} has length {length}: expected a multiple of {period} with "
-                f"{span.length} elements from {span.start}, as the config promises"
+                f"axis {dim} of {name!r} has length {length}: by the config, expected a multiple of {period} with "
+                f"{span.length} elements from {span.start} on"
             )
         return span
 
     def gains(self) -> tuple[Gain, ...]:
-        """One for every norm that is there and read."""
+        """The gains of all norms that the model has."""
         found = []
         for pattern, norm in self.family.gains.items():
             for name, i in self.each(pattern):
@@ -298,7 +302,7 @@ class _Build:
         return tuple(found)
 
     def _read(self, reader: str, i: int | None, space: str) -> Iterator[tuple[str, int]]:
-        """The tensors of a reader that are there, each with the axis that lives in the space."""
+        """The existing tensors of a reader, each with its axis in the space."""
         for name, layer in self.each(reader):
             if layer != i and i is not None:
                 continue
@@ -307,7 +311,7 @@ class _Build:
                 yield tensor, _axis_in(self.explained[tensor], space)
 
     def scalings(self, axes: Sequence[Axis]) -> Iterator[Scaling]:
-        """One for every space that some table entry says is scaled, if it is read."""
+        """The scaling of every space that the table lists as scaled and that some tensor reads."""
         writers: dict[str, dict[tuple[str, int, Span | None], None]] = {}
         for pattern, living in self.family.scaled.items():
             for name, i in self.each(pattern):
@@ -323,7 +327,7 @@ class _Build:
                 yield Scaling(space, tuple(found), readers)
 
     def onlines(self) -> tuple[Online, ...]:
-        """One for every module that is there."""
+        """The online rotations of all modules that the model has."""
         return tuple(
             Online(name, site, str(self.in_layer(space, i)))
             for pattern, (site, space) in self.family.onlines.items()
@@ -332,7 +336,7 @@ class _Build:
         )
 
     def experts(self) -> Iterator[Experts]:
-        """One for every module of experts that is there."""
+        """The expert weights of all mixture-of-experts modules that the model has."""
         for online in self.onlines():
             if online.site != "experts":
                 continue
@@ -343,15 +347,17 @@ class _Build:
                 if online.space in living:
                     second.append((name, living.index(online.space)))
                 elif living and not name.endswith("bias"):
-                    # Where nothing is said of them, the inputs of an expert come last.
+                    # If the table gives no space, the input axis is the last one.
                     first.append((name, living.index("residual") if "residual" in living else len(living) - 1))
             last = {dim == len(self.shapes[name]) - 1 for name, dim in first + second}
             if len(last) != 1:
-                raise ArchitectureError(f"{online.module}: the weights of its experts lie in different ways")
+                raise ArchitectureError(
+                    f"{online.module}: the weights of its experts mix the layouts (out, in) and (in, out)"
+                )
             yield Experts(online.module, _names(first), _names(second), transposed=not last.pop())
 
     def linears(self) -> tuple[tuple[str, ...], ...]:
-        """Layer by layer, without those that are not there."""
+        """Groups of linears, layer by layer, without those that the model lacks."""
         groups = (
             tuple(name for module in group if f"{(name := module.replace('{i}', str(i)))}.weight" in self.shapes)
             for i in self.layers
@@ -369,5 +375,5 @@ def _space_of(norm: tuple[str, ...] | Norm) -> str:
 
 
 def _axis_in(living: Sequence[Living], space: str) -> int:
-    """The axis that lives in a space."""
+    """The axis that belongs to a space."""
     return [where.space if isinstance(where, AxisPart) else where for where in living].index(space)

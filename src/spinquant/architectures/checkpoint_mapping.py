@@ -1,9 +1,9 @@
-"""In which form a checkpoint keeps the tensors of its model: under another name, in parts, or an expert at a time.
+"""Map the tensors of a model to those of its checkpoint: renamed, split into parts, or one tensor per expert.
 
 A model stacks the experts of a layer, gate above up: `experts.gate_up_proj` (experts, gate + up, in). Checkpoints hold
-`experts.E.gate_proj.weight`, `experts.E.up_proj.weight`, ... (out, in), often under older names. The convolution that a
-model has over queries, keys and values together may be stored as three. A piece says which part of which of the model's
-tensors one tensor of the checkpoint is; a tensor that is stored as it is has one piece.
+`experts.E.gate_proj.weight`, `experts.E.up_proj.weight`, ... (out, in), often under older names. A model's convolution
+over queries, keys and values together may be stored as three tensors. A piece says which part of which model tensor one
+checkpoint tensor is; a tensor that is stored unchanged has one piece.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,17 +14,21 @@ from typing import Any
 from spinquant.architectures import family_of, module_names
 from spinquant.plan import Plan
 
-# Matrices of an expert, and tensors of the model, that are several of a checkpoint, one above the other.
+# Matrices of an expert, and tensors of the model, that a checkpoint stores as several, concatenated along the rows.
 _EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj")}
 _PARTS = {"conv1d.weight": tuple(f"{name}_conv1d.weight" for name in "qkv")}
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Where a tensor of the checkpoint is in the model.
+    """The place of a checkpoint tensor in the model.
 
-    tensor: of the model. stored: of the checkpoint. expert: whose matrix of a stack it is in, None where the tensor is
-    no stack. first, rows: its place in that matrix, (out, in), or in the tensor; no rows for all of it.
+    Attributes:
+        tensor: name of the model's tensor.
+        stored: name of the checkpoint's tensor.
+        expert: number of the expert whose matrix in a stack it is part of; None if the tensor is no stack.
+        first: first row within that matrix, (out, in), or within the tensor.
+        rows: number of rows; 0 for the whole tensor.
     """
 
     tensor: str
@@ -35,26 +39,26 @@ class Piece:
 
     @property
     def is_all(self) -> bool:
-        """Whether the tensor is stored as it is."""
+        """Whether the tensor is stored unchanged."""
         return not self.rows
 
     @property
     def place(self) -> tuple[int | slice, ...]:
-        """Its place in the model's tensor, as an index."""
+        """The index of this piece in the model's tensor."""
         rows = (slice(self.first, self.first + self.rows),)
         return rows if self.expert is None else (self.expert, *rows)
 
 
 @dataclass(frozen=True)
 class Form:
-    """The pieces of each of the model's tensors. missing: the first of them that the checkpoint cannot make up."""
+    """The pieces of each model tensor. `missing` is the first tensor that the checkpoint cannot provide."""
 
     pieces: Mapping[str, tuple[Piece, ...]]
     missing: str | None = None
 
     @cached_property
     def of_stored(self) -> Mapping[str, Piece]:
-        """Pieces by the checkpoint's tensors. One that two of the model's share is what its own name says."""
+        """Pieces by checkpoint tensor; if two model tensors share one, the piece of the same name wins."""
         found: dict[str, Piece] = {}
         for pieces in self.pieces.values():
             for piece in pieces:
@@ -64,9 +68,13 @@ class Form:
 
 
 def form_of(config: Any, plan: Plan, tensors: Mapping[str, Sequence[int]], stored: Mapping[str, Sequence[int]]) -> Form:
-    """How a checkpoint keeps a model, from the shapes of both.
+    """Find how a checkpoint stores a model, from the shapes of both.
 
-    plan: of the checkpoint. tensors: the model's shapes. stored: the checkpoint's.
+    Args:
+        config: the model's config.
+        plan: the checkpoint's plan.
+        tensors: shapes of the model's tensors.
+        stored: shapes of the checkpoint's tensors.
     """
     family = family_of(config)
     assert family is not None  # or there would be no plan
@@ -90,7 +98,7 @@ def form_of(config: Any, plan: Plan, tensors: Mapping[str, Sequence[int]], store
 def _of_experts(
     tensor: str, shape: Sequence[int], names: Mapping[str, str], stored: Mapping[str, Sequence[int]]
 ) -> list[Piece]:
-    """The pieces of a stack; none where the checkpoint has not all of them, or in another shape."""
+    """The pieces of stacked experts; none if the checkpoint lacks one or has another shape."""
     module, _, last = tensor.rpartition(".")
     if len(shape) != 3:
         return []
@@ -107,7 +115,7 @@ def _of_experts(
 def _of_parts(
     tensor: str, shape: Sequence[int], names: Mapping[str, str], stored: Mapping[str, Sequence[int]]
 ) -> list[Piece]:
-    """The pieces of a tensor whose rows are stored in several; none where the checkpoint has not all of them."""
+    """The pieces of a tensor whose rows are stored as several tensors; none if the checkpoint lacks one."""
     for last, parts in _PARTS.items():
         if tensor.endswith(f".{last}"):
             prefix = tensor.removesuffix(last)
@@ -123,7 +131,7 @@ def _above_each_other(
     stored: Mapping[str, Sequence[int]],
     expert: int | None = None,
 ) -> list[Piece]:
-    """Pieces that fill a shape from the first row on, by their names in the module; none where they do not."""
+    """Pieces (by their names in the module) that fill a shape row by row from the first row on; none if they do not."""
     found: list[Piece] = []
     first = 0
     for part in parts:

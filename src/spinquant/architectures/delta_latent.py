@@ -1,8 +1,8 @@
-"""Layers with a delta net, and layers with DeepSeek's attention, under one name: Kimi Linear, Ling.
+"""Hybrids of delta-net layers and multi-head latent attention (MLA) under one module name: Kimi Linear, Ling.
 
-What writes to the residual stream, `o_proj`, reads values in the one kind and something else in the other, so it reads
-no space of values, and R2 rotates the latents alone. Where both kinds have a linear of one name (q_proj, a gate), both
-read the norm with it. The gate of the attention is a number for each head.
+`o_proj`, which writes to the residual stream, reads values in an attention layer and something else in a delta-net
+layer. So no value space is defined for it, and R2 rotates the latents alone. Linears that both kinds of layer have
+under one name (q_proj, a gate) read the norm in both. The gate of the attention is one number per head.
 """
 
 from spinquant.architectures.family import INSIDE, Family
@@ -22,9 +22,14 @@ def _delta_or_latent(
     shared: tuple[str, ...] = (),
     stored: tuple[tuple[str, str], ...],
 ) -> Family:
-    """The family whose delta net has linears that read the norm beside q, k and v, and some behind those.
+    """A hybrid family, from the linears of its delta net.
 
-    shared: linears that read the norm in both kinds of layers.
+    Args:
+        name: name and model type of the family.
+        reads: linears of the delta net that read the norm, beside q, k and v.
+        behind: linears that read the output of those.
+        shared: linears that read the norm in both kinds of layer.
+        stored: as in `Family`.
     """
     reading, behind, gates = (
         tuple(f"{ATTENTION}.{part}_proj" for part in parts) for parts in (("k", "v", *reads), behind, shared)

@@ -1,11 +1,12 @@
-"""The language of tables: what one family of architectures looks like, as data.
+"""Family tables: one family of architectures as data.
 
-For every tensor that the family may have, a table says in which space each of its axes lives. In names, `{i}` stands
+For every tensor that the family may have, a table says to which space each of its axes belongs. In names, `{i}` stands
 for the layer and `{e}` for the expert; a trailing `?` marks a tensor that some members of the family lack. Sizes are
-written in the words of the config, as in `num_key_value_heads*head_dim` (see `size_of`).
+written with the attribute names of the config, as in `num_key_value_heads*head_dim` (see `size_of`).
 
-What follows from the rest is left out: the scale of a norm, the bias of a linear (it lives where the rows of the weight
-live) and of a norm, the bias of the head. A family that is like another says what differs: `LLAMA.like(...)`.
+What follows from the rest is left out: the scale of a norm, the bias of a linear (it belongs to the space of the
+weight's rows), the bias of a norm, the bias of the head. A family that is similar to another states the differences:
+`LLAMA.like(...)`.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +19,10 @@ from spinquant.plan import OnlineSite
 
 @dataclass(frozen=True)
 class AxisPart:
-    """The part of an axis that lives in a space: `length` elements from `start` in every `period`, else in the axis."""
+    """The part of an axis that belongs to a space: `length` elements from `start` on, in every `period` elements.
+
+    All three are expressions, see `size_of`. Without a period, that is the whole axis.
+    """
 
     space: str
     start: str
@@ -28,13 +32,13 @@ class AxisPart:
 
 Living = str | AxisPart | None
 
-# Where the axes of a tensor live whose every axis is inside a module: nowhere, however many there are.
+# For a tensor that is used inside one module only: none of its axes, however many, belongs to a space.
 INSIDE: tuple[Living, ...] = ()
 
 
 @dataclass(frozen=True)
 class Norm:
-    """The linears (or tensors) that read a norm, where what it normalises is not the residual space."""
+    """The linears (or tensors) that read a norm of another space than the residual one."""
 
     readers: tuple[str, ...]
     space: str
@@ -42,8 +46,10 @@ class Norm:
 
 @dataclass(frozen=True)
 class Shared:
-    """A module whose weights layers share: those that have a tensor `marker`; the first `blocks` of them have one each,
-    which the next have again, in turn."""
+    """A module with shared (weight-tied) weights, in all layers that have a tensor `marker`.
+
+    The first `blocks` of these layers own one block each; the layers after them reuse the blocks cyclically.
+    """
 
     module: str
     marker: str
@@ -52,7 +58,7 @@ class Shared:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A rotation that the architecture rules out, and why; under a condition, for configs of which it holds."""
+    """A rotation that is impossible for the architecture, with the reason; `when` is a condition on the config."""
 
     rotation: str
     reason: str
@@ -61,29 +67,40 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Family:
-    """What one family of architectures looks like.
+    """Table of one family of architectures.
 
-    tensors: name pattern -> where each axis lives, None for an axis in no space.
-    spaces: space pattern -> (rotation, its size). centred: norms subtract the mean of the residual space.
-    gains: scale of a norm -> the linears, or tensors, that read it.
-    onlines: module pattern -> (site, space pattern).
-    scaled: linears whose outputs are one factor of a product that makes up a space, or a part of whose outputs is, as
-        up_proj in act(gate) * up: scaling them scales the space.
-    linears: groups of module patterns that read one activation, in order of execution; absent ones are skipped.
-    attention_part: what the names of an attention's tensors begin with where other modules have its name.
-    when: conditions on the config under which the table holds, see `holds`.
-    filled: heads times their size is so many times the hidden size, whatever the config says of the size of a head; 0
-        where that is as the config says.
-    heads: the number of heads is a multiple of this one, as far as a small model is concerned.
-    transposed: weights of linears are stored as (in, out), as Conv1D does.
-    choices: alternatives of which every layer has at least one, each as the prefixes of its tensors, the first of
-        which marks it. What belongs to an absent alternative alone is not missing.
-    names: what the config calls a size whose usual name it lacks.
-    ignored: names, as regular expressions, of tensors that live in no space and may be there or not.
-    stored: (regular expression, replacement) pairs that turn names in checkpoints into names in modules.
-    uncalled: linear -> the condition under which the class multiplies by its weight without calling it, so that nothing
-        can be done to its input at run time.
-    shared: the module that layers share, tied by the switch that ties embedding and head.
+    Attributes:
+        name: name of the family, unique among the tables.
+        model_types: values of `config.model_type` that the table supports.
+        tensors: name pattern -> the space of each axis, None for an axis in no space.
+        spaces: space pattern -> (rotation, size expression).
+        gains: weight of a norm -> the linears, or tensors, that read the norm.
+        onlines: module pattern -> (site, space pattern).
+        linears: groups of module patterns that read one activation, in order of execution; absent ones are skipped.
+        attention: pattern of the attention modules.
+        block: pattern of the decoder layers.
+        embedding: the embedding's weight.
+        head: the output head's weight.
+        attention_part: prefix of the attention's tensors within its module, if other modules have the same name.
+        when: conditions on the config under which the table holds, see `holds`.
+        refused: rotations that are impossible.
+        norm_offset: norms multiply by `norm_offset + weight`.
+        centred: norms subtract the mean of the residual space.
+        filled: number of heads times head size is this multiple of the hidden size, whatever the config says of the
+            head size; 0 if the config is right. For making tiny models, like the next one.
+        heads: the number of heads has to be a multiple of this.
+        transposed: weights of linears are stored as (in, out), as in Conv1D.
+        experts: expression for the number of experts.
+        choices: sets of alternatives of which every layer has at least one. Each alternative lists prefixes of its
+            tensors, the first of which marks it. Tensors of absent alternatives alone are not missing.
+        names: usual name of a size -> its name in this config, where the two differ.
+        ignored: regular expressions for names of optional tensors that belong to no space.
+        stored: (regular expression, replacement) pairs that turn names in checkpoints into names in modules.
+        shared: the shared (weight-tied) module, which `tie_word_embeddings` ties like embedding and head.
+        scaled: linears whose outputs (or a part of them) are one factor of a product that is a space, such as up_proj
+            in act(gate) * up. Scaling them scales the space.
+        uncalled: linear -> the condition under which the class multiplies by its weight without calling the module, so
+            that its input cannot be changed at run time.
     """
 
     name: str
@@ -115,7 +132,7 @@ class Family:
     uncalled: Mapping[str, str] = field(default_factory=dict)
 
     def readers(self, norm: str) -> tuple[str, ...]:
-        """What reads a norm of the residual space."""
+        """The linears (or tensors) that read a norm."""
         found = self.gains[norm]
         return found.readers if isinstance(found, Norm) else found
 
@@ -127,10 +144,14 @@ class Family:
         without: tuple[str, ...] = (),
         **changes: Any,
     ) -> "Family":
-        """A family that differs from this one as said.
+        """A family that differs from this one in some fields.
 
-        rename: parts of names, replaced everywhere. without: whatever has one of these in its name is dropped. changes:
-        of fields; those of mappings are entries, None to drop one.
+        Args:
+            name: name of the new family.
+            *model_types: its model types.
+            rename: parts of names to replace everywhere.
+            without: everything with one of these in its name is dropped.
+            **changes: new values of fields. For mappings they are entries to add or replace; None drops an entry.
         """
 
         def renamed(text: str) -> str:
@@ -154,21 +175,21 @@ def _mapped(value: Any, renamed: Callable[[str], str], kept: Callable[[str], boo
         return {renamed(k): _mapped(v, renamed, kept) for k, v in value.items() if kept(k)}
     if isinstance(value, tuple):
         items = tuple(_mapped(item, renamed, kept) for item in value if not isinstance(item, str) or kept(item))
-        return tuple(item for item in items if item != ())  # a group that lost all its members
+        return tuple(item for item in items if item != ())  # drop groups without members
     if isinstance(value, AxisPart | Norm | Shared):
         return replace(value, **{f.name: _mapped(getattr(value, f.name), renamed, kept) for f in fields(value)})
     return value
 
 
 def _merged(old: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries of both, the optional mark of a name not counting as part of it."""
+    """Entries of both; the trailing `?` of a name does not count as part of it."""
     changed = {key.removesuffix("?") for key in change}
     kept = {key: value for key, value in old.items() if key.removesuffix("?") not in changed}
     return {**kept, **{key: value for key, value in change.items() if value is not None}}
 
 
 class Named:
-    """A config under the usual names of its sizes, where a family says what they are called."""
+    """A config with the usual attribute names of its sizes, mapped by `Family.names`."""
 
     def __init__(self, config: Any, names: Mapping[str, str]):
         self._config, self._names = config, names
@@ -178,9 +199,10 @@ class Named:
 
 
 def holds(condition: str, config: Any) -> bool:
-    """Whether an attribute of a config is on, or is what stands behind `=`; after "not", whether it is not.
+    """Whether a condition on a config holds.
 
-    Dots lead into configs inside it.
+    A condition is "attribute" (it is truthy) or "attribute=value"; "not " in front negates it. Dots lead into nested
+    configs.
     """
     path, _, expected = condition.removeprefix("not ").partition("=")
     value = config
@@ -190,15 +212,18 @@ def holds(condition: str, config: Any) -> bool:
 
 
 def size_of(config: Any, expression: str) -> int:
-    """The number that a config gives an expression: sums of products of attributes, their quotients, and integers.
+    """Evaluate a size expression: sums of products of config attributes, quotients of them, and integers.
 
-    After `|` stands what holds where an attribute is missing or None. Raises ArchitectureError when nothing does.
+    `a|b` falls back to b if an attribute of a is missing or None.
+
+    Raises:
+        ArchitectureError: no alternative can be evaluated, or an attribute is not a positive integer.
     """
     for option in expression.split("|"):
         terms = [[_number(config, factor.strip()) for factor in term.split("*")] for term in option.split("+")]
         if not any(value is None for factors in terms for value in factors):
             return sum(_product(factors) for factors in terms)
-    raise ArchitectureError(f"the config gives no {expression!r}: expected positive integers")
+    raise ArchitectureError(f"the config does not define {expression!r}: expected positive integers")
 
 
 def _product(factors: list[int | None]) -> int:
@@ -223,5 +248,5 @@ def _number(config: Any, name: str) -> int | None:
     if value is None:
         return None
     if not isinstance(value, int) or value <= 0:
-        raise ArchitectureError(f"the config gives {name} = {value!r}: expected a positive integer")
+        raise ArchitectureError(f"the config has {name} = {value!r}: expected a positive integer")
     return value

@@ -1,8 +1,8 @@
-"""A family of architectures as its users write it: a TOML file, checked, then a table like ours.
+"""Family files: user-written TOML descriptions of an architecture, validated and converted into a family table.
 
-A file says either how the family differs from one that has a table (`like`), or which module plays which part:
-embedding, norms and what reads them, attention, MLP, head. In names `*` stands for the layer; `-` stands for an axis
-that lives in no space, `#` for an expert. See docs/families.md.
+A file states either how the family differs from a built-in one (`like`), or which module plays which role: embedding,
+norms and what reads them, attention, MLP, head. In names `*` stands for the layer and `#` for an expert; `-` stands for
+an axis in no space. See docs/families.md.
 """
 
 import tomllib
@@ -23,9 +23,7 @@ FROM_THE_START = ("layer", "embedding", "head", "attention", "mlp")
 
 def _checked(name: str) -> str:
     if name.count("*") > 1 or name.count("#") > 1:
-        raise ValueError(
-            "expected at most one *, which stands for the number of the layer, and one #, for that of an expert"
-        )
+        raise ValueError("expected at most one *, which stands for the layer's number, and one #, for the expert's")
     return name
 
 
@@ -38,7 +36,10 @@ class _Part(BaseModel):
 
 
 class SpanEntry(_Part):
-    """The part of an axis that lives in a space: `length` elements from `start` in every `period`, else in the axis."""
+    """The part of an axis that belongs to a space: `length` elements from `start` on, in every `period` elements.
+
+    Without a period, that is the whole axis.
+    """
 
     space: Name
     start: Size
@@ -47,7 +48,7 @@ class SpanEntry(_Part):
 
 
 class ValueRows(_Part):
-    """Where the values are in a linear that makes more than values: as in `SpanEntry`."""
+    """The rows of a fused linear that are the values, as in `SpanEntry`."""
 
     start: Size
     length: Size
@@ -62,7 +63,7 @@ class SpaceEntry(_Part):
 
 
 class NormEntry(_Part):
-    """What reads a norm that normalises another space than the residual one."""
+    """The readers of a norm of another space than the residual one."""
 
     readers: list[Name]
     space: Name
@@ -76,7 +77,7 @@ class OnlineEntry(_Part):
 
 
 class RefusalEntry(_Part):
-    """A rotation that the family rules out, and why; with `when`, for configs of which that holds."""
+    """A rotation that is impossible for the family, with the reason; `when` limits it to some configs."""
 
     rotation: Literal["R1", "R2", "R3", "R4"]
     reason: str = Field(min_length=1)
@@ -84,9 +85,9 @@ class RefusalEntry(_Part):
 
 
 class AttentionRoles(_Part):
-    """The attention of a layer, and its linears: q, k and v, or one that makes several of them.
+    """The attention module of a layer and its linears: q, k, v, or fused ones (`qkv`, `kv`), and o.
 
-    A fused linear needs `values`, its rows that are values. head_size: of a head, as R2 and R3 rotate it.
+    A fused linear needs `values`, its rows that are values. `head_size` is the size of a head, which R2 and R3 rotate.
     """
 
     module: Name
@@ -105,16 +106,16 @@ class AttentionRoles(_Part):
         if given not in ({"q", "k", "v"}, {"q", "kv"}, {"qkv"}):
             raise ValueError(f"expected q, k and v, or q and kv, or qkv; found {', '.join(sorted(given)) or 'none'}")
         if self.v is not None and self.values is not None:
-            raise ValueError("values says which rows of qkv or kv are values, and there is a linear v")
+            raise ValueError("values is for a fused qkv or kv, and there is a separate linear v: leave one of them out")
         return self
 
     def inputs(self) -> tuple[str, ...]:
-        """The linears that read what attention reads."""
+        """The linears that read the attention's input."""
         return tuple(name for name in (self.q, self.k, self.v, self.qkv, self.kv) if name is not None)
 
 
 class MlpRoles(_Part):
-    """The MLP of a layer: linears that go in, the one that comes out, and the size of what is between."""
+    """The MLP of a layer: input linears (gate, up), output linear (down), and the intermediate size."""
 
     inputs: list[Name] = Field(alias="in", min_length=1)
     out: Name
@@ -122,11 +123,47 @@ class MlpRoles(_Part):
 
 
 class FamilyFile(BaseModel):
-    """A family as its users write it. Fields that are no parts of the model are those of `table.Family`.
+    """A family of architectures as users describe it, the content of a TOML family file (docs/families.md).
 
-    embedding: of tokens, and further ones (of positions) that are added to it. config: names that the config has for
-    sizes whose usual names (hidden_size, num_hidden_layers, ...) it lacks. choices: alternatives of which every layer
-    has at least one, each as what the names of its tensors begin with.
+    Give either `like`, the name of a built-in family, and the differences; or `layer`, `embedding` and `head`, with
+    `attention`, `mlp` and `norms`. Names contain `*` for the layer's number and `#` for the expert's.
+
+    Attributes:
+        name: name of the family.
+        model_types: values of `config.model_type` that it is for.
+        like: a built-in family that this one differs from.
+        rename: with `like`, parts of names to replace.
+        without: with `like`, drop everything with one of these in its name.
+        layer: the decoder layer module, such as "model.layers.*".
+        embedding: the token embedding module; further ones (positions) that are added to it may follow in a list.
+        head: the output head module.
+        attention: roles of the attention's linears.
+        mlp: roles of the MLP's linears.
+        norms: norm weight -> modules that read the norm.
+        tensors: further tensors -> the space of each axis, "-" for none.
+        spaces: further spaces -> rotation and size.
+        onlines: further modules with an online rotation -> site and space.
+        scaled: linears whose outputs are one factor of a product that is a space -> the space.
+        linears: groups of linears that read one activation, in order of execution.
+        refused: rotations that are impossible, with reasons.
+        ignored: regular expressions for names of optional tensors that belong to no space.
+        stored: (regular expression, replacement) pairs that turn names in checkpoints into names in modules.
+        choices: sets of alternatives of which every layer has at least one, each as prefixes of tensor names.
+        when: conditions on the config under which the family holds.
+        config: usual name of a size (hidden_size, num_hidden_layers, ...) -> its name in this config.
+        hidden_size: the config's hidden size, an attribute or a formula.
+        norm_offset: norms multiply by `norm_offset + weight`; 1 for Gemma-like models.
+        centred: norms subtract the mean (LayerNorm).
+        filled: number of heads times head size is the hidden size, whatever the config says of the head size.
+        transposed: weights of linears are (in, out), as in Conv1D.
+        heads: the number of heads has to be a multiple of this.
+        experts: the config's number of experts, an attribute or a formula.
+
+    Example:
+        >>> from spinquant import FamilyFile
+        >>> family = FamilyFile(name="my-llama", model_types=["my_llama"], like="llama", rename={"o_proj": "out"})
+        >>> family.recorded()
+        {'name': 'my-llama', 'model_types': ['my_llama'], 'like': 'llama', 'rename': {'o_proj': 'out'}}
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -167,24 +204,45 @@ class FamilyFile(BaseModel):
             given = [key for key in FROM_THE_START if getattr(self, key) is not None]
             if given:
                 raise ValueError(
-                    f"{given[0]} describes a family from the start, and like takes it from {self.like!r}: say what "
-                    "differs with rename, without, norms, tensors, ..."
+                    f"{given[0]} describes a family from scratch, and like takes it from {self.like!r}: state the "
+                    "differences with rename, without, norms, tensors, ..."
                 )
             return self
         lacking = [key for key in ("layer", "embedding", "head") if getattr(self, key) is None]
         if lacking:
-            raise ValueError(f"{lacking[0]} is missing: expected it, or like = the name of a family that has a table")
+            raise ValueError(f"{lacking[0]} is missing: expected it, or like = the name of a built-in family")
         if self.rename or self.without:
-            raise ValueError("rename and without change a family that this one is like: expected like beside them")
+            raise ValueError("rename and without change the family named by like: expected like beside them")
         return self
 
     def recorded(self) -> dict[str, Any]:
-        """What was written, as JSON; `family_from` reads it."""
+        """The fields that were given, as JSON; `family_from` reads it."""
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
 def read_family(path: str | Path) -> FamilyFile:
-    """The family in a TOML file. Raises ArchitectureError, naming file, key, and what was expected."""
+    """Read and validate a family file.
+
+    Args:
+        path: a TOML file, see docs/families.md; `draft_text` writes drafts of them.
+
+    Returns:
+        The family, for `use_family` or the `family=` of other functions.
+
+    Raises:
+        ArchitectureError: the file cannot be read or is not valid; the message names the file, the key and what was
+            expected.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from spinquant import read_family
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "mine.toml"
+        ...     _ = file.write_text('name = "mine"\\nmodel_types = ["my_llama"]\\nlike = "llama"')
+        ...     read_family(file).like
+        'llama'
+    """
     path = Path(path)
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -196,7 +254,7 @@ def read_family(path: str | Path) -> FamilyFile:
 
 
 def family_from(data: Mapping[str, Any], origin: str) -> FamilyFile:
-    """The family that some data describe. Raises ArchitectureError, naming where they come from, and the key."""
+    """Validate a family given as data. Raises ArchitectureError that names the origin of the data and the key."""
     try:
         return FamilyFile.model_validate(data)
     except ValidationError as error:
@@ -208,14 +266,19 @@ def family_from(data: Mapping[str, Any], origin: str) -> FamilyFile:
 
 
 def to_family(file: FamilyFile, tables: Iterable[Family]) -> Family:
-    """The table that a family file describes. Raises ArchitectureError for a `like` that no table has."""
+    """Convert a family file into a family table.
+
+    Raises:
+        ArchitectureError: `like` names no table, or the names in the file do not fit together.
+    """
     if file.like is None:
         base = _from_roles(file)
     else:
         known = {table.name: table for table in tables}
         if file.like not in known:
             raise ArchitectureError(
-                f"family {file.name!r}: key like: no table is called {file.like!r}. Known: {', '.join(sorted(known))}"
+                f"family {file.name!r}: key like: no built-in family is called {file.like!r}. Known: "
+                f"{', '.join(sorted(known))}"
             )
         base = known[file.like]
     changes: dict[str, Any] = {
@@ -251,7 +314,7 @@ def to_family(file: FamilyFile, tables: Iterable[Family]) -> Family:
 
 
 def _check_whole(family: Family) -> None:
-    """Raise ArchitectureError for names that one part of a family uses and no other explains."""
+    """Raise ArchitectureError for names that one part of a family uses and no other part defines."""
     known = {name.removesuffix("?") for name in family.tensors}
     for module in (module for group in family.linears for module in group):
         if f"{module}.weight" not in known:
@@ -263,7 +326,7 @@ def _check_whole(family: Family) -> None:
             space = where.space if isinstance(where, AxisPart) else where
             if space is not None and space not in family.spaces:
                 raise ArchitectureError(
-                    f"family {family.name!r}: tensor {_starred(name)!r} lives in {_starred(space)!r}, expected - or "
+                    f"family {family.name!r}: tensor {_starred(name)!r} is in space {_starred(space)!r}, expected - or "
                     f"one of {', '.join(_starred(space) for space in family.spaces)}"
                 )
     for name, norm in family.gains.items():
@@ -282,7 +345,7 @@ def _check_whole(family: Family) -> None:
         space = where.space if isinstance(where, AxisPart) else where
         if space not in family.spaces:
             raise ArchitectureError(
-                f"family {family.name!r}: scaled {_starred(module)!r} is of {_starred(str(space))!r}, which is no space"
+                f"family {family.name!r}: scaled {_starred(module)!r} names {_starred(str(space))!r}, which is no space"
             )
     for module, (_, space) in family.onlines.items():
         if space not in family.spaces:
@@ -292,17 +355,17 @@ def _check_whole(family: Family) -> None:
 
 
 def _check_experts(family: Family) -> None:
-    """Raise ArchitectureError for names of experts of whom nobody says how many there are."""
+    """Raise ArchitectureError if tensors of experts are named but their number is not given."""
     named = next((name for name in (*family.tensors, *family.gains) if "{e}" in name), None)
     if named is not None and family.experts is None:
         raise ArchitectureError(
             f"family {family.name!r}: tensor {_starred(named)!r} is an expert's, and key experts is missing: expected "
-            "what the config calls their number"
+            "the config's name for the number of experts"
         )
 
 
 def _from_roles(file: FamilyFile) -> Family:
-    """The table that follows from which module plays which part."""
+    """The family table that follows from the roles of the modules."""
     assert file.layer is not None and file.embedding is not None and file.head is not None
     embeddings = [_layered(name) for name in _listed(file.embedding)]
     head = _layered(file.head)
@@ -349,7 +412,7 @@ def _from_roles(file: FamilyFile) -> Family:
 
 
 def _layered(name: str) -> str:
-    """The name as tables write it."""
+    """The name as family tables write it."""
     return name.replace("*", "{i}").replace("#", "{e}")
 
 

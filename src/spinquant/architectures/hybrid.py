@@ -1,8 +1,8 @@
-"""Layers that mix tokens by a recurrence: Mamba, gated delta nets, short convolutions; alone, or beside attention.
+"""Recurrent and hybrid models: Mamba, gated delta nets and short convolutions, alone or combined with attention.
 
 Such a mixer reads the residual space through one linear and writes to it through another. Between them are
-convolutions, gates and norms that act element by element: nothing there is rotated. Layers with attention have R2 and
-R3 as elsewhere, all layers with an MLP have R4.
+convolutions, gates and norms that act element by element, so nothing there is rotated. Layers with attention have R2
+and R3 as elsewhere, and all layers with an MLP have R4.
 """
 
 from spinquant.architectures.family import INSIDE, AxisPart, Family, Refusal, Shared
@@ -25,7 +25,17 @@ def with_mixer(
     norm: str = _INPUT,
     beside: bool = False,
 ) -> Family:
-    """The family with a recurrent mixer in place of attention, layer by layer, or beside it in every layer."""
+    """The family with a recurrent mixer instead of attention in some layers, or beside attention in every layer.
+
+    Args:
+        family: the family without the mixer.
+        mixer: pattern of the mixer module.
+        inside: tensors of the mixer that belong to no space.
+        reads: linears of the mixer that read the norm.
+        writes: the linear that writes to the residual space.
+        norm: the norm that they read.
+        beside: every layer has both.
+    """
     alternatives = ((f"{ATTENTION}.",), (f"{mixer}.",))
     return family.like(
         family.name,
@@ -217,7 +227,7 @@ ZAMBA = LLAMA.like(
     shared=Shared(_SHARED_BLOCK, f"{LAYER}.linear.weight", "1"),
 )
 
-# Every layer adds to the shared weights products of two small ones of its own, which stay as they are in between.
+# Every layer adds low-rank adapters of its own to the shared weights; the axis between their factors is not rotated.
 _ZAMBA2_BLOCK = f"{LAYER}.shared_transformer"
 _ADAPTERS = {name: f"{_ZAMBA2_BLOCK}.self_attn.linear_{name}_adapter_list.{{e}}" for name in "qkv"}
 _GATE_ADAPTER = f"{_ZAMBA2_BLOCK}.feed_forward.gate_up_proj_adapter_list.{{e}}"
@@ -247,7 +257,7 @@ ZAMBA2 = ZAMBA.like(
 
 
 def _only_mixer(name: str, *model_types: str, inside: tuple[str, ...]) -> Family:
-    """A family of nothing but recurrent mixers: the residual space is all that there is to rotate."""
+    """A family with recurrent mixers only; the residual space is its only space."""
     layer = "backbone.layers.{i}"
     return Family(
         name=name,
@@ -274,7 +284,7 @@ def _only_mixer(name: str, *model_types: str, inside: tuple[str, ...]) -> Family
 MAMBA = _only_mixer("mamba", "mamba", "falcon_mamba", inside=MAMBA1)
 MAMBA_2 = _only_mixer("mamba2", "mamba2", inside=(*MAMBA2, "norm.weight"))
 
-# One mixer in every layer: Mamba, attention, an MLP or experts, whose activations have no gates.
+# One mixer in every layer: Mamba, attention, an MLP without a gate, or experts without gates.
 _MIXER = f"{LAYER}.mixer"
 _EXPERTS, _SHARED = f"{_MIXER}.experts", f"{_MIXER}.shared_experts"
 _LATENT = tuple(f"{_MIXER}.{name}_latent_proj" for name in ("fc1", "fc2"))
@@ -282,7 +292,15 @@ _ATTENTION_PARTS = tuple(f"{_MIXER}.{name}_proj" for name in "qkvo")
 
 
 def _nemotron_h(name: str, expert: str | None, reads: tuple[str, ...], *latent: str, when: str) -> Family:
-    """The family whose experts live in a space outside, or in a latent inside, between two linears."""
+    """Nemotron-H, with experts that read the residual space, or a latent between two linears (`latent`).
+
+    Args:
+        name: name of the family.
+        expert: the space that experts read and write; None for a latent, which is not rotated.
+        reads: expert linears, or the first latent linear, that read the norm.
+        *latent: the linears into and out of the latent.
+        when: condition on the config.
+    """
     routed = (f"{_MIXER}.gate.", f"{_SHARED}.", *(f"{linear}." for linear in latent))
     return Family(
         name=name,

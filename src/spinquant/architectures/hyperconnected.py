@@ -1,11 +1,11 @@
-"""Residual streams side by side: DeepSeek-V4's hyper-connections.
+"""Hyper-connections (several parallel residual streams): DeepSeek-V4.
 
-A layer reads a weighted sum of the streams and adds what it computes to all of them; the weights are made from all
-streams, flattened, by a matrix behind a norm without a scale. Every stream lives in the residual space, so the matrix
-reads copies of that space side by side, and R1 is the same rotation of each.
+A layer reads a weighted sum of the streams and adds its output to all of them. The weights are computed from all
+streams, flattened, by a matrix after a norm without a scale. Every stream belongs to the residual space, so the matrix
+reads copies of that space side by side, and R1 rotates each by the same matrix.
 
-Keys are values here, and both turn with the position: what a token gives is turned back after the attention's product.
-That rules out R2 on values and R3; the queries' latent has a rotation of its own (R2), as in DeepSeek-V3.
+Keys and values are one tensor here, with rotary positions, and the attention's output is rotated back by the position.
+That rules out R2 on values and R3. The latent of the queries has a rotation of its own (R2), as in DeepSeek-V3.
 """
 
 from spinquant.architectures.family import AxisPart, Norm, Refusal
@@ -60,7 +60,7 @@ _EXPERTS = with_shared(
     ),
     "mlp.shared_experts",
     "intermediate_size",
-    scaled=False,  # what goes up is clamped before it is multiplied
+    scaled=False,  # the up projection is clamped before it is multiplied
 )
 DEEPSEEK_V4 = _EXPERTS.like(
     "deepseek_v4",

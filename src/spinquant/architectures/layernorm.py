@@ -1,9 +1,9 @@
-"""Families whose norms subtract the mean; their residual space is `centred`, and takes rotations that keep the mean.
+"""LayerNorm families: norms subtract the mean, so the residual space is `centred` and R1 has to be mean-preserving.
 
-Where attention and MLP read the same norm (parallel blocks), it is the gain of both. Fused q, k, v hold the values in
-a span: the last third (GPT-2), the last of three parts in every head (GPT-NeoX), or in every group of heads (Falcon).
-Families of the time before transformers' attention interface compute attention in code of their own, which gives R3 no
-place to stand.
+If attention and MLP read the same norm (parallel blocks), its gain is fused into both. In fused q, k, v weights the
+values are a span: the last third (GPT-2), the last of three parts in every head (GPT-NeoX), or in every group of heads
+(Falcon). Families older than transformers' attention interface compute attention in their own code, where R3 cannot be
+applied.
 """
 
 from collections.abc import Mapping
@@ -166,7 +166,7 @@ BIOGPT = OPT.like(
 
 
 def _fused(layer: str, attention: str, values: AxisPart, names: Mapping[str, str]) -> Family:
-    """A family with q, k and v in one linear, and an MLP without a gate."""
+    """A family with a fused q, k, v linear and an MLP without a gate. names: of the linears qkv, out, up and down."""
     return ARCEE.like(
         "fused",
         centred=True,
@@ -193,7 +193,7 @@ GPT_NEOX = _fused("gpt_neox.layers.{i}", "attention", EVERY_HEAD, _NEOX_NAMES).l
     stored=((r"^embed_out\.", "lm_head."),),
     ignored=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
 )
-# The bias of the attention's output is the layer's own, in the last layer alone.
+# The bias of the attention's output is a tensor of the attention module, in the last layer only.
 GPT_NEOX_JAPANESE = GPT_NEOX.like(
     "gpt_neox_japanese",
     "gpt_neox_japanese",
@@ -317,7 +317,7 @@ GPT_BIGCODE_MULTI_QUERY = GPT_BIGCODE.like(
     tensors={f"{_QKV}.weight": (AxisPart(VALUE, "hidden_size + head_dim", "head_dim"), "residual")},
     when=("multi_query",),
 )
-# Rows of four groups of heads; in each, queries, then values, then keys.
+# Rows are in four groups of heads; each has queries, then values, then keys.
 CODEGEN = GPTJ.like(
     "codegen",
     "codegen",

@@ -76,7 +76,7 @@ LLAMA = Family(
 
 HELIUM = LLAMA.like("helium", "helium", filled=1)
 
-# The model multiplies by 1 + w, and scales its embeddings by a number.
+# Norms multiply by 1 + w, and embeddings are scaled by a scalar.
 GEMMA = LLAMA.like("gemma", "gemma", norm_offset=1.0)
 
 # An MLP without a gate, whose activation (squared ReLU, xIELU) has at most scalar parameters.
@@ -86,7 +86,7 @@ APERTUS = ARCEE.like(
     "apertus",
     rename={"input_layernorm": "attention_layernorm", "post_attention_layernorm": "feedforward_layernorm"},
     tensors={f"{MLP}.act_fn.alpha_p?": (None,), f"{MLP}.act_fn.alpha_n?": (None,)},
-    # Buffers of the activation, which are numbers.
+    # Buffers of the activation, which are scalars.
     ignored=(r"model\.layers\.\d+\.mlp\.act_fn\.(beta|eps)",),
 )
 

@@ -1,13 +1,13 @@
-"""Mixtures of experts.
+"""Mixture-of-experts (MoE) models, and DeepSeek's multi-head latent attention (MLA).
 
-Router, experts, shared experts and their gate read the norm before the MLP, so all of them take its gain. transformers
-stacks the experts of a layer in one parameter, (experts, out, in), while checkpoints hold them one by one: a table
-names both. One rotation serves all experts of a layer; at run time it stands between the experts' activation and their
-second product (site `experts`).
+Router, experts, shared experts and their gate read the norm before the MLP, so its gain is fused into all of them.
+transformers stacks the experts of a layer in one parameter, (experts, out, in), while checkpoints hold them one by one;
+a table names both. One R4 rotation serves all experts of a layer; it runs online between the experts' activation and
+their second matrix product (site `experts`).
 
-In DeepSeek's attention (MLA) keys and values are rows of `kv_b_proj`, head by head, made from a latent that a linear
-writes, a norm scales and a linear reads: a space of its own. It is what the cache holds, so R2 rotates it, and R3,
-which would rotate keys head by head on their way into the cache, has nothing to act on.
+In MLA, keys and values are rows of `kv_b_proj`, head by head, computed from a latent that one linear writes, a norm
+scales and another linear reads: a space of its own. The cache holds this latent, so R2 rotates it. R3, which would
+rotate the keys of each head on their way into the cache, has nothing to act on.
 """
 
 from spinquant.architectures.family import AxisPart, Family, Norm, Refusal
@@ -49,7 +49,7 @@ QWEN3_MOE = LLAMA.like(
         ),
     ),
     experts="num_local_experts|num_experts|n_routed_experts",
-    # Numbers that correct the choice of experts: a buffer, which checkpoints store.
+    # Router bias that corrects the choice of experts: a buffer, which checkpoints store.
     ignored=(*LLAMA.ignored, r"model\.layers\.\d+\.mlp\.(gate\.)?e_score_correction_bias"),
 )
 
@@ -57,12 +57,21 @@ QWEN3_MOE = LLAMA.like(
 def with_shared(
     family: Family, module: str, size: str, *, gate: str = "gate_proj", down: str = "down_proj", scaled: bool = True
 ) -> Family:
-    """The family with experts that every token goes through, and the gate of one such expert, where there are."""
+    """The family with shared experts, which process every token, and the gate that weighs them, if there is one.
+
+    Args:
+        family: the family without them.
+        module: name of the shared experts' module in a layer.
+        size: expression for their intermediate size.
+        gate: name of the gate linear; any other than gate_proj holds gate and up in one weight.
+        down: name of the down projection.
+        scaled: the up projection is multiplied as it is, so the intermediate channels may be scaled.
+    """
     path = f"{LAYER}.{module}"
     inside = (f"{path}.{gate}", *((f"{path}.up_proj",) if gate == "gate_proj" else ()))
     weighing = f"{path}_gate"
     norm = _NORM if _NORM in family.gains else _INPUT
-    # Where one weight has both, the first half of its rows is the gate.
+    # If one weight has both, the first half of its rows is the gate.
     factor = {f"{path}.up_proj": SHARED} if gate == "gate_proj" else {f"{path}.{gate}": AxisPart(SHARED, size, size)}
     factor = factor if scaled else {}
     return family.like(
@@ -111,7 +120,7 @@ HUNYUAN_MOE = with_shared(
     "mlp.shared_mlp",
     "intermediate_size",
 )
-# The names of old checkpoints: w1 is the gate, w3 goes up, w2 goes down.
+# Names in old checkpoints: w1 is the gate, w3 the up, w2 the down projection.
 EXPERT_NAMES = tuple(
     (rf"\.experts\.(\d+)\.w{n}\.", rf".experts.\1.{name}_proj.") for n, name in ((1, "gate"), (2, "down"), (3, "up"))
 )
@@ -243,7 +252,7 @@ DEEPSEEK = GLM4_MOE.like(
     refused=(_HEADLESS,),
 )
 
-# The same attention over an MLP alone.
+# The same attention with dense MLPs.
 MLA_DENSE = DEEPSEEK.like(
     "mla, dense",
     "youtu",
@@ -252,7 +261,7 @@ MLA_DENSE = DEEPSEEK.like(
     gains={_NORM: (f"{MLP}.gate_proj", f"{MLP}.up_proj")},
 )
 
-# An indexer chooses the keys that are attended to, from the normed input and from the queries' latent.
+# Sparse attention: an indexer selects keys, from the normed input and the latent of the queries.
 _INDEXER = f"{ATTENTION}.indexer"
 _INDEXED = tuple(f"{_INDEXER}.{name}" for name in ("wk", "weights_proj"))
 DEEPSEEK_SPARSE = DEEPSEEK.like(
@@ -271,7 +280,7 @@ DEEPSEEK_SPARSE = DEEPSEEK.like(
     },
 )
 
-# An indexer chooses blocks of keys, from the normed input alone; but for experts, gate and up are one linear.
+# An indexer selects blocks of keys from the normed input alone. Except in experts, gate and up are one linear.
 _BLOCK_INDEXED = tuple(f"{_INDEXER}.{name}_proj" for name in "qk")
 _MINIMAX_M3 = MIXTRAL.like(
     "minimax_m3",
@@ -304,7 +313,7 @@ _MINIMAX_M3 = MIXTRAL.like(
         *MIXTRAL_NAMES,
     ),
 )
-# What goes up is clamped before it is multiplied.
+# The up projection is clamped before it is multiplied.
 MINIMAX_M3 = with_shared(
     _MINIMAX_M3, "mlp.shared_experts", "shared_intermediate_size", gate="gate_up_proj", scaled=False
 )

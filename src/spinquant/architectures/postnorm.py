@@ -1,8 +1,8 @@
-"""Blocks whose norms come after attention and MLP, on what they add to the residual stream.
+"""Post-norm models (norms on the outputs of attention and MLP), for which R1 is impossible: Gemma 2, OLMo 2, GLM-4.
 
-Such a norm multiplies what it adds element by element. Its scale g has no linear to move into, and diag(g) does not
-commute with a rotation unless all of g is equal, so the residual stream cannot be rotated. Values, queries and
-keys, and the MLP's inside are as elsewhere.
+Such a norm scales element by element what a block adds to the residual stream. Its scale g has no linear to be fused
+into, and diag(g) does not commute with a rotation unless all elements of g are equal, so the residual stream cannot be
+rotated. R2, R3 and R4 are as elsewhere.
 """
 
 from spinquant.architectures.family import Refusal
@@ -10,7 +10,7 @@ from spinquant.architectures.llama import ATTENTION, GLM, LAYER, LLAMA
 
 
 def post_norm(*norms: str, when: str | None = None) -> tuple[Refusal, ...]:
-    """R1 refused where these norms scale what a block adds to the stream."""
+    """The refusal of R1 because these norms scale what a block adds to the residual stream."""
     return (
         Refusal(
             "R1",
@@ -35,7 +35,7 @@ GEMMA2 = LLAMA.like(
     refused=post_norm("post_attention_layernorm", "post_feedforward_layernorm"),
 )
 
-# Attention and MLP read the residual stream as it is. The q/k norms of OLMo 2 act on all heads at once, before RoPE.
+# Attention and MLP read the residual stream directly. The q/k norms of OLMo 2 act on all heads at once, before RoPE.
 OLMO2 = LLAMA.like(
     "olmo2",
     "olmo2",

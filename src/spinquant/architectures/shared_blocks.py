@@ -1,8 +1,8 @@
-"""Blocks that layers share: modules of several layers with the weights of one.
+"""Shared (weight-tied) decoder blocks: modules of several layers with the same weights.
 
-transformers ties them by the switch that ties embedding and head (`tie_word_embeddings`). A module then holds a shared
-tensor under every layer's name, a checkpoint under the first one's. R1 has to turn the switch off, since the head takes
-the gain of the last norm; every layer then has a tensor of its own, in memory and on disk.
+transformers ties them with `tie_word_embeddings`, which also ties embedding and head. A module then holds a shared
+tensor under every layer's name, a checkpoint under the first layer's only. R1 has to untie them, because the gain of
+the last norm is fused into the head; every layer then has a tensor of its own, in memory and on disk.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ from spinquant.architectures.family import Shared, size_of
 
 
 def owners(shared: Shared | None, config: Any, names: Iterable[str]) -> dict[int, int]:
-    """By layer that has a shared module, the first layer with the same one (itself, for that one)."""
+    """For each layer with a shared module, the first layer that has the same one (possibly itself)."""
     if shared is None:
         return {}
     present, count = set(names), size_of(config, shared.blocks)
@@ -23,7 +23,11 @@ def owners(shared: Shared | None, config: Any, names: Iterable[str]) -> dict[int
 def with_shared_blocks(
     shared: Shared | None, config: Any, shapes: Mapping[str, Sequence[int]], *, tied: bool
 ) -> tuple[dict[str, Sequence[int]], dict[str, str]]:
-    """The shapes with those of shared tensors under every layer's name, and by such a name the name it is tied to."""
+    """Add shared tensors under every layer's name.
+
+    Returns:
+        All shapes by name, and the name of the source by the name of each tied tensor.
+    """
     found, ties = dict(shapes), {}
     if shared is None or not tied:
         return found, ties

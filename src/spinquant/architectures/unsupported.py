@@ -1,4 +1,4 @@
-"""Why causal LMs that transformers lists have no table: what a refusal says, and docs/architectures.md."""
+"""Causal LMs of transformers that are not supported, with the reasons, for error messages and docs/architectures.md."""
 
 from collections.abc import Mapping
 
@@ -44,5 +44,5 @@ UNTABLED: Mapping[str, tuple[str, ...]] = {
 
 
 def why_untabled(model_type: str) -> str | None:
-    """What keeps a model type from having a table; None where nobody has looked."""
+    """The reason why a model type has no family table; None if none is recorded."""
     return next((reason for reason, names in UNTABLED.items() if model_type in names), None)

@@ -1,8 +1,8 @@
-"""Families that are another one but for a thing or two: sinks, further norms, gates on what attention gives.
+"""Variants of other families with small differences: attention sinks, additional norms, gates on the attention output.
 
-What stands between values and the linear that reads them decides over R2: a number for each head commutes with a
-rotation of the head, and so does a norm whose scale moves into the reader; a gate with an element for each channel does
-not. A norm behind a block, with a scale of its own, rules out R1 (see `postnorm.py`).
+R2 is possible or not by what is between the values and the linear that reads them. A scalar per head commutes with a
+rotation of the head, and so does a norm whose scale is fused into the reader; a gate with one element per channel does
+not. A norm on a block's output, with a scale of its own, rules out R1 (see `postnorm.py`).
 """
 
 from spinquant.architectures.family import Family, Norm, Refusal
@@ -44,7 +44,7 @@ NANOCHAT = ARCEE.like(
     without=("q_norm", "k_norm"),
     gains={_INPUT: None, _BEFORE_MLP: None, "model.norm.weight": None},
 )
-# A norm over all heads stands before o_proj, one over the MLP's inside before down_proj, where R4 follows it.
+# There is a norm over all heads before o_proj, and one over the MLP's hidden channels before down_proj, ahead of R4.
 BITNET = LLAMA.like(
     "bitnet",
     "bitnet",
@@ -62,7 +62,7 @@ DIFFLLAMA = LLAMA.like(
     without=("q_norm", "k_norm"),
     tensors={f"{ATTENTION}.lambda_{name}": (None,) for name in ("q1", "k1", "q2", "k2")},
 )
-# The mask is made from the values, by a linear.
+# The attention mask is computed from the values, by a linear.
 DOGE = LLAMA.like(
     "doge",
     "doge",
@@ -102,7 +102,7 @@ HY_V3 = with_shared(
     "mlp.shared_experts",
     "moe_intermediate_size*num_shared_experts",
 )
-# The numbers that correct the choice of experts are the router's here, and in its checkpoints beside it.
+# The router bias that corrects the choice of experts is in the router here; its checkpoints store it beside the router.
 EXAONE_MOE = HY_V3.like(
     "exaone_moe", "exaone_moe", stored=((r"\.mlp\.e_score_correction_bias$", ".mlp.gate.e_score_correction_bias"),)
 )
@@ -220,7 +220,7 @@ ARIA = with_shared(
     "mlp.shared_experts",
     "intermediate_size*moe_num_shared_experts",
 )
-# All experts see all tokens, each scaled by a number. Nothing stands between their two products where R4 could be.
+# All experts process all tokens, each scaled by a scalar. There is no place between their two matrix products for R4.
 LLAMA4 = with_shared(
     QWEN3_MOE.like(
         "llama4",
@@ -270,7 +270,7 @@ LFM3 = LFM2.like(
     refused=post_norm("post_operator_norm", "post_ffn_norm", when="use_sandwich_norm"),
     stored=((r"\.self_attn\.gate_proj\.", ".self_attn.g_proj."),),
 )
-# Layers with a delta net have norms before the block, those with attention behind it.
+# Layers with a delta net have pre-norms, those with attention post-norms.
 OLMO_HYBRID = with_mixer(
     OLMO2.like(
         "olmo_hybrid",

@@ -1,9 +1,9 @@
-"""Processes that work on one result together: who they are, and how all of them end when one does.
+"""Several processes that work on one result (torchrun): coordination, and a clean end of all when one of them ends.
 
-torchrun starts them, on one machine or several. They tell each other what they have done through the store in which
-torch.distributed met, and never wait inside a collective, which would not return once a process is gone. Each holds a
-lock on a file of its own beside the result; the operating system takes it back however the process ends, and whoever
-waits looks at the locks of the others.
+torchrun starts the processes, on one machine or several. They coordinate through the key-value store of
+torch.distributed and never wait inside a collective, which would not return once a process is gone. Each process holds
+a lock on its own file beside the result. The operating system releases it however the process ends, and a process that
+waits checks the locks of the others.
 """
 
 import json
@@ -27,18 +27,20 @@ from spinquant.compute.torchrun import is_alone as is_alone
 from spinquant.compute.torchrun import is_first as is_first
 from spinquant.errors import ProcessError, SpinquantError
 
-_POLLED = 0.05  # seconds between two looks at what is waited for
-_LOST = 5.0  # seconds in which a process that is lost for others has ended as a whole
+_POLLED = 0.05  # seconds between two polls while waiting
+_LOST = 5.0  # seconds after which a process that the others have lost has ended completely
 # Others wait while the first process works; that one of them ended is seen otherwise.
 LONGEST = timedelta(days=7)
-_LOOKED = 1.0  # seconds between two looks at the locks of the others, while there is work
+_LOOKED = 1.0  # seconds between two checks of the others' locks while working
 
 
 @contextmanager
 def joined(device: str = "cpu", *, timeout: timedelta | None = None) -> Iterator["Processes"]:
-    """This process among those of its job, which are joined where torchrun started several.
+    """Within the block, join the other processes of a torchrun job; a process started alone works alone.
 
-    device: to work on; under torchrun on GPUs every process takes one of its own. timeout: of torch's own collectives.
+    Args:
+        device: device to work on; under torchrun with "cuda", every process takes its own GPU.
+        timeout: timeout of torch's own collectives.
     """
     if "RANK" not in os.environ or dist.is_initialized():
         yield _here(device)
@@ -58,13 +60,13 @@ def _here(device: str) -> "Processes":
     if not dist.is_initialized():
         return Processes(0, 1, device)
     rank, store = dist.get_rank(), dist.distributed_c10d._get_default_store()
-    # One process may take part in several results, one after the other.
+    # A process may take part in several jobs, one after the other.
     turn = store.add(f"spinquant/turns/{rank}", 1)
     return Processes(rank, dist.get_world_size(), device, dist.PrefixStore(f"spinquant/{turn}", store))  # pyright: ignore
 
 
 class Processes:
-    """This process among `size`, and what it tells and asks the others. A single one finds everything done at once."""
+    """This process among `size` processes, and its communication with the others; a single process never waits."""
 
     def __init__(self, rank: int, size: int, device: str = "cpu", store: Any = None):
         self.rank, self.size, self.device = rank, size, device
@@ -75,11 +77,11 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that does what only one may do."""
+        """Whether this is rank 0, which does what only one process may do."""
         return self.rank == 0
 
     def add(self, name: str, amount: int) -> int:
-        """Add to a number that all share; what it is then."""
+        """Add to a counter that all processes share; returns the new value."""
         if self._store is None:
             return amount
         try:
@@ -89,7 +91,7 @@ class Processes:
             raise
 
     def meet(self) -> None:
-        """Wait until every process is here. Raises ProcessError, or their error, when one ended before."""
+        """Barrier: wait for every process. Raises ProcessError, or the error of a process that ended before."""
         if self.size == 1:
             return
         self._met += 1
@@ -98,13 +100,13 @@ class Processes:
         while here < self.size:
             time.sleep(_POLLED)
             dead = self._dead()
-            here = self.add(name, 0)  # who has been here may have ended since
+            here = self.add(name, 0)  # a process that arrived may have ended since
             if dead and here < self.size:
                 self._raise_fate(final=True)
             self._raise_error()
 
     def gather(self, value: Any) -> list[Any]:
-        """What every process gives, JSON, by rank."""
+        """Collect a JSON value from every process, in order of ranks."""
         if self._store is None:
             return [value]
         self._asked += 1
@@ -113,19 +115,19 @@ class Processes:
         return [json.loads(self._store.get(f"value/{self._asked}/{rank}")) for rank in range(self.size)]
 
     def agree(self, value: Any) -> Any:
-        """What the first process gives."""
+        """Broadcast: the value of rank 0."""
         return self.gather(value)[0]
 
     def look(self) -> None:
-        """Raise ProcessError, or their error, when another process has ended; looks no oftener than once in a while."""
+        """Raise ProcessError, or the error of another process, if one has ended; checks at most once a second."""
         if self.size > 1 and time.monotonic() - self._looked > _LOOKED:
             self._looked = time.monotonic()
             self._raise_fate(final=False)
 
     def find_loss(self) -> None:
-        """Raise ProcessError, or their error, when a collective failed because another process has ended.
+        """After a failed collective, raise ProcessError, or the error of another process, if one has ended.
 
-        Returns when none of them has within a few seconds: then it failed for another reason.
+        Returns if none has ended within a few seconds: the collective then failed for another reason.
         """
         deadline = time.monotonic() + _LOST
         while self.size > 1 and time.monotonic() < deadline:
@@ -134,7 +136,7 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Within the block an error of one process is raised by all, and so is the end of one."""
+        """Within the block, an error or the end of one process is raised in all of them."""
         if self.size == 1:
             yield
             return
@@ -144,13 +146,13 @@ class Processes:
             except ProcessError:
                 raise
             except BaseException as error:
-                self._raise_error()  # it may be what another one did on its way out that failed here
+                self._raise_error()  # this failure may be a consequence of another process's error
                 self._tell(error)
                 raise
 
     @contextmanager
     def locked(self, folder: Path) -> Iterator[None]:
-        """Within the block the others see by a lock in `folder`, which all of them share, that this one lives."""
+        """Within the block, hold a lock in `folder`, shared by all processes, as a sign that this process is alive."""
         if self.size == 1:
             yield
             return
@@ -170,20 +172,20 @@ class Processes:
 
     @contextmanager
     def _terminated(self) -> Iterator[None]:
-        # torchrun ends the others as soon as one has ended: they say why before they go.
+        # torchrun terminates the others as soon as one has ended: they raise the reason first.
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def end(number: int, frame: FrameType | None) -> None:
             self._raise_fate(final=False)
-            raise ProcessError(f"the job was told to end ({signal.Signals(number).name}). {_AGAIN}")
+            raise ProcessError(f"the job was terminated ({signal.Signals(number).name}). {_AGAIN}")
 
         after = signal.signal(signal.SIGTERM, end)
         try:
             yield
         except ProcessError:
-            after = signal.SIG_IGN  # torchrun may tell us only now, when all that is left is to say why
+            after = signal.SIG_IGN  # torchrun's signal may come only now, while the reason is being raised
             raise
         finally:
             signal.signal(signal.SIGTERM, after)
@@ -195,11 +197,11 @@ class Processes:
         try:
             if self._store.add("errors", 1) == 1:
                 self._store.set("error", json.dumps(about))
-        except RuntimeError:  # the store has ended before us, and with it whoever could be told
+        except RuntimeError:  # the store has ended, and with it the processes that could read the error
             return
 
     def _raise_error(self) -> None:
-        """Raise what another process has told."""
+        """Raise the error that another process has published."""
         try:
             about: Mapping[str, Any] | None = None
             if self._store.check(["error"]):
@@ -215,11 +217,11 @@ class Processes:
 
     def _raise_fate(self, *, final: bool) -> None:
         dead = self._dead()
-        self._raise_error()  # told before the lock went
+        self._raise_error()  # published before the lock was released
         if dead:
             raise ProcessError(self._ended(dead))
         if final:
-            raise ProcessError(f"the processes of this job lost each other. {_AGAIN}")
+            raise ProcessError(f"the processes of this job lost their connection. {_AGAIN}")
 
     def _dead(self) -> list[int]:
         """Ranks whose locks are free. Who is gone stays gone."""

@@ -1,4 +1,4 @@
-"""digest"""
+"""Short hashes of tensors."""
 
 import hashlib
 
@@ -6,5 +6,5 @@ import torch
 
 
 def digest(tokens: torch.Tensor) -> str:
-    """A short name for calibration tokens, or any other tensor that numpy knows."""
+    """SHA-256 of a tensor's bytes, the first 16 hexadecimal digits; the dtype has to be one that numpy has."""
     return hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]

@@ -1,9 +1,8 @@
-"""Pieces of arithmetic side by side: as many threads as torch may use, one for each piece.
+"""Parallel arithmetic with results that do not depend on the number of threads: one thread for each piece of work.
 
-A product of matrices that several threads share ends in other last bits than that of one. Here each piece is computed
-by a single thread, so the number of threads decides how long it takes and nothing else. On cores that other threads
-keep busy too (reading, hashing, writing) it also saves time: threads that share an operation wait for each other at its
-end.
+A matrix product that several threads share has other last bits than that of one thread. Here each piece is computed by
+a single thread, so the number of threads changes the time only. On cores that other threads keep busy too (reading,
+hashing, writing) it is also faster, because threads that share an operation wait for each other at its end.
 """
 
 import os
@@ -19,22 +18,22 @@ Piece = TypeVar("Piece")
 
 
 class _Crew:
-    """The threads, while one thread is `single_threaded`; they outlive it, and their working memory with them."""
+    """Thread pool for the thread that is in `single_threaded`; it outlives the block, as does its working memory."""
 
     def __init__(self):
-        # How many threads torch takes is partly a setting of the thread, partly of the process: whoever changes it
-        # changes it back before another may.
+        # The number of threads of torch is partly a setting of the thread, partly of the process. The lock makes sure
+        # that one thread restores it before another changes it.
         self.lock, self.threads = threading.Lock(), 1
         self.leader: int | None = None
         self.pool: ThreadPoolExecutor | None = None
         self.of: tuple[int, int] | None = None
 
     def is_led(self) -> bool:
-        """Whether this thread is the one that is `single_threaded`."""
+        """Whether this thread is the one in `single_threaded`."""
         return self.leader == threading.get_ident()
 
     def members(self) -> ThreadPoolExecutor:
-        """Threads that were started for this number of them, in this process: a fork has none of its parent's."""
+        """The pool for this process and number of threads; a forked process has none of its parent's threads."""
         if self.pool is None or self.of != (os.getpid(), self.threads):
             self.of = os.getpid(), self.threads
             self.pool = ThreadPoolExecutor(self.threads, initializer=one_of_several)
@@ -47,9 +46,9 @@ _local = threading.local()
 
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """Within the block every operation of torch on the CPU takes one thread, and `each` takes pieces side by side.
+    """Within the block, each torch operation on the CPU uses one thread, and `each` runs its pieces in parallel.
 
-    One thread at a time is in such a block; threads that are `one_of_several` are in one anyhow.
+    Only one thread at a time can be in such a block; for threads marked by `one_of_several` it does nothing.
     """
     if getattr(_local, "piece", False) or _crew.is_led():
         yield
@@ -66,7 +65,7 @@ def single_threaded() -> Iterator[None]:
 
 @contextmanager
 def all_threads() -> Iterator[None]:
-    """Within `single_threaded`: an operation that cannot be cut takes all threads, while no pieces are at work."""
+    """Within `single_threaded`, let an operation that cannot be cut use all threads; no pieces may be running."""
     if not _crew.is_led():
         yield
         return
@@ -78,16 +77,16 @@ def all_threads() -> Iterator[None]:
 
 
 def one_of_several() -> None:
-    """Say that this thread works beside others on pieces of its own: in one thread, pieces of pieces in order."""
+    """Mark this thread as one of several workers: torch uses one thread in it, and `each` runs pieces in order."""
     if not getattr(_local, "piece", False):
         _local.piece = True
         torch.set_num_threads(1)
 
 
 def each(function: Callable[[Piece], object], pieces: Iterable[Piece]) -> None:
-    """Take all pieces through a function: side by side within `single_threaded`, else one after the other.
+    """Call a function on all pieces: in parallel within `single_threaded`, else one after the other.
 
-    Pieces of a piece follow each other. Raises what the first failing piece raised, when none is at work any more.
+    Nested calls run in order. The error of the first failing piece is raised after all pieces have ended.
     """
     pieces = list(pieces)
     if len(pieces) < 2 or not _crew.is_led() or _crew.threads == 1:
@@ -97,7 +96,7 @@ def each(function: Callable[[Piece], object], pieces: Iterable[Piece]) -> None:
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
     def alone(piece: Piece) -> None:
-        # Both are settings of a thread.
+        # Both are per-thread settings.
         with torch.inference_mode(inference), torch.set_grad_enabled(grad):
             function(piece)
 

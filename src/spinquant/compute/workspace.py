@@ -1,4 +1,4 @@
-"""Working memory that outlives a call: on a CPU, the pages of new tensors cost as much as the arithmetic on them."""
+"""Reusable working memory: on a CPU, the memory pages of new tensors cost as much as the arithmetic on them."""
 
 import ctypes
 import math
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-# Bytes kept per thread and slot. Larger requests get memory of their own, which goes when they do.
+# Bytes kept per thread and slot. Larger requests are allocated anew and freed after use.
 _KEPT = 8 << 20
 
 
@@ -23,17 +23,17 @@ _local = _Local()
 
 
 def workspace(slot: int, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
-    """An uninitialised contiguous tensor on the device of `like`; the next call with the slot overwrites it.
+    """An uninitialized contiguous tensor on the device of `like`; the next call with the same slot reuses its memory.
 
-    Slots 0 and 1 belong to `kronecker`, slot 2 to `fuse`.
+    Slots 0 and 1 are for `rotations/fast_transform.py`, slot 2 for `rotations/fuse.py`.
     """
     size = math.prod(shape) * dtype.itemsize
-    # Fake tensors and their kind allocate in a way of their own.
+    # Fake tensors and other subclasses allocate in their own way.
     if like.device.type != "cpu" or size > _local.largest or type(like) not in (Tensor, nn.Parameter):
         return torch.empty(shape, dtype=dtype, device=like.device)
     kept = _local.slots.get(slot)
     if kept is None or len(kept) < size:
-        # A tensor made in inference mode could not be written outside it.
+        # A tensor created in inference mode could not be written to outside it.
         with torch.inference_mode(False):
             kept = _local.slots[slot] = torch.empty(size, dtype=torch.uint8, device="cpu")
     return kept[:size].view(dtype).view(shape)
@@ -41,7 +41,7 @@ def workspace(slot: int, shape: tuple[int, ...], dtype: torch.dtype, like: Tenso
 
 @contextmanager
 def kept_whole() -> Iterator[None]:
-    """Within the block this thread keeps working memory of any size: of tensor after tensor that cannot be cut."""
+    """Within the block, this thread keeps working memory of any size, for consecutive tensors that cannot be cut."""
     before, _local.largest = _local.largest, math.inf
     try:
         yield
@@ -51,10 +51,10 @@ def kept_whole() -> Iterator[None]:
 
 
 def give_back() -> None:
-    """Give free memory back to the operating system, where the C library has a call for it (glibc).
+    """Return free memory to the operating system, if the C library has a call for it (glibc).
 
-    Blocks of a model that come and go leave holes of their sizes behind: 10 blocks of 28 MB left 150 MB in a
-    calibration from disk, and leave none with this.
+    Blocks of a model that are loaded and freed fragment the heap: 10 blocks of 28 MB left 150 MB in a calibration from
+    disk, and none with this call.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -1,1 +1,1 @@
-"""Look into a transformers model: its class, its tensors by name, the calls of its modules."""
+"""Access to transformers models in memory: their class, tensors by name, and captured activations and calls."""

@@ -1,4 +1,4 @@
-"""device_of"""
+"""Capture activations and calls of modules by forward hooks."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,21 +10,29 @@ from torch import Tensor, nn
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device that takes a model's inputs."""
+    """The device of a model's first parameter, on which it takes its inputs."""
     return next(model.parameters()).device
 
 
 class _Stop(Exception):
-    """Everything that was wanted is captured."""
+    """Raised in a hook to end the forward pass once everything is captured."""
 
 
 @contextmanager
 def captured(
     model: nn.Module, names: Iterable[str], *, inputs: bool = False, stop: bool = False
 ) -> Iterator[dict[str, Tensor]]:
-    """Within the block, the last output (or first input) of each named module, detached, in order of execution.
+    """Within the block, capture the output (or first input) of named modules, detached.
 
-    stop: the block is left as soon as the last of the names, in the order given, is captured.
+    Args:
+        model: the model that runs within the block.
+        names: names of modules.
+        inputs: capture the first positional input instead of the output.
+        stop: leave the block as soon as the last of `names` is captured.
+
+    Yields:
+        A dict that is filled while the model runs: tensors by module name, in order of execution; those of the last
+        call, if a module is called several times.
     """
     found: dict[str, Tensor] = {}
     names = list(names)
@@ -54,7 +62,7 @@ def captured(
 
 @dataclass
 class CapturedCall:
-    """The arguments of a module's last call, as its caller gave them."""
+    """The arguments of a module's last call."""
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -64,7 +72,7 @@ class CapturedCall:
 def watched_calls(
     model: nn.Module, names: Iterable[str], watch: Callable[[str, tuple[Any, ...]], object]
 ) -> Iterator[None]:
-    """Within the block, `watch(name, args)` is told of every call of the named modules: their positional arguments."""
+    """Within the block, call `watch(name, positional_args)` before each call of the named modules."""
 
     def hook_of(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -82,7 +90,7 @@ def watched_calls(
 
 @contextmanager
 def captured_call(module: nn.Module) -> Iterator[CapturedCall]:
-    """Within the block, how the module was called last, before other hooks changed anything."""
+    """Within the block, capture the arguments of a module's last call, before other hooks change them."""
     call = CapturedCall()
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""tensor_shapes"""
+"""Names, shapes and classes of a model's modules and tensors."""
 
 from typing import Any
 
@@ -9,24 +9,24 @@ from spinquant.errors import CheckpointError
 
 
 def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a module's parameters, a tied tensor under each of its names."""
+    """Shapes of a model's parameters by name; a tied tensor is listed under each of its names."""
     return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
 
 
 def largest(model: nn.Module) -> int:
-    """Bytes that the largest parameter has in float32."""
+    """Size of the largest parameter in float32, in bytes."""
     return max((4 * parameter.numel() for parameter in model.parameters()), default=0)
 
 
 def model_class(config: Any) -> Any:
-    """The transformers class that makes and loads the model of a config: causal LMs, or those that see too."""
-    # For some configs the class for causal LMs is that of the language part alone, which would lose what sees.
+    """The transformers auto class that loads the model of a config: for causal LMs or vision-language models."""
+    # For some configs the class for causal LMs is that of the language part alone, which would lose the vision tower.
     seeing = AutoModelForImageTextToText._model_mapping.keys()  # pyright: ignore[reportAttributeAccessIssue]
     return AutoModelForImageTextToText if type(config) in seeing else AutoModelForCausalLM
 
 
 def check_in_memory(model: nn.Module) -> None:
-    """Raise CheckpointError for weights on the meta device."""
+    """Raise CheckpointError if a weight is on the meta device."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise CheckpointError(
@@ -35,7 +35,7 @@ def check_in_memory(model: nn.Module) -> None:
 
 
 def module_and_attribute(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """("model.norm.weight") -> (the norm module, "weight")."""
+    """The module that owns a tensor, and its attribute: "model.norm.weight" -> (the norm module, "weight")."""
     path, _, attribute = name.rpartition(".")
     return model.get_submodule(path), attribute
 

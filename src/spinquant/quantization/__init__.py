@@ -1,1 +1,1 @@
-"""Quantization: the scheme (what is rounded, and how), the integer arithmetic, and ways to choose weights."""
+"""Quantization: schemes, integer and floating-point formats, and the rounding of weights (RTN, GPTQ)."""

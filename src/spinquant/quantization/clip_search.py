@@ -1,8 +1,8 @@
-"""Clip ratios of activations, keys and values, searched where they act.
+"""Search the clip ratios of activations, keys and values that change a layer's output least.
 
-A ratio below one clips the few largest numbers and gives all others a finer grid. For the input x of linears with the
-weights W (stacked) the ratio of least ||(Q_c(x) - x) W^T||^2 is taken; for keys and values, one after the other, the
-ratio that changes the output of the attention module least.
+A ratio below one clips the few largest numbers and gives all others a finer grid. For the input x of linears with
+(stacked) weights W, the ratio minimizes ||(Q_c(x) - x) W^T||^2. For keys and values, one after the other, it minimizes
+the change of the attention module's output.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,14 +14,19 @@ from torch import Tensor
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.scheme import Quantizer
 
-# From no clipping to 0.6 of the range, first in wide steps, then half a step to both sides of the best.
+# From no clipping down to 0.6 of the range in coarse steps, then half a step to both sides of the best.
 RATIOS = tuple(1 - i / 20 for i in range(9))
 HALF_STEP = 1 / 40
 
 
 @torch.no_grad()
 def search_input_clip(products: Sequence[tuple[Tensor, Tensor]], quantizer: Quantizer) -> float:
-    """The best clip ratio for activations x (tokens, in) that are multiplied by weights (out, in), given in pairs."""
+    """The best clip ratio for the inputs of linears.
+
+    Args:
+        products: pairs of an activation (tokens, in) and the weight (out, in) that it is multiplied by.
+        quantizer: how the activations are quantized.
+    """
     # The smaller of the two products: outputs themselves, or the quadratic form of W^T W.
     forms = [(x, w.T @ w if w.shape[0] > w.shape[1] else w) for x, w in products]
 
@@ -37,7 +42,7 @@ def search_input_clip(products: Sequence[tuple[Tensor, Tensor]], quantizer: Quan
 
 
 def best_ratio(error: Callable[[float], float]) -> float:
-    """The ratio of least error, in (0, 1]; the larger of two that are equal."""
+    """The ratio in (0, 1] of least error; of two equally good ones, the larger."""
     errors = {ratio: error(ratio) for ratio in RATIOS}
     best = min(RATIOS, key=lambda ratio: (errors[ratio], -ratio))
     errors |= {ratio: error(ratio) for ratio in (best - HALF_STEP, best + HALF_STEP) if ratio <= 1}

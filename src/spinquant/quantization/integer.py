@@ -1,10 +1,11 @@
-"""Integer arithmetic: grids, codes, packing. With `floating.py` the only place where numbers are rounded.
+"""Quantize, dequantize and pack: scales, zero points, codes. Only this file and `floating.py` round numbers.
 
     code = clamp(round(x / scale) + zero, 0, top)        x ~ (code - zero) * scale
 
 Symmetric quantizers have the constant zero point 2^(bits-1), so one formula serves both kinds and every code is
-an unsigned integer. A floating format has the zero point 0, and its codes are the numbers of the format, so `decode`
-is the same formula; only where codes are packed do they become integers. Everything acts on the last axis, in groups.
+an unsigned integer. A floating-point format has the zero point 0, and its codes are the numbers of the format, so
+`decode` is the same formula; they become bit patterns only when they are packed. Everything acts on the last axis, in
+groups.
 """
 
 import math
@@ -18,41 +19,51 @@ from spinquant.errors import SchemeError
 from spinquant.quantization.floating import from_bits, nearest, scale_of, static_scale_of, to_bits, within_reach
 from spinquant.quantization.scheme import Quantizer
 
-# Elements handled at once, so that all passes below find them in cache. Measured on two cores with 1 MiB of
-# second-level cache each: 2^16 1.3 ns per element, 2^18 0.6, 2^19 0.5, 2^20 3.4.
+# Elements processed at once, so that all passes below find them in cache. Measured on two cores with 1 MiB of L2 each:
+# 2^16 1.3 ns per element, 2^18 0.6, 2^19 0.5, 2^20 3.4.
 BLOCK = 1 << 18
 
 
 def grid(
     x: Tensor, quantizer: Quantizer, stored: torch.dtype, *, clip: float | Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point over the last axis of x, shape (.., 1), in the dtype of x.
+    """Scale and zero point over the last axis of x.
 
-    The scale is rounded to the dtype it is `stored` in, so that packed and merely rounded numbers are the same.
-    `clip` overrides the quantizer's ratio; a tensor broadcasts against (.., 1).
+    Args:
+        x: numbers, shape (.., n).
+        quantizer: how they are quantized.
+        stored: dtype that scales are stored in. The scale is rounded to it, so that packed and fake-quantized numbers
+            are the same.
+        clip: clip ratio instead of the quantizer's; a tensor broadcasts against (.., 1).
+
+    Returns:
+        (scale, zero point), shape (.., 1), in the dtype of x.
+
+    Raises:
+        SchemeError: the clip ratio has to be searched ("mse"), or a static range has not been calibrated.
     """
     ratio = clip if clip is not None else quantizer.clip
     if ratio == "mse":
-        raise SchemeError("clip 'mse' is searched for weights only: give activations and KV a ratio in (0, 1]")
+        raise SchemeError("clip 'mse' is for weights only: use a ratio in (0, 1] for activations and KV cache")
     return grid_of_range(*extremes(x), quantizer, stored, ratio)
 
 
 def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest and largest number along the last axis, shape (.., 1)."""
-    # Two passes, since torch's aminmax measures 15 times slower on a CPU.
+    # Two passes, because torch's aminmax is 15 times slower on a CPU (measured).
     return x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
 
 
 def grid_of_range(
     low: Tensor, high: Tensor, quantizer: Quantizer, stored: torch.dtype, ratio: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point for numbers between low and high, of which `ratio` is covered."""
+    """Scale and zero point for numbers between low and high, with a fraction `ratio` of that range covered."""
     if quantizer.kind != "int":
         peak = torch.maximum(high, -low) * ratio
         if not quantizer.static:
             scale = scale_of(peak, quantizer.kind)
         elif quantizer.peak is None:
-            raise SchemeError(f"the range of static {quantizer.kind} is not known yet: it is found by calibration")
+            raise SchemeError(f"the range of static {quantizer.kind} is not known yet: calibration has to find it")
         else:
             scale = static_scale_of(peak, quantizer.kind, quantizer.peak)
         scale = _storable(scale, stored)
@@ -68,26 +79,29 @@ def grid_of_range(
 
 def _storable(scale: Tensor, stored: torch.dtype) -> Tensor:
     scale = scale.to(stored).to(scale.dtype)
-    # A group of zeros (or of numbers too small for the scale's dtype) needs no grid: any scale codes it as zero.
+    # For a group of zeros (or of numbers too small for the scale's dtype) any scale will do: its codes are zero.
     return scale.masked_fill_(scale == 0, 1.0)
 
 
 def encode(x: Tensor, scale: Tensor, zero: Tensor, quantizer: Quantizer) -> Tensor:
-    """Codes 0 .. top, still as floating point, in the dtype of x; the numbers of a floating format themselves."""
+    """Codes 0 .. top of x, in the floating dtype of x; for a floating-point format, its nearest numbers."""
     if quantizer.kind != "int":
         return nearest(x / scale, quantizer.kind)
     return (x / scale).round_().add_(zero).clamp_(0, quantizer.top)
 
 
 def decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """The numbers that codes stand for, in the dtype of the scale."""
+    """The numbers of codes: (codes - zero) * scale, in the dtype of the scale."""
     return (codes - zero).mul_(scale)
 
 
 def fake_quantize(x: Tensor, quantizer: Quantizer) -> Tensor:
-    """x rounded to the quantizer's grid, same shape and dtype: what a low-bit kernel would compute with.
+    """Quantize and dequantize: x rounded to the quantizer's grid, in the same shape and dtype.
 
-    Gradients pass straight through. Raises SchemeError when the group does not divide the last axis.
+    Gradients pass straight through (STE).
+
+    Raises:
+        SchemeError: the group size does not divide the last axis.
     """
     return _FakeQuantize.apply(x, quantizer)  # pyright: ignore[reportReturnType]
 
@@ -111,7 +125,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def group_of(length: int, quantizer: Quantizer) -> int:
-    """The group length on an axis. Raises SchemeError when it does not divide the axis."""
+    """The group size on an axis of this length. Raises SchemeError if it does not divide the axis."""
     group = quantizer.group_size or length
     if length % group:
         raise SchemeError(f"group size {group} does not divide an axis of length {length}")
@@ -120,10 +134,14 @@ def group_of(length: int, quantizer: Quantizer) -> int:
 
 @dataclass(frozen=True)
 class Packed:
-    """Quantized numbers as they are stored.
+    """Quantized numbers as they are stored: packed codes with scales and zero points.
 
-    words: int32, codes packed along the last axis, 32 // bits to a word. scale: (.., groups) in the model's dtype.
-    zero: uint8 like scale, or None for symmetric quantizers. length: numbers along the last axis.
+    Attributes:
+        words: int32, codes packed along the last axis, 32 // bits per word.
+        scale: shape (.., groups), in the model's dtype.
+        zero: zero points, uint8, shaped like `scale`; None for symmetric quantizers.
+        length: numbers along the last axis.
+        quantizer: how they were quantized.
     """
 
     words: Tensor
@@ -134,30 +152,36 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is stored."""
+        """Bytes of all stored tensors."""
         return sum(t.nbytes for t in (self.words, self.scale, self.zero) if t is not None)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Words, scale, and zero point where there is one."""
+        """Words, scale, and zero point if there is one."""
         return (self.words, self.scale) if self.zero is None else (self.words, self.scale, self.zero)
 
     def with_tensors(self, *tensors: Tensor) -> "Packed":
-        """The same layout around other tensors, in the order of `tensors()`."""
+        """The same layout with other tensors, in the order of `tensors()`."""
         words, scale, *zero = tensors
         return Packed(words, scale, zero[0] if zero else None, self.length, self.quantizer)
 
     def to(self, device: torch.device) -> "Packed":
-        """The same on another device."""
+        """A copy on another device."""
         return self.with_tensors(*(tensor.to(device) for tensor in self.tensors()))
 
 
 def stacked(parts: Sequence[Packed]) -> Packed:
-    """Packed numbers of one shape, one behind the other along a new first axis."""
+    """Stack packed numbers of one shape along a new first axis."""
     return parts[0].with_tensors(*(torch.stack(tensors) for tensors in zip(*(p.tensors() for p in parts), strict=True)))
 
 
 def quantize(x: Tensor, quantizer: Quantizer, *, clip: Tensor | None = None) -> Packed:
-    """x as packed integers, with a scale of the dtype of x."""
+    """Quantize x by round-to-nearest (RTN) and pack it, with scales in the dtype of x.
+
+    Args:
+        x: numbers, shape (.., n).
+        quantizer: how they are quantized.
+        clip: clip ratios instead of the quantizer's, shape (.., groups, 1).
+    """
     group = group_of(x.shape[-1], quantizer)
     groups = x.unflatten(-1, (-1, group)).to(_wide(x.dtype))
     scale, zero = grid(groups, quantizer, x.dtype, clip=clip)
@@ -167,7 +191,7 @@ def quantize(x: Tensor, quantizer: Quantizer, *, clip: Tensor | None = None) -> 
 
 
 def quantize_on_grid(x: Tensor, scale: Tensor, zero: Tensor | None, quantizer: Quantizer) -> Packed:
-    """x coded with a given scale and zero point, (.., groups). Exact for x that lies on that grid."""
+    """Quantize and pack x with a given scale and zero point, (.., groups). Lossless if x lies on that grid."""
     wide = _wide(x.dtype)
     found = []
     for part, scales, zeros in _in_parts(x.numel(), x, scale, zero):
@@ -182,7 +206,7 @@ def quantize_on_grid(x: Tensor, scale: Tensor, zero: Tensor | None, quantizer: Q
 
 
 def dequantize(packed: Packed) -> Tensor:
-    """The numbers, in the dtype of the scale, shape (.., length)."""
+    """The numbers of packed codes, shape (.., length), in the dtype of the scale."""
     quantizer, wide = packed.quantizer, _wide(packed.scale.dtype)
     found = []
     numbers = packed.length * math.prod(packed.words.shape[:-1])
@@ -197,7 +221,7 @@ def dequantize(packed: Packed) -> Tensor:
 def _in_parts(
     numbers: int, x: Tensor, scale: Tensor, zero: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Some of the first axis of all three at a time, so that the copies on the way to codes and back are small."""
+    """Split all three along the first axis, so that the intermediate copies are small."""
     if x.ndim == 1 or numbers <= BLOCK:
         yield x, scale, zero
         return
@@ -207,7 +231,7 @@ def _in_parts(
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes (.., n) of any dtype to int32 words (.., ceil(n / (32 // bits))), lowest bits first."""
+    """Pack codes (.., n) of any dtype into int32 words (.., ceil(n / (32 // bits))), lowest bits first."""
     per = 32 // bits
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per))
     lanes = codes.to(torch.int32).unflatten(-1, (-1, per))
@@ -218,7 +242,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(words: Tensor, bits: int, length: int) -> Tensor:
-    """The first `length` codes of int32 words, int32, shape (.., length)."""
+    """Unpack the first `length` codes of int32 words; int32, shape (.., length)."""
     shifts = torch.arange(0, 32 // bits * bits, bits, device=words.device, dtype=torch.int32)
     return ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)[..., :length]
 

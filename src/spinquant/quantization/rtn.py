@@ -1,7 +1,7 @@
-"""Round to nearest: weights to the closest point of a grid whose clip ratio is searched per group.
+"""Round-to-nearest (RTN) quantization of weights, with the clip ratio searched per channel or group.
 
-For every channel (or group) the ratio c in (0, 1] with the least squared error sum (w - Q_c(w))^2 is taken; the
-largest weights are then clipped, and the many small ones get a finer grid.
+The ratio c in (0, 1] minimizes the squared error sum (w - Q_c(w))^2: the largest weights are clipped, and the many
+small ones get a finer grid.
 """
 
 from collections.abc import Callable
@@ -26,14 +26,15 @@ from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.quantization.targets import parts_tied, weights_of
 from spinquant.rotations.fuse_module import untie
 
-# From no clipping down to 0.425 of the range, which an outlier in a row of weights may call for.
+# From no clipping down to 0.425 of the range, which an outlier in a row of weights can make best.
 CLIP_RATIOS = tuple(1 - i / 40 for i in range(24))
 
 
 def quantize_weight(weight: Tensor, quantizer: Quantizer) -> Packed:
-    """A weight (.., out, in) as packed integers, per output channel or group of inputs.
+    """Quantize a weight (.., out, in) by RTN, per output channel or group of inputs; stacked matrices one by one.
 
-    Stacked matrices are rounded one by one. Raises SchemeError when the group does not divide the input side.
+    Raises:
+        SchemeError: the group size does not divide the inputs.
     """
     if weight.ndim > 2:
         return stacked([quantize_weight(matrix, quantizer) for matrix in weight])
@@ -44,9 +45,19 @@ def quantize_weight(weight: Tensor, quantizer: Quantizer) -> Packed:
 def search_clip(
     weight: Tensor, quantizer: Quantizer, *, stored: torch.dtype | None = None, importance: Tensor | None = None
 ) -> Tensor:
-    """The clip ratio of least squared error for each group, shape (.., groups, 1), float32 or wider.
+    """The clip ratio of least squared error for each group.
 
-    stored: dtype of the scales, by default the weight's. importance: of the error at each input, (in,), default equal.
+    Args:
+        weight: shape (.., in).
+        quantizer: how it is quantized.
+        stored: dtype of the scales; by default the weight's.
+        importance: weight of the error at each input, shape (in,); by default all are equal.
+
+    Returns:
+        Ratios in (0, 1], shape (.., groups, 1), float32 or wider.
+
+    Raises:
+        SchemeError: the weight has no inputs, or the group size does not divide them.
     """
     if weight.shape[-1] == 0:
         raise SchemeError(f"a weight of shape {tuple(weight.shape)} has no input side to quantize")
@@ -57,7 +68,7 @@ def search_clip(
     for start in range(0, len(rows), step):
         block, target = rows[start : start + step].to(best.dtype), best[start : start + step]
         share = None
-        if importance is not None:  # row r holds group r modulo the number of groups
+        if importance is not None:  # row r is group r modulo the number of groups
             groups = importance.to(best).view(-1, group)
             share = groups[torch.arange(start, start + len(block), device=groups.device) % len(groups)]
         target.copy_(_search(block, quantizer, stored or weight.dtype, share))
@@ -79,10 +90,19 @@ def _search(block: Tensor, quantizer: Quantizer, stored: torch.dtype, share: Ten
 def round_weights(
     model: nn.Module, plan: Plan, scheme: Scheme, *, progress: Callable[[int, int], None] | None = None
 ) -> None:
-    """Round the weights of a model to the nearest point of their grids, in place.
+    """Quantize the weights of a model by round-to-nearest (RTN), in place.
 
-    The grid stays with each weight (see `weights.py`), so that saving packs the very same numbers. A tied head that is
-    quantized is untied first. `progress(done, total)` counts weights.
+    Scales and zero points are kept with each weight (see `targets.py`), so that saving packs the very same numbers. A
+    tied head that is quantized is untied first.
+
+    Args:
+        model: the model.
+        plan: its plan.
+        scheme: what to quantize; without weights nothing is done.
+        progress: called as `progress(done, total)` after each weight.
+
+    Raises:
+        SchemeError: the group size does not divide the inputs of a weight, which the message names.
     """
     if scheme.weights is None:
         return

@@ -1,10 +1,9 @@
-"""A scheme says what is quantized and how: weights, activations, KV cache.
+"""Quantization schemes: which of weights, activations and KV cache are quantized, and how.
 
-Written in the paper's notation: `W4A8KV4` is 4-bit weights, 8-bit activations, 4-bit keys and values. Parts may be
-left out (`W4A16`, `KV4`), 16 bits mean "not quantized", and a weight group is written `W4g128A16` or `W4A16_g128`.
-Floating formats stand where bits do: `WFP8AFP8`, `WMXFP4A16`. The names that compressed-tensors gives to schemes this
-notation has no other word for (`FP8_DYNAMIC`, `NVFP4A16`, ...) are read too, with or without a cache behind them
-(`NVFP4KVFP8`).
+The notation is the paper's: `W4A8KV4` is 4-bit weights, 8-bit activations, 4-bit keys and values. Parts may be left
+out (`W4A16`, `KV4`), 16 bits mean "not quantized", and a weight group is written `W4g128A16` or `W4A16_g128`.
+Floating-point formats take the place of bits: `WFP8AFP8`, `WMXFP4A16`. Preset names of compressed-tensors
+(`FP8_DYNAMIC`, `NVFP4A16`, ...) are read too, optionally followed by a KV cache part (`NVFP4KVFP8`).
 """
 
 import re
@@ -22,10 +21,10 @@ NOTATION = re.compile(
 )
 Clip = float | Literal["mse"]
 Kind = Literal["int", "fp8", "nvfp4", "mxfp4"]
-# Bits, and the group that belongs to the format (None: any).
+# Bits, and the group size that the format prescribes (None: any).
 FLOATING: dict[str, tuple[int, int | None]] = {"fp8": (8, None), "nvfp4": (4, 16), "mxfp4": (4, 32)}
-# Names of compressed-tensors. W4A16, W8A8 and their kin are this notation already (a channel per scale unless a group
-# is given, where compressed-tensors means groups of 128).
+# Preset names of compressed-tensors. W4A16, W8A8 and the like are read as this notation: one scale per channel unless
+# a group is given, whereas compressed-tensors means groups of 128.
 PRESETS = {
     "FP8_DYNAMIC": "WFP8AFP8",
     "NVFP4": "WNVFP4ANVFP4",
@@ -38,15 +37,29 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Quantizer:
-    """How numbers become codes of `bits` bits, along the last axis.
+    """How numbers are quantized to codes of a few bits, along the last axis.
 
-    symmetric: the grid is centred on zero; otherwise it spans [min(x, 0), max(x, 0)] with an integer zero point.
-    group_size: consecutive numbers that share a scale; None for the whole axis (a channel, a token, a head).
-    clip: fraction of the range that the grid covers, or "mse" to search it per group (weights only).
-    kind: int, or a floating format: fp8 (E4M3), nvfp4 (E2M1, an E4M3 scale per 16), mxfp4 (E2M1, a power of two per
-    32).
-    static: the range is not that of the numbers at hand but one found by calibration, of the whole tensor: the scale of
-    fp8, the factor of nvfp4's scales. peak: that range, the largest magnitude; None before calibration.
+    Attributes:
+        bits: bits per code, 2 to 8.
+        symmetric: the grid is centered on zero; otherwise it spans [min(x, 0), max(x, 0)] with an integer zero point.
+        group_size: consecutive numbers that share a scale; None for the whole axis (a channel, a token, a head).
+        clip: clip ratio, the fraction of the range in (0, 1] that the grid covers; "mse" searches it per group
+            (weights only).
+        kind: "int", or a floating-point format: "fp8" (E4M3), "nvfp4" (E2M1, an E4M3 scale per group of 16), "mxfp4"
+            (E2M1, a power-of-two scale per group of 32).
+        static: the range of the whole tensor is fixed by calibration, instead of computed from the numbers at hand. It
+            sets the scale of fp8, and the per-tensor factor of nvfp4's scales.
+        peak: the static range, as the largest magnitude; None before calibration.
+
+    Raises:
+        SchemeError: bits, group size, clip ratio or peak out of range, or a combination that the format does not have.
+
+    Example:
+        >>> from spinquant import Quantizer
+        >>> Quantizer(bits=4, symmetric=True, group_size=128).top
+        15
+        >>> Quantizer(bits=4, symmetric=True, group_size=16, kind="nvfp4").kind
+        'nvfp4'
     """
 
     bits: int
@@ -59,9 +72,9 @@ class Quantizer:
 
     def __post_init__(self):
         if self.static and (self.kind not in ("fp8", "nvfp4") or (self.kind == "fp8" and self.group_size is not None)):
-            raise SchemeError(f"a static range is for fp8 without groups and for nvfp4: found {self.kind}")
+            raise SchemeError(f"a static range needs fp8 without groups, or nvfp4: found {self.kind}")
         if self.peak is not None and not (self.static and 0 < self.peak < float("inf")):
-            raise SchemeError(f"peak {self.peak!r}: expected a positive number, of a static quantizer")
+            raise SchemeError(f"peak {self.peak!r}: expected a positive number, for a static quantizer")
         if self.kind in FLOATING:
             bits, group = FLOATING[self.kind]
             if self.bits != bits or not self.symmetric or group not in (None, self.group_size):
@@ -73,7 +86,7 @@ class Quantizer:
         elif self.kind != "int":
             raise SchemeError(f"unknown kind of numbers {self.kind!r}: expected int, {', '.join(FLOATING)}")
         if not 2 <= self.bits <= 8:
-            raise SchemeError(f"{self.bits} bits cannot be quantized to: expected 2 to 8, or 16 for none")
+            raise SchemeError(f"cannot quantize to {self.bits} bits: expected 2 to 8, or 16 for none")
         if self.group_size is not None and self.group_size < 1:
             raise SchemeError(f"group size {self.group_size} is not a positive integer")
         if self.clip != "mse" and not 0 < self.clip <= 1:
@@ -81,15 +94,29 @@ class Quantizer:
 
     @property
     def top(self) -> int:
-        """The largest code; codes are 0 .. top."""
+        """The largest code, 2^bits - 1."""
         return 2**self.bits - 1
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """Quantizers of weights, activations (per token, dynamic) and cached keys and values (per head and token).
+    """Quantization scheme of a model: quantizers of weights, activations and KV cache.
 
-    None leaves a part at 16 bits. `lm_head` includes the output head, weights and activations.
+    Usually made by `parse_scheme`. Its text form is the notation, such as "W4A8KV4".
+
+    Attributes:
+        weights: per output channel or group of inputs; None leaves them at 16 bits, as below.
+        activations: inputs of linears, per token, dynamic unless the quantizer is static.
+        kv: cached keys and values, per head and token.
+        lm_head: quantize the output head too, its weights and its inputs.
+
+    Example:
+        >>> from spinquant import Quantizer, Scheme
+        >>> scheme = Scheme(weights=Quantizer(4, symmetric=True, group_size=128), kv=Quantizer(8))
+        >>> str(scheme)
+        'W4g128A16KV8'
+        >>> Scheme.from_dict(scheme.to_dict()) == scheme
+        True
     """
 
     weights: Quantizer | None = None
@@ -109,21 +136,32 @@ class Scheme:
         return part("W", self.weights) + part("A", self.activations) + part("KV", self.kv)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """The scheme as plain dicts for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Scheme":
-        """The scheme that `to_dict` came from."""
+        """The scheme from its `to_dict()` form."""
         parts = {k: Quantizer(**data[k]) if data.get(k) else None for k in ("weights", "activations", "kv")}
         return cls(**parts, lm_head=bool(data.get("lm_head", False)))
 
 
 @dataclass(frozen=True)
 class Clips:
-    """Clip ratios found for single places, which take precedence over the scheme's; for static quantizers the peak.
+    """Clip ratios of single modules, found by calibration; they override the scheme's.
 
-    inputs: by the first of the linears that read an activation. keys, values: by attention module.
+    For static quantizers the numbers are peaks (largest magnitudes) instead of ratios.
+
+    Attributes:
+        inputs: by the name of the first linear that reads an activation.
+        keys: by the name of the attention module.
+        values: by the name of the attention module.
+
+    Example:
+        >>> from spinquant import Clips
+        >>> clips = Clips(inputs={"model.layers.0.mlp.down_proj": 0.9})
+        >>> bool(clips), clips.to_dict()["keys"]
+        (True, {})
     """
 
     inputs: Mapping[str, float] = field(default_factory=dict)
@@ -134,24 +172,24 @@ class Clips:
         return bool(self.inputs or self.keys or self.values)
 
     def to_dict(self) -> dict[str, dict[str, float]]:
-        """As JSON."""
+        """The clips as plain dicts for JSON."""
         return {"inputs": dict(self.inputs), "keys": dict(self.keys), "values": dict(self.values)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Mapping[str, float]]) -> "Clips":
-        """The clips that `to_dict` came from."""
+        """The clips from their `to_dict()` form."""
         return cls(**{name: dict(data.get(name, {})) for name in ("inputs", "keys", "values")})
 
 
 def with_clip(quantizer: Quantizer | None, found: float | None) -> Quantizer | None:
-    """The quantizer with another clip ratio, or a static one with another peak; as it is where none was found."""
+    """The quantizer with the clip ratio (or peak, if static) that was found; unchanged if none was."""
     if quantizer is None or found is None:
         return quantizer
     return replace(quantizer, peak=found) if quantizer.static else replace(quantizer, clip=found)
 
 
 def static_parts(scheme: Scheme) -> tuple[str, ...]:
-    """What of a scheme has static ranges: "activations", "kv"."""
+    """Which of "activations" and "kv" have static ranges in a scheme."""
     parts = {"activations": scheme.activations, "kv": scheme.kv}
     return tuple(name for name, quantizer in parts.items() if quantizer is not None and quantizer.static)
 
@@ -166,11 +204,34 @@ def parse_scheme(
     kv_clip: float = 1.0,
     lm_head: bool = False,
 ) -> Scheme:
-    """A scheme from notation such as W4A4KV4, W4g128A16, W8A8, KV4 or "none".
+    """Parse a quantization scheme from notation such as W4A4KV4, W4g128A16, W8A8, KV4, WFP8AFP8 or "none".
 
-    Weights are symmetric per output channel, or per `group_size` inputs; activations asymmetric per token unless
-    `activation_symmetric`; keys and values asymmetric per head and token. A `Scheme` is returned as it is.
-    Raises SchemeError for text that is not of this form.
+    Weights are symmetric per output channel or group of inputs, activations per token, keys and values asymmetric per
+    head and token. 16 bits, or a part left out, means not quantized.
+
+    Args:
+        text: the notation, a preset name of compressed-tensors (FP8_DYNAMIC, NVFP4, ...), or a `Scheme`, which is
+            returned unchanged.
+        group_size: inputs that share a weight scale; None for one scale per output channel.
+        weight_clip: clip ratio of weights in (0, 1]; "mse" searches it per channel or group.
+        activation_clip: clip ratio of activations.
+        activation_symmetric: symmetric activations; by default they are asymmetric.
+        kv_clip: clip ratio of keys and values.
+        lm_head: quantize the output head too.
+
+    Returns:
+        The scheme.
+
+    Raises:
+        SchemeError: the text is not of this form, or contradicts the options.
+
+    Example:
+        >>> from spinquant import parse_scheme
+        >>> scheme = parse_scheme("W4A8KV4", group_size=128)
+        >>> scheme.weights.bits, scheme.weights.group_size, scheme.activations.bits, scheme.kv.bits
+        (4, 128, 8, 4)
+        >>> str(parse_scheme("FP8_DYNAMIC"))
+        'WFP8AFP8KV16'
     """
     if isinstance(text, Scheme):
         return text
@@ -182,7 +243,7 @@ def parse_scheme(
         return Scheme(lm_head=lm_head)
     if not compact or match is None or not any(match.group(k) for k in ("w", "a", "kv")):
         raise SchemeError(
-            f"cannot read scheme {text!r}: expected the form W<bits>[g<group>]A<bits>KV<bits>, parts optional, such as "
+            f"cannot parse scheme {text!r}: expected W<bits>[g<group>]A<bits>KV<bits> with optional parts, such as "
             f"W4A4KV4, W4A16, W4g128A16, W8A8, KV4 or WFP8AFP8, or one of {', '.join(PRESETS)}"
         )
     weights = _quantizer(match.group("w"), symmetric=True, clip=weight_clip)

@@ -1,8 +1,8 @@
-"""The weights that a scheme covers, each as matrices (.., out, in), however a model keeps them.
+"""Quantization targets: the weights that a scheme covers, each viewed as matrices (.., out, in).
 
-A linear keeps (out, in), a Conv1D (in, out), and experts are stacked, one matrix behind the other, either way round.
-Numbers are rounded along the last axis of the matrices, so that nothing else has to know. A checkpoint may have the
-experts of a module one by one: then each of them is a weight of its own.
+A linear stores (out, in), a Conv1D (in, out), and experts are stacked along the first axis in either orientation. All
+rounding is along the last axis of the view, so no other code has to know the layout. A checkpoint may store the
+experts of a module one by one; each is then a target of its own.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from spinquant.plan import Plan
 from spinquant.quantization.integer import Packed, dequantize
 from spinquant.quantization.scheme import Scheme
 
-PARTS = ("scale", "zero")  # what lies beside a rounded weight, under the weight's name and this ending
+PARTS = ("scale", "zero")  # suffixes of the buffers that are registered beside a quantized weight
 
 
 @dataclass(frozen=True)
@@ -31,24 +31,24 @@ class Weight:
         return self.turned(named_tensor(model, self.tensor).detach())
 
     def turned(self, tensor: Tensor) -> Tensor:
-        """From the way it is kept to (.., out, in), or back: a view."""
+        """A view from the stored layout to (.., out, in), or back."""
         return tensor.mT if self.transposed else tensor
 
     def turned_dim(self, dim: int, ndim: int) -> int:
-        """Where an axis of the tensor is in its matrices."""
+        """The axis of the (.., out, in) view that an axis of the tensor becomes."""
         return 2 * ndim - 3 - dim if self.transposed and dim >= ndim - 2 else dim
 
     def put(self, model: nn.Module, packed: Packed) -> None:
-        """Put quantized numbers into the model, with the grid that they lie on (`X_scale`, `X_zero`) as buffers."""
+        """Write quantized numbers into the model, with their scale and zero point as buffers (`X_scale`, `X_zero`)."""
         matrices = self.matrices(model)
         if matrices.ndim == 2:
             matrices.copy_(dequantize(packed))
-        for i, matrix in enumerate(matrices if matrices.ndim > 2 else ()):  # a stack is most of a block
+        for i, matrix in enumerate(matrices if matrices.ndim > 2 else ()):  # one by one: a stack is most of a block
             matrix.copy_(dequantize(packed.with_tensors(*(tensor[i] for tensor in packed.tensors()))))
         self.keep_grid(model, packed.scale, packed.zero)
 
     def keep_grid(self, model: nn.Module, scale: Tensor, zero: Tensor | None) -> None:
-        """Put the grid beside the weight, as buffers that are not part of the state dict."""
+        """Register scale and zero point beside the weight, as buffers that are not part of the state dict."""
         self.forget_grid(model)
         owner, name = module_and_attribute(model, self.tensor)
         for part, tensor in zip(PARTS, (scale, zero), strict=True):
@@ -56,13 +56,13 @@ class Weight:
                 owner.register_buffer(f"{name}_{part}", tensor, persistent=False)
 
     def grid(self, model: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-        """(scale, zero point), None where there is none."""
+        """(scale, zero point) of the weight, None for each that is missing."""
         owner, name = module_and_attribute(model, self.tensor)
         scale, zero = (owner._buffers.get(f"{name}_{part}") for part in PARTS)
         return scale, zero
 
     def forget_grid(self, model: nn.Module) -> None:
-        """Take the grid away; the numbers stay."""
+        """Remove the scale and zero point buffers; the weight stays."""
         owner, name = module_and_attribute(model, self.tensor)
         for part in PARTS:
             owner._buffers.pop(f"{name}_{part}", None)
@@ -70,7 +70,7 @@ class Weight:
 
 
 def weights_of(plan: Plan, scheme: Scheme) -> list[Weight]:
-    """The weights that a scheme covers, by the names of the plan: linears in order of execution, then experts."""
+    """The weights that a scheme covers, with the plan's names: linears in order of execution, then experts."""
     return list(_weights(plan, scheme))
 
 
@@ -82,16 +82,17 @@ def _weights(plan: Plan, scheme: Scheme) -> Iterator[Weight]:
 
 
 def parts_tied(plan: Plan, scheme: Scheme) -> bool:
-    """Whether tensors that share memory cannot under a scheme: each is rounded by itself.
+    """Whether a scheme makes tied tensors untied, because each is quantized separately.
 
-    At 16 bits our own format has flat weights, and transformers ties none: it would pad their biases.
+    With weights at 16 bits the native format stores flat weights, and transformers does not tie those: it would pad
+    their biases.
     """
     covered = linear_weights(plan, scheme) if scheme.weights is None else weights_of(plan, scheme)
     return not plan.tied.keys().isdisjoint(weight.tensor for weight in covered)
 
 
 def linear_weights(plan: Plan, scheme: Scheme) -> list[Weight]:
-    """The weights of linears alone, with the head's where the scheme covers it."""
+    """The weights of linear modules that a scheme covers, without experts; the head's if the scheme covers it."""
     found = [Weight(plan.weight_of(name), plan.transposed) for group in plan.linears for name in group]
     return [*found, Weight(plan.head)] if scheme.lm_head else found
 
@@ -103,17 +104,23 @@ def linears_of(plan: Plan, scheme: Scheme) -> list[str]:
 
 
 def check_fits(plan: Plan, shapes: Mapping[str, Sequence[int]], scheme: Scheme) -> None:
-    """Raise SchemeError for inputs that cannot be rounded, and when a group size does not divide the input of a weight.
+    """Check that a scheme fits a model before any work is done.
 
-    shapes: of all tensors, by the names of the plan.
+    Args:
+        plan: the plan of the model.
+        shapes: shapes of all tensors, by the plan's names.
+        scheme: the scheme.
+
+    Raises:
+        SchemeError: inputs of a linear cannot be quantized, or a group size does not divide the inputs of a weight.
     """
     if scheme.activations is not None and plan.uncalled:
         raise SchemeError(
-            f"scheme {scheme} rounds the inputs of linears, and {plan.family}, as configured, multiplies by the weight "
-            f"of {plan.uncalled[0]} without calling it: nothing can be done to its input. Leave activations at 16 "
-            "bits, or change the config"
+            f"scheme {scheme} quantizes the inputs of linears, but {plan.family}, as configured, multiplies by the "
+            f"weight of {plan.uncalled[0]} without calling the module, so its input cannot be quantized. Leave "
+            "activations at 16 bits, or change the config"
         )
-    # Found out now, this costs nothing; found out by the rounding, it costs a rotated model.
+    # Checked here, an error costs nothing; found while rounding, it would cost the time to rotate the model.
     for label, quantizer in (("weight", scheme.weights), ("activation", scheme.activations)):
         if quantizer is None or quantizer.group_size is None:
             continue
@@ -122,6 +129,6 @@ def check_fits(plan: Plan, shapes: Mapping[str, Sequence[int]], scheme: Scheme) 
             if length % quantizer.group_size:
                 raise SchemeError(
                     f"{label} group size {quantizer.group_size} does not divide the {length} inputs of "
-                    f"{weight.tensor.removesuffix('.weight')}: choose a group that divides "
-                    "every linear's input, or none"
+                    f"{weight.tensor.removesuffix('.weight')}: choose a group size that divides "
+                    "every linear's inputs, or none"
                 )

@@ -1,4 +1,4 @@
-"""TRANSFORM_TYPES"""
+"""Make rotations for the spaces of a plan: Hadamard, randomized Hadamard, random orthogonal, or Kronecker products."""
 
 import hashlib
 from collections.abc import Mapping
@@ -19,18 +19,18 @@ TRANSFORM_TYPES = ("hadamard", "random-hadamard", "random-matrix", "auto")
 
 
 def generator_for(seed: int, label: str) -> torch.Generator:
-    """The stream of random numbers that a seed gives one use, which the label names."""
+    """An independent random generator for each use (`label`) of one seed."""
     digest = hashlib.sha256(f"{seed}/{label}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def random_signs(order: int, generator: torch.Generator) -> Tensor:
-    """Independent fair signs, int8, shape (order,)."""
+    """Independent random signs, +1 or -1 with equal probability; int8, shape (order,)."""
     return torch.randint(0, 2, (order,), generator=generator, dtype=torch.int8) * 2 - 1
 
 
 def random_orthogonal(order: int, generator: torch.Generator) -> Tensor:
-    """A Haar-distributed orthogonal matrix, float64, shape (order, order)."""
+    """A Haar-distributed random orthogonal matrix, float64, shape (order, order); see `rotation.py` for the method."""
     gaussian = torch.randn(order, order, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)
     return q * r.diagonal().sign()
@@ -38,15 +38,31 @@ def random_orthogonal(order: int, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class RotationSpec:
-    """Which rotations a user asks for.
+    """Which rotations to apply, of which type, block size and seed.
 
-    rotations: some of R1, R2, R3, R4.
-    transform_type: hadamard, random-hadamard, random-matrix (Haar orthogonal), or auto (random-hadamard where a
-        matrix of the order is known, else an orthogonal odd factor times a Hadamard power of two); one for all, or
-        one per rotation, as in {"R4": "hadamard"}.
-    block_size: order of the blocks, None for one block per space; one for all, or one per rotation.
-    randomize: a rotation of its own for every layer, instead of one per kind of space.
-    seed: of everything random. The same spec gives the same rotations bit for bit.
+    The same spec gives the same rotations bit for bit.
+
+    Attributes:
+        rotations: some of R1 to R4, as a tuple or as text such as "R1,R2". R1 and R2 are offline rotations, fused into
+            the weights; R3 and R4 run online.
+        transform_type: "hadamard"; "random-hadamard" (default; random signs times a Hadamard matrix);
+            "random-matrix" (Haar-distributed orthogonal); or "auto" (random-hadamard if a Hadamard matrix of the order
+            is known, else the Kronecker product of an orthogonal matrix of odd order and a Hadamard matrix whose order
+            is a power of two). One type for all rotations, or one per rotation, such as {"R4": "hadamard"}.
+        block_size: order of the blocks of a block-diagonal rotation; None for one block per space. One for all
+            rotations, or one per rotation.
+        randomize: draw a rotation of its own for every layer, instead of one for all spaces of the same kind.
+        seed: seed of everything random.
+
+    Raises:
+        RotationError: an unknown rotation or type, a block size below 1, an option for a rotation that is not asked
+            for, or `randomize` where nothing is random.
+
+    Example:
+        >>> from spinquant import RotationSpec
+        >>> spec = RotationSpec("R1,R4", {"R4": "hadamard"}, block_size={"R4": 32})
+        >>> spec.rotations, spec.type_of("R1"), spec.type_of("R4"), spec.block_of("R1")
+        (('R1', 'R4'), 'random-hadamard', 'hadamard', None)
     """
 
     rotations: tuple[str, ...] = ("R1", "R2")
@@ -77,27 +93,28 @@ class RotationSpec:
             raise RotationError("randomize does nothing to type hadamard, which is not random: use random-hadamard")
 
     def type_of(self, rotation: str) -> str:
-        """Transform type for a rotation such as "R4"."""
+        """Transform type of a rotation such as "R4"."""
         if isinstance(self.transform_type, Mapping):
             return self.transform_type.get(rotation, "random-hadamard")
         return self.transform_type
 
     def block_of(self, rotation: str) -> int | None:
-        """Block size for a rotation such as "R4"."""
+        """Block size of a rotation such as "R4"; None for one block per space."""
         if isinstance(self.block_size, Mapping):
             return self.block_size.get(rotation)
         return self.block_size
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """The spec as plain dicts for JSON."""
         return asdict(self)
 
 
 def choose(space: Space, spec: RotationSpec) -> dict[str, Any]:
-    """Kind, order and construction of the rotation that a spec gives a space, without making it.
+    """Describe the rotation that a spec gives a space (kind, order, construction) without making it.
 
-    Raises RotationError when the block size does not divide the space, and HadamardOrderError when no Hadamard matrix
-    of the order is known and the type does not fall back on another form.
+    Raises:
+        RotationError: the block size does not divide the space.
+        HadamardOrderError: no Hadamard matrix of the order is known and the type is not "auto".
     """
     order = spec.block_of(space.rotation) or space.size
     if space.size % order:
@@ -125,9 +142,27 @@ def choose(space: Space, spec: RotationSpec) -> dict[str, Any]:
 
 
 def make_rotations(plan: Plan, spec: RotationSpec) -> dict[str, Rotation]:
-    """A rotation for every space that the spec rotates, by the space's name.
+    """Make the rotation of every space that the spec rotates.
 
-    Raises RotationError when a rotation is refused for this model, and what `choose` raises.
+    Args:
+        plan: the plan of the model, from `make_plan` or `plan_of`.
+        spec: which rotations, of which type, block size and seed.
+
+    Returns:
+        Rotations by the name of the space. Spaces of the same kind and size share one, unless `spec.randomize` is set.
+
+    Raises:
+        RotationError: a rotation is impossible for this model, or the block size does not divide a space.
+        HadamardOrderError: no Hadamard matrix of a needed order is known and the type is not "auto".
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from spinquant import RotationSpec, make_rotations, plan_of
+        >>> config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(config)
+        >>> rotations = make_rotations(plan_of(model), RotationSpec(("R1", "R2"), seed=1))
+        >>> {space: rotation.order for space, rotation in rotations.items()}
+        {'residual': 32, 'layers.0.value': 16}
     """
     rotated = plan.rotated(spec.rotations)
     shared: dict[tuple[str, int, bool], Rotation] = {}
@@ -146,8 +181,8 @@ def make_rotations(plan: Plan, spec: RotationSpec) -> dict[str, Rotation]:
 
 
 def make_rotation(space: Space, spec: RotationSpec, label: str) -> Rotation:
-    """The rotation that a spec gives one space; the label names its stream of random numbers. Raises as `choose`."""
-    # A stream of random numbers per space: leaving one rotation out does not change the others.
+    """The rotation that a spec gives one space; `label` selects its random numbers. Raises the errors of `choose`."""
+    # One generator per space: leaving one rotation out does not change the others.
     generator = generator_for(spec.seed, label)
     chosen = choose(space, spec)
     order = chosen["order"]
@@ -169,6 +204,6 @@ def _mean_preserving_rotation(chosen: Mapping[str, Any], generator: torch.Genera
         return Orthogonal(random_mean_preserving(order, random_orthogonal(order - 1, generator)))
     power = chosen["hadamard_order"]
     signs, odd = random_signs(power, generator), order // power
-    signs[0] = 1  # the mean keeps its sign
+    signs[0] = 1  # the sign of the mean must not change
     weight = None if odd == 1 else random_mean_preserving(odd, random_orthogonal(odd - 1, generator))
     return CentredRandomHadamard(signs, weight)

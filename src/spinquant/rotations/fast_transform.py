@@ -1,14 +1,14 @@
-"""The fast transform: a Kronecker product of small matrices applied to the last axis.
+"""Fast transform: apply a Kronecker product of small matrices to an axis of a tensor.
 
     y = x (F1 kron F2 kron ...)
 
-costs one small matrix product per factor instead of one of the full order. What limits it on a CPU is
-memory, so rows go through all factors in chunks that stay in cache, in two buffers used in turn. Half
-types are widened chunk by chunk and rounded once, at the end. A factor that commutes with the exchange of
-two equal runs of indices is split into sums and differences of the runs, which halves its arithmetic.
+costs one small matrix product per factor instead of one of the full order. On a CPU it is limited by memory
+bandwidth, so rows go through all factors in chunks that stay in cache, alternating between two buffers. Half-precision
+inputs are widened chunk by chunk and rounded once, at the end. A factor that commutes with the exchange of two equal
+runs of indices is split into sums and differences of the runs, which halves its arithmetic.
 
-A factor may be named instead of given: `Sylvester`, which `numba_kernels.py` applies where numba is installed.
-`_apply` is the only place that does the arithmetic.
+A factor is a matrix, or `Sylvester`: a Hadamard matrix that `numba_kernels.py` applies by butterflies if numba is
+installed. `_apply` is the only place that does the arithmetic.
 """
 
 import math
@@ -26,36 +26,38 @@ from spinquant.compute.threads import each
 from spinquant.compute.workspace import workspace
 from spinquant.errors import RotationError
 
-# Elements per chunk. Measured with 32 MiB of L3: 2^18 is up to 20 % slower (calls), 2^21 up to twice (cache).
+# Elements per chunk. Measured with 32 MiB of L3: 2^18 is up to 20 % slower (call overhead), 2^21 up to twice as slow
+# (cache misses).
 _CHUNK = 1 << 20
-# Smaller factors do not repay the two additional passes of a split: 76 is equal, 148 and 172 gain a quarter.
+# The two additional passes of a split do not pay for smaller factors: order 76 takes the same time, 148 and 172 take
+# a quarter less.
 _SPLIT_FROM = 92
 
-# Kernels, and the compiler that comes with them, take 105 MB: what three times a largest tensor of this size leaves
-# of a stream's bound on memory. Bytes, in float32.
+# Bytes of the largest tensor in float32 from which kernels are used. Kernels and numba's compiler take 105 MB, which
+# is what three times a largest tensor of this size leaves of the memory bound of streaming.
 COMPILED_FROM = 48 << 20
 _barred = False
 
-# A step reads one flat buffer and fills another of the same size.
+# A step reads one flat buffer and writes another of the same size.
 _Step = Callable[[Tensor, Tensor], object]
 
 
 @dataclass(frozen=True)
 class Sylvester:
-    """The orthonormal matrix of butterflies, of an order that is a power of two from 2 on; symmetric."""
+    """The orthonormal Sylvester-Hadamard matrix, applied by butterflies; symmetric, its order a power of two >= 2."""
 
     order: int
 
     def __post_init__(self):
         if self.order < 2 or self.order & (self.order - 1):
-            raise RotationError(f"butterflies have an order that is a power of two from 2 on, not {self.order}")
+            raise RotationError(f"a Sylvester matrix has an order that is a power of two, at least 2, not {self.order}")
 
     def __len__(self) -> int:
         return self.order
 
     @property
     def shape(self) -> tuple[int, int]:
-        """As of a matrix."""
+        """(order, order), as of a dense matrix."""
         return self.order, self.order
 
 
@@ -64,7 +66,7 @@ Factor = Tensor | Sylvester
 
 @lru_cache(maxsize=1)
 def kernels() -> ModuleType | None:
-    """The compiled kernels, where numba is installed."""
+    """The compiled kernels; None if numba is not installed."""
     try:
         from spinquant.rotations import numba_kernels
     except ImportError:
@@ -74,10 +76,15 @@ def kernels() -> ModuleType | None:
 
 @contextmanager
 def kernels_for(largest: int) -> Iterator[bool]:
-    """Within the block, and in all threads, kernels are for models whose largest tensor takes `COMPILED_FROM` bytes.
+    """Within the block, in all threads, use compiled kernels only if the model's largest tensor repays their memory.
 
-    largest: bytes of it in float32. Gives whether they are taken. Fusing into one model does this in memory and as a
-    stream alike, or last bits would differ.
+    Fusing in memory and streaming both decide this way, or their last bits would differ.
+
+    Args:
+        largest: bytes of the largest tensor in float32, compared with `COMPILED_FROM`.
+
+    Yields:
+        Whether kernels are used.
     """
     global _barred
     before, _barred = _barred, _barred or largest < COMPILED_FROM
@@ -88,7 +95,7 @@ def kernels_for(largest: int) -> Iterator[bool]:
 
 
 def takes_kernels(x: Tensor) -> bool:
-    """Whether `Sylvester` factors can be applied to a tensor: a plain one on a CPU, outside torch.compile."""
+    """Whether `Sylvester` factors can be applied to x: a plain CPU tensor, outside torch.compile, numba installed."""
     plain = x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter)
     return plain and not _barred and not torch.compiler.is_compiling() and kernels() is not None
 
@@ -96,11 +103,23 @@ def takes_kernels(x: Tensor) -> bool:
 def kronecker_transform(
     x: Tensor, factors: Sequence[Factor], *, transpose: bool = False, dim: int = -1, out: Tensor | None = None
 ) -> Tensor:
-    """Return x contracted with R = F1 kron F2 kron ... along an axis, or with R^T.
+    """Contract x with R = F1 kron F2 kron ... along an axis.
 
-    The axis is transformed block by block where it is longer than R. Differentiable with respect to x alone. Half
-    types are computed in float32. `out` is contiguous, like x, and may be x itself; it saves the pages of a new
-    tensor, which cost as much as the arithmetic. Raises RotationError where R does not divide the axis.
+    Differentiable with respect to x alone. Half-precision inputs are computed in float32.
+
+    Args:
+        x: floating-point tensor; axis `dim` is a multiple of the order of R and is transformed block by block.
+        factors: square matrices, or `Sylvester`, in the order of the product.
+        transpose: contract with R^T instead.
+        dim: the axis.
+        out: contiguous tensor of x's shape and dtype for the result; may be x itself. It saves the memory pages of a
+            new tensor, which cost as much as the arithmetic. Without gradients only.
+
+    Returns:
+        A tensor of x's shape and dtype.
+
+    Raises:
+        RotationError: R does not divide the axis, x is not floating point, or `out` does not fit.
     """
     order = math.prod(factor.shape[0] for factor in factors)
     if x.dim() == 0 or order == 0 or x.shape[dim] % order:
@@ -145,7 +164,7 @@ def _apply(x: Tensor, factors: Sequence[Factor], transpose: bool, dim: int, out:
     rows, results = x.reshape(-1, order, width), result.view(-1, order, width)
     parts = [_prepare(factor, transpose, dtype, x.device) for factor in reversed(factors)]
     on_cpu = x.device.type == "cpu"
-    # A chunk is some whole rows, or some columns of one row where a row is longer than a chunk.
+    # A chunk is several whole rows, or several columns of one row if a row is longer than a chunk.
     count = max(1, _CHUNK // (order * width)) if on_cpu else len(rows)
     columns = min(width, max(16, _CHUNK // order)) if on_cpu else width
 
@@ -160,7 +179,7 @@ def _apply(x: Tensor, factors: Sequence[Factor], transpose: bool, dim: int, out:
 
 
 def _apply_chunk(source: Tensor, target: Tensor, steps: list[_Step], dtype: torch.dtype) -> None:
-    """Take one chunk through the steps, in two buffers used in turn; the last step writes where it can."""
+    """Take one chunk through the steps, alternating between two buffers; the last one writes to the target."""
     flat = source.numel()
     buffers = [workspace(slot, (flat,), dtype, source) for slot in range(2)]
     turn = 0
@@ -181,7 +200,7 @@ def _apply_chunk(source: Tensor, target: Tensor, steps: list[_Step], dtype: torc
 
 
 def _prepare(factor: Factor, transpose: bool, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
-    """Return the factor alone, or the two halves it splits into where that pays."""
+    """The factor itself, or the two halves that it splits into if that is faster."""
     if isinstance(factor, Sylvester):
         return (factor,)
     factor = (factor.T if transpose else factor).to(device=device, dtype=dtype)
@@ -195,8 +214,8 @@ def _prepare(factor: Factor, transpose: bool, dtype: torch.dtype, device: torch.
 
 
 def _steps(parts: Sequence[tuple[Any, ...]], width: int) -> list[_Step]:
-    """Return the steps for the prepared factors, last factor first. width: elements behind the axis."""
-    steps: list[_Step] = []  # `width` grows by the orders of the factors behind
+    """The steps for the prepared factors, last factor first. width: elements after the axis."""
+    steps: list[_Step] = []  # `width` is multiplied by the orders of the factors already applied
     for part in parts:
         if isinstance(part[0], Sylvester):
             steps.append(_butterflies(part[0].order, width))
@@ -209,7 +228,7 @@ def _steps(parts: Sequence[tuple[Any, ...]], width: int) -> list[_Step]:
 
 
 def _multiply(x: Tensor, factor: Tensor, out: Tensor) -> None:
-    """out[b, j, w] = sum_i x[b, i, w] factor[i, j]; one product of matrices where w is alone."""
+    """out[b, j, w] = sum_i x[b, i, w] factor[i, j]; a single matrix product if w has length 1."""
     batch, order, width = x.shape
     if width == 1:
         torch.mm(x.view(batch, order), factor, out=out.view(batch, order))
@@ -242,7 +261,7 @@ def _dense_step(factor: Tensor, width: int) -> _Step:
 
 
 def _exchangeable(factor: Tensor, run: int) -> bool:
-    """Whether exchanging the first two runs of rows and of columns leaves the factor as it is."""
+    """Whether exchanging the first two runs of rows and of columns leaves the factor unchanged."""
     first, second, rest = slice(run), slice(run, 2 * run), slice(2 * run, None)
     return (
         torch.equal(factor[first, first], factor[second, second])
@@ -253,7 +272,7 @@ def _exchangeable(factor: Tensor, run: int) -> bool:
 
 
 def _split_steps(odd: Tensor, even: Tensor, width: int) -> list[_Step]:
-    """Differences of the two runs only meet differences, sums (with the remaining indices) only sums."""
+    """Steps for a split factor: differences of the two runs, and sums with the remaining indices, multiply apart."""
     run, order = len(odd), len(odd) + len(even)
 
     def whole(flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Quadratic characters of finite fields, from which Paley's matrices are made.
+"""Quadratic characters of finite fields, from which Paley's Hadamard matrices are constructed.
 
 The field of q = p^e elements is F_p[x] modulo a monic polynomial of degree e. If x generates all q - 1
 nonzero elements, the polynomial is primitive, and the character that tells squares from non-squares is
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def factorize(number: int) -> dict[int, int]:
-    """Return prime -> exponent, by trial division."""
+    """Exponents by prime, by trial division."""
     factors: dict[int, int] = {}
     divisor = 2
     while divisor * divisor <= number:
@@ -31,11 +31,12 @@ def factorize(number: int) -> dict[int, int]:
 
 @lru_cache(maxsize=1024)
 def is_prime_power(number: int) -> bool:
+    """Whether a number is a power of one prime."""
     return len(factorize(number)) == 1
 
 
 def _powers_of_x(p: int, reduction: tuple[int, ...]) -> list[int]:
-    """Return 1, x, x^2, ... until 1 recurs, where x^e = sum reduction[i] x^i."""
+    """The powers 1, x, x^2, ... until 1 recurs, where x^e = sum reduction[i] x^i."""
     unit = (1, *[0] * (len(reduction) - 1))
     element, powers = unit, []
     while True:
@@ -47,7 +48,11 @@ def _powers_of_x(p: int, reduction: tuple[int, ...]) -> list[int]:
 
 
 def quadratic_character(q: int) -> Tensor:
-    """Return chi as q int8 entries: 0 at zero, 1 at squares, -1 elsewhere; q is an odd prime power."""
+    """Quadratic character of the field of q elements, q an odd prime power.
+
+    Returns:
+        int8, shape (q,): 0 at zero, 1 at squares, -1 elsewhere.
+    """
     ((p, degree),) = factorize(q).items()
     for reduction in product(range(p), repeat=degree):
         if reduction[0] == 0:  # x would divide zero and its powers never return to 1
@@ -62,8 +67,11 @@ def quadratic_character(q: int) -> Tensor:
 
 
 def jacobsthal(q: int) -> Tensor:
-    """Return the q x q int8 matrix chi(a - b), with 0 first and, for q = 1 mod 4, each element next to -element
-    at distance (q - 1) / 2: elements are ordered 0, then one of each pair {a, -a}, then their negatives."""
+    """Jacobsthal matrix chi(a - b), int8, shape (q, q).
+
+    Elements are ordered 0, then one of each pair {a, -a}, then their negatives, so for q = 1 mod 4 an element and its
+    negative are (q - 1) / 2 apart.
+    """
     ((p, degree),) = factorize(q).items()
     scale = p ** torch.arange(degree)
     digits = torch.arange(q)[:, None] // scale % p  # (q, e)

@@ -1,11 +1,11 @@
-"""The pure core: one tensor in, the fused tensor out.
+"""Fuse norm gains and rotations into one weight tensor: tensor in, fused tensor out.
 
-    T' = T, scaled along the axes that read a norm by that norm's gain (the bias of a norm is divided by it),
-         and along those that write or read a space with scales of its own by them, or their inverse,
-         then contracted along every axis that lives in a rotated space with the rotation of that space
+    T' = T, multiplied along each axis that reads a norm by the norm's gain (a norm's bias is divided by it),
+         multiplied along each axis that writes a scaled space by its scales (divided, for an axis that reads it),
+         then contracted along each axis of a rotated space with the rotation of that space
 
-The module and stream backends, and learning, all call `transform`; there is no other place where a weight is
-rotated, and no case per layer type: embedding, input side, output side, bias, attention heads are axes.
+Fusing a module, streaming a checkpoint and learning all call `transform`; weights are rotated nowhere else. There is
+no case per layer type: embeddings, input sides, output sides, biases and attention heads are all axes.
 """
 
 import math
@@ -22,7 +22,7 @@ from spinquant.plan import Gain, Plan, Span
 from spinquant.rotations.rotation import Rotation
 from spinquant.rotations.wrappers import Scaled
 
-# Elements fused at once, which then stay in cache.
+# Elements fused at once, so that they stay in cache.
 SLICE = 1 << 20
 
 
@@ -38,13 +38,24 @@ def transform(
     out: Tensor | None = None,
     place: tuple[int, int] = (0, 0),
 ) -> Tensor:
-    """The tensor called `name` of the rotated model.
+    """The fused value of one weight: gains and scales multiplied in, then rotated.
 
-    gains: the original weights of the norms, by name. rotations: by space name; a space without one stays.
-    precision: dtype of the arithmetic, by default float32 for half types and the tensor's own for others.
-    work: working memory that the result may share, contiguous, of the tensor's shape and the dtype of the arithmetic.
-    out: for the result; may be the tensor itself. place: (dim, element of it) at which a part of the tensor begins.
-    Returns the same shape, dtype and device; the input itself when nothing touches it and there is no `out`.
+    Args:
+        name: name of the tensor in the plan.
+        tensor: the original weight, or a part of it (see `place`).
+        plan: the plan of the model.
+        gains: the original norm weights by name.
+        rotations: rotations by space name; a space without one is not rotated.
+        precision: dtype of the arithmetic; by default float32 for half-precision tensors, else the tensor's own.
+        work: working memory that the result may share: contiguous, of the tensor's shape, in the arithmetic's dtype.
+        out: tensor for the result; may be the input itself.
+        place: (dim, index) at which a part of the whole tensor begins.
+
+    Returns:
+        A tensor of the same shape, dtype and device; the input itself if nothing changes it and there is no `out`.
+
+    Raises:
+        RotationError: a norm's gain is zero where its bias is not.
     """
     gain = plan.gain_of_norm.get(name)
     if gain is not None and gain.space in rotations:
@@ -55,7 +66,7 @@ def transform(
     axes = [axis for axis in plan.axes_of.get(name, ()) if axis.space in rotations]
     if not scales and not axes:
         return tensor if out is None else _copy(tensor, out)
-    # Rounding once, at the end, keeps half-precision checkpoints as close to the original as the format allows.
+    # A single rounding at the end keeps half-precision checkpoints as close to the original as the dtype allows.
     wide = _wide(tensor, precision)
     fused = tensor if tensor.dtype == wide else tensor.to(wide) if work is None else _copy(tensor, work)
     for scale, dim in scales:
@@ -70,7 +81,7 @@ def transform(
 
 
 def scales_of(name: str, plan: Plan, rotations: Mapping[str, Rotation]) -> Iterator[tuple[Tensor, int]]:
-    """What the axes of a tensor are multiplied by because spaces have scales: (factors of the whole axis, its dim)."""
+    """Channel scales of a tensor, from `Scaled` rotations: (factors of the whole axis, its dim) for each."""
     for scaling, dim, span, writes in plan.scalings_of.get(name, ()):
         rotation = rotations.get(scaling.space)
         if isinstance(rotation, Scaled):
@@ -82,12 +93,12 @@ def scales_of(name: str, plan: Plan, rotations: Mapping[str, Rotation]) -> Itera
 
 
 def _without_gain(bias: Tensor, scale: Tensor, gain: Gain) -> Tensor:
-    """What a norm has to add before its scale is applied, by its readers from now on."""
+    """The bias of a norm whose scale is fused into its readers: bias / scale."""
     lost = (scale == 0) & (bias != 0)
     if lost.any():
         raise RotationError(
-            f"{gain.norm} is zero in {int(lost.sum())} places where {gain.bias} is not: what the norm adds there "
-            f"cannot be said once its scale is fused. Leave out the rotation of {gain.space}."
+            f"{gain.norm} is zero in {int(lost.sum())} places where {gain.bias} is not: that bias cannot be expressed "
+            f"once the scale is fused into the next linear. Leave out the rotation of {gain.space}."
         )
     return torch.where(scale == 0, torch.zeros_like(bias), bias / scale)
 
@@ -103,10 +114,17 @@ def fuse_in_place(
     shape: Sequence[int] | None = None,
     first: int = 0,
 ) -> None:
-    """`transform` into the tensor's own memory, slice by slice. On a CPU the number of threads changes no bit.
+    """Fuse a weight in place, slice by slice; see `transform`. On a CPU the number of threads changes no bit.
 
-    Rows alone may be given, from row `first` on, whole slices of them (`rows_at_once`), with the `shape` of the tensor
-    that they are of.
+    Args:
+        name: name of the tensor in the plan.
+        tensor: the weight, or whole slices of its rows (`rows_at_once`).
+        plan: the plan of the model.
+        gains: the original norm weights by name.
+        rotations: rotations by space name.
+        precision: dtype of the arithmetic, as in `transform`.
+        shape: shape of the whole weight, if only rows of it are given.
+        first: number of the first row that is given.
     """
 
     def fuse(piece: tuple[Tensor, tuple[int, int]]) -> None:
@@ -119,7 +137,7 @@ def fuse_in_place(
 
 
 def _copy(source: Tensor, target: Tensor) -> Tensor:
-    """The target, with the numbers of the source."""
+    """Copy the source into the target, in parallel pieces if it is large; returns the target."""
     if source is target:
         return target
     if target.numel() <= 2 * SLICE:
@@ -130,11 +148,11 @@ def _copy(source: Tensor, target: Tensor) -> Tensor:
 
 
 def _units(name: str, ndim: int, plan: Plan, rotations: Mapping[str, Rotation]) -> dict[int, int]:
-    """The axes of a tensor along which it may be cut and its parts fused by themselves, and at multiples of what."""
+    """Axes along which a tensor can be cut into independently fused parts, and the unit that parts are multiples of."""
     units = dict.fromkeys(range(ndim), 1)
     for axis in plan.axes_of.get(name, ()):
         if axis.space in rotations:
-            # Heads, or blocks of a rotation, follow each other along the axis, and each is rotated by itself.
+            # Heads, or blocks of a rotation, lie one after another along the axis, and each is rotated separately.
             units[axis.dim] = 0 if axis.span is not None else math.lcm(units[axis.dim], rotations[axis.space].order)
     for gain, dim in plan.gains_of.get(name, ()):
         if gain.space in rotations:
@@ -145,15 +163,15 @@ def _units(name: str, ndim: int, plan: Plan, rotations: Mapping[str, Rotation]) 
 
 
 def rows_at_once(name: str, shape: Sequence[int], plan: Plan, rotations: Mapping[str, Rotation]) -> int | None:
-    """The rows of a slice of a tensor that is cut along its first axis; None for one that is not."""
+    """Number of rows per slice, for a tensor that is cut along its first axis; None for any other."""
     cut = _cut(name, shape, plan, rotations)
     return cut[1] if cut is not None and cut[0] == 0 else None
 
 
 def _cut(name: str, shape: Sequence[int], plan: Plan, rotations: Mapping[str, Rotation]) -> tuple[int, int] | None:
-    """The axis along which a tensor is cut into slices, and the length of one; None where there is none.
+    """(axis, slice length) to cut a tensor by; None if it has to stay whole.
 
-    That of the smallest unit: its slices may be as small as they should be. A tensor without such an axis stays whole.
+    The axis with the smallest unit is taken, because its slices can be made as small as they should be.
     """
     elements = max(1, math.prod(shape))
     units = _units(name, len(shape), plan, rotations)
@@ -171,11 +189,21 @@ def slices(
     shape: Sequence[int] | None = None,
     first: int = 0,
 ) -> Sequence[tuple[Tensor, tuple[int, int]]]:
-    """Views that make up the tensor and their places, which `transform` takes one by one; none where nothing changes.
+    """Cut a weight into views that `transform` can fuse one by one; no views if nothing changes the weight.
 
-    They are cut along an axis that nothing touches but scales, or that is rotated block by block, where there is one:
-    an embedding of gigabytes then needs megabytes of working memory, which stay in cache. shape: of the tensor, if
-    these are rows of it, from row `first` on.
+    The cut is along an axis that is only scaled, or that is rotated block by block, if there is one. An embedding of
+    gigabytes then needs megabytes of working memory, which stay in cache.
+
+    Args:
+        name: name of the tensor in the plan.
+        tensor: the weight, or rows of it.
+        plan: the plan of the model.
+        rotations: rotations by space name.
+        shape: shape of the whole weight, if only rows of it are given.
+        first: number of the first row that is given.
+
+    Returns:
+        (view, place) pairs, with the place as in `transform`.
     """
     units = _units(name, tensor.ndim, plan, rotations)
     untouched = list(units.values()) == [1] * tensor.ndim and name not in plan.gain_of_norm
@@ -190,7 +218,7 @@ def slices(
 
 
 def working_memory(tensor: Tensor, precision: torch.dtype | None) -> Tensor:
-    """What `transform` takes as `work` for a tensor; the next call gives the same memory."""
+    """Working memory for `transform(..., work=...)`; the next call returns the same memory."""
     return workspace(2, tuple(tensor.shape), _wide(tensor, precision), tensor)
 
 
@@ -207,9 +235,15 @@ def rotate_axis(
     transpose: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """T'[.., j, ..] = sum_i T[.., i, ..] R[i, j] along one axis, or along the span of it that lives in the space.
+    """Rotate one axis of a tensor, or a span of it: T'[.., j, ..] = sum_i T[.., i, ..] R[i, j].
 
-    `transpose` takes the rotation back. out: contiguous, for the result; may be the tensor itself.
+    Args:
+        tensor: any floating-point tensor.
+        dim: the axis.
+        rotation: R; its order divides the axis or the span.
+        span: the part of the axis to rotate; None for all of it.
+        transpose: apply R^T, the inverse.
+        out: contiguous tensor for the result; may be the input itself.
     """
     dim %= tensor.ndim
     if span is None:

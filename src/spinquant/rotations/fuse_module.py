@@ -1,4 +1,4 @@
-"""Backend: fuse rotations into the weights of an nn.Module, in place, one tensor at a time."""
+"""Fuse rotations into the weights of a model in memory, in place, one tensor at a time."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +17,26 @@ from spinquant.rotations.rotation import Rotation
 
 
 def plan_of(model: Any, *, family: FamilyLike | None = None) -> Plan:
-    """The plan of a loaded transformers model. family and errors: as of `make_plan`."""
+    """Make the rotation plan of a transformers model in memory.
+
+    Args:
+        model: a transformers causal LM, or a vision-language model whose language part is one; the meta device will do.
+        family: a family file (path, or from `read_family`) that is used instead of the built-in tables.
+
+    Returns:
+        The plan, with the names of the module's parameters.
+
+    Raises:
+        ArchitectureError: as `make_plan`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from spinquant import plan_of
+        >>> config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+        >>> plan = plan_of(LlamaForCausalLM(config))
+        >>> plan.family, plan.blocks, plan.attentions[0]
+        ('llama', ('model.layers.0', 'model.layers.1'), 'model.layers.0.self_attn')
+    """
     return make_plan(model.config, tensor_shapes(model), family=family)
 
 
@@ -30,11 +49,35 @@ def fuse_module(
     precision: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Fuse gains and rotations into the model's weights, in place.
+    """Fuse norm gains and offline rotations into the weights of a model, in place.
 
-    Tied tensors that a rotation parts are untied, and the config says so. `progress(done, total)` counts tensors.
-    Extra memory: the untied head, and a few copies of the largest linear of a layer. Raises CheckpointError, before
-    anything is changed, for weights that are not in memory (on the meta device).
+    R3, and the online half of R4, are not part of the weights: `attach` adds them. Tied tensors that a rotation parts
+    (head and embedding) are untied, and the config is updated. Extra memory: the untied head, and a few copies of the
+    largest linear of a layer.
+
+    Args:
+        model: the model that the plan was made of.
+        plan: its plan, from `plan_of`.
+        rotations: rotations by space name, from `make_rotations` or learned; empty changes nothing.
+        precision: dtype of the arithmetic; by default float32 for half-precision weights, else the weight's own.
+        progress: called as `progress(done, total)` after each tensor.
+
+    Raises:
+        CheckpointError: weights are not in memory (meta device). Nothing has been changed then.
+        RotationError: a rotation is not mean-preserving where norms subtract the mean (nothing has been changed then),
+            does not fit a tensor, or a norm's gain is zero where its bias is not.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from spinquant import RotationSpec, fuse_module, make_rotations, plan_of
+        >>> config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+        >>> model, ids = LlamaForCausalLM(config).double().eval(), torch.arange(8)[None]
+        >>> before = model(ids).logits
+        >>> plan = plan_of(model)
+        >>> fuse_module(model, plan, make_rotations(plan, RotationSpec("R1,R2")))
+        >>> torch.allclose(model(ids).logits, before, atol=1e-4)
+        True
     """
     if not rotations:
         return
@@ -52,7 +95,7 @@ def fuse_module(
 
 
 def untie(model: Any, plan: Plan) -> None:
-    """Give every tied tensor of the plan its own memory; the config then loads as untied."""
+    """Give every tied tensor of the plan memory of its own, and set `tie_word_embeddings` to False."""
     for tie in plan.ties:
         owner, attribute = module_and_attribute(model, tie.tensor)
         shared = getattr(owner, attribute)
@@ -62,6 +105,6 @@ def untie(model: Any, plan: Plan) -> None:
     if plan.ties:
         model.config.tie_word_embeddings = False
         model.config.get_text_config().tie_word_embeddings = False
-        # transformers consults this list when it saves and when weights are tied again after loading.
+        # transformers reads this mapping when it saves, and when it ties weights again after loading.
         for tie in plan.ties:
             getattr(model, "all_tied_weights_keys", {}).pop(tie.tensor, None)

@@ -1,11 +1,11 @@
-"""Hadamard matrices by construction: H H^T = n I with entries +-1, as Kronecker products of known bases.
+"""Hadamard matrices by construction (H H^T = n I, entries +-1), as Kronecker products, and the fast transform by them.
 
-An order n = 2^k m, m odd, is written as a Sylvester power of two times base orders whose odd parts
-multiply to m. The sum of the base orders is made as small as possible, because the transform's cost is
-about the sum of its factors: 29568 is 32 x 12 x 28 x 44 / 16, not 32 x 924.
+An order n = 2^k m, m odd, is written as a Sylvester matrix (power of two) times base orders whose odd parts multiply
+to m. The sum of the base orders is made as small as possible, because the transform's cost is about the sum of its
+factors: 29568 is 32 x 12 x 28 x 44 / 16, not 32 x 924.
 
-No big table is read: a base comes from the squares of a finite field (Paley I and II, Miyamoto), or from
-four short sequences (Williamson, Goethals and Seidel). See `hadamard_bases.py`.
+No large tables of matrices are stored: a base is constructed from the squares of a finite field (Paley I and II,
+Miyamoto), or from four short sequences (Williamson, Goethals and Seidel). See `hadamard_constructions.py`.
 """
 
 import math
@@ -30,8 +30,8 @@ from spinquant.rotations.hadamard_constructions import (
     sylvester,
 )
 
-_REMEMBERED = 64  # orders whose factors are kept
-# Butterflies are for larger orders: numba and its compiler take 105 MB, more than small models do.
+_REMEMBERED = 64  # number of cached factorizations
+# Order from which butterflies are used: numba and its compiler take 105 MB, more than small models do.
 KERNELS_FROM = 2048
 
 __all__ = [
@@ -48,7 +48,7 @@ _Made = TypeVar("_Made", bound=Callable[..., tuple[Any, ...]])
 
 
 def _remembered(make: _Made) -> _Made:
-    """A cache, but for what is made under a mode of torch (FakeTensorMode, say): it would be of no use outside."""
+    """Cache a function's results, except for those made under a torch mode such as FakeTensorMode."""
     known: dict[Any, tuple[Any, ...]] = {}
 
     @wraps(make)
@@ -68,7 +68,7 @@ def _remembered(make: _Made) -> _Made:
 
 @dataclass(frozen=True)
 class Construction:
-    """How a Hadamard matrix is made: the Kronecker product of named bases, in this order."""
+    """How a Hadamard matrix is constructed: a Kronecker product of (construction, order) factors, in this order."""
 
     order: int
     factors: tuple[tuple[str, int], ...]
@@ -78,7 +78,11 @@ class Construction:
 
 
 def construct(order: int) -> Construction:
-    """Return the construction of this order without building it; raises HadamardOrderError with the remedies."""
+    """The construction of a Hadamard matrix of this order, without building it.
+
+    Raises:
+        HadamardOrderError: no such matrix exists or can be constructed here; the message lists the alternatives.
+    """
     if order < 1 or (order > 2 and order % 4):
         raise _impossible(order, "no Hadamard matrix of this order exists: it must be 1, 2 or a multiple of 4")
     power = (order & -order).bit_length() - 1
@@ -90,15 +94,15 @@ def construct(order: int) -> Construction:
     if len(bases) > 1 and 1 < rest < 16:
         return Construction(order, _shared_out(factors, rest))
     if rest > 1 or not bases:
-        # Behind small bases the power of two can be split to suit them; before large ones (11008: 64 x 172)
-        # it takes 8 % less time.
+        # After small bases the power of two can be split to suit them; before large ones (11008: 64 x 172) it takes
+        # 8 % less time.
         behind = max(bases, default=1) <= 64
         factors.insert(len(factors) if behind else 0, ("Sylvester", rest))
     return Construction(order, tuple(factors))
 
 
 def _shared_out(bases: list[tuple[str, int]], power_of_two: int) -> tuple[tuple[str, int], ...]:
-    """Give a small power of two to the smallest bases: 24 x 24 takes 0.75 of the time of 12 x 48."""
+    """Distribute a small power of two over the smallest bases: 24 x 24 takes 0.75 of the time of 12 x 48."""
     shares = [1] * len(bases)
     for _ in range(power_of_two.bit_length() - 1):
         smallest = min(range(len(bases)), key=lambda i: bases[i][1] * shares[i])
@@ -108,8 +112,33 @@ def _shared_out(bases: list[tuple[str, int]], power_of_two: int) -> tuple[tuple[
 
 
 def hadamard_matrix(order: int) -> Tensor:
-    """Return the int8 matrix (order, order) on the CPU; the same at every call."""
-    # Callers build models under `torch.device("meta")` or inference mode; a matrix must not inherit either.
+    """A Hadamard matrix H of the given order: entries +-1, H H^T = order I.
+
+    The construction is deterministic (Sylvester 1867; Paley 1933; Williamson 1944; Goethals and Seidel 1967; Turyn
+    1974; Miyamoto 1991), so every call gives the same matrix.
+
+    Args:
+        order: 1, 2, or a multiple of 4.
+
+    Returns:
+        int8 tensor on the CPU, shape (order, order).
+
+    Raises:
+        HadamardOrderError: no matrix of this order exists, or none can be constructed here; the message lists the
+            alternatives.
+
+    Example:
+        >>> from spinquant import hadamard_matrix
+        >>> hadamard_matrix(4)
+        tensor([[ 1,  1,  1,  1],
+                [ 1, -1,  1, -1],
+                [ 1,  1, -1, -1],
+                [ 1, -1, -1,  1]], dtype=torch.int8)
+        >>> h = hadamard_matrix(172).int()
+        >>> bool((h @ h.T == 172 * h.new_ones(172).diag()).all())
+        True
+    """
+    # Callers may build models under `torch.device("meta")` or inference mode; the matrix must inherit neither.
     with torch.device("cpu"), torch.inference_mode(False):
         matrix = torch.ones(1, 1, dtype=torch.int8)
         for name, base in construct(order).factors:
@@ -119,14 +148,14 @@ def hadamard_matrix(order: int) -> Tensor:
 
 @_remembered
 def hadamard_factors(order: int) -> tuple[Tensor, ...]:
-    """Return orthonormal float64 factors whose Kronecker product is H / sqrt(order); shared, do not modify."""
+    """Orthonormal float64 matrices whose Kronecker product is H / sqrt(order). Cached and shared: do not modify."""
     return tuple(factor for factor in _pieces(order) if isinstance(factor, Tensor))
 
 
 def _pieces(order: int, behind: int = 0) -> list[Factor]:
-    """Factors of the least cost, in float64. behind: numbers behind the axis, about, where butterflies may be taken."""
+    """The float64 factors of least cost. behind: approximate elements after the axis; 0 rules out butterflies."""
     with torch.device("cpu"), torch.inference_mode(False):
-        if order <= 64:  # one product is faster than two narrow ones
+        if order <= 64:  # one matrix product is faster than two narrow ones
             return [hadamard_matrix(order).double() / math.sqrt(order)]
         atoms = _atoms(order)
         orders, pieces, width = tuple(part for _, part in atoms), [], behind or 1
@@ -140,7 +169,7 @@ def _pieces(order: int, behind: int = 0) -> list[Factor]:
 
 
 def _atoms(order: int) -> list[tuple[str, int]]:
-    """Names and orders of bases: Sylvester matrices are products of the matrix of order 2, and may be cut anywhere."""
+    """(name, order) of the smallest factors: a Sylvester matrix is split into matrices of order 2."""
     return [
         (name, part)
         for name, base in construct(order).factors
@@ -155,7 +184,7 @@ def _dense(atom: tuple[str, int]) -> Tensor:
 
 @_remembered
 def _factors(order: int, dtype: torch.dtype, device: torch.device, behind: int) -> tuple[Factor, ...]:
-    """Factors as they are applied; `behind` as in `_pieces`."""
+    """Factors in the dtype and on the device where they are applied; `behind` as in `_pieces`."""
     with torch.inference_mode(False):
         pieces = _pieces(order, behind)
         return tuple(piece.to(device, dtype) if isinstance(piece, Tensor) else piece for piece in pieces)
@@ -164,12 +193,39 @@ def _factors(order: int, dtype: torch.dtype, device: torch.device, behind: int) 
 def hadamard_transform(
     x: Tensor, order: int, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None
 ) -> Tensor:
-    """Return x H / sqrt(order) along an axis, or x H^T / sqrt(order); see `kronecker_transform`."""
+    """Orthonormal Hadamard transform along an axis: x H / sqrt(order), by a fast transform.
+
+    Differentiable. Half-precision inputs are computed in float32. An axis longer than the order is transformed block
+    by block.
+
+    Args:
+        x: floating-point tensor; the length of axis `dim` is a multiple of the order.
+        order: order of the Hadamard matrix, see `hadamard_matrix`.
+        transpose: multiply by H^T / sqrt(order), the inverse, instead.
+        dim: the axis.
+        out: contiguous tensor of x's shape and dtype for the result; may be x itself. Without gradients only.
+
+    Returns:
+        A tensor of x's shape, dtype and device.
+
+    Raises:
+        HadamardOrderError: no Hadamard matrix of the order can be constructed.
+        RotationError: the order does not divide the axis, x is not floating point, or `out` does not fit.
+
+    Example:
+        >>> import torch
+        >>> from spinquant import hadamard_transform
+        >>> x = torch.tensor([[4.0, 0.0, 0.0, 0.0]])
+        >>> hadamard_transform(x, 4)  # the outlier is spread over all channels
+        tensor([[2., 2., 2., 2.]])
+        >>> hadamard_transform(hadamard_transform(x, 4), 4, transpose=True)
+        tensor([[4., 0., 0., 0.]])
+    """
     return kronecker_transform(x, factors_for(x, order, dim), transpose=transpose, dim=dim, out=out)
 
 
 def factors_for(x: Tensor, order: int, dim: int = -1) -> tuple[Factor, ...]:
-    """The factors that `hadamard_transform` takes for a tensor; shared, do not modify."""
+    """The factors by which `hadamard_transform` transforms x. Cached and shared: do not modify."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     behind = 0
     if order >= KERNELS_FROM and takes_kernels(x):
@@ -179,7 +235,7 @@ def factors_for(x: Tensor, order: int, dim: int = -1) -> tuple[Factor, ...]:
 
 @lru_cache(maxsize=1024)
 def _groups(orders: tuple[int, ...], width: int = 1, fast: bool = False) -> tuple[int, ...]:
-    """Return how many neighbouring atoms make up each factor, for the least cost; `width` stands behind them."""
+    """How many neighbouring atoms to merge into each factor for the least cost. width: elements after the axis."""
     if not orders:
         return ()
     options = [
@@ -190,10 +246,10 @@ def _groups(orders: tuple[int, ...], width: int = 1, fast: bool = False) -> tupl
 
 
 def _butterflies_cost(order: int, width: int) -> float:
-    """Return ns per float32 of one core, `width` numbers being behind the axis; infinite where it cannot be done.
+    """Estimated time of butterflies: ns per float32 on one core; infinite if the order is no power of two.
 
-    Fitted to, without numbers behind: order 4096 0.5, 512 0.55, 128 0.9, 64 1.3, 16 3.2; 64 numbers: 4096 1.0, 512
-    0.75, 64 0.6, 16 0.4; 16 numbers: 2.5, 2.1, 1.4, 1.2.
+    width: elements after the axis. Fitted to these measurements. Width 1: order 4096 0.5, 512 0.55, 128 0.9, 64 1.3,
+    16 3.2. Width 64: 4096 1.0, 512 0.75, 64 0.6, 16 0.4. Width 16: 2.5, 2.1, 1.4, 1.2.
     """
     if order < 2 or order & (order - 1):
         return math.inf
@@ -203,10 +259,10 @@ def _butterflies_cost(order: int, width: int) -> float:
 
 
 def _product_cost(order: int, width: int) -> float:
-    """Return ns per float32 of one core, fitted to order 16 0.8, 32 1.2, 64 1.9, 128 3.3.
+    """Estimated time of a matrix product: ns per float32 on one core, fitted to order 16 0.8, 32 1.2, 64 1.9, 128 3.3.
 
-    Narrow products are badly served: a factor below 8 costs more, one below 16 too unless 32 columns or more stand
-    behind it, and much more as the last factor of all.
+    Narrow products are slow: a factor below 8 costs more; one below 16 does too unless at least 32 elements follow the
+    axis, and much more as the last factor of all.
     """
     narrow = 0.0 if order >= 16 or width >= 32 else (2.0 if width == 1 else 0.8)
     tiny = 0.4 if order < 8 else 0.0
@@ -214,7 +270,7 @@ def _product_cost(order: int, width: int) -> float:
 
 
 def _cost(orders: tuple[int, ...], groups: tuple[int, ...], width: int, fast: bool) -> float:
-    """Return the time per element of all factors; fast: with butterflies where they take less."""
+    """Estimated time per element of all factors. fast: butterflies are used where they are faster."""
     total, end = 0.0, len(orders)
     for count in reversed(groups):
         order = math.prod(orders[end - count : end])
@@ -225,7 +281,7 @@ def _cost(orders: tuple[int, ...], groups: tuple[int, ...], width: int, fast: bo
 
 
 def _base_name(order: int) -> str | None:
-    """Return the construction that gives this order without a Kronecker product."""
+    """The construction that gives this order without a Kronecker product; None if there is none."""
     if order % 4 or order < 12:
         return None
     if is_prime_power(order // 2 - 1) and (order // 2 - 1) % 4 == 1:
@@ -260,14 +316,14 @@ def _bases_of(order: int) -> tuple[int, ...] | None:
 
 @lru_cache(maxsize=4096)
 def _bases(odd: int, power: int) -> tuple[int, ...] | None:
-    """Return ascending base orders with this product of odd parts, at most 2^power in all, of least sum."""
+    """Base orders, ascending, of least sum: odd parts multiply to `odd`, powers of two to at most 2^power."""
     if odd == 1:
         return ()
     best = None
     for part in _divisors(odd):
         for bits in range(2, power + 1):
             base = part << bits
-            # Ascending order: `part` may be any divisor, since the rest is solved in the same way.
+            # `part` may be any divisor, since the rest is solved in the same way.
             if _base_name(base) is None:
                 continue
             rest = _bases(odd // part, power - bits)

@@ -1,8 +1,8 @@
-"""Hadamard matrices that are not products of smaller ones: Paley, four circulants, Miyamoto.
+"""Constructions of base Hadamard matrices: Sylvester, Paley I and II, four circulants (Goethals-Seidel), Miyamoto.
 
 Every function returns an int8 matrix H with entries +-1 and H H^T = n I. Where the construction allows it
 (Paley II, symmetric circulants) rows and columns are ordered so that H commutes with the exchange of its
-first two runs of (n - 4) / 2 indices; `kronecker.py` then multiplies at half the cost.
+first two runs of (n - 4) / 2 indices; `fast_transform.py` then multiplies at half the cost.
 
 Sources: Paley 1933; Williamson 1944; Goethals and Seidel 1967; Turyn 1974; Miyamoto 1991.
 """
@@ -36,7 +36,7 @@ FOUR_CIRCULANTS = frozenset(_SEQUENCES) | frozenset(_TURYN)
 
 
 def sylvester(order: int) -> Tensor:
-    """Return the Kronecker power of [[1, 1], [1, -1]]; `order` is a power of two."""
+    """Sylvester's matrix: the Kronecker power of [[1, 1], [1, -1]]; `order` is a power of two."""
     matrix = torch.ones(1, 1, dtype=torch.int8)
     while matrix.shape[0] < order:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
@@ -44,7 +44,7 @@ def sylvester(order: int) -> Tensor:
 
 
 def paley_one(order: int) -> Tensor:
-    """Return I + S for the skew conference matrix S of a field of order - 1 = 3 mod 4 elements."""
+    """Paley I: I + S for the skew conference matrix S of a field of order - 1 = 3 mod 4 elements."""
     matrix = torch.ones(order, order, dtype=torch.int8)
     matrix[1:, 0] = -1
     matrix[1:, 1:] = jacobsthal(order - 1)
@@ -52,7 +52,7 @@ def paley_one(order: int) -> Tensor:
 
 
 def paley_two(order: int) -> Tensor:
-    """Return S x [[1, 1], [1, -1]] + I x [[1, -1], [-1, -1]], S the symmetric conference matrix of order / 2."""
+    """Paley II: S x [[1, 1], [1, -1]] + I x [[1, -1], [-1, -1]], S the symmetric conference matrix of order / 2."""
     q = order // 2 - 1
     conference = torch.ones(q + 1, q + 1, dtype=torch.int8)
     conference[0, 0] = 0
@@ -64,7 +64,7 @@ def paley_two(order: int) -> Tensor:
 
 
 def miyamoto(order: int, hadamard: Tensor) -> Tensor:
-    """Return a matrix of order 4q from one of order q - 1, for a field of q = 1 mod 4 elements.
+    """Miyamoto: a matrix of order 4q from one of order q - 1, for a field of q = 1 mod 4 elements.
 
     P is the Paley core of the field without its first row and column, squares first; its rows have products
     q I - 2 J on squares and on non-squares. U = I x P and V = [[I, K], [-K^T, I]] have disjoint supports
@@ -88,7 +88,7 @@ def miyamoto(order: int, hadamard: Tensor) -> Tensor:
 
 
 def four_circulants(order: int) -> Tensor:
-    """Return the Goethals-Seidel array of four circulants of order / 4; Williamson's where all are symmetric."""
+    """Goethals-Seidel array of four circulants of order / 4; Williamson's array if all of them are symmetric."""
     n = order // 4
     rows = _turyn_rows(n) if n in _TURYN else _orbit_rows(n)
     i = torch.arange(n)[:, None]

@@ -1,4 +1,4 @@
-"""LearnedRotations"""
+"""Learned rotations with the spec that they belong to and the record of how they were learned."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -14,10 +14,21 @@ from spinquant.rotations.serialization import to_save
 
 @dataclass(frozen=True)
 class LearnedRotations:
-    """Rotations by space, what they are an instance of, and how they came about.
+    """Learned rotations of one model: what `learn` and `read_learned` return, for `rotate` and `quantize` to take.
 
-    spec: rotations, types and block sizes that describe them. record: scores of all candidates, which was kept, steps,
-    errors of rounding per site before and after, seconds, settings.
+    Attributes:
+        rotations: rotations by space name.
+        spec: which of R1 to R4 they are, with types and block sizes.
+        record: how they were learned: scores of all candidates, the one that was kept, steps, quantization error per
+            site before and after, seconds, settings.
+
+    Example:
+        >>> from spinquant import Hadamard, LearnedRotations, RotationSpec
+        >>> record = {"kept": "start", "rotation_of": {"residual": "R1", "layers.0.value": "R2"}}
+        >>> rotations = {"residual": Hadamard(64), "layers.0.value": Hadamard(16)}
+        >>> learned = LearnedRotations(rotations, RotationSpec("R1,R2", "hadamard"), record)
+        >>> sorted(learned.only(["R2"]).rotations), learned.kept
+        (['layers.0.value'], 'start')
     """
 
     rotations: Mapping[str, Rotation]
@@ -25,12 +36,16 @@ class LearnedRotations:
     record: dict[str, Any]
 
     def digest(self) -> str:
-        """A short name for the rotations' numbers."""
+        """A hash of the rotations' tensors: 16 hexadecimal digits."""
         _, tensors = to_save(self.rotations)
         return hashlib.sha256("".join(digest(tensors[name]) for name in sorted(tensors)).encode()).hexdigest()[:16]
 
     def only(self, names: Sequence[str]) -> "LearnedRotations":
-        """Some of them: R1 and R2, say. Raises LearningError for those that are not there."""
+        """The subset for some rotations, such as ["R1", "R2"].
+
+        Raises:
+            LearningError: a rotation was not learned, or the record does not say which rotation each space has.
+        """
         if not names:
             raise LearningError("none of the learned rotations is asked for: leave them out instead")
         missing = [name for name in names if name not in self.spec.rotations]
@@ -45,7 +60,7 @@ class LearnedRotations:
         return replace(self, rotations={s: r for s, r in self.rotations.items() if of[s] in names}, spec=spec)
 
     def note(self) -> dict[str, Any]:
-        """What a checkpoint says of its rotations: the record without times and the steps of single spaces."""
+        """The record as a checkpoint keeps it: without timings and without the steps of single spaces."""
         note = {key: value for key, value in self.record.items() if key not in ("seconds", "local_steps")}
         steps = [{k: v for k, v in step.items() if k != "tokens_per_second"} for step in note.get("steps", ())]
         return {**note, "steps": steps}

@@ -1,16 +1,17 @@
-"""Rotations that keep the mean: R 1 = 1. For models whose norms subtract it.
+"""Mean-preserving rotations (R 1 = 1) for models with LayerNorm.
 
 LayerNorm is (x - mean) / std, times a scale, plus a bias. If R 1 = 1 (then R^T 1 = 1 too), x R has the mean and the
-standard deviation of x, and (x - mean 1) R = x R - mean 1: what is left of the norm, once its scale is fused, commutes
-with R. So the model keeps its class, and every runtime still loads it. Random signs, which QuaRot multiplies with,
-would move the mean; instead
+standard deviation of x, and (x - mean 1) R = x R - mean 1: once its scale is fused, the norm commutes with R. So the
+model keeps its class, and every runtime still loads it. QuaRot's random signs would change the mean, so the three
+transform types are constructed as follows:
 
     hadamard         Kronecker product of G_k = (2/k) J - I, J all ones: for k = 4 the regular Hadamard matrix, so for
                      orders 4^n perfectly flat, else with the odd prime factors of the order
     random-hadamard  H diag(1, signs) H^T / n, where the first column of H is constant
     random-matrix    P diag(1, Q) P^T, Q Haar-distributed, P the Householder reflection that takes e_1 to 1 / sqrt(n)
 
-All of them act through matrices that are applied fast, and none of them is needed at run time.
+The first two use fast transforms, and none of the three runs online. In saved folders they have the kinds
+"centred-hadamard" and "centred-random-hadamard".
 """
 
 from collections.abc import Mapping
@@ -25,12 +26,12 @@ from spinquant.plan import Plan
 from spinquant.rotations.fast_transform import kronecker_transform
 from spinquant.rotations.hadamard import hadamard_transform
 
-TOLERANCE = 1e-4  # of a row's sum: learned in float32, a rotation is orthogonal to less
+TOLERANCE = 1e-4  # of a row sum: a rotation learned in float32 is orthogonal to less than that
 
 
 @dataclass(frozen=True)
 class CentredHadamard:
-    """The Kronecker product of G_k = (2/k) J - I over the factors of the order; nothing random."""
+    """Deterministic mean-preserving rotation: the Kronecker product of G_k = (2/k) J - I over factors of the order."""
 
     order: int
 
@@ -43,7 +44,7 @@ class CentredHadamard:
         return kronecker_transform(x, factors, transpose=transpose, dim=dim, out=out)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Nothing: the order says it all."""
+        """Empty: the order determines the rotation."""
         return {}
 
     def describe(self) -> dict[str, Any]:
@@ -53,9 +54,13 @@ class CentredHadamard:
 
 @dataclass(frozen=True, eq=False)
 class CentredRandomHadamard:
-    """Q kron H diag(1, signs) H^T / m: signs, shape (m,), the first of them 1; Q, where an order needs it, as `weight`.
+    """Random mean-preserving rotation Q kron H diag(1, signs) H^T / m.
 
-    The rows of H are flipped so that its first column is constant.
+    The rows of H are negated where needed to make its first column constant.
+
+    Attributes:
+        signs: int8, shape (m,), the first of them 1.
+        weight: Q, a mean-preserving orthogonal matrix of the odd factor of the order; None if the order needs none.
     """
 
     signs: Tensor
@@ -63,7 +68,7 @@ class CentredRandomHadamard:
 
     @property
     def order(self) -> int:
-        """Order of both factors."""
+        """Order of the Kronecker product."""
         return len(self.signs) * (1 if self.weight is None else len(self.weight))
 
     def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
@@ -86,7 +91,7 @@ class CentredRandomHadamard:
         return y if out is None else out.copy_(y)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Signs, and the odd factor."""
+        """The signs, and Q if there is one."""
         return {"signs": self.signs, **({} if self.weight is None else {"weight": self.weight})}
 
     def describe(self) -> dict[str, Any]:
@@ -95,7 +100,7 @@ class CentredRandomHadamard:
 
 
 def describe(kind: str, order: int, **more: int) -> dict[str, Any]:
-    """Kind, order and construction of one of these rotations, as JSON."""
+    """Kind, order and construction of a mean-preserving rotation, as JSON."""
     hadamard = more.get("hadamard_order", order)
     if kind == "centred-hadamard":
         construction = "(2/k) J - I, k = " + " x ".join(map(str, factors_of(order)))
@@ -106,14 +111,14 @@ def describe(kind: str, order: int, **more: int) -> dict[str, Any]:
 
 
 def factors_of(order: int) -> list[int]:
-    """Factors of the order, as flat as they come: fours, odd primes, and 8 or 2p for a two that is left over."""
+    """Factors of the order whose G_k are as flat as possible: fours, odd primes, and 8 or 2p for a remaining two."""
     fours = 0
     while order % 4 == 0:
         order, fours = order // 4, fours + 1
     odd = _odd_primes(order // (2 if order % 2 == 0 else 1))
     if order % 2:
         return [4] * fours + odd or [1]
-    # G_2 swaps two elements and mixes nothing, so a single two joins another factor.
+    # G_2 swaps two elements and mixes nothing, so a single two is merged into another factor.
     if fours:
         return [4] * (fours - 1) + [8, *odd]
     return [2 * odd[0], *odd[1:]] if odd else [2]
@@ -130,7 +135,7 @@ def _odd_primes(number: int) -> list[int]:
 
 
 def random_mean_preserving(order: int, orthogonal: Tensor) -> Tensor:
-    """P diag(1, Q) P^T, (order, order), of an orthogonal Q of order - 1."""
+    """The mean-preserving matrix P diag(1, Q) P^T, (order, order), of an orthogonal Q of order - 1."""
     v = torch.full((order,), -(order**-0.5), dtype=orthogonal.dtype)
     v[0] += 1
     inner = torch.block_diag(torch.ones(1, 1, dtype=orthogonal.dtype), orthogonal)
@@ -147,7 +152,7 @@ def _check_blocks(x: Tensor, order: int, dim: int) -> None:
 
 
 def check_mean_preserving(plan: Plan, rotations: Mapping[str, Any]) -> None:
-    """Raise RotationError, naming the space, for a rotation that moves a mean which norms subtract."""
+    """Raise RotationError for a rotation that is not mean-preserving in a space whose norms subtract the mean."""
     for space in plan.spaces:
         if not space.centred or space.name not in rotations:
             continue
@@ -155,6 +160,7 @@ def check_mean_preserving(plan: Plan, rotations: Mapping[str, Any]) -> None:
         moved = (rotations[space.name].apply(ones, transpose=True) - ones).abs().max().item()
         if not moved <= TOLERANCE:
             raise RotationError(
-                f"norms subtract the mean of the space {space.name!r}, which this rotation moves (the sum of a row is "
-                f"off by {moved:.2g}): the function of the model would change. Rows must sum to 1, as in centred.py"
+                f"norms subtract the mean of the space {space.name!r}, and this rotation is not mean-preserving (a row "
+                f"sum is off by {moved:.2g}): the outputs of the model would change. Every row must sum to 1; "
+                "`make_rotations` makes such rotations"
             )

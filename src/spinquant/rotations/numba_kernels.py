@@ -1,12 +1,12 @@
-"""Compiled kernels for Sylvester's matrices on a CPU: log2(n) additions per number, where a product takes n.
+"""Fast Walsh-Hadamard transform on the CPU, compiled by numba: log2(n) additions per number instead of n.
 
-A Kronecker factor of order n = 2^k takes k stages, each of sums and differences of two numbers; two stages are done at
-once. Where nothing stands behind the axis a row goes through stages of constant geometry: neighbours are added and
-subtracted, sums go to the first half and differences to the second, which brings every index bit to the lowest place
-in turn. Where numbers stand behind the axis each butterfly takes all of them.
+A Sylvester factor of order n = 2^k takes k stages of butterflies (sums and differences of two numbers); two stages are
+done at once. For the last axis (`rows`), stages have constant geometry: neighbours are added and subtracted, sums go to
+the first half and differences to the second, which brings every index bit to the lowest place in turn. For any other
+axis (`columns`), each butterfly acts on all elements after the axis.
 
-numba compiles this (the extra `fast`), for float32 and float64, and keeps the result in its cache. Nothing but
-`kronecker.py` calls these.
+numba is the optional extra `fast`. Kernels are compiled for float32 and float64 and kept in numba's cache. Only
+`fast_transform.py` calls them.
 """
 
 from collections.abc import Callable
@@ -16,10 +16,10 @@ import numba
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
-    """Without the interpreter's lock; kept on disk where there is a place for it."""
+    """Compile a function without the GIL; cached on disk if numba finds a writable folder."""
     try:
         return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # numba finds no folder that it may write to
+    except RuntimeError:  # numba finds no folder that it can write to
         return numba.njit(nogil=True)(function)
 
 
@@ -58,7 +58,7 @@ def _four_more(a, b):
 
 @_compiled
 def rows(x, out, order, scale, one, other):
-    """out = x H scale for rows of `order` numbers, x and out being flat; `one` and `other` hold a row each."""
+    """out = x H scale for rows of `order` numbers. x and out are flat; `one` and `other` are buffers of one row."""
     stages = 0
     while (1 << stages) < order:
         stages += 1

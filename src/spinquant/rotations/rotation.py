@@ -1,10 +1,10 @@
-"""Rotations are values: they know their order and how to apply themselves to an axis of a tensor, by default the last.
+"""Rotations: orthogonal matrices as immutable values that can be applied to an axis of a tensor, by default the last.
 
     apply(x)                  y[.., j] = sum_i x[.., i] R[i, j]        R orthogonal
     apply(x, transpose=True)  the inverse
 
 An axis longer than the order is rotated block by block, so a block-diagonal rotation is the same value applied
-to a longer axis. A rotation becomes a dense matrix only where someone asks for `matrix()`.
+to a longer axis. Only `matrix()` makes a rotation dense.
 
 Random Hadamard rotations are D H / sqrt(n) with random signs D (QuaRot, arXiv 2404.00456); random orthogonal
 ones are Haar-distributed: the Q of a Gaussian matrix, with the signs of R's diagonal moved into Q (Mezzadri,
@@ -24,35 +24,74 @@ Memo = dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]]
 
 
 class Rotation(Protocol):
-    """An orthogonal matrix of some order."""
+    """Protocol of an orthogonal matrix R that can be applied to tensors and saved.
+
+    `Hadamard`, `Orthogonal` and `Kronecker` implement it; so may classes of your own.
+
+    Example:
+        >>> import torch
+        >>> from spinquant import Hadamard, Rotation
+        >>> rotation: Rotation = Hadamard(2)
+        >>> rotation.order
+        2
+        >>> x = torch.ones(1, 4)  # an axis longer than the order is rotated block by block
+        >>> torch.allclose(rotation.apply(rotation.apply(x), transpose=True), x)
+        True
+    """
 
     @property
-    def order(self) -> int: ...
+    def order(self) -> int:
+        """Number of rows of R."""
+        ...
 
     def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
-        """x R along an axis, block by block; x R^T with `transpose`. Keeps shape, dtype and device.
+        """Apply the rotation to an axis of a tensor: x R, block by block.
 
-        out: contiguous, for the result; may be x. Without gradients only.
+        Args:
+            x: floating-point tensor whose axis `dim` is a multiple of the order.
+            transpose: apply R^T, the inverse, instead.
+            dim: the axis.
+            out: contiguous tensor for the result; may be x itself. Without gradients only.
+
+        Returns:
+            A tensor of x's shape, dtype and device.
+
+        Raises:
+            RotationError: the order does not divide the axis.
         """
         ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """What has to be saved; with `describe`, enough for `restore`."""
+        """The tensors to save; with `describe`, enough to restore the rotation."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Kind and order, as JSON."""
+        """Kind, order and construction, as JSON."""
         ...
 
 
 def matrix(rotation: Rotation, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The rotation as a dense (order, order) matrix."""
+    """The rotation as a dense matrix, shape (order, order)."""
     return rotation.apply(torch.eye(rotation.order, dtype=dtype))
 
 
 @dataclass(frozen=True, eq=False)
 class Hadamard:
-    """H / sqrt(n), or D H / sqrt(n) with a diagonal D of +-1 given as `signs`, shape (n,)."""
+    """Hadamard rotation H / sqrt(n), or randomized Hadamard rotation D H / sqrt(n) (QuaRot, arXiv 2404.00456).
+
+    Attributes:
+        order: n, an order that `hadamard_matrix` can construct.
+        signs: the diagonal of D, entries +-1, shape (n,); None for no D.
+
+    Example:
+        >>> import torch
+        >>> from spinquant import Hadamard
+        >>> Hadamard(4).apply(torch.tensor([8.0, 0.0, 0.0, 0.0]))
+        tensor([4., 4., 4., 4.])
+        >>> signs = torch.tensor([-1, 1, 1, 1], dtype=torch.int8)
+        >>> Hadamard(4, signs).apply(torch.tensor([8.0, 0.0, 0.0, 0.0]))
+        tensor([-4., -4., -4., -4.])
+    """
 
     order: int
     signs: Tensor | None = None
@@ -76,7 +115,18 @@ class Hadamard:
 
 @dataclass(frozen=True, eq=False)
 class Orthogonal:
-    """A dense orthogonal matrix, shape (n, n): random or learned."""
+    """Dense orthogonal rotation, random or learned.
+
+    Attributes:
+        weight: the orthogonal matrix, shape (n, n). It is not checked here; `rotate` and `quantize` check it.
+
+    Example:
+        >>> import torch
+        >>> from spinquant import Orthogonal
+        >>> swap = Orthogonal(torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64))
+        >>> swap.apply(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+        tensor([[2., 1., 4., 3.]])
+    """
 
     weight: Tensor
     _memo: Memo = field(default_factory=dict, repr=False)
@@ -99,7 +149,22 @@ class Orthogonal:
 
 @dataclass(frozen=True, eq=False)
 class Kronecker:
-    """D (Q kron H) / sqrt(m): an orthogonal Q of an order that has no Hadamard matrix, times a Hadamard of order m."""
+    """Kronecker rotation D (Q kron H) / sqrt(m), for orders that have no known Hadamard matrix.
+
+    Attributes:
+        weight: Q, an orthogonal matrix of the odd factor of the order, shape (q, q).
+        hadamard_order: m, the order of the Hadamard matrix H; the rotation has order q m.
+        signs: the diagonal of D, entries +-1, shape (q m,).
+
+    Example:
+        >>> import torch
+        >>> from spinquant import Kronecker
+        >>> q = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64)).Q
+        >>> rotation = Kronecker(q, 4, torch.ones(12, dtype=torch.int8))
+        >>> x = torch.randn(5, 12)
+        >>> rotation.order, torch.allclose(rotation.apply(x).norm(dim=-1), x.norm(dim=-1))
+        (12, True)
+    """
 
     weight: Tensor
     hadamard_order: int
@@ -127,7 +192,7 @@ class Kronecker:
 
 
 def nearest_orthogonal(square: Tensor) -> Tensor:
-    """The orthogonal matrix with the largest trace against `square`, which is the nearest one: U V of its SVD."""
+    """The orthogonal matrix nearest to a square one (orthogonal Procrustes): U V^T of its SVD."""
     u, _, v = torch.linalg.svd(square)
     return u @ v
 
@@ -157,19 +222,19 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _like(x: Tensor, stored: tuple[Tensor, ...], dtype: torch.dtype, memo: Memo) -> tuple[Tensor, ...]:
-    """The stored tensors on the device of x; remembered, since an online rotation is applied at every step."""
+    """The stored tensors on the device of x; cached, since an online rotation is applied at every step."""
     key = (x.device, dtype)
     found = memo.get(key)
     if found is None:
-        # Outside inference mode, or the first use under it would spoil later ones with gradients.
+        # Outside inference mode, or a first use in inference mode would break later uses with gradients.
         with torch.inference_mode(False):
             found = tuple(tensor.to(x.device, dtype) for tensor in stored)
-        if all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in found):  # not of FakeTensorMode, say
+        if all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in found):  # no tensors of FakeTensorMode
             memo[key] = found
     return found
 
 
 def check_blocks(x: Tensor, order: int, dim: int) -> None:
-    """Raise RotationError when an axis is not made of whole blocks."""
+    """Raise RotationError if the order does not divide an axis."""
     if x.shape[dim] % order:
         raise RotationError(f"a rotation of order {order} does not divide an axis of length {x.shape[dim]}")

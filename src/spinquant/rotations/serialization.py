@@ -1,4 +1,4 @@
-"""Rotations as JSON and tensors, and back: what folders keep of them."""
+"""Save and load rotations: a JSON description plus tensors, as they are stored in model folders."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,9 +13,9 @@ from spinquant.rotations.wrappers import InPrecision, Scaled, bare
 
 
 def to_save(rotations: Mapping[str, Rotation]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(description, tensors) of rotations by space, each kept once however many spaces share it; see `saved`.
+    """(JSON description, tensors) of rotations by space; `saved` is the inverse.
 
-    Scales are a space's own.
+    A rotation that several spaces share is stored once; scales are stored per space.
     """
     alone = {space: bare(rotation) for space, rotation in rotations.items()}
     kinds = list({id(rotation): rotation for rotation in alone.values()}.values())
@@ -32,9 +32,10 @@ def to_save(rotations: Mapping[str, Rotation]) -> tuple[dict[str, Any], dict[str
 
 
 def saved(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Rotation]:
-    """The rotations that `to_save` described, by space.
+    """The rotations by space that `to_save` described.
 
-    Raises RotationError for a description that is incomplete.
+    Raises:
+        RotationError: the description is incomplete.
     """
     try:
         kinds = [
@@ -49,9 +50,10 @@ def saved(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, 
 
 
 def restore(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Rotation:
-    """The rotation that `describe` and `tensors` came from.
+    """The rotation whose `describe()` and `tensors()` these are.
 
-    Raises RotationError for an unknown kind or missing tensors.
+    Raises:
+        RotationError: the kind is unknown or a tensor is missing.
     """
     if "precision" in description:
         rest = {key: value for key, value in description.items() if key != "precision"}
@@ -72,11 +74,11 @@ def restore(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Ro
             return CentredRandomHadamard(tensors["signs"], tensors.get("weight"))
     except KeyError as missing:
         raise RotationError(f"a saved rotation of kind {kind!r} lacks {missing}: incomplete checkpoint") from None
-    raise RotationError(f"a saved rotation has kind {kind!r}, which this version of spinquant does not know")
+    raise RotationError(f"a saved rotation has the unknown kind {kind!r}: upgrade spinquant")
 
 
 def empty_tensors(description: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors of the shapes and dtypes that `restore` needs, for a loader to fill."""
+    """Uninitialized tensors with the shapes and dtypes that `restore` needs, for a loader to fill."""
     order, kind = description["order"], description["kind"]
     side = order // description.get("hadamard_order", 1)
     signs = torch.empty(order, dtype=torch.int8)

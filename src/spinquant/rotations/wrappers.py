@@ -1,4 +1,4 @@
-"""Rotations with something around them: a precision of their own, or scales of the space that they rotate."""
+"""Wrappers around rotations: a fixed arithmetic precision, or channel scales of the rotated space."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from spinquant.rotations.rotation import Orthogonal, Rotation
 
 @dataclass(frozen=True, eq=False)
 class InPrecision:
-    """A rotation whose arithmetic is done in a dtype of its own, whatever the dtype of what it rotates."""
+    """A rotation that rounds its input and output to a fixed dtype, whatever the dtype of the tensor it rotates."""
 
     rotation: Rotation
     dtype: torch.dtype
@@ -25,7 +25,7 @@ class InPrecision:
         return self.rotation.order
 
     def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
-        # Half types are rounded to before and after; sums are float32, as everywhere.
+        # Inputs and outputs are rounded to the half-precision dtype; sums are in float32, as everywhere.
         rounded = x.to(self.dtype).to(torch.promote_types(self.dtype, torch.float32))
         y = self.rotation.apply(rounded, transpose=transpose, dim=dim).to(self.dtype).to(x.dtype)
         return y if out is None else out.copy_(y)
@@ -39,10 +39,14 @@ class InPrecision:
 
 @dataclass(frozen=True, eq=False)
 class Scaled:
-    """The rotation of a space whose channels are scaled first, by what writes them: x becomes (x * scale) R.
+    """The rotation of a space with channel scales: x becomes (x * scale) R.
 
-    Scales are fused into the weights on both sides (`Plan.scalings`), so nothing is scaled at run time: `apply` is R
-    alone, and so is what it says of itself. scale: positive, float64, shape (size of the space,).
+    Scales are fused into the weights on both sides (`Plan.scalings`), so nothing is scaled at run time: `apply`,
+    `tensors` and `describe` are those of R alone.
+
+    Attributes:
+        rotation: R.
+        scale: positive, float64, shape (size of the space,).
     """
 
     rotation: Rotation
@@ -63,17 +67,20 @@ class Scaled:
 
 
 def bare(rotation: Rotation) -> Rotation:
-    """What is left of a rotation at run time: without scales."""
+    """The rotation without its channel scales, as it runs online."""
     return rotation.rotation if isinstance(rotation, Scaled) else rotation
 
 
 def online_part(plan: Plan, rotations: Mapping[str, Rotation]) -> dict[str, Rotation]:
-    """Those of the rotations that are applied at run time, by space, as they are applied there."""
+    """The subset of rotations that run online, by space, without channel scales."""
     return {online.space: bare(rotations[online.space]) for online in plan.onlines if online.space in rotations}
 
 
 def in_precision(rotations: Mapping[str, Rotation], dtype: torch.dtype | None) -> dict[str, Rotation]:
-    """The rotations as they run, computing in a dtype, or in that of what they rotate. What was shared stays so."""
+    """The rotations without channel scales, computing in `dtype`, or in their input's dtype if it is None.
+
+    Spaces that shared a rotation still share one.
+    """
     rotations = {space: bare(rotation) for space, rotation in rotations.items()}
     if dtype is None:
         return rotations
@@ -82,13 +89,13 @@ def in_precision(rotations: Mapping[str, Rotation], dtype: torch.dtype | None) -
 
 
 def check_given(plan: Plan, spec: RotationSpec, rotations: Mapping[str, Rotation]) -> None:
-    """Raise RotationError for rotations, by space, that are not of this model and spec, or not orthogonal."""
+    """Raise RotationError for rotations (by space) that do not belong to this model and spec, or are not orthogonal."""
     wanted = plan.rotated(spec.rotations)
     if set(rotations) != wanted:
         odd = sorted(set(rotations) ^ wanted)[0]
         raise RotationError(
-            f"the rotations given are not those of this model: {odd!r} is "
-            + ("not among them" if odd in wanted else f"no space that {', '.join(spec.rotations)} rotates")
+            f"the rotations do not belong to this model: space {odd!r} is "
+            + ("not among them" if odd in wanted else f"not one that {', '.join(spec.rotations)} rotates")
         )
     for space in plan.spaces:
         rotation = rotations.get(space.name)
@@ -99,8 +106,8 @@ def check_given(plan: Plan, spec: RotationSpec, rotations: Mapping[str, Rotation
         expected = spec.block_of(space.rotation) or space.size
         if rotation.order != expected or space.size % rotation.order:
             raise RotationError(
-                f"the rotation given for {space.name} has order {rotation.order}, and this model needs {expected}: "
-                "take rotations that were made for this model, or give the block size that they have"
+                f"the rotation of {space.name} has order {rotation.order}, and this model needs {expected}: use "
+                "rotations that were made for this model, or pass their block size"
             )
         if isinstance(rotation, Orthogonal):
             error = rotation.weight.T @ rotation.weight - torch.eye(rotation.order, dtype=rotation.weight.dtype)
@@ -115,11 +122,12 @@ def _check_scale(plan: Plan, space: Space, rotation: Rotation) -> None:
         return
     if all(scaling.space != space.name for scaling in plan.scalings):
         raise RotationError(
-            f"scales are given for {space.name}, and {plan.family} has no linear that is one factor of it: they "
-            "cannot be fused into its weights"
+            f"channel scales of {space.name} cannot be fused into the weights: no linear of {plan.family} writes one "
+            "factor of that space"
         )
     scale = rotation.scale
     if scale.shape != (space.size,) or not bool((scale > 0).all() & scale.isfinite().all()):
         raise RotationError(
-            f"the scales of {space.name} have shape {tuple(scale.shape)}: expected {space.size} positive numbers"
+            f"the channel scales of {space.name} have shape {tuple(scale.shape)}: expected {space.size} positive, "
+            "finite numbers"
         )
