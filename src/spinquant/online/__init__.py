@@ -1,1 +1,1 @@
-"""What runs at run time: online rotations, activation quantizers, the quantized KV cache."""
+"""Online rotations, activation quantizers and the quantized KV cache: what runs at inference time."""

@@ -1,14 +1,14 @@
-"""Online parts: what has to happen while the model runs, attached by hooks and removed without a trace.
+"""Attach online rotations and quantizers to a model with forward hooks, and remove them again.
 
-- At the input of a linear: rotate (R4), then round to the activation grid. Linears that read the same activation
-  (q, k and v; gate and up) share the work.
-- In front of stacked experts: round. Between their two products: rotate (R4), then round.
+- At the input of a linear: rotate (R4), then quantize the activation. Linears that read the same activation (q, k and
+  v; gate and up) share the result.
+- In front of stacked experts: quantize. Between their two matrix products: rotate (R4), then quantize.
 - On queries and keys (R3): queries are rotated inside transformers' attention interface, keys once, on their way
-  into the KV cache, where keys and values are also rounded and packed.
+  into the KV cache, where keys and values are also quantized and packed.
 
-Attaching returns an `Attachment`; its `remove()` (or leaving its `with` block) restores the model. The hooks sit on
-the modules, so that a part of the model run alone, as calibration does, behaves as it does inside the whole. What
-happens at each place is in `sites.py`.
+`attach` returns an `Attachment`; its `remove()` (or leaving its `with` block) restores the model. The hooks sit on
+the modules, so that a decoder block that is run alone, as calibration does, behaves as it does inside the whole model.
+The computation at each place is in `sites.py`, the packed cache in `kv_cache.py`.
 """
 
 import sys
@@ -40,11 +40,25 @@ ATTACHMENT = "_spinquant_attachment"
 
 
 class Attachment:
-    """Everything that `attach` put on a model, and the way to take it off again.
+    """The online rotations and quantizers on a model, with `remove` to restore it; a context manager.
 
-    inputs: the sites by the first of the linears that read the activation, or of the tensors of experts. keys_values:
-    by attention module.
-    Changes are kept as data, not as closures, so that a deep copy of the model has an attachment of its own.
+    The hooks and replaced attributes are kept as data, not as closures, so that a deep copy of the model has an
+    attachment of its own.
+
+    Attributes:
+        inputs: Sites of activations. The key is the first of the linears that read the activation, or the first of
+            the tensors of stacked experts.
+        keys_values: Sites of keys and values, by the name of the attention module.
+
+    Example:
+        >>> import spinquant
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = AutoModelForCausalLM.from_config(config)
+        >>> attachment = spinquant.attach(model, spinquant.plan_of(model), {}, spinquant.parse_scheme("KV4"))
+        >>> sorted(attachment.keys_values)
+        ['model.layers.0.self_attn', 'model.layers.1.self_attn']
+        >>> attachment.remove()
     """
 
     def __init__(self) -> None:
@@ -54,16 +68,16 @@ class Attachment:
         self._attributes: list[tuple[Any, str, bool, Any]] = []
 
     def hook(self, handle: Any) -> None:
-        """Remember a hook's handle."""
+        """Register a hook's handle, so that `remove` ends the hook."""
         self._handles.append(handle)
 
     def set(self, owner: Any, name: str, value: Any) -> None:
-        """Set an attribute, and remember what it was."""
+        """Set an attribute; `remove` restores its former value."""
         self._attributes.append((owner, name, hasattr(owner, name), getattr(owner, name, None)))
         setattr(owner, name, value)
 
     def cover(self, owner: Any, name: str, value: Any) -> None:
-        """Set an attribute of an object that its class has, until `remove` takes it away again."""
+        """Shadow an attribute of an object's class on the object itself; `remove` deletes it again."""
         self._attributes.append((owner, name, False, None))
         setattr(owner, name, value)
 
@@ -80,7 +94,7 @@ class Attachment:
 
     @contextmanager
     def exact(self) -> Iterator[None]:
-        """Within the block nothing is rounded; rotations stay."""
+        """Disable all quantizers within the `with` block; online rotations stay."""
         sites: list[InputSite | KeyValueSite] = [*self.inputs.values(), *self.keys_values.values()]
         for site in sites:
             site.rounds = False
@@ -106,15 +120,44 @@ def attach(
     *,
     around: bool = False,
 ) -> Attachment:
-    """Rotate and round at run time what the plan and the scheme ask for.
+    """Attach online rotations (R3, R4) and the quantizers of activations and KV cache to a model.
 
-    `rotations` by space name; those of online spaces must already be fused into the weights that read them. `clips`
-    take the place of the scheme's clip ratios where they name one.
-    around: the model is not rotated at all, and rounds what a rotated one would round: see `quantization/rotated.py`.
-    Raises RotationError when online parts are attached already.
+    `rotate`, `quantize` and `load` call it; call it yourself after `fuse_module`, or to try a scheme on a model.
+
+    Args:
+        model: A causal language model of transformers. It is changed in place, until `Attachment.remove`.
+        plan: Where the model can be rotated, from `plan_of`.
+        rotations: Rotations by the name of their space, from `make_rotations`. Those of online spaces must already be
+            fused into the weights that read them (`fuse_module`). Others are ignored; `{}` attaches quantizers alone.
+        scheme: What is quantized at run time. Only its activations and KV cache count here. Default: nothing.
+        clips: Clip ratios found by calibration; where they name a place, they replace the scheme's clip ratio.
+        around: The model is not rotated; every quantizer rotates its input before rounding and back after it, so that
+            the model rounds like a rotated one (`quantization/rotated_rounding.py`). Learning uses this.
+
+    Returns:
+        The attachment: a context manager whose `remove` restores the model.
+
+    Raises:
+        RotationError: The model has an attachment already, R3 cannot run under its attention implementation, or its
+            experts do not let anything happen between their two matrix products.
+
+    Example:
+        >>> import spinquant, torch
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = AutoModelForCausalLM.from_config(config)
+        >>> plan = spinquant.plan_of(model)
+        >>> rotations = spinquant.make_rotations(plan, spinquant.RotationSpec(("R3", "R4"), "auto"))
+        >>> spinquant.fuse_module(model, plan, rotations)
+        >>> with spinquant.attach(model, plan, rotations, spinquant.parse_scheme("A8KV4")):
+        ...     model(input_ids=torch.tensor([[1, 2, 3]])).logits.shape
+        torch.Size([1, 3, 64])
     """
     if getattr(model, ATTACHMENT, None) is not None:
-        raise RotationError("this model already has online parts: remove() them before attaching others")
+        raise RotationError(
+            "this model already has online rotations or quantizers attached: call remove() on its attachment (or "
+            "spinquant.detach(model)) before attaching others"
+        )
     scheme, clips = scheme or Scheme(), clips or Clips()
     attachment = Attachment()
     attachment.set(model, ATTACHMENT, attachment)
@@ -129,7 +172,7 @@ def attach(
 
 
 def before_forward(model: nn.Module, action: Callable[[], object]) -> Any:
-    """Call `action` before every forward pass of the model; returns the handle that ends it."""
+    """Call `action` before every forward pass of the model; returns the handle that removes the hook."""
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         action()
@@ -153,7 +196,7 @@ def _attach_inputs(
 ) -> None:
     online = {online.module: plan.space[online.space] for online in plan.onlines if online.site == "input"}
     head = (plan.head.removesuffix(".weight"),)
-    # The head is no linear of the plan: what it reads is rounded where the scheme says so, rotated where the plan does.
+    # The head is not among the plan's linears: its input is quantized if the scheme says so, rotated if the plan does.
     for group in (*plan.linears, head):
         rotation = _rotation_of(plan.read_by(group[0]) if around else online.get(group[0]), rotations)
         activations = scheme.activations if group != head or scheme.lm_head else None
@@ -180,7 +223,7 @@ def _attach_experts(
 ) -> None:
     for experts in plan.experts:
         outside, inside = (_rotation_of(space, rotations) for space in plan.read_by_experts(experts))
-        # In front of the first products nothing has to be rotated at run time.
+        # The input of the first matrix product needs no online rotation.
         for name, rotation in ((experts.first[0], outside if around else None), (experts.second[0], inside)):
             if scheme.activations is None and (around or rotation is None):
                 continue
@@ -230,12 +273,12 @@ def check_implementation(found: str, supported: Sequence[str] = ATTENTIONS) -> N
 
 
 def text_config(model: Any) -> Any:
-    """The config of what attends to tokens: the model's own, or its language part's."""
+    """The config of a model's text decoder: of a multimodal model that of its language model, else the model's own."""
     return model.config.get_text_config()
 
 
 def _rotate_queries(model: nn.Module, rotated: Mapping[str, Rotation], attachment: Attachment) -> str:
-    config: Any = text_config(model)  # what sees attends in its own way
+    config: Any = text_config(model)  # a vision encoder has an attention implementation of its own
     base = config._attn_implementation
     check_implementation(base)
     implementation = PREFIX + base

@@ -1,9 +1,9 @@
-"""A KV cache that stores packed integers, so that 4-bit keys and values really take a quarter of 16-bit ones.
+"""Quantized KV cache that stores packed integers: 4-bit keys and values take a quarter of the memory of 16-bit ones.
 
-Keys and values arrive once per token, already rotated, are quantized per head and token, and kept as int32 words
-with a scale and a zero point each. Attention gets the dequantized numbers. A layer of transformers' own
-`DynamicCache` is replaced by its packing counterpart before its first token (`pack_layer`), so `generate`,
-beam search and cropping work as they do without quantization.
+Keys and values arrive once per token, already rotated, are quantized per head and token, and stored as int32 words
+with a scale and a zero point each. Attention gets the dequantized values. A layer of transformers' own `DynamicCache`
+is replaced by a packing layer before its first token (`pack_layer`), so `generate`, beam search and cropping work as
+they do without quantization.
 """
 
 from collections.abc import Callable
@@ -21,9 +21,9 @@ SEQUENCE = 2  # the axis of tokens in (batch, heads, tokens, ..)
 
 
 class PackedLayer(DynamicLayer):
-    """One layer's keys and values as packed integers, (batch, heads, tokens, words).
+    """Cache layer that stores keys and values as packed integers, (batch, heads, tokens, words).
 
-    value_quantizer: where values are quantized in another way than keys.
+    value_quantizer: quantizer of the values, by default that of the keys.
     """
 
     is_croppable = True
@@ -40,16 +40,16 @@ class PackedLayer(DynamicLayer):
 
     @keys.setter
     def keys(self, value: Tensor | None) -> None:
-        """The base class initialises keys and values; there is nothing to store."""
+        """Ignored: the base class assigns keys and values, which are stored packed."""
 
     @property
     def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The dequantized values."""
+        """The dequantized values, as for the keys."""
         return dequantize(self.packed[1]) if self.packed else None
 
     @values.setter
     def values(self, value: Tensor | None) -> None:
-        """As for the keys."""
+        """Ignored, as for the keys."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -68,7 +68,7 @@ class PackedLayer(DynamicLayer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the stored keys and values take."""
+        """Size of the stored keys and values in bytes, scales and zero points included."""
         return sum(packed.nbytes for packed in self.packed or ())
 
     def get_seq_length(self) -> int:
@@ -106,7 +106,7 @@ class PackedLayer(DynamicLayer):
 
 
 class PackedSlidingLayer(PackedLayer):
-    """Packed keys and values of a sliding-window layer: the last `sliding_window - 1` tokens are kept."""
+    """Packed cache layer with a sliding window: the last `sliding_window - 1` tokens are kept."""
 
     is_sliding = True
 
@@ -151,10 +151,28 @@ class PackedSlidingLayer(PackedLayer):
 
 
 class QuantizedCache(DynamicCache):
-    """A `DynamicCache` whose keys and values are packed integers from the first token on.
+    """KV cache that stores quantized keys and values as packed integers; a `DynamicCache` of transformers.
 
-    A model with a quantized KV scheme attached packs every `DynamicCache` by itself; make one of these to hold the
-    cache in your own hands and to read its size.
+    A model with a quantized KV scheme attached packs every `DynamicCache` by itself. Make one of these to keep the
+    cache between calls and to read its size. With a model that has no KV scheme, it quantizes keys and values as they
+    come.
+
+    Args:
+        config: The model's config, which says how many layers there are and which have a sliding window.
+        quantizer: How keys and values are quantized, per head and token (`Scheme.kv` of the model's scheme).
+
+    Raises:
+        SchemeError: At the first forward pass, when the model's own scheme asks for another quantizer.
+
+    Example:
+        >>> import spinquant, torch
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        >>> cache = spinquant.QuantizedCache(config, spinquant.Quantizer(bits=4))
+        >>> output = model(input_ids=torch.tensor([[1, 2, 3]]), past_key_values=cache)
+        >>> cache.get_seq_length(), cache.nbytes < 2 * 2 * 3 * 32 * 2  # less than layers x (K, V) x tokens x width x 2
+        (3, True)
     """
 
     def __init__(self, config, quantizer: Quantizer):
@@ -164,14 +182,15 @@ class QuantizedCache(DynamicCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all stored keys and values."""
+        """Size of all stored keys and values in bytes, scales and zero points included."""
         return sum(getattr(layer, "nbytes", 0) for layer in self.layers)
 
 
 def pack_layer(cache: Cache, layer_idx: int, quantizer: Quantizer, value_quantizer: Quantizer | None = None) -> bool:
-    """Make an empty layer of a dynamic cache a packing one; True when the layer packs by itself from now on.
+    """Replace an empty layer of a dynamic cache by a packing one; True when the layer is a packing one afterwards.
 
-    Layers of other kinds (static ones, or ones that already hold tokens) are left alone.
+    Other layers (static ones, offloaded ones, ones that already hold tokens) are left alone. Raises SchemeError for a
+    packing layer with another quantizer.
     """
     if cache.layer_class_to_replicate is DynamicLayer:
         while len(cache.layers) <= layer_idx:
@@ -196,13 +215,16 @@ def pack_layer(cache: Cache, layer_idx: int, quantizer: Quantizer, value_quantiz
 def _agree(layer: PackedLayer, wanted: tuple[Quantizer, Quantizer]) -> None:
     if layer.quantizers == wanted:
         return
-    # A cache made by hand knows the scheme, not the clip ratios that were searched layer by layer.
+    # A QuantizedCache is made from the scheme, without the clip ratios that calibration found layer by layer.
     if not layer.is_initialized and all(
         replace(found, clip=other.clip) == other for found, other in zip(layer.quantizers, wanted, strict=True)
     ):
         layer.quantizers = wanted
         return
-    raise SchemeError(f"the cache packs with {layer.quantizers}, and the model's scheme says {wanted}")
+    raise SchemeError(
+        f"the KV cache quantizes with {layer.quantizers}, and the model's scheme asks for {wanted}: make the cache "
+        "with the model's own scheme (Scheme.kv)"
+    )
 
 
 def _append(packed: Packed, new: Packed) -> Packed:

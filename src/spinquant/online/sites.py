@@ -1,5 +1,6 @@
-"""What happens at one place of a running model: an activation, or the keys and values of an attention, is rotated and
-rounded. `online.py` puts these objects on a model and takes them off again.
+"""Rotate and quantize one activation, or the keys and values of one attention, while the model runs.
+
+`hooks.py` attaches these objects to a model and removes them again.
 """
 
 import weakref
@@ -27,10 +28,10 @@ def _rounded(x: Tensor, rotation: Rotation | None, quantizer: Quantizer) -> Tens
 
 
 class InputSite:
-    """Rotates and rounds one activation, once for all the linears that read it. `rounds` switches rounding.
+    """Forward pre-hook that rotates and quantizes one activation, once for all linears that read it.
 
-    watch: called with the activation before it is rounded. around: what is rounded is rotated before and rotated back
-    after.
+    rounds: switch of the quantizer. watch: an observer, called with the activation before it is quantized. readers:
+    number of linears that read it. around: rotate before quantizing and back after it; the model is not rotated.
     """
 
     def __init__(self, rotation: Rotation | None, quantizer: Quantizer | None, *, readers: int, around: bool = False):
@@ -51,13 +52,13 @@ class InputSite:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]
-        version = -1 if x.is_inference() else x._version  # inference tensors do not count their changes
+        version = -1 if x.is_inference() else x._version  # inference tensors have no version counter
         known = (
             self._source is not None
             and self._source() is x
             and version == self._version
             and (torch.is_grad_enabled(), self.rounds, self.quantizer) == self._setting
-            and id(module) not in self._read_by  # a second read is a new pass, maybe after a change in place
+            and id(module) not in self._read_by  # a second read is a new pass, perhaps after an in-place change
         )
         if not known:
             self._forget()
@@ -72,7 +73,7 @@ class InputSite:
         return (result, *args[1:])
 
     def treat(self, x: Tensor) -> Tensor:
-        """The activation as the linears get it."""
+        """The activation as the linears receive it: rotated, and quantized unless that is switched off."""
         return self._treated(x, self.quantizer if self.rounds else None)
 
     def _treated(self, x: Tensor, quantizer: Quantizer | None) -> Tensor:
@@ -85,10 +86,10 @@ class InputSite:
 
 
 class TreatedGate:
-    """Takes the place of the activation of stacked experts: what it gives is rotated and rounded on its way on.
+    """Replaces the gated activation of stacked experts by one whose output is rotated and quantized.
 
-    transformers' batched implementations call a method of the module between the two products; it is covered on that
-    module alone.
+    transformers' batched implementations call a method of the module (`_apply_gate`) between the two matrix products;
+    it is shadowed on that module alone.
     """
 
     def __init__(self, experts: nn.Module, site: InputSite):
@@ -100,7 +101,7 @@ class TreatedGate:
 
 
 class TreatedActivation:
-    """The same for experts without a gate, as a hook on the module of their activation function."""
+    """Forward hook that does the same for experts without a gate, on the module of their activation function."""
 
     def __init__(self, site: InputSite):
         self.site = site
@@ -110,41 +111,42 @@ class TreatedActivation:
 
 
 def is_gated(experts: nn.Module, name: str) -> bool:
-    """Whether experts have a gate. Raises RotationError where nothing can happen between their two products."""
+    """Whether experts have a gate. Raises RotationError if nothing can be hooked between their two matrix products."""
     if getattr(experts, "has_gate", True):
         known = hasattr(experts, GATE)
     else:
         known = isinstance(getattr(experts, "act_fn", None), nn.Module)
     if not known:
         raise RotationError(
-            f"nothing can be rotated (R4) or rounded inside {name!r}: {type(experts).__name__} has no {GATE}, as "
-            "transformers' experts have, and no module act_fn. Leave R4 out, and activations at 16 bits."
+            f"cannot rotate (R4) or quantize activations inside {name!r}: {type(experts).__name__} has neither the "
+            f"method {GATE} of transformers' experts nor a module act_fn. Leave R4 out, and activations at 16 bits."
         )
     return getattr(experts, "has_gate", True)
 
 
 def activated(experts: Any, made: Tensor) -> Tensor:
-    """What stands between the two products of experts, from what the first one gives; rotated and rounded, if it is."""
+    """Input of the experts' second matrix product from the output of the first: rotated and quantized if attached."""
     return getattr(experts, GATE)(made) if getattr(experts, "has_gate", True) else experts.act_fn(made)
 
 
 def check_batched(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Raise RotationError for experts that are run by a loop; a hook before they run."""
+    """Forward pre-hook: raise RotationError for experts that are run in a loop, one after the other."""
     config: Any = module.config
     found = config._experts_implementation
     if found not in EXPERTS:
-        # A loop over experts does not call the method: the second product would read what is not rotated.
+        # A loop over experts does not call the method: the second product would read an unrotated activation.
         raise RotationError(
-            f"R4 and rounded activations cannot run inside experts under implementation {found!r}: call "
+            f"R4 and quantized activations cannot run inside experts under implementation {found!r}: call "
             f"model.set_experts_implementation('grouped_mm') (supported: {', '.join(EXPERTS)}), or leave R4 out"
         )
 
 
 class KeyValueSite:
-    """Pre-hook of an attention module: stands between it and its cache.
+    """Forward pre-hook of an attention module that puts a rotating, quantizing cache in place of its KV cache.
 
-    `rounds` switches rounding; `watch`, when set, is shown keys and values before they are rounded. around: rotations
-    of keys and of values in which they are rounded, and rotated back after; None where nothing of the kind is done.
+    rounds: switch of the quantizers. watch: an observer, called with keys and values before they are quantized.
+    around: rotations of keys and of values, applied before quantizing and undone after it; None when the model itself
+    is rotated.
     """
 
     def __init__(
@@ -167,20 +169,20 @@ class KeyValueSite:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
         config: Any = getattr(module, "config", None)
         if self.rotation is not None and config._attn_implementation != self.implementation:
-            # Keys would be rotated and queries not: nonsense without an error.
+            # Keys would be rotated and queries not: wrong results without an error.
             raise RotationError(
                 f"the attention implementation was changed to {config._attn_implementation!r} while R3 is attached: "
-                "remove() the online parts, change it, and attach them again"
+                "remove() the attachment, change the implementation, and attach again"
             )
-        name = "layer_past" if "layer_past" in kwargs else "past_key_values"  # GPT-NeoX and its time say the former
+        name = "layer_past" if "layer_past" in kwargs else "past_key_values"  # GPT-NeoX and other old models
         return args, {**kwargs, name: _RotatingCache(kwargs.get(name), self, config)}
 
 
 class _RotatingCache:
-    """What an attention module sees as its cache: rotates keys, rounds keys and values, then stores them.
+    """Proxy of a KV cache that rotates keys and quantizes keys and values before they are stored.
 
-    Where there is no cache, nothing is stored. What a module asks beside that of a cache that is there (its length, the
-    keys of an indexer) an empty one then answers, which lasts as long as the call.
+    Without a cache nothing is stored; other questions of the attention module (the length, the keys of an indexer) are
+    then answered by an empty cache that lasts as long as the call.
     """
 
     def __init__(self, cache: Cache | None, site: KeyValueSite, config: Any):
