@@ -1,1 +1,1 @@
-"""Calibration data and the sequential, block-by-block walk that GPTQ and clip search share."""
+"""Calibration data, and sequential (block-by-block) calibration for GPTQ and clip search."""

@@ -1,9 +1,9 @@
-"""Quantize with calibration text, one decoder block at a time.
+"""Quantize weights with calibration data, one decoder block at a time.
 
 The inputs of a block are the outputs of the quantized blocks before it. In each block the clip ratios of activations,
-keys and values are searched where that is asked for, the weights are rounded (GPTQ, or to nearest), and the outputs
-of the rounded block become the inputs of the next. For the asymmetric target a second stream of hidden states goes
-through the unquantized blocks.
+keys and values are searched if that is asked for, the weights are quantized (GPTQ or round-to-nearest), and the outputs
+of the quantized block become the inputs of the next. For asymmetric calibration (GPTAQ) a second copy of the hidden
+states goes through the unquantized blocks.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,11 +42,21 @@ from spinquant.rotations.rotation import Rotation
 
 @dataclass(frozen=True)
 class Calibration:
-    """How a model is calibrated.
+    """Options of calibration: GPTQ, clip search, and how inputs are computed.
 
-    clips: search clip ratios of activations, keys and values. round_inputs: activations and KV cache are rounded while
-    calibrating, as they will be. sequential: inside a block, a linear is calibrated on what the rounded linears before
-    it give. device: to work on, one block at a time; by default where the model is.
+    Attributes:
+        gptq: Options of GPTQ. They count only with error feedback, not for round-to-nearest.
+        clips: Search clip ratios of activations, keys and values. Default: False, the scheme's own.
+        round_inputs: Quantize activations and KV cache during calibration, as they will be at inference. Default: True.
+        sequential: Calibrate each linear of a block on the outputs of the quantized linears before it, which takes a
+            pass per group of linears. Default: False, one pass per block.
+        device: Device that the blocks are moved to one at a time, such as "cuda". Default: where the model is.
+
+    Example:
+        >>> import spinquant
+        >>> calibration = spinquant.Calibration(clips=True, device="cpu")
+        >>> calibration.round_inputs, calibration.sequential
+        (True, False)
     """
 
     gptq: GPTQOptions = field(default_factory=GPTQOptions)
@@ -75,13 +85,24 @@ def quantize_blocks(
     hidden: HiddenStates | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Clips:
-    """Quantize the weights of a rotated model in place, on tokens, int64 (samples, length); the clip ratios found.
+    """Quantize the weights of a rotated model in place, block by block; returns the clip ratios found.
 
-    error_feedback: GPTQ, else round to nearest. store: where finished blocks are kept, so that a run that was killed
-    goes on. home: where the weights are, by default in the model; of one that gives them out and forgets them again,
-    the store alone has what was found. hidden: empty, for the hidden states; by default in memory. The model must have
-    no online parts attached. Raises CalibrationError, naming the module, for activations that are not finite and for a
-    second moment that is singular.
+    Args:
+        model: A model with nothing attached (`attach`).
+        plan: Where it is rotated.
+        rotations: By space; the online ones are attached during calibration.
+        scheme: What is quantized.
+        tokens: Calibration tokens, int64, (samples, length).
+        calibration: Options.
+        error_feedback: GPTQ, else round-to-nearest (RTN).
+        store: Where finished blocks are stored, to resume from.
+        home: Where the weights are, by default in the model. If it loads and drops them block by block, only the store
+            has the quantized weights.
+        hidden: Empty container for the hidden states, by default in memory.
+        progress: Called with (blocks done, blocks in all).
+
+    Raises:
+        CalibrationError: Activations are not finite, or a second moment is singular; the module is named.
     """
     if home is None:
         home = InMemory(model, calibration.device)
@@ -111,7 +132,7 @@ def quantize_blocks(
 
 
 class _Walk:
-    """The hidden states on their way through the model."""
+    """State of the block-by-block pass: hidden states, clip ratios, and the packed weights of the current block."""
 
     def __init__(
         self,
@@ -137,7 +158,7 @@ class _Walk:
         self.packed: dict[str, Packed] = {}
 
     def block(self, name: str, finished: "tuple[Mapping[str, Packed], Clips] | None") -> None:
-        """Quantize one block, or take over what a run before has found, and move the states through it."""
+        """Quantize one block, or load it from an earlier run, and compute its outputs."""
         work = BlockInputs(self.model, self.plan, self.scheme, self.attachment, name, self.states, self.arguments[name])
         with self.home.block(name):
             self.packed = {}
@@ -153,14 +174,14 @@ class _Walk:
                     self._set_clips(search_cache_clips(work))
                 self._round_block(work)
                 if static_parts(self.scheme):
-                    self._set_clips(find_peaks(work))  # once more, as the rounded weights have them
+                    self._set_clips(find_peaks(work))  # again, with the quantized weights
             for i, state in enumerate(self.states):
                 output = work.run(state, rounded=self.calibration.round_inputs)
                 check_finite_output(work.block, name, state, work.arguments, output)
                 self.states[i] = output.to(state.device)
 
     def head(self, name: str, finished: "tuple[Mapping[str, Packed], Clips] | None") -> None:
-        """Quantize the output head, or take over what a run before has found."""
+        """Quantize the output head, or load it from an earlier run."""
         self.packed = {}
         if finished is not None:
             with self.home.head():
@@ -185,7 +206,7 @@ class _Walk:
         return fake_quantize(x, site.quantizer)
 
     def _advance_exact(self, work: BlockInputs) -> None:
-        """Move the exact states through the block, whose weights are still whole."""
+        """Compute the unquantized hidden states behind the block, whose weights are not quantized yet."""
         for i, state in enumerate(self.exact or ()):
             assert self.exact is not None
             self.exact[i] = work.run(state, rounded=False).to(state.device)
@@ -218,15 +239,15 @@ class _Walk:
             for experts in stacks:
                 self._round_experts(experts, None)
             return
-        # The weights as they are now, for the unquantized states.
+        # The weights before quantization, for the unquantized hidden states.
         own = [w.tensor for w in self.weights if w.tensor.startswith(f"{work.name}.")]
         inside = own if self.exact is not None else []
         whole = {tensor: named_tensor(self.model, tensor).data.clone() for tensor in inside}
-        # Groups of linears, and stacks of experts, that are calibrated on one pass.
+        # Groups of linears, and stacked experts, that are calibrated in one pass.
         stages: list[tuple[Sequence[tuple[str, ...]], Sequence[Experts]]] = [(groups, stacks)]
         if self.calibration.sequential:
             stages = [*(([group], ()) for group in groups), ((), stacks)]
-        # One stage reads each state before it replaces it; later ones would find it replaced.
+        # The first stage replaces each state after reading it; later ones need a copy.
         before = self.exact.copy() if self.exact is not None and len(stages) > 1 else self.exact
         for number, (stage, routing) in enumerate(stages):
             moments = {group: Moments() for group in stage}
@@ -236,7 +257,7 @@ class _Walk:
                 exact: Mapping[str, Tensor] = {}
                 if before is not None and self.exact is not None:
                     with self._weights(whole), routed_calls(self.model, routing, exactly):
-                        # The first time to the end of the block, for the states that the next block will need.
+                        # In the first stage to the end of the block, for the inputs of the next block.
                         stop = number > 0 and not routing
                         start = before[i]
                         exact, output = work.inputs(stage, start, rounded=False, stop=stop)
@@ -257,7 +278,7 @@ class _Walk:
 
     @contextmanager
     def _weights(self, wanted: Mapping[str, Tensor]) -> Iterator[None]:
-        """Within the block, these tensors of the model have these values."""
+        """Within the `with` block, these tensors of the model have these values."""
         tensors = {name: named_tensor(self.model, name) for name in wanted}
         usual = {name: tensor.data for name, tensor in tensors.items()}
         try:
@@ -269,14 +290,14 @@ class _Walk:
                 tensor.data = usual[name]
 
     def _round_group(self, group: tuple[str, ...], device: torch.device, moments: Moments | None) -> None:
-        """Round the linears that read one activation, as one weight: rows do not influence each other."""
+        """Quantize the linears that read one activation as one weight: rows are independent."""
         weights = [weight for weight in self.weights if weight.tensor.removesuffix(".weight") in group]
         parts = [weight.matrices(self.model) for weight in weights]
         packed = self._rounded_weight(torch.cat([part.to(device) for part in parts]), moments, ", ".join(group))
         sizes = [len(part) for part in parts]
         split = zip(*(tensor.split(sizes) for tensor in packed.tensors()), strict=True)
         for weight, part, tensors in zip(weights, parts, split, strict=True):
-            # Clones: parts of one tensor would keep all of it alive, and could not be saved.
+            # Clones: views would keep the whole tensor alive, and safetensors does not save them.
             self._put(weight, packed.with_tensors(*(t.clone().to(part.device) for t in tensors)))
 
     def _rounded_weight(self, weight: Tensor, moments: Moments | None, name: str) -> Packed:
@@ -292,7 +313,7 @@ class _Walk:
         weight.put(self.model, packed)
 
     def _round_experts(self, experts: Experts, calls: Calls | None) -> None:
-        """Round the weights of experts one by one; to nearest those that got no token, as all are without calls."""
+        """Quantize experts one by one; by RTN those that no token was routed to, and all of them without calls."""
         weights = [Weight(tensors[0], experts.transposed) for tensors in (experts.first, experts.second)]
         matrices = [weight.matrices(self.model) for weight in weights]
         done: tuple[list[Packed], list[Packed]] = ([], [])
@@ -302,13 +323,13 @@ class _Walk:
                 label = f"expert {expert} of {weight.tensor}"
                 packed = self._rounded_weight(matrices[number][expert], moments, label)
                 done[number].append(packed)
-                if self.calibration.sequential:  # what the second weight gets comes from the rounded first one
+                if self.calibration.sequential:  # the second weight's inputs come from the quantized first one
                     matrices[number][expert].copy_(dequantize(packed))
         for weight, parts in zip(weights, done, strict=True):
             self._put(weight, stacked(parts))
 
     def _expert_moments(self, experts: Experts, expert: int, calls: Calls, number: int) -> Moments | None:
-        """Of the inputs of an expert's first or second product; None where no token went to it."""
+        """Second moments of the inputs of an expert's first or second matrix product; None if it got no token."""
         found = Moments()
         for rows, same in calls.rows_of(expert):
             if number == 1:

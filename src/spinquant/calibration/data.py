@@ -1,6 +1,6 @@
-"""Text to tokens, and what a model computes on them.
+"""Load calibration and evaluation text and cut it into windows of tokens.
 
-A text is named by a string: a file, `manual` (the Python manual that every Python carries, for work without a
+A text is named by a string: a file, `manual` (the Python manual that comes with every Python, for work without a
 network), `wikitext`, or `dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]]` from the Hugging Face hub. The default, `auto`,
 takes wikitext when the `datasets` extra is installed and the hub answers, else the manual.
 """
@@ -25,9 +25,24 @@ GENERATED_AT_ONCE = 16  # samples
 
 
 def load_text(source: str = "auto") -> tuple[str, str]:
-    """(name, text) of a source; the name says what was really read, for the record.
+    """Load a text from a file, from a dataset on the Hugging Face hub, or from the Python manual.
 
-    Raises TextError when the file or dataset cannot be read, or holds no text.
+    Args:
+        source: A path to a UTF-8 file; `manual`, the Python manual, which needs no network; `wikitext`, the test split
+            of wikitext-2-raw-v1; `dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]]`, with split `test` and column `text` by
+            default; or `auto` (the default), wikitext if `datasets` is installed and the hub answers, else the manual.
+
+    Returns:
+        (name, text); the name says what was really read, for the record.
+
+    Raises:
+        TextError: The file or dataset cannot be read, or holds no text.
+
+    Example:
+        >>> import spinquant
+        >>> name, text = spinquant.load_text("manual")
+        >>> name, len(text) > 100_000
+        ('manual', True)
     """
     if source == "auto":
         source = "wikitext" if find_spec("datasets") and hub_reachable() else "manual"
@@ -67,7 +82,7 @@ def _load_dataset(source: str) -> tuple[str, str]:
 
 
 def hub_reachable() -> bool:
-    """Whether the Hugging Face hub answers; False at once when the environment says offline."""
+    """Whether the Hugging Face hub answers; False at once when HF_HUB_OFFLINE is set."""
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
         return False
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
@@ -79,11 +94,29 @@ def hub_reachable() -> bool:
 
 
 def token_windows(tokenizer: Any, text: str, *, length: int, count: int | None = None) -> Tensor:
-    """The text cut into windows that do not overlap: int64, shape (windows, length), at most `count` of them.
+    """Tokenize a text and cut it into windows that do not overlap.
 
-    Windows are spread evenly over the text, so that a few of them still see all of it. Every window starts with
-    the beginning-of-sequence token where the tokenizer begins every text with it. Raises TextError when the text is
-    too short for one window.
+    The windows are spread evenly over the text, so that a few of them still cover all of it. Every window starts with
+    the beginning-of-sequence token if the tokenizer starts every text with it.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        text: The text.
+        length: Tokens of a window, the beginning-of-sequence token included.
+        count: Largest number of windows; None for all of them.
+
+    Returns:
+        Tokens, int64, (windows, length).
+
+    Raises:
+        TextError: The text is too short for one window, or `count` or `length` leaves no room for one.
+
+    Example:
+        >>> import spinquant
+        >>> from transformers import ByT5Tokenizer  # its tokens are bytes, so it needs no vocabulary
+        >>> spinquant.token_windows(ByT5Tokenizer(), "to be or not to be", length=4, count=2)
+        tensor([[119, 114,  35, 101],
+                [ 35, 119, 114,  35]])
     """
     first = tokenizer("x")["input_ids"][0]
     bos = first if first == tokenizer.bos_token_id else None
@@ -92,7 +125,7 @@ def token_windows(tokenizer: Any, text: str, *, length: int, count: int | None =
         raise TextError(f"{count} windows: expected at least one, or none given for all")
     if room < 1:
         raise TextError(f"a window of {length} tokens has no room for text")
-    # verbose=False: a text longer than the model's context is what we want here, not a mistake.
+    # verbose=False: no warning about a text that is longer than the model's context.
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
     whole = len(ids) // room
     if whole == 0:
@@ -107,9 +140,22 @@ def token_windows(tokenizer: Any, text: str, *, length: int, count: int | None =
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Which text a model is calibrated on: at most `samples` windows of `length` tokens, from a text as in `load_text`.
+    """Which text a model is calibrated on, and how much of it.
 
-    `generated` text is sampled from the model itself, with `seed`; so is `auto` where there is no tokenizer.
+    Attributes:
+        text: A source of text as in `load_text`, or `generated`: sampled from the model itself. `auto` (the default)
+            is `generated` if there is no tokenizer.
+        samples: Largest number of windows. Default: 128.
+        length: Tokens of a window. Default: 512.
+        seed: Of generated text.
+
+    Raises:
+        TextError: Fewer than one sample, or than two tokens.
+
+    Example:
+        >>> import spinquant
+        >>> spinquant.CalibrationText("manual", samples=16)
+        CalibrationText(text='manual', samples=16, length=512, seed=0)
     """
 
     text: str = "auto"
@@ -123,11 +169,11 @@ class CalibrationText:
 
 
 def check_length(config: Any, source: CalibrationText) -> None:
-    """Raise TextError for samples that are longer than the context that a model's config names."""
+    """Raise TextError for samples that are longer than the model's context (`max_position_embeddings`)."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(context, int) and source.length > context > 0:
         raise TextError(
-            f"samples of {source.length} tokens are longer than the {context} that this model is made for "
+            f"samples of {source.length} tokens are longer than the model's context of {context} "
             "(max_position_embeddings): give a shorter --sample-length"
         )
 
@@ -135,17 +181,40 @@ def check_length(config: Any, source: CalibrationText) -> None:
 def calibration_tokens(
     model: Any, tokenizer: Any, source: CalibrationText, *, progress: Callable[[int, int], None] | None = None
 ) -> tuple[str, Tensor]:
-    """(name, tokens) of a calibration text; int64 (samples, length).
+    """Read or generate calibration text and tokenize it.
 
-    model: None where no text is generated. Raises TextError when the text cannot be read, is shorter than one sample,
-    or needs a tokenizer that is not there, and what `check_length` raises.
+    Args:
+        model: The model, which generates text if the source asks for it; may be None if no text is generated.
+        tokenizer: The model's tokenizer of transformers, or None.
+        source: Which text, and how much of it.
+        progress: Called with (samples done, samples in all) while text is generated.
+
+    Returns:
+        (name, tokens): what was really read, and the tokens, int64, (samples, length).
+
+    Raises:
+        TextError: The text cannot be read, is shorter than one sample, or needs a tokenizer that is missing, or a
+            sample is longer than the model's context.
+
+    Example:
+        >>> import spinquant
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = AutoModelForCausalLM.from_config(config)
+        >>> source = spinquant.CalibrationText("generated", samples=2, length=8)
+        >>> name, tokens = spinquant.calibration_tokens(model, None, source)
+        >>> name, tuple(tokens.shape)
+        ('generated', (2, 8))
     """
     if model is not None:
         check_length(model.config, source)
     if source.text == "generated" or (tokenizer is None and source.text == "auto"):
         return "generated", generate_tokens(model, source, progress=progress)
     if tokenizer is None:
-        raise TextError(f"the model has no tokenizer to read {source.text!r} with: use text the model generates itself")
+        raise TextError(
+            f"the model has no tokenizer, so text {source.text!r} cannot be tokenized: use generated text, which the "
+            "model samples itself"
+        )
     name, text = load_text(source.text)
     return name, token_windows(tokenizer, text, length=source.length, count=source.samples)
 
@@ -154,9 +223,10 @@ def calibration_tokens(
 def generate_tokens(
     model: Any, source: CalibrationText, *, progress: Callable[[int, int], None] | None = None
 ) -> Tensor:
-    """Text sampled from a model at temperature one, int64 (samples, length): every sample starts with another token.
+    """Sample text from a model at temperature one; int64, (samples, length).
 
-    The beginning-of-sequence token comes first where the config has one. The same seed gives the same text.
+    Every sample starts with a random token, behind the beginning-of-sequence token if the config has one. The same seed
+    gives the same text.
     """
     config = model.config.get_text_config()
     device = device_of(model)

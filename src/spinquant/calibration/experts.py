@@ -1,12 +1,12 @@
-"""Calibrating stacked experts: which tokens each of them got, and what stands between its two products.
+"""Calibration of stacked (mixture-of-) experts: the tokens routed to each expert, and the inputs of its two products.
 
-A module of experts is called with the tokens of a sample, (tokens, width), and the numbers of the experts that each
-token goes to, (tokens, k). That is all that has to be kept: the inputs of one expert's second product are computed
-from its tokens, by the module's own activation, when the expert has its turn. So memory does not grow with the number
-of experts.
+A module of experts is called with the tokens of a sample, (tokens, width), and the indices of the experts that each
+token is routed to, (tokens, k). Only these are kept: the inputs of an expert's second matrix product are computed from
+its tokens, by the module's own activation, when the expert is calibrated. So memory does not grow with the number of
+experts.
 
-For the asymmetric target a token of the unquantized model goes with the same token of the quantized one, to the experts
-that the quantized one chooses: those are the ones whose outputs it has to make up for.
+For asymmetric calibration (GPTAQ) a token of the unquantized model is paired with the same token of the quantized one
+and goes to the experts that the quantized model chooses, since their outputs have to compensate the error.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,27 +25,29 @@ from spinquant.quantization.targets import Weight
 
 @dataclass
 class Routed:
-    """What a module of experts was called with, sample by sample: rows, (tokens, width), and experts, (tokens, k)."""
+    """The inputs of a module of experts, per sample: rows, (tokens, width), and chosen experts, (tokens, k)."""
 
     rows: list[Tensor] = field(default_factory=list)
     chosen: list[Tensor] = field(default_factory=list)
 
     def tokens_of(self, expert: int) -> list[Tensor]:
-        """Indices of the tokens that an expert got, by sample; none twice."""
+        """Indices of the tokens routed to an expert, per sample, without repetition."""
         return [(chosen == expert).any(-1).nonzero().squeeze(-1) for chosen in self.chosen]
 
 
 @dataclass(frozen=True)
 class Calls:
-    """The calls of one module of experts, those of the unquantized model for an asymmetric target, and the weights that
-    were rounded since, by tensor."""
+    """The calls of one module of experts, for its calibration.
+
+    exactly: calls of the unquantized model, for asymmetric calibration. whole: unquantized weights, by tensor.
+    """
 
     routed: Routed
     exactly: Routed | None
     whole: Mapping[str, Tensor]
 
     def rows_of(self, expert: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The tokens of an expert in every sample that has some, and the same ones in the unquantized model."""
+        """The tokens of an expert, per sample that has any, and the same tokens of the unquantized model."""
         for i, tokens in enumerate(self.routed.tokens_of(expert)):
             if len(tokens):
                 same = None if self.exactly is None else self.exactly.rows[i][tokens]
@@ -54,7 +56,7 @@ class Calls:
 
 @contextmanager
 def routed_calls(model: nn.Module, experts: Sequence[Experts], kept: dict[str, Routed]) -> Iterator[None]:
-    """Within the block, what modules of experts are called with is added to `kept`, by module."""
+    """Within the `with` block, record the inputs of modules of experts in `kept`, by module."""
 
     def keep(name: str, args: Sequence[Any]) -> None:
         found = kept.setdefault(name, Routed())
@@ -66,9 +68,9 @@ def routed_calls(model: nn.Module, experts: Sequence[Experts], kept: dict[str, R
 
 
 def between(model: nn.Module, experts: Experts, expert: int, rows: Tensor, first: Tensor | None = None) -> Tensor:
-    """What one expert's second product gets for rows (tokens, width): rotated and rounded as the attachment says.
+    """Input of one expert's second matrix product for rows (tokens, width), rotated and quantized as attached.
 
-    first: the first weight of all experts as the module keeps it, by default the one that is there.
+    first: the first weight of all experts in the module's layout, by default the module's own.
     """
     module: Any = model.get_submodule(experts.module)
     weight = Weight(experts.first[0], experts.transposed)
@@ -81,7 +83,7 @@ def between(model: nn.Module, experts: Experts, expert: int, rows: Tensor, first
 def expert_products(
     model: nn.Module, experts: Experts, routed: Routed, step: int
 ) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
-    """(input, weight) of the first and of the second products, expert by expert, from one token of every `step`."""
+    """(input, weight) of the first and of the second matrix products, per expert, from every `step`-th token."""
     weights = [Weight(t[0], experts.transposed).matrices(model) for t in (experts.first, experts.second)]
     first, second = [], []
     for expert, (one, two) in enumerate(zip(*weights, strict=True)):

@@ -1,7 +1,7 @@
-"""Hidden states of calibration samples: in memory, or in a file once they are more than there is room for.
+"""Store the hidden states of calibration samples in memory, and spill to an unnamed file beyond a limit.
 
-Samples come one at a time and are replaced one at a time. The file has no name: whatever ends the process, its disk
-space is free again. It is read and written, not mapped, since pages of a mapped file would count as resident.
+Samples are appended and replaced one at a time. The file has no name, so its disk space is free again however the
+process ends. It is read and written rather than memory-mapped, since pages of a mapped file would count as resident.
 """
 
 import os
@@ -14,16 +14,16 @@ from torch import Tensor
 
 from spinquant.errors import CalibrationError
 
-# Share of the memory that is available which hidden states may take, where nothing else is said.
+# Default share of the available memory that hidden states may take.
 SHARE = 1 / 4
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 class HiddenStates:
-    """A sequence of tensors of one shape and dtype. Two of them, (copies), share the room.
+    """Mutable sequence of tensors that spills to a file.
 
-    room: bytes that they may take in memory, None for any number; what is beyond lies in a file in `folder`. States
-    whose room is bounded are kept in main memory, others on the device that they come from.
+    room: limit in bytes of what is kept in memory, None for no limit; states beyond it are in a file in `folder`. With
+    a limit, states are kept in main memory, without one on the device they come from. A copy has a limit of its own.
     """
 
     def __init__(self, room: int | None = None, folder: Path | None = None):
@@ -50,7 +50,7 @@ class HiddenStates:
         while len(view):
             count = os.preadv(self._file, [view], place)
             if count == 0:
-                raise CalibrationError(f"the file of hidden states in {self._folder} was cut short")
+                raise CalibrationError(f"the file of hidden states in {self._folder} is truncated")
             view, place = view[count:], place + count
         return found
 
@@ -65,7 +65,7 @@ class HiddenStates:
         self._write(state, place)
 
     def append(self, state: Tensor) -> None:
-        """Add a state at the end."""
+        """Append a state."""
         if self.room is None:
             self._kept.append(state)
             return
@@ -79,18 +79,18 @@ class HiddenStates:
 
     @property
     def spilt(self) -> int:
-        """How many of them lie in the file."""
+        """Number of states in the file."""
         return len(self._spilt)
 
     def copy(self) -> "HiddenStates":
-        """The same states once more, with as much room."""
+        """A copy of all states, with the same limit."""
         found = HiddenStates(self.room, self._folder)
         for state in self:
             found.append(state.clone())
         return found
 
     def close(self) -> None:
-        """Give the file's space back."""
+        """Drop all states and free the file's disk space."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -112,12 +112,12 @@ class HiddenStates:
 
 
 def room_by_default() -> int:
-    """Bytes that hidden states may take: a share of what is available now, to the machine and to the container."""
+    """Default limit in bytes: a share of the memory available now to the machine and to the container."""
     return int(SHARE * available_memory())
 
 
 def available_memory() -> int:
-    """Bytes of main memory that are free, or can be made free, now."""
+    """Bytes of main memory that are free or reclaimable now, within the container's limit."""
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()

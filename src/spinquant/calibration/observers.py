@@ -1,6 +1,4 @@
-"""Ranges found on calibration text, for one decoder block at work: clip ratios of activations and cache, and the peaks
-of static quantizers.
-"""
+"""Observe a decoder block on calibration data: clip ratios of activations and KV cache, ranges of static quantizers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -21,14 +19,14 @@ from spinquant.quantization.clip_search import best_ratio, search_input_clip
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme, static_parts
 from spinquant.quantization.targets import weights_of
 
-# Clip ratios of activations are searched on so many tokens, taken from so many samples; those of the cache on whole
-# samples, since attention needs all of its tokens.
+# Clip ratios of activations are searched on this many tokens from this many samples; those of the KV cache on whole
+# samples, since attention needs all of their tokens.
 CLIP_TOKENS, CLIP_INPUT_SAMPLES, CLIP_CACHE_SAMPLES = 1024, 8, 2
 
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """A decoder block whose weights are there: the hidden states it is called with, and the arguments beside them."""
+    """A decoder block with its weights loaded, its input hidden states and its other arguments (positions, masks)."""
 
     model: Any
     plan: Plan
@@ -45,23 +43,23 @@ class BlockInputs:
 
     @property
     def groups(self) -> list[tuple[str, ...]]:
-        """The linears of the block that read one activation, group by group."""
+        """The block's linears, grouped by the activation they read."""
         return [group for group in self.plan.linears if group[0].startswith(f"{self.name}.")]
 
     @property
     def stacks(self) -> list[Experts]:
-        """The experts of the block."""
+        """The block's stacked experts."""
         return [experts for experts in self.plan.experts if experts.module.startswith(f"{self.name}.")]
 
     def run(self, state: Tensor, *, rounded: bool) -> Tensor:
-        """The block's output."""
+        """The block's output for one state; rounded: with activations and KV cache quantized."""
         with nullcontext() if rounded else self.attachment.exact():
             return run_block(self.block, state, self.arguments)
 
     def inputs(
         self, groups: Sequence[tuple[str, ...]], state: Tensor, *, rounded: bool, stop: bool = True
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Inputs of the groups, by the first linear of each; and the block's output, None where it was not finished."""
+        """Inputs of the groups, by the first linear of each, and the block's output (None if it stopped early)."""
         output = None
         with captured(self.model, [group[0] for group in groups], inputs=True, stop=stop) as found:
             output = self.run(state, rounded=rounded)
@@ -69,7 +67,7 @@ class BlockInputs:
 
 
 def find_peaks(work: BlockInputs) -> Clips:
-    """The ranges of static quantizers: the largest magnitudes on the calibration text."""
+    """Ranges of static quantizers: the largest magnitudes on the calibration data."""
     parts, attachment = static_parts(work.scheme), work.attachment
     inputs: dict[str, float] = {}
     keys: dict[str, float] = {}
@@ -96,7 +94,7 @@ def find_peaks(work: BlockInputs) -> Clips:
             _raise_peak(inputs, first, x)
     for site in (*caches.values(), *experts.values()):
         site.watch = None
-    # Where everything was zero, any range will do.
+    # If everything is zero, any range will do.
     return Clips(*({n: peak or 1.0 for n, peak in found.items()} for found in (inputs, keys, values)))
 
 
@@ -105,7 +103,7 @@ def _raise_peak(peaks: dict[str, float], name: str, x: Tensor) -> None:
 
 
 def search_input_clips(work: BlockInputs) -> Clips:
-    """Clip ratios of activations, one for each group of linears, and for the two products of experts."""
+    """Search the clip ratio of activations for each group of linears and each matrix product of experts."""
     quantizer, states = work.scheme.activations, work.states
     if quantizer is None or "activations" in static_parts(work.scheme):
         return Clips()
@@ -132,7 +130,7 @@ def search_input_clips(work: BlockInputs) -> Clips:
 
 
 def search_cache_clips(work: BlockInputs) -> Clips:
-    """Clip ratios of keys and values, one after the other, that change the output of the attention least."""
+    """Search the clip ratios of keys, then of values, that change the output of the attention least."""
     quantizer, states = work.scheme.kv, work.states
     keys: dict[str, float] = {}
     values: dict[str, float] = {}

@@ -1,8 +1,8 @@
-"""Walk a model decoder block by decoder block, so that one block at a time is at work.
+"""Run a model one decoder block at a time (sequential calibration).
 
-A block is called with hidden states and keyword arguments (positions, masks) that the model makes. They are learned by
-running the model with every block replaced by one that passes hidden states on: embeddings and masks are computed, the
-blocks' weights are not touched. Samples have the same length, so one set of arguments serves all of them.
+A block is called with hidden states and keyword arguments (positions, masks) that the model computes. They are recorded
+by running the model with every block replaced by the identity: embeddings and masks are computed, the blocks' weights
+are not used. Samples have the same length, so one set of arguments serves all of them.
 """
 
 import ast
@@ -25,20 +25,20 @@ from spinquant.models.capture import captured, device_of
 
 @dataclass(frozen=True)
 class BlockCalls:
-    """What blocks are called with: hidden states before the first, (1, length, width) each, and arguments by block."""
+    """Inputs of the blocks: hidden states before the first, (1, length, width) each, and arguments by block."""
 
     hidden: HiddenStates
     arguments: Mapping[str, Mapping[str, Any]]
 
 
 class Home(Protocol):
-    """Where the weights of a model are while nothing works on them; within each of these blocks some are at hand."""
+    """Where a model's weights are stored; each context manager makes some of them available."""
 
     @property
     def model(self) -> Any: ...
 
     def outside(self, tokens: Tensor) -> AbstractContextManager[object]:
-        """All but the decoder blocks and the head; of the embedding the rows of these tokens."""
+        """All weights but those of the decoder blocks and the head; of the embedding the rows of these tokens."""
         ...
 
     def block(self, name: str) -> AbstractContextManager[object]:
@@ -52,7 +52,7 @@ class Home(Protocol):
 
 @dataclass(frozen=True)
 class InMemory:
-    """A whole model in memory. device: where a block is worked on, by default where it is."""
+    """A model that is in memory as a whole. device: where a block is moved to for work, by default none."""
 
     model: Any
     device: torch.device | str | None = None
@@ -75,18 +75,18 @@ class InMemory:
 
 
 def body_of(model: Any) -> Any:
-    """What makes hidden states of tokens: all of a model but its head. The model itself where it has no such part."""
+    """The base model without the head, which turns tokens into hidden states; the model itself if it has none."""
     if model.base_model is not model:
         return model.base_model
-    # Llama 4 goes by a name that its text models alone do not have.
+    # Text-only Llama 4 models lack the attribute that base_model_prefix names.
     return next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
 
 
 @torch.no_grad()
 def block_calls(model: Any, blocks: Sequence[str], tokens: Tensor, hidden: HiddenStates | None = None) -> BlockCalls:
-    """Learn what the blocks are called with for each row of `tokens`, int64 (samples, length).
+    """Record the inputs of the decoder blocks for each row of `tokens`, int64 (samples, length).
 
-    hidden: empty, where the states are put.
+    hidden: empty container that receives the states.
     """
     hidden = HiddenStates() if hidden is None else hidden
     arguments: dict[str, Mapping[str, Any]] = {}
@@ -114,7 +114,7 @@ def run_block(block: nn.Module, states: Tensor, arguments: Mapping[str, Any]) ->
 
 @torch.no_grad()
 def after_blocks(model: Any, blocks: Sequence[str], states: Tensor) -> Tensor:
-    """What the model makes of the last block's output, (batch, length, width), before its head."""
+    """The head's input, from the last block's output, (batch, length, width): usually the final norm."""
     with _replaced(model, blocks, lambda name, hidden, others: states):
         placeholder = torch.zeros(states.shape[:2], dtype=torch.int64, device=device_of(model))
         return body_of(model)(placeholder, use_cache=False).last_hidden_state
@@ -124,7 +124,7 @@ def after_blocks(model: Any, blocks: Sequence[str], states: Tensor) -> Tensor:
 def _replaced(
     model: nn.Module, blocks: Sequence[str], function: Callable[[str, Tensor, Mapping[str, Any]], Tensor]
 ) -> Iterator[None]:
-    """Within the block, every decoder block returns function(name, hidden states, keyword arguments)."""
+    """Within the `with` block, every decoder block returns function(name, hidden states, keyword arguments)."""
 
     def stand_in(name: str) -> Callable[..., Any]:
         called = list(signature(modules[name].forward).parameters)[1:]
@@ -158,9 +158,9 @@ def _replaced(
 
 @cache
 def _values_returned(block: type[nn.Module]) -> int:
-    """How many values a block's forward gives as a tuple, which models take apart; 0 for hidden states alone.
+    """Length of the tuple that a block's forward returns; 0 if it returns hidden states alone.
 
-    Its code says so: without weights it cannot be run to see.
+    Read from its source code: without weights it cannot be run.
     """
     try:
         code = ast.parse(dedent(getsource(block.forward)))
@@ -171,7 +171,7 @@ def _values_returned(block: type[nn.Module]) -> int:
 
 
 def check_finite_weights(block: nn.Module, name: str) -> None:
-    """Raise CalibrationError for a block with a weight that is not finite, naming it."""
+    """Raise CalibrationError, naming the tensor, for a block with a weight that is not finite."""
     for child, weight in block.named_parameters():
         if not weight.isfinite().all():
             raise CalibrationError(
@@ -189,8 +189,8 @@ def check_finite_output(
     check_finite_weights(block, name)
     if not states.isfinite().all():
         raise CalibrationError(
-            f"the input of {name} is not finite (NaN or Inf): what comes before it, the embedding of a first layer, "
-            "spoilt it; its weights are damaged"
+            f"the input of {name} is not finite (NaN or Inf): the weights before it (for a first layer, the embedding) "
+            "are damaged"
         )
     inside = [child for child, module in block.named_modules() if child and not any(True for _ in module.children())]
     with captured(block, inside) as outputs:
@@ -198,7 +198,7 @@ def check_finite_output(
     guilty = next((child for child in outputs if not outputs[child].isfinite().all()), None)
     where = f"{name}.{guilty}" if guilty else name
     raise CalibrationError(
-        f"the output of {where} is not finite (NaN or Inf) on the text: the weights are damaged, or overflow "
+        f"the output of {where} is not finite (NaN or Inf) on the text: its weights are damaged, or it overflows "
         f"{output.dtype}; try --dtype bfloat16 or float32"
     )
 
