@@ -1,1 +1,1 @@
-"""Perplexity, KL divergence and proofs of equivalence."""
+"""Perplexity, KL divergence, and proof that a rotated model is equivalent to the original."""

@@ -1,10 +1,10 @@
-"""Proof that rotating changed nothing, before real weights are touched and after.
+"""Prove that a rotated model computes the same function as the original, before its weights are changed and after.
 
-Before: the plan is tried on a *tiny model*, the same model class from the same config shrunk to a few layers and small
-sizes, in float64, with random weights, non-zero biases and non-unit gains. Its logits, and those of greedy
+Before: the rotations are applied to a *tiny model*, the same model class from the same config shrunk to a few layers
+and small sizes, in float64, with random weights, non-zero biases and non-unit gains. Its logits, and those of greedy
 generation through a KV cache, must not move by more than rounding. After: real tokens go through the real model
-before and after it is fused, and the logits must agree to what the dtype allows. When they do not, the first module
-whose output departs is named: outputs are compared in execution order, each rotated as its space is.
+before and after it is fused, and the logits must agree within the tolerance of the dtype. If they do not, the first
+module whose output deviates is named: outputs are compared in execution order, each rotated as its space is.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from spinquant.architectures import FamilyLike, use_family
 from spinquant.errors import ProofError
-from spinquant.evaluation.tiny_model import TWIN_VOCABULARY, make_tiny_model, tiny_spec
+from spinquant.evaluation.tiny_model import TINY_VOCABULARY, make_tiny_model, tiny_spec
 from spinquant.models.capture import captured, device_of
 from spinquant.online.hooks import attach
 from spinquant.plan import Axis, Plan
@@ -28,17 +28,17 @@ from spinquant.rotations.fuse import rotate_axis, scales_of
 from spinquant.rotations.fuse_module import fuse_module, plan_of
 from spinquant.rotations.rotation import Rotation
 
-# Relative error ||logits' - logits|| / ||logits|| that rounding explains; see docs/design.md for the measurement.
+# Relative error ||logits' - logits|| / ||logits|| that floating-point rounding explains, measured in docs/design.md.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
-# A model that is ill conditioned may move by so many times what rounding alone does to it (`disk_rounding.py`), but
-# never by more than this: then a comparison says nothing. Rotated models of the tests' families, where they go beyond
-# the tolerance, move by 0.3 to 1.4 times as much as rounding alone moves them.
+# The logits of an ill-conditioned model may move by MARGIN times what rounding noise alone moves them
+# (`streaming/rounding_noise.py`), but never by more than MOST, beyond which a comparison is meaningless. Rotated models
+# of the tests' families, where they exceed the tolerance, move by 0.3 to 1.4 times as much as rounding moves them.
 MARGIN, MOST = 4.0, 0.3
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far logits moved: largest and mean absolute difference, relative error, and where the departure began."""
+    """Difference of two models' logits: largest and mean absolute, relative error, and the first deviating module."""
 
     max_abs: float
     mean_abs: float
@@ -52,7 +52,7 @@ class Deviation:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a model computed on some tokens: logits, and the outputs of the modules that a plan knows."""
+    """Logits of a model on some tokens, and the outputs of the modules in its plan."""
 
     tokens: Tensor
     logits: Tensor
@@ -60,7 +60,7 @@ class Snapshot:
 
 
 class Float64Arithmetic(TorchFunctionMode):
-    """Within it, model code that asks for float32 (norms and softmax do) gets float64.
+    """Context in which model code that casts to float32 (norms and softmax do) gets float64 instead.
 
     Without it a float64 model is exact to 1e-7 only, and an error of that size could not be told from rounding.
     """
@@ -69,7 +69,7 @@ class Float64Arithmetic(TorchFunctionMode):
         function: Any = torch.Tensor.double if func is torch.Tensor.float else func
         widened = [torch.float64 if a is torch.float32 else a for a in args]
         named = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
-        # Filled tensors are float32 unless told; XGLM fills with float64's lowest.
+        # torch.full gives float32 by default; XGLM fills with float64's lowest value, which float32 cannot hold.
         if func is torch.full and isinstance(named.get("fill_value", args[1] if len(args) > 1 else None), float):
             named.setdefault("dtype", torch.float64)
         return function(*widened, **named)
@@ -77,13 +77,13 @@ class Float64Arithmetic(TorchFunctionMode):
 
 @torch.no_grad()
 def snapshot(model: nn.Module, plan: Plan, tokens: Tensor) -> Snapshot:
-    """Run the tokens, (batch, length), through the model and keep what `compare` needs."""
+    """Run tokens, (batch, length), through a model and record what `compare` needs."""
     names = computing_modules(plan)
     embeddings = sorted({axis.tensor.removesuffix(".weight") for axis in plan.axes if axis.space == "residual"})
     modules = dict.fromkeys([*names, *embeddings])
     present = {name for name, _ in model.named_modules()}
     training = model.training
-    model.eval()  # dropout would look like a departure
+    model.eval()  # dropout would look like a deviation
     arithmetic = Float64Arithmetic() if model.dtype == torch.float64 else nullcontext()
     try:
         with arithmetic, captured(model, [name for name in modules if name in present]) as outputs:
@@ -94,12 +94,12 @@ def snapshot(model: nn.Module, plan: Plan, tokens: Tensor) -> Snapshot:
 
 
 def computing_modules(plan: Plan) -> list[str]:
-    """The modules whose outputs are compared: linears, and experts of a layer as a whole."""
+    """The modules whose outputs are compared: linears, and the experts of a layer as a whole."""
     return [*(name for group in plan.linears for name in group), *(experts.module for experts in plan.experts)]
 
 
 def compare(before: Snapshot, model: nn.Module, plan: Plan, rotations: Mapping[str, Rotation]) -> Deviation:
-    """How far the rotated model departs from the snapshot, and at which module the departure begins."""
+    """Compare a rotated model's logits with a snapshot of the original; name the first module that deviates."""
     after = snapshot(model, plan, before.tokens)
     tolerance = TOLERANCE.get(after.logits.dtype, TOLERANCE[torch.float32])
     deviation = difference(before.logits, after.logits)
@@ -115,7 +115,7 @@ def compare(before: Snapshot, model: nn.Module, plan: Plan, rotations: Mapping[s
 def expected_output(
     model: nn.Module, plan: Plan, rotations: Mapping[str, Rotation], name: str, output: Tensor
 ) -> Tensor:
-    """What a module gives in the rotated model that gave the output before."""
+    """The output that a module should have in the rotated model, from its output in the original."""
     for scale, dim in scales_of(f"{name}.weight", plan, rotations):
         if dim == _output_dim(model, name):
             output = output * scale.to(output.device, output.dtype)
@@ -126,7 +126,7 @@ def expected_output(
 
 
 def output_axis(model: nn.Module, plan: Plan, name: str) -> Axis | None:
-    """The axis of a module's weight that its output has, where it lives in a space."""
+    """The weight axis that is a module's output axis; None if it is in no space."""
     stack = next((experts for experts in plan.experts if experts.module == name), None)
     if stack is not None:
         # (experts, out, in), or (experts, in, out)
@@ -138,16 +138,16 @@ def output_axis(model: nn.Module, plan: Plan, name: str) -> Axis | None:
 
 
 def _output_dim(model: nn.Module, name: str) -> int | None:
-    """The axis of a module's weight that its output has."""
+    """The dimension of a module's weight that is its output; None for a module that is no linear or embedding."""
     module = model.get_submodule(name)
     if not isinstance(module, nn.Linear | nn.Embedding | Conv1D):
         return None
-    # An embedding's is the last of its weight, and so is that of Conv1D, which stores (in, out); a linear's the first.
+    # nn.Linear stores (out, in); Conv1D stores (in, out), and an embedding (tokens, out).
     return 0 if isinstance(module, nn.Linear) else 1
 
 
 def difference(expected: Tensor, found: Tensor) -> Deviation:
-    """How far one tensor is from another."""
+    """Absolute and relative difference of two tensors."""
     wide = torch.promote_types(expected.dtype, torch.float32)
     expected, found = expected.to(wide), found.to(wide)
     delta = (found - expected).abs()
@@ -156,15 +156,16 @@ def difference(expected: Tensor, found: Tensor) -> Deviation:
 
 
 def allowed(dtype: torch.dtype, rounding: float = 0.0) -> float:
-    """How far logits may move, relative, in a dtype.
+    """Allowed relative error of the logits in a dtype.
 
-    rounding: how far rounding alone moves those of the original, where that is known (`disk_rounding.py`).
+    rounding: relative error that rounding noise alone causes in the original model, if it was measured
+    (`streaming/rounding_noise.py`).
     """
     return max(TOLERANCE.get(dtype, TOLERANCE[torch.float32]), min(MARGIN * rounding, MOST))
 
 
 def check(deviation: Deviation, dtype: torch.dtype, *, what: str, rounding: float = 0.0) -> None:
-    """Raise ProofError when logits moved by more than rounding explains (NaN included); see `allowed`."""
+    """Raise ProofError if the logits moved by more than `allowed`, or are NaN."""
     tolerance = allowed(dtype, rounding)
     if not deviation.relative <= tolerance:
         where = f"The first module that departs is {deviation.module!r}. " if deviation.module else ""
@@ -192,10 +193,32 @@ def prove(
     planner: Planner | None = None,
     family: FamilyLike | None = None,
 ) -> Deviation:
-    """Try the rotations of a spec on the tiny model of a config; or what `planner(tiny)` gives.
+    """Prove on a tiny float64 model that rotations leave the function of an architecture unchanged.
 
-    family: a family file that explains the config, see `use_family`. Raises ProofError, naming the first module that
-    departs, when logits (whole sequences, or token by token through a KV cache) move by more than float64 rounding.
+    The tiny model has the class and config of the real one, with a few small layers and random weights. It needs no
+    checkpoint and takes a second or so. `rotate` and `quantize` call this before they change a model.
+
+    Args:
+        config: A config of transformers.
+        spec: Which rotations; block sizes are replaced by ones that fit the tiny model.
+        seed: Of the tiny model's weights and tokens.
+        planner: Function of the tiny model that returns its plan and rotations, in place of `plan_of` and the spec.
+        family: A family file that describes the architecture, for models without a built-in table; see `use_family`.
+
+    Returns:
+        How far the logits moved: the larger deviation of whole sequences and of generation through a KV cache.
+
+    Raises:
+        ProofError: The logits moved by more than float64 rounding; the first deviating module is named.
+        ArchitectureError: The architecture is unknown.
+        RotationError: A rotation is not possible in it.
+
+    Example:
+        >>> import spinquant
+        >>> from transformers import LlamaConfig
+        >>> spec = spinquant.RotationSpec(("R1", "R2", "R3", "R4"), "auto")
+        >>> spinquant.prove(LlamaConfig(), spec).relative < 1e-9
+        True
     """
     use_family(config, family)
     with Float64Arithmetic(), torch.random.fork_rng(devices=[]):  # a model's initialisation draws from the global state
@@ -206,7 +229,7 @@ def prove(
         else:
             plan, rotations = planner(tiny)
         generator = torch.Generator().manual_seed(seed)
-        tokens = torch.randint(0, TWIN_VOCABULARY - 1, (2, 12), generator=generator)
+        tokens = torch.randint(0, TINY_VOCABULARY - 1, (2, 12), generator=generator)
         before, generated = snapshot(tiny, plan, tokens), greedy_logits(tiny, tokens)
         fuse_module(tiny, plan, rotations)
         with attach(tiny, plan, rotations):

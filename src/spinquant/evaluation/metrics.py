@@ -1,4 +1,4 @@
-"""How good a model still is: perplexity over windows of text, and agreement with a reference model.
+"""Evaluate a model: perplexity on windows of text, and KL divergence and top-1 agreement with a reference model.
 
 Perplexity is exp of the mean negative log-likelihood of every predicted token, in nats, over windows that do not
 overlap. Against a reference, per token: KL(reference || model) in nats, and how often both rank the same token first.
@@ -18,14 +18,25 @@ from spinquant.models.capture import device_of
 
 # Tokens whose log-probabilities are held in float32 at once; 128 x 150k vocabulary is 77 MB.
 SLICE = 128
-NEAR = 0.03  # log-probabilities whose difference is taken as a series
+NEAR = 0.03  # below this difference of log-probabilities the terms of KL are computed by a series
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results over all predicted tokens; the last three are None without a reference.
+    """Perplexity of a model, and its agreement with a reference, over all predicted tokens.
 
-    kl in nats per token, top1 a fraction, reference_perplexity on the same tokens.
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood; infinite if that overflows.
+        tokens: Number of predicted tokens.
+        seconds: Wall time.
+        kl: KL(reference || model), nats per token; None without a reference.
+        top1: Fraction of tokens at which both models rank the same token first; None without a reference.
+        reference_perplexity: Perplexity of the reference on the same tokens; None without a reference.
+
+    Example:
+        >>> import spinquant
+        >>> spinquant.Evaluation(perplexity=8.5, tokens=1022, seconds=1.0).to_dict()["kl"] is None
+        True
     """
 
     perplexity: float
@@ -42,7 +53,22 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Differences of two models' logits, and of what they predict (see `Evaluation`)."""
+    """Differences of two models' logits and predictions, over all tokens.
+
+    Attributes:
+        max_abs: Largest absolute difference of logits; NaN if any logit is.
+        mean_abs: Mean absolute difference.
+        relative: ||other - reference|| / ||reference||.
+        kl: KL(reference || other), nats per token.
+        top1: Fraction of tokens at which both models rank the same token first.
+        tokens: Number of tokens.
+
+    Example:
+        >>> import spinquant
+        >>> same = spinquant.Comparison(max_abs=0.0, mean_abs=0.0, relative=0.0, kl=0.0, top1=1.0, tokens=512)
+        >>> same.to_dict()["top1"]
+        1.0
+    """
 
     max_abs: float
     mean_abs: float
@@ -63,9 +89,30 @@ Progress = Callable[[int, int], None]
 def evaluate(
     model: nn.Module, windows: Tensor, *, reference: nn.Module | None = None, progress: Progress | None = None
 ) -> Evaluation:
-    """Perplexity on windows of tokens, int64 (windows, length), and agreement with a reference model.
+    """Measure a model's perplexity, and its KL divergence and top-1 agreement with a reference model.
 
-    `progress(done, total)` counts windows. Raises TextError for windows of fewer than two tokens.
+    Args:
+        model: A causal language model.
+        windows: Tokens, int64, (windows, length), as from `token_windows`. All tokens of a window but the first are
+            predicted.
+        reference: The model to compare with, usually the original at 16 bits; it runs on its own device. Default: none.
+        progress: Called with (windows done, windows in all).
+
+    Returns:
+        Perplexity, and KL and top-1 agreement if there is a reference.
+
+    Raises:
+        TextError: Windows of fewer than two tokens, a token outside a model's vocabulary, or vocabularies of different
+            sizes.
+
+    Example:
+        >>> import spinquant, torch
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = AutoModelForCausalLM.from_config(config)
+        >>> evaluation = spinquant.evaluate(model, torch.randint(64, (2, 16)), reference=model)
+        >>> evaluation.tokens, evaluation.kl, evaluation.top1
+        (30, 0.0, 1.0)
     """
     _check_windows(windows)
     start = time.perf_counter()
@@ -98,9 +145,29 @@ def evaluate(
 def compare_models(
     reference: nn.Module, other: nn.Module, windows: Tensor, *, progress: Progress | None = None
 ) -> Comparison:
-    """Logit differences, KL and top-1 agreement of two models on the same windows of tokens.
+    """Compare two models' logits on the same tokens: differences, KL divergence and top-1 agreement.
 
-    Raises TextError when their vocabularies differ.
+    Args:
+        reference: The original model.
+        other: The model that is compared with it.
+        windows: Tokens, int64, (windows, length).
+        progress: Called with (windows done, windows in all).
+
+    Returns:
+        Differences over all tokens.
+
+    Raises:
+        TextError: Windows of fewer than two tokens, a token outside a model's vocabulary, or vocabularies of different
+            sizes.
+
+    Example:
+        >>> import copy, spinquant, torch
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = AutoModelForCausalLM.from_config(config)
+        >>> rotated = spinquant.rotate(copy.deepcopy(model)).model
+        >>> spinquant.compare_models(model, rotated, torch.randint(64, (2, 16))).relative < 1e-4
+        True
     """
     _check_windows(windows)
     largest = total = squared = norm = kl = agree = 0.0
@@ -134,7 +201,7 @@ def compare_models(
 
 
 def nll(logits: Tensor, targets: Tensor) -> float:
-    """Negative log-likelihood of the targets, (tokens,), in nats, summed; logits are (tokens, vocabulary)."""
+    """Summed negative log-likelihood of targets, (tokens,), in nats; logits are (tokens, vocabulary)."""
     parts = zip(logits.split(SLICE), targets.split(SLICE), strict=True)
     return -sum(wide(x).log_softmax(-1).gather(-1, t.unsqueeze(-1)).sum().item() for x, t in parts)
 
@@ -142,8 +209,8 @@ def nll(logits: Tensor, targets: Tensor) -> float:
 def divergence(reference: Tensor, logits: Tensor) -> float:
     """KL(reference || model) in nats, summed over tokens; both are logits, (tokens, vocabulary).
 
-    Of both sums of probabilities being one follows KL = sum of p - q - q d with d = log p - log q, of which no term is
-    negative: where models are all but the same, terms of q d alone would leave nothing but their rounding.
+    Since both distributions sum to one, KL = sum of p - q - q d with d = log p - log q, of which no term is negative.
+    For models that are almost equal, the sum of -q d alone would be lost in rounding error.
     """
     total = 0.0
     for q, p in zip(reference.split(SLICE), logits.split(SLICE), strict=True):
@@ -155,14 +222,15 @@ def divergence(reference: Tensor, logits: Tensor) -> float:
 
 
 def perplexity_of(mean: float) -> float:
-    """From the mean negative log-likelihood, in nats; infinite where it would overflow."""
+    """Perplexity from the mean negative log-likelihood, in nats; infinite if it would overflow."""
     return math.exp(mean) if mean < 700 else math.inf
 
 
 def drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """Tokens drawn from their probabilities, (.., vocabulary); (.., 1). generator: on the CPU.
+    """Sample tokens from probabilities, (.., vocabulary); int64, (.., 1). generator: on the CPU.
 
-    By where a uniform number falls in the cumulated probabilities: torch.multinomial draws a number for every entry.
+    Inverts the cumulative distribution, which takes one random number per sample; torch.multinomial draws one for every
+    entry of the vocabulary.
     """
     reached = probabilities.cumsum(-1, dtype=torch.float32)
     at = torch.rand((*reached.shape[:-1], 1), generator=generator).to(reached.device)
@@ -170,21 +238,24 @@ def drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def wide(logits: Tensor) -> Tensor:
-    """At least in float32."""
+    """The logits in at least float32."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _check_vocabularies(first: Tensor, second: Tensor) -> None:
     if first.shape != second.shape:
         raise TextError(
-            f"the models have vocabularies of {first.shape[-1]} and {second.shape[-1]} tokens: they cannot be compared"
+            f"the models have vocabularies of {first.shape[-1]} and {second.shape[-1]} tokens and cannot be compared: "
+            "both must use one tokenizer"
         )
 
 
 def _logits(model: nn.Module, window: Tensor) -> Tensor:
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     if size is not None and int(window.max()) >= size:
-        raise TextError(f"the text has token {int(window.max())}, and a model knows {size}: wrong tokenizer or model")
+        raise TextError(
+            f"token {int(window.max())} is outside the model's vocabulary of {size} tokens: wrong tokenizer or model"
+        )
     return model(input_ids=window.unsqueeze(0).to(device_of(model)), use_cache=False).logits[0]
 
 

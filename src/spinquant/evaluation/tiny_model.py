@@ -1,7 +1,7 @@
-"""Twins: the same model class from the same config, with a few small layers, in float64, with random weights.
+"""Tiny models: a model's class and config shrunk to a few small layers, in float64, with random weights.
 
-Its biases are not zero and its gains are not one, so that what a plan forgets shows. `equivalence.py` tries
-plans on tiny_models, `probing` looks into them.
+Biases are non-zero and gains are not one, so that a tensor that a plan misses changes the logits. `equivalence.py`
+proves rotations on tiny models, and `probing` examines unknown architectures with them.
 """
 
 import copy
@@ -18,43 +18,43 @@ from spinquant.architectures.family import Named, size_of
 from spinquant.models.modules import model_class
 from spinquant.rotations.factory import RotationSpec
 
-TWIN_HIDDEN, TWIN_INTERMEDIATE, TWIN_VOCABULARY, TWIN_BLOCK = 48, 80, 96, 16
+TINY_HIDDEN, TINY_INTERMEDIATE, TINY_VOCABULARY, TINY_BLOCK = 48, 80, 96, 16
 INTERMEDIATES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
-# What else a tiny model has less of; a config that has less already keeps it.
-TWIN_SIZES = {
+# Upper limits of further sizes; a config with less keeps its own.
+TINY_SIZES = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "decoder_sparse_step"), 2),
     **dict.fromkeys(("moe_intermediate_size", "shared_intermediate_size", "shared_expert_intermediate_size"), 32),
     **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "moe_layer_start_index"), 1),
-    "prefix_dense_intermediate_size": TWIN_INTERMEDIATE,
+    "prefix_dense_intermediate_size": TINY_INTERMEDIATE,
     # Hybrids: a period of layers, and recurrent heads of 16 that fill twice the hidden size.
     **dict.fromkeys(("attn_layer_period", "expert_layer_period"), 2),
     **dict.fromkeys(("attn_layer_offset", "expert_layer_offset", "mamba_n_groups"), 1),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_num_heads"), 2),
     "linear_head_dim": 16,
-    "mamba_n_heads": 2 * TWIN_HIDDEN // 16,
-    "mamba_d_ssm": 2 * TWIN_HIDDEN,
+    "mamba_n_heads": 2 * TINY_HIDDEN // 16,
+    "mamba_d_ssm": 2 * TINY_HIDDEN,
     "mamba_num_heads": 8,
     "moe_shared_expert_intermediate_size": 32,
-    "num_heads": 2 * TWIN_HIDDEN // 16,
-    "lru_width": TWIN_HIDDEN,
+    "num_heads": 2 * TINY_HIDDEN // 16,
+    "lru_width": TINY_HIDDEN,
     **dict.fromkeys(("n_mamba_heads", "mamba_ngroups"), 2),
     "adapter_rank": 16,
-    # Latents, and parts of an attention that chooses or compresses.
+    # Latent, sparse and compressed attention.
     **dict.fromkeys(("o_groups", "hc_mult", "index_n_heads"), 2),
     **dict.fromkeys(("o_lora_rank", "index_head_dim"), 16),
     "index_topk": 4,
 }
-# What a class computes from the rest of its config, and keeps there.
+# Fields that config classes compute from others and store.
 DERIVED = ("attention_hidden_size", "mamba_headdim", "kv_channels", "num_query_groups")
 
 
 @dataclass(frozen=True)
 class Sizing:
-    """What has to be known of a model's class for a small one to be made of it; see `Family` for the first three.
+    """How to shrink a config; see `Family` for `filled`, `heads` and `names`.
 
-    each: layers of every kind. kv_heads, group: at most so many heads of keys, and of queries for each of them.
-    head_dim: largest size of a head; by default it stays what it is.
+    each: layers of every kind. kv_heads, group: upper limits of key-value heads, and of query heads for each of them.
+    head_dim: largest head size; by default the head size is kept. hidden, intermediate: sizes of the tiny model.
     """
 
     filled: int = 0
@@ -64,15 +64,14 @@ class Sizing:
     kv_heads: int = 2
     group: int = 3
     head_dim: int | None = None
-    hidden: int = TWIN_HIDDEN
-    intermediate: int = TWIN_INTERMEDIATE
+    hidden: int = TINY_HIDDEN
+    intermediate: int = TINY_INTERMEDIATE
 
 
 def tiny_config(config: Any, sizing: Sizing | None = None) -> Any:
-    """The same config with few small layers: one of every kind that the original has (more where it takes more for a
-    block to be shared), at least two.
+    """Shrink a config to a few small layers: one of every kind (more if layers share a block), at least two.
 
-    sizing: by default as the model's family says.
+    sizing: by default that of the model's family.
     """
     if sizing is None:
         family = family_of(config)
@@ -101,10 +100,10 @@ def _tiny(config: Any, sizing: Sizing) -> Any:
     small: dict[str, Any] = {
         "num_hidden_layers": len(kept),
         **_small_heads(config, sizing),
-        "vocab_size": TWIN_VOCABULARY,
+        "vocab_size": TINY_VOCABULARY,
     }
     small.update({name: sizing.intermediate for name in INTERMEDIATES if getattr(config, name, None)})
-    small.update({name: size for name, size in TWIN_SIZES.items() if (getattr(config, name, None) or 0) > size})
+    small.update({name: size for name, size in TINY_SIZES.items() if (getattr(config, name, None) or 0) > size})
     small.update({name: 16 for name in ("mamba_d_head",) if getattr(config, name, None)})
     expand, hidden = (getattr(config, name, None) for name in ("mamba_expand", "expand")), int(small["hidden_size"])
     width = next((int(factor * hidden) for factor in expand if factor), 0)  # of a recurrence, whose heads fill it
@@ -115,7 +114,7 @@ def _tiny(config: Any, sizing: Sizing) -> Any:
         small["attn_layer_indices"] = [1]
     if getattr(config, "hybrid_layer_ids", None):
         small["hybrid_layer_ids"] = [place for place, i in enumerate(kept) if i in config.hybrid_layer_ids]
-    if getattr(config, "compress_rates", None):  # so that the tokens of a proof are compressed too
+    if getattr(config, "compress_rates", None):  # so that the few tokens of a proof are compressed too
         small["compress_rates"] = dict.fromkeys(config.compress_rates, 4)
     for name in DERIVED:
         data.pop(name, None)
@@ -124,14 +123,14 @@ def _tiny(config: Any, sizing: Sizing) -> Any:
         small["window_size"] = 6
     if getattr(config, "sliding_window", None):
         small["sliding_window"] = 6  # shorter than the tokens of the proof, so that the window matters
-    # Some classes have names of their own for these.
+    # Some classes have their own names for these fields.
     own = getattr(config, "attribute_map", {})
     data.update({own.get(named := names.get(name, name), named): size for name, size in small.items()})
     return _made(original, data)
 
 
 def _tiny_with_vision(config: Any, text: Any) -> Any:
-    """The config with a small language part, and as little as it takes to write to it of what sees."""
+    """The config of a multimodal model with a tiny language model and a minimal vision encoder that fits it."""
     data = copy.deepcopy(config.to_dict())
     data["text_config"] = text.to_dict()
     vision, hidden = data["vision_config"], config.get_text_config().hidden_size
@@ -141,8 +140,8 @@ def _tiny_with_vision(config: Any, text: Any) -> Any:
         vision["out_hidden_size"] = text.hidden_size
     elif "embed_dim" in vision and vision["hidden_size"] == hidden:  # Qwen2-VL's name for what comes out
         vision["hidden_size"] = text.hidden_size
-    # Tokens that stand for images are none of those that the proof uses.
-    data.update({name: TWIN_VOCABULARY - 1 for name in data if name.endswith(("image_token_id", "image_token_index"))})
+    # Image tokens must not be among the random tokens of a proof.
+    data.update({name: TINY_VOCABULARY - 1 for name in data if name.endswith(("image_token_id", "image_token_index"))})
     return _made(config, data)
 
 
@@ -157,7 +156,7 @@ def _made(config: Any, data: dict[str, Any]) -> Any:
 
 
 def _small_heads(config: Any, sizing: Sizing) -> dict[str, int]:
-    """Few heads of the size that the original's have, and a hidden size that they fill where the class wants it."""
+    """Few heads of the original's size, and a hidden size that they fill if the class requires it."""
     if not hasattr(config, "num_attention_heads"):  # no attention; heads of the recurrence
         own = {"head_dim": 16, "n_groups": 1} if hasattr(config, "n_groups") else {}
         return {"hidden_size": sizing.hidden, **own}
@@ -180,7 +179,7 @@ def _small_heads(config: Any, sizing: Sizing) -> dict[str, int]:
 def make_tiny_model(
     config: Any, *, seed: int = 0, attn_implementation: str | None = None, sizing: Sizing | None = None
 ) -> nn.Module:
-    """A float64 model of `tiny_config` with random weights, non-zero biases and non-unit gains."""
+    """Make a float64 model of `tiny_config` with random weights, non-zero biases and non-unit gains."""
     model = model_class(config).from_config(
         tiny_config(config, sizing), dtype=torch.float64, attn_implementation=attn_implementation
     )
@@ -198,12 +197,12 @@ def make_tiny_model(
 
 
 def exact_experts(model: Any) -> None:
-    """Let experts be multiplied in float64, which grouped products cannot."""
+    """Switch experts to batched matrix products, since grouped ones do not support float64."""
     if any(hasattr(module, "_apply_gate") for module in model.modules()):
         model.set_experts_implementation("batched_mm")
 
 
 def tiny_spec(spec: RotationSpec) -> RotationSpec:
-    """The spec for a tiny model, which keeps the head's size: R2 and R3 as they are, R1 and R4 with blocks that fit."""
+    """The spec for a tiny model: R2 and R3 unchanged, since it keeps the head size; R1 and R4 with blocks that fit."""
     blocks = {name: block for name in spec.rotations if (block := spec.block_of(name)) is not None}
-    return replace(spec, block_size={name: b if name in ("R2", "R3") else TWIN_BLOCK for name, b in blocks.items()})
+    return replace(spec, block_size={name: b if name in ("R2", "R3") else TINY_BLOCK for name, b in blocks.items()})

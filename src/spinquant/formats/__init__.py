@@ -1,1 +1,1 @@
-"""What is written to disk, one file per format."""
+"""Checkpoint formats: load models, and write native and compressed-tensors checkpoints, one file per format."""

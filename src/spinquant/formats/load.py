@@ -1,4 +1,4 @@
-"""load_model"""
+"""Load a model from a local folder or the Hugging Face hub, with its online rotations and quantizers attached."""
 
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,36 @@ def load_model(
     check_values: bool = True,
     family: FamilyLike | None = None,
 ) -> Any:
-    """A causal LM in evaluation mode, from a folder or hub id; folders that spinquant wrote come with online parts.
+    """Load a causal language model; one that spinquant wrote comes with its online rotations and quantizers attached.
 
-    family: a file that explains the model where no table does, see `use_family`; such folders know it already. Raises
-    CheckpointError for anything missing, corrupted or not finite, naming it.
+    Public as `spinquant.load`. Reads plain, native and compressed-tensors checkpoints. Unlike `from_pretrained` it
+    raises for tensors that are missing, of the wrong shape or not finite, and never runs code of the checkpoint.
+
+    Args:
+        model: A folder, or the id of a model on the Hugging Face hub.
+        dtype: Dtype to load in. Default: "auto", that of the checkpoint.
+        device: Device to load to. Default: "cpu".
+        allow_pickle: Accept pickled weights (`.bin`), which can run code when they are loaded. Default: False.
+        check_values: Check that every weight is finite. Default: True.
+        family: A family file that describes the architecture, for models without a built-in table; see `use_family`.
+            Folders that spinquant wrote contain it.
+
+    Returns:
+        The model of transformers, in evaluation mode.
+
+    Raises:
+        CheckpointError: Something is missing, corrupted, of the wrong shape or not finite; the tensor or file is named.
+
+    Example:
+        >>> import spinquant, tempfile
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = AutoModelForCausalLM.from_config(config)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     loaded = spinquant.load(folder)
+        >>> type(loaded).__name__, loaded.training
+        ('LlamaForCausalLM', False)
     """
     from spinquant.formats.compressed_reader import is_compressed, load_compressed
 
@@ -51,15 +77,15 @@ def load_model(
         loaded, info = result
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, ImportError) as error:
         about = getattr(config, "quantization_config", None) or {}
-        if isinstance(about, dict) and about.get("quant_method") == "fp8":  # blocks that do not divide a weight, say
+        if isinstance(about, dict) and about.get("quant_method") == "fp8":  # e.g. blocks that do not divide a weight
             raise CheckpointError(
-                f"transformers cannot load the FP8 checkpoint {str(model)!r} ({first_line(error)}). Write it with the "
-                "numbers that it stands for: spinquant rotate MODEL OUT --rotations none, and use that"
+                f"transformers cannot load the FP8 checkpoint {str(model)!r} ({first_line(error)}). Dequantize it "
+                "first (spinquant rotate MODEL OUT --rotations none) and load OUT"
             ) from error
         raise CheckpointError(f"cannot load {str(model)!r}: {first_line(error)}") from error
     for name, found, expected in sorted(info.get("mismatched_keys", ())):
         raise CheckpointError(
-            f"tensor {name!r} of {str(model)!r} has shape {tuple(found)}, and the config promises {tuple(expected)}"
+            f"tensor {name!r} of {str(model)!r} has shape {tuple(found)}, and the config says {tuple(expected)}"
         )
     missing = sorted(info.get("missing_keys", ()))
     if missing:

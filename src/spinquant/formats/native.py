@@ -246,9 +246,23 @@ def unmark(model: Any) -> None:
 
 @torch.no_grad()
 def detach(model: Any) -> None:
-    """Make a rotated or quantized model a plain one: no hooks, no quantizers of activations and cache.
+    """Turn a rotated or quantized model into a plain one: remove its hooks and quantizers, in place.
 
-    Online rotations that are fused into weights (R4) are taken back out of them; R1, R2 and rounded weights stay.
+    R4 is taken back out of the weights it was fused into. R1, R2 and quantized weights stay, so the model computes
+    the same function without quantized activations and KV cache. `save_pretrained` then writes a plain checkpoint.
+
+    Args:
+        model: A model from `rotate`, `quantize` or `load`; a plain model is left as it is.
+
+    Example:
+        >>> import spinquant
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = AutoModelForCausalLM.from_config(config)
+        >>> result = spinquant.rotate(model, spinquant.RotationSpec(("R1", "R2", "R3", "R4"), "auto"))
+        >>> spinquant.detach(model)
+        >>> hasattr(model.config, "quantization_config")
+        False
     """
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, SpinQuantizer):

@@ -273,7 +273,7 @@ class SpinQuantModifier(BaseModel):
             options = Options(precision=self.precision)
             install(model, work.plan, work.rotations, self._spec(), online=work.online(), options=options)
         notes = {"transform_config": work.config.model_dump()}
-        self._result = Result(model, work.plan, self._spec(), work.rotations, twin=work.twin, notes=notes)
+        self._result = Result(model, work.plan, self._spec(), work.rotations, twin=work.deviation, notes=notes)
 
 
 def _model_of(state: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 
 from spinquant.errors import ArchitectureError
 from spinquant.evaluation.equivalence import Deviation, prove
-from spinquant.evaluation.tiny_model import TWIN_BLOCK, tiny_spec
+from spinquant.evaluation.tiny_model import TINY_BLOCK, tiny_spec
 from spinquant.formats.native import check_fresh
 from spinquant.models.modules import check_in_memory
 from spinquant.modifiers.mapping_plan import held_against, plan_from_mappings
@@ -63,7 +63,7 @@ class Resolved:
     group_of: Mapping[str, str]
     mappings: SpinQuantMapping
     norm_mappings: list[NormMapping]
-    twin: Deviation | None
+    deviation: Deviation | None
 
     def online(self) -> dict[str, Rotation]:
         """The rotations as they are at run time, in the precision of their groups; what was shared is shared."""
@@ -151,5 +151,5 @@ def _small(config: TransformConfig) -> TransformConfig:
     for scheme in small.config_groups.values():
         heads = any(args.location in ("q_attn", "k_cache") for args in scheme.apply)
         if scheme.head_dim is not None and not heads:
-            scheme.head_dim = min(scheme.head_dim, TWIN_BLOCK)
+            scheme.head_dim = min(scheme.head_dim, TINY_BLOCK)
     return small

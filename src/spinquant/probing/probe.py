@@ -206,7 +206,7 @@ class _Trial:
     """Statements of a draft, tried on the small model one by one."""
 
     def __init__(self, tiny: Any, seen: Observation, drafted: Draft):
-        self.twin, self.seen, self.draft = tiny, seen, drafted
+        self.tiny, self.seen, self.draft = tiny, seen, drafted
         self.tokens = _tokens(tiny)
         self.before, self.generated = run(tiny, self.tokens), greedy_logits(tiny, self.tokens)
         self.findings: list[Finding] = []
@@ -272,7 +272,7 @@ class _Trial:
 
     def _plan(self, **more: Any) -> Plan:
         family = to_family(family_from({**self.draft.data, **more}, "the draft"), FAMILIES)
-        return build_plan(family, self.twin.config, tensor_shapes(self.twin))
+        return build_plan(family, self.tiny.config, tensor_shapes(self.tiny))
 
     def _explain_rest(self) -> None:
         """Add the tensors that the roles do not explain: they live in no space."""
@@ -298,7 +298,7 @@ class _Trial:
             if star.replace("*", "{i}") in known or self._is_bias_of_norm(star):
                 continue
             data["tensors"][f"{star}?" if star in loose else star] = ["-"] * len(shape)
-            if len(shape) > 2 or (isinstance(module_and_attribute(self.twin, name)[0], LINEARS) and len(shape) > 1):
+            if len(shape) > 2 or (isinstance(module_and_attribute(self.tiny, name)[0], LINEARS) and len(shape) > 1):
                 multiplied[star] = None
         if multiplied:
             self.draft.left.append(f"{', '.join(multiplied)}: in no role, so neither rotated nor quantized")
@@ -377,7 +377,7 @@ class _Trial:
         self, plan: Plan, rotations: Mapping[str, Rotation], seen: Callable[[bool], object] | None = None
     ) -> tuple[float, str]:
         """How far logits move, of whole sequences and of greedy generation; and what stopped them, if anything did."""
-        model = copy.deepcopy(self.twin)
+        model = copy.deepcopy(self.tiny)
         try:
             fuse_module(model, plan, rotations)
             with attach(model, plan, rotations) as attachment:
