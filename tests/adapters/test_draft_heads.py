@@ -205,7 +205,7 @@ def test_what_eagle_3_may_not_share_or_have(tmp_path):
     strange = saved(head, tmp_path / "strange")
     with pytest.raises(RotationError, match=r"'fc_norm_0'.*not explained"):
         rotate_folder(tmp_path / "model", tmp_path / "out", RotationSpec("R1"), also=[strange], text=None)
-    with pytest.raises(CheckpointError, match="neither an adapter"):
+    with pytest.raises(CheckpointError, match="neither a LoRA adapter"):
         (tmp_path / "empty").mkdir()
         rotate_folder(tmp_path / "model", tmp_path / "out", RotationSpec("R1"), also=[tmp_path / "empty"], text=None)
     assert not (tmp_path / "out").exists()

@@ -397,7 +397,7 @@ LEARN_MISTAKES = {
     "unknown method": (["--method", "global"], "global"),
     "unknown objective": (["--objective", "l1"], "l1"),
     "unknown loss": (["--loss", "mse"], "mse"),
-    "not rotated": (["--rotations", "R1", "--learn", "R2"], "R2 is to be learned"),
+    "not rotated": (["--rotations", "R1", "--learn", "R2"], "cannot learn R2"),
     "a dense R4": (["--learn", "R4", "--block-size", "R4=7"], "does not divide"),
     "nothing to learn from": (["--scheme", "W4A16"], "--weights"),
     "text too short": (["--text", "{short}"], "too short"),

@@ -1,4 +1,4 @@
-"""Folders of adapters and draft heads, rotated into new folders of the same layout."""
+"""Rotate folders of LoRA adapters and draft heads into new folders of the same layout."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -29,12 +29,46 @@ def rotate_adapter(
     model: str | Path | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Rotate an adapter or a draft head for a model that was rotated before; what was done, as JSON.
+    """Rotate a LoRA adapter or a draft head to match a rotated base model.
 
-    rotated: a folder that spinquant wrote, quantized or not. adapter: a folder, of peft (LoRA) or of an EAGLE-3 head,
-    that was trained for the original of that model. model: the original, by default the one that the record of
-    `rotated` names. The result appears complete or not at all. Raises CheckpointError for folders that cannot be read,
-    and RotationError, with the reason, for what has no exact counterpart in the rotated model.
+    The adapter was trained for the original model; the result gives the same outputs with the rotated one. The output
+    folder is written atomically.
+
+    Args:
+        rotated: Folder of the rotated model, written by spinquant, quantized or not.
+        adapter: Folder of a LoRA adapter (peft) or an EAGLE-3 draft head, with weights in safetensors format.
+        out: Folder to write.
+        model: The original model, a folder or hub id. Default: the one that the record in `rotated` names.
+        force: Replace `out` if it exists. Default: False.
+
+    Returns:
+        What was done, ready for JSON: `kind` (lora, eagle3, eagle or medusa), `source`, the number of `tensors`, and
+        how many of them were `rotated`.
+
+    Raises:
+        CheckpointError: A folder cannot be read, or `out` exists.
+        RotationError: The adapter has no exact equivalent in the rotated model, with the reason; or `model` is not
+            the original.
+
+    Example:
+        >>> import json, pathlib, spinquant, tempfile, torch
+        >>> from safetensors.torch import save_file
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = AutoModelForCausalLM.from_config(config)
+        >>> temporary = tempfile.TemporaryDirectory()
+        >>> folder = pathlib.Path(temporary.name)
+        >>> model.save_pretrained(folder / "model")
+        >>> result = spinquant.rotate_folder(folder / "model", folder / "rotated", spinquant.RotationSpec())
+        >>> (folder / "lora").mkdir()
+        >>> about = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+        >>> written = (folder / "lora/adapter_config.json").write_text(json.dumps(about))
+        >>> q = "base_model.model.model.layers.0.self_attn.q_proj"
+        >>> update = {f"{q}.lora_A.weight": torch.randn(2, 32), f"{q}.lora_B.weight": torch.randn(32, 2)}
+        >>> save_file(update, folder / "lora/adapter_model.safetensors")
+        >>> spinquant.rotate_adapter(folder / "rotated", folder / "lora", folder / "rotated-lora")
+        {'kind': 'lora', 'source': '...lora', 'tensors': 2, 'rotated': 1}
+        >>> temporary.cleanup()
     """
     folder = folder_of(adapter)
     check_replaceable(out, force=force, source=folder)
@@ -44,11 +78,11 @@ def rotate_adapter(
 
 
 def write_adapter(folder: Path, target: Target, out: Path) -> dict[str, Any]:
-    """Write what rides along with a target into `out`, an empty folder; what was done, as JSON."""
+    """Rotate an adapter or draft head for its base model into `out`, an empty folder; see `rotate_adapter`."""
     if (folder / ADAPTER_CONFIG).is_file():
         kind, about, tensors, metadata = "lora", *_read(folder, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
         rotated = rotate_lora(about, tensors, target)
-        # A revision is one of the model's that the name stood for.
+        # The revision belongs to the original model, which the config no longer names.
         stale = {"base_model_name_or_path": target.name, "revision": None}
         changed = {key: stale.get(key, value) for key, value in about.items()}
         config, weights = ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -58,7 +92,7 @@ def write_adapter(folder: Path, target: Target, out: Path) -> dict[str, Any]:
         rotated = rotate_head(kind, about, tensors, target)
     else:
         raise CheckpointError(
-            f"{folder} is neither an adapter of peft ({ADAPTER_CONFIG}) nor a draft head (config.json)"
+            f"{folder} is neither a LoRA adapter of peft (no {ADAPTER_CONFIG}) nor a draft head (no config.json)"
         )
     moved = [name for name, tensor in tensors.items() if rotated[name] is not tensor]
     write_file(out / weights, save_bytes({n: t.contiguous() for n, t in rotated.items()}, metadata or None))
@@ -69,27 +103,27 @@ def write_adapter(folder: Path, target: Target, out: Path) -> dict[str, Any]:
 
 
 def read_adapters(folders: Iterable[str | Path]) -> dict[str, Path]:
-    """Folders of adapters by the name that each gets beside the model, before any work.
+    """Resolve folders of adapters to the names that they get beside the rotated model.
 
-    Raises CheckpointError for one that does not exist, and for two of one name.
+    Raises CheckpointError for a folder that does not exist, and for two of the same name.
     """
     found: dict[str, Path] = {}
     for given in folders:
         folder = folder_of(given)
         name = folder.resolve().name
         if name in found:
-            raise CheckpointError(f"two adapters are called {name!r}: {found[name]} and {folder}. Rename one of them")
+            raise CheckpointError(f"two adapters are named {name!r}: {found[name]} and {folder}. Rename one of them")
         found[name] = folder
     return found
 
 
 def adapter_digests(folders: Mapping[str, Path]) -> dict[str, str]:
-    """What tells the adapters of one run from those of another."""
+    """Checksums of the adapters' weights by name, for the fingerprint of a run."""
     return {name: weights_digest(folder) for name, folder in folders.items()}
 
 
 def _read(folder: Path, config: str, weights: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
-    """What a folder's config says, its tensors, and what their file says beside them."""
+    """A folder's config, its tensors, and the metadata of their safetensors file."""
     try:
         about = json.loads((folder / config).read_text(encoding="utf-8"))
     except ValueError as error:

@@ -1,10 +1,10 @@
-"""Learning through the quantized network (SpinQuant, arXiv 2405.16406): Cayley descent on the loss itself.
+"""Learn rotations end to end through the quantized network: Cayley SGD or Adam (SpinQuant, arXiv 2405.16406).
 
-The model's weights are frozen and stay as they are (`network.py`); gradients pass straight through rounding to the
-rotations. The loss is what rounding is expected to cost (`quantization/rotated.py`), KL to the 16-bit model on its most
-likely tokens, or next-token cross-entropy. Steps have decreasing lengths; the tokens of each come from a stream that
-the seed alone decides, so that a run can be taken up at any step. Under torch.distributed every process takes its share
-of a step's samples and gradients are averaged: several processes make the steps of one.
+The model's weights are frozen and not rotated (`fake_quant.py`); gradients reach the rotations by the straight-through
+estimator. The loss is the expected cost of rounding (`quantization/rotated_rounding.py`), KL to the 16-bit model on its
+most likely tokens, or next-token cross-entropy. The step length decays; the samples of each step depend on the seed
+alone, so that a run can resume at any step. Under torch.distributed every process takes its share of a step's samples
+and gradients are averaged: several processes make the same steps as one.
 """
 
 import time
@@ -34,21 +34,41 @@ from spinquant.rotations.rotation import Rotation, matrix
 Loss = Literal["fisher", "kl", "cross-entropy"]
 Schedule = Literal["cosine", "linear", "constant"]
 LOSSES, SCHEDULES = get_args(Loss), get_args(Schedule)
-FROM_RANDOM, FROM_LOCAL = 0.5, 0.15  # lengths of a step
-STATE = "end-to-end"  # the piece of a run that holds the descent
-ORTHOGONAL = 1e-5  # how far R^T R may be from the identity at any step
+FROM_RANDOM, FROM_LOCAL = 0.5, 0.15  # default step lengths, from random and from locally learned rotations
+STATE = "end-to-end"  # name of the saved piece that holds the descent
+ORTHOGONAL = 1e-5  # tolerance of |R^T R - I| at any step
 
 
 @dataclass(frozen=True)
 class EndToEndOptions:
-    """How rotations are learned through the network.
+    """Options of end-to-end learning: rotations that minimize a loss of the quantized network.
 
-    loss: "fisher" is the KL that errors of random direction would cost to second order, with gradients through ranges
-    alone; "kl" and "cross-entropy" are what the network does, with the gradients of the paper and, if `range_gradient`,
-    those through ranges. top_tokens: of the 16-bit model, that "kl" is taken over. batch: samples of a step;
-    micro_batch: of one pass, by default all that a process has of a step. lr: length of a step, ||A||, by default
-    FROM_RANDOM, or FROM_LOCAL where local learning came first. weights: round weights too, anew at every step.
-    checkpointing: keep the inputs of decoder blocks alone, and compute the rest again on the way back.
+    Attributes:
+        loss: `fisher` (the default): the KL that rounding errors of random direction cost to second order, with
+            gradients through quantization ranges alone. `kl` to the 16-bit model, or next-token `cross-entropy`: the
+            loss of the network itself, with the paper's gradients and, if `range_gradient`, those through ranges.
+        steps: Number of steps. Default: 100.
+        batch: Samples of a step, over all processes. Default: 4.
+        micro_batch: Samples of one forward and backward pass. Default: all that a process has of a step.
+        lr: Length of the first step, ||A||. Default: 0.5, or 0.15 after local learning or from learned rotations.
+        schedule: Decay of the step length: `cosine` (the default), `linear` or `constant`.
+        optimizer: `adam` (the default) or `sgd`.
+        momentum: Of sgd, in [0, 1). Default: 0.
+        top_tokens: Most likely tokens of the 16-bit model over which `kl` is computed. Default: 256.
+        range_gradient: Add the gradients through quantization ranges to those of `kl` and `cross-entropy`. Default:
+            True.
+        weights: Quantize weights too, anew at every step. Default: False.
+        checkpointing: Gradient checkpointing of the decoder blocks. Default: False.
+        save_every: Steps between two saves of the state. Default: 5.
+
+    Raises:
+        LearningError: An option has an invalid value, or has no effect with the loss.
+
+    Example:
+        >>> import spinquant
+        >>> options = spinquant.EndToEndOptions(loss="kl", steps=10)
+        >>> [round(options.length_of(step), 2) for step in (0, 5, 9)]
+        [0.5, 0.25, 0.01]
     """
 
     loss: Loss = "fisher"
@@ -76,11 +96,11 @@ class EndToEndOptions:
         check_numbers(self, counts=("steps", "batch", "micro_batch", "top_tokens", "save_every"), positive=("lr",))
         if self.micro_batch is not None and self.micro_batch > self.batch:
             raise LearningError(
-                f"micro_batch is {self.micro_batch}, and a step has {self.batch} samples: expected no more than those "
+                f"micro_batch is {self.micro_batch}: expected at most the {self.batch} samples of a step "
                 "(--micro-batch, --batch)"
             )
         if not 0 <= self.momentum < 1:
-            raise LearningError(f"momentum is {self.momentum}: expected a number from 0 on, below 1")
+            raise LearningError(f"momentum is {self.momentum}: expected a number in [0, 1)")
         unused = {"fisher": ("top_tokens", "range_gradient"), "cross-entropy": ("top_tokens",)}.get(self.loss, ())
         changed = [f.name for f in fields(self) if f.name in unused and getattr(self, f.name) != f.default]
         if changed:
@@ -91,7 +111,7 @@ class EndToEndOptions:
         return asdict(self)
 
     def length_of(self, step: int) -> float:
-        """Length of a step."""
+        """Length of a step, by the schedule."""
         ways = {"cosine": cosine(step, self.steps), "linear": 1 - step / self.steps, "constant": 1.0}
         return self.length * ways[self.schedule]
 
@@ -103,7 +123,7 @@ class EndToEndOptions:
 
 @dataclass(frozen=True)
 class Step:
-    """What one step came to: mean loss per token in nats, the worst |R^T R - I|, tokens of all processes per second."""
+    """One step: mean loss per token in nats, largest |R^T R - I|, and tokens per second of all processes."""
 
     number: int
     loss: float
@@ -124,11 +144,23 @@ def learn_end_to_end(
     pieces: Pieces | None = None,
     report: Callable[[Step], None] | None = None,
 ) -> tuple[dict[str, Rotation], list[Step]]:
-    """Rotations by space, of which those in `learned` are learned, and the steps that led there.
+    """Learn rotations through the quantized network; returns all rotations by space, and the steps.
 
-    learned: the name of a rotation by space; spaces that share one name share one rotation. tokens: int64 (samples,
-    length). Gains must be fused. pieces: where the run is saved, and resumed from. Raises LearningError when the loss
-    is not finite, a rotation leaves the group, or a batch cannot be shared among the processes.
+    Args:
+        model: The original model, with its gains fused (`fuse_gains`); its weights are not changed.
+        plan: Where it is rotated.
+        rotations: Initial rotations by space.
+        learned: The spaces whose rotation is learned, with a name for it; spaces of one name share one rotation.
+        scheme: What is quantized.
+        tokens: Training tokens, int64, (samples, length).
+        options: Options.
+        seed: Of samples and labels.
+        pieces: Where the run is saved, and resumed from.
+        report: Called after every step.
+
+    Raises:
+        LearningError: The loss is not finite, a rotation is no longer orthogonal, or a batch cannot be divided among
+            the processes.
     """
     device = device_of(model)
     wide = torch.promote_types(model.dtype, torch.float32)
@@ -164,7 +196,7 @@ def learn_end_to_end(
                 error = max(orthogonality_error(m.weight) for m in moving.values())
                 if not error < ORTHOGONAL:
                     raise LearningError(
-                        f"after step {number + 1} a rotation is off the orthogonal group by {error:.1e}"
+                        f"after step {number + 1} a rotation is not orthogonal: |R^T R - I| is {error:.1e}"
                     )
                 seconds = time.perf_counter() - start
                 history.append(Step(number + 1, loss, error, len(rows) * tokens.shape[1] / seconds))
@@ -181,7 +213,7 @@ def learn_end_to_end(
 
 
 def _rows_of(step: int, samples: int, batch: int, seed: int) -> Tensor:
-    """Indices of the samples of a step: the stream is one permutation of all samples after another."""
+    """Indices of the samples of a step; every epoch is a new permutation of all samples."""
     first, last = step * batch, (step + 1) * batch
     parts = []
     for epoch in range(first // samples, (last - 1) // samples + 1):
@@ -199,14 +231,16 @@ def _gradients(
     tally: Tally | None,
     labels: Sequence[torch.Generator],
 ) -> float:
-    """Leave the gradients of the mean loss of all rows with the rotations; returns that loss.
+    """Compute the mean loss of all rows, and leave its gradients with the rotations.
 
-    labels: what those of a row are drawn with.
+    labels: one generator per row, from which its labels are drawn.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
     if len(rows) % world:
-        raise LearningError(f"a batch of {len(rows)} samples cannot be shared among {world} processes")
+        raise LearningError(
+            f"a batch of {len(rows)} samples cannot be divided among {world} processes: use a multiple (--batch)"
+        )
     own, labels = rows[rank::world].to(device_of(model)), labels[rank::world]
     total = torch.zeros((), device=own.device, dtype=torch.float64)
     size = options.micro_batch or len(own)
@@ -227,14 +261,12 @@ def _gradients(
         for m in moving.values():
             dist.all_reduce(m.skew.grad)
     if not total.isfinite():
-        raise LearningError(
-            f"the loss is {float(total)}: the model or its tokens are damaged, or {model.dtype} overflows"
-        )
+        raise LearningError(f"the loss is {float(total)}: the model's weights are damaged, or {model.dtype} overflows")
     return float(total)
 
 
 def _loss(model: Any, attachment: Attachment, rows: Tensor, options: EndToEndOptions) -> Tensor:
-    """Mean over the predicted tokens of some rows."""
+    """Mean loss over the predicted tokens of some rows."""
     if options.loss == "cross-entropy":
         logits = wide(model(input_ids=rows, use_cache=False).logits[:, :-1])
         return nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
@@ -249,7 +281,7 @@ def _loss(model: Any, attachment: Attachment, rows: Tensor, options: EndToEndOpt
 
 
 def _with_rest(logits: Tensor, top: Any) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the top tokens, and of all others together."""
+    """Log-probabilities of the top tokens, and of all other tokens together."""
     everything = logits.logsumexp(-1, keepdim=True)
     found = logits.gather(-1, top.indices) - everything
     rest = torch.log1p(-found.exp().sum(-1).clamp(max=1 - 1e-6))

@@ -1,12 +1,12 @@
-"""Learning on captured activations: no network is run, a rotation sees the rows that its quantizers will see.
+"""Learn rotations on captured activations (local learning), without running the network.
 
-The loss is the objective of `objectives.py`, weighted row by row and averaged over sites. It is made small by one of
+The loss is an objective of `objectives.py`, evaluated on the rows that each quantizer sees, weighted row by row and
+averaged over quantizers. It is minimized by one of the solvers
 
-    cayley       descent on the group itself (`cayley.py`)
+    cayley       gradient descent on the orthogonal group (`cayley.py`)
     qr           R = qr(Z) with the signs of the triangular factor's diagonal moved into Q, Z by plain SGD (DartQuant)
-    procrustes   R <- the orthogonal matrix nearest to sum of x^T Q(x R), again and again (DFRot): for a fixed rounding
-                 that is the best rotation there is, and the next rounding is no worse; its objective is always the
-                 rounding error itself
+    procrustes   iterate R <- the orthogonal matrix nearest to the sum of x^T Q(x R) (DFRot): for fixed codes that is
+                 the best rotation, and rounding anew is no worse; its objective is always the rounding error itself
 """
 
 import math
@@ -31,24 +31,42 @@ SOLVERS = get_args(Solver)
 
 
 def check_numbers(options: Any, *, counts: Collection[str], positive: Collection[str]) -> None:
-    """Raise LearningError, naming it, for an option that is no count from 1 on, or no positive number."""
+    """Raise LearningError, naming the option, for a count below 1 or a number that is not positive."""
     for name in (*counts, *positive):
         value = getattr(options, name)
         if value is not None and not (math.isfinite(value) and value >= (1 if name in counts else 1e-300)):
-            wanted = "a number from 1 on" if name in counts else "a positive number"
+            wanted = "at least 1" if name in counts else "a positive number"
             option = {"factor": "massive"}.get(name, name.replace("_", "-"))
             raise LearningError(f"{name} is {value}: expected {wanted} (--{option})")
 
 
 @dataclass(frozen=True)
 class LocalOptions:
-    """How rotations are learned on captured activations.
+    """Options of local learning: rotations that minimize an objective on captured activations.
 
-    rows: sampled of every site. batch: rows of every site in one step; procrustes takes all. lr: for cayley the length
-    of a step, for qr the rate of SGD (momentum 0.9, losses divided by the first), both falling along half a cosine.
-    weighting: "fisher" draws rows by what they cost in KL (`sensitivity.py`), which takes a pass forward and back
-    through the whole model; the others need one decoder block at a time: "uniform" draws any rows, and "massive" counts
-    those with a massive activation `factor` times. checkpointing: of fisher, keeps the inputs of decoder blocks alone.
+    Attributes:
+        objective: `error` (rounding error, the default), `whip` (DartQuant, arXiv 2511.04063) or `kurtosis` (KurTail).
+        solver: `cayley` (the default), `qr` (DartQuant) or `procrustes` (DFRot).
+        steps: Number of steps per rotation. Default: 200.
+        lr: For cayley the length of a step, ||A||; for qr the learning rate of SGD (momentum 0.9, losses divided by
+            the first). Both decay along half a cosine. Default: 0.5.
+        optimizer: Of cayley: `adam` (the default) or `sgd`.
+        rows: Rows sampled for every quantizer. Default: 1024.
+        batch: Rows of every quantizer in a step; procrustes takes all. Default: 64.
+        weighting: How rows are sampled. `fisher` (the default): by their estimated cost in KL (`sensitivity.py`),
+            which takes a forward and backward pass through the whole model. The others need one decoder block at a
+            time: `uniform` samples any rows, and `massive` counts rows with a massive activation `factor` times.
+        factor: Weight of rows with a massive activation; only with weighting `massive`.
+        checkpointing: Gradient checkpointing of the decoder blocks; only with weighting `fisher`. Default: False.
+        save_every: Steps between two saves of the state. Default: 25.
+
+    Raises:
+        LearningError: An option has an invalid value, or has no effect with the solver or the weighting.
+
+    Example:
+        >>> import spinquant
+        >>> spinquant.LocalOptions(solver="procrustes", steps=20).rows
+        1024
     """
 
     objective: Objective = "error"
@@ -75,11 +93,13 @@ class LocalOptions:
         check_numbers(self, counts=("steps", "rows", "batch", "save_every"), positive=("lr", "factor"))
         if (self.weighting == "massive") != (self.factor != 1.0):
             raise LearningError(
-                f"weighting {self.weighting} with factor {self.factor}: weighting massive counts massive rows by a "
-                "factor other than 1 (--massive), and the others by none"
+                f"weighting {self.weighting} with factor {self.factor}: weighting massive needs a factor other than 1 "
+                "(--massive), and the other weightings take none"
             )
         if self.weighting != "fisher" and self.checkpointing:
-            raise LearningError(f"weighting {self.weighting} takes no gradients, so there is nothing to checkpoint")
+            raise LearningError(
+                f"weighting {self.weighting} computes no gradients, so checkpointing has no effect: leave it out"
+            )
         unused = {"qr": ("optimizer",), "procrustes": ("objective", "lr", "optimizer", "batch")}.get(self.solver, ())
         changed = [f.name for f in fields(self) if f.name in unused and getattr(self, f.name) != f.default]
         if changed:
@@ -104,11 +124,20 @@ def learn_locally(
     pieces: Pieces | None = None,
     report: Report | None = None,
 ) -> tuple[dict[str, Rotation], dict[str, list[float]]]:
-    """Learned rotations of the sites' spaces, starting from `rotations`, by space; and the losses of their steps.
+    """Learn the rotations of the sites' spaces on their captured rows; returns (rotations, losses of steps), by space.
 
-    `report(space, step, loss)` follows the descent. centred: spaces whose rotation has to keep the mean. pieces:
-    where each space's descent is saved, and resumed from. Raises LearningError when a
-    loss is not finite, and for a solver that does not keep the mean where it has to be kept.
+    Args:
+        sites: Captured rows and their quantizers.
+        rotations: Initial rotations by space.
+        options: Options.
+        centred: Spaces whose rotation has to preserve the mean (under a LayerNorm).
+        seed: Of the batches.
+        device: Where to compute.
+        pieces: Where the descent of each space is saved, and resumed from.
+        report: Called with (space, step, loss) after every step.
+
+    Raises:
+        LearningError: A loss is not finite, or the solver cannot preserve the mean where that is needed.
     """
     learned: dict[str, Rotation] = {}
     curves: dict[str, list[float]] = {}
@@ -116,7 +145,7 @@ def learn_locally(
         own = [site for site in sites if site.space == space]
         start = matrix(rotations[space], torch.float32).to(device)
         if space in centred and options.solver != "cayley":
-            raise LearningError(f"the rotation of {space} has to keep the mean, which only solver cayley does")
+            raise LearningError(f"the rotation of {space} must preserve the mean, which only solver cayley supports")
         solver = _SOLVERS[options.solver](start, options, space in centred)
         weights = {site.name: site.weights(options.weighting, options.factor) for site in own}
         shares = sum(site.share for site in own) / len(own)
@@ -131,8 +160,8 @@ def learn_locally(
             loss = solver.step(own, weights, step, generator_for(seed, f"{space}/{step}"))
             if not math.isfinite(loss):
                 raise LearningError(
-                    f"the loss of {space} is {loss}: its activations are not finite, or the steps too long. Lower the "
-                    "learning rate"
+                    f"the loss of {space} is {loss}: its activations are not finite, or the steps are too long. Lower "
+                    "the learning rate"
                 )
             losses.append(float(f"{loss:.6g}"))
             if pieces and ((step + 1) % options.save_every == 0 or step + 1 == options.steps):
@@ -145,7 +174,7 @@ def learn_locally(
 
 @torch.no_grad()
 def rounding_errors(sites: Sequence[ActivationSite], rotations: Mapping[str, Rotation]) -> dict[str, float]:
-    """||Q(x R) - x R||^2 / ||x||^2 of every site, by name: what the scheme's rounding really costs there."""
+    """Relative rounding error ||Q(x R) - x R||^2 / ||x||^2 of every site, by name, with the scheme's own quantizer."""
     errors = {}
     for site in sites:
         z = rotations[site.space].apply(site.rows)
@@ -164,7 +193,7 @@ def _loss(
     generator: torch.Generator,
     weights: Mapping[str, Tensor],
 ) -> Tensor:
-    """Mean over sites, by their shares, of the weighted mean over a batch of rows."""
+    """Mean over sites, weighted by their shares, of the weighted mean over a batch of rows."""
     total = torch.zeros((), dtype=r.dtype, device=r.device)
     for site in sites:
         chosen = torch.randperm(len(site.rows), generator=generator)[: options.batch]
@@ -256,7 +285,7 @@ class _Procrustes:
 
 
 def cosine(step: int, steps: int) -> float:
-    """From one to nearly zero along half a cosine."""
+    """Cosine decay: from one at step 0 to zero at `steps`."""
     return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 

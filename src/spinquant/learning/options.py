@@ -1,4 +1,4 @@
-"""What a user asks of learning, which of a model's spaces follow from it, and who is told how it goes."""
+"""Options of learning rotations, the spaces to learn that follow from them, and callbacks for progress."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,16 +19,33 @@ LARGEST_ONLINE = 512  # order of a learned R4: it is a dense product at every to
 
 @dataclass(frozen=True)
 class LearnOptions:
-    """How rotations are learned and judged.
+    """Options of `learn`: the method, which rotations are learned, and the random baselines they have to beat.
 
-    method: random (the best of the random rotations, nothing learned), local, end-to-end, one after the other, or auto:
-    local, and end-to-end after it only if local does not beat the random rotations. rotations: those that are learned,
-    by default R1, R2, and R3 unless it is to be a plain Hadamard matrix; R3 and R4 become dense products at run time,
-    so R4 needs a block size. signs: draws of random signs per layer for a Hadamard R3 or R4 that is not learned, of
-    which the one with the least error of rounding is taken; 0 leaves them. scales: of spaces that can have them
-    (`Plan.scalings`), kept where they lessen KL; by default where gradients are taken anyway, which they need.
-    baselines: random rotations to beat. shard: under torch.distributed, every process keeps a share of the weights
-    (FSDP2); end-to-end alone, since local needs one decoder block at a time anyway.
+    Attributes:
+        method: `random` (the best of the random rotations, nothing is learned), `local` (on captured activations),
+            `end-to-end` (through the quantized network), `local+end-to-end` (one after the other), or `auto`, the
+            default: local, and end-to-end after it only if local does not beat the random rotations.
+        rotations: The rotations that are learned. Default: R1, R2, and R3 unless it is to be a plain Hadamard matrix.
+            Learned R3 and R4 are dense matrix products at inference, so R4 needs a block size.
+        baselines: Number of random rotations to beat. Default: 5.
+        signs: Random sign vectors to try per layer for a Hadamard R3 or R4 that is not learned; the one with the
+            least rounding error is kept. Default: 0, none.
+        scales: Compute channel scales of the spaces that can have them (`Plan.scalings`); they are kept if they lower
+            KL. They need gradients. Default: only if gradients are computed anyway.
+        shard: Shard the weights over the processes of torch.distributed (FSDP2). Only with method end-to-end, since
+            local learning needs one decoder block at a time anyway. Default: False.
+        local: Options of local learning.
+        end_to_end: Options of end-to-end learning.
+        seed: Of everything random. Default: 0.
+
+    Raises:
+        LearningError: An option has an invalid value, or two contradict each other.
+
+    Example:
+        >>> import spinquant
+        >>> options = spinquant.LearnOptions("local", local=spinquant.LocalOptions(steps=50))
+        >>> options.baselines, options.local.steps
+        (5, 50)
     """
 
     method: Method = "auto"
@@ -49,20 +66,20 @@ class LearnOptions:
             raise LearningError(f"signs is {self.signs}: expected a number of draws, 0 for none (--signs)")
         if self.shard and (self.method != "end-to-end" or self.signs or self.scales or self.end_to_end.weights):
             raise LearningError(
-                "a sharded model is learned end to end, without signs or scales, its weights not rounded: give --shard "
-                f"--method end-to-end (it is {self.method}) without --signs, --scales and --weights"
+                "a sharded model supports end-to-end learning alone, without signs, scales or rounded weights: give "
+                f"--shard with --method end-to-end (it is {self.method}), without --signs, --scales and --weights"
             )
 
     @property
     def scaling(self) -> bool:
-        """Whether scales are computed."""
+        """Whether channel scales are computed."""
         if self.scales is None:
             return self.differentiates or ("end-to-end" in self.method and not self.shard)
         return self.scales
 
     @property
     def differentiates(self) -> bool:
-        """Whether local learning takes gradients through the model."""
+        """Whether local learning computes gradients through the whole model."""
         return self.method in ("local", "local+end-to-end", "auto") and self.local.weighting == "fisher"
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,30 +89,30 @@ class LearnOptions:
 
 @dataclass(frozen=True)
 class Watch:
-    """Who is told how learning goes. stage(name, done, total); step(name of the learner, step, steps in all)."""
+    """Progress callbacks of learning: stage(name, done, total) and step(name of the learner, step, steps in all)."""
 
     stage: Callable[[str, int, int], None] = lambda name, done, total: None
     step: Callable[[str, Step, int], None] = lambda name, step, steps: None
 
 
 def check_used(plan: Plan, spec: RotationSpec, names: Mapping[str, str], options: LearnOptions) -> None:
-    """Raise LearningError for signs and scales that no rotation of this model and spec would have."""
+    """Raise LearningError for signs or scales that would have no effect on this model and spec."""
     plain = [name for name in ("R3", "R4") if name in spec.rotations and spec.type_of(name) in HADAMARD]
     if options.signs and not any(space.name not in names for name in plain for space in plan.spaces_of(name)):
         raise LearningError(
-            "--signs would do nothing: they are drawn for a Hadamard R3 or R4 that is not learned, and here is none. "
-            "Leave it out"
+            "--signs would have no effect: they are drawn for a Hadamard R3 or R4 that is not learned, and there is "
+            "none. Leave it out"
         )
     rotated = {space.name for name in spec.rotations for space in plan.spaces_of(name)}
     if options.scales and not any(scaling.space in rotated for scaling in plan.scalings):
         raise LearningError(
-            "--scales would do nothing: scales go before a rotated R4 whose input is a product of linears, and here is "
-            "none. Leave it out"
+            "--scales would have no effect: channel scales go before an R4 whose input is a product of linears, and "
+            "there is none. Leave it out"
         )
 
 
 def learned_spaces(plan: Plan, spec: RotationSpec, scheme: Scheme, options: LearnOptions) -> dict[str, str]:
-    """The name of the rotation of every space that is to be learned; raises LearningError for what cannot be."""
+    """The spaces to learn, each with the name of its rotation. Raises LearningError for what cannot be learned."""
     inputs = scheme.activations is not None or options.end_to_end.weights
     seen = {"R1": inputs, "R2": inputs or scheme.kv is not None, "R3": scheme.kv is not None, "R4": inputs}
     usual = [n for n in ("R1", "R2", "R3") if n in spec.rotations and seen[n]]
@@ -105,26 +122,28 @@ def learned_spaces(plan: Plan, spec: RotationSpec, scheme: Scheme, options: Lear
     missing = [name for name in chosen if name not in spec.rotations]
     rounds = scheme.activations is not None or scheme.kv is not None
     if not rounds and scheme.weights is None:
-        raise LearningError(f"scheme {scheme} rounds nothing, so no rotation makes a difference: give one that does")
+        raise LearningError(
+            f"scheme {scheme} quantizes nothing, so no rotation makes a difference: use a scheme such as W4A4KV4"
+        )
     if not rounds and options.end_to_end.weights and options.method == "local":
         raise LearningError(
-            f"local learning looks at activations and cache, and scheme {scheme} rounds neither: learn end to end "
-            "(--method end-to-end)"
+            f"local learning needs quantized activations or KV cache, and scheme {scheme} has neither: learn end to "
+            "end (--method end-to-end)"
         )
     if not rounds and not options.end_to_end.weights:
         raise LearningError(
-            f"scheme {scheme} rounds neither activations nor the cache, and with weights at 16 bits while learning no "
-            "rotation makes a difference: use a scheme such as W4A4KV4, or round weights too while learning "
-            "(`spinquant learn --weights`, and its result with --learned)"
+            f"scheme {scheme} quantizes neither activations nor the KV cache, and with weights at 16 bits during "
+            "learning no rotation makes a difference: use a scheme such as W4A4KV4, or quantize weights during "
+            "learning too (`spinquant learn --weights`, and its result with --learned)"
         )
     if missing or not chosen:
         wanted, rotated = (", ".join(names) or "nothing" for names in (missing, spec.rotations))
         raise LearningError(
-            f"{wanted} is to be learned, and rotations are {rotated}: --learn takes some of --rotations"
+            f"cannot learn {wanted}: the rotations are {rotated}, and --learn takes a subset of --rotations"
         )
     blind = [name for name in chosen if not seen[name]]
     if blind:
-        raise LearningError(f"{blind[0]} is to be learned, and scheme {scheme} rounds nothing that it rotates")
+        raise LearningError(f"cannot learn {blind[0]}: scheme {scheme} quantizes nothing that it rotates")
     plan.rotated(spec.rotations)
     names: dict[str, str] = {}
     for rotation in chosen:
@@ -132,8 +151,8 @@ def learned_spaces(plan: Plan, spec: RotationSpec, scheme: Scheme, options: Lear
             order = spec.block_of(rotation) or space.size
             if rotation == "R4" and order > LARGEST_ONLINE:
                 raise LearningError(
-                    f"a learned R4 of order {order} is a dense product of that size at every token: give it blocks of "
-                    f"at most {LARGEST_ONLINE} (--block-size R4=64), or leave R4 out of what is learned"
+                    f"a learned R4 of order {order} is a dense matrix product of that size for every token: use blocks "
+                    f"of at most {LARGEST_ONLINE} (--block-size R4=64), or do not learn R4"
                 )
             names[space.name] = "R1" if rotation == "R1" else space.name
     return names
