@@ -227,7 +227,7 @@ def test_commands_from_the_draft_to_the_quantized_folder(run, tmp_path, monkeypa
     assert run("plan", folder, "--probe", "--draft", toml)[0] == 0
     assert toml.read_text() == out and read_family(toml).name == "nanochat"
     code, _, errors = run("plan", folder, "--probe", "--draft", toml)
-    assert code == 1 and "may hold what you corrected" in errors
+    assert code == 1 and "may contain your corrections" in errors
     assert run("plan", folder, "--draft", toml)[0] == 1
     code, out, _ = run("plan", folder, "--family", toml, "--json")
     assert code == 0 and json.loads(out)["plan"]["family"] == "nanochat"

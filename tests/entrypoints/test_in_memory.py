@@ -60,7 +60,7 @@ def test_saving_is_refused_when_the_function_changed(folder, tmp_path, monkeypat
     gains = {k: () if "post_attention" in k else v for k, v in llama.LLAMA.gains.items()}
     monkeypatch.setattr("spinquant.architectures.FAMILIES", (replace(llama.LLAMA, gains=gains),))
     out = tmp_path / "out"
-    with pytest.raises(ProofError, match="small model"):
+    with pytest.raises(ProofError, match="tiny model"):
         rotate_folder(folder, out, RotationSpec("R1"), text="manual")
     with pytest.raises(ProofError, match=r"this model.*gate_proj"):
         rotate_folder(folder, out, RotationSpec("R1"), text="manual", options=Options(prove=False))

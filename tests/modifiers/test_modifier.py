@@ -392,7 +392,7 @@ def test_users_mappings_are_used():
     [
         ({"attn_q": "re:.*nothing$"}, "mappings.attn_q: the target 're:.*nothing\\$' matches no module"),
         ({"attn_q": "re:.*(q|k)_proj$"}, "matched by attn_q and by attn_k"),
-        ({"attn_q": "re:("}, "is not a regular expression"),
+        ({"attn_q": "re:("}, "is an invalid regular expression"),
         ({"attn_v": "re:.*k_proj$", "attn_k": "re:.*v_proj$"}, "R1|R2"),
         ({"attn_o": "re:.*layers.0.*o_proj$"}, "mappings.attn_o matches 0 modules in the attention"),
         ({"lm_head": "model.norm"}, "is a LlamaRMSNorm, expected an nn.Linear"),
@@ -420,7 +420,7 @@ def test_mappings_that_do_not_fit_are_refused(mappings, message):
         ([{"norm": "re:.*(input|attention)_layernorm$", "linears": ["re:.*(q|k|v)_proj$"]}], "as near to"),
         ([{"norm": "model.embed_tokens", "linears": ["lm_head"]}], "'lm_head' is matched for 'model.embed_tokens' and"),
         ([{"norm": "re:model.(norm|embed_tokens)$", "linears": ["lm_head"]}], "as near to"),
-        ([{"norm": "lm_head"}], "is no norm"),
+        ([{"norm": "lm_head"}], "is not a norm"),
         (
             [
                 {"norm": "re:.*input_layernorm$", "linears": ["re:.*(gate|up)_proj$"]},

@@ -84,7 +84,7 @@ def test_experts_of_a_checkpoint_are_found_one_by_one(name, tmp_path):
     assert not any("gate_up_proj" in name for name in single)
     found = probe(config, shapes=single)
     if name == "mixtral":  # its checkpoints have names of their own
-        assert any("not what the class makes" in text for text in found.left)
+        assert any("not those of the class" in text for text in found.left)
         return
     assert not found.left
     for shapes in (stacked, single):
@@ -151,7 +151,7 @@ def test_what_changes_nothing_because_it_does_nothing_is_no_proof():
     """Neither queries nor keys pass where R3 would rotate them: the logits stay, and R3 is refused all the same."""
     found = probe(acme.AcmeConfig(trap="alone"))
     assert [finding.reason for finding in found.findings if not finding.holds] == [
-        "keys are not handed to a cache, where they could be rotated"
+        "keys do not go through a KV cache, where they could be rotated"
     ]
     assert [refusal.rotation for refusal in found.family.refused] == ["R3"]
 
@@ -166,7 +166,7 @@ def test_sizes_that_the_config_calls_otherwise_are_found():
         ("llama4_text", r"R1: the residual stream can be rotated: model\.layers\.\* does not add multiples"),
         ("deepseek_v3", "no layout of attention fits|no row of"),
         ("mamba", "no attention"),
-        ("deepseek_v4", "several residual streams side by side"),
+        ("deepseek_v4", "parallel residual streams"),
     ],
 )
 def test_what_is_not_understood_is_said(name, reason):
@@ -190,7 +190,7 @@ def test_of_what_sees_the_language_part_is_found(name):
     shapes = shapes_of(config)
     found = probe(config)
     plan, table = make_plan(config, shapes, family=found.family), make_plan(config_of(name), shapes)
-    assert re.search(r"took no part in reading text", dict(plan.refused)["R1"])
+    assert re.search(r"did not run on text", dict(plan.refused)["R1"])
     expected = replace(table, refused=(("R1", "as the draft"),))
     for part, value in usable(plan).items():
         assert value == usable(expected)[part], part

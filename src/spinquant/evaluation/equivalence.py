@@ -234,9 +234,9 @@ def prove(
         fuse_module(tiny, plan, rotations)
         with attach(tiny, plan, rotations):
             deviation = compare(before, tiny, plan, rotations)
-            check(deviation, torch.float64, what="a small model of this architecture (before touching yours)")
+            check(deviation, torch.float64, what="a tiny model of this architecture (yours was not touched)")
             cached = difference(generated, greedy_logits(tiny, tokens))
-            check(cached, torch.float64, what="generation through a KV cache in a small model of this architecture")
+            check(cached, torch.float64, what="generation through a KV cache in a tiny model of this architecture")
     return deviation if deviation.relative > cached.relative else cached
 
 

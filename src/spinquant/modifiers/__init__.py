@@ -1,1 +1,1 @@
-"""`SpinQuantModifier`: the recipe object with llm-compressor's interface."""
+"""`SpinQuantModifier`: rotate models from Python or from llm-compressor recipes."""

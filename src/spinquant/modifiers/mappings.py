@@ -1,9 +1,9 @@
-"""Which module plays which part, as llm-compressor's users write it down; `mapped_plan.py` makes a plan of it.
+"""Mappings from roles to modules, as in llm-compressor; `mapping_plan.py` makes a plan of them.
 
 A mapping names modules by role (embedding, attention, q, k, v, o, MLP, head); norm mappings name the linears that
 read each norm. A target is a module's name, the name of its class, or `re:` and a regular expression that the name
-must match from its start. Where a table knows the model, a mapping may leave parts out (they are inferred) and is
-held against the table; where none does, complete mappings take its place.
+must match from its start. For a known architecture, a mapping may leave roles out (they are inferred) and is checked
+against the built-in table; for an unknown one, complete mappings take the table's place.
 """
 
 import re
@@ -18,9 +18,29 @@ from spinquant.plan import Plan
 
 
 class SpinQuantMapping(BaseModel):
-    """Targets of every role; a role that is left out is inferred.
+    """The modules of each role in a model, for `SpinQuantModifier`; roles that are left out are inferred.
 
-    attn_head_dim: size of a head, by default what the config says.
+    A target is a module's name, the name of its class, or `re:` and a regular expression that the name must match from
+    its start. For an unknown architecture every role has to be given.
+
+    Attributes:
+        embedding: The token embedding.
+        attn: The attention modules.
+        attn_q: The query projections.
+        attn_k: The key projections.
+        attn_v: The value projections.
+        attn_o: The output projections of the attentions.
+        attn_head_dim: Size of a head. Default: that of the config.
+        mlp_in: The projections that the MLPs read their input with (gate and up); one target or a list.
+        mlp_out: The output projections of the MLPs (down); one target or a list.
+        lm_head: The head.
+
+    Example:
+        >>> import spinquant
+        >>> mapping = spinquant.SpinQuantMapping(mlp_in=["re:.*gate_proj$", "re:.*up_proj$"], mlp_out="re:.*down_proj$")
+        >>> mapping.mlp_out
+        ['re:.*down_proj$']
+        >>> modifier = spinquant.SpinQuantModifier(mappings=mapping)
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -43,7 +63,19 @@ class SpinQuantMapping(BaseModel):
 
 
 class NormMapping(BaseModel):
-    """A norm and the linears that read it; linears that are left out are inferred."""
+    """The linears that read a norm's output, for `SpinQuantModifier`; the norm's weight is fused into them.
+
+    Attributes:
+        norm: Target of the norms, usually one per layer.
+        linears: Targets of the linears that read them; each belongs to the nearest norm. Default: inferred.
+
+    Example:
+        >>> import spinquant
+        >>> final = spinquant.NormMapping(norm="model.norm", linears="lm_head")
+        >>> final.linears
+        ['lm_head']
+        >>> modifier = spinquant.SpinQuantModifier(norm_mappings=[final])
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -62,7 +94,7 @@ ROLES = tuple(name for name in SpinQuantMapping.model_fields if name != "attn_he
 def matching(model: nn.Module, targets: Iterable[str], what: str, ignore: Sequence[str] = ()) -> list[str]:
     """Names of the modules that match any of the targets and none of `ignore`, in the model's order.
 
-    Raises RotationError, naming `what`, for a target that matches nothing or is not a regular expression.
+    Raises RotationError, naming `what`, for a target that matches nothing or is an invalid regular expression.
     """
     found: dict[str, None] = {}
     modules = [(name, module) for name, module in model.named_modules() if name]
@@ -84,11 +116,11 @@ def _matches(name: str, module: nn.Module, target: str, what: str) -> bool:
     try:
         return re.match(target.removeprefix("re:"), name) is not None
     except re.error as error:
-        raise RotationError(f"{what}: the target {target!r} is not a regular expression: {error}") from None
+        raise RotationError(f"{what}: the target {target!r} is an invalid regular expression: {error}") from None
 
 
 def infer_mapping(plan: Plan) -> SpinQuantMapping:
-    """The roles of a plan's modules. Raises ArchitectureError where a role has none, as in fused projections."""
+    """Infer the mapping of a plan. Raises ArchitectureError if a role has no module, as with fused projections."""
     side = {(axis.tensor, axis.dim): plan.space[axis.space].rotation for axis in plan.axes}
     roles: dict[str, list[str]] = {role: [] for role in ROLES}
     linears = {name for group in plan.linears for name in group}
@@ -110,7 +142,9 @@ def infer_mapping(plan: Plan) -> SpinQuantMapping:
     roles["embedding"] = [name for name in residual if name not in linears and name != head]
     for role, names in roles.items():
         if not names:
-            raise ArchitectureError(f"{plan.family} has no module that is {role} alone: no mapping describes it")
+            raise ArchitectureError(
+                f"{plan.family} has no module for the role {role} (its projections may be fused): no mapping fits"
+            )
     single: dict[str, Any] = {role: _one_target(names) for role, names in roles.items() if not role.startswith("mlp")}
     head_dim = next((space.size for space in plan.spaces_of("R2")), None)
     return SpinQuantMapping(
@@ -119,7 +153,7 @@ def infer_mapping(plan: Plan) -> SpinQuantMapping:
 
 
 def infer_norm_mappings(plan: Plan) -> list[NormMapping]:
-    """The norms of a plan and the linears that read them, one mapping for all layers."""
+    """Infer the norm mappings of a plan; one mapping covers all layers."""
     found: dict[str, list[str]] = {}
     for gain in plan.gains:
         linears = found.setdefault(_targets([gain.norm.removesuffix(".weight")])[0], [])
@@ -130,7 +164,7 @@ def infer_norm_mappings(plan: Plan) -> list[NormMapping]:
 
 
 def _targets(names: Sequence[str]) -> list[str]:
-    """Targets for modules that differ in the layer alone: what stands behind the layer's number, or the name."""
+    """One target per group of modules that differ in the layer index alone: a pattern of the suffix, or the name."""
     found = []
     for name in names:
         layer = re.match(r".*\.\d+\.", name)
@@ -146,17 +180,15 @@ def _one_target(names: Sequence[str]) -> str:
 
 
 def complete_mapping(given: SpinQuantMapping | None, table: Plan | None, reason: str = "") -> SpinQuantMapping:
-    """The given roles, the others as the table says. reason: why there is no table.
+    """Fill the missing roles of a mapping from the built-in table. reason: why there is no table.
 
-    Raises ArchitectureError when a role is left out and there is no table.
+    Raises ArchitectureError if a role is missing and there is no table.
     """
     given = given or SpinQuantMapping()
     missing = [role for role in ROLES if getattr(given, role) is None]
     if table is None:
         if missing:
-            raise ArchitectureError(
-                f"{reason} A mapping may take the place of a table, if it is complete: {', '.join(missing)} missing"
-            )
+            raise ArchitectureError(f"{reason} A complete mapping can replace the table; it lacks {', '.join(missing)}")
         return given
     inferred = infer_mapping(table)
     wanted = [*missing, "attn_head_dim"] if given.attn_head_dim is None else missing
@@ -166,12 +198,12 @@ def complete_mapping(given: SpinQuantMapping | None, table: Plan | None, reason:
 def complete_norms(
     model: nn.Module, given: Sequence[NormMapping] | None, table: Plan | None, reason: str = ""
 ) -> list[NormMapping]:
-    """The given norm mappings, the other norms as the table says. Raises as `complete_mapping`, and `matching`."""
+    """Fill missing norm mappings from the built-in table. Raises as `complete_mapping` and `matching` do."""
     if table is None:
         if not given or any(mapping.linears is None for mapping in given):
             raise ArchitectureError(
-                f"{reason} Norm mappings may take the place of a table, if every norm has its linears: "
-                + ("none are given" if not given else "some leave their linears out")
+                f"{reason} Norm mappings can replace the table if every norm has its linears: "
+                + ("none are given" if not given else "some lack their linears")
             )
         return list(given)
     known = {gain.norm.removesuffix(".weight"): gain for gain in table.gains}
@@ -180,7 +212,9 @@ def complete_norms(
         norms = matching(model, [mapping.norm], "norm_mappings")
         unknown = [norm for norm in norms if norm not in known and mapping.linears is None]
         if unknown:
-            raise RotationError(f"norm_mappings: {unknown[0]!r} is no norm that {table.family} knows: name its linears")
+            raise RotationError(
+                f"norm_mappings: {unknown[0]!r} is not a norm in the table of {table.family}: name its linears"
+            )
         covered.update(norms if mapping.linears is not None else ())
     found = [mapping for mapping in given or () if mapping.linears is not None]
     for mapping in infer_norm_mappings(table):
@@ -188,7 +222,8 @@ def complete_norms(
         if not covered & set(norms):
             found.append(mapping)
             continue
-        for gain in (known[norm] for norm in norms if norm not in covered):  # some layers are the user's: by name
+        # The user covers some layers: the others are mapped by name.
+        for gain in (known[norm] for norm in norms if norm not in covered):
             linears = [tensor.removesuffix(".weight") for tensor, _ in gain.readers]
             found.append(NormMapping(norm=gain.norm.removesuffix(".weight"), linears=linears))
     return found

@@ -1,9 +1,9 @@
-"""SpinQuantModifier: the recipe object that llm-compressor's users know, on the functions of this library.
+"""SpinQuantModifier: llm-compressor's recipe interface to this library's rotations.
 
-A thin facade: mappings and transform configs become a plan and its rotations (`mappings.py`, `transform_config.py`),
-which `pipeline.install` puts into the model; `learnable.py` keeps them trainable until the end. It works alone, and
-in llm-compressor's recipes beside its own modifiers (`llmcompressor.py`), which is never imported here unless it is
-in use already.
+A thin facade: mappings and transform configs are resolved into a plan and its rotations (`resolve.py`), which
+`entrypoints.in_memory.install` applies to the model; `learning/parametrization.py` makes them trainable parameters. It
+works alone, and in llm-compressor's recipes beside its own modifiers (`llmcompressor.py`); llm-compressor is never
+imported here unless it is in use already.
 """
 
 import importlib
@@ -34,17 +34,38 @@ ADAPTER = "spinquant.modifiers.llmcompressor"  # imported by name: it imports th
 
 
 class SpinQuantModifier(BaseModel):
-    """Rotate a model with R1 to R4, alone or in a recipe of llm-compressor; all fields are by keyword.
+    """Rotate a model with R1 to R4, alone (`apply`) or as a modifier in a recipe of llm-compressor.
 
-    rotations: any of R1, R2, R3, R4, in any case. transform_type: hadamard, random-hadamard or random-matrix (Haar
-        orthogonal), of any order that `docs/hadamard.md` knows.
-    randomize: a rotation of its own for every layer. seed: of everything random.
-    learnable: the rotations are parameters of the model, and train with any optimizer, until `finalize` fuses them.
-    precision: dtype of fusing and of online rotations. transform_block_size: order of the blocks of every rotation.
-    mappings, norm_mappings: targets of the modules; what is left out is inferred.
-    transform_config: used in place of what the fields above say about rotations; made by `on_initialize` if None.
+    R1 and R2 are offline rotations, fused into the weights; R3 and R4 are online rotations, applied at inference.
 
-    Raises pydantic's ValidationError for fields that cannot be; the methods raise subclasses of SpinquantError.
+    Attributes:
+        rotations: Any of R1, R2, R3, R4, in any case. Default: R1 and R2.
+        transform_type: `hadamard` (the default), `random-hadamard` or `random-matrix` (Haar orthogonal). The orders
+            that have a Hadamard matrix are in `docs/hadamard.md`.
+        randomize: A different rotation for every layer. Default: False.
+        learnable: Make the rotations parameters of the model that train with any optimizer, until `finalize` fuses
+            them. Default: False.
+        precision: Dtype of fusing and of online rotations. Default: float64.
+        transform_block_size: Order of the diagonal blocks of every rotation. Default: one block per space.
+        mappings: The module of each role; roles that are left out are inferred.
+        norm_mappings: The linears that read each norm; inferred if left out.
+        transform_config: Replaces the fields above that describe rotations. Set by `on_initialize` if None.
+        seed: Of everything random. Default: 0.
+
+    The other fields (`start`, `end`, `index`, ...) are those of every modifier of llm-compressor.
+
+    Raises:
+        pydantic.ValidationError: A field has an invalid value. The methods raise subclasses of SpinquantError.
+
+    Example:
+        >>> import spinquant
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = AutoModelForCausalLM.from_config(config)
+        >>> modifier = spinquant.SpinQuantModifier(rotations=["R1", "R2"], transform_type="hadamard")
+        >>> result = modifier.apply(model)
+        >>> modifier.finalized, sorted(modifier.transform_config.config_groups)
+        (True, ['R1', 'R2'])
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -84,7 +105,7 @@ class SpinQuantModifier(BaseModel):
     @field_validator("mappings", "transform_config", mode="before")
     @classmethod
     def _as_data(cls, value: Any) -> Any:
-        # The same structures of llm-compressor and compressed-tensors are accepted as they are.
+        # The equivalent classes of llm-compressor and compressed-tensors are accepted too.
         return value.model_dump() if isinstance(value, BaseModel) else value
 
     @field_validator("norm_mappings", mode="before")
@@ -98,7 +119,7 @@ class SpinQuantModifier(BaseModel):
         return self
 
     def model_post_init(self, context: Any) -> None:
-        """Let llm-compressor, if it is in use, know this class as one of its modifiers."""
+        """Make this an instance of llm-compressor's Modifier if llm-compressor is in use."""
         super().model_post_init(context)
         if f"{PEER}.modifiers" in sys.modules:
             importlib.import_module(ADAPTER).adopt(self)
@@ -115,18 +136,24 @@ class SpinQuantModifier(BaseModel):
 
     @property
     def result(self) -> Result:
-        """The rotated model, for `spinquant.save`. Raises RotationError before the rotations are fused."""
+        """The rotated model, to pass to `spinquant.save`. Raises RotationError before the rotations are fused."""
         if self._result is None:
-            raise RotationError(
-                "there is no result yet: the rotations are not fused. Run the modifier to its end first"
-            )
+            raise RotationError("there is no result yet: the rotations are not fused. Call finalize (or apply) first")
         return self._result
 
     def apply(self, model: Any, train: Callable[[Any], object] | None = None) -> Result:
-        """The whole lifecycle on one model; `train(model)` is called while learnable rotations are its parameters.
+        """Run the whole lifecycle on one model, in place.
 
-        Raises RotationError when `train` and `learnable` do not go together, ProofError when rotating would change
-        the function of the model, and what the lifecycle's methods raise.
+        Args:
+            model: A causal language model of transformers.
+            train: Called with the model while the learnable rotations are its parameters; only with `learnable`.
+
+        Returns:
+            The rotated model and what was done to it, for `spinquant.save`.
+
+        Raises:
+            RotationError: `train` is given without `learnable` or the other way round, or a mapping does not fit.
+            ProofError: Rotating would change the function of the model.
         """
         state = SimpleNamespace(model=model)
         config = self.transform_config
@@ -147,7 +174,7 @@ class SpinQuantModifier(BaseModel):
     def initialize(self, state: Any, **kwargs: Any) -> None:
         """`on_initialize`, once; and `on_start`, where the field `start` is 0 or less."""
         if self.initialized_ or self.finalized_:
-            raise RotationError("this modifier has been initialized already: make one for every model")
+            raise RotationError("this modifier has been initialized already: make a new one for every model")
         self.initialized_ = self.on_initialize(state, **kwargs)
         if self.start is not None and self.start <= 0 and (self.end is None or self.end > 0):
             self.on_start(state, **kwargs)
@@ -161,12 +188,12 @@ class SpinQuantModifier(BaseModel):
         self.finalized_ = self.on_finalize(state, **kwargs)
 
     def on_initialize(self, state: Any, **kwargs: Any) -> bool:
-        """Infer mappings, make the transform config, and prove it all; the model is not changed.
+        """Infer mappings, make the transform config, and prove them on a tiny model; the model is not changed.
 
-        Raises ArchitectureError for a model that neither a table nor complete mappings explain, RotationError for
-        mappings and configs that do not fit, ProofError when they would change the function of the model.
+        Raises ArchitectureError for an unknown architecture without complete mappings, RotationError for mappings and
+        configs that do not fit the model, ProofError if they would change its function.
         """
-        # compressed-tensors looks the function up in transformers' list, where eager is not.
+        # compressed-tensors looks the function up in transformers' registry, which lacks eager.
         attentions = [name for name in ATTENTIONS if not (name == "eager" and _in_llm_compressor(state))]
         given = (self.mappings, self.norm_mappings, self.transform_config)
         wanted = ModifierRequest(self._spec(), self.learnable, self.precision, *given, attentions=attentions)
@@ -176,9 +203,9 @@ class SpinQuantModifier(BaseModel):
         return True
 
     def on_start(self, state: Any, event: Any = None, **kwargs: Any) -> None:
-        """Fuse norms and mergeable rotations and attach online ones; or make them parameters, where they are learned.
+        """Fuse norms and offline rotations and attach online ones; learnable ones become parameters instead.
 
-        A second call does nothing. Embeddings are not centred: under an RMSNorm that changes the function.
+        A second call does nothing. Embeddings are not centered: with an RMSNorm that would change the function.
         """
         work, model = self._ready(), _model_of(state)
         if self._done:
@@ -200,24 +227,24 @@ class SpinQuantModifier(BaseModel):
         self.on_start(state, event, **kwargs)
 
     def on_event(self, state: Any, event: Any = None, **kwargs: Any) -> None:
-        """Called with every event; rotating needs none of them."""
+        """Does nothing: called by llm-compressor with every event."""
 
     def on_update(self, state: Any, event: Any = None, **kwargs: Any) -> None:
-        """Called at every batch; the optimizer does the learning."""
+        """Does nothing: called by llm-compressor at every batch; the optimizer trains the rotations."""
 
     def on_sequential_epoch_end(self, state: Any, event: Any = None, modules: Any = None, **kwargs: Any) -> None:
-        """Called after each block of a calibration; rotations are in place before the first."""
+        """Does nothing: called by llm-compressor after each calibrated block; the model is rotated before the first."""
 
     def on_calibration_end(self, state: Any, event: Any = None, **kwargs: Any) -> None:
         """`on_end`, as llm-compressor 0.14 calls it."""
         self.on_end(state, event, **kwargs)
 
     def on_end(self, state: Any, event: Any = None, **kwargs: Any) -> None:
-        """The last event before `finalize`; learned rotations stay parameters until then."""
+        """Mark the end of calibration or training; learnable rotations stay parameters until `finalize`."""
         self.ended_ = True
 
     def on_finalize(self, state: Any, **kwargs: Any) -> bool:
-        """Fuse what was learned. Raises RotationError when `on_start` was never called."""
+        """Fuse learned rotations. Raises RotationError if `on_start` was never called."""
         if not self._done:
             raise RotationError("finalized before it was started: the model is not rotated. Call on_start first")
         if self._learning is not None:
@@ -226,7 +253,7 @@ class SpinQuantModifier(BaseModel):
         return True
 
     def update_event(self, state: Any, event: Any, **kwargs: Any) -> None:
-        """Call the method that an event is for: calibration events by their type, batches by `start` and `end`."""
+        """Dispatch an event of llm-compressor: calibration events by type, batch events by `start` and `end`."""
         if not self.initialized_ or self.finalized_:
             raise RotationError("an event reached this modifier before it was initialized, or after it was finalized")
         kind = getattr(event.type_, "value", event.type_)
@@ -277,7 +304,7 @@ class SpinQuantModifier(BaseModel):
 
 
 def _model_of(state: Any) -> Any:
-    # A causal LM has a `.model` too, which is not the whole.
+    # A causal LM has a `.model` too, which lacks the head.
     model = state if isinstance(state, nn.Module) else getattr(state, "model", None)
     if not isinstance(model, nn.Module):
         raise RotationError(f"the state has no model: its `.model` is {type(model).__name__}, expected an nn.Module")
@@ -292,6 +319,6 @@ def _check_unquantized(model: Any, plan: Plan) -> None:
     for name in (name for group in plan.linears for name in group):
         if getattr(model.get_submodule(name), "quantization_scheme", None) is not None:
             raise RotationError(
-                f"{name} is about to be quantized while its rotation is learned, and what the quantizer writes would "
+                f"{name} has a quantization scheme while its rotation is being learned, and the quantized weight would "
                 "be lost: learn the rotations in a run of their own, finalize, then quantize"
             )

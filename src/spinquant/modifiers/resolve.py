@@ -1,7 +1,7 @@
-"""What a modifier is going to do to a model: found, checked and proved before anything is changed.
+"""Resolve modifier arguments into a plan and rotations, and prove them on a tiny model. Does not modify the model.
 
-The plan is the table's, or what mappings make of it, or what complete mappings say where no table knows the model;
-the rotations are those of a spec, or what a transform config says. Either way a tiny model tries it first.
+The plan comes from the built-in table, from a table restricted by mappings, or, for an unknown architecture, from
+complete mappings. The rotations come from a spec or from a transform config.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,9 +35,10 @@ from spinquant.rotations.wrappers import InPrecision
 
 @dataclass(frozen=True)
 class ModifierRequest:
-    """What a user asks for. config: in place of the spec, `learnable` and `precision`; mappings: None to infer them.
+    """The arguments of a modifier.
 
-    attentions: implementations under which R3 can run.
+    config: replaces `spec`, `learnable` and `precision`. mappings, norm_mappings: None to infer them. attentions:
+    attention implementations under which R3 can run.
     """
 
     spec: RotationSpec
@@ -51,10 +52,10 @@ class ModifierRequest:
 
 @dataclass(frozen=True)
 class Resolved:
-    """What a modifier is going to do to a model, found and proved before anything is changed.
+    """Resolved and proved arguments of a modifier.
 
-    config: the groups of transforms. group_of: the group that the rotation of a space belongs to. mappings and
-    norm_mappings are complete.
+    config: the groups of transforms. group_of: the group of a space's rotation. mappings and norm_mappings are
+    complete. deviation: of the tiny model's logits, None if nothing is rotated.
     """
 
     plan: Plan
@@ -66,7 +67,7 @@ class Resolved:
     deviation: Deviation | None
 
     def online(self) -> dict[str, Rotation]:
-        """The rotations as they are at run time, in the precision of their groups; what was shared is shared."""
+        """The rotations in the precision of their groups, as applied online; shared rotations stay shared."""
         made: dict[tuple[int, torch.dtype], Rotation] = {}
         found: dict[str, Rotation] = {}
         for space, rotation in self.rotations.items():
@@ -75,21 +76,21 @@ class Resolved:
         return found
 
     def learned(self) -> dict[str, str]:
-        """By space, what a rotation that is trained is called: its group, or the space where a group has several."""
+        """The spaces whose rotation is trained, with its name: the group, or the space if a group has several."""
         found: dict[str, str] = {}
         for group, scheme in self.config.config_groups.items():
             spaces = [space for space in self.group_of if self.group_of[space] == group and scheme.requires_grad]
             shared = len({id(self.rotations[space]) for space in spaces}) == 1
-            # Names of modules have no dots.
+            # Module names must not contain dots.
             found.update({space: (group if shared else space).replace(".", "_") for space in spaces})
         return found
 
 
 def prepare(model: Any, wanted: ModifierRequest) -> Resolved:
-    """Find a plan and rotations for a model, and prove them; the model is not changed.
+    """Resolve a plan and rotations for a model, and prove them; the model is not changed.
 
-    Raises ArchitectureError for a model that neither a table nor complete mappings explain, RotationError for mappings
-    and configs that do not fit, ProofError when they would change the function of the model.
+    Raises ArchitectureError for an unknown architecture without complete mappings, RotationError for mappings and
+    configs that do not fit the model, ProofError if they would change its function.
     """
     check_fresh(model)
     check_in_memory(model)
@@ -121,7 +122,7 @@ def prepare(model: Any, wanted: ModifierRequest) -> Resolved:
 
     touched = {plan.space[space].rotation for space in rotations}
     proved = RotationSpec(tuple(name for name in ROTATION_NAMES if name in touched), "auto", seed=spec.seed)
-    # A mapping has been held against the table, where there is one: the table is what has to be proved.
+    # With a table, the mapping has been checked against it, so the table is what has to be proved.
     planner = try_out if table is None else None
     tiny = prove(model.config, proved, planner=planner) if proved.rotations or (planner and rotations) else None
     return Resolved(plan, rotations, config, group_of, mapping, norms, tiny)
@@ -130,7 +131,7 @@ def prepare(model: Any, wanted: ModifierRequest) -> Resolved:
 def _rotations(
     model: Any, base: Plan, config: TransformConfig | None, spec: RotationSpec
 ) -> tuple[Plan, Mapping[str, Rotation], Mapping[str, str]]:
-    """The plan, the rotations by space, and the group that each belongs to."""
+    """The plan, the rotations by space, and the group of each."""
     if config is not None:
         translation = translate(model, base, config, seed=spec.seed)
         return translation.plan, translation.rotations, translation.group_of
@@ -146,7 +147,7 @@ def _table_of(model: Any) -> tuple[Plan | None, str]:
 
 
 def _small(config: TransformConfig) -> TransformConfig:
-    """A config for the tiny model: its heads are those of the model, its other sizes are multiples of a block."""
+    """The config for the tiny model, which keeps the head size; its other sizes are multiples of TINY_BLOCK."""
     small = config.model_copy(deep=True)
     for scheme in small.config_groups.values():
         heads = any(args.location in ("q_attn", "k_cache") for args in scheme.apply)

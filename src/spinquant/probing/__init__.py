@@ -1,1 +1,1 @@
-"""What a model that no table knows looks like, found by trying it out; see `probe.py`."""
+"""Probe an unknown architecture: find by experiment which rotations leave its function unchanged; see `probe.py`."""

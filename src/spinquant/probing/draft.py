@@ -1,4 +1,4 @@
-"""What a probe found, as the draft of a family file: TOML, with everything that was tried as comments."""
+"""Write a probe's findings as a draft of a family file: TOML, with every experiment as a comment."""
 
 import json
 import textwrap
@@ -13,27 +13,41 @@ WIDTH = 100
 
 
 def draft_text(probe: Probe) -> str:
-    """The draft, which `read_family` reads; comments alone where there is too little to say."""
+    """Format a probe's findings as the draft of a family file, with every experiment as a comment.
+
+    Args:
+        probe: The result of `probe`.
+
+    Returns:
+        TOML that `read_family` reads. Comments alone if too little was found for a draft.
+
+    Example:
+        >>> import spinquant
+        >>> from transformers import LlamaConfig
+        >>> text = spinquant.draft_text(spinquant.probe(LlamaConfig()))
+        >>> print(text.splitlines()[0])
+        # Draft of a family file for model_type 'llama', found by probing.
+    """
     lines = [
-        f"# Draft of a family file for model_type {probe.model_type!r}, found by trying.",
-        "# Each statement was tried by itself on a small random model of the class, in float64. Read it, correct it,",
-        "# and agree to it by passing it with --family; the rotations are then proved on such a model once more.",
+        f"# Draft of a family file for model_type {probe.model_type!r}, found by probing.",
+        "# Each statement was tested by itself on a tiny random model of the class, in float64. Read it, correct it,",
+        "# and accept it by passing it with --family; the rotations are then proved on such a model once more.",
         "#",
         *_tried(f"Proved: logits moved by less than {TOLERANCE:g} (relative)", [f for f in probe.findings if f.holds]),
-        *_tried("Failed: what is refused below, and why", [f for f in probe.findings if not f.holds]),
+        *_tried("Failed: refused below, with the reason", [f for f in probe.findings if not f.holds]),
     ]
     if probe.left:
         lines += ["# Not covered:", *(line for text in probe.left for line in _comment(f"- {text}")), "#"]
     if probe.family is None:
-        return "\n".join([*lines, "# There is no draft: the above is in the way.", ""])
+        return "\n".join([*lines, "# There is no draft, for the reasons above.", ""])
     return "\n".join([*lines[:-1], "", *_toml(probe.family.recorded()), ""])
 
 
 def write_draft(probe: Probe, path: str | Path) -> None:
-    """Write the draft to a file. Raises ArchitectureError for a file that exists: it may hold a user's corrections."""
+    """Write the draft to a new file. Raises ArchitectureError if it exists, since it may contain corrections."""
     path = Path(path)
     if path.exists():
-        raise ArchitectureError(f"{path} exists, and may hold what you corrected: choose another name for the draft")
+        raise ArchitectureError(f"{path} exists and may contain your corrections: choose another name for the draft")
     try:
         path.write_text(draft_text(probe), encoding="utf-8")
     except OSError as error:
@@ -45,7 +59,7 @@ def _tried(title: str, findings: list[Finding]) -> Iterator[str]:
         return
     yield f"# {title}"
     for finding in findings:
-        moved = "not tried" if finding.moved is None else f"{finding.moved:.1e}"
+        moved = "untested" if finding.moved is None else f"{finding.moved:.1e}"
         yield from _comment(f"{moved:>9}  {finding.statement}{f': {finding.reason}' if finding.reason else ''}", 13)
     yield "#"
 
@@ -58,7 +72,7 @@ def _comment(text: str, indent: int = 4) -> list[str]:
 
 
 def _toml(data: Mapping[str, Any]) -> Iterator[str]:
-    """TOML of a family file: plain keys, then tables, then lists of tables."""
+    """Lines of a family file in TOML: plain keys, then tables, then arrays of tables."""
     tables = {key: value for key, value in data.items() if isinstance(value, dict)}
     lists = {key: value for key, value in data.items() if _is_list_of_tables(value)}
     for key, value in data.items():

@@ -1,9 +1,9 @@
-"""A model that no table knows: what can be rotated in it, found by trying, and never used without being asked for.
+"""Probe an unknown architecture: find by experiment which rotations leave its function unchanged.
 
-Small models of its class, in float64 with random weights, are run and looked into (`explain.py`); what was seen is said
-as a family (`roles.py`). Then each statement is tried by itself: one norm's scale is fused, one kind of space rotated,
-and the logits have to stay what they were to 1e-9. What survives is in the draft; what does not is refused there, with
-the reason and with how far the logits moved. A user who agrees passes the draft with --family.
+Tiny models of its class, in float64 with random weights, are run and traced (`explain.py`), and the observations become
+the draft of a family file (`roles.py`). Then each statement is tested by itself: one norm's scale is fused, or one kind
+of space is rotated, and the logits must not move by more than 1e-9 (relative). The draft refuses what fails, with the
+reason and with how far the logits moved. It is never used on its own: a user accepts it with --family.
 """
 
 import copy
@@ -39,9 +39,9 @@ from spinquant.rotations.fuse_module import fuse_module
 from spinquant.rotations.rotation import Orthogonal, Rotation
 
 TOLERANCE = 1e-9
-HEAD = 16  # size of heads in small models, where nothing in the class asks for more
-LARGEST = 50_000_000  # parameters of a small model: beyond it the config's sizes were not understood
-# What configs call sizes whose usual name they lack.
+HEAD = 16  # head size of tiny models, unless the class needs more
+LARGEST = 50_000_000  # parameters of a tiny model; with more, the config's size fields were not understood
+# Other names of the usual size fields.
 SYNONYMS = {
     "hidden_size": ("d_model", "n_embd", "dim", "embed_dim", "model_dim", "width"),
     "num_hidden_layers": ("n_layers", "n_layer", "num_layers", "depth"),
@@ -55,7 +55,10 @@ SYNONYMS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One statement that was tried. moved: relative error of the logits. reason: why it does not hold, else empty."""
+    """A statement that was tested.
+
+    moved: relative error of the logits, None if it could not be tested. reason: why it does not hold, else empty.
+    """
 
     statement: str
     moved: float | None = None
@@ -63,13 +66,27 @@ class Finding:
 
     @property
     def holds(self) -> bool:
-        """Whether the function of the small model survived it."""
+        """Whether the tiny model's function was unchanged."""
         return self.moved is not None and self.moved <= TOLERANCE and not self.reason
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What was found. family: a draft, None where there is too little to say; left: what it does not cover, and why."""
+    """Result of probing an architecture: a draft of a family file, and the experiments behind it.
+
+    Attributes:
+        model_type: Of the config.
+        family: The draft; None if too little was found for one.
+        findings: The tested statements, each with the relative error of the logits and, if it failed, the reason.
+        left: What the draft does not cover, and why.
+
+    Example:
+        >>> import spinquant
+        >>> from transformers import LlamaConfig
+        >>> found = spinquant.probe(LlamaConfig())
+        >>> [finding.statement for finding in found.findings if not finding.holds]
+        []
+    """
 
     model_type: str
     family: FamilyFile | None
@@ -78,11 +95,28 @@ class Probe:
 
 
 def probe(config: Any, *, shapes: Mapping[str, Sequence[int]] | None = None) -> Probe:
-    """Find out what can be rotated in the models of a config, with no table's help.
+    """Find by experiment which rotations are possible in an architecture, without a built-in table.
 
-    shapes: of a checkpoint's tensors, which the draft then has to explain too. Of a model that sees or hears the
-    language part is probed, on text: R1 is refused, since nobody tried what else writes to the residual stream. Raises
-    ArchitectureError where no small model of the class can be made or run.
+    Of a multimodal model the language model is probed, on text; R1 is then refused, since other inputs that write to
+    the residual stream are not tested.
+
+    Args:
+        config: A config of transformers, whose model class transformers knows.
+        shapes: Shapes of a checkpoint's tensors by name (`read_headers`), which the draft then has to cover too.
+            Default: those of the model class.
+
+    Returns:
+        The draft of a family file, every test behind it, and what the draft does not cover.
+
+    Raises:
+        ArchitectureError: No tiny model of the class can be made or run.
+
+    Example:
+        >>> import spinquant
+        >>> from transformers import LlamaConfig
+        >>> found = spinquant.probe(LlamaConfig())
+        >>> found.family is not None, all(finding.holds for finding in found.findings)
+        (True, True)
     """
     with Float64Arithmetic(), torch.random.fork_rng(devices=[]):
         tiny_models, sizing = _small_models(config)
@@ -104,7 +138,7 @@ def probe(config: Any, *, shapes: Mapping[str, Sequence[int]] | None = None) -> 
 
 
 def _against(found: Probe, config: Any, shapes: Mapping[str, Sequence[int]]) -> Probe:
-    """The same, with a word where the draft does not explain the tensors of the checkpoint."""
+    """Check the draft against the checkpoint's tensors; adapt it to single experts, or add what is not covered."""
     assert found.family is not None
     error = _unexplained(found.family, config, shapes)
     if error is None:
@@ -112,7 +146,7 @@ def _against(found: Probe, config: Any, shapes: Mapping[str, Sequence[int]]) -> 
     single = with_single_experts(found.family, config, shapes)
     if single is not None and (error := _unexplained(single, config, shapes)) is None:
         return replace(found, family=single)
-    return replace(found, left=(*found.left, f"the checkpoint is not what the class makes: {error}"))
+    return replace(found, left=(*found.left, f"the checkpoint's tensors are not those of the class: {error}"))
 
 
 def _unexplained(family: FamilyFile, config: Any, shapes: Mapping[str, Sequence[int]]) -> ArchitectureError | None:
@@ -124,7 +158,7 @@ def _unexplained(family: FamilyFile, config: Any, shapes: Mapping[str, Sequence[
 
 
 def _small_models(config: Any) -> tuple[list[Any], Sizing]:
-    """Two small models of different sizes that run and generate, and how they were sized."""
+    """Two tiny models of different sizes that run and generate, and their sizing."""
     config_of_text = config.get_text_config()
     names = _names(config_of_text)
     narrow = {"kv_heads": 4, "group": 2, "hidden": 64, "intermediate": 112}
@@ -135,11 +169,10 @@ def _small_models(config: Any) -> tuple[list[Any], Sizing]:
         sizing = Sizing(filled, heads, names, head_dim=head_dim)
         try:
             return [_running(config, one) for one in (sizing, replace(sizing, **narrow))], sizing
-        except Exception as error:  # whatever the code of a class that we do not know raises
+        except Exception as error:  # the code of an unknown class may raise anything
             errors.append(f"{type(error).__name__}: {error}".splitlines()[0])
     raise ArchitectureError(
-        f"no small model of model_type {config.model_type!r} could be made and run, so that nothing can be tried: "
-        f"{errors[0]}"
+        f"no tiny model of model_type {config.model_type!r} could be made and run, so it cannot be probed: {errors[0]}"
     )
 
 
@@ -148,7 +181,9 @@ def _running(config: Any, sizing: Sizing) -> Any:
         hollow = model_class(config).from_config(tiny_config(config, sizing))
     size = sum(p.numel() for p in hollow.parameters())
     if size > LARGEST:
-        raise ArchitectureError(f"with small sizes it has {size} parameters: the config has other names for its sizes")
+        raise ArchitectureError(
+            f"with tiny sizes it has {size} parameters: the config uses unknown names for its size fields"
+        )
     tiny = make_tiny_model(config, sizing=sizing)
     if not run(tiny, _tokens(tiny)).isfinite().all():
         raise ArchitectureError("its logits are not finite")
@@ -157,7 +192,7 @@ def _running(config: Any, sizing: Sizing) -> Any:
 
 
 def _names(config: Any) -> dict[str, str]:
-    """What the config calls sizes whose usual names it lacks, as far as we know such names."""
+    """The config's own names of the usual size fields, from SYNONYMS."""
     found = {}
     for name, others in SYNONYMS.items():
         if getattr(config, name, None) is None:
@@ -174,7 +209,7 @@ def _tokens(tiny: Any) -> Tensor:
 
 
 def _look(tiny: Any, sizing: Sizing) -> Observation | str:
-    """What a small model does; why that cannot be said, where it has no list of layers."""
+    """Trace a tiny model; a string with the reason if it has no list of layers to explain."""
     tokens = _tokens(tiny)
     config = Named(tiny.config.get_text_config(), sizing.names)
     count = config.num_hidden_layers
@@ -182,15 +217,15 @@ def _look(tiny: Any, sizing: Sizing) -> Observation | str:
     calls = trace(tiny, tokens)
     stacks = [name for name in stacks if all(f"{name}.{i}" in calls for i in range(count))]
     if not stacks:
-        return f"{type(tiny).__name__} has no list of {count} layers that run one after the other"
+        return f"{type(tiny).__name__} has no list of {count} layers that run in sequence"
     layers = [calls[f"{stacks[0]}.{i}"] for i in range(count)]
     if any(not torch.equal(a.output, b.input) for a, b in pairwise(layers)):
-        return f"what a layer of {stacks[0]} gives is not what the next one gets"
+        return f"the output of a layer of {stacks[0]} is not the input of the next"
     if layers[0].output.ndim != 3:
         shape = tuple(layers[0].output.shape)
         return (
-            f"layers of {stacks[0]} hand on hidden states of shape {shape}, where (batch, tokens, hidden) is expected: "
-            "several residual streams side by side are not understood"
+            f"layers of {stacks[0]} return hidden states of shape {shape}, expected (batch, tokens, hidden): parallel "
+            "residual streams are not supported"
         )
     parts = tuple(
         explain_layer(tiny, layer, [c for n, c in calls.items() if n.startswith(f"{layer.name}.")], tokens[:1])
@@ -203,7 +238,7 @@ def _look(tiny: Any, sizing: Sizing) -> Observation | str:
 
 
 class _Trial:
-    """Statements of a draft, tried on the small model one by one."""
+    """Tests the statements of a draft on a tiny model, one by one."""
 
     def __init__(self, tiny: Any, seen: Observation, drafted: Draft):
         self.tiny, self.seen, self.draft = tiny, seen, drafted
@@ -212,13 +247,13 @@ class _Trial:
         self.findings: list[Finding] = []
 
     def outcome(self) -> Probe:
-        """Everything that was tried, and the draft of what survived."""
+        """Run all tests; the findings, and the draft of what holds."""
         model_type = self.draft.data["model_types"][0]
         try:
             self._explain_rest()
             plan = self._plan()
         except SpinquantError as error:
-            return Probe(model_type, None, (), (*self.draft.left, f"no plan follows from what was found: {error}"))
+            return Probe(model_type, None, (), (*self.draft.left, f"the findings do not give a plan: {error}"))
         for norm in {self.seen.starred(gain.norm): None for gain in plan.gains}:
             self._try(f"the scale of {norm} can be fused into its readers", *self._one_norm(plan, norm))
         plan = self._without_impossible_experts(plan)
@@ -234,19 +269,19 @@ class _Trial:
         if len(names) > 1:
             spec = RotationSpec(tuple(names), "auto", randomize=True, seed=1)
             self._try(
-                f"{', '.join(names)} together, a rotation of its own for every layer", plan, make_rotations(plan, spec)
+                f"{', '.join(names)} together, a different rotation for every layer", plan, make_rotations(plan, spec)
             )
         return Probe(model_type, family, tuple(self.findings), tuple(self.draft.left))
 
     def _without_impossible_experts(self, plan: Plan) -> Plan:
-        """The plan without R4 inside experts, where nothing stands between their two products."""
+        """The plan, without R4 inside experts if nothing can be hooked between their two matrix products."""
         data, spaces = self.draft.data, {o.space for o in plan.onlines if o.site == "experts"}
         if not spaces:
             return plan
         rotations = make_rotations(plan, RotationSpec(("R4",), "auto"))
         moved, error = self._moved(plan, {space: rotations[space] for space in spaces})
         why = error or ("" if moved <= TOLERANCE else "the logits move")
-        self.findings.append(Finding("R4: what is inside experts can be rotated at run time", moved, why))
+        self.findings.append(Finding("R4: the hidden activation of experts can be rotated online", moved, why))
         if not why:
             return plan
         data["onlines"] = {name: online for name, online in data["onlines"].items() if online["site"] != "experts"}
@@ -257,7 +292,7 @@ class _Trial:
         return self._plan()
 
     def _find_factors(self, plan: Plan) -> None:
-        """Add the linears that scale a space to the draft: of each kind of space the first that is found."""
+        """Add to the draft the first linear found, per kind of space, whose outputs scale that space."""
         found: dict[str, Any] = {}
         for space, entries in candidates(self.draft.data, plan, self.seen.shapes, self.seen.starred):
             for linear, entry in entries:
@@ -275,7 +310,7 @@ class _Trial:
         return build_plan(family, self.tiny.config, tensor_shapes(self.tiny))
 
     def _explain_rest(self) -> None:
-        """Add the tensors that the roles do not explain: they live in no space."""
+        """Add the tensors that no role covers, as tensors in no space."""
         data = self.draft.data
         if self.draft.silent:
             data["ignored"] = [rf"{re.escape(name)}\..*" for name in self.draft.silent]
@@ -301,7 +336,7 @@ class _Trial:
             if len(shape) > 2 or (isinstance(module_and_attribute(self.tiny, name)[0], LINEARS) and len(shape) > 1):
                 multiplied[star] = None
         if multiplied:
-            self.draft.left.append(f"{', '.join(multiplied)}: in no role, so neither rotated nor quantized")
+            self.draft.left.append(f"{', '.join(multiplied)}: no role found, so neither rotated nor quantized")
 
     def _is_bias_of_norm(self, name: str) -> bool:
         return f"{name.removesuffix('bias')}weight" in self.draft.data["norms"]
@@ -319,22 +354,20 @@ class _Trial:
         what = "R1: the residual stream can be rotated"
         if self.draft.silent:
             why = (
-                f"{', '.join(self.draft.silent)} took no part in reading text, and may write to the residual stream "
-                "what it sees or hears, which would have to be rotated too"
+                f"{', '.join(self.draft.silent)} did not run on text, and may write image or audio features to the "
+                "residual stream, which would have to be rotated too"
             )
             self.findings.append(Finding(what, None, why))
             return "R1", f"found by probing: {why}"
         plain = replace(plan, spaces=tuple(replace(space, centred=False) for space in plan.spaces))
         moved, error = self._moved(plain, make_rotations(plain, spec))
         if plan.space["residual"].centred:
-            reason = "; ".join(problems) or error or "norms subtract the mean, which not every rotation keeps"
+            reason = "; ".join(problems) or error or "norms subtract the mean, which not every rotation preserves"
             self.findings.append(Finding(f"{what} by any rotation", moved, "" if moved <= TOLERANCE else reason))
             moved, error = self._moved(plan, make_rotations(plan, spec))
-            what = f"{what} by rotations that keep the mean"
-        # What looked like an obstacle may not be one: norms without a scale, say, commute with a rotation.
-        why = (
-            "" if moved <= TOLERANCE else "; ".join(problems) or error or "no part was found to be in the way by itself"
-        )
+            what = f"{what} by mean-preserving rotations"
+        # A problem that was observed may be harmless: norms without a scale, for example, commute with a rotation.
+        why = "" if moved <= TOLERANCE else "; ".join(problems) or error or "the logits move; no cause was found"
         self.findings.append(Finding(what, moved, why))
         return ("R1", f"found by probing: {why}") if why else None
 
@@ -347,8 +380,8 @@ class _Trial:
     def _try_rotation(self, plan: Plan, name: str) -> tuple[str, str] | None:
         what = {
             "R2": "values can be rotated head by head",
-            "R3": "queries and keys can be rotated behind their positions",
-            "R4": "the input of the MLP's last linear can be rotated at run time",
+            "R3": "queries and keys can be rotated after the position embedding",
+            "R4": "the input of the MLP's output projection can be rotated online",
         }[name]
         statement = f"{name}: {what}"
         expected = self.draft.values if name == "R2" else None
@@ -360,12 +393,12 @@ class _Trial:
         why = error
         if not why and moved > TOLERANCE:
             why = expected or "the logits move" + (
-                ": queries do not pass transformers' attention interface, behind which they could be rotated"
+                ": queries do not go through transformers' attention interface, where they could be rotated"
                 if name == "R3"
                 else ""
             )
         if not why and name == "R3" and not seen:
-            why = "keys are not handed to a cache, where they could be rotated"
+            why = "keys do not go through a KV cache, where they could be rotated"
         self.findings.append(Finding(statement, moved, why))
         return (name, f"found by probing: {why}") if why else None
 
@@ -376,7 +409,7 @@ class _Trial:
     def _moved(
         self, plan: Plan, rotations: Mapping[str, Rotation], seen: Callable[[bool], object] | None = None
     ) -> tuple[float, str]:
-        """How far logits move, of whole sequences and of greedy generation; and what stopped them, if anything did."""
+        """Relative error of the logits, of whole sequences and of greedy generation; and an error message, if any."""
         model = copy.deepcopy(self.tiny)
         try:
             fuse_module(model, plan, rotations)
@@ -385,6 +418,6 @@ class _Trial:
                     site.watch = lambda keys, values: seen(True) if seen else None
                 moved = difference(self.before, run(model, self.tokens)).relative
                 cached = difference(self.generated, greedy_logits(model, self.tokens)).relative
-        except Exception as error:  # the code of a class that we do not know, with online parts that it may not expect
+        except Exception as error:  # the code of an unknown class, with hooks that it may not expect
             return float("inf"), f"{type(error).__name__}: {error}".splitlines()[0]
         return max(moved, cached), ""
