@@ -290,8 +290,8 @@ REFUSED = {
     "W4A8g16": (FUSED, SchemeError, "per token"),
     "NVFP4": (FUSED, SchemeError, "static"),
     "W8A8KVFP8": (FUSED, SchemeError, "static"),
-    "W4AFP8": (FUSED, SchemeError, "one kind"),
-    "WFP8g16A16": (FUSED, SchemeError, "drop the group"),
+    "W4AFP8": (FUSED, SchemeError, "one number format"),
+    "WFP8g16A16": (FUSED, SchemeError, "leave out the group"),
     "none": (FUSED, SchemeError, "hf"),
     "W4A16": (RotationSpec("R3"), RotationError, "R3=hadamard"),
 }
@@ -345,7 +345,7 @@ def test_folders_of_others_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="config_groups"):
         load(out)
     (out / "spinquant" / "record.json").unlink()
-    with pytest.raises(CheckpointError, match="without a record"):
+    with pytest.raises(CheckpointError, match="without spinquant's record"):
         load(out)
 
 

@@ -533,7 +533,7 @@ def test_folders_that_could_not_say_where_rotations_go_are_refused(tmp_path):
     model = tiny_model("llama")
     groups = {"a": [([O_PROJ], "input", False), ([O_PROJ], "weight_input", True)]}
     result = SpinQuantModifier(transform_config=config_of(**groups)).apply(model)
-    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.o_proj is rotated at run time by a plan of your"):
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.o_proj is rotated online by a custom plan"):
         save(result, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

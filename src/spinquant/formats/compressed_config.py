@@ -1,12 +1,12 @@
-"""What compressed-tensors calls our schemes and online rotations: `quantization_config` and `transform_config`.
+"""Describe schemes and online rotations for compressed-tensors: `quantization_config` and `transform_config`.
 
-Both are built from the library's own classes, which check them. A scheme that the format has no words for is refused by
-`check_scheme`, which needs neither the library nor a model, so that it can be asked before any work.
+Both are built from the library's own classes, which validate them. A scheme that the format cannot store is refused by
+`check_scheme`, which needs neither the library nor a model, so that it can be called before any work.
 
-A transform is an unnormalised matrix W with W W^T = n I, applied as x W / sqrt(n) where a space is rotated online, with
-its inverse fused into the weight that reads it:
+A transform is an unnormalized matrix W with W W^T = n I, applied as x W / sqrt(n) to an online space; its inverse is
+fused into the weight that reads the space:
 
-    R4   down_proj: `input` (online) and `weight_input`, inverse (fused already, kept for the record)
+    R4   down_proj: `input` (online) and `weight_input`, inverse (fused already, stored for the record)
     R3   attention: `q_attn` and `k_cache`
 """
 
@@ -25,69 +25,75 @@ from spinquant.rotations.rotation import Hadamard, Rotation
 from spinquant.rotations.wrappers import online_part
 
 INSTALL = "compressed-tensors is not installed: pip install 'spinquant[compressed-tensors]'"
-# Stands where transformers expects "compressed" in folders with online rotations, which it would silently leave out: it
-# refuses the folder and shows this text. vLLM does not read it.
+# The quantization_status of folders with online rotations, in place of "compressed": transformers would silently skip
+# the rotations, so this makes it refuse the folder and show this text. vLLM does not read it.
 REFUSAL = "online rotations: serve it with vLLM"
 
 
 def check_scheme(scheme: Scheme, spec: RotationSpec) -> None:
-    """Raise SchemeError or RotationError, saying what would work, for what compressed-tensors cannot hold."""
+    """Raise SchemeError or RotationError, with a remedy, for what compressed-tensors cannot store."""
     weights, activations = scheme.weights, scheme.activations
     if scheme.kv is not None and not (scheme.kv.kind == "fp8" and scheme.kv.static):
         raise SchemeError(
-            f"{scheme}: a KV cache of compressed-tensors has numbers of FP8 in a static range per attention. Write "
-            "KVFP8 (static), leave KV out, or write --format native"
+            f"{scheme}: compressed-tensors supports only a KV cache of FP8 with a static scale per attention. Use "
+            "KVFP8, leave KV out, or use --format native"
         )
     if activations is not None and weights is None:
-        raise SchemeError(f"{scheme}: compressed-tensors quantizes activations of quantized weights only: add W8")
+        raise SchemeError(
+            f"{scheme}: compressed-tensors quantizes activations only together with weights: add W8, for example"
+        )
     if activations is None:
         pass
     elif activations.kind == "int" and activations.group_size is not None:
-        raise SchemeError(f"{scheme}: compressed-tensors quantizes integer activations per token: drop their group")
+        raise SchemeError(
+            f"{scheme}: compressed-tensors quantizes integer activations per token: leave out their group size"
+        )
     elif activations.kind == "nvfp4" and not activations.static:
-        raise SchemeError(f"{scheme}: NVFP4 activations of compressed-tensors have a static factor per linear")
+        raise SchemeError(f"{scheme}: compressed-tensors needs a static global scale per linear for NVFP4 activations")
     elif activations.kind == "fp8" and activations.static:
-        raise SchemeError(f"{scheme}: FP8 activations are written with a scale per token: not static")
+        raise SchemeError(
+            f"{scheme}: FP8 activations are stored with a dynamic scale per token: make them dynamic, not static"
+        )
     elif weights is not None and activations.kind != weights.kind:
         raise SchemeError(
-            f"{scheme}: weights ({weights.kind}) and activations ({activations.kind}) must be of one kind"
+            f"{scheme}: weights ({weights.kind}) and activations ({activations.kind}) must have one number format"
         )
     if activations is not None and activations.clip != 1.0:
         raise SchemeError(
-            f"{scheme}: runtimes cover the whole range of an activation, so clip ratio {activations.clip} cannot be "
-            "written. Leave --activation-clip at 1, or write --format native"
+            f"{scheme}: runtimes quantize the whole range of an activation, so clip ratio {activations.clip} cannot be "
+            "stored. Leave --activation-clip at 1, or use --format native"
         )
     if weights is not None and weights.kind == "fp8" and weights.group_size is not None:
         raise SchemeError(
-            f"{scheme}: fp8 weights have a scale per output channel in compressed-tensors: drop the group"
+            f"{scheme}: fp8 weights have a scale per output channel in compressed-tensors: leave out the group size"
         )
     if "R3" in spec.rotations and spec.type_of("R3") != "hadamard":
         raise RotationError(
-            "R3 can be written for compressed-tensors as a plain Hadamard transform only, since runtimes load no "
-            "matrix for it: use --type R3=hadamard, or leave R3 out"
+            "compressed-tensors can store R3 only as a plain Hadamard transform, since runtimes load no matrix for it: "
+            "use --type R3=hadamard, or leave R3 out"
         )
 
 
 def check_plan(plan: Plan, scheme: Scheme, spec: RotationSpec) -> None:
-    """Raise SchemeError or RotationError for parts of a model that compressed-tensors has no place for."""
+    """Raise SchemeError or RotationError for a model that compressed-tensors cannot store."""
     if "R4" in spec.rotations and plan.experts:
         raise _no_place(plan.experts[0].module)
     if scheme.weights is None:
         return
     if plan.experts:
         raise SchemeError(
-            f"{plan.experts[0].module} holds the weights of its experts stacked, and compressed-tensors quantizes "
-            "linears: write --format native, or hf with --scheme none"
+            f"{plan.experts[0].module} has stacked experts, and compressed-tensors quantizes linears only: use "
+            "--format native, or --format hf with --scheme none"
         )
     if plan.transposed:
         raise SchemeError(
-            f"{plan.linears[0][0]} holds its weight as (in, out), and compressed-tensors quantizes linears: write "
-            "--format native, or hf with --scheme none"
+            f"{plan.linears[0][0]} stores its weight as (in, out), and compressed-tensors quantizes linears only: use "
+            "--format native, or --format hf with --scheme none"
         )
 
 
 def as_stored(scheme: Scheme) -> Scheme:
-    """The scheme with static ranges where compressed-tensors has no others: NVFP4 activations, an FP8 cache."""
+    """The scheme with the static ranges that compressed-tensors requires: of NVFP4 activations and an FP8 KV cache."""
     activations, kv = scheme.activations, scheme.kv
     if activations is not None and activations.kind == "nvfp4":
         activations = replace(activations, static=True)
@@ -97,19 +103,19 @@ def as_stored(scheme: Scheme) -> Scheme:
 
 
 def format_of(scheme: Scheme) -> str:
-    """The library's name of the layout that a scheme's weights are stored in."""
+    """The compression format (`format`) of a scheme's weights."""
     if scheme.weights is None:
         return "dense"
     if scheme.weights.kind != "int":
         return {"fp8": "float-quantized", "nvfp4": "nvfp4-pack-quantized", "mxfp4": "mxfp4-pack-quantized"}[
             scheme.weights.kind
         ]
-    # Integer kernels want one code per byte; weights that are widened first are packed.
+    # Integer kernels read one code per byte; weight-only formats are packed.
     return "pack-quantized" if scheme.activations is None else "int-quantized"
 
 
 def quantization_scheme(scheme: Scheme) -> Any:
-    """The library's QuantizationScheme of the linears. Raises SchemeError when the library is missing."""
+    """The library's QuantizationScheme of the linears. Raises SchemeError if the library is not installed."""
     try:
         from compressed_tensors.quantization import QuantizationScheme
     except ImportError:
@@ -118,7 +124,7 @@ def quantization_scheme(scheme: Scheme) -> Any:
         targets=["Linear"],
         weights=_arguments(scheme.weights, dynamic=False),
         input_activations=_arguments(scheme.activations, dynamic=True),
-        format=format_of(scheme),  # pyright: ignore[reportArgumentType] - the library turns names into its own kinds
+        format=format_of(scheme),  # pyright: ignore[reportArgumentType] - pydantic converts the name
     )
 
 
@@ -154,10 +160,10 @@ def _cache_arguments() -> Any:
 
 
 def stored_ranges(plan: Plan, scheme: Scheme, clips: Clips) -> dict[str, torch.Tensor]:
-    """Tensors of the static ranges, float32 (1,): k_scale and v_scale of attentions, input_global_scale of linears.
+    """Tensors of static ranges, float32 (1,): k_scale and v_scale of attentions, input_global_scale of linears.
 
-    A scale is a peak divided by the largest number of FP8; a global scale is what a scale is multiplied with before it
-    is stored as an FP8 number, hence the inverse of `floating.tensor_factor`.
+    A scale is a peak divided by the largest FP8 number; scales are multiplied by the global scale before they are
+    stored in FP8, hence the inverse of `floating.tensor_factor`.
     """
     found: dict[str, torch.Tensor] = {}
     if "kv" in static_parts(scheme):
@@ -181,7 +187,7 @@ def quantization_config(
 
     transforms = compressed_transform_config(plan, rotations)
     if scheme.weights is None:
-        described.targets = []  # a group of nothing: without any, transformers would not look at the status below
+        described.targets = []  # an empty group: without a group, transformers would not read the status below
     made = QuantizationConfig(
         config_groups={"group_0": described},
         format=format_of(scheme),
@@ -196,7 +202,7 @@ def quantization_config(
 
 
 def compressed_transform_config(plan: Plan, rotations: Mapping[str, Rotation]) -> dict[str, Any]:
-    """The `transform_config` of the online rotations; its `config_groups` are empty where there are none."""
+    """The `transform_config` of the online rotations; its `config_groups` are empty if there are none."""
     from compressed_tensors.transform import TransformConfig
 
     groups, rotations = {}, online_part(plan, rotations)
@@ -215,9 +221,9 @@ def compressed_transform_config(plan: Plan, rotations: Mapping[str, Rotation]) -
 
 
 def transform_groups(plan: Plan, rotations: Mapping[str, Rotation]) -> dict[str, list[str]]:
-    """Modules by the name of the transform group whose rotation they share: R4, or R4_0, R4_1, ... where several.
+    """Modules by transform group, whose rotation they share: R4, or R4_0, R4_1, ... for several rotations.
 
-    Raises RotationError for a place that the format does not have.
+    Raises RotationError for R4 inside stacked experts, which the format cannot store.
     """
     shared: dict[str, dict[int, list[str]]] = {}
     rotations = online_part(plan, rotations)
@@ -236,18 +242,18 @@ def transform_groups(plan: Plan, rotations: Mapping[str, Rotation]) -> dict[str,
 
 def _no_place(experts: str) -> RotationError:
     return RotationError(
-        f"R4 runs inside the stacked experts of {experts}, where compressed-tensors has no place for a transform: "
-        "leave R4 out, or write --format native"
+        f"R4 runs inside the stacked experts of {experts}, where compressed-tensors supports no transform: leave R4 "
+        "out, or use --format native"
     )
 
 
 def is_sylvester(rotation: Rotation) -> bool:
-    """Whether a rotation is the Hadamard matrix that the library's type `hadamard` means: Sylvester's, no signs."""
+    """Whether a rotation is the library's type `hadamard`: Sylvester's Hadamard matrix, without signs."""
     return isinstance(rotation, Hadamard) and rotation.signs is None and rotation.order & (rotation.order - 1) == 0
 
 
 def _targets(modules: Sequence[str], others: Sequence[str]) -> list[str]:
-    # One pattern where it names these modules and no other: runtimes rename the front of module names.
+    # A pattern of the suffix if it matches exactly these modules: runtimes change the prefix of module names.
     suffix = ".".join(modules[0].rsplit(".", 2)[-2:] if not modules[0].endswith("attn") else modules[0].split(".")[-1:])
     if sum(other.endswith(suffix) for other in others) == len(modules) == sum(m.endswith(suffix) for m in modules):
         return [f"re:.*{suffix.replace('.', '[.]')}$"]

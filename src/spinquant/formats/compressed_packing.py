@@ -1,7 +1,7 @@
-"""compressed-tensors folders, tensor by tensor: what a stream writes for each tensor of the rotated model.
+"""Pack single tensors in the compressed-tensors format, for streaming.
 
-Linears are rounded, and packed as wholes by the library's own compressors (their zero points are packed across rows).
-See `compressed_tensors.py`, which packs models in memory and shares the packing.
+Linears are quantized, and packed as wholes by the library's own compressors (zero points are packed across rows).
+`compressed_tensors.py` packs models in memory with the same code.
 """
 
 from collections.abc import Mapping
@@ -21,10 +21,10 @@ from spinquant.rotations.rotation import Rotation
 
 
 class CompressedPacking:
-    """Linears that a scheme covers as the library packs them, matrices of online rotations and static ranges beside.
+    """Packs the linears of a scheme; `extras` are the matrices of online rotations and the static ranges.
 
-    dtype: of the model. finished: weights that are taken from there, and not rounded here. clips: peaks of static
-    quantizers.
+    dtype: of the model. finished: weights that calibration has quantized; they are not quantized here. clips: peaks of
+    static quantizers.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class CompressedPacking:
         self._layouts: dict[tuple[torch.dtype, tuple[int, ...]], dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
 
     def is_whole(self, name: str) -> bool:
-        """Whether a tensor cannot be packed in parts."""
+        """Whether a tensor has to be packed as a whole."""
         return name in self.covered
 
     def layout(
@@ -54,8 +54,7 @@ class CompressedPacking:
             return {name: (dtype, shape)}
         dtype = dtype if self.finished is None else self.finished.dtype
         if (dtype, shape) not in self._layouts:
-            # The library alone knows; it is asked for a weight of zeros.
-            # Without a search for clip ratios, which would take as long as that of the weight.
+            # The library decides the layout: compress a weight of zeros, without clip search, and look.
             zeros = quantize(torch.zeros(shape, dtype=dtype), replace(self._quantizer, clip=1.0))
             tried = self._stored("", zeros)
             self._layouts[dtype, shape] = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tried.items()}

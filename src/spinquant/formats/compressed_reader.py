@@ -1,9 +1,9 @@
-"""Reading compressed-tensors folders that spinquant wrote: the same numbers, with online rotations attached.
+"""Load compressed-tensors checkpoints that spinquant wrote, with online rotations attached.
 
-What a runtime serves can then be compared with what this library computes. Rotations come from the record beside the
-weights, which keeps them in a form with a fast transform; the matrices that runtimes multiply with must agree with
-them. A folder without such a record, or whose config says anything else than we would write, is refused: it may need
-something at run time that we do not know.
+The outputs of a runtime can then be compared with those of this library. Rotations come from the record beside the
+weights, which stores them in a form with a fast transform; the stored matrices that runtimes multiply with must agree
+with them. A folder without such a record, or with a config other than this library would write, is refused: it may need
+something at inference that is not known here.
 """
 
 import json
@@ -42,10 +42,10 @@ def is_compressed(config: Any) -> bool:
 
 
 def load_compressed(folder: Path, *, dtype: torch.dtype | str = "auto") -> Any:
-    """A model from a compressed-tensors folder that spinquant wrote, with online rotations and quantizers attached.
+    """Load a compressed-tensors folder that spinquant wrote, with online rotations and quantizers attached.
 
-    Raises CheckpointError for a folder of another origin, for one whose config or tensors are not those of its record,
-    and for a dtype other than the one it was quantized in.
+    Raises CheckpointError for a folder of another origin, for a config or tensors that contradict its record, and for a
+    dtype other than the one it was quantized in.
     """
     config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     described = config.quantization_config
@@ -89,8 +89,8 @@ def _read_record(folder: Path) -> tuple[dict[str, Any], dict[str, Rotation]]:
         tensors = load_file(folder / BESIDE / ROTATIONS)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder} is a compressed-tensors folder without a record of spinquant's ({BESIDE}/{RECORD}: {error}), so "
-            "what it needs at run time is not known here: load it with vLLM or transformers"
+            f"{folder} is a compressed-tensors folder without spinquant's record ({BESIDE}/{RECORD}: {error}), so its "
+            "online rotations and quantizers are unknown: load it with vLLM or transformers"
         ) from None
     try:
         return record, saved(record, tensors)
@@ -99,19 +99,19 @@ def _read_record(folder: Path) -> tuple[dict[str, Any], dict[str, Rotation]]:
 
 
 def _check_config(found: Mapping[str, Any], expected: Mapping[str, Any], folder: Path) -> None:
-    # The library writes more keys as it grows; the ones that say how numbers are read must agree.
+    # Later versions of the library write more keys; those that determine the numbers must agree.
     for key in ("config_groups", "format", "kv_cache_scheme", "transform_config"):
         if found.get(key) != expected.get(key):
             raise CheckpointError(
-                f"{folder}: {key} of its quantization_config is not what its record says: {found.get(key)!r}, expected "
-                f"{expected.get(key)!r}. The folder was changed, or written with another compressed-tensors"
+                f"{folder}: {key} of its quantization_config contradicts its record: {found.get(key)!r}, expected "
+                f"{expected.get(key)!r}. The folder was changed, or written with another compressed-tensors version"
             )
 
 
 def _take_transforms(
     plan: Plan, online: Mapping[str, Rotation], stored: dict[str, Tensor], dtype: torch.dtype, folder: Path
 ) -> None:
-    """Remove the matrices of online rotations from the tensors; they must be those of the record."""
+    """Pop the matrices of online rotations from the tensors, and check them against the record."""
     for name, rotation in stored_transforms(plan, online):
         found = stored.pop(name, None)
         if found is None:
@@ -121,7 +121,7 @@ def _take_transforms(
 
 
 def _take_ranges(ranges: Mapping[str, Tensor], stored: dict[str, Tensor], folder: Path) -> None:
-    """Remove the tensors of static ranges; they must be those of the record."""
+    """Pop the tensors of static ranges, and check them against the record."""
     for name, expected in ranges.items():
         found = stored.pop(name, None)
         if found is None or not torch.equal(found, expected):
@@ -134,7 +134,7 @@ def _take_ranges(ranges: Mapping[str, Tensor], stored: dict[str, Tensor], folder
 def _decompress(
     plan: Plan, scheme: Scheme, stored: dict[str, Tensor], dtype: torch.dtype
 ) -> dict[str, dict[str, Tensor]]:
-    """Replace packed tensors by weights, and return the grid of each linear."""
+    """Replace packed tensors by weights, in place, and return the scale and zero point of each linear."""
     from compressed_tensors.compressors import BaseCompressor
 
     assert scheme.weights is not None

@@ -1,9 +1,9 @@
-"""compressed-tensors folders: what vLLM serves, and what transformers loads where nothing has to be rotated online.
+"""Write compressed-tensors checkpoints, for vLLM, and for transformers if nothing is rotated online.
 
-Weights are packed by the library's own compressors from the grid that quantization left with each linear, and every
-tensor is unpacked again and compared before it is written, so a folder holds the very numbers of the model in memory.
-Matrices of online rotations are stored once per transform group, under the name of its first module, where runtimes
-look for them: `model.layers.0.mlp.down_proj.R4_input.weight`, unnormalised.
+Weights are packed by the library's own compressors with the scales and zero points that quantization left in each
+linear; every tensor is unpacked again and compared before it is written, so the checkpoint has exactly the values of
+the model in memory. Matrices of online rotations are stored once per transform group, under the name of its first
+module, where runtimes look for them: `model.layers.0.mlp.down_proj.R4_input.weight`, unnormalized.
 """
 
 import math
@@ -32,10 +32,10 @@ from spinquant.rotations.rotation import Rotation, matrix
 def write_compressed(
     model: Any, plan: Plan, rotations: Mapping[str, Rotation], scheme: Scheme, clips: Clips, folder: Path
 ) -> None:
-    """Write the weights and config of a rotated and quantized model into a folder; the model stays as it is.
+    """Write the weights and config of a rotated and quantized model to a folder; the model is not changed.
 
-    clips: the peaks of static quantizers.
-    Raises CheckpointError for a weight that does not lie on its grid, and SchemeError when the library is missing.
+    clips: peaks of static quantizers. Raises CheckpointError for a weight that is not on its quantization grid, and
+    SchemeError if the library is not installed.
     """
     state = compressed_state(model, plan, rotations, scheme) | stored_ranges(plan, scheme, clips)
     covered = set(linears_of(plan, scheme)) if scheme.weights else set()
@@ -43,7 +43,7 @@ def write_compressed(
     described = quantization_config(plan, rotations, scheme, ignore=ignore)
     quantizer, ours = getattr(model, "hf_quantizer", None), getattr(model.config, "quantization_config", None)
     try:
-        # Our own quantizer would pack the weights its own way.
+        # Otherwise the native format's quantizer would pack the weights.
         model.hf_quantizer = None
         model.config.quantization_config = described
         model.save_pretrained(folder, state_dict=state)
@@ -54,7 +54,7 @@ def write_compressed(
 
 
 def compressed_state(model: Any, plan: Plan, rotations: Mapping[str, Rotation], scheme: Scheme) -> dict[str, Tensor]:
-    """All tensors of the folder by name."""
+    """All tensors of the checkpoint by name."""
     state = dict(model.state_dict())
     if scheme.weights is not None:
         for name in linears_of(plan, scheme):
@@ -68,21 +68,21 @@ def compressed_state(model: Any, plan: Plan, rotations: Mapping[str, Rotation], 
 
 
 def unnormalised(rotation: Rotation) -> Tensor:
-    """W of a rotation x W / sqrt(n), as the library and vLLM keep it: (n, n), float64."""
+    """W of a rotation x W / sqrt(n), as the library and vLLM store it: (n, n), float64."""
     return matrix(rotation) * math.sqrt(rotation.order)
 
 
 def transform_matrix(rotation: Rotation, dtype: torch.dtype) -> Tensor:
-    """The unnormalised matrix of a rotation, (n, n): in the dtype where that is exact, else in float32."""
+    """The unnormalized matrix of a rotation, (n, n): in `dtype` if that is exact, else in float32."""
     whole = unnormalised(rotation)
-    # Entries of +-1 are exact in any dtype; a runtime narrows others to the model's when it loads them.
+    # Entries of +-1 are exact in any dtype; a runtime casts others to the model's dtype when it loads them.
     signs = whole.round()
     exact = bool((signs.abs() == 1).all()) and torch.allclose(whole, signs)
     return signs.to(dtype) if exact else whole.to(torch.float32)
 
 
 def stored_transforms(plan: Plan, rotations: Mapping[str, Rotation]) -> Iterator[tuple[str, Rotation]]:
-    """Names of the matrices that a folder holds, each with its rotation."""
+    """Names of the matrices of online rotations in a checkpoint, each with its rotation."""
     spaces = {online.module: online.space for online in plan.onlines}
     sites = {online.module: online.site for online in plan.onlines}
     for group, modules in transform_groups(plan, rotations).items():
@@ -91,9 +91,9 @@ def stored_transforms(plan: Plan, rotations: Mapping[str, Rotation]) -> Iterator
 
 
 def compress(name: str, weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> dict[str, Tensor]:
-    """What the library stores for the linear `name`, whose weight (out, in) lies on this grid, by names behind its own.
+    """Pack a linear's weight (out, in), which is on the grid of `scale` and `zero`; tensors by suffix of their name.
 
-    Raises CheckpointError when unpacking would give another weight.
+    Raises CheckpointError if unpacking would give another weight.
     """
     from compressed_tensors.compressors import BaseCompressor
 
@@ -102,7 +102,7 @@ def compress(name: str, weight: Tensor, scale: Tensor, zero: Tensor | None, sche
     state = _on_grid(weight, scale, zero, quantizer)
     compressor: Any = BaseCompressor.get_value_from_registry(format_of(scheme))
     described = quantization_scheme(scheme)
-    # In float32, where dividing a weight by its scale gives back its code for certain.
+    # In float32, where dividing a weight by its scale recovers its code exactly.
     wide = {k: v.to(torch.float32) if v.is_floating_point() else v for k, v in state.items()}
     packed = {**compressor.compress(wide, described)}
     if quantizer.kind in ("int", "fp8"):
@@ -111,24 +111,24 @@ def compress(name: str, weight: Tensor, scale: Tensor, zero: Tensor | None, sche
     if not torch.equal(again, weight):
         worst = float((again - weight).abs().max())
         raise CheckpointError(
-            f"{name}.weight would change by up to {worst:.2e} in compressed-tensors: it was changed after it was "
-            "quantized, or its scales do not fit the format"
+            f"{name}.weight would change by up to {worst:.2e} in compressed-tensors: it was changed after "
+            "quantization, or its scales do not fit the format"
         )
     return {key: tensor.contiguous() for key, tensor in packed.items()}
 
 
 def _grid_of(linear: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point that quantization left with a linear."""
+    """The scale and zero point that quantization left in a linear."""
     scale = linear._buffers.get("weight_scale")
     if scale is None:
-        raise CheckpointError(f"{name} was not quantized: its grid (weight_scale) is missing")
+        raise CheckpointError(f"{name} was not quantized: its scale (weight_scale) is missing")
     return scale, linear._buffers.get("weight_zero")
 
 
 def _on_grid(weight: Tensor, scale: Tensor, zero: Tensor | None, quantizer: Quantizer) -> dict[str, Tensor]:
-    """Weight, scale and zero point of a linear, as the library's compressors take them."""
+    """Weight, scale and zero point of a linear in the form that the library's compressors take."""
     state = {"weight": weight, "weight_scale": scale}
-    if zero is not None:  # theirs are signed
+    if zero is not None:  # the library's zero points are signed
         state["weight_zero_point"] = (zero.to(torch.int16) - 2 ** (quantizer.bits - 1)).to(torch.int8)
     if quantizer.kind == "nvfp4":
         factor = tensor_factor(scale.to(torch.float32))

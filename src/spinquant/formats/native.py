@@ -1,14 +1,14 @@
-"""Our own folder format: a Hugging Face folder with `quant_method: spinquant`, for schemes no other format can say.
+"""Native checkpoint format: a Hugging Face folder with `quant_method: spinquant`, for any scheme and any rotation.
 
-`import spinquant` registers it with transformers (`register.py`), whose `from_pretrained` then unpacks the weights and
-attaches online rotations and quantizers. Without the import transformers only warns of an unknown quant_method and
-would load the model without its online rotations; so the weights of all quantized linears are stored in shapes that no
+Importing spinquant registers the format with transformers (`register.py`), whose `from_pretrained` then unpacks weights and attaches
+online rotations and quantizers. Without the import transformers only warns of an unknown quant_method and would load
+the model without its online rotations; therefore the weights of all quantized linears are stored in shapes that no
 plain model has (packed words, or one flat axis at 16 bits), which it refuses to load.
 
 On disk, for every linear of the plan: `X.weight` int32 (out, words) with `X.weight_scale` (out, groups), and
-`X.weight_zero` where asymmetric; at 16 bits `X.weight` (out * in,). Experts in the same way, under the names that their
-checkpoints have, one by one or stacked: `X`, (experts, out, words), with `X_scale` and `X_zero`. Always (out, in),
-however the model keeps a weight. Online rotations: `spinquant_rotations.N.*`.
+`X.weight_zero` if asymmetric; at 16 bits `X.weight` (out * in,). Experts likewise, under the names of their checkpoint,
+one by one or stacked: `X`, (experts, out, words), with `X_scale` and `X_zero`. Always (out, in), whatever layout the
+model uses. Online rotations: `spinquant_rotations.N.*`.
 """
 
 from collections.abc import Mapping
@@ -36,15 +36,15 @@ from spinquant.rotations.rotation import Rotation
 from spinquant.rotations.serialization import empty_tensors, restore
 from spinquant.rotations.wrappers import online_part
 
-FORMAT_VERSION = 2  # 2: clip ratios of single places
+FORMAT_VERSION = 2  # 2 added clip ratios per site
 BANK = "spinquant_rotations"
 
 
 class SpinQuantConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a folder.
+    """The `quantization_config` of a native checkpoint.
 
-    scheme, spec: as `Scheme.to_dict` and `RotationSpec.to_dict` give them. rotations: descriptions of the distinct
-    online rotations. spaces: which of them, by index, rotates each online space.
+    scheme, spec: from `Scheme.to_dict` and `RotationSpec.to_dict`. rotations: descriptions of the distinct online
+    rotations. spaces: the index of each online space's rotation. clips: clip ratios per site.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class SpinQuantConfig(QuantizationConfigMixin):
     ):
         if format_version > FORMAT_VERSION:
             raise CheckpointError(
-                f"this folder has format version {format_version}, and this spinquant reads up to {FORMAT_VERSION}: "
-                "upgrade spinquant"
+                f"this folder has format version {format_version}, and this version of spinquant reads up to "
+                f"{FORMAT_VERSION}: upgrade spinquant"
             )
         self.quant_method = quant_method  # pyright: ignore[reportAttributeAccessIssue]
         self.format_version = format_version
@@ -74,7 +74,7 @@ class SpinQuantConfig(QuantizationConfigMixin):
 def make_config(
     plan: Plan, rotations: Mapping[str, Rotation], spec: RotationSpec, scheme: Scheme, clips: Clips | None = None
 ) -> SpinQuantConfig:
-    """The config of a model with these rotations; only the online ones are needed to run it."""
+    """The `quantization_config` of a model; of its rotations only the online ones are stored."""
     online = online_part(plan, rotations)
     distinct = distinct_rotations(online)
     index = {id(rotation): i for i, rotation in enumerate(distinct)}
@@ -84,7 +84,7 @@ def make_config(
 
 
 def distinct_rotations(rotations: Mapping[str, Rotation]) -> list[Rotation]:
-    """The rotations without repetitions, in order of first use."""
+    """The distinct rotations, in order of first use."""
     return list({id(r): r for r in rotations.values()}.values())
 
 
@@ -101,7 +101,7 @@ class RotationBank(nn.Module):
 
 
 class SpinQuantizer(HfQuantizer):
-    """What transformers calls while it loads and saves one of our folders."""
+    """The quantizer that transformers calls when it loads or saves a native checkpoint."""
 
     requires_calibration = True
     quantization_config: SpinQuantConfig  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -152,15 +152,15 @@ class SpinQuantizer(HfQuantizer):
         return state, {}
 
     def _weights(self) -> list[Weight]:
-        # At 16 bits a linear alone is flat: that is enough for a plain model to refuse the folder.
+        # At 16 bits only linears are flattened: enough for a plain model to refuse the folder.
         return (linear_weights if self.scheme.weights is None else weights_of)(self.plan, self.scheme)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """With the conversions that stack the experts of a checkpoint, the same for the grids of their weights."""
+        """Add conversions for scales and zero points to those that stack the experts of a checkpoint."""
         if self.scheme.weights is None:
             return weight_conversions
         parts = PARTS[:1] if self.scheme.weights.symmetric else PARTS
-        # As in `weights_of`, but by the names that conversions have: a pattern ends as a tensor does.
+        # As in `weights_of`, but for the conversions' patterns, which end as the tensors' names do.
         ends = tuple({tensor.rpartition(".")[2] for e in self.plan.experts for tensor in (*e.first, *e.second)})
         found = []
         for conversion in weight_conversions:
@@ -179,28 +179,28 @@ class SpinQuantizer(HfQuantizer):
         return found
 
     def convert_grids(self, model: Any) -> None:
-        """Have `save_pretrained` take stacks of experts apart, if it does, with the grids of their weights."""
+        """Make `save_pretrained` unstack scales and zero points of experts wherever it unstacks their weights."""
         if not self.plan.experts or self.scheme.weights is None:
             return
         known = self._conversions = getattr(model, "_weight_conversions", None)
         if known is None:
-            # As transformers does when it saves a model that it has not loaded.
+            # As transformers does when it saves a model that it did not load.
             known = [c for c in get_model_conversion_mapping(model, add_legacy=False) if type(c) is not PrefixChange]
         model._weight_conversions = self.update_weight_conversions(known, model)
 
     def convert_no_grids(self, model: Any) -> None:
-        """Take back what `convert_grids` did."""
+        """Undo `convert_grids`."""
         if hasattr(self, "_conversions"):
             model._weight_conversions = self._conversions
 
     def _check_known(self, model: Any) -> None:
-        # What a folder does not say is taken from the table when it is loaded: other online rotations would be dropped.
+        # Loading takes the places of online rotations from the built-in table: any others would be lost.
         known = plan_of(model).onlines
         for online in self.plan.onlines:
             if online.space in self.rotations and online not in known:
                 raise CheckpointError(
-                    f"{online.module} is rotated at run time by a plan of your own, which this folder format cannot "
-                    "say: save it through llm-compressor, or spinquant.detach(model) first"
+                    f"{online.module} is rotated online by a custom plan, which the native format cannot store: save "
+                    "it through llm-compressor, or call spinquant.detach(model) first"
                 )
 
     def is_serializable(self) -> bool:
@@ -219,7 +219,7 @@ def mark(
     scheme: Scheme,
     clips: Clips | None = None,
 ) -> None:
-    """Make `save_pretrained` of a model that was rotated and quantized in memory write this format."""
+    """Make `save_pretrained` of a model that was rotated or quantized in memory write the native format."""
     if parts_tied(plan, scheme):
         untie(model, plan)
     quantizer = SpinQuantizer(make_config(plan, rotations, spec, scheme, clips), pre_quantized=True)
@@ -233,7 +233,7 @@ def mark(
 
 
 def unmark(model: Any) -> None:
-    """Remove hooks and format from a model whose fused online rotations will be attached again."""
+    """Remove the attachment and the native format from a model; R4 stays fused, so it has to be attached again."""
     attachment = attachment_of(model)
     if attachment is not None:
         attachment.remove()
@@ -276,14 +276,14 @@ def detach(model: Any) -> None:
 
 
 def is_marked(model: Any) -> bool:
-    """Whether a model is rotated online or quantized by this library."""
+    """Whether a model has online rotations or quantizers of this library attached, or is quantized."""
     return attachment_of(model) is not None or getattr(model, "hf_quantizer", None) is not None
 
 
 def packed_layout(
     name: str, dtype: torch.dtype, matrices: Tensor, quantizer: Quantizer
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtypes and shapes of what a weight of a dtype is stored as; of `matrices`, (.., out, in), the shape counts."""
+    """Names, dtypes and shapes of a packed weight's tensors; `matrices`, (.., out, in), only give the shape."""
     *rows, columns = matrices.shape
     words, groups = -(-columns // (32 // quantizer.bits)), columns // (quantizer.group_size or columns)
     scale, zero = (f"{name}_{part}" for part in PARTS)
@@ -323,17 +323,17 @@ def _unpack(model: Any, weight: Weight, quantizer: Quantizer | None, shape: torc
 def _packed_again(model: Any, weight: Weight, matrices: Tensor, quantizer: Quantizer) -> Packed:
     scale, zero = weight.grid(model)
     if scale is None:
-        raise CheckpointError(f"{weight.tensor} was not quantized: its grid ({weight.tensor}_scale) is missing")
+        raise CheckpointError(f"{weight.tensor} was not quantized: its scale ({weight.tensor}_scale) is missing")
     packed = quantize_on_grid(matrices, scale, zero, quantizer)
     if not torch.equal(dequantize(packed), matrices):
-        raise CheckpointError(f"{weight.tensor} no longer lies on its grid: it was changed after it was quantized")
+        raise CheckpointError(f"{weight.tensor} is not on its quantization grid: it was changed after quantization")
     return packed
 
 
 def check_fresh(model: Any) -> None:
-    """Raise RotationError for a model that this library has rotated online or quantized."""
+    """Raise RotationError for a model that is rotated online or quantized already."""
     if is_marked(model):
         raise RotationError(
-            "this model is rotated or quantized already: doing it again would lose its online rotations. Load the "
-            "original, or make it plain first with spinquant.detach(model)"
+            "this model is rotated or quantized already, and its online rotations would be lost. Load the original, or "
+            "make it plain first with spinquant.detach(model)"
         )

@@ -1,7 +1,7 @@
-"""Our own folder format, tensor by tensor: what a stream writes for each tensor of the rotated model.
+"""Pack single tensors in the native format, for streaming.
 
-See `native.py` for the format. Rows of a weight do not influence each other, so a weight is rounded rows at a time;
-NVFP4 alone has a scale for the whole tensor, which is therefore kept together.
+See `native.py` for the format. Rows of a weight are independent, so a weight is quantized a few rows at a time; NVFP4
+alone has a scale for the whole tensor, which is therefore quantized as a whole.
 """
 
 from dataclasses import dataclass
@@ -19,15 +19,15 @@ from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.quantization.targets import PARTS, linear_weights, weights_of
 from spinquant.rotations.rotation import Rotation
 
-# Elements rounded at once: a few copies of them in float32 are in memory.
+# Elements quantized at once; a few float32 copies of them are in memory.
 PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
 class Finished:
-    """Weights that a calibration has rounded already, by block of the model, and the dtype of their scales.
+    """Weights that calibration has quantized already, by block of the model, and the dtype of their scales.
 
-    form: where the tensors of the checkpoint are in the model's.
+    form: mapping from the checkpoint's tensors to the model's.
     """
 
     store: BlockStore
@@ -36,16 +36,16 @@ class Finished:
     form: Form
 
     def of(self, stored: str) -> Packed:
-        """A weight by the name of its tensor in the checkpoint."""
+        """A packed weight, by the name of its tensor in the checkpoint."""
         piece = self.form.of_stored[stored]
         block = next(b for b in self.blocks if piece.tensor.startswith(f"{b}."))
         return self.store.packed(block, piece.tensor, None if piece.is_all else piece.place)
 
 
 def round_rows(rows: Tensor, quantizer: Quantizer) -> Packed:
-    """Rows of a weight (out, in), or matrices of a stack, rounded to nearest.
+    """Quantize rows of a weight (out, in), or matrices of a stack, by round-to-nearest (RTN).
 
-    Pieces at a time, unless their scales depend on each other.
+    A piece at a time, unless the scales depend on each other (NVFP4).
     """
     step = len(rows) if quantizer.kind == "nvfp4" else max(1, PIECE * len(rows) // max(1, rows.numel()))
     packed = [quantize_weight(part, quantizer) for part in rows.split(step)]
@@ -53,14 +53,14 @@ def round_rows(rows: Tensor, quantizer: Quantizer) -> Packed:
 
 
 class NativePacking:
-    """Linears that a scheme covers as packed integers (flat at 16 bits), online rotations beside them.
+    """Packs the linears of a scheme (flat at 16 bits); `extras` are the tensors of online rotations.
 
-    finished: weights that are taken from there, and not rounded here.
+    finished: weights that calibration has quantized; they are not quantized here.
     """
 
     def __init__(self, plan: Plan, scheme: Scheme, online: dict[str, Rotation], finished: Finished | None = None):
         self.quantizer, self.finished = scheme.weights, finished
-        # At 16 bits a linear alone is flat: that is enough for a plain model to refuse the folder.
+        # At 16 bits only linears are flattened: enough for a plain model to refuse the folder.
         found = (linear_weights if scheme.weights is None else weights_of)(plan, scheme)
         self.covered = {weight.tensor: weight for weight in found}
         self.stacks = {experts.first[0] for experts in plan.experts if len(experts.first) == 1}
@@ -72,10 +72,10 @@ class NativePacking:
         }
 
     def is_whole(self, name: str) -> bool:
-        """Whether a tensor cannot be packed in parts."""
+        """Whether a tensor has to be packed as a whole."""
         if name not in self.covered or self.quantizer is None:
             return False
-        # Rows of (in, out) are not rows of what is stored; the matrices of a stack are packed one by one.
+        # Rows of (in, out) are not rows of the stored (out, in); the matrices of a stack are packed one by one.
         return self.quantizer.kind == "nvfp4" or (self.covered[name].transposed and name not in self.stacks)
 
     def layout(

@@ -1,8 +1,8 @@
-"""What runtimes load and run, as data. Every claim says what backs it: a test of ours, or the limit's source.
+"""Table of the formats, rotations and schemes that each runtime supports, with the evidence for every claim.
 
-A rotation that a runtime does not run gives a model that talks nonsense, and a scheme it has no kernel for one that
-does not load; `check_runtime` refuses both before work starts and says what would work. R1 and R2 are in the weights,
-so any runtime that loads the folder runs them.
+The evidence is a test of this project or a source. A model with a rotation that the runtime does not apply gives wrong
+outputs, and one with a scheme without a kernel does not load; `check_runtime` refuses both before work starts and says
+what would work. R1 and R2 are in the weights, so any runtime that loads the folder supports them.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # it imports torch, and the command line reads the names of t
 
 @dataclass(frozen=True)
 class Claim:
-    """Whether a runtime runs something, and why we say so: a `test` of ours, or a source that it `cites`."""
+    """Whether a runtime supports something, and the evidence: a `test` of this project, or a source in `cites`."""
 
     runs: bool
     test: str = ""
@@ -27,18 +27,18 @@ class Claim:
 
     @property
     def backing(self) -> str:
-        """The test or the source, for people."""
+        """The evidence as text."""
         return f"test: {self.test}" if self.test else self.cites
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What one runtime takes.
+    """What one runtime supports.
 
-    format: of the folder to write for it, None where spinquant writes none. how: what to do with the folder. rotations
-    and schemes: claims by name; what is not named does not run, for the reason `otherwise`. r4_bases: orders of R4 are
-    one of these times a power of two, () for any. biased: whether a linear with a bias may be rotated online. types:
-    transform types that an online rotation must have.
+    format: folder format to write for it, None if spinquant writes none. how: how to use the folder. rotations,
+    schemes: claims by name; what is not named is unsupported, for the reason `otherwise`. r4_bases: orders of R4 are
+    one of these times a power of two, () for any order. biased: whether a linear with a bias may be rotated online.
+    types: transform types required of an online rotation.
     """
 
     title: str
@@ -204,14 +204,14 @@ RUNTIMES: Mapping[str, Runtime] = {
 
 
 def scheme_names(scheme: Scheme) -> tuple[str, ...]:
-    """The names under which runtimes list a scheme, without groups: that of its linears ("none"), and of its cache."""
+    """Names of a scheme in the table, without group sizes: of its linears ("none"), then of a quantized KV cache."""
 
     def part(letter: str, quantizer: Quantizer | None) -> str:
         if quantizer is None:
             return "A16" if letter == "A" and scheme.weights else ""
         return f"{letter}{quantizer.bits if quantizer.kind == 'int' else quantizer.kind.upper()}"
 
-    # transformers loads no zero points of groups (compressed-tensors 0.19), and no other runtime was tried with them.
+    # transformers loads no zero points of groups (compressed-tensors 0.19); other runtimes were not tested with them.
     asymmetric = scheme.weights is not None and not scheme.weights.symmetric
     linears = part("W", scheme.weights) + part("A", scheme.activations) + ("_ASYM" if asymmetric else "")
     return (linears or "none", *([part("KV", scheme.kv)] if scheme.kv else []))
@@ -220,7 +220,7 @@ def scheme_names(scheme: Scheme) -> tuple[str, ...]:
 def runtime_rows(
     name: str, spec: "RotationSpec", scheme: Scheme | None = None, plan: Plan | None = None
 ) -> list[dict[str, Any]]:
-    """One dict per rotation and part of the scheme: whether the runtime runs it, why, and what to do instead."""
+    """One dict per rotation and part of the scheme: whether the runtime supports it, why, and the alternative."""
     runtime = runtime_of(name)
     rows = []
     for rotation in spec.rotations:
@@ -260,7 +260,7 @@ def _without(rotation: str, spec: "RotationSpec", runtime: Runtime) -> str:
 
 
 def _limit(runtime: Runtime, rotation: str, spec: "RotationSpec", plan: Plan | None) -> tuple[str, str] | None:
-    """(reason, what to do instead) where this use of a rotation is one that the runtime does not run."""
+    """(reason, alternative) if the runtime does not support this use of a rotation, else None."""
     types = runtime.types.get(rotation)
     if types and spec.type_of(rotation) not in types:
         return f"{rotation} must be of type {' or '.join(types)} there", f"--type {rotation}={types[0]}"
@@ -283,14 +283,14 @@ def _limit(runtime: Runtime, rotation: str, spec: "RotationSpec", plan: Plan | N
 
 
 def runtime_of(name: str) -> Runtime:
-    """A runtime by name. Raises SchemeError for one that is not in the table."""
+    """Look a runtime up by name. Raises SchemeError for an unknown one."""
     if name not in RUNTIMES:
         raise SchemeError(f"unknown runtime {name!r}: expected one of {', '.join(RUNTIMES)}")
     return RUNTIMES[name]
 
 
 def format_for(name: str, scheme: Scheme, spec: "RotationSpec") -> str:
-    """The format of the folder that a runtime loads. Raises SchemeError where spinquant writes none."""
+    """The folder format to write for a runtime. Raises SchemeError if spinquant writes none for it."""
     runtime = runtime_of(name)
     if runtime.format is None:
         raise SchemeError(f"spinquant writes no folder for {runtime.title}: {runtime.how}")
@@ -299,9 +299,9 @@ def format_for(name: str, scheme: Scheme, spec: "RotationSpec") -> str:
 
 
 def check_runtime(name: str, scheme: Scheme, spec: "RotationSpec", plan: Plan | None = None) -> None:
-    """Raise RotationError or SchemeError, saying what would work, for what a runtime does not run.
+    """Raise RotationError or SchemeError, with an alternative, for what a runtime does not support.
 
-    A plan adds the limits that depend on the model: orders, and biases.
+    plan: adds the limits that depend on the model: orders, and biases of linears.
     """
     format_for(name, scheme, spec)
     for row in runtime_rows(name, spec, scheme, plan):
