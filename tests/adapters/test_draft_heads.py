@@ -203,7 +203,7 @@ def test_what_eagle_3_may_not_share_or_have(tmp_path):
         rotate_folder(tmp_path / "model", tmp_path / "out", RotationSpec("R1"), also=[late], text=None)
     head.register_buffer("fc_norm_0", torch.ones(HIDDEN))
     strange = saved(head, tmp_path / "strange")
-    with pytest.raises(RotationError, match=r"'fc_norm_0'.*not explained"):
+    with pytest.raises(RotationError, match=r"'fc_norm_0'.*unknown"):
         rotate_folder(tmp_path / "model", tmp_path / "out", RotationSpec("R1"), also=[strange], text=None)
     with pytest.raises(CheckpointError, match="neither a LoRA adapter"):
         (tmp_path / "empty").mkdir()

@@ -259,7 +259,7 @@ def test_the_original_has_to_be_the_original(tmp_path):
     tiny_model("llama", seed=5).save_pretrained(tmp_path / "other")
     lora = adapter(model, tmp_path / "lora", target_modules=["q_proj"])
     rotate_folder(model, tmp_path / "out", RotationSpec("R1"), text=None, options=QUICK)
-    with pytest.raises(RotationError, match=r"is not what .* was made of"):
+    with pytest.raises(RotationError, match=r"is not the model that .* was made from"):
         rotate_adapter(tmp_path / "out", lora, tmp_path / "no", model=tmp_path / "other")
     with pytest.raises(CheckpointError, match=r"no spinquant/record\.json"):
         rotate_adapter(model, lora, tmp_path / "no")

@@ -1,1 +1,1 @@
-"""What rides along with a rotated model: adapters and draft heads, rotated as their target was."""
+"""Rotate LoRA adapters and draft heads to match a rotated base model."""

@@ -1,4 +1,4 @@
-"""The rotated model that something rides along with: its original, and the rotations that it was given."""
+"""Load the base model of an adapter or draft head: the original checkpoint, and the rotations applied to it."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -23,13 +23,13 @@ from spinquant.rotations.fuse import transform
 from spinquant.rotations.rotation import Rotation
 from spinquant.rotations.serialization import saved
 
-# Rows that are compared to tell whether a model is the original, and what rounding to half types moves them by.
+# Rows of the embedding that are compared to identify the original, and the tolerance for rounding to half types.
 ROWS, SAME = 64, 0.02
 
 
 @dataclass(frozen=True)
 class Target:
-    """A model before rotating, as a checkpoint, and how it is rotated. name: of the rotated folder."""
+    """The base model of an adapter: original checkpoint, plan and rotations. name: of the rotated folder."""
 
     name: str
     config: Any
@@ -39,19 +39,19 @@ class Target:
 
     @cached_property
     def family(self) -> Family:
-        """The table that explains the model."""
+        """The model's architecture family."""
         family = family_of(self.config)
         assert family is not None  # or there would be no plan
         return family
 
     @cached_property
     def names(self) -> Mapping[str, str]:
-        """Names of tensors in the plan, by their names in the module; a tied head under its own."""
+        """Names of tensors in the plan by their names in the module; a tied head has its own."""
         own = module_names(self.family, self.source.tensors)
         return {**module_names(self.family, [tie.tensor for tie in self.plan.ties]), **own}
 
     def module_name(self, name: str) -> str:
-        """The name that the module gives a tensor today, of one that older versions may have given it."""
+        """The module's name of a tensor that may have the name of an older version of transformers."""
         return next(iter(module_names(self.family, [name])))
 
     @cached_property
@@ -61,26 +61,25 @@ class Target:
 
     @property
     def hidden_size(self) -> int:
-        """Of the residual space."""
+        """Size of the residual space."""
         return self.plan.space["residual"].size
 
     def original(self, name: str) -> Tensor:
-        """A tensor of the plan as it was before rotating."""
+        """A tensor of the plan before rotation."""
         return self.source.whole(name if name in self.source.tensors else self.plan.tied[name])
 
 
 @contextmanager
 def target_of(rotated: str | Path, model: str | Path | None = None) -> Iterator[Target]:
-    """The target that a rotated folder is, with the original it was made of: `model`, or the one that its record names.
+    """Open the base model of a rotated folder: `model`, or the original that its record names.
 
-    Raises CheckpointError for a folder without record or rotations, and RotationError when the original has another
-    plan than the record.
+    Raises CheckpointError for a folder without record or rotations, and RotationError if the model is not the original.
     """
     folder = folder_of(rotated)
     record = read_record(folder)
     origin = model or record.get("source")
     if origin is None:
-        raise CheckpointError(f"the record of {folder} does not name the model it was made of: say which, with --model")
+        raise CheckpointError(f"the record of {folder} does not name the original model: give it with --model")
     config = load_config(origin)
     with closing(Source(folder_of(origin), config)) as source:
         plan = make_plan(config, source.shapes)
@@ -89,14 +88,14 @@ def target_of(rotated: str | Path, model: str | Path | None = None) -> Iterator[
         spaces = [asdict(space) for space in plan.spaces]
         if spaces != record["plan"]["spaces"] or not _is_original(target, folder):
             raise RotationError(
-                f"{str(origin)!r} is not what {folder} was made of. Say which model it was, with --model"
+                f"{str(origin)!r} is not the model that {folder} was made from: give the original with --model"
             )
         yield target
 
 
 @torch.no_grad()
 def _is_original(target: Target, folder: Path) -> bool:
-    """Whether the first rows of the embedding are, rotated, those of the rotated folder."""
+    """Whether the rotated first rows of the embedding equal those of the rotated folder."""
     name = target.names[target.family.embedding]
     info = read_headers(folder).get(name)
     stored = target.source.tensors[name].entry
@@ -110,10 +109,10 @@ def _is_original(target: Target, folder: Path) -> bool:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """How a folder came about. Raises CheckpointError when it does not say."""
+    """Read the record of how a folder was rotated. Raises CheckpointError if there is none."""
     for name in (RECORD, ROTATIONS):
         if not (folder / BESIDE / name).is_file():
-            raise CheckpointError(f"{folder} has no {BESIDE}/{name}: it is no folder that spinquant rotated")
+            raise CheckpointError(f"{folder} has no {BESIDE}/{name}: it was not rotated by spinquant")
     try:
         return json.loads((folder / BESIDE / RECORD).read_text(encoding="utf-8"))
     except ValueError as error:

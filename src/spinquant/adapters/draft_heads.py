@@ -1,16 +1,16 @@
-"""Draft heads: which of them can follow a rotated residual stream, and how.
+"""Rotate draft heads for speculative decoding to match a rotated base model.
 
-The rotated model hands out x R where it handed out x, inside the stack of blocks; but behind its last norm, whose
-scale g has moved into the head, it hands out u R where it handed out u diag(g).
+The rotated model's hidden states are x R instead of x between its blocks; but behind its last norm, whose scale g is
+fused into the head, they are u R instead of u diag(g).
 
-- **EAGLE-3** (arXiv 2503.01840) reads the residual stream behind some blocks, through one linear `fc`, and embeddings
-  through a norm. Both are read linearly, so it follows exactly; from there on it lives in a basis of its own.
-- **EAGLE-1 and 2** (arXiv 2401.15077) continue the states behind the last norm, in a residual stream of their own
-  whose outputs are both their next inputs and what the model's head reads. That stream would have to be o diag(1/g) R,
-  and its norm is not the norm of o, which the layer divides by.
+- **EAGLE-3** (arXiv 2503.01840) reads the residual stream behind some blocks through one linear `fc`, and embeddings
+  through a norm. Both are linear, so it can be rotated exactly; from there on it uses a basis of its own.
+- **EAGLE-1 and 2** (arXiv 2401.15077) continue the states behind the last norm in a residual stream of their own,
+  whose outputs o are both their next inputs and the input of the model's head. That stream would have to be
+  o diag(1/g) R, whose norm is not the norm of o, by which the layer divides.
 - **Medusa** (arXiv 2401.10774) adds SiLU(W u diag(g)) to the states: elementwise in the unrotated basis, to a sum in
   the rotated one.
-- **Layers for multi-token prediction** lie in the model's own folder: see `architectures/prediction.py`.
+- **Layers for multi-token prediction** are in the model's own folder: see `architectures/mtp.py`.
 """
 
 import re
@@ -28,7 +28,7 @@ from spinquant.rotations.fuse import transform
 Kind = Literal["eagle3", "eagle", "medusa"]
 
 _FIRST = r"(?:midlayer|layers\.0)"
-# What EAGLE-3 computes in its own basis, behind `fc` and the first attention's inputs.
+# Tensors of EAGLE-3 in its own basis, behind `fc` and the first attention's inputs.
 _INSIDE = re.compile(
     r"fc\.bias|norm\.weight|lm_head\.weight|d2t|t2d"
     rf"|{_FIRST}\.(hidden_norm|post_attention_layernorm)\.weight"
@@ -57,7 +57,7 @@ _IMPOSSIBLE = {
 
 
 def head_kind(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Kind:
-    """Which of the known heads a folder holds. Raises RotationError, saying what was found, for none of them."""
+    """Detect the kind of a draft head. Raises RotationError, with what was found, for an unknown one."""
     names = [_own(name) for name in tensors]
     if "fc.weight" in names and any(re.fullmatch(rf"{_FIRST}\.hidden_norm\.weight", name) for name in names):
         return "eagle3"
@@ -67,8 +67,8 @@ def head_kind(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Kind:
         return "medusa"
     raise RotationError(
         f"this folder (model_type {config.get('model_type')!r}, tensors such as {', '.join(sorted(tensors)[:3])}) is "
-        "no head that is known: EAGLE-3 is rotated, EAGLE-1, EAGLE-2 and Medusa are recognised. A draft model of its "
-        "own reads tokens alone and needs no rotation"
+        "not a known draft head: EAGLE-3 can be rotated, EAGLE-1, EAGLE-2 and Medusa are recognized. A separate draft "
+        "model reads tokens only and needs no rotation"
     )
 
 
@@ -76,15 +76,15 @@ def head_kind(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Kind:
 def rotate_head(
     kind: Kind, config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: Target
 ) -> dict[str, Tensor]:
-    """The tensors of a head for the rotated target, under the same names.
+    """Rotate the tensors of a draft head for a rotated base model; same names.
 
-    Raises RotationError for a head that cannot follow R1, with the reason; R2, R3 and R4 alone touch nothing that a
+    Raises RotationError, with the reason, for a head that cannot be rotated by R1; R2, R3 and R4 change nothing that a
     head reads.
     """
     if "residual" not in target.rotations:
         return dict(tensors)
     if kind in _IMPOSSIBLE:
-        raise RotationError(f"R1 is impossible for this head: {_IMPOSSIBLE[kind]}.")
+        raise RotationError(f"R1 is impossible with this draft head: {_IMPOSSIBLE[kind]}.")
     plan, gains = eagle3_plan(config, tensors, target)
     return {name: transform(name, tensor, plan, gains, target.rotations) for name, tensor in tensors.items()}
 
@@ -92,28 +92,30 @@ def rotate_head(
 def eagle3_plan(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: Target
 ) -> tuple[Plan, dict[str, Tensor]]:
-    """Where the tensors of an EAGLE-3 head live, and the weights of its norms that read the residual space.
+    """The plan of an EAGLE-3 head, and the weights of its norms that read the residual space.
 
-    Raises RotationError for a tensor that is not explained, and for a head that shares the model's.
+    Raises RotationError for an unknown tensor, and for a draft head that uses the model's `lm_head`.
     """
     about = config.get("eagle_config") or {}
     if not about.get("use_aux_hidden_state", True):
-        raise RotationError(f"R1 is impossible for this head (use_aux_hidden_state is off): {_IMPOSSIBLE['eagle']}.")
+        raise RotationError(
+            f"R1 is impossible with this draft head (use_aux_hidden_state is off): {_IMPOSSIBLE['eagle']}."
+        )
     hidden, residual = target.hidden_size, "residual"
     by_own = {_own(name): name for name in tensors}
     if "lm_head.weight" not in by_own:
         raise RotationError(
-            "the head has no lm_head of its own: it would use the model's, into which R1 moves the scale of the "
-            "model's last norm, where it needs that of its own. Leave R1 out, or give it a copy of the original "
-            "model's head"
+            "the draft head has no lm_head of its own: it would use the model's, into which R1 fuses the scale of the "
+            "model's last norm, where the draft head needs its own. Leave R1 out, or add a copy of the original "
+            "model's lm_head to it"
         )
     fc = tensors[by_own["fc.weight"]]
     if fc.shape[1] % hidden:
         raise RotationError(
-            f"fc reads {fc.shape[1]} numbers, which is no multiple of the model's hidden size {hidden}: the head is of "
-            "another model"
+            f"fc has {fc.shape[1]} inputs, which is not a multiple of the model's hidden size {hidden}: the draft head "
+            "belongs to another model"
         )
-    # A head of another width has embeddings of its own, which no rotation of the model touches.
+    # A draft head of another width has embeddings of its own, which are not rotated.
     shares = fc.shape[0] == hidden
     axes = [Axis(by_own["fc.weight"], 1, residual)]
     gains: list[Gain] = []
@@ -131,15 +133,15 @@ def eagle3_plan(
             readers.append(name)
         elif not _EMBEDDING_NORM.fullmatch(own):
             raise RotationError(
-                f"tensor {name!r} (shape {tuple(tensors[name].shape)}) of the head is not explained: rotating around "
-                "it could change what the head computes"
+                f"tensor {name!r} (shape {tuple(tensors[name].shape)}) of the draft head is unknown: rotating the "
+                "others could change what the head computes"
             )
     if shares:
         norm = next(name for own, name in by_own.items() if _EMBEDDING_NORM.fullmatch(own))
         span = Span(0, hidden, 2 * hidden)
         axes += [Axis(name, 1, residual, span) for name in readers]
         gains.append(Gain(norm, residual, tuple((name, 1) for name in readers)))
-        # The first half of the readers' inputs is embeddings, behind this norm; the second has another.
+        # The first half of the readers' inputs is embeddings, behind this norm; the second half has another norm.
         weights[norm] = torch.cat([tensors[norm], torch.ones_like(tensors[norm])])
     plan = Plan(
         family="eagle3",

@@ -1,12 +1,13 @@
-"""LoRA adapters in peft's folder format, rotated as the model that they adapt.
+"""Rotate LoRA adapters (peft) to match a rotated base model.
 
-An update s B A of a weight W becomes s B' A' (see `counterparts.py`); s, ranks and their patterns stay. An input that
-is rotated at run time (R4) is rotated by the linear itself, inside the layer that peft puts around it, so A reads it as
-it was. Embeddings have A by token and B by channel. A bias, or a whole module that the adapter brings, is rotated as
-the tensor of the model that it stands for. Updates of stacked experts: `experts.py`.
+An update s B A of a weight W becomes s B' A' (see `plan.py`); s, ranks and their patterns stay. An input that is
+rotated online (R4) is rotated by the linear itself, inside the layer that peft wraps around it, so A reads the
+unrotated input. Embeddings have A by token and B by channel. A bias, or a whole module in the adapter, is rotated like
+the tensor of the model that it replaces. Updates of stacked experts: `moe.py`.
 
-DoRA keeps m and divides by norms of rows, y = diag(m / n) (W + s B A) x with n_i = ||(W + s B A)_i||. Where outputs are
-rotated this has no counterpart: diag(m / n) R is not R diag(m / n). A rotated input keeps n; a gain changes it, so
+DoRA stores a magnitude m and divides by norms of rows, y = diag(m / n) (W + s B A) x with n_i = ||(W + s B A)_i||. If
+outputs are rotated there is no equivalent: diag(m / n) R is not R diag(m / n). A rotated input keeps n; a gain changes
+it, so
 
     m'_i = m_i ||(W + s B A)_i diag(g)|| / ||(W + s B A)_i||
 """
@@ -31,12 +32,12 @@ _NAME = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.(?:weight|bias))?"
 )
-# Tokens whose embeddings an adapter brings; peft has had two names for them.
+# Trained embeddings of single tokens, under peft's two names for them.
 _TOKENS = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_(?:delta|original)")
 
-# Initialisations that leave the weights of the model alone, however the adapter is loaded.
+# Initializations that do not change the model's weights when the adapter is loaded.
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-# What a config may say without a word on which spaces the adapter's tensors live in.
+# Config fields that do not affect which spaces the adapter's tensors are in.
 HARMLESS = frozenset(
     "alora_invocation_tokens alpha_pattern arrow_config auto_mapping base_model_name_or_path bias corda_config "
     "ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern "
@@ -47,14 +48,14 @@ HARMLESS = frozenset(
 REASONS = {
     "use_qalora": "its A reads sums over groups of channels, which a rotation mixes",
     "use_bdlora": "its A or B is block-diagonal, and a rotation fills the blocks",
-    "layer_replication": "it repeats layers of the model, which has no layers of these names then",
+    "layer_replication": "it repeats layers of the model, so layer names no longer match",
     "velora_config": "its compression is trained in the channels of the unrotated input",
 }
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """The magnitudes of a DoRA adapter of one linear: its tensor in the plan, and the scaling of its update."""
+    """DoRA magnitudes of one linear: its tensor in the plan, its module in the adapter, and the scaling s."""
 
     tensor: str
     module: str
@@ -63,9 +64,9 @@ class Scaled:
 
 @torch.no_grad()
 def rotate_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: Target) -> dict[str, Tensor]:
-    """The tensors of an adapter for the rotated target, under the same names.
+    """Rotate the tensors of an adapter for a rotated base model; same names.
 
-    config: what adapter_config.json says. Raises RotationError for what cannot be rotated, with the reason.
+    config: from adapter_config.json. Raises RotationError, with the reason, for what cannot be rotated.
     """
     check_config(config, target)
     counterparts: dict[str, Counterpart] = {}
@@ -84,31 +85,31 @@ def rotate_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], target
 
 
 def check_config(config: Mapping[str, Any], target: Target) -> None:
-    """Raise RotationError for an adapter that is not LoRA, or has an option that a rotation does not keep."""
+    """Raise RotationError for an adapter that is not LoRA, or has an option that no rotation preserves."""
     kind = config.get("peft_type")
     if kind != "LORA":
         raise RotationError(
-            f"the adapter is of peft_type {kind!r}: only LORA has a counterpart in the rotated model (others scale or "
-            "mix channels in a basis of their own). Merge it into the model, and rotate that"
+            f"the adapter has peft_type {kind!r}: only LORA can be rotated (others scale or mix channels in a basis of "
+            "their own). Merge it into the model, and rotate that"
         )
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start not in PLAIN_STARTS:
         raise RotationError(
-            f"the adapter says init_lora_weights {start!r}: when it is loaded, peft computes the weights of the model "
-            "anew from those that are there, and rotated ones give others. Convert it to plain LoRA "
+            f"the adapter has init_lora_weights {start!r}: when it is loaded, peft recomputes the model's weights from "
+            "the present ones, and rotated ones give other results. Convert it to plain LoRA "
             "(save_pretrained(..., path_initial_model_for_weight_conversion=...)) and rotate that"
         )
     for key, value in config.items():
         if value in (None, False, [], {}) or key in HARMLESS:
             continue
-        reason = REASONS.get(key, "this version of spinquant does not know what it does")
-        raise RotationError(f"the adapter says {key} = {value!r}: {reason}. Merge it into the model, and rotate that")
+        reason = REASONS.get(key, "this version of spinquant does not know this option")
+        raise RotationError(f"the adapter has {key} = {value!r}: {reason}. Merge it into the model, and rotate that")
     if target.plan.ties and "residual" in target.rotations:
         for key in ("ensure_weight_tying", "trainable_token_indices"):
             if config.get(key):
                 raise RotationError(
-                    f"the adapter says {key}, so embedding and head share what it brings, and R1 unties them (the head "
-                    "takes the gain of the last norm). Merge it into the model, and rotate that"
+                    f"the adapter has {key}, so embedding and head share its weights, and R1 unties them (the gain of "
+                    "the last norm is fused into the head). Merge it into the model, and rotate that"
                 )
 
 
@@ -130,7 +131,7 @@ def _counterpart(
         online = _reads_online(module, target)
         return Counterpart(weight, {} if online else {inputs: 1}, {inputs: 1} if online else {})
     if part == "lora_B":
-        # The bias of B is one of the outputs of the linear, as B's rows are.
+        # A bias of B is along the outputs of the linear, as B's rows are.
         return Counterpart(weight, {outputs: 0})
     if part == "lora_embedding_A":
         return Counterpart(weight, {0: 1})
@@ -138,20 +139,20 @@ def _counterpart(
         return Counterpart(weight, {1: 0})
     if _is_rotated(weight, 1 if weight == _embedding(target) else outputs, target):
         raise RotationError(
-            f"{name} is a magnitude of DoRA, which scales the outputs of {module} one by one, and they are rotated: "
+            f"{name} is a DoRA magnitude, which scales single outputs of {module}, and these outputs are rotated: "
             "diag(m) R is not R diag(m). Merge the adapter into the model and rotate that, or leave the rotation out"
         )
     return Scaled(weight, f"{name[: name.index(module)]}{module}", _scaling(module, config))
 
 
 def _whole(name: str, inside: str, target: Target) -> Counterpart:
-    """The tensor of the model whose place one of the adapter takes."""
+    """The tensor of the model that a whole tensor of the adapter replaces."""
     tensor = _tensor(name, inside, target)
     gain = target.plan.gain_of_norm.get(tensor)
     if gain is not None and gain.space in target.rotations:
         raise RotationError(
-            f"{name} takes the place of the scale of a norm, which is fused into the weights that read it, in the "
-            "rotated model: there is nothing left for it to replace. Merge the adapter into the model, and rotate that"
+            f"{name} replaces the scale of a norm, which the rotated model has fused into the weights that read it. "
+            "Merge the adapter into the model, and rotate that"
         )
     return Counterpart(tensor, {dim: dim for dim in range(3)})
 
@@ -160,8 +161,8 @@ def _tensor(name: str, inside: str, target: Target) -> str:
     found = target.names.get(target.module_name(inside.replace(".base_layer.", ".")))
     if found is None:
         raise RotationError(
-            f"tensor {name!r} of the adapter belongs to {inside!r}, and the model has no such tensor: the adapter is "
-            "of another model, or adapts what a checkpoint holds otherwise (stacked experts)"
+            f"tensor {name!r} of the adapter belongs to {inside!r}, and the model has no such tensor: the adapter "
+            "belongs to another model, or to one with another layout of experts"
         )
     return found
 
@@ -171,7 +172,7 @@ def _embedding(target: Target) -> str:
 
 
 def _reads_online(module: str, target: Target) -> bool:
-    """Whether a linear's input is rotated at run time."""
+    """Whether a linear's input is rotated online."""
     name = target.module_name(f"{module}.weight").removesuffix(".weight")
     onlines = (o for o in target.plan.onlines if o.module == name and o.site == "input")
     return any(online.space in target.rotations for online in onlines)
@@ -183,7 +184,7 @@ def _is_rotated(tensor: str, dim: int, target: Target) -> bool:
 
 
 def _scaling(module: str, config: Mapping[str, Any]) -> float:
-    """s of s B A, as peft finds it: patterns match the end of a module's name."""
+    """s of s B A, as in peft: patterns match the end of a module's name."""
 
     def chosen(patterns: Any, otherwise: Any) -> Any:
         for pattern, value in (patterns or {}).items():
@@ -197,7 +198,7 @@ def _scaling(module: str, config: Mapping[str, Any]) -> float:
 
 
 def _magnitude(name: str, scaled: Scaled, tensors: Mapping[str, Tensor], target: Target) -> Tensor:
-    """m' of the module's head, in the dtype of m."""
+    """m' of the module docstring, in the dtype of m."""
     magnitude = tensors[name]
     gains = [g for g, _ in target.plan.gains_of.get(scaled.tensor, ()) if g.space in target.rotations]
     channels = list(scales_of(scaled.tensor, target.plan, target.rotations))

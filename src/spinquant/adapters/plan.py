@@ -1,10 +1,11 @@
-"""A tensor that rides along lives in the spaces of a tensor of the model, its counterpart: the plan that follows.
+"""Derive the plan of an adapter's tensors from that of the base model.
 
-For y = W x, and W of the rotated model W' = R_out^T W diag(g) R_in, an update B A of W has to become
+Each tensor of the adapter shares axes with a tensor of the model, its counterpart. For y = W x, and the rotated weight
+W' = R_out^T W diag(g) R_in, an update B A of W has to become
 
     A' = A diag(g) R_in        B' = R_out^T B
 
-so A has the input axis of W, its gain and scales included, and B the output axis of W. `fuse.transform` does the rest.
+so A has the input axis of W, with its gain and scales, and B the output axis of W. `fuse.transform` does the rest.
 """
 
 from collections.abc import Mapping
@@ -15,10 +16,9 @@ from spinquant.plan import Plan
 
 @dataclass(frozen=True)
 class Counterpart:
-    """A tensor of the model, and which of its axes are which of the tensor that rides along (its dim: own dim).
+    """A tensor of the model, and which of its axes an adapter's tensor shares (model's dim: adapter's dim).
 
-    before: axes of which that tensor reads what the model does not rotate yet, as a hook at the input of a linear does:
-    they follow scales alone.
+    before: shared axes that the adapter reads before the model's online rotation; only channel scales apply to them.
     """
 
     tensor: str
@@ -27,9 +27,9 @@ class Counterpart:
 
 
 def plan_beside(plan: Plan, counterparts: Mapping[str, Counterpart]) -> Plan:
-    """The plan of tensors that ride along, by their own names: same spaces, same gains of the same norms.
+    """The plan of an adapter's tensors, under their own names, with the spaces and gains of the base model.
 
-    A counterpart that is the bias of a norm is followed as a whole, whichever readers that norm has.
+    A counterpart that is the bias of a norm is transformed as a whole, whichever linears read the norm.
     """
     axes = tuple(
         replace(axis, tensor=name, dim=counterpart.dims[axis.dim])
