@@ -358,7 +358,7 @@ def test_incomplete_mappings_do_not_take_the_place_of_a_table(no_table_for_gemma
     given = everything()
     given["mappings"] = given["mappings"].model_copy(update={"attn_o": None, "mlp_in": None})
     model = gemma()
-    assert "attn_o, mlp_in missing" in unchanged(model, lambda: SpinQuantModifier(**given).apply(model))
+    assert "it lacks attn_o, mlp_in" in unchanged(model, lambda: SpinQuantModifier(**given).apply(model))
     message = unchanged(model, lambda: SpinQuantModifier(mappings=everything()["mappings"]).apply(model))
     assert "Norm mappings" in message and "gemma" in message
     assert "gemma" in unchanged(model, lambda: SpinQuantModifier().apply(model))
@@ -548,22 +548,22 @@ def test_folders_that_could_not_say_where_rotations_go_are_refused(tmp_path):
         ({"a": [([O_PROJ], "weight_input", True)]}, "weight_output of 'model.layers.0.self_attn.v_proj' is not"),
         (
             {"a": [(["re:.*v_proj$"], "weight_output", False), ([O_PROJ], "weight_input", False)]},
-            "is rotated otherwise",
+            "is rotated differently",
         ),
         (
             {"a": [(["re:.*v_proj$"], "weight_output", False)], "b": [([O_PROJ], "weight_input", True)]},
-            "is rotated otherwise \\(by 'b'",
+            "is rotated differently \\(by 'b'",
         ),
-        ({"a": [([O_PROJ], "input", False)]}, "does not take that back"),
-        ({"a": [([O_PROJ], "input", False), ([O_PROJ], "weight_input", False)]}, "does not take that back"),
-        ({"a": [([O_PROJ], "output", False)]}, "location 'output' of .* cannot be expressed"),
-        ({"a": [(["lm_head"], "weight_output", False)]}, "lies in no space"),
-        ({"a": [(["model.embed_tokens"], "weight_input", False)]}, "lies in no space"),
-        ({"a": [(["model.norm"], "weight_output", False)]}, "lies in no space"),
-        ({"a": [([ATTENTION], "input", False)]}, "input of an nn.Linear"),
+        ({"a": [([O_PROJ], "input", False)]}, "does not undo it"),
+        ({"a": [([O_PROJ], "input", False), ([O_PROJ], "weight_input", False)]}, "does not undo it"),
+        ({"a": [([O_PROJ], "output", False)]}, "location 'output' of .* is not supported"),
+        ({"a": [(["lm_head"], "weight_output", False)]}, "is in no space"),
+        ({"a": [(["model.embed_tokens"], "weight_input", False)]}, "is in no space"),
+        ({"a": [(["model.norm"], "weight_output", False)]}, "is in no space"),
+        ({"a": [([ATTENTION], "input", False)]}, "need an nn.Linear"),
         ({"a": [([ATTENTION], "q_attn", False)]}, "not rotated alike"),
         ({"a": [([ATTENTION], "q_attn", False), ([ATTENTION], "k_cache", True)]}, "not rotated alike"),
-        ({"a": [(["model.norm"], "q_attn", False), (["model.norm"], "k_cache", False)]}, "is no attention"),
+        ({"a": [(["model.norm"], "q_attn", False), (["model.norm"], "k_cache", False)]}, "is not an attention"),
         ({"a": [(["re:.*nothing"], "input", False)]}, "'a', input: the target 're:.*nothing' matches no"),
         ({"a": [([O_PROJ], "input", False)], "b": [(["re:.*layers.1.*o_proj$"], "input", False)]}, "by 'a' and by 'b'"),
         ({"a": [(["re:.*down_proj$"], "weight_input", True)]}, "input of 'model.layers.0.mlp.down_proj' is not"),
@@ -581,7 +581,7 @@ def test_blocks_and_randomize_of_configs():
     config["config_groups"]["m"]["head_dim"] = 5
     assert "block size 5" in unchanged(model, lambda: SpinQuantModifier(transform_config=config).apply(model))
     config["config_groups"]["m"].update(head_dim=None, type="hadamard", randomize=True)
-    assert "does nothing" in unchanged(model, lambda: SpinQuantModifier(transform_config=config).apply(model))
+    assert "has no effect" in unchanged(model, lambda: SpinQuantModifier(transform_config=config).apply(model))
 
 
 # --- fields and lifecycle ---
@@ -595,8 +595,8 @@ def test_fields():
     for options, message in [
         ({"rotations": ["R5"]}, "unknown rotation"),
         ({"transform_type": "auto"}, "transform_type"),
-        ({"precision": "int8"}, "no floating-point dtype"),
-        ({"precision": "nonsense"}, "no floating-point dtype"),
+        ({"precision": "int8"}, "not a floating-point dtype"),
+        ({"precision": "nonsense"}, "not a floating-point dtype"),
         ({"transform_block_size": 0}, "greater than 0"),
         ({"randomise": True}, "Extra inputs"),
         ({"randomize": True}, "does nothing to type hadamard"),

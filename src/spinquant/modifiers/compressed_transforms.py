@@ -1,4 +1,4 @@
-"""check_in_place"""
+"""Attach online rotations as compressed-tensors transforms, for models in llm-compressor's recipes."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -32,13 +32,13 @@ from spinquant.rotations.rotation import Rotation
 
 
 def check_in_place(model: nn.Module) -> None:
-    """Raise RotationError for weights that lie on one device and are computed with on another."""
+    """Raise RotationError for offloaded weights, which are stored on one device and used on another."""
     for name, module in model.named_modules():
         kept: Any = module._parameters
         if isinstance(kept, OffloadCache) and torch.device(kept.onload_device) != torch.device(kept.offload_device):
             raise RotationError(
-                f"the weights of {name} are offloaded to {kept.offload_device}, and rotations that are learned need "
-                "them in place: learn with a model that fits the device, or without offloading"
+                f"the weights of {name} are offloaded to {kept.offload_device}, and learning rotations needs them in "
+                "place: use a model that fits the device, without offloading"
             )
 
 
@@ -50,10 +50,10 @@ def install_compressed(
     config: Groups,
     precision: torch.dtype,
 ) -> None:
-    """Fuse rotations into a model and attach online ones as transforms of compressed-tensors.
+    """Fuse rotations into a model and attach the online ones as transforms of compressed-tensors.
 
-    group_of: by space, the group of the config; its precision is that of the transform. Weights that are offloaded are
-    fused where they lie. The model's `transform_config` says what was done, as its saved folder will.
+    group_of: the config's group of each space; its precision is that of the transform. Offloaded weights are fused
+    where they are stored. The model's `transform_config` then describes the rotations, as its saved folder will.
     """
     with disable_onloading():
         fuse_module(model, plan, rotations, precision=precision)
@@ -66,7 +66,7 @@ def install_compressed(
             rotated = {model.get_submodule(module): here[module] for module in modules}
             _Factory(name, online, rotated).apply_to_model(model, use_tqdm=False)
     before = getattr(model, TRANSFORM_CONFIG_NAME, None)
-    # With no group it declares what the transforms share as tied, for save_pretrained, and nothing else.
+    # Without groups this only declares shared matrices as tied weights, for save_pretrained.
     apply_transform_config(model, TransformConfig(config_groups={}))
     if before is not None:
         before.merge(saved)
@@ -76,11 +76,11 @@ def install_compressed(
 def _saved_groups(
     group: str, scheme: Scheme, rotations: Mapping[str, Rotation]
 ) -> Iterator[tuple[str, TransformScheme, list[str]]]:
-    """A group as a reader of the folder has to understand it: name, scheme, modules that it rotates at run time.
+    """A group as it has to be saved for readers of the folder: name, scheme, modules that it rotates online.
 
-    A reader makes the matrix of type hadamard by itself, as Sylvester does; any other it reads from the folder, and
-    divides by sqrt(n) under the type random-hadamard alone: so that is what every other online matrix is saved as. It
-    keeps one matrix per group: where layers have their own, every matrix is a group.
+    A reader generates the matrix of type hadamard itself (Sylvester's); it loads others from the folder, and divides
+    them by sqrt(n) for type random-hadamard alone, so every other online matrix is saved under that type. A group has
+    one matrix: if layers have their own, every matrix is a group.
     """
     whole = TransformScheme.model_validate({**scheme.model_dump(), "requires_grad": False})
     distinct = distinct_rotations(rotations)
@@ -92,7 +92,7 @@ def _saved_groups(
         if not is_sylvester(rotation):
             part.type, part.randomize = "random-hadamard", False
         for args in part.apply:
-            # The matrix that is saved is the one that is applied, whichever way round the group had it.
+            # The saved matrix is the one that is applied, so its inverse is the one in the weight.
             args.inverse = args.location == "weight_input"
         if len(distinct) > 1:
             part.apply = [args for args in part.apply if args.location != "weight_output"]
@@ -102,7 +102,7 @@ def _saved_groups(
 
 
 class _Factory(HadamardFactory):
-    """compressed-tensors' factory with our matrices: one parameter for all modules that share a rotation."""
+    """compressed-tensors' factory with this library's matrices: modules that share a rotation share a parameter."""
 
     def __init__(self, name: str, scheme: TransformScheme, rotations: Mapping[nn.Module, Rotation]):
         super().__init__(name, scheme)
@@ -114,5 +114,5 @@ class _Factory(HadamardFactory):
         if (id(rotation), device) not in self.parameters:
             weight = unnormalised(rotation).to(device, self.scheme.precision).contiguous()
             self.parameters[id(rotation), device] = nn.Parameter(weight, requires_grad=False)
-        args = args.model_copy(update={"inverse": False})  # the rotation is the one that is applied
+        args = args.model_copy(update={"inverse": False})  # the matrix is the applied one
         return HadamardTransform(self.parameters[id(rotation), device], None, self.scheme, args, type(module))

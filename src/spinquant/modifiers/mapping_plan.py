@@ -1,9 +1,9 @@
-"""From complete mappings to a plan, checked as far as names, shapes and norms go.
+"""Make a plan from complete mappings, checked against the model's names, shapes and norms.
 
-What a mapping leaves out cannot be seen by looking at what it says: a linear that reads the residual stream and is not
-mapped would be left unrotated. So every tensor with an axis of the hidden size has to be explained, every reader of
-the residual stream needs its norm, and where a table knows the model, mapping and table have to agree. A rotation for
-which this fails is `refused` by the plan; the others still work.
+A mapping may be incomplete without being inconsistent: a linear that reads the residual stream and is not mapped would
+stay unrotated. So every tensor with an axis of the hidden size has to be mapped, every reader of the residual stream
+needs its norm, and for a known architecture, mapping and built-in table have to agree. A rotation for which this fails
+is `refused` by the plan; the others still work.
 """
 
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ from spinquant.models.modules import named_tensor
 from spinquant.modifiers.mappings import ROLES, NormMapping, SpinQuantMapping, matching
 from spinquant.plan import Axis, Gain, Online, Plan, Space, Tie
 
-NORM_TOLERANCE = 0.05  # a norm's output against the formula; bfloat16 rounds to 0.004
+NORM_TOLERANCE = 0.05  # relative error of a norm's output against the formula; bfloat16 rounds to 0.004
 
 
 def plan_from_mappings(model: Any, mapping: SpinQuantMapping, norms: Sequence[NormMapping]) -> Plan:
-    """The plan that complete mappings describe. Rotations that it cannot carry are `refused`, with the reason.
+    """Make the plan that complete mappings describe. Impossible rotations are `refused` in it, with the reason.
 
-    Raises RotationError for a target that matches nothing, a module with two roles, one of the wrong kind, or an
+    Raises RotationError for a target that matches nothing, a module with two roles or of the wrong class, and an
     attention without exactly one q, k, v and o.
     """
     roles = {role: matching(model, _listed(getattr(mapping, role)), f"mappings.{role}") for role in ROLES}
@@ -79,9 +79,10 @@ def plan_from_mappings(model: Any, mapping: SpinQuantMapping, norms: Sequence[No
 
 
 def held_against(plan: Plan, table: Plan) -> Plan:
-    """The plan of a mapping, with every rotation refused where its spaces are not those of the table.
+    """Check a mapping's plan against the table's; rotations whose spaces differ are refused.
 
-    Layers may be left out of R2, R3 and R4; the residual space has to be whole. Order, bit for bit, is the table's.
+    Layers may be left out of R2, R3 and R4; the residual space has to be complete. The result has the table's order, so
+    that rotations are bit for bit those of the table.
     """
     refused = dict(plan.refused)
     for space in plan.spaces:
@@ -91,7 +92,7 @@ def held_against(plan: Plan, table: Plan) -> Plan:
         ours, theirs = _touched(plan, space.name), _touched(table, space.name)
         if ours != theirs and space.rotation not in refused:
             name = sorted(ours ^ theirs)[0][0]
-            where = "is not in the mapping" if name in {t for t, _ in theirs} else f"does not live in {space.name}"
+            where = "is not in the mapping" if name in {t for t, _ in theirs} else f"is not in the space {space.name}"
             refused[space.rotation] = f"{name!r} {where}, and the function of the model would change"
     ours, theirs = ({g.norm: (g.offset, frozenset(g.readers)) for g in p.gains} for p in (plan, table))
     differing = sorted(norm for norm in ours | theirs if ours.get(norm) != theirs.get(norm))
@@ -200,7 +201,7 @@ def _gains(model: nn.Module, norms: Sequence[NormMapping], readers: Sequence[str
 
 
 def _shared(a: str, b: str) -> int:
-    """How many leading parts two module names share."""
+    """Number of leading parts that two module names share."""
     count = 0
     for x, y in zip(a.split("."), b.split("."), strict=False):
         if x != y:
@@ -211,7 +212,7 @@ def _shared(a: str, b: str) -> int:
 
 @torch.no_grad()
 def norm_offset(model: nn.Module, name: str) -> float:
-    """0 for a norm that multiplies by its weight, 1 for one that multiplies by 1 + weight; found by trying it.
+    """0 for a norm that multiplies by its weight, 1 for one that multiplies by 1 + weight; measured by running it.
 
     Raises RotationError for anything but an RMSNorm: subtracting the mean does not commute with a rotation.
     """
@@ -219,7 +220,7 @@ def norm_offset(model: nn.Module, name: str) -> float:
     parameters = dict(norm.named_parameters())
     weight = parameters.get("weight")
     if weight is not None and len(parameters) == 1 and weight.ndim == 1 and not weight.is_meta:
-        # Far from zero mean, so that a mean is missed; large, so that the norm's epsilon does not matter.
+        # A large mean, so that subtracting it shows; large values, so that the norm's epsilon does not matter.
         x = torch.linspace(500.0, 1500.0, len(weight), device=weight.device).flip(0).unsqueeze(0)
         unit = x * x.square().mean().rsqrt()
         found = norm(x.to(weight.dtype)).float()

@@ -1,12 +1,12 @@
-"""Transform configs of compressed-tensors: made from roles, and turned into a plan and its rotations.
+"""Transform configs of compressed-tensors: made from mappings, and translated into a plan and its rotations.
 
-A config is a set of named groups; each says which kind of matrix, of which order, is applied where: to the input or
-output side of weights, at run time to the input of linears, to queries and keys. With y = x W^T and a group's matrix R
+A config is a set of named groups; each has a type of matrix, its order, and the places where it is applied: the input
+or output side of weights, online the input of linears, queries and keys. With y = x W^T and a group's matrix R
 
     weight_output: R^T W      weight_input, inverse: W R      input: x R      q_attn, k_cache: q R, k R
 
-and the other way round with R^T, since R is orthogonal. A config can say things that change the function of a model
-(a writer rotated and its reader not); those are refused by name, so what is left is a plan.
+and the inverse with R^T, since R is orthogonal. A config can change the function of a model (a writer rotated and its
+reader not); this is refused, with the names, so that every accepted config is a plan.
 """
 
 from collections import defaultdict
@@ -33,7 +33,7 @@ def _dtype(value: Any) -> Any:
         return value
     found = getattr(torch, value.removeprefix("torch."), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"{value!r} is no floating-point dtype of torch: expected one such as 'float32'")
+        raise ValueError(f"{value!r} is not a floating-point dtype of torch: expected one such as 'float32'")
     return found
 
 
@@ -41,7 +41,7 @@ TorchDtype = Annotated[torch.dtype, BeforeValidator(_dtype), PlainSerializer(str
 
 
 class TransformArgs(BaseModel):
-    """Where one matrix is applied, and which way round."""
+    """Where a group's matrix is applied, and whether inverted."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -57,7 +57,7 @@ class TransformArgs(BaseModel):
 
 
 class TransformScheme(BaseModel):
-    """A kind of matrix and the places it is applied to. head_dim: its order, None for the whole axis."""
+    """A group: its type of matrix and where it is applied. head_dim: order of the matrix, None for the whole axis."""
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
@@ -70,7 +70,7 @@ class TransformScheme(BaseModel):
 
 
 class TransformConfig(BaseModel):
-    """Groups by name; validates as compressed-tensors' own TransformConfig, and the other way round."""
+    """Groups by name; compatible with compressed-tensors' own TransformConfig in both directions."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -78,7 +78,7 @@ class TransformConfig(BaseModel):
 
 
 def transform_config(mapping: SpinQuantMapping, rotations: Sequence[str], **scheme: Any) -> TransformConfig:
-    """The config that says R1 to R4 by a complete mapping. scheme: fields of every group, head_dim included."""
+    """Make the config of R1 to R4 from a complete mapping. scheme: fields of every group, including head_dim."""
     m: Any = mapping
     places = {
         "R1": [
@@ -91,7 +91,7 @@ def transform_config(mapping: SpinQuantMapping, rotations: Sequence[str], **sche
     }
     groups: dict[str, TransformScheme] = {}
     for name in rotations:
-        # A matrix of the whole axis would mix the heads.
+        # A matrix of the whole axis would mix heads.
         order = scheme["head_dim"] or (m.attn_head_dim if name in ("R2", "R3") else None)
         args = [TransformArgs(targets=t, location=where, inverse=i) for t, where, i in places[name]]  # pyright: ignore
         groups[name] = TransformScheme(**{**scheme, "head_dim": order}, apply=args)
@@ -100,7 +100,7 @@ def transform_config(mapping: SpinQuantMapping, rotations: Sequence[str], **sche
 
 @dataclass(frozen=True)
 class Touch:
-    """One side of one module, rotated by a group; `straight` is R as in the formulas above, otherwise R^T."""
+    """A rotation of one side of a module by a group; straight: by R as in the formulas above, otherwise by R^T."""
 
     group: str
     straight: bool
@@ -111,7 +111,7 @@ Touches = dict[tuple[str, str], Touch]
 
 @dataclass(frozen=True)
 class Translation:
-    """A plan, its rotations by space, and the group that each space belongs to."""
+    """A plan, its rotations by space, and the group of each space."""
 
     plan: Plan
     rotations: Mapping[str, Rotation]
@@ -119,10 +119,10 @@ class Translation:
 
 
 def translate(model: nn.Module, base: Plan, config: TransformConfig, *, seed: int) -> Translation:
-    """What a config does to a model that `base` explains.
+    """Translate a config into a plan and rotations, for a model with the plan `base`.
 
     Raises RotationError, naming group and module, for targets that match nothing, sides that are rotated twice, spaces
-    that are rotated in part, and locations that no plan can express.
+    that are rotated in part, and locations that are not supported.
     """
     touches = _touches(model, config)
     plan, spaces = _private_spaces(model, base, touches)
@@ -150,20 +150,20 @@ def _touches(model: nn.Module, config: TransformConfig) -> Touches:
                 if place in found:
                     raise RotationError(
                         f"transform_config: {args.location} of {module!r} is rotated by {found[place].group!r} and by "
-                        f"{group!r}: one rotation per place, leave one out"
+                        f"{group!r}: only one rotation per place is possible, leave one out"
                     )
                 if args.location == "output":
                     raise RotationError(
-                        f"transform_config {group!r}: location 'output' of {module!r} cannot be expressed: rotations "
-                        "run at the input of linears and on queries and keys. Rotate weight_output instead, or the "
-                        "input of the modules that read it"
+                        f"transform_config {group!r}: location 'output' of {module!r} is not supported: online "
+                        "rotations run at the input of linears and on queries and keys. Rotate weight_output instead, "
+                        "or the input of the modules that read it"
                     )
                 found[place] = Touch(group, args.inverse == (args.location == "weight_input"))
     return found
 
 
 def _private_spaces(model: nn.Module, base: Plan, touches: Touches) -> tuple[Plan, dict[tuple[str, str], str]]:
-    """The plan with a space for every linear whose input is rotated at run time, and those spaces by place."""
+    """The plan with a space for every linear whose input is rotated online, and these spaces by place."""
     known = {online.module: online.space for online in base.onlines if online.site == "input"}
     spaces, axes, onlines = list(base.spaces), list(base.axes), list(base.onlines)
     places: dict[tuple[str, str], str] = {}
@@ -173,13 +173,13 @@ def _private_spaces(model: nn.Module, base: Plan, touches: Touches) -> tuple[Pla
         linear = model.get_submodule(module)
         if not isinstance(linear, nn.Linear):
             raise RotationError(
-                f"transform_config {touch.group!r}: {module!r} is a {type(linear).__name__}; rotations run at the "
-                "input of an nn.Linear"
+                f"transform_config {touch.group!r}: {module!r} is a {type(linear).__name__}; online rotations need an "
+                "nn.Linear"
             )
         if touches.get((module, "weight_input")) != touch:
             raise RotationError(
-                f"transform_config {touch.group!r}: the input of {module!r} is rotated at run time and its weight does "
-                "not take that back: add the location weight_input for it, with the opposite inverse, in the same group"
+                f"transform_config {touch.group!r}: the input of {module!r} is rotated online and its weight does not "
+                "undo it: add the location weight_input for it, with the opposite inverse, in the same group"
             )
         space = known.get(module)
         if space is None:
@@ -198,8 +198,8 @@ def _space_of(model: nn.Module, plan: Plan, module: str, location: str, touch: T
         if axis.dim == dim.get(location):
             return axis.space
     raise RotationError(
-        f"transform_config {touch.group!r}: {location} of {module!r} lies in no space that {plan.family} can rotate: "
-        "nothing would take the rotation back"
+        f"transform_config {touch.group!r}: {location} of {module!r} is in no space that {plan.family} can rotate: "
+        "nothing would undo the rotation"
     )
 
 
@@ -212,11 +212,11 @@ def _query_key_space(plan: Plan, module: str, touches: Touches, touch: Touch) ->
     for online in plan.onlines:
         if online.site == "query_key" and online.module == module:
             return online.space
-    raise RotationError(f"transform_config {touch.group!r}: {module!r} is no attention that {plan.family} knows")
+    raise RotationError(f"transform_config {touch.group!r}: {module!r} is not an attention of {plan.family}")
 
 
 def _whole(model: nn.Module, plan: Plan, space: Space, touched: dict[tuple[str, str], Touch]) -> Touch:
-    """The one touch of a space. Raises RotationError when a part of the space is left alone, or rotated otherwise."""
+    """The rotation of a space. Raises RotationError if a part of it is not rotated, or rotated differently."""
     needed = [(online.module, online.site) for online in plan.onlines if online.space == space.name]
     for axis in plan.axes:
         if axis.space == space.name and axis.tensor.endswith(".weight"):
@@ -228,12 +228,10 @@ def _whole(model: nn.Module, plan: Plan, space: Space, touched: dict[tuple[str, 
         for name in ("q_attn", "k_cache") if location == "query_key" else (location,):
             other = touched.get((module, name))
             if other != touch:
-                how = (
-                    "is not" if other is None else f"is rotated otherwise (by {other.group!r}, or the other way round)"
-                )
+                how = "is not" if other is None else f"is rotated differently (by {other.group!r}, or by the inverse)"
                 raise RotationError(
                     f"transform_config {touch.group!r}: {place[1]} of {place[0]!r} is rotated, and {name} of "
-                    f"{module!r} {how}, though both live in the space {space.name!r}: the function of the model would "
+                    f"{module!r} {how}, though both are in the space {space.name!r}: the function of the model would "
                     "change"
                 )
     return touch
@@ -249,10 +247,10 @@ def _rotations(plan: Plan, config: TransformConfig, found: Mapping[str, Touch], 
         scheme = config.config_groups[touch.group]
         if scheme.randomize and scheme.type == "hadamard" and space.name != "residual":
             raise RotationError(
-                f"transform_config {touch.group!r}: randomize does nothing to type hadamard: use random-hadamard"
+                f"transform_config {touch.group!r}: randomize has no effect on type hadamard: use random-hadamard"
             )
         spec = RotationSpec((), scheme.type, scheme.head_dim, scheme.randomize, seed)
-        # The streams of random numbers that `make_rotations` draws from, where the group is called R1, R2, R3 or R4.
+        # The same random streams as in `make_rotations`, if the group is called R1, R2, R3 or R4.
         label = space.name if scheme.randomize else f"{touch.group}/{space.size}"
         if (label, True) not in made:
             made[label, True] = make_rotation(space, spec, label)
@@ -263,7 +261,7 @@ def _rotations(plan: Plan, config: TransformConfig, found: Mapping[str, Touch], 
 
 
 def _regrouped(plan: Plan, rotations: Mapping[str, Rotation]) -> Plan:
-    """Linears that read one activation share its rotation; those that rotate it differently are groups of their own."""
+    """Split groups of linears that read one activation but rotate it differently online."""
     online = {o.module: id(rotations[o.space]) for o in plan.onlines if o.site == "input" and o.space in rotations}
     groups = []
     for group in plan.linears:

@@ -1,7 +1,7 @@
-"""Branches of a layer beside attention: MLPs, experts, and mixers of tokens that keep no keys.
+"""Find the branches of a layer beside attention: MLPs, experts, and token mixers without a KV cache.
 
-A branch is a linear that writes to the stream, with the readers whose outputs its input follows. It is an MLP where
-what a reader gives at one token stays at that token, and a mixer where later tokens feel it.
+A branch is a linear that writes to the residual stream, with the readers whose outputs its input depends on. It is an
+MLP if a reader's output at one token affects that token only, and a token mixer if it affects later tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ Original = tuple[Any, Mapping[str, Sequence[int]]]
 
 
 def add_stacks(found: Draft, seen: Sequence[Observation]) -> dict[str, str]:
-    """Adds experts and what chooses them to a draft; by the module of experts, the tensor by which it reads."""
+    """Add experts and routers to a draft; returns the tensor that reads the stream, by module of experts."""
     first, data = seen[0], found.data
     reads: dict[str, str] = {}
     for part in first.layers:
@@ -40,7 +40,7 @@ def add_stacks(found: Draft, seen: Sequence[Observation]) -> dict[str, str]:
                 continue
             stack = stack_of([(one.calls[name].module, one.hidden) for one in seen])
             if stack is None:
-                found.left.append(f"{module}: which axes of its experts lie in the residual stream cannot be told")
+                found.left.append(f"{module}: the axes of its experts that are in the residual stream are ambiguous")
                 continue
             reads[module] = f"{module}.{stack.first}"
             for tensor, axes in stack.axes.items():
@@ -49,7 +49,7 @@ def add_stacks(found: Draft, seen: Sequence[Observation]) -> dict[str, str]:
             size = formula(sizes, EXPERT_WIDTHS)
             if size is None:
                 numbers = [number for _, number in sizes]
-                found.left.append(f"the config gives no {numbers}, the width of the experts in {module}")
+                found.left.append(f"no formula of the config gives {numbers}, the width of the experts in {module}")
                 continue
             data["tensors"][f"{module}.{stack.second}"][stack.inner] = EXPERTS
             data["spaces"][EXPERTS] = {"rotation": "R4", "size": size}
@@ -101,10 +101,10 @@ def add_branches(found: Draft, seen: Sequence[Observation], original: Original, 
             add(mine, i)
             add([writer], i)
         for name in readers:
-            if part.fed.get(name) == []:  # weighs a branch by numbers: nothing to be rounded in groups
+            if part.fed.get(name) == []:  # a gate of scalars for a branch: in no group of quantized linears
                 keep(name, True)
     if not attention:
-        found.left.append("no attention was found whose module is handed a KV cache: neither R2 nor R3 has a place")
+        found.left.append("no attention module with a KV cache was found: neither R2 nor R3 is possible")
     roles = [inputs, [attention.get("o")], *(([*data["mlp"]["in"]], [data["mlp"]["out"]]) if "mlp" in data else ())]
     ordered = [list(group) for group, _ in sorted(groups.items(), key=lambda item: item[1])]
     if ordered != [group for group in roles if any(group)]:
@@ -115,7 +115,7 @@ def add_branches(found: Draft, seen: Sequence[Observation], original: Original, 
 def _add_mlp(
     found: Draft, seen: Sequence[Observation], original: Original, role: str, readers: Sequence[str], writer: str
 ) -> bool:
-    """Adds an MLP, or experts that every token goes through; whether that could be said."""
+    """Add an MLP, or shared experts, to a draft; False if the config does not give its width."""
     first, data, (config, shapes) = seen[0], found.data, original
     names, out = [first.starred(name) for name in readers], first.starred(writer)
     if (known := data.get("mlp")) and role == "mlp":
@@ -123,7 +123,7 @@ def _add_mlp(
     if role == "shared" and SHARED in data["spaces"]:
         return out in data["onlines"]
     widths = [(one.config, one.calls[writer].input.shape[-1]) for one in seen]
-    # The same layer of the large model, where that has one as small models do.
+    # The same layer of the full-size model, if it has one.
     stored = [s for n, s in shapes.items() if first.starred(n) == f"{out}.weight"]
     if stored:
         widths.append((config, stored[0][0 if data.get("transposed") else 1]))
@@ -131,7 +131,7 @@ def _add_mlp(
     absent = [f"{name}|4*hidden_size" for name in WIDTHS if hasattr(first.config, name)] if role == "mlp" else []
     size = formula(widths, (*candidates, *absent))
     if size is None:
-        found.left.append(f"the config gives no {[number for _, number in widths]}, the width of {out}")
+        found.left.append(f"no formula of the config gives {[number for _, number in widths]}, the width of {out}")
         return False
     if size == "4*hidden_size" and absent:
         size = next((text for text in absent if formula(widths, (text,)) == text), size)

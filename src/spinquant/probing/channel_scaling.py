@@ -1,7 +1,7 @@
-"""Which linears may be one factor of what the MLP's last linear reads, as up_proj is in act(gate) * up.
+"""Candidates for channel scaling: linears that are a factor of the next input, as up_proj in act(gate) * up.
 
-Whether one is, is tried (`probe.py`): its rows are scaled, each by a number of its own, and the reader's columns
-divided by them. The logits stay where they were if, and only if, what is between is linear in all of those outputs.
+`probe.py` tests each: its rows are scaled by individual factors and the reader's columns divided by them. The logits
+are unchanged if and only if the computation in between is linear in each of these outputs.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,9 +17,9 @@ from spinquant.rotations.wrappers import Scaled
 def candidates(
     data: Mapping[str, Any], plan: Plan, shapes: Mapping[str, Sequence[int]], starred: Callable[[str], str]
 ) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
-    """For every kind of space that is rotated before a linear, entries of a family file's `scaled`, likely ones first.
+    """Candidates for a family file's `scaled`, for every kind of space at the input of a linear, likely ones first.
 
-    data: of the draft. shapes: of the small model's tensors. starred: a name with `*` for the layer.
+    data: of the draft. shapes: of the tiny model's tensors. starred: replaces the layer index in a name by `*`.
     """
     sizes = {name: entry["size"] for name, entry in data.get("spaces", {}).items()}
     if "mlp" in data:
@@ -30,12 +30,12 @@ def candidates(
     for kind, size in kinds.items():
         halves = [{"space": kind, "start": start, "length": sizes[kind]} for start in (sizes[kind], "0")]
         entries = {size: [kind], 2 * size: halves}
-        # What stands before the reader is nearer to it than the attention.
+        # Linears close before the reader are more likely than those of the attention.
         yield kind, [(name, entry) for name in reversed(linears) for entry in entries.get(linears[name], ())]
 
 
 def scales(plan: Plan) -> dict[str, Rotation]:
-    """Numbers to try, of both signs: what a ReLU lets through is no factor, though positive numbers pass it too."""
+    """Test scales of both signs, since positive scales alone would commute with a ReLU too."""
     generator, found = torch.Generator().manual_seed(0), {}
     for scaling in plan.scalings:
         scale = 0.5 + torch.rand(plan.space[scaling.space].size, generator=generator, dtype=torch.float64)

@@ -1,8 +1,8 @@
-"""A draft beside the names of a checkpoint, which may hold one by one the experts that a module stacks.
+"""Match a draft to a checkpoint that stores experts one by one where the module stacks them.
 
-The leaves below a module of experts (`experts.0.gate_proj.weight`, ...) are linears, (out, in): one that has as many
-inputs as the residual stream is wide reads it, one that has as many outputs writes to it. Where both hold nothing is
-said. `#` stands for the expert.
+The tensors below a module of experts (`experts.0.gate_proj.weight`, ...) are linears, (out, in): one with as many
+inputs as the residual stream is wide reads it, one with as many outputs writes to it. If both hold it is ambiguous, and
+nothing is drafted. `#` stands for the expert.
 """
 
 import re
@@ -17,7 +17,7 @@ COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_exper
 
 
 def with_single_experts(file: FamilyFile, config: Any, shapes: Mapping[str, Sequence[int]]) -> FamilyFile | None:
-    """The family that explains the experts of a checkpoint too; None where it holds none, or they are ambiguous.
+    """The family file extended to a checkpoint's single experts; None if it has none, or they are ambiguous.
 
     shapes: of the checkpoint's tensors.
     """
@@ -44,7 +44,7 @@ def with_single_experts(file: FamilyFile, config: Any, shapes: Mapping[str, Sequ
 
 
 def _leaves(module: str, shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, tuple[int, ...]], int]:
-    """Shapes of what lies below the single experts of a module, and the number of experts."""
+    """Shapes of the tensors of a module's single experts, and the number of experts."""
     pattern = re.compile(re.escape(module).replace(r"\*", r"\d+") + r"\.(\d+)\.(.+)\.weight")
     matches = [(match, tuple(shapes[name])) for name in shapes if (match := pattern.fullmatch(name))]
     return {match[2]: shape for match, shape in matches}, max((int(match[1]) + 1 for match, _ in matches), default=0)
@@ -59,7 +59,7 @@ def _axes(shape: Sequence[int], hidden: int) -> list[str] | None:
 def _either(
     choices: Sequence[Sequence[Sequence[str]]], module: str, stacked: list[str], names: Sequence[str]
 ) -> list[list[list[str]]]:
-    """Choices in which experts may be stacked or single."""
+    """The choices, extended by experts that are stacked or single."""
     single = [f"{module}.#."]
     found: list[list[list[str]]] = []
     known = False

@@ -1,13 +1,13 @@
-"""From what went through a small model to which module plays which part.
+"""Infer the role of each module from the activations of a tiny model.
 
-Everything here is read off numbers, and is a candidate until the tiny model has survived it (`probe.py`):
+Everything here is inferred numerically, and is a candidate until it passes the tests of `probe.py`:
 
-- the residual stream enters a layer as s and leaves it as s + sum_m c_m y_m, a scalar c_m for every module m whose
-  output y_m is written to it; modules with c_m = 0 are no writers;
-- a norm belongs to the stream where its input is such a sum;
-- a linear reads a norm where its input is a multiple of the norm's output, and the stream itself where each token's
-  input is a multiple of the stream (after subtracting the mean, perhaps), which a norm without a scale gives;
-- a row of a linear makes a value where a nudge of it arrives at a writer's input as it is: attention weights sum to 1.
+- the residual stream enters a layer as s and leaves it as s + sum_m c_m y_m, with a scalar c_m for every module m
+  whose output y_m is written to it; modules with c_m = 0 are not writers;
+- a norm belongs to the stream if its input is such a sum;
+- a linear reads a norm if its input is a multiple of the norm's output, and the stream itself if each token's input is
+  a multiple of the stream (perhaps after subtracting the mean), as behind a norm without a scale;
+- a row of a linear is a value if a perturbation of it reaches a writer's input unchanged: attention weights sum to 1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,17 +21,17 @@ from transformers.pytorch_utils import Conv1D
 from spinquant.probing.moe import is_router, is_stack
 from spinquant.probing.trace import TracedCall, answers
 
-EXACT = 1e-9  # relative error of what float64 explains
-NUDGE = 1e-3
-MOST_ROWS = 4096  # of a linear whose outputs are nudged, each in a sequence of its own
+EXACT = 1e-9  # relative error that float64 rounding explains
+NUDGE = 1e-3  # size of a perturbation
+MOST_ROWS = 4096  # of a linear whose outputs are perturbed, each in its own sequence
 LINEARS = (nn.Linear, Conv1D)
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm of the residual stream: the tensor that scales, what it adds to it (0 or 1), and its readers.
+    """A norm of the residual stream: its scale tensor w, the offset (scale = offset + w), and its readers.
 
-    offset: None where the scale is neither w nor 1 + w. centred: it subtracts the mean.
+    offset: 0 or 1, None for any other scale. centred: it subtracts the mean.
     """
 
     scale: str
@@ -42,7 +42,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Values:
-    """The rows of a linear that make values, and the channels at which each arrives in the input of `reader`."""
+    """The rows of a linear that are values, with the channels of `reader`'s input at which each arrives."""
 
     linear: str
     reader: str
@@ -51,11 +51,11 @@ class Values:
 
 @dataclass
 class LayerPart:
-    """What was found in a layer, or around the layers.
+    """The roles found in a layer, or outside the layers.
 
-    stacks: modules of experts that read and write the stream. fed: by reader of the stream, the writers whose inputs it
-    moves. looks_back: the readers whose output at one token moves such inputs at later ones, as keys and values do.
-    centred: its norms subtract the mean. problems: why the stream cannot be explained.
+    stacks: modules of experts that read and write the stream. fed: the writers whose inputs each reader affects.
+    looks_back: readers whose output at one token affects such inputs at later tokens, as keys and values do. centred:
+    its norms subtract the mean. problems: why the stream cannot be explained.
     """
 
     norms: list[Norm] = field(default_factory=list)
@@ -71,7 +71,7 @@ class LayerPart:
 
 
 def combination(target: Tensor, parts: Sequence[Tensor]) -> tuple[list[float], float]:
-    """Scalars by which parts add up to the target, as well as they can, and the relative error of that."""
+    """Least-squares scalars of a linear combination of parts that gives the target, and its relative error."""
     if not parts:
         return [], 1.0
     columns = torch.stack([part.flatten() for part in parts], dim=1)
@@ -81,9 +81,9 @@ def combination(target: Tensor, parts: Sequence[Tensor]) -> tuple[list[float], f
 
 
 def token_combination(target: Tensor, parts: Sequence[Tensor]) -> tuple[list[float], float]:
-    """As `combination`, with scalars of each token's own: the largest of each part, and the relative error."""
+    """As `combination`, with separate scalars for each token; the largest per part, and the relative error."""
     if len(parts) * 2 > target.shape[-1]:
-        return [0.0] * len(parts), 1.0  # that many explain anything
+        return [0.0] * len(parts), 1.0  # so many parts can fit anything
     columns = torch.stack([part.flatten(0, -2) for part in parts], dim=-1)  # (tokens, hidden, parts)
     found = torch.linalg.lstsq(columns, target.flatten(0, -2).unsqueeze(-1), driver="gelsd").solution
     error = (columns @ found).squeeze(-1) - target.flatten(0, -2)
@@ -91,13 +91,13 @@ def token_combination(target: Tensor, parts: Sequence[Tensor]) -> tuple[list[flo
 
 
 def is_multiple(x: Tensor, y: Tensor) -> bool:
-    """Whether one tensor is a number times the other."""
-    # Some modules flatten tokens.
+    """Whether one tensor is a scalar multiple of the other."""
+    # Some modules flatten the batch.
     return x.shape[-1] == y.shape[-1] and x.numel() == y.numel() and combination(x, [y])[1] <= EXACT
 
 
 def is_normed(x: Tensor, y: Tensor, *, centred: bool = False) -> bool:
-    """Whether each token of x is a number times that of y, or of y without its mean."""
+    """Whether each token of x is a scalar multiple of that of y, or (centred) of y minus its mean."""
     if x.shape != y.shape:
         return False
     source = y - y.mean(-1, keepdim=True) if centred else y
@@ -106,12 +106,12 @@ def is_normed(x: Tensor, y: Tensor, *, centred: bool = False) -> bool:
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of a module itself, by name."""
+    """A module's own parameters, by name."""
     return dict(module.named_parameters(recurse=False))
 
 
 def scale_of(call: TracedCall) -> str | None:
-    """The name of the parameter by which a module scales element by element; None for what is no norm."""
+    """The name of a norm's scale parameter; None for a module that is not a norm."""
     parameters = own_parameters(call.module)
     scales = [name for name, p in parameters.items() if p.ndim == 1 and p.shape[0] == call.output.shape[-1]]
     weights = [name for name in scales if name != "bias"]
@@ -121,7 +121,7 @@ def scale_of(call: TracedCall) -> str | None:
 
 @torch.no_grad()
 def offset_of(call: TracedCall) -> float | None:
-    """0 for a norm that multiplies by its weight, 1 for one that multiplies by 1 + weight; found by trying it."""
+    """0 for a norm that multiplies by its weight, 1 for one that multiplies by 1 + weight; measured by running it."""
     name = scale_of(call)
     assert name is not None
     parameters = own_parameters(call.module)
@@ -146,30 +146,30 @@ def offset_of(call: TracedCall) -> float | None:
 
 @torch.no_grad()
 def subtracts_mean(call: TracedCall) -> bool:
-    """Whether a norm gives the same for an input that is shifted."""
+    """Whether a norm's output is unchanged if its input is shifted."""
     plain, shifted = call.module(call.input), call.module(call.input + 1)
     return bool((plain - shifted).norm() <= 1e-6 * plain.norm())
 
 
 def explain_layer(model: Any, layer: TracedCall, calls: Sequence[TracedCall], tokens: Tensor) -> LayerPart:
-    """What the modules inside a layer are to the residual stream. calls: those inside, in order of execution."""
+    """Infer the roles of a layer's modules. calls: of the modules inside, in order of execution."""
     part = LayerPart()
     hidden = layer.output.shape[-1]
     leaves = [call for call in calls if own_parameters(call.module)]
     parts: list[TracedCall] = []
-    for call in leaves:  # a module may hand on what one inside it gives
+    for call in leaves:  # a module may return the output of a module inside it
         if call.output.shape == layer.output.shape and not any(torch.equal(call.output, p.output) for p in parts):
             parts.append(call)
     part.writers = _writers(part, layer, parts)
     stream = [layer.input]
-    for call in calls:  # values of the stream on its way through the layer
+    for call in calls:  # the stream at intermediate points of the layer
         if call.input.shape == layer.input.shape and not isinstance(call.module, LINEARS):
             sums, error = combination(call.input, [layer.input, *(c.output for c in parts)])
             if error <= EXACT and _is_stream(sums, parts) and not any(is_multiple(call.input, s) for s in stream):
                 stream.append(call.input)
-    # A norm gets its input and nothing else; an attention may have a bias of its own.
+    # A norm takes its input only; an attention may have a one-dimensional parameter too.
     scaled = [c for c in leaves if scale_of(c) and not c.keywords and c.output.shape[-1] == hidden]
-    # Where the stream is not explained, every norm that linears read may be one of it.
+    # If the stream is not explained, any norm that linears read may belong to it.
     norms = [call for call in scaled if part.problems or any(is_multiple(call.input, value) for value in stream)]
     linears = [call for call in leaves if isinstance(call.module, LINEARS)]
     others = [call for call in leaves if is_stack(call) or is_router(call)]
@@ -183,7 +183,7 @@ def explain_layer(model: Any, layer: TracedCall, calls: Sequence[TracedCall], to
         if not outs or call.name not in reading or call.output.shape[-1] > MOST_ROWS:
             continue
         moved = answers(model, call, outs, tokens, NUDGE)
-        # A nudge of all keys alike does not reach the scores, unless positions turn them.
+        # Perturbing all keys alike does not change attention weights, except through rotary positions.
         later = answers(model, call, outs, tokens, NUDGE, where=slice(0, 1))
         both = {name: max(moved[name].abs().max(), later[name].abs().max()) for name in moved}
         part.fed[call.name] = [name for name, size in both.items() if size > 1e-6 * NUDGE]
@@ -199,12 +199,12 @@ def explain_layer(model: Any, layer: TracedCall, calls: Sequence[TracedCall], to
 
 
 def _is_stream(sums: Sequence[float], parts: Sequence[TracedCall]) -> bool:
-    """Whether a sum has the stream in it: what entered the layer, or a norm of it that took its place."""
+    """Whether a sum contains the stream: the layer's input, or a norm of it that replaces it."""
     return abs(sums[0]) > EXACT or sum(abs(number) > EXACT for number in sums) > 1
 
 
 def _carried(delta: Tensor) -> dict[int, tuple[int, ...]]:
-    """Of (rows, T, channels), how an input moved under each nudge: the rows that arrive as they are, and where."""
+    """The rows whose perturbation arrives unchanged, with their channels; delta is (rows, T, channels)."""
     found = {}
     for row, moved in enumerate(delta):
         arrived = (moved - NUDGE).abs().amax(0) <= 1e-6 * NUDGE
@@ -215,13 +215,13 @@ def _carried(delta: Tensor) -> dict[int, tuple[int, ...]]:
 
 
 def _writers(part: LayerPart, layer: TracedCall, parts: Sequence[TracedCall]) -> list[str]:
-    """The modules whose outputs a layer adds to the stream; adds to the part's problems what is in the way."""
+    """The modules whose outputs a layer adds to the stream; obstacles are appended to the part's problems."""
     sums, error = combination(layer.output, [layer.input, *(call.output for call in parts)])
-    if error > EXACT:  # a gate may weigh a branch token by token, which a rotation does not see
+    if error > EXACT:  # a gate may scale a branch per token, which commutes with a rotation
         sums, error = token_combination(layer.output, [layer.input, *(call.output for call in parts)])
     if error > EXACT:
         part.problems.append(_why_unexplained(layer, parts))
-        # The best that can be said: linears of the right width that do not read what others of them read.
+        # Fallback: linears of the right width that do not read the layer's normed input.
         return [c.name for c in parts if isinstance(c.module, LINEARS) and not is_normed(c.input, layer.input)]
     writing = [call for call, number in zip(parts, sums[1:], strict=True) if abs(number) > EXACT]
     for call in writing:
@@ -231,10 +231,12 @@ def _writers(part: LayerPart, layer: TracedCall, parts: Sequence[TracedCall]) ->
                 "diag(g) R = R diag(g) holds only where all of g is equal"
             )
         elif not isinstance(call.module, LINEARS) and not is_stack(call):
-            part.problems.append(f"{call.name} ({type(call.module).__name__}) writes to the stream and is no linear")
+            part.problems.append(
+                f"{call.name} ({type(call.module).__name__}) writes to the residual stream and is not a linear"
+            )
     if abs(sums[0]) <= EXACT and not part.problems:
-        part.problems.append(f"{layer.name} does not hand the residual stream on")
-    # A linear whose output goes through a norm on its way is still the place where a branch ends.
+        part.problems.append(f"{layer.name} does not pass the residual stream on")
+    # A linear whose output goes through a norm before it is added still ends its branch.
     names, behind = {call.name for call in writing}, [call for call in writing if scale_of(call)]
     while behind:
         norm = behind.pop()
@@ -248,14 +250,14 @@ def _writers(part: LayerPart, layer: TracedCall, parts: Sequence[TracedCall]) ->
 
 
 def _why_unexplained(layer: TracedCall, parts: Sequence[TracedCall]) -> str:
-    """Names what acts element by element, where that explains what a layer does to the stream."""
+    """Why a layer's output is not explained: names an elementwise scale if that explains it."""
     columns = torch.stack([layer.input, *(call.output for call in parts)]).flatten(1, 2)  # (parts, tokens, hidden)
     if columns.shape[1] > columns.shape[0]:
         a, b = columns.permute(2, 1, 0), layer.output.flatten(0, 1).T.unsqueeze(-1)  # one problem per channel
         found = torch.linalg.lstsq(a, b).solution
         if (a @ found - b).norm() <= 1e-6 * b.norm():
             found = found.squeeze(-1)  # (hidden, parts)
-            names = ["the residual stream", *(f"what {call.name} gives" for call in parts)]
+            names = ["the residual stream", *(f"the output of {call.name}" for call in parts)]
             scaled = [
                 name
                 for name, number in zip(names, found.T, strict=True)
@@ -271,7 +273,7 @@ def _why_unexplained(layer: TracedCall, parts: Sequence[TracedCall]) -> str:
                 f"{layer.name} scales {' and '.join(scaled)} element by element{by}, and diag(g) R = R diag(g) holds "
                 "only where all of g is equal"
             )
-    return f"{layer.name} does not add multiples of what its linears give to the residual stream"
+    return f"{layer.name} does not add multiples of its linears' outputs to the residual stream"
 
 
 def _follows(parameter: Tensor, scale: Tensor) -> bool:
@@ -281,7 +283,7 @@ def _follows(parameter: Tensor, scale: Tensor) -> bool:
 def _add_readers(
     part: LayerPart, linears: Sequence[TracedCall], norms: Sequence[TracedCall], stream: Sequence[Tensor]
 ) -> None:
-    """Norms with the linears that read them, and the linears that read the stream without a norm that scales."""
+    """Add norms with the linears that read them, and the linears that read the stream without a norm with a scale."""
     found = [
         Norm(
             f"{norm.name}.{scale_of(norm)}",
@@ -301,12 +303,12 @@ def _add_readers(
 
 
 def explain_ends(model: Any, calls: Mapping[str, TracedCall], first: TracedCall, last: TracedCall) -> LayerPart:
-    """What writes to the stream before the first layer, the embedding of tokens first, and what reads it last."""
+    """Infer what writes to the stream before the first layer, token embedding first, and what reads it last."""
     part = LayerPart()
     names = {module: name for name, module in model.named_modules()}
     embedding, head = names.get(model.get_input_embeddings()), names.get(model.get_output_embeddings())
     if embedding is None or head is None or embedding not in calls or head not in calls:
-        part.problems.append("the model does not say which modules are its embedding and its head")
+        part.problems.append("get_input_embeddings and get_output_embeddings do not give the embedding and the head")
         return part
     order = list(calls)
     before = [calls[name] for name in order if order.index(name) < order.index(first.name)]
@@ -318,17 +320,17 @@ def explain_ends(model: Any, calls: Mapping[str, TracedCall], first: TracedCall,
     part.writers = [embedding, *(name for name in written if name != embedding)] if error <= EXACT else [embedding]
     if error > EXACT:
         part.problems.append(
-            f"what enters {first.name} is not the sum of what embeddings give: something else "
-            "is added to the residual stream, which cannot be rotated"
+            f"the input of {first.name} is not the sum of embeddings: something else is added to the residual stream, "
+            "which cannot be rotated"
         )
     elif embedding not in written:
-        part.problems.append(f"what {embedding} gives is not written to the residual stream as it is")
+        part.problems.append(f"the output of {embedding} is not written to the residual stream unchanged")
     for name in part.writers:
         if scale_of(calls[name]) is not None:
             part.problems.append(f"{name} scales what enters the residual stream element by element")
         elif not isinstance(calls[name].module, nn.Embedding):
             part.problems.append(
-                f"{name} ({type(calls[name].module).__name__}) writes to the residual stream, and is no embedding"
+                f"{name} ({type(calls[name].module).__name__}) writes to the residual stream and is not an embedding"
             )
     part.writers = [name for name in part.writers if isinstance(calls[name].module, nn.Embedding)]
     inside = f"{first.name.rpartition('.')[0]}."
@@ -341,7 +343,7 @@ def explain_ends(model: Any, calls: Mapping[str, TracedCall], first: TracedCall,
 
 
 def _spread(output: Tensor, like: Tensor) -> Tensor | None:
-    """What a module gives, for every sequence of the batch; None where it is no part of the stream."""
+    """A module's output expanded to the batch; None if it has not the stream's shape."""
     if output.ndim and output.shape[-1] == like.shape[-1] and output.ndim in (2, 3):
         try:
             return output.expand(like.shape) if output.ndim == 3 else output.unsqueeze(0).expand(like.shape)

@@ -1,8 +1,7 @@
-"""Layers of several kinds in one probed model: which tensors are whose.
+"""Group the tensors of a model whose layers are of several kinds (attention or recurrence, MLP or experts).
 
-Tensors that the same layers have belong together. Groups of which every layer has exactly one are alternatives
-(attention or a recurrence, one MLP or experts), which a family file says as `choices`; what belongs to no alternative
-may be absent, and is marked so.
+Tensors that occur in the same layers form a group. Groups of which every layer has exactly one are alternatives, the
+`choices` of a family file; tensors in no alternative are optional, and marked so.
 """
 
 import re
@@ -12,7 +11,7 @@ Group = frozenset[int]
 
 
 def groups_of(names: Iterable[str], pattern: str) -> dict[str, Group]:
-    """By the name of a layer's tensor, with * for the layer, the layers that have it."""
+    """The layers that have each tensor; names have * for the layer index."""
     prefix = re.escape(pattern.removesuffix("*"))
     found: dict[str, set[int]] = {}
     for name in names:
@@ -23,7 +22,7 @@ def groups_of(names: Iterable[str], pattern: str) -> dict[str, Group]:
 
 
 def choices_of(groups: dict[str, Group], count: int) -> tuple[list[list[list[str]]], set[str]]:
-    """Alternatives, each as what its tensors begin with; and the tensors that some layers lack and no choice covers."""
+    """Alternatives, each as prefixes of its tensors, and the optional tensors that no choice covers."""
     every = frozenset(range(count))
     partial = sorted({layers for layers in groups.values() if layers != every}, key=lambda g: (min(g), len(g)))
     choices: list[list[list[str]]] = []
@@ -42,7 +41,7 @@ def choices_of(groups: dict[str, Group], count: int) -> tuple[list[list[list[str
 
 
 def _prefixes(groups: dict[str, Group], group: Group) -> list[str]:
-    """What the names of a group's tensors begin with, as short as tells them from all others."""
+    """The shortest prefixes of a group's tensors that match no other tensor."""
     found: dict[str, None] = {}
     for name in (name for name, layers in groups.items() if layers == group):
         parts = name.split(".")

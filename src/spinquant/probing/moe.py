@@ -1,8 +1,8 @@
-"""Experts in a probed model: modules with one matrix behind the other, and what chooses among them.
+"""Recognize stacked experts and routers in a probed model.
 
-Which axis of a stack lies in the residual stream is read off two small models of different sizes: it is as long as the
-stream is wide in both. What comes in and what goes out is told by the other axis, which is the larger, or the first, on
-the way in. Both are candidates, which the trials have to survive.
+The axis of a stack that is in the residual stream has the stream's width in two tiny models of different sizes. Of the
+two matrices the first is the one whose other axis is larger, or the first parameter. Both are candidates, which
+`probe.py` tests.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Stack:
-    """Parameters of a module of experts by name: `first` is multiplied first, `second` last; where the stream is."""
+    """Parameters of a module of experts: the first and second matrix, and which axes are in the residual stream."""
 
     first: str
     second: str
@@ -27,23 +27,23 @@ class Stack:
 
     @property
     def inner(self) -> int:
-        """The axis of `second` that lies between the two products."""
+        """The axis of `second` that is between the two matrix products."""
         return 1 if self.transposed else 2
 
 
 def parameters_of(module: nn.Module, ndim: int) -> dict[str, Shape]:
-    """Shapes of a module's own parameters with so many axes."""
+    """Shapes of a module's own parameters with `ndim` axes."""
     return {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False) if p.ndim == ndim}
 
 
 def is_stack(call: TracedCall) -> bool:
-    """Whether a module holds several matrices one behind the other, two times or more."""
+    """Whether a module has two or more stacks of several matrices."""
     found = list(parameters_of(call.module, 3).values())
     return len(found) > 1 and len({shape[0] for shape in found}) == 1 and found[0][0] > 1
 
 
 def is_router(call: TracedCall) -> bool:
-    """Whether a module multiplies by one matrix without being a linear, as what chooses experts does."""
+    """Whether a module has one matrix and is not a linear, as a router."""
     weights = parameters_of(call.module, 2)
     if isinstance(call.module, nn.Linear | nn.Embedding | Conv1D | nn.Conv1d) or set(weights) != {"weight"}:
         return False
@@ -51,7 +51,7 @@ def is_router(call: TracedCall) -> bool:
 
 
 def stack_of(modules: Sequence[tuple[nn.Module, int]]) -> Stack | None:
-    """How the experts of a module are stacked, from it in several small models, each with the width of its stream."""
+    """How a module's experts are stacked, from tiny models of several sizes: (module, width of the stream) each."""
     axes: dict[str, tuple[bool, ...]] = {}
     shapes = [{**parameters_of(module, 3), **parameters_of(module, 2)} for module, _ in modules]
     for name, shape in shapes[0].items():

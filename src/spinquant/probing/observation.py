@@ -1,4 +1,4 @@
-"""What was seen in one small model, the draft that follows, and formulas that give the numbers of all of them."""
+"""Observations of a tiny model, the draft of a family file, and formulas of sizes that fit all tiny models."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from spinquant.probing.trace import TracedCall
 
 @dataclass(frozen=True)
 class Observation:
-    """What was found in one small model: by layer, and at its ends. layers: the pattern of the names of layers."""
+    """The roles found in one tiny model: by layer, and at its ends. pattern: name of a layer with * for its index."""
 
     config: Any
     calls: Mapping[str, TracedCall]
@@ -28,19 +28,19 @@ class Observation:
         return self.calls[self.pattern.replace("*", "0")].output.shape[-1]
 
     def position(self, name: str, layer: int) -> float:
-        """How far into its layer a module is called, between 0 and 1."""
+        """When a module is called within its layer, between 0 and 1."""
         inside = [n for n in self.calls if n.startswith(f"{self.pattern.replace('*', str(layer))}.")]
         return inside.index(name) / len(inside)
 
     def starred(self, name: str) -> str:
-        """The name with * for the layer."""
+        """The name with * for the layer index."""
         prefix = self.pattern.removesuffix("*")
         return re.sub(rf"^{re.escape(prefix)}\d+(?=\.|$)", lambda match: self.pattern, name)
 
 
 @dataclass
 class Draft:
-    """What a family file would say. left: what it cannot say, and why. silent: modules that text does not reach."""
+    """The content of a family file. left: what it cannot express, and why. silent: modules that do not run on text."""
 
     data: dict[str, Any]
     left: list[str] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Draft:
 
 
 def formula(sizes: Sequence[tuple[Any, int]], candidates: Sequence[str]) -> str | None:
-    """The first formula that gives every config its number; else an attribute that does."""
+    """The first formula that gives the right size for every config; else an attribute that does; else None."""
 
     def fits(text: str) -> bool:
         try:
@@ -63,7 +63,7 @@ def formula(sizes: Sequence[tuple[Any, int]], candidates: Sequence[str]) -> str 
 
 
 def reading_of(seen: Observation, part: LayerPart) -> list[str]:
-    """What reads the stream in a layer, in order of execution."""
+    """The modules that read the stream in a layer, in order of execution."""
     order = {name: i for i, name in enumerate(seen.calls)}
     readers = [reader for norm in part.norms for reader in norm.readers] + part.readers
     return sorted(dict.fromkeys(readers), key=order.__getitem__)

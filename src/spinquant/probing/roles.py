@@ -1,7 +1,7 @@
-"""From what was found in small models of two sizes to a family, as a family file says it.
+"""Draft a family file from the roles found in tiny models of two sizes.
 
 Two sizes, since one number may have several explanations: 32 rows may be two heads of 16 or half of the hidden size. A
-formula is taken where it gives the numbers of both.
+formula is accepted if it gives the right number for both.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ FORMULAS = (
 
 
 def same_attention(seen: Observation) -> str | None:
-    """Why the attentions of a model's layers cannot be described as one; None where they can."""
+    """Why the attentions of a model's layers cannot be described as one; None if they can."""
 
     def described(part: LayerPart) -> Any:
         values = [(seen.starred(v.linear), seen.starred(v.reader), dict(v.channels)) for v in part.values]
@@ -37,8 +37,8 @@ def same_attention(seen: Observation) -> str | None:
     for i, part in found[1:]:
         if described(part) != described(found[0][1]):
             return (
-                f"the attention of layer {i} is built otherwise than that of layer {found[0][0]}, and a family file "
-                "drafted from roles has one kind of attention"
+                f"the attention of layer {i} differs from that of layer {found[0][0]}, and a drafted family file has "
+                "one kind of attention"
             )
     return None
 
@@ -46,7 +46,7 @@ def same_attention(seen: Observation) -> str | None:
 def draft(
     model_type: str, seen: Sequence[Observation], original: tuple[Any, Mapping[str, Sequence[int]]], sizing: Sizing
 ) -> Draft:
-    """The family of small models of several sizes. original: the config and the shapes of the large one."""
+    """Draft the family of tiny models of several sizes. original: config and shapes of the full-size model."""
     first = seen[0]
     star = first.starred
     data: dict[str, Any] = {"name": model_type, "model_types": [model_type], "layer": first.pattern}
@@ -83,22 +83,22 @@ def draft(
         readers += [r for reader in norm.readers if (r := read_through.get(star(reader), star(reader))) not in readers]
     if rest:
         written = ", ".join(rest)
-        found.left.append(f"{written}: on the residual stream, but in no role, so that neither R2 nor R4 reaches them")
+        found.left.append(f"{written}: on the residual stream, but no role found, so not rotated by R2 or R4")
     return found
 
 
 def _attention(found: Draft, seen: Sequence[Observation], at: int) -> set[str]:
-    """Adds the attention of a layer to a draft; returns the linears that have a role in it."""
+    """Add the attention of a layer to a draft; returns the linears that have a role in it."""
     first, part = seen[0], seen[0].layers[at]
     reading = reading_of(first, part)
     out = part.values[0].reader if part.values else None
     if out is None:
-        # Values are changed on their way: the writer that the cache's module holds.
+        # Values do not arrive unchanged: take the writer inside the module with the KV cache.
         inside = [w for w in part.writers if part.attention and w.startswith(f"{part.attention}.")]
         out = inside[-1] if inside else None
     inputs = [name for name in reading if out is not None and part.fed.get(name, [None])[:1] == [out]]
     if out is None or part.attention is None or not inputs:
-        found.left.append("no attention was found whose module is handed a KV cache: neither R2 nor R3 has a place")
+        found.left.append("no attention module with a KV cache was found: neither R2 nor R3 is possible")
         return set()
     roles: dict[str, Any] = {"module": first.starred(part.attention)}
     values = next((v for v in part.values if v.reader == out), None)
@@ -107,7 +107,7 @@ def _attention(found: Draft, seen: Sequence[Observation], at: int) -> set[str]:
     if len(inputs) == 3:
         value = values.linear if values is not None and whole else inputs[-1]
         others = [name for name in inputs if name != value]
-        # Keys at one token matter to later ones, queries do not.
+        # Keys at one token affect later tokens, queries do not.
         others.sort(key=lambda name: name in part.looks_back)
         roles |= dict(zip("qkv", (first.starred(name) for name in (*others, value)), strict=True))
     elif len(inputs) == 2 and not whole:
@@ -116,7 +116,7 @@ def _attention(found: Draft, seen: Sequence[Observation], at: int) -> set[str]:
     elif len(inputs) == 1:
         roles["qkv"] = first.starred(inputs[0])
     else:
-        found.left.append(f"{len(inputs)} linears go into {first.starred(part.attention)}: no layout of attention fits")
+        found.left.append(f"{first.starred(part.attention)} has {len(inputs)} input linears: no known layout fits")
         return set()
     roles["o"] = first.starred(out)
     found.data["attention"] = roles
@@ -125,10 +125,11 @@ def _attention(found: Draft, seen: Sequence[Observation], at: int) -> set[str]:
             c.name for c in first.calls.values() if scale_of(c) and is_multiple(first.calls[out].input, c.output)
         ]
         found.values = (
-            f"{first.starred(between[0])} scales what {first.starred(out)} reads of the values element by element"
+            f"{first.starred(between[0])} scales the values elementwise before {first.starred(out)} reads them"
             if between
-            else f"no row of {', '.join(first.starred(name) for name in inputs)} arrives at {first.starred(out)} as it "
-            "is: something acts on values in between, and an elementwise map does not commute with a rotation"
+            else f"no row of {', '.join(first.starred(name) for name in inputs)} arrives unchanged at "
+            f"{first.starred(out)}: values are transformed in between, and an elementwise map does not commute with a "
+            "rotation"
         )
     else:
         found.values = _layout(seen, at, values, whole, roles)
@@ -136,22 +137,22 @@ def _attention(found: Draft, seen: Sequence[Observation], at: int) -> set[str]:
 
 
 def _layout(seen: Sequence[Observation], at: int, values: Values, whole: bool, roles: dict[str, Any]) -> str | None:
-    """Adds the size of a head, and the rows that are values, to the roles; returns why that cannot be said."""
+    """Add the head size, and the rows that are values, to the roles; returns the reason if that fails."""
     every = []
     for one in seen:
         mine = next((v for v in one.layers[at].values if v.linear == values.linear), None)
         if mine is None:
-            return f"{one.starred(values.linear)} makes values in a small model of one size, and not in another"
+            return f"{one.starred(values.linear)} computes values in a tiny model of one size, and not in another"
         rows, span = one.calls[mine.linear].output.shape[-1], None
         if not whole:
             span = _span(sorted(mine.channels), rows)
             if span is None:
-                return f"the rows of {one.starred(values.linear)} that make values are not evenly spaced"
+                return f"the value rows of {one.starred(values.linear)} are not evenly spaced"
         every.append((one, mine, rows, span))
     heads = [(one.config, _head_size(one, mine) or 0) for one, mine, _, _ in every]
     size = formula(heads, ("head_dim", "v_head_dim")) if all(size for _, size in heads) else None
     if size is None:
-        return f"the values of {seen[0].starred(values.linear)} are in no heads of a size that the config gives"
+        return f"no size in the config is the head size of the values of {seen[0].starred(values.linear)}"
     if size != "head_dim":
         roles["head_size"] = size
     if whole:
@@ -164,7 +165,8 @@ def _layout(seen: Sequence[Observation], at: int, values: Values, whole: bool, r
         text = formula(numbers, FORMULAS)
         if text is None:
             return (
-                f"the config gives no {[number for _, number in numbers]}, the {key} of the values in {values.linear}"
+                f"no formula of the config gives {[number for _, number in numbers]}, the {key} of the values in "
+                f"{values.linear}"
             )
         parts[key] = text
     roles["values"] = parts
@@ -172,7 +174,7 @@ def _layout(seen: Sequence[Observation], at: int, values: Values, whole: bool, r
 
 
 def _span(rows: list[int], length: int) -> tuple[int, int, int] | None:
-    """(start, length, period) of rows, in the smallest period that they have."""
+    """(start, length, period) of rows, for their smallest period; None if they have none."""
     for period in (p for p in range(1, length + 1) if length % p == 0):
         inside = sorted({row % period for row in rows})
         contiguous = inside == list(range(inside[0], inside[-1] + 1))
@@ -182,7 +184,7 @@ def _span(rows: list[int], length: int) -> tuple[int, int, int] | None:
 
 
 def _head_size(seen: Observation, values: Values) -> int | None:
-    """The size of a head as the config has it, where channels agree with it; else the largest that they allow."""
+    """The config's head size if it fits the channels; else the largest size that fits."""
     rows = sorted(values.channels)
     width = seen.calls[values.reader].input.shape[-1]
 

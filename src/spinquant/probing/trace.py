@@ -1,4 +1,4 @@
-"""What goes through the modules of a small model, in order of execution, and how it answers a nudge."""
+"""Trace a tiny model: inputs and outputs of all modules in order of execution, and responses to perturbations."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from spinquant.evaluation.equivalence import Float64Arithmetic
 
 @dataclass(frozen=True)
 class TracedCall:
-    """The first call of a module: what went in and came out, (B, T, ..), and the names of its keyword arguments."""
+    """The first call of a module: its input and output, (B, T, ..), and the names of its keyword arguments."""
 
     name: str
     module: nn.Module
@@ -23,8 +23,10 @@ class TracedCall:
 
 
 def trace(model: Any, tokens: Tensor) -> dict[str, TracedCall]:
-    """The first call of every module that takes and gives a floating tensor (embeddings take integers), in order of
-    execution: a module comes after those inside it."""
+    """The first call of every module with a tensor input and a floating-point output, in order of execution.
+
+    A module comes after those inside it.
+    """
     found: dict[str, TracedCall] = {}
     names = {module: name for name, module in model.named_modules() if name}
     handles = []
@@ -32,7 +34,7 @@ def trace(model: Any, tokens: Tensor) -> dict[str, TracedCall]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         given, result = _first_tensor((*args, *kwargs.values())), _first_tensor([output])
         if names[module] not in found and given is not None and result is not None and result.is_floating_point():
-            # A copy: some classes add to a tensor in place.
+            # A copy: some classes change tensors in place.
             given, result = (by_sequence(x, tokens.shape[0]) for x in (before[module], result.detach().clone()))
             call = TracedCall(names[module], module, given, result, frozenset(kwargs))
             found[call.name] = call
@@ -56,19 +58,19 @@ def trace(model: Any, tokens: Tensor) -> dict[str, TracedCall]:
 
 
 def by_sequence(x: Tensor, batch: int) -> Tensor:
-    """(B, T, width) of what a module got or gave, where it flattens tokens."""
+    """Reshape (B * T, width), of a module that flattens the batch, to (B, T, width)."""
     return x.unflatten(0, (batch, -1)) if x.ndim == 2 and x.shape[0] % batch == 0 and x.is_floating_point() else x
 
 
 @torch.no_grad()
 def run(model: Any, tokens: Tensor) -> Tensor:
-    """Logits of whole sequences, in exact arithmetic."""
+    """Logits of whole sequences, in float64 arithmetic."""
     with Float64Arithmetic():
         return model(input_ids=tokens, use_cache=False).logits
 
 
 def silent_parts(model: Any, calls: Mapping[str, TracedCall]) -> list[str]:
-    """The largest modules with parameters of which nothing was called."""
+    """The outermost modules with parameters that were never called, nor any module inside them."""
     embedding = model.get_input_embeddings()
     called = {*calls, *(name for name, module in model.named_modules() if module is embedding)}
     found: list[str] = []
@@ -83,7 +85,7 @@ def silent_parts(model: Any, calls: Mapping[str, TracedCall]) -> list[str]:
 
 @torch.no_grad()
 def cached_layers(model: Any, tokens: Tensor, count: int) -> list[bool]:
-    """By layer, whether its keys are in the cache; all of them where the cache does not say, or has nobody's."""
+    """Whether each layer's keys are in the KV cache; all True if the cache does not tell."""
     with Float64Arithmetic():
         cache = getattr(model(input_ids=tokens, use_cache=True), "past_key_values", None)
     found = [getattr(layer, "keys", None) is not None for layer in getattr(cache, "layers", ())]
@@ -92,11 +94,11 @@ def cached_layers(model: Any, tokens: Tensor, count: int) -> list[bool]:
 
 @contextmanager
 def _nudged(module: nn.Module, size: float, tokens: slice) -> Iterator[None]:
-    """Within the block, element b of the module's output is larger by `size` in these tokens of sequence b."""
+    """Within the `with` block, add `size` to channel b of the module's output, at these tokens of sequence b."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         if not isinstance(output, Tensor) or output.shape[:-1].numel() % output.shape[-1]:
-            return output  # a router, or an expert, which does not see every token
+            return output  # of a router or an expert, which does not get every token
         index = torch.arange(output.shape[-1])
         nudged = output.clone()
         by_sequence(nudged, len(index))[index, tokens, index] += size
@@ -118,9 +120,9 @@ def answers(
     *,
     where: slice = slice(None),
 ) -> dict[str, Tensor]:
-    """How the inputs of `readers` move when the outputs of a linear are nudged one by one: (rows, T, width) by name.
+    """Change of the readers' inputs when a linear's outputs are perturbed one by one: (rows, T, width) by name.
 
-    tokens: the first sequence of those that were traced, (1, T). where: the tokens whose outputs are nudged.
+    tokens: the first traced sequence, (1, T). where: the tokens whose outputs are perturbed.
     """
     found: dict[str, Tensor] = {}
 
