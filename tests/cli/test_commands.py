@@ -339,7 +339,7 @@ def test_learning_is_one_run_of_one_request_and_goes_on(run, learned, tmp_path):
         before = len(json.loads(file.metadata()["about"])["history"])
     assert 0 < before < 60
     code, text, errors = run(*command, "--json")
-    assert code == 0 and "judge random" not in errors, errors
+    assert code == 0 and "score random" not in errors, errors
     assert len(json.loads(text)["steps"]) == 60
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

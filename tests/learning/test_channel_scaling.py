@@ -332,7 +332,7 @@ def test_learning_goes_on_from_what_was_learned():
     lost = go_on(replace(QUICKLY, method="random"), start=replace(local, rotations=wild))
     assert lost.record["start"].startswith("random") and lost.kept != "given"
     assert lost.record["scores"]["random 0"] == local.record["scores"]["random 0"]
-    with pytest.raises(LearningError, match=r"start from are of R1, R2, R3, R4, and R1, R2 is asked"):
+    with pytest.raises(LearningError, match=r"initial rotations are R1, R2, R3, R4, and this run asks for R1, R2"):
         learn(prepared()[0], parse_scheme("W4A4KV4"), RotationSpec("R1,R2"), tokens(), tokens(), start=local)
     with pytest.raises(LearningError, match="have scales"):
         go_on(LearnOptions("end-to-end", shard=True), start=local)

@@ -38,7 +38,7 @@ from spinquant.learning.layerwise import LocalOptions, learn_locally, rounding_e
 from spinquant.learning.learn import CLIP_WINDOWS, _with_signs
 from spinquant.learning.options import Watch, learned_spaces
 from spinquant.learning.parametrization import begin_training
-from spinquant.learning.selection import Selection, judge, with_clips
+from spinquant.learning.selection import Selection, score_candidates, with_clips
 from spinquant.learning.sensitivity import predicted_kl, sensitive_sites
 from spinquant.online.hooks import attachment_of
 from spinquant.quantization.integer import fake_quantize
@@ -638,7 +638,7 @@ def test_what_leads_is_judged_with_clip_ratios_of_its_own():
         kept = made[selection.leader]
         both = [with_clips(model, plan, made[name], scheme, windows) for name in ("random 0", selection.leader)]
         both = {str(i): replace(candidate, rotations=kept) for i, candidate in enumerate(both)}
-        scores = judge(model, plan, both, scheme, held_out)
+        scores = score_candidates(model, plan, both, scheme, held_out)
         differing += both["0"].scheme(scheme) != both["1"].scheme(scheme) and scores["1"].kl < scores["0"].kl
         assert selection.scores[selection.leader].kl == pytest.approx(min(scores["0"].kl, scores["1"].kl))
     assert differing, "take other seeds: ratios of its own were never better"
@@ -702,8 +702,8 @@ def test_what_was_judged_is_not_judged_again(tmp_path, monkeypatch):
 
     _, whole = story(store=tmp_path)
     calls = []
-    real = module.judge
-    monkeypatch.setattr(module, "judge", lambda *a, **k: calls.append(a) or real(*a, **k))
+    real = module.score_candidates
+    monkeypatch.setattr(module, "score_candidates", lambda *a, **k: calls.append(a) or real(*a, **k))
     _, again = story(store=tmp_path)
     assert not calls and again.kept == whole.kept and again.record["scores"] == whole.record["scores"]
     model, *_ = prepared()

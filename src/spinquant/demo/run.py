@@ -1,8 +1,8 @@
-"""The demo: one real model, plain and rotated, rounded part by part, told as a page with pictures.
+"""Demo: quantize one real model with and without rotation, and report it as an HTML page with plots.
 
-For every part of a scheme (weights, activations, KV cache) and for all of it: the perplexity of the plain model and
-of the rotated one, on the same tokens. Beside them the reason: what the inputs of the linears and the weights look
-like before and after. Nothing is known beforehand; every number and every claim on the page comes from the run.
+For every part of a scheme (weights, activations, KV cache) and for all of it: the perplexity of the plain and of the
+rotated model, on the same tokens. Plots of the linears' inputs and weights before and after rotation show why. Nothing
+is hard-coded; every number and every claim on the page comes from the run.
 """
 
 import json
@@ -60,7 +60,7 @@ PICTURES = ("activations_first.png", "activations_last.png", "kurtosis.png", "we
 
 @dataclass(frozen=True)
 class _Side:
-    """What was measured on the plain or on the rotated model; tensors and kurtosis by the name of a linear."""
+    """Measurements of the plain or the rotated model; tensors and kurtosis by the name of a linear."""
 
     perplexities: list[float]
     inputs: Mapping[str, Tensor]
@@ -80,11 +80,11 @@ def run_demo(
     force: bool = False,
     progress: Progress | None = None,
 ) -> DemoResult:
-    """Measure a model plain and rotated; write a folder with pictures, demo.json and a self-contained index.html.
+    """Measure a model plain and rotated; write a folder with plots, demo.json and a self-contained index.html.
 
-    model: a folder or hub id, by default a real 135M model. windows, length: the tokens that perplexities are measured
-    on. Raises PlotError without matplotlib, CheckpointError when `out` exists and `force` is off, SchemeError for a
-    scheme that quantizes nothing, and what loading and `rotate` raise.
+    model: a folder or hub id, by default a real 135M model. text, windows, length: the tokens on which perplexity is
+    measured. Raises PlotError without matplotlib, CheckpointError if `out` exists and `force` is off, SchemeError for a
+    scheme that quantizes nothing, and what `load` and `rotate` raise.
     """
     start = time.perf_counter()
     check_free(out, force=force)
@@ -106,8 +106,8 @@ def run_demo(
     weight = max(before.weight_kurtosis, key=lambda name: before.weight_kurtosis[name])
     weight_before = loaded.get_submodule(weight).weight.detach().clone()
     rotated = rotate(loaded, spec, sample=tokens[:1, :SAMPLE_TOKENS], options=Options(prove=False, progress=progress))
-    assert rotated.real is not None  # there is a sample
-    unmark(loaded)  # the variants attach what they need
+    assert rotated.real is not None  # since a sample was given
+    unmark(loaded)  # every variant attaches its own rotations and quantizers
     after = _measure(loaded, plan, rotated.rotations, variants, tokens, _stage(progress, "rotated"))
     weight_after = loaded.get_submodule(weight).weight.detach()
 
@@ -146,7 +146,7 @@ def run_demo(
 
 
 def variants_of(scheme: Scheme) -> list[tuple[str, Scheme]]:
-    """(label, scheme) of no rounding, every part alone, and all of it. Raises SchemeError when nothing is quantized."""
+    """(label, scheme) of 16 bits, of every part alone, and of the scheme. Raises SchemeError if it quantizes nothing."""
     nothing = replace(scheme, weights=None, activations=None, kv=None)
     alone = [replace(nothing, **{p: q}) for p in ("weights", "activations", "kv") if (q := getattr(scheme, p))]
     if not alone:
@@ -156,11 +156,11 @@ def variants_of(scheme: Scheme) -> list[tuple[str, Scheme]]:
 
 
 def token_kurtosis(x: Tensor) -> float:
-    """Kurtosis of the numbers of one token (or row), mean over the tokens of (.., channels): 3 for a bell curve."""
+    """Kurtosis over channels, mean over the tokens (or rows) of (.., channels); 3 for a normal distribution."""
     x = x.float()
     x = x - x.mean(dim=-1, keepdim=True)
     square = x.square()
-    # A token of equal numbers has no tails; without the guard it would be 0 / 0.
+    # The clamp avoids 0 / 0 for a token of equal numbers.
     return (square.square().mean(-1) / square.mean(-1).square().clamp(min=1e-30)).mean().item()
 
 
@@ -183,7 +183,7 @@ def _measure(
 
     names = [group[0] for group in plan.linears]
     with torch.inference_mode(), attach(model, plan, rotations), captured(model, names, inputs=True) as seen:
-        # Captured after `attach`, so that what R4 does to an input is seen as the linear sees it.
+        # Captured after `attach`, so that inputs include R4.
         model(input_ids=tokens[:1].to(device_of(model)), use_cache=False)
     inputs = {name: x[0].cpu() for name, x in seen.items()}
     kurtosis = {name: token_kurtosis(x) for name, x in inputs.items()}
@@ -202,7 +202,7 @@ def _measure(
 
 @contextmanager
 def _rounded(model: nn.Module, plan: Plan, scheme: Scheme) -> Iterator[None]:
-    """Within the block the weights are rounded; after it they are what they were."""
+    """Within the `with` block the weights are quantized (RTN); afterwards they are restored."""
     kept = [(weight, weight.matrices(model).clone()) for weight in weights_of(plan, scheme)]
     try:
         round_weights(model, plan, scheme)
@@ -227,7 +227,7 @@ def _kinds(plan: Plan) -> dict[str, list[str]]:
 
 
 def _most_peaked(kinds: Mapping[str, list[str]], kurtosis: Mapping[str, float]) -> tuple[int, dict[str, str]]:
-    # The layer where the first and the last kind of linear (q, k, v and down) have the most peaked inputs together.
+    # The layer with the largest product of kurtosis of the inputs of the first and last kind (q, k, v and down).
     first, *_, last = kinds
     pairs = list(zip(kinds[first], kinds[last], strict=False))
     layer = max(range(len(pairs)), key=lambda i: kurtosis[pairs[i][0]] * kurtosis[pairs[i][1]])

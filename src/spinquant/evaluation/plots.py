@@ -1,7 +1,7 @@
-"""Pictures of what a rotation does: numbers in, PNG out, one function per picture.
+"""Plot the effect of rotations on activations, weights and perplexity as PNG files, one function per plot.
 
-Everything is drawn on a canvas without a window and without matplotlib's global state, so that a library call never
-disturbs the figures of the caller. matplotlib is an extra and is imported only when something is drawn.
+Figures do not use pyplot's global state, so that a library call never disturbs the figures of the caller. matplotlib is
+an optional extra and is imported only when something is drawn.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,30 +14,30 @@ from torch import Tensor
 
 from spinquant.errors import SpinquantError
 
-# Okabe and Ito's colours: told apart by every kind of colour vision, and by their brightness in print.
+# Okabe and Ito's colors: distinguishable with color blindness, and by brightness in print.
 PLAIN, ROTATED, REFERENCE = "#D55E00", "#0072B2", "#444444"
 GAUSSIAN_KURTOSIS = 3.0
 WIDTH = 9.0  # inches
-MAX_TOKENS, MAX_CHANNELS = 48, 144  # what a surface of this width can show without hiding its own peaks
-TINY = 1e-30  # a root mean square that is never divided by: rows of zeros stay zero
+MAX_TOKENS, MAX_CHANNELS = 48, 144  # resolution of a surface plot of this width that shows every peak
+TINY = 1e-30  # lower limit of a root mean square, so that rows of zeros stay zero
 
 
 class PlotError(SpinquantError):
-    """A picture cannot be drawn."""
+    """A plot cannot be drawn."""
 
 
 def require_matplotlib() -> None:
-    """Raise PlotError when matplotlib is missing: a long run should not end with this news."""
+    """Raise PlotError if matplotlib is not installed; called before long runs."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise PlotError("pictures need matplotlib: pip install 'spinquant[plot]'") from None
+        raise PlotError("plots need matplotlib: pip install 'spinquant[plot]'") from None
 
 
 def plot_activations(before: Tensor, after: Tensor, path: Path, *, title: str) -> None:
-    """The magnitudes of one activation, (tokens, channels), before and after, as surfaces of the same height.
+    """Plot the magnitudes of one activation, (tokens, channels), before and after rotation, as surfaces on one scale.
 
-    Every token is divided by its root mean square: what is left is what the range of a per-token grid depends on.
+    Every token is divided by its root mean square, since the range of a per-token quantizer depends on that ratio.
     """
     figure = _figure(WIDTH, 4.1, layout=None)  # automatic layouts leave 3-D axes half of the space
     figure.text(0.5, 0.955, f"{title}: magnitude / RMS of its token", ha="center", va="center", fontsize=12)
@@ -76,7 +76,7 @@ def _draw_surface(axes: Any, surface: Tensor, shape: Sequence[int], top: float) 
 def plot_kurtosis(
     before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]], path: Path, *, title: str
 ) -> None:
-    """Kurtosis of linear inputs by layer, one panel per kind of linear, on a common logarithmic axis."""
+    """Plot the kurtosis of linears' inputs by layer, one panel per kind of linear, on a common logarithmic axis."""
     figure = _figure(WIDTH, 3.4)
     figure.suptitle(title)
     panels = figure.subplots(1, len(before), sharey=True, squeeze=False)[0]
@@ -105,9 +105,9 @@ def plot_weights(
     bits: int | None = None,
     grids: tuple[float, float] | None = None,
 ) -> None:
-    """Distributions of the weights of one linear, each row divided by its root mean square; counts on a log axis.
+    """Plot histograms of one linear's weights, each row divided by its root mean square; counts on a log axis.
 
-    grids: for before and after, where a grid of `bits` bits ends on either side of zero, in the same unit.
+    grids: half-widths of the `bits`-bit quantization grid before and after rotation, in the same unit.
     """
     figure = _figure(WIDTH, 3.6)
     figure.suptitle(title)
@@ -129,9 +129,9 @@ def plot_weights(
 
 
 def plot_perplexities(rows: Sequence[tuple[str, float, float]], reference: float, path: Path, *, title: str) -> None:
-    """Bars of (label, plain, rotated) perplexities on a log axis, and a line at that of the model not quantized.
+    """Plot (label, plain, rotated) perplexities as bars on a log axis, with a line at that of the original model.
 
-    A perplexity that is not finite reaches the top of the picture, hatched.
+    A perplexity that is not finite is a hatched bar of full height.
     """
     figure = _figure(WIDTH, 4.0)
     axes = figure.subplots()
@@ -157,10 +157,10 @@ def plot_perplexities(rows: Sequence[tuple[str, float, float]], reference: float
 
 
 def plot_learning_curve(local: Mapping[str, tuple[str, Sequence[float]]], through: Sequence[float], path: Path) -> None:
-    """The losses of steps, one picture for local learning and one for end-to-end, where there are any.
+    """Plot the losses of all steps, one panel for local learning and one for end-to-end, as far as there are any.
 
-    local: by space, the rotation that it belongs to and its losses; each is drawn as a mean over about a tenth of its
-    steps, over the first of these means.
+    local: by space, the name of its rotation and its losses; drawn as a moving average over about a tenth of the steps,
+    relative to its first value.
     """
     figure = _figure(WIDTH, 3.4)
     places = figure.subplots(1, bool(local) + bool(through), squeeze=False)[0]
@@ -190,14 +190,14 @@ def plot_learning_curve(local: Mapping[str, tuple[str, Sequence[float]]], throug
 
 
 def _smooth(losses: Sequence[float]) -> tuple[list[int], list[float]]:
-    """Means over about a tenth of the steps, and the last step of each."""
+    """Moving averages over about a tenth of the steps, and the last step of each."""
     window = max(1, len(losses) // 10)
     means = torch.tensor(losses, dtype=torch.float64).unfold(0, window, 1).mean(-1)
     return list(range(window, len(losses) + 1)), means.tolist()
 
 
 def plot_rounding_errors(before: Mapping[str, float], after: Mapping[str, float], path: Path) -> None:
-    """Relative error of rounding, ||Q(z) - z||^2 / ||z||^2, of every site: inputs of linears, keys and values."""
+    """Plot the relative rounding error ||Q(z) - z||^2 / ||z||^2 of every quantizer: inputs of linears, keys, values."""
     figure = _figure(WIDTH, 3.8)
     axes = figure.subplots()
     for errors, colour, label in ((before, PLAIN, "random"), (after, ROTATED, "learned")):
@@ -221,13 +221,13 @@ def relative_magnitude(x: Tensor) -> Tensor:
 
 
 def downsample_max(x: Tensor, rows: int, columns: int) -> Tensor:
-    """At most (rows, columns) numbers, each the largest of its part of x, so that no peak is lost."""
+    """Downsample to at most (rows, columns) by maximum pooling, which preserves peaks."""
     limits = (min(rows, x.shape[0]), min(columns, x.shape[1]))
     return torch.nn.functional.adaptive_max_pool2d(x[None], limits)[0]
 
 
 def number(value: float) -> str:
-    """Three digits, more where the number is large: 2.90, 15.5, 108, 3,520; words where it is not finite."""
+    """Format a number with three digits, more if it is large: 2.90, 15.5, 108, 3,520; words if it is not finite."""
     if not isfinite(value):
         return "not a number" if value != value else "infinite"
     if abs(value) >= 1e6:

@@ -1,8 +1,8 @@
 """Native checkpoint format: a Hugging Face folder with `quant_method: spinquant`, for any scheme and any rotation.
 
-Importing spinquant registers the format with transformers (`register.py`), whose `from_pretrained` then unpacks weights and attaches
-online rotations and quantizers. Without the import transformers only warns of an unknown quant_method and would load
-the model without its online rotations; therefore the weights of all quantized linears are stored in shapes that no
+Importing spinquant registers the format with transformers (`register.py`), whose `from_pretrained` then unpacks
+weights and attaches online rotations and quantizers. Without the import transformers only warns of an unknown
+quant_method and would load the model without its online rotations; therefore the weights of all quantized linears are stored in shapes that no
 plain model has (packed words, or one flat axis at 16 bits), which it refuses to load.
 
 On disk, for every linear of the plan: `X.weight` int32 (out, words) with `X.weight_scale` (out, groups), and

@@ -1,1 +1,1 @@
-"""Plugins for vLLM and lm-eval."""
+"""Integrations with vLLM (a plugin for online rotations) and lm-eval (zero-shot tasks)."""

@@ -1,4 +1,4 @@
-"""Zero-shot tasks through lm-eval (an extra) and its own Hugging Face model class."""
+"""Evaluate models on tasks of lm-eval (an optional extra), through its Hugging Face model class."""
 
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,10 @@ from spinquant.errors import TextError
 def evaluate_tasks(
     model: Any, tokenizer: Any, tasks: list[str], *, task_path: Path | None = None, limit: int | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Results of lm-eval's tasks by task and metric, on a model in memory with its online parts.
+    """Evaluate a model in memory, with its online rotations, on tasks of lm-eval; results by task and metric.
 
-    task_path: a folder with task files of the user's own. limit: examples per task. Raises TextError when lm-eval is
-    not installed or does not know a task.
+    task_path: folder with custom task files. limit: examples per task, None for all. Raises TextError if lm-eval is not
+    installed or does not know a task.
     """
     try:
         from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
@@ -23,7 +23,7 @@ def evaluate_tasks(
     manager = TaskManager(include_path=str(task_path) if task_path else None)
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
-        raise TextError(f"lm-eval knows no task {unknown[0]!r}; add --task-path for tasks of your own")
+        raise TextError(f"lm-eval has no task {unknown[0]!r}; use --task-path for custom tasks")
     language_model = HFLM(pretrained=model, tokenizer=tokenizer)
     results = simple_evaluate(model=language_model, tasks=tasks, task_manager=manager, limit=limit)
     if results is None:  # lm-eval returns nothing on ranks other than the first

@@ -1,14 +1,14 @@
-"""vLLM plugin: online rotations where vLLM alone cannot run them. Loaded by vLLM itself (`vllm.general_plugins`).
+"""vLLM plugin for online rotations that vLLM alone does not support; loaded by vLLM (`vllm.general_plugins`).
 
-vLLM reads `transform_config`, but on a CPU its transform module asks for a CUDA kernel or for a weight layout that is
-never made; a linear with a bias is refused under a transform; and transforms of queries and keys (R3) are not read at
-all. What is replaced, and nothing else:
+vLLM reads `transform_config`, but on a CPU its transform module requires a CUDA kernel or a weight layout that is never
+made; it refuses a linear with a bias under a transform; and it ignores transforms of queries and keys (R3). The plugin
+replaces only:
 
     HadamardTransform.forward, .process_weights_after_loading    on a CPU: the fast transform of this library
     CompressedTensorsLinearTransformMethod.apply                 passes the bias on
     CompressedTensorsConfig.get_quant_method                     rotates queries and keys of an attention with R3
 
-All of them are reached only by folders with a `transform_config`. `register` returns its undo.
+They affect only models with a `transform_config`. `register` returns a function that undoes it.
 """
 
 import math
@@ -26,16 +26,13 @@ from spinquant.rotations.rotation import Hadamard, Orthogonal, Rotation
 ROTATION = "_spinquant_rotation"
 ATTENTION = ".attn"  # vLLM's attention layer inside the module that transform_config names
 SITES = ("q_attn", "k_cache")
-# Narrowing a matrix to bfloat16, which vLLM does, moves inner products of its rows by less.
+# vLLM casts matrices to bfloat16, which changes inner products of their rows by less than this.
 TOLERANCE = 2.0**-6
 
 
 def register() -> Callable[[], None]:
-    """Teach vLLM to run our online rotations; returns a function that takes everything back.
-
-    A second call before that changes nothing.
-    """
-    # vLLM is not there when this file is checked: it is no dependency, but what loads it.
+    """Patch vLLM to run online rotations; returns a function that undoes it. Repeated calls have no effect."""
+    # Imported by name: vLLM is not a dependency, and is not installed where this file is type-checked.
     base = "vllm.model_executor.layers.quantization.compressed_tensors"
     config = import_module(f"{base}.compressed_tensors").CompressedTensorsConfig
     method = import_module(f"{base}.transform.linear").CompressedTensorsLinearTransformMethod
@@ -68,7 +65,7 @@ def register() -> Callable[[], None]:
 
 
 def rotation_of(stored: Tensor) -> Rotation:
-    """The rotation x W / sqrt(n) of an unnormalised matrix W (n, n), as a fast transform where W is D H with signs D.
+    """The rotation x W / sqrt(n) of an unnormalized matrix W (n, n), as a fast transform if W is D H with signs D.
 
     Raises RotationError for a matrix that is not sqrt(n) times an orthogonal one.
     """
@@ -85,8 +82,8 @@ def rotation_of(stored: Tensor) -> Rotation:
     error = float((orthogonal @ orthogonal.T - torch.eye(n)).abs().max())
     if not error < TOLERANCE:
         raise RotationError(
-            f"a transform of order {n} is not sqrt(n) times an orthogonal matrix (off by {error:.1e}): it was not "
-            "loaded, or it is no rotation"
+            f"a transform of order {n} is not sqrt(n) times an orthogonal matrix (error {error:.1e}): it was not "
+            "loaded, or it is not a rotation"
         )
     return Orthogonal(orthogonal)
 
@@ -97,7 +94,7 @@ def _process_weights(original: Callable[..., Any]) -> Callable[..., None]:
         rotations = {}
         for part, partition in self.weight.partitions.items():
             scheme, order = self.transforms[part].scheme, partition.data.shape[0]
-            # All layers of a group share one tensor; the rotation is worked out once, and lives as long as that.
+            # All layers of a group share one tensor; the rotation is computed once and stored with it.
             shared = self.weight.tensors_registry[self._get_data_key(scheme, order)]
             if not hasattr(shared, ROTATION):
                 if scheme.type == "hadamard":
@@ -116,7 +113,7 @@ def _forward(original: Callable[..., Any]) -> Callable[..., Tensor]:
         inverse = self.transforms[part_id].args.inverse
         if not torch.compiler.is_compiling():
             return getattr(self, ROTATION)[part_id].apply(value, transpose=inverse)
-        # The fast transform works in buffers that it keeps, which a compiler cannot follow.
+        # The fast transform uses cached buffers, which torch.compile cannot trace.
         weight = self.weight.partitions[part_id]
         weight, order = weight.T if inverse else weight, weight.shape[0]
         blocks = value.unflatten(-1, (-1, order)).to(weight.dtype)
@@ -130,7 +127,9 @@ def _apply(original: Callable[..., Any]) -> Callable[..., Tensor]:
         if bias is None:
             return original(self, layer, x)
         if self.output_transform is not None:
-            raise RotationError("a transform of a linear's output would have to rotate its bias too: fuse it instead")
+            raise RotationError(
+                "an output transform of a linear with a bias is not supported: fuse the rotation instead"
+            )
         if self.input_transform is not None:
             x = self.input_transform(x)
         return self.quant_method.apply(layer, x, bias)
@@ -151,7 +150,7 @@ def _get_quant_method(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def query_key_order(config: Any, name: str, layer: torch.nn.Module) -> int | None:
-    """Order of the Hadamard transform that a transform_config puts on queries and keys of an attention, if any.
+    """Order of the Hadamard transform of an attention's queries and keys in a transform_config, None without one.
 
     Raises RotationError for transforms of another type, and for queries without keys.
     """
@@ -163,18 +162,18 @@ def query_key_order(config: Any, name: str, layer: torch.nn.Module) -> int | Non
             if args.location in SITES and is_match(name, layer, args.targets, args.ignore):
                 if scheme.type != "hadamard" or scheme.head_dim is None:
                     raise RotationError(
-                        f"{name}: queries and keys need type hadamard with a head_dim, not {scheme.type!r}"
+                        f"{name}: transforms of queries and keys need type hadamard and a head_dim, not {scheme.type!r}"
                     )
                 orders[args.location] = scheme.head_dim
     if not orders:
         return None
     if set(orders) != set(SITES) or len(set(orders.values())) != 1:
-        raise RotationError(f"{name}: queries and keys must be rotated alike, and transform_config says {orders}")
+        raise RotationError(f"{name}: queries and keys must have the same rotation, and transform_config has {orders}")
     return orders[SITES[0]]
 
 
 class _QueryKeyRotation:
-    """Pre-hook of vLLM's attention layer: rotates queries and keys head by head, before keys are cached."""
+    """Forward pre-hook of vLLM's attention: rotates queries and keys head by head, before keys are cached."""
 
     def __init__(self, rotation: Rotation):
         self.rotation = rotation

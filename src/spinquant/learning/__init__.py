@@ -1,1 +1,1 @@
-"""Learned rotations: on captured activations, block by block, or end to end through the quantized network."""
+"""Learn rotations: locally on captured activations, or end to end through the quantized network."""

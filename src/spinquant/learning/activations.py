@@ -1,7 +1,7 @@
-"""Activations that quantizers will see, sampled block by block: what local learning learns from.
+"""Capture the activations that quantizers see, block by block, as training data of local learning.
 
-A site is a place where numbers are rounded and the space they live in: the inputs of linears, keys, values. Rows are
-kept as the quantizer sees them, whole tokens or heads, on the CPU, in float32.
+A site is a quantizer and the space of its input: the inputs of linears, keys, values. Rows are kept as the quantizer
+sees them, whole tokens or heads, on the CPU, in float32.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,15 +20,15 @@ from spinquant.quantization.scheme import Quantizer, Scheme
 
 Weighting = Literal["fisher", "uniform", "massive"]
 WEIGHTINGS = get_args(Weighting)
-MASSIVE = 20.0  # a row whose largest number is so many times its root mean square carries a massive activation
+MASSIVE = 20.0  # a row has a massive activation if its largest magnitude exceeds this many times its RMS
 
 
 @dataclass(frozen=True)
 class ActivationSite:
-    """Rows, (rows, width), that live in a space and are rounded by a quantizer; width a multiple of the space's size.
+    """Sampled rows, (rows, width), of a quantizer's input; width is a multiple of the size of their space.
 
-    name: the linear that reads the activation, the tensor of experts that does, or the attention's keys or values.
-    share: what the site counts beside others, see `sensitivity.py`.
+    name: the linear or the tensor of experts that reads the activation, or the attention's keys or values. share:
+    weight of the site in the loss, see `sensitivity.py`.
     """
 
     name: str
@@ -38,7 +38,7 @@ class ActivationSite:
     share: float = 1.0
 
     def weights(self, weighting: Weighting, factor: float) -> Tensor:
-        """What each row counts, (rows,): one, or `factor` for rows with a massive activation."""
+        """Weight of each row in the loss, (rows,): one, or `factor` for rows with a massive activation."""
         if weighting != "massive":
             return torch.ones(len(self.rows))
         rms = self.rows.square().mean(-1).sqrt()
@@ -58,9 +58,9 @@ def collect(
     device: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ActivationSite]:
-    """About `rows` rows of every site whose space is among `spaces`, from tokens, int64 (samples, length).
+    """Sample about `rows` rows of every site whose space is among `spaces`, on tokens, int64 (samples, length).
 
-    Nothing is rounded meanwhile; gains must be fused. One decoder block at a time is on `device`.
+    Nothing is quantized meanwhile; gains must be fused. Blocks are moved to `device` one at a time.
     """
     attachment = attach(model, plan, {}, scheme, around=True)
     wanted = quantized_spaces(plan, spaces, scheme)
@@ -93,7 +93,7 @@ def collect(
 
 
 def quantized_spaces(plan: Plan, spaces: Sequence[str], scheme: Scheme) -> dict[str, tuple[Space, Quantizer]]:
-    """Sites by name, of those among `spaces`: the first linear of a group, or an attention's keys or values."""
+    """Sites in the given spaces by name (the first linear of a group, or an attention's keys or values)."""
     found: dict[str, tuple[Space, Quantizer]] = {}
     head = (plan.head.removesuffix(".weight"),)
     for group in (*plan.linears, *([head] if scheme.lm_head else [])):
@@ -114,10 +114,7 @@ def quantized_spaces(plan: Plan, spaces: Sequence[str], scheme: Scheme) -> dict[
 
 
 class _Sampling:
-    """Hidden states on their way through the blocks, and the rows that are taken on the way.
-
-    share: rows of a site from each sample.
-    """
+    """Runs hidden states through the blocks and samples rows of all sites. share: rows per site and sample."""
 
     def __init__(
         self,
@@ -133,20 +130,20 @@ class _Sampling:
         self.rows: dict[str, list[Tensor]] = {}
 
     def add(self, name: str, x: Tensor) -> None:
-        """Take rows of an activation, (.., width)."""
+        """Sample rows of an activation, (.., width)."""
         flat = x.reshape(-1, x.shape[-1])
         chosen = torch.randperm(len(flat), generator=self.generator)[: self.share].to(flat.device)
         self.rows.setdefault(name, []).append(flat[chosen].to("cpu", torch.float32))
 
     def through(self, name: str, arguments: Mapping[str, Any], states: Sequence[Tensor]) -> list[Tensor]:
-        """Outputs of a block."""
+        """Run a block, and sample the rows of its sites; returns its outputs."""
         block = self.model.get_submodule(name)
         inside = [site for site in self.sites if site.startswith(f"{name}.")]
         cached = [site for site in inside if site.endswith((".keys", ".values"))]
         attentions = {site.rpartition(".")[0] for site in cached}
         for attention in attentions:
             self.attachment.keys_values[attention].watch = self._watch(attention, cached)
-        # What experts read, and what stands between their products, is no input of a module of its own.
+        # The inputs of the experts' two matrix products are not inputs of modules, so they are observed by the sites.
         stacked = [tensor for e in self.experts for tensor in (e.first[0], e.second[0]) if tensor in inside]
         for tensor in stacked:
             self.attachment.inputs[tensor].watch = partial(self.add, tensor)

@@ -1,12 +1,13 @@
-"""Descent on the orthogonal group, by steps that are rotations themselves.
+"""Cayley SGD and Adam: optimize matrices on the orthogonal group.
 
-    R <- R (I + A/2)^-1 (I - A/2)          A skew
+    R <- R (I + A/2)^-1 (I - A/2)          A skew-symmetric
 
-A Cayley map of a skew A is orthogonal whatever A is, so no step leaves the group but by rounding, which one Newton step
-of the polar decomposition takes back. I + A/2 is normal with eigenvalues 1 + i t, hence well conditioned as long as A
-is of moderate size. The derivative at A = 0 is dR = -R A, so a loss is learned about A alone: its gradient G gives the
-skew (G - G^T) / 2, and the step goes against it. A step has the length that the learning rate says, ||A|| = lr,
-whatever the gradient's own. The reference (arXiv 2405.16406) clips gradients to norm one, which comes to the same.
+The Cayley transform of a skew-symmetric A is orthogonal whatever A is, so a step leaves the group by rounding error
+only, which one Newton step of the polar decomposition corrects. I + A/2 is normal with eigenvalues 1 + i t, hence well
+conditioned as long as A is of moderate size. The derivative at A = 0 is dR = -R A: the gradient G of the loss with
+respect to A gives the skew-symmetric (G - G^T) / 2, and the step goes against it. The learning rate is the length of a
+step, ||A|| = lr, whatever the length of the gradient. The reference (arXiv 2405.16406) clips gradients to norm one,
+which is equivalent.
 """
 
 from collections.abc import Mapping
@@ -22,9 +23,9 @@ BETAS, EPSILON = (0.9, 0.95), 1e-8
 
 
 def cayley(start: Tensor, skew: Tensor, *, centred: bool = False) -> Tensor:
-    """R0 (I + A/2)^-1 (I - A/2), where the strict lower triangle of `skew` gives A; all (n, n).
+    """R0 (I + A/2)^-1 (I - A/2), with A from the strict lower triangle of `skew`; all (n, n).
 
-    centred: A is projected so that A 1 = 0; the product then keeps the mean if R0 does.
+    centred: A is projected so that A 1 = 0; the product then preserves the mean if R0 does.
     """
     lower = skew.tril(-1)
     half = (lower - lower.T) / 2
@@ -35,7 +36,7 @@ def cayley(start: Tensor, skew: Tensor, *, centred: bool = False) -> Tensor:
 
 
 def keeping_mean(skew: Tensor) -> Tensor:
-    """The nearest skew matrix A with A 1 = 0, (n, n)."""
+    """The nearest skew-symmetric matrix A with A 1 = 0, (n, n)."""
     return skew - skew.mean(0, keepdim=True) - skew.mean(1, keepdim=True) + skew.mean()
 
 
@@ -46,17 +47,17 @@ def orthogonality_error(r: Tensor) -> float:
 
 
 def nearer(r: Tensor) -> Tensor:
-    """One Newton step towards the nearest orthogonal matrix: the error is squared."""
+    """One Newton step towards the nearest orthogonal matrix, which squares the error."""
     return 1.5 * r - 0.5 * r @ (r.T @ r)
 
 
 @dataclass
 class Descent:
-    """Matrices on their way downhill, float32 or float64, changed in place, and what the optimizer remembers of them.
+    """Optimizer of orthogonal matrices, float32 or float64, which it changes in place.
 
-    adam: moments of the skew gradient, entry by entry, give the direction; sgd: the gradient itself, with `momentum`.
-    Moments need no transport, since a skew matrix means the same wherever R is. centred: names of those that keep the
-    mean, R 1 = 1, at every step.
+    adam: the direction comes from elementwise moments of the skew-symmetric gradient; sgd: from the gradient itself,
+    with `momentum`. Moments need no vector transport, since A is expressed relative to R. centred: names of matrices
+    that preserve the mean, R 1 = 1, at every step.
     """
 
     matrices: Mapping[str, Tensor]
@@ -69,7 +70,7 @@ class Descent:
 
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor], lr: float) -> None:
-        """One step of length lr for every matrix that has a gradient: of the loss with respect to A, (n, n)."""
+        """Make a step of length lr for every matrix with a gradient of the loss with respect to A, (n, n)."""
         self.steps += 1
         for name, gradient in gradients.items():
             r = self.matrices[name]
@@ -77,7 +78,7 @@ class Descent:
             direction = keeping_mean(direction) if name in self.centred else direction
             length = direction.norm()
             if length > 0:
-                # Against the gradient; the strict lower triangle stands for the whole.
+                # Against the gradient; `cayley` reads the strict lower triangle.
                 r.copy_(nearer(cayley(r, direction * (-lr / length))))
 
     def _direction(self, name: str, skew: Tensor) -> Tensor:
@@ -93,13 +94,13 @@ class Descent:
         return mean / ((second / (1 - BETAS[1] ** self.steps)).sqrt() + EPSILON)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that a file has to keep, by name."""
+        """The optimizer's state, by name, for `restore`."""
         parts = {"matrix": self.matrices, "first": self.first, "second": self.second}
         return {f"{part}/{name}": tensor for part, held in parts.items() for name, tensor in held.items()}
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
-        """Take up what `tensors` gave after so many steps."""
+        """Load the state that `tensors` returned after `steps` steps."""
         self.steps = steps
         for key, tensor in tensors.items():
             part, _, name = key.partition("/")

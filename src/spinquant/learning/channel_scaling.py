@@ -1,18 +1,18 @@
-"""Scales of spaces (`Plan.scalings`): how large its channels should be, so that rounding them costs least.
+"""Compute channel scales for spaces that can have them (`Plan.scalings`), which minimize the cost of rounding.
 
-Rounding a row x that has been multiplied by s channel by channel, and rotated, adds an error that has no direction in
-rotated coordinates and a length in proportion to the row's; divided by s, it is what the network sees. So it costs, to
-second order (`sensitivity.py`), in proportion to
+Rounding a row x that was multiplied by s per channel, and rotated, adds an error without preferred direction in rotated
+coordinates whose length is proportional to the row's; divided by s, it is the error in the network. To second order
+(`sensitivity.py`) its cost is proportional to
 
     sum over rows of ||x s||^2 ||g / s||^2
 
-with g the gradient of log p(y) for y drawn from the model's own predictions: channels that are large and matter little
-should be smaller, and those that matter much larger. At the least of it
+with g the gradient of log p(y) for y sampled from the model's own predictions: large channels to which the loss is
+insensitive are scaled down, and sensitive ones up. At the minimum
 
     s_j^4 = sum g_j^2 ||x s||^2 / sum x_j^2 ||g / s||^2
 
-The right side at s = 1 is enough: on SmolLM2-135M it leaves 0.25 of the cost of unscaled rows, on text that the sums
-were not taken over, and the least is 0.24. It takes two sums of the length of a row, whatever the number of tokens.
+The right side at s = 1 is enough: on SmolLM2-135M it leaves 0.25 of the cost of unscaled rows, on held-out text, and
+the minimum is 0.24. It takes two sums of the length of a row, whatever the number of tokens.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,19 +32,19 @@ from spinquant.rotations.fuse_module import fuse_module
 from spinquant.rotations.rotation import Hadamard, Rotation
 from spinquant.rotations.wrappers import Scaled
 
-# Share of their mean that is added to both sums: a channel that was never seen, or never mattered, stays finite.
+# Share of their mean that is added to both sums: scales stay finite for channels that are always zero or insensitive.
 DAMPING = 0.1
 
 
 class Sums:
-    """Sums over rows of g_j^2 ||x||^2 and of x_j^2 ||g||^2, of what a linear reads."""
+    """Sums over rows of g_j^2 ||x||^2 and of x_j^2 ||g||^2, for the input of one linear."""
 
     def __init__(self, reader: str, size: int):
         self.reader = reader
         self.mattering, self.large = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
 
     def watch(self, x: Tensor) -> None:
-        """Have an activation, (.., size), taken in as soon as its gradient is known."""
+        """Observe an activation, (.., size); it is added when its gradient is known."""
         x.register_hook(partial(self._add, x.detach()))
 
     def _add(self, x: Tensor, gradient: Tensor) -> None:
@@ -62,7 +62,7 @@ class Sums:
 
 
 def scale_sums(plan: Plan, rotations: Mapping[str, Rotation], scheme: Scheme) -> dict[str, Sums]:
-    """Empty sums by space, for every space that can have scales, is rotated, and is rounded."""
+    """Empty sums for every space that can have scales, is rotated, and is quantized."""
     if scheme.activations is None:
         return {}
     readers = {space.name: group[0] for group in plan.linears if (space := plan.read_by(group[0])) is not None}
@@ -71,7 +71,7 @@ def scale_sums(plan: Plan, rotations: Mapping[str, Rotation], scheme: Scheme) ->
 
 
 def watches(sums: Mapping[str, Sums]) -> dict[str, Callable[[Tensor], None]]:
-    """What has to see the inputs of linears, by linear."""
+    """The observers of linears' inputs, by linear."""
     return {both.reader: both.watch for both in sums.values()}
 
 
@@ -86,7 +86,7 @@ def add_up(
     checkpointing: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Fill sums in a pass through the model of their own, from tokens, (samples, length). Gains must be fused."""
+    """Accumulate the sums in a separate pass on tokens, (samples, length). Gains must be fused."""
     attachment = attach(model, plan, {}, scheme, around=True)
     try:
         for name, watch in watches(sums).items():
@@ -100,7 +100,7 @@ def add_up(
 def fuse_scales(model: Any, plan: Plan, scales: Mapping[str, Tensor], tokens: Tensor) -> None:
     """Fuse scales, by space, into the model's weights.
 
-    Raises LearningError where they change what the model makes of tokens, (samples, length): its table is wrong then.
+    Raises LearningError if that changes the logits on tokens, (samples, length): then the model's table is wrong.
     """
     if not scales:
         return
@@ -112,14 +112,14 @@ def fuse_scales(model: Any, plan: Plan, scales: Mapping[str, Tensor], tokens: Te
     moved = float((after.double() - before.double()).norm() / before.double().norm())
     if not moved <= min(0.2, 16 * torch.finfo(before.dtype).eps ** 0.5):
         raise LearningError(
-            f"scales of {next(iter(scales))} and others moved the logits of {plan.family} by {moved:.2g}: its table "
-            "says that they are one factor of a product, and they are not. Learn without scales (--no-scales), or "
-            "mend `scaled` in the family file"
+            f"channel scales of {next(iter(scales))} and others moved the logits of {plan.family} by {moved:.2g}: its "
+            "table says that they are one factor of a product, and they are not. Learn without scales (--no-scales), "
+            "or correct `scaled` in the family file"
         )
 
 
 def unscale(model: Any, plan: Plan, scales: Mapping[str, Tensor]) -> None:
-    """Take fused scales back out of the model's weights."""
+    """Remove fused scales from the model's weights."""
     _fuse(model, plan, {space: 1 / scale for space, scale in scales.items()})
 
 

@@ -1,8 +1,8 @@
-"""The quantized network in rotated coordinates: a model that stays as it is, and rounds what a rotated one would round.
+"""Fake quantization in rotated coordinates: an unrotated model that quantizes like a rotated one.
 
-With weights at 16 bits the function of a rotated network depends on its rotations at the quantizers alone, so nothing
-has to be rotated when a rotation changes: activations and cache are rounded by Q(x R) R^T where they pass. Gains of
-norms have to be in the weights, which is done once.
+With weights at 16 bits the function of a rotated network depends on its rotations at the quantizers alone, so no weight
+has to be rotated when a rotation changes: activations and KV cache are quantized as Q(x R) R^T. The gains of norms have
+to be fused into the weights, which is done once.
 """
 
 from collections.abc import Iterator, Mapping
@@ -32,18 +32,18 @@ from spinquant.rotations.rotation import Hadamard, Rotation
 
 
 def fuse_gains(model: Any, plan: Plan, rotations: Mapping[str, Rotation]) -> None:
-    """Fuse gains as rotating would, in place; the function stays. Tied heads are untied."""
+    """Fuse norm gains into the weights as rotating does, in place; the function is unchanged. Unties tied heads."""
     fuse_module(model, plan, {gain.space: Hadamard(1) for gain in plan.gains if gain.space in rotations})
 
 
 def shard_blocks(model: Any, plan: Plan) -> None:
-    """Spread the weights over the processes of torch.distributed, a decoder block being whole only while it runs.
+    """Shard the weights over the processes of torch.distributed (FSDP2), one unit per decoder block.
 
-    Raises LearningError where there is no process group.
+    Raises LearningError without a process group.
     """
     if not dist.is_initialized():
-        raise LearningError("weights are sharded among the processes of torch.distributed: start this with torchrun")
-    model.requires_grad_(False)  # frozen before they are sharded: no memory for gradients
+        raise LearningError("--shard divides the weights among the processes of torch.distributed: start with torchrun")
+    model.requires_grad_(False)  # frozen before sharding, so that no memory is reserved for gradients
     kind = device_of(model).type
     mesh = init_device_mesh(kind, (dist.get_world_size(),))
     for name in plan.blocks:
@@ -52,7 +52,7 @@ def shard_blocks(model: Any, plan: Plan) -> None:
 
 
 def learning_scheme(scheme: Scheme, *, weights: bool) -> Scheme:
-    """What is rounded while learning: no weights unless asked for, and ranges of the numbers at hand."""
+    """The scheme during learning: weights only if asked for, and dynamic ranges instead of static ones."""
     activations, kv = (q and replace(q, static=False, peak=None) for q in (scheme.activations, scheme.kv))
     return replace(scheme, activations=activations, kv=kv, weights=scheme.weights if weights else None)
 
@@ -65,9 +65,9 @@ def rounding(
     scheme: Scheme,
     clips: Clips | None = None,
 ) -> Iterator[Attachment]:
-    """Within the block the model rounds like one that is rotated and quantized; gains must be fused.
+    """Within the `with` block, the model quantizes like a rotated one; gains must be fused.
 
-    Gradients reach rotations that are `Moving`, and pass straight through the rounding.
+    Gradients reach rotations that are `Moving`, by the straight-through estimator.
     """
     rounded: list[tuple[nn.Module, str]] = []
     attachment = attach(model, plan, rotations, scheme, clips, around=True)
@@ -92,14 +92,14 @@ def rounding(
 
 @contextmanager
 def checkpointed(model: Any, plan: Plan, wanted: bool) -> Iterator[None]:
-    """Within the block decoder blocks are computed again on the way back, if wanted."""
+    """Within the `with` block, use gradient checkpointing of the decoder blocks, if wanted."""
     if not wanted:
         yield
         return
     blocks = [model.get_submodule(name) for name in plan.blocks]
     model.activation_checkpointing_enable({"use_reentrant": False})
-    # transformers checkpoints modules in training alone; their children stay as they are, so nothing drops out. The
-    # embedding's output has no gradient, which is fine without reentry.
+    # transformers checkpoints only modules in training mode; their children stay in evaluation mode, without dropout.
+    # The embedding's output has no gradient, which non-reentrant checkpointing allows.
     before = [block.training for block in blocks]
     try:
         for block in blocks:
@@ -112,7 +112,7 @@ def checkpointed(model: Any, plan: Plan, wanted: bool) -> Iterator[None]:
 
 
 class _Rounded(nn.Module):
-    """Parametrization of a weight."""
+    """Parametrization that quantizes a weight in rotated coordinates."""
 
     def __init__(self, kept: Weight, turns: tuple[Turn, ...], quantizer: Quantizer):
         super().__init__()
@@ -125,7 +125,7 @@ class _Rounded(nn.Module):
 
 @torch.no_grad()
 def _settled(weight: Tensor, turns: tuple[Turn, ...], quantizer: Quantizer) -> Quantizer:
-    """The quantizer with one clip ratio for the tensor, the best now, where it is to be searched."""
+    """The quantizer with a fixed clip ratio per tensor, searched now, if its clip is "mse"."""
     if quantizer.clip != "mse":
         return quantizer
     z = turned(weight.detach().float(), turns)

@@ -1,12 +1,12 @@
-"""What a rotation is to make small, on activations alone: one number for every row of rotated activations z.
+"""Objectives of local learning: one number to minimize for every row of rotated activations z.
 
-    error       sum of s^2 / 12 over numbers, s the step of the scheme's own grid: what rounding costs when it falls
-                anywhere between two codes; its gradient is that of the range, clipping left aside
+    error       sum of s^2 / 12 over numbers, s the step of the scheme's own grid: the expected rounding error for
+                numbers uniform between two codes; its gradient is that of the range, without clipping
     whip        mean of exp(-|z| / rms): pushes numbers away from zero, so that the largest shrink
                 (DartQuant, arXiv 2511.04063)
     kurtosis    sum of z^4 / (sum of z^2)^2 times the length (KurTail, EMNLP Findings 2025)
 
-Rotating keeps the energy of a row, so each is divided by that, or by what makes it free of scale.
+A rotation preserves the energy of a row; each objective is normalized by it, so that it does not depend on the scale.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def row_loss(z: Tensor, quantizer: Quantizer, objective: Objective) -> Tensor:
 def _error(z: Tensor, quantizer: Quantizer) -> Tensor:
     groups = z.unflatten(-1, (-1, group_of(z.shape[-1], quantizer)))
     high, low = groups.amax(-1), groups.amin(-1)
-    if quantizer.kind != "int":  # the steps of floating formats grow with the number; the largest one stands for them
+    if quantizer.kind != "int":  # the step of a floating format grows with the number; use the largest
         step = torch.maximum(high, -low) / LARGEST[quantizer.kind]
     elif quantizer.symmetric:
         step = torch.maximum(high, -low) / (2 ** (quantizer.bits - 1) - 1)

@@ -1,12 +1,12 @@
-"""Rotations as trainable parameters of a model: its forward pass sees rotated weights, gradients reach the rotations.
+"""Rotations as trainable parameters of a model (Cayley parametrization), for any optimizer.
 
     R = R0 (I + A/2)^-1 (I - A/2)        A = L - L^T, L the strict lower triangle of the parameter, zero at the start
 
-A Cayley map of a skew A is orthogonal whatever A is, so any optimizer keeps R orthogonal, without a retraction. The
-matrix I + A/2 is normal with eigenvalues 1 + i t, hence well conditioned as long as A is of moderate size.
+The Cayley transform of a skew-symmetric A is orthogonal whatever A is, so any optimizer keeps R orthogonal, without a
+retraction. I + A/2 is normal with eigenvalues 1 + i t, hence well conditioned as long as A is of moderate size.
 
-Weights stay as they were, frozen, under a parametrization that calls `fuse.transform`; `end_training` takes it all off
-again, and what was learned is then fused by `fuse_module` as any other rotation is.
+The weights are frozen, under a parametrization that rotates them in the forward pass by `fuse.transform`;
+`end_training` removes it, and the learned rotations are then fused by `fuse_module` like any other.
 """
 
 from collections.abc import Mapping
@@ -30,12 +30,13 @@ LEARNED = "spinquant_learned"
 
 
 class LearnableRotation(nn.Module):
-    """A rotation whose matrix is trained. `skew`, shape (n, n): its strict lower triangle is the parameter L."""
+    """Module with a trainable rotation. `skew`, (n, n): its strict lower triangle is the parameter L."""
 
     def __init__(self, initial: Rotation, dtype: torch.dtype, device: torch.device, *, centred: bool = False):
         super().__init__()
         self.centred = centred
-        dtype = torch.promote_types(dtype, torch.float32)  # half types have no solver, and would not stay orthogonal
+        # Half types have no linear solver, and R would not stay orthogonal.
+        dtype = torch.promote_types(dtype, torch.float32)
         self.initial = initial
         self.start: Tensor
         self.register_buffer("start", matrix(initial).to(device, dtype))
@@ -43,52 +44,52 @@ class LearnableRotation(nn.Module):
         self._known: tuple[tuple[Any, ...], Tensor] | None = None
 
     def matrix(self) -> Tensor:
-        """R, (n, n); remembered until the parameter changes or `forget` is called."""
+        """R, (n, n); cached until the parameter changes or `forget` is called."""
         key = (self.skew._version, self.skew.data_ptr(), self.skew.dtype, torch.is_grad_enabled())
         if self._known is None or self._known[0] != key:
             self._known = (key, cayley(self.start, self.skew, centred=self.centred))
         return self._known[1]
 
     def forget(self) -> None:
-        """Compute the matrix anew at the next use: a graph serves one backward pass."""
+        """Clear the cached matrix, since its graph serves one backward pass only."""
         self._known = None
 
 
 @dataclass(frozen=True, eq=False)
 class Learned:
-    """The value of a rotation that is being learned; no module, or whatever holds it would list its parameter again."""
+    """A `Rotation` that is being trained. Not a module, so that its parameter is listed in the model only once."""
 
     module: LearnableRotation
 
     @property
     def order(self) -> int:
-        """Rows of the matrix."""
+        """Order of the matrix."""
         return len(self.module.skew)
 
     def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
-        """As `Rotation.apply`, with gradients for the matrix too."""
+        """As `Rotation.apply`, with gradients for the matrix."""
         r = self.module.matrix()
         blocks = x.movedim(dim, -1).to(r.dtype).unflatten(-1, (-1, self.order))
         y = (blocks @ (r.T if transpose else r)).flatten(-2).movedim(-1, dim).to(x.dtype)
         return y if out is None else out.copy_(y)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Of the rotation as it is now."""
+        """Tensors of the current rotation."""
         return self.frozen().tensors()
 
     def describe(self) -> dict[str, Any]:
-        """Of the rotation as it is now."""
+        """Description of the current rotation."""
         return self.frozen().describe()
 
     @torch.no_grad()
     def frozen(self) -> Orthogonal:
-        """The rotation as it is now, as a value that stays; orthogonal in float64 whatever it was learned in."""
+        """A copy of the current rotation; orthogonal in float64, whatever dtype it was trained in."""
         start, skew = matrix(self.module.initial), self.module.skew.double().cpu()
         return Orthogonal(cayley(start, skew, centred=self.module.centred))
 
 
 class _Rotated(nn.Module):
-    """Parametrization of one tensor."""
+    """Parametrization that rotates one tensor."""
 
     def __init__(self, name: str, plan: Plan, gains: Mapping[str, Tensor], rotations: Mapping[str, Rotation], dtype):
         super().__init__()
@@ -101,10 +102,10 @@ class _Rotated(nn.Module):
 
 @dataclass(frozen=True)
 class Trainable:
-    """A model whose rotations are being learned, and what is needed to undo that.
+    """A model whose rotations are trainable parameters, with the state that `end_training` needs to undo that.
 
-    rotations: as they are now, by space. norms: the weights of fused norms, by name. trained: names of the parameters
-    that required gradients before. save: what `save_pretrained` was replaced by before, None where it was not.
+    rotations: current ones, by space. norms: original weights of fused norms, by name. trained: names of parameters
+    that required gradients before. save: an earlier override of `save_pretrained`, None without one.
     """
 
     model: Any
@@ -124,11 +125,11 @@ def begin_training(
     online: Mapping[str, Rotation],
     precision: torch.dtype,
 ) -> Trainable:
-    """Rotate a model so that the rotations of the spaces in `names` are trainable parameters of it.
+    """Rotate a model with trainable rotations for the spaces in `names`, as parameters of the model.
 
-    names: by space, what the rotation is called in the model's module `spinquant_learned`. online: what fixed rotations
-    are at run time. precision: of the learned rotations and the arithmetic. The model's own parameters are frozen, and
-    saving it is refused, until `end_training`.
+    names: the spaces, each with the name of its rotation in the model's module `spinquant_learned`. online: the fixed
+    rotations in the precision of online use. precision: dtype of the trainable rotations and of fusing. The model's own
+    parameters are frozen, and saving it is refused, until `end_training`.
     """
     check_in_memory(model)
     if "residual" in rotations:
@@ -165,7 +166,7 @@ def begin_training(
 
 @torch.no_grad()
 def end_training(learning: Trainable) -> dict[str, Rotation]:
-    """Give the model its own weights back, and return the rotations as they are now, by space."""
+    """Restore the model's own weights, and return the current rotations, by space."""
     model = learning.model
     found: dict[int, Rotation] = {}
     for rotation in learning.rotations.values():

@@ -1,8 +1,8 @@
-"""How good rotations are: what the quantized network makes of text that nothing was learned from.
+"""Score candidate rotations by KL divergence and perplexity on held-out text, and select the best.
 
-Every candidate is judged as it will be used, with clip ratios, one for all activations and one for the cache, that suit
-it. Score: KL(16 bits || quantized) per token in nats, and perplexity. Candidates take turns on every window, so that
-the 16-bit model runs once per window for all of them.
+Every candidate is scored as it will be used, with clip ratios that are searched for it, one for all activations and one
+for the KV cache. Score: KL(16 bits || quantized) per token in nats, and perplexity. All candidates are scored window by
+window, so that the 16-bit model runs once per window.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 
 @dataclass(frozen=True)
 class Candidate:
-    """Rotations by space, the scales that are fused into the weights, and the clip ratios they are judged with."""
+    """Rotations by space, the channel scales that are fused into the weights, and the clip ratios."""
 
     rotations: Mapping[str, Rotation]
     scales: Mapping[str, Tensor] = field(default_factory=dict)
@@ -60,10 +60,10 @@ class Score:
 
 
 class Selection:
-    """Candidates that are judged as they come; the one with the least KL leads, the first of two that are equal.
+    """Selection among candidates that are added one by one: the one with the least KL leads, the first if tied.
 
-    model: with its gains fused. clip_windows: tokens that clip ratios are chosen on. held_out: tokens to judge on.
-    pieces: where scores are saved, and taken from by a run that is resumed.
+    model: with its gains fused. clip_windows: tokens on which clip ratios are searched. held_out: tokens for scoring.
+    stage: progress callback (name, done, total). pieces: where scores are saved, and a run resumes from.
     """
 
     def __init__(
@@ -81,51 +81,51 @@ class Selection:
         saved = pieces.load(SCORES) if pieces else None
         self.found: dict[str, Any] = saved[1]["found"] if saved else {}
         self.candidates: dict[str, Candidate] = {}
-        self.scores: dict[str, Score] = {}  # of the 16-bit model too
-        self.scales: Mapping[str, Tensor] = {}  # those that are fused into the model now
+        self.scores: dict[str, Score] = {}  # including the 16-bit model
+        self.scales: Mapping[str, Tensor] = {}  # the scales that are fused into the model now
 
     @property
     def leader(self) -> str:
-        """The name of the best so far."""
+        """Name of the best candidate so far."""
         return min(self.candidates, key=lambda name: self.scores[name].kl)
 
     @property
     def leading(self) -> Candidate:
-        """The best so far."""
+        """The best candidate so far."""
         return self.candidates[self.leader]
 
     def enter_all(self, rotations: Mapping[str, Mapping[str, Rotation]]) -> None:
-        """Judge several that are alike with clip ratios that suit the first; what leads, with its own too."""
-        self._judge("random rotations", {name: Candidate(made) for name, made in rotations.items()})
+        """Score similar candidates with the clip ratios of the first, and the leading one with its own."""
+        self._score("random rotations", {name: Candidate(made) for name, made in rotations.items()})
         tried = {next(iter(rotations))}
         while (leader := self.leader) not in tried:
             before = self.candidates[leader], self.scores[leader]
-            self._judge(f"{leader} again", {leader: Candidate(before[0].rotations)})
+            self._score(f"{leader} again", {leader: Candidate(before[0].rotations)})
             if self.scores[leader].kl > before[1].kl:
                 self.candidates[leader], self.scores[leader] = before
             tried.add(leader)
 
     def enter(self, name: str, rotations: Mapping[str, Rotation], scales: Mapping[str, Tensor] | None = None) -> None:
-        """Judge one. scales: to be fused into the model for it; they are taken out again unless it leads."""
+        """Score one candidate. scales: fused into the model for it, and removed again unless it leads."""
         before = self.scales
         if scales:
             fuse_scales(self.model, self.plan, scales, self.clip_windows[:1])
             self.scales = scales
-        self._judge(name, {name: Candidate(rotations, self.scales)})
+        self._score(name, {name: Candidate(rotations, self.scales)})
         if scales and self.leader != name:
             unscale(self.model, self.plan, scales)
             self.scales = before
 
-    def _judge(self, what: str, candidates: Mapping[str, Candidate]) -> None:
-        """Judge some with the clip ratios of the first."""
+    def _score(self, what: str, candidates: Mapping[str, Candidate]) -> None:
+        """Score candidates with the clip ratios of the first."""
         found = self.found.get(what)
         if found is None:
             first = next(iter(candidates.values())).rotations
             clipped = with_clips(self.model, self.plan, first, self.scheme, self.clip_windows)
             clips = {"activation_clip": clipped.activation_clip, "kv_clip": clipped.kv_clip}
-            judged = {name: replace(candidate, **clips) for name, candidate in candidates.items()}
-            progress = partial(self.stage, f"judge {what}")
-            scores = judge(self.model, self.plan, judged, self.scheme, self.held_out, progress=progress)
+            chosen = {name: replace(candidate, **clips) for name, candidate in candidates.items()}
+            progress = partial(self.stage, f"score {what}")
+            scores = score_candidates(self.model, self.plan, chosen, self.scheme, self.held_out, progress=progress)
             found = {"clips": clips, "scores": {name: score.to_dict() for name, score in scores.items()}}
             self.found[what] = found
             if self.pieces:
@@ -135,7 +135,7 @@ class Selection:
 
 
 @torch.no_grad()
-def judge(
+def score_candidates(
     model: nn.Module,
     plan: Plan,
     candidates: Mapping[str, Candidate],
@@ -144,7 +144,7 @@ def judge(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Score]:
-    """Scores of all candidates on windows of tokens, int64 (windows, length); the 16-bit model's is called "16-bit"."""
+    """Score candidates on windows of tokens, int64 (windows, length); the 16-bit model is scored as "16-bit"."""
     sums = {name: [0.0, 0.0] for name in (*candidates, "16-bit")}
     for done, window in enumerate(windows):
         row = window.unsqueeze(0).to(device_of(model))
@@ -166,7 +166,7 @@ def judge(
 def with_clips(
     model: nn.Module, plan: Plan, rotations: Mapping[str, Rotation], scheme: Scheme, windows: Tensor
 ) -> Candidate:
-    """The candidate with the clip ratios of least KL on some windows: first of activations, then of the cache."""
+    """Search the clip ratios of least KL on some windows: first of activations, then of the KV cache."""
     best = Candidate(rotations)
     rows = [w.unsqueeze(0).to(device_of(model)) for w in windows]
     exact = [_predictions(model, row) for row in rows]
@@ -187,7 +187,7 @@ def with_clips(
 
 
 def _first_minimum(candidates: Sequence[Candidate], error: Callable[[Candidate], float]) -> Candidate:
-    """The best before errors have grown twice in a row: they have one valley, but for noise."""
+    """The best candidate before the error has grown twice in a row: it has one minimum, except for noise."""
     best, lowest, worse = candidates[0], error(candidates[0]), 0
     for candidate in candidates[1:]:
         found = error(candidate)
@@ -200,5 +200,5 @@ def _first_minimum(candidates: Sequence[Candidate], error: Callable[[Candidate],
 
 
 def _predictions(model: nn.Module, row: Tensor) -> Tensor:
-    """Logits of all tokens but the last, whose successor is not known."""
+    """Logits of all tokens but the last, which has no next token."""
     return model(input_ids=row, use_cache=False).logits[0, :-1]

@@ -1,20 +1,19 @@
-"""What rounding would cost at every quantizer, row by row: a second-order estimate of KL, and rows drawn by it.
+"""Estimate the cost of rounding at every quantizer, per row: a second-order estimate of KL (Fisher information).
 
-Rounding adds an error e to a row of an activation. Errors of rounding have no direction in rotated coordinates; as long
-as they are small and independent, the KL from the 16-bit model to the rounded one is
+Rounding adds an error e to a row of an activation. Rounding errors have no preferred direction in rotated coordinates;
+as long as they are small and independent, the KL from the 16-bit model to the quantized one is
 
     KL ~ 1/2 sum over rows of E[(g . e)^2] = 1/2 sum ||g||^2 ||e||^2 / n
 
-with n the length of a row, and g the gradient of log p(y), y drawn from the model's own predictions (Fisher
-information). So a row counts ||g||^2 ||x||^2 / n times its relative error: a massive activation that nothing depends on
-counts little, and one quantizer counts more than another. Most rows hardly count at all. Rows are therefore drawn from
-all tokens with a probability in proportion to what they count, and count the same afterwards; what a quantizer counts
-as a whole is kept with it.
+with n the length of a row, and g the gradient of log p(y), y sampled from the model's own predictions. So the weight of
+a row is ||g||^2 ||x||^2 / n times its relative error: a massive activation that nothing depends on has little weight,
+and quantizers differ in weight. Most rows have almost none. Rows are therefore sampled from all tokens with probability
+proportional to their weight, and weigh the same afterwards; the total weight of each quantizer is stored with it.
 
-One pass forward and back through the 16-bit model for every sample. On SmolLM2-135M at A4KV4 with a random Hadamard,
-the estimates from 16 samples of the manual (and what rounding there alone cost on four others) were 0.167 (0.193) for
-gate and up, 0.083 (0.088) for q, k and v, 0.030 (0.030) for o_proj, 0.089 (0.073) for down_proj and 0.056 (0.053) for
-the cache; 0.43 in all, where all rounding together cost 0.52.
+It takes one forward and backward pass through the 16-bit model per sample. On SmolLM2-135M at A4KV4 with a random
+Hadamard, the estimates from 16 samples of the manual (and the measured cost of rounding there alone, on four others)
+were 0.167 (0.193) for gate and up, 0.083 (0.088) for q, k and v, 0.030 (0.030) for o_proj, 0.089 (0.073) for down_proj
+and 0.056 (0.053) for the KV cache; 0.43 in all, where all rounding together cost 0.52.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -49,10 +48,9 @@ def sensitive_sites(
     beside: Mapping[str, Callable[[Tensor], None]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ActivationSite]:
-    """About `rows` rows of every site whose space is among `spaces`, drawn by what they count, from tokens, int64
-    (samples, length).
+    """Sample about `rows` rows, by weight, of every site in the given spaces, on tokens, int64 (samples, length).
 
-    Gains must be fused. beside: further inputs of linears to be watched. ActivationSite.share is the KL per token, in
+    Gains must be fused. beside: further observers of linears' inputs. ActivationSite.share is the KL per token, in
     nats, that a relative error of one would cost. Raises LearningError for gradients that are not finite.
     """
     wanted = quantized_spaces(plan, spaces, scheme)
@@ -84,11 +82,13 @@ def own_predictions(
     checkpointing: bool,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Forward and back through the model, sample by sample: hooks get gradients of log p(y) at every token of tokens,
-    (samples, length), y drawn from the model's own predictions."""
+    """Run forward and backward passes, sample by sample, on tokens, (samples, length).
+
+    Hooks get gradients of log p(y) at every token, with y sampled from the model's own predictions.
+    """
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
-    model.enable_input_require_grads()  # without it nothing before the first weight that learns has a gradient
+    model.enable_input_require_grads()  # otherwise activations would have no gradient, since all weights are frozen
     try:
         with checkpointed(model, plan, checkpointing):
             for done, row in enumerate(tokens.split(1)):
@@ -102,15 +102,18 @@ def own_predictions(
 
 
 def nll_of_own(model: Any, rows: Tensor, labels: Sequence[torch.Generator]) -> Tensor:
-    """-log p(y) of labels y drawn from the model's own predictions, of all tokens of rows, (batch, length), together.
+    """-log p(y), summed over all tokens of rows, (batch, length), of labels y sampled from the model's own predictions.
 
-    labels: what those of a row are drawn with.
+    labels: one generator per row, from which its labels are sampled.
     """
-    return _Surprise.apply(model(input_ids=rows, use_cache=False).logits, labels)  # pyright: ignore[reportReturnType]
+    return _SampledNLL.apply(model(input_ids=rows, use_cache=False).logits, labels)  # pyright: ignore[reportReturnType]
 
 
-class _Surprise(torch.autograd.Function):
-    """One softmax serves the draw, the sum and its gradient p - 1 at y: over a vocabulary, passes are what costs."""
+class _SampledNLL(torch.autograd.Function):
+    """Sample labels and compute their NLL with one softmax, since passes over the vocabulary dominate the cost.
+
+    The gradient is p, minus 1 at y.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Sequence[torch.Generator]) -> Tensor:
@@ -123,12 +126,12 @@ class _Surprise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         p, own = ctx.saved_tensors
-        # In place: a second pass backward finds a changed tensor and raises.
+        # In place: a second backward pass detects the changed tensor and raises.
         return p.scatter_add_(-1, own, p.new_full(own.shape, -1.0)).mul_(grad).to(ctx.dtype), None
 
 
 class _Drawn:
-    """Rows of every site, so many from each sample, and the sum of what all rows count."""
+    """Sampled rows of every site, `share` from each sample, and the total weight of all rows."""
 
     def __init__(self, share: int, generator: torch.Generator):
         self.share, self.generator = share, generator
@@ -136,14 +139,16 @@ class _Drawn:
         self.mass: dict[str, float] = {}
 
     def watch(self, name: str, x: Tensor) -> None:
-        """Have rows drawn from an activation, (.., width), as soon as its gradient is known."""
+        """Observe an activation, (.., width); rows are sampled when its gradient is known."""
         x.register_hook(partial(self._draw, name, x.detach()))
 
     def _draw(self, name: str, x: Tensor, gradient: Tensor) -> None:
         flat, slopes = (t.reshape(-1, t.shape[-1]).float() for t in (x, gradient))
         counts = (flat.square().sum(-1) * slopes.square().sum(-1) / flat.shape[-1]).cpu()
         if not counts.isfinite().all():
-            raise LearningError(f"the gradient at {name} is not finite: the model is damaged, or overflows {x.dtype}")
+            raise LearningError(
+                f"the gradient at {name} is not finite: the model's weights are damaged, or {x.dtype} overflows"
+            )
         total = float(counts.sum(dtype=torch.float64))
         if total > 0:
             chosen = torch.multinomial(counts / total, self.share, replacement=True, generator=self.generator)
@@ -168,7 +173,7 @@ def _watch(attachment: Attachment, wanted: Mapping[str, Any], drawn: _Drawn) -> 
 
 @torch.no_grad()
 def predicted_kl(sites: Sequence[ActivationSite], rotations: Mapping[str, Rotation]) -> dict[str, float]:
-    """The estimate for every site, by name, in nats per token: of its rows as they are really rounded."""
+    """Estimated KL of every site, by name, in nats per token, from the actual rounding errors of its rows."""
     found = {}
     for site in sites:
         z = rotations[site.space].apply(site.rows)
