@@ -66,7 +66,7 @@ class Calibration:
     device: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """The fields as a dict, ready for JSON."""
         return asdict(self)
 
 

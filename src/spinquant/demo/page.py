@@ -77,7 +77,7 @@ class DemoResult:
     versions: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON; perplexities that are not finite become None."""
+        """The fields as a dict, ready for JSON; perplexities that are not finite become None."""
         rows = [(label, *(v if math.isfinite(v) else None for v in values)) for label, *values in self.rows]
         return {**asdict(self), "rows": rows}
 

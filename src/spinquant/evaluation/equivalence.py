@@ -46,7 +46,7 @@ class Deviation:
     module: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """The fields as a dict, ready for JSON."""
         return dict(vars(self))
 
 

@@ -47,7 +47,7 @@ class Evaluation:
     reference_perplexity: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """The fields as a dict, ready for JSON."""
         return asdict(self)
 
 
@@ -78,7 +78,7 @@ class Comparison:
     tokens: int
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """The fields as a dict, ready for JSON."""
         return asdict(self)
 
 

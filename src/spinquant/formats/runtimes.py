@@ -121,7 +121,7 @@ RUNTIMES: Mapping[str, Runtime] = {
             **{name: _runs(_READ) for name in ("WMXFP4A16", "WMXFP4AMXFP4")},
             **{name: _runs(_STATIC) for name in ("WNVFP4ANVFP4", "KVFP8")},
         },
-        "compressed-tensors has no words for it: use --runtime spinquant",
+        "compressed-tensors cannot store it: use --runtime spinquant",
     ),
     "vllm": Runtime(
         "vLLM on a GPU",

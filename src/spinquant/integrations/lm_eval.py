@@ -15,7 +15,7 @@ def evaluate_tasks(
     installed or does not know a task.
     """
     try:
-        from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+        from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
         from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
         from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
     except ImportError as error:

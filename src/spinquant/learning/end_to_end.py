@@ -107,7 +107,7 @@ class EndToEndOptions:
             raise LearningError(f"loss {self.loss} does not use {', '.join(changed)}: leave them out")
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """The fields as a dict, ready for JSON."""
         return asdict(self)
 
     def length_of(self, step: int) -> float:

@@ -106,7 +106,7 @@ class LocalOptions:
             raise LearningError(f"solver {self.solver} does not use {', '.join(changed)}: leave them out")
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """The fields as a dict, ready for JSON."""
         return asdict(self)
 
 

@@ -83,7 +83,7 @@ class LearnOptions:
         return self.method in ("local", "local+end-to-end", "auto") and self.local.weighting == "fisher"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """The fields as a dict, ready for JSON."""
         return asdict(self)
 
 

@@ -55,7 +55,7 @@ class Score:
     tokens: int
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """The fields as a dict, ready for JSON."""
         return asdict(self)
 
 

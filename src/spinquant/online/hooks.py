@@ -129,7 +129,7 @@ def attach(
         plan: Where the model can be rotated, from `plan_of`.
         rotations: Rotations by the name of their space, from `make_rotations`. Those of online spaces must already be
             fused into the weights that read them (`fuse_module`). Others are ignored; `{}` attaches quantizers alone.
-        scheme: What is quantized at run time. Only its activations and KV cache count here. Default: nothing.
+        scheme: What is quantized online. Only its activations and KV cache count here. Default: nothing.
         clips: Clip ratios found by calibration; where they name a place, they replace the scheme's clip ratio.
         around: The model is not rotated; every quantizer rotates its input before rounding and back after it, so that
             the model rounds like a rotated one (`quantization/rotated_rounding.py`). Learning uses this.
@@ -181,7 +181,7 @@ def before_forward(model: nn.Module, action: Callable[[], object]) -> Any:
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
-    """The attachment on a model, None where there is none."""
+    """The attachment on a model, or None."""
     return getattr(model, ATTACHMENT, None)
 
 

@@ -82,10 +82,13 @@ class Probe:
 
     Example:
         >>> import spinquant
-        >>> from transformers import LlamaConfig
-        >>> found = spinquant.probe(LlamaConfig())
-        >>> [finding.statement for finding in found.findings if not finding.holds]
-        []
+        >>> found = spinquant.Probe("acme", family=None, findings=(), left=("it has no list of layers",))
+        >>> print(spinquant.draft_text(found))
+        # Draft of a family file for model_type 'acme', found by probing.
+        ...
+        # Not covered:
+        #   - it has no list of layers
+        ...
     """
 
     model_type: str
