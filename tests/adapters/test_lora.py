@@ -222,7 +222,7 @@ def test_tokens_that_are_trained(tmp_path):
     ("change", "match"),
     [
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
-        ({"init_lora_weights": "pissa"}, "'pissa'.*anew"),
+        ({"init_lora_weights": "pissa"}, "'pissa'.*recomputes"),
         ({"layer_replication": [[0, 2]]}, "repeats layers"),
         ({"use_qalora": True}, "groups of channels"),
         ({"use_something_new": True}, "does not know"),

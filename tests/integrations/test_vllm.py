@@ -63,8 +63,8 @@ def test_the_order_of_queries_and_keys():
     assert query_key_order(both, "model.layers.3.mlp", layer) is None
     assert query_key_order(transforms(("random-hadamard", 16, ("input",))), name, layer) is None
     for wrong, word in (
-        (transforms(("hadamard", 16, ("q_attn",))), "alike"),
-        (transforms(("hadamard", 16, ("q_attn",)), ("hadamard", 8, ("k_cache",))), "alike"),
+        (transforms(("hadamard", 16, ("q_attn",))), "the same rotation"),
+        (transforms(("hadamard", 16, ("q_attn",)), ("hadamard", 8, ("k_cache",))), "the same rotation"),
         (transforms(("random-hadamard", 16, ("q_attn", "k_cache"))), "type hadamard"),
         (transforms(("hadamard", None, ("q_attn", "k_cache"))), "head_dim"),
     ):
