@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-llmcompressor test-clients check bench clean
+.PHONY: demo test test-llmcompressor test-clients check docs bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/spinquant demo demo --force
@@ -26,6 +26,15 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# The documentation as a site in site/, in an environment of its own; a broken link or anchor is an error.
+docs: $(VENV)-docs/.installed
+	$(VENV)-docs/bin/mkdocs build --quiet --strict --clean
+
+$(VENV)-docs/.installed: requirements-docs.lock
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements-docs.lock
+	touch $@
+
 # Against llm-compressor, which gets an environment of its own (it pins other versions).
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/hadamard_transform.py
@@ -45,4 +54,4 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-llmcompressor demo
+	rm -rf $(VENV) $(VENV)-llmcompressor $(VENV)-docs demo site
