@@ -1,9 +1,9 @@
-"""Which architectures can be rotated, and how exactly: docs/architectures.md, from the tables and a run on tiny models.
+"""Which architectures can be rotated, and how exactly: docs/reference/architectures.md, from the tables and a run on tiny models.
 
 Every table's tiny random instance (tests/families.py, tests/models.py) is rotated in float64 and compared; the same
 instance, saved, is given to llm-compressor's SpinQuantModifier and to auto-round's SpinQuant (R1, R2, random Hadamard):
 
-    python benchmarks/architectures.py --peer PYTHON [--auto-round PYTHON] [--out docs/architectures.md]
+    python benchmarks/architectures.py --peer PYTHON [--auto-round PYTHON] [--out docs/reference/architectures.md]
 
 PYTHON is the interpreter of an environment with llm-compressor (and auto-round, or of another with that), in which
 `architectures_peer.py` runs.
@@ -37,35 +37,36 @@ from spinquant.plan import ROTATION_NAMES  # noqa: E402
 NOTHING = "\N{EN DASH}"
 INTRODUCTION = """# Architectures
 
-What each rotation does to the models of transformers {transformers}, and what is refused. This page is written by
-`benchmarks/architectures.py` from the tables in `src/spinquant/architectures/` and a run on tiny random models of every
-family, in float64, with non-zero biases and non-unit gains.
+What each rotation does to the models of transformers {transformers}, and what is refused. `benchmarks/architectures.py`
+writes this page from the tables in `src/spinquant/architectures/` and a run on tiny random models of every family, in
+float64, with non-zero biases and non-unit gains.
 
 - **R1** rotates the residual stream, **R2** the values of every head (and the latents of DeepSeek's attention), **R3**
   queries and keys at run time, **R4** the input of an MLP's second linear at run time (of every expert's, in mixtures).
-- *yes*: allowed, and exact in the run. *no*: refused, for the reason in the note. {nothing}: there is no such thing.
-- *centred*: the norms subtract the mean, so R1 is a rotation that keeps the mean (`src/spinquant/centred.py`). The
-  scale of such a norm moves into the linears that read it; its bias is divided by the scale and rotated, so that the
-  model keeps its class and no linear needs a bias that it has not. Where a scale is zero and the bias is not, that is
-  impossible, and it is refused by name.
+- *yes*: allowed, and exact in the run. *no*: refused, for the reason in the note. {nothing}: the architecture has no
+  such part.
+- *centred*: the norms subtract the mean, so R1 is a mean-preserving rotation
+  (`src/spinquant/rotations/mean_preserving.py`). The scale of such a norm is fused into the linears that read it; its
+  bias is divided by the scale and rotated, so the model keeps its class and no linear needs a bias that it does not
+  have. Where a scale is zero and the bias is not, that is impossible, and is refused by name.
 - *error*: the largest ||logits' - logits|| / ||logits|| over the allowed rotations, alone and together.
 - *llm-compressor*: what version {llm_compressor} does with R1 and R2 on the same model, in float32: *exact* below 1e-4,
-  else how far the logits moved by the same measure, or the error that it stops with. It centres embeddings, and under
-  RMSNorm that changes the function; the mean of a random embedding is larger than that of a trained one, so how far
-  the logits move here says nothing about a real model, only that the function is another.
-- *auto-round*: the same of version {auto_round}, with both rotations fused (`online_r1_rotation=False`; R1 in blocks of
-  16, since it wants a power of two). It is exact on Llamas without biases; a value's bias it does not rotate.
+  else how far the logits moved by the same measure, or the error that it raises. It centers embeddings, which changes
+  the function under RMSNorm. The mean of a random embedding is larger than that of a trained one, so how far the logits
+  move here says nothing about a real model, only that the function is a different one.
+- *auto-round*: the same for version {auto_round}, with both rotations fused (`online_r1_rotation=False`; R1 in blocks of
+  16, since it needs a power of two). It is exact on Llamas without biases; it does not rotate the bias of a value.
 - Several verdicts in a cell are those of the table's several instances (`tests/families.py`). *not loaded*: the peers'
   environment has an older transformers ({peer_transformers}), which does not know the config.
 
-A model that no table explains is refused by name, and takes a family file, which `spinquant plan --probe` drafts
-([families.md](families.md)). Refused is also a tensor that its table does not explain. Of a
+A model that no table describes is refused by name, and so is a tensor that its table does not describe. Such a model
+takes a family file, which `spinquant plan --probe` drafts ([A model of your own](../how-to/own-model.md)). Of a
 vision-language model the language part is rotated, and the projector, which writes to its residual stream; the tiny
-that is tried before a model is touched is given text alone (the tests give images too).
+model that is tried before the real one is changed gets text only (the tests use images too).
 
 Stacked experts and Conv1D are quantized like linears, each expert on the tokens that it gets; the format
-`compressed-tensors` has no place for them. What rides along with a model (adapters, draft heads, layers for multi-token
-prediction): `docs/adapters.md`.
+`compressed-tensors` cannot store them. Adapters, draft heads, and layers for multi-token prediction:
+[LoRA adapters and draft heads](../how-to/adapters.md).
 """
 
 
@@ -73,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, required=True, help="interpreter of an environment with llm-compressor")
     parser.add_argument("--auto-round", type=Path, help="interpreter of one with auto-round; by default the same")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/architectures.md")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/reference/architectures.md")
     arguments = parser.parse_args()
     instances = {name: families.Instance(config) for name, config in models.CONFIGS.items()} | families.FAMILIES
     with tempfile.TemporaryDirectory() as folder:
@@ -187,7 +188,7 @@ def coverage() -> list[str]:
         *lines,
         "",
         "Such a model is refused by name, and the message says what to do: `spinquant plan MODEL --probe` tries out "
-        "what can be rotated and drafts a family file, which `--family` takes ([families.md](families.md)).",
+        "what can be rotated and drafts a family file, which `--family` takes ([A model of your own](../how-to/own-model.md)).",
         "",
         "The layers of Zamba share blocks, tied by the switch that ties embedding and head. R1 has to turn it off, so "
         "every layer then has a block of its own, under its own name, which plain transformers load as they are; the "

@@ -1,7 +1,7 @@
 """What probing finds of the models that tables know, with the tables hidden: python benchmarks/probing.py
 
 For every tiny instance of the tests: whether the draft's plan is the table's, where R1 to R4 are not refused, and what
-is missing where it is not. The lists in docs/families.md come from here.
+is missing where it is not. The lists in docs/how-to/own-model.md come from here.
 """
 
 import sys

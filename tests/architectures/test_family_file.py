@@ -243,6 +243,6 @@ def test_commands_from_the_draft_to_the_quantized_folder(run, tmp_path, monkeypa
 
 
 def test_the_documentation_names_every_key():
-    text = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "family-files.md").read_text()
     documented = set(re.findall(r"`([a-z_]+)`", text))
     assert set(FamilyFile.model_fields) - {"mlp", "attention"} <= documented

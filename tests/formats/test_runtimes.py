@@ -12,7 +12,7 @@ from spinquant import Quantizer, RotationError, RotationSpec, Scheme, SchemeErro
 from spinquant.formats.runtimes import RUNTIMES, Claim, check_runtime, format_for, runtime_rows, scheme_names
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "runtimes.md"
+PAGE = ROOT / "docs" / "reference" / "runtimes.md"
 
 
 def client_cases():
@@ -41,7 +41,7 @@ def test_every_claim_is_backed_by_a_test_that_exists_or_a_source():
 
 
 def markdown():
-    """The tables of docs/runtimes.md."""
+    """The tables of docs/reference/runtimes.md."""
     lines = ["| runtime | `--runtime` | folder | how to load it |", "|---|---|---|---|"]
     for name, runtime in RUNTIMES.items():
         lines.append(f"| {runtime.title} | `{name}` | {runtime.format or 'none'} | {runtime.how} |")

@@ -21,7 +21,7 @@ from spinquant.rotations.hadamard import (
     kronecker_transform,
 )
 
-DOCS = Path(__file__).parents[2] / "docs" / "hadamard.md"
+DOCS = Path(__file__).parents[2] / "docs" / "reference" / "hadamard-orders.md"
 # Odd parts of the dimensions of released models, with their base orders.
 BASES = (12, 20, 28, 36, 40, 52, 60, 76, 92, 108, 116, 140, 148, 156, 172, 684, 924)
 MODEL_DIMENSIONS = (576, 896, 1536, 3584, 4864, 9728, 10944, 11008, 13824, 14336, 18944, 28672, 29568)
