@@ -1,4 +1,4 @@
-"""Which architectures can be rotated, and how exactly: docs/reference/architectures.md, from the tables and a run on tiny models.
+"""Which architectures can be rotated, and how exactly: docs/reference/architectures.md, from tables and tiny models.
 
 Every table's tiny random instance (tests/families.py, tests/models.py) is rotated in float64 and compared; the same
 instance, saved, is given to llm-compressor's SpinQuantModifier and to auto-round's SpinQuant (R1, R2, random Hadamard):
@@ -54,8 +54,8 @@ float64, with non-zero biases and non-unit gains.
   else how far the logits moved by the same measure, or the error that it raises. It centers embeddings, which changes
   the function under RMSNorm. The mean of a random embedding is larger than that of a trained one, so how far the logits
   move here says nothing about a real model, only that the function is a different one.
-- *auto-round*: the same for version {auto_round}, with both rotations fused (`online_r1_rotation=False`; R1 in blocks of
-  16, since it needs a power of two). It is exact on Llamas without biases; it does not rotate the bias of a value.
+- *auto-round*: the same for version {auto_round}, with both rotations fused (`online_r1_rotation=False`; R1 in blocks
+  of 16, since it needs a power of two). It is exact on Llamas without biases; it does not rotate the bias of a value.
 - Several verdicts in a cell are those of the table's several instances (`tests/families.py`). *not loaded*: the peers'
   environment has an older transformers ({peer_transformers}), which does not know the config.
 
@@ -188,7 +188,8 @@ def coverage() -> list[str]:
         *lines,
         "",
         "Such a model is refused by name, and the message says what to do: `spinquant plan MODEL --probe` tries out "
-        "what can be rotated and drafts a family file, which `--family` takes ([A model of your own](../how-to/own-model.md)).",
+        "what can be rotated and drafts a family file, which `--family` takes "
+        "([A model of your own](../how-to/own-model.md)).",
         "",
         "The layers of Zamba share blocks, tied by the switch that ties embedding and head. R1 has to turn it off, so "
         "every layer then has a block of its own, under its own name, which plain transformers load as they are; the "

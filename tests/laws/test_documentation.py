@@ -21,8 +21,8 @@ DOCS = ROOT / "docs"
 COMMAND_LINE = DOCS / "reference" / "cli.md"
 HEAD = """# Command line
 
-The help of every command, as `spinquant COMMAND --help` prints it. Written by `python tests/laws/test_documentation.py`;
-a test compares it with the code.
+The help of every command, as `spinquant COMMAND --help` prints it. `python tests/laws/test_documentation.py` writes
+this page, and a test compares it with the code.
 """
 # A whole line of a page that names a public object for mkdocstrings.
 DIRECTIVE = re.compile(r"^::: spinquant\.(\w+)$", re.MULTILINE)
