@@ -28,7 +28,7 @@ check: $(VENV)/.installed
 
 # The documentation as a site in site/, in an environment of its own; a broken link or anchor is an error.
 docs: $(VENV)-docs/.installed
-	$(VENV)-docs/bin/mkdocs build --quiet --strict --clean
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --quiet --strict --clean
 
 $(VENV)-docs/.installed: requirements-docs.lock
 	$(PYTHON) -m venv $(@D)
