@@ -101,10 +101,18 @@ def test_links_outside_the_site_lead_somewhere(page: str):
 
 def test_paths_that_the_documentation_names_exist():
     """In backticks: `rotations/fuse.py` within src/spinquant, or a path from the root of the repository."""
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")]:
+    for page in [*ROOT.glob("*.md"), *DOCS.rglob("*.md")]:
         for name in re.findall(r"`([\w/-]+/[\w/.-]+\.(?:py|md|toml))`", page.read_text(encoding="utf-8")):
             places = (ROOT / name, ROOT / "src" / "spinquant" / name)
             assert any(place.exists() for place in places), f"{page.relative_to(ROOT)}: {name}"
+
+
+def test_pages_that_the_code_names_exist():
+    """Errors, help and docstrings send their readers to pages of docs/."""
+    for folder in ("src", "tests", "benchmarks", "examples", "clients"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for name in re.findall(r"\bdocs/[\w/-]+\.md\b", path.read_text(encoding="utf-8")):
+                assert (ROOT / name).exists(), f"{path.relative_to(ROOT)}: {name}"
 
 
 if __name__ == "__main__":
