@@ -145,7 +145,7 @@ def make_plan(config: Any, shapes: Shapes, *, family: FamilyLike | None = None) 
         raise ArchitectureError(
             f"no family table supports model_type {model_type!r}{inside}.{looked} Supported: "
             f"{', '.join(known_model_types())}. `spinquant plan MODEL --probe` finds out what can be rotated and "
-            "drafts a family file for --family (docs/families.md)."
+            "drafts a family file for --family (docs/how-to/own-model.md)."
         )
     predictors = prediction_tensors(config, shapes)
     plan = build_plan(table, config, {name: shape for name, shape in shapes.items() if name not in set(predictors)})

@@ -2,7 +2,7 @@
 
 A file states either how the family differs from a built-in one (`like`), or which module plays which role: embedding,
 norms and what reads them, attention, MLP, head. In names `*` stands for the layer and `#` for an expert; `-` stands for
-an axis in no space. See docs/families.md.
+an axis in no space. See docs/reference/family-files.md.
 """
 
 import tomllib
@@ -123,7 +123,7 @@ class MlpRoles(_Part):
 
 
 class FamilyFile(BaseModel):
-    """A family of architectures as users describe it, the content of a TOML family file (docs/families.md).
+    """A family of architectures as users describe it in a TOML family file (docs/reference/family-files.md).
 
     Give either `like`, the name of a built-in family, and the differences; or `layer`, `embedding` and `head`, with
     `attention`, `mlp` and `norms`. Names contain `*` for the layer's number and `#` for the expert's.
@@ -224,7 +224,7 @@ def read_family(path: str | Path) -> FamilyFile:
     """Read and validate a family file.
 
     Args:
-        path: a TOML file, see docs/families.md; `draft_text` writes drafts of them.
+        path: a TOML file, see docs/reference/family-files.md; `draft_text` writes drafts of them.
 
     Returns:
         The family, for `use_family` or the `family=` of other functions.

@@ -1,4 +1,4 @@
-"""Causal LMs of transformers that are not supported, with the reasons, for error messages and docs/architectures.md."""
+"""Causal LMs of transformers that are not supported, with reasons (also in docs/reference/architectures.md)."""
 
 from collections.abc import Mapping
 

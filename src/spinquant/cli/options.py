@@ -100,7 +100,7 @@ Randomize = Annotated[
 Family = Annotated[
     Path | None,
     typer.Option(
-        help="Family file (TOML) for an architecture that spinquant does not know; see docs/families.md.",
+        help="Family file (TOML) for an architecture that spinquant does not know; see docs/how-to/own-model.md.",
         show_default=False,
         rich_help_panel=ADVANCED,
     ),

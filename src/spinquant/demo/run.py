@@ -146,7 +146,7 @@ def run_demo(
 
 
 def variants_of(scheme: Scheme) -> list[tuple[str, Scheme]]:
-    """(label, scheme) of 16 bits, of every part alone, and of the scheme. Raises SchemeError if it quantizes nothing."""
+    """(label, scheme) of 16 bits, of each part alone, and of all. Raises SchemeError if nothing is quantized."""
     nothing = replace(scheme, weights=None, activations=None, kv=None)
     alone = [replace(nothing, **{p: q}) for p in ("weights", "activations", "kv") if (q := getattr(scheme, p))]
     if not alone:

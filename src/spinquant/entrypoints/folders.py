@@ -61,7 +61,15 @@ def save(
         _write(result, folder, tokenizer, format)
 
 
-def _write(result: Result, folder: Path, tokenizer: Any, format: str) -> None:
+def _write(
+    result: Result,
+    folder: Path,
+    tokenizer: Any,
+    format: str,
+    *,
+    source: Path | None = None,
+    command: str | None = None,
+) -> None:
     """Write the files of a model in memory, and beside them how it came about."""
     if format == "compressed-tensors":
         online = online_part(result.plan, result.rotations)
@@ -71,7 +79,7 @@ def _write(result: Result, folder: Path, tokenizer: Any, format: str) -> None:
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     # In a folder of their own: runtimes load every safetensors file that lies beside the weights.
-    write_record(result, folder)
+    write_record(result, folder, format=format, source=source, command=command)
 
 
 def rotate_folder(
@@ -90,6 +98,7 @@ def rotate_folder(
     checksums: Path | None = None,
     options: Options | None = None,
     family: FamilyLike | None = None,
+    command: str | None = None,
 ) -> Result:
     """Rotate a folder or hub id into a plain folder that transformers loads with nothing of ours installed.
 
@@ -129,6 +138,7 @@ def rotate_folder(
             family=family,
             force=force,
             allow_pickle=allow_pickle,
+            command=command,
             options=options or Options(),
         )
     )
@@ -158,6 +168,7 @@ def quantize_folder(
     learn: LearnOptions | None = None,
     learn_text: LearnText | None = None,
     watch: Watch | None = None,
+    command: str | None = None,
 ) -> Result:
     """Rotate and quantize a folder or hub id into a folder that `spinquant.load` and transformers load.
 
@@ -192,6 +203,7 @@ def quantize_folder(
             family=family,
             force=force,
             allow_pickle=allow_pickle,
+            command=command,
             options=options or Options(),
             watch=watch or Watch(),
         )
@@ -262,7 +274,7 @@ def _in_memory(job: Job, run: RunDirectory) -> Result:
     learned = {"learned": request.learned.note()} if request.learned else {}
     result = replace(result, notes={**notes, **learned})
     check_finite(result.model, "the model to be saved")
-    _write(result, run.data, tokenizer, job.format)
+    _write(result, run.data, tokenizer, job.format, source=job.folder, command=request.command)
     run.publish(checksums=False)
     return result
 

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from spinquant.architectures import FamilyLike, recorded_family
 from spinquant.calibration.data import CalibrationText, calibration_tokens
-from spinquant.checkpoint.folder import folder_of, load_config, load_tokenizer, weights_digest, weights_sample
+from spinquant.checkpoint.folder import folder_of, is_local, load_config, load_tokenizer, weights_digest, weights_sample
 from spinquant.checkpoint.run_directory import LEARNING, atomic_folder, opened_run
 from spinquant.compute.distributed import LONGEST, check_same, is_first, joined
+from spinquant.entrypoints.model_card import learned_card
 from spinquant.entrypoints.request import LearnText
+from spinquant.entrypoints.source_card import CARD, read_card
 from spinquant.entrypoints.validation import run_identity, text_files
 from spinquant.errors import CheckpointError, SpinquantError, TextError
 from spinquant.formats.load import load_model
@@ -48,6 +50,7 @@ def learn_folder(
     allow_pickle: bool = False,
     watch: Watch | None = None,
     family: FamilyLike | None = None,
+    command: str | None = None,
 ) -> LearnedRotations:
     """Learn rotations for a model folder or hub id into a folder, which appears complete or not at all.
 
@@ -86,7 +89,7 @@ def learn_folder(
             )
             if processes.first:
                 if not run.published:
-                    write_files(learned, run.data)
+                    write_files(learned, run.data, command=command)
                 run.publish(checksums=False)
     return learned
 
@@ -129,7 +132,7 @@ def learn_from(
     learned = replace(learned, record={**learned.record, **named, "tokens": about, **begun})
     if is_first():
         with atomic_folder(done, force=True) as folder:
-            write_files(learned, folder, pictures=False)
+            write_files(learned, folder, whole=False)
     return learned
 
 
@@ -164,14 +167,19 @@ def write_learned(learned: LearnedRotations, out: str | Path, *, force: bool = F
         write_files(learned, folder)
 
 
-def write_files(learned: LearnedRotations, folder: Path, *, pictures: bool = True) -> None:
-    """Write the files of a folder of learned rotations."""
+def write_files(learned: LearnedRotations, folder: Path, *, whole: bool = True, command: str | None = None) -> None:
+    """Write the files of a folder of learned rotations; `whole` with pictures and a model card."""
     about, tensors = to_save(learned.rotations)
     save_file(tensors, folder / TENSORS)
     data = {**about, "spec": learned.spec.to_dict(), **learned.record}
     (folder / ABOUT).write_text(json.dumps(data, indent=1, default=dict) + "\n", encoding="utf-8")
-    if pictures:
+    if whole:
         _draw(learned, folder)
+        drawn = sorted(path.name for path in folder.glob("*.png"))
+        source = learned.record["model"]
+        original = read_card(Path(source)) if is_local(source) else read_card(folder_of(source))
+        card = learned_card(learned, source=source, source_card=original, command=command, pictures=drawn)
+        (folder / CARD).write_text(card, encoding="utf-8", newline="\n")
 
 
 def _draw(learned: LearnedRotations, folder: Path) -> None:

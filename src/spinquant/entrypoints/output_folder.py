@@ -16,7 +16,9 @@ from spinquant.architectures import RECORDED
 from spinquant.checkpoint.atomic import write_file
 from spinquant.checkpoint.folder import BESIDE, INDEX, RECORD, ROTATIONS, SINGLE, copied_files
 from spinquant.checkpoint.reader import Source, fp8_block
+from spinquant.entrypoints.model_card import model_card
 from spinquant.entrypoints.result import Result
+from spinquant.entrypoints.source_card import CARD, read_card
 from spinquant.rotations.serialization import to_save
 from spinquant.streaming.shards import Shard
 
@@ -39,11 +41,21 @@ def write_config_and_copies(source: Source, shards: Sequence[Shard], folder: Pat
     _change(config, changes)
     write_file(folder / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
     for path in copied_files(source.folder):
-        write_file(folder / path, source.folder / path)
+        if path != Path(CARD):  # ours is written at the end, with the source's below
+            write_file(folder / path, source.folder / path)
 
 
-def write_record(result: Result, folder: Path) -> None:
-    """Write the rotations and the record of how the folder came about."""
+def write_record(
+    result: Result, folder: Path, *, format: str, source: Path | None = None, command: str | None = None
+) -> None:
+    """Write the rotations, the record of how the folder came about, and its model card.
+
+    source: folder of the model, whose own card is kept below; None for a model that does not say where it comes from.
+    """
+    if source is not None:
+        name, original = str(result.notes["source"]), read_card(source)
+        card = model_card(result, format=format, source=name, source_card=original, command=command)
+        write_file(folder / CARD, card.encode())
     write_file(folder / BESIDE / ROTATIONS, save_bytes(to_save(result.rotations)[1]))
     record = json.dumps(result.record(), indent=1, default=dict)
     write_file(folder / BESIDE / RECORD, (record + "\n").encode())

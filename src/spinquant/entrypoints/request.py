@@ -63,6 +63,7 @@ class Request:
         runtime: refuse what it does not run.
         family: a file that explains the model where no table does.
         force: replace `out`.
+        command: the command line that asked for it, for the model card; it decides nothing.
         allow_pickle: load pickle weights, which can run code.
         options: how the run goes about it.
         watch: what learning reports to.
@@ -88,6 +89,7 @@ class Request:
     runtime: str | None = None
     family: FamilyLike | None = None
     force: bool = False
+    command: str | None = None
     allow_pickle: bool = False
     options: Options = field(default_factory=Options)
     watch: Watch = field(default_factory=Watch)

@@ -76,7 +76,8 @@ def _write(work: StreamRun, run: RunDirectory, processes: Processes, clock: Cloc
         if work.is_plain:
             with clock.phase("compare"), closing(Source(run.data, load_config(run.data))) as written:
                 work.compare(written)
-        write_record(work.result, run.data)
+        request = work.job.request
+        write_record(work.result, run.data, format=work.job.format, source=work.job.folder, command=request.command)
 
 
 def _checked_source(

@@ -28,7 +28,8 @@ from spinquant.rotations.fuse import rotate_axis, scales_of
 from spinquant.rotations.fuse_module import fuse_module, plan_of
 from spinquant.rotations.rotation import Rotation
 
-# Relative error ||logits' - logits|| / ||logits|| that floating-point rounding explains, measured in docs/design.md.
+# Relative error ||logits' - logits|| / ||logits|| that floating-point rounding explains,
+# measured in docs/explanation/design.md.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 # The logits of an ill-conditioned model may move by MARGIN times what rounding noise alone moves them
 # (`streaming/rounding_noise.py`), but never by more than MOST, beyond which a comparison is meaningless. Rotated models

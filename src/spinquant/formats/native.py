@@ -2,8 +2,8 @@
 
 Importing spinquant registers the format with transformers (`register.py`), whose `from_pretrained` then unpacks
 weights and attaches online rotations and quantizers. Without the import transformers only warns of an unknown
-quant_method and would load the model without its online rotations; therefore the weights of all quantized linears are stored in shapes that no
-plain model has (packed words, or one flat axis at 16 bits), which it refuses to load.
+quant_method and would load the model without its online rotations; therefore the weights of all quantized linears are
+stored in shapes that no plain model has (packed words, or one flat axis at 16 bits), which it refuses to load.
 
 On disk, for every linear of the plan: `X.weight` int32 (out, words) with `X.weight_scale` (out, groups), and
 `X.weight_zero` if asymmetric; at 16 bits `X.weight` (out * in,). Experts likewise, under the names of their checkpoint,

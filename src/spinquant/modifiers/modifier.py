@@ -41,7 +41,7 @@ class SpinQuantModifier(BaseModel):
     Attributes:
         rotations: Any of R1, R2, R3, R4, in any case. Default: R1 and R2.
         transform_type: `hadamard` (the default), `random-hadamard` or `random-matrix` (Haar orthogonal). The orders
-            that have a Hadamard matrix are in `docs/hadamard.md`.
+            that have a Hadamard matrix are in `docs/reference/hadamard-orders.md`.
         randomize: A different rotation for every layer. Default: False.
         learnable: Make the rotations parameters of the model that train with any optimizer, until `finalize` fuses
             them. Default: False.
