@@ -152,7 +152,7 @@ class Plan:
         family: name of the family table that the plan was made from, such as "llama".
         spaces: the spaces that can be rotated, in order of execution.
         axes: the tensor axes that belong to them.
-        gains: norm scales that are fused into the linears behind the norm.
+        gains: norm scales that are fused into the linears after the norm.
         onlines: places where a space is rotated at run time.
         ties: tensors that share memory, such as a head tied to the embedding.
         linears: groups of linear modules that read the same activation, in order of execution. Together with
