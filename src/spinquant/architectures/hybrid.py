@@ -171,9 +171,9 @@ RECURRENT_GEMMA = with_mixer(
     ),
 )
 
-# Attention and an MLP that layers share stand before a Mamba layer in some of them. They read the hidden states beside
-# the embeddings, one norm over both: two copies of the residual space, each rotated by R1. Nothing is added on the way
-# through them, so their output belongs to that space too.
+# Some layers have a shared block of attention and MLP before their Mamba layer. It reads the hidden states concatenated
+# with the embeddings, one norm over both: two copies of the residual space, each rotated by R1. The block has no
+# residual connections inside, so its output belongs to that space too.
 _SHARED_BLOCK = f"{LAYER}.shared_transf"
 _BEFORE = tuple(f"{LAYER}.{mamba}" for mamba in ("mamba", "mamba_decoder.mamba"))
 _SIDE_BY_SIDE = AxisPart("residual", "0", "hidden_size", "hidden_size")
