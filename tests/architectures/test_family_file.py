@@ -170,7 +170,7 @@ def test_folders_are_made_without_loading_as_in_memory(acme_family, acme_folder,
 
 def test_a_stopped_run_does_not_go_on_with_another_family(acme_family, acme_folder, tmp_path, monkeypatch):
     spec = RotationSpec("R1", "auto")
-    monkeypatch.setattr("spinquant.entrypoints.stream.write_record", lambda *args: 1 / 0)
+    monkeypatch.setattr("spinquant.entrypoints.stream.write_record", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         rotate_folder(acme_folder, tmp_path / "out", spec, family=acme_family, text=None)
     other = changed(acme_family, name="another")

@@ -249,7 +249,7 @@ def test_a_second_run_at_the_same_time_is_refused(tmp_path):
 def test_a_folder_that_appears_during_the_run_is_kept(small, tmp_path, monkeypatch):
     out = tmp_path / "out"
 
-    def appear(result, folder) -> None:
+    def appear(result, folder, **_) -> None:
         out.mkdir()
         (out / "precious").write_text("1")
 

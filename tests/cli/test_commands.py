@@ -387,7 +387,7 @@ def test_quantize_learns_in_one_go(run, learned, tmp_path):
     ],
 )
 def test_what_quantizing_would_refuse_is_refused_before_learning(run, learned, tmp_path, monkeypatch, more, word):
-    monkeypatch.setattr("spinquant.entrypoints.learn.learn_from", lambda *_, **__: pytest.fail("it learned first"))
+    monkeypatch.setattr("spinquant.entrypoints.folders.learn_from", lambda *_, **__: pytest.fail("it learned first"))
     command = ["quantize", learned[0] / "model", tmp_path / "out", "--scheme", "W4A4KV4", "--learn", "local", *more]
     code, _, errors = run(*command)
     assert code == 1 and word in errors and len(errors.strip().splitlines()) == 1
