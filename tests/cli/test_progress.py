@@ -130,6 +130,12 @@ def test_learn_reports_every_stage(run, folder, tmp_path):
     command += ["--samples", "6", "--sample-length", "24", "--windows", "2", "--baselines", "2", "--steps", "3"]
     code, _, errors = run(*command, "--method", "local+end-to-end", "--batch", "2", "--rows", "32")
     assert code == 0, errors
-    for stage in ("judge random 0", "capture activations", "learn R1", "judge local", "learn local+end-to-end"):
+    for stage in (
+        "judge random rotations",
+        "capture activations",
+        "learn residual",
+        "judge local",
+        "learn local+end-to-end",
+    ):
         assert f"{stage}: finished" in errors, errors
     assert "loss" in errors

@@ -26,7 +26,7 @@ from spinquant.learning.options import Method
 COMMANDS = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
 PANELS = {ROTATIONS, WEIGHTS, ACTIVATIONS, CALIBRATION, LEARNING, OUTPUT, ADVANCED, None}
 # Options of one name that are about another object in another command.
-DIFFERENT = {"--method", "--learn", "--model", "--text"}
+DIFFERENT = {"--method", "--learn", "--model", "--text", "--checksums"}
 
 LIGHT = """
 import sys
@@ -124,3 +124,11 @@ def test_the_script_of_bash_completion_is_shown(run):
 def test_a_repository_that_the_hub_refuses_is_refused_before_any_work(run, tmp_path):
     code, _, errors = run("rotate", tmp_path / "nowhere", tmp_path / "out", "--push-to-hub", "a/b/c")
     assert code == 1 and "--push-to-hub a/b/c" in errors
+
+
+def test_what_silences_other_libraries_is_gone_afterwards(run):
+    before = dict(os.environ)
+    assert run("--version")[0] == 0
+    assert {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"} == {
+        k: v for k, v in before.items() if k != "PYTEST_CURRENT_TEST"
+    }

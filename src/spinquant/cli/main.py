@@ -7,7 +7,8 @@ inside the command, so that help, completion and `--version` start without torch
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -78,9 +79,9 @@ def main() -> None:
     """Entry point: turns mistakes of the user's into one line, and keeps everything else."""
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
-    _silence(debug=debug)
     try:
-        app(prog_name="spinquant")
+        with _silent(debug=debug):
+            app(prog_name="spinquant")
     except SpinquantError as error:
         if debug:
             raise
@@ -90,15 +91,22 @@ def main() -> None:
         raise SystemExit(1) from None
 
 
-def _silence(*, debug: bool) -> None:
-    """Turn off progress bars of other libraries and, without --debug, their warnings; before they are imported."""
-    for name, value in SILENT.items():
-        if not (debug and name == "TRANSFORMERS_VERBOSITY"):
-            os.environ.setdefault(name, value)
+@contextmanager
+def _silent(*, debug: bool) -> Iterator[None]:
+    """Without progress bars of other libraries and, but for --debug, their warnings; before they are imported."""
+    added = {name: value for name, value in SILENT.items() if name not in os.environ}
+    if debug:
+        added.pop("TRANSFORMERS_VERBOSITY", None)
+    os.environ.update(added)
     if (transformers := sys.modules.get("transformers")) is not None:  # `main` called from Python
         transformers.utils.logging.disable_progress_bar()
         if not debug:
             transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 if __name__ == "__main__":
