@@ -1,13 +1,12 @@
 """Progress as plain lines, by a clock that the tests move."""
 
 import json
-import sys
 from datetime import datetime
-from types import ModuleType
 
 import pytest
 
 from spinquant.cli.progress import PlainProgress, stages, step_report
+from spinquant.entrypoints import hub
 from spinquant.entrypoints.stream import STREAMED
 from spinquant.learning.end_to_end import Step
 
@@ -102,9 +101,9 @@ def test_quiet_says_nothing_and_an_interrupt_says_what_to_do(capsys, tmp_path):
 
 def test_the_command_line_reports_plain_lines_and_keeps_json_pure(run, folder, tmp_path, monkeypatch):
     """No terminal here. The url of what was pushed goes to standard error."""
-    hub, pushed = ModuleType("spinquant.entrypoints.hub"), []
-    hub.push_folder = lambda out, repo: pushed.append((out, repo)) or f"https://huggingface.co/{repo}"
-    monkeypatch.setitem(sys.modules, "spinquant.entrypoints.hub", hub)
+    pushed = []
+    monkeypatch.setattr(hub, "check_repo", lambda repo: None)
+    monkeypatch.setattr(hub, "push_folder", lambda *given: pushed.append(given) or f"https://huggingface.co/{given[1]}")
     command = ("rotate", folder, tmp_path / "out", "--text", "manual", "--json", "--push-to-hub", "me/out")
     code, out, errors = run(*command)
     assert code == 0, errors
@@ -131,10 +130,10 @@ def test_learn_reports_every_stage(run, folder, tmp_path):
     code, _, errors = run(*command, "--method", "local+end-to-end", "--batch", "2", "--rows", "32")
     assert code == 0, errors
     for stage in (
-        "judge random rotations",
+        "score random rotations",
         "capture activations",
         "learn residual",
-        "judge local",
+        "score local",
         "learn local+end-to-end",
     ):
         assert f"{stage}: finished" in errors, errors

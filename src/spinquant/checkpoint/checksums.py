@@ -96,7 +96,7 @@ class SourceHash:
                 if self.files[name].prefix() != (length, sha256):
                     raise SourceChangedError(
                         f"{self.files[name].path} has changed since this run began: its first {length} bytes are not "
-                        "what was read then. Give it its old content, or delete the unfinished result (.OUT.partial) "
+                        "what was read then. Give it its old content, or delete the unfinished result (.OUT.run) "
                         "to start anew"
                     )
 

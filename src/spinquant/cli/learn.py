@@ -33,7 +33,7 @@ from spinquant.cli.options import (
     parse_dtype,
     parse_spec,
 )
-from spinquant.cli.output import print_result, push_to_hub
+from spinquant.cli.output import command_line, print_result, push_to_hub
 from spinquant.cli.progress import stages, step_report
 from spinquant.errors import LearningError
 from spinquant.plan import parse_rotation_names
@@ -279,6 +279,7 @@ def learn(
             dtype=parse_dtype(dtype) or "auto",
             force=force,
             allow_pickle=allow_pickle,
+            command=command_line(),
             family=family,
             watch=Watch(progress, step_report(progress)),
         )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spinquant.cli.output import note
-from spinquant.errors import CheckpointError, LearningError, RotationError, SchemeError
+from spinquant.errors import LearningError, RotationError, SchemeError
 from spinquant.formats.runtimes import RUNTIMES
 from spinquant.plan import ROTATION_NAMES, parse_rotation_names
 from spinquant.quantization.scheme import Clip, Scheme
@@ -31,14 +31,11 @@ CALIBRATION, LEARNING, OUTPUT, ADVANCED = "Calibration", "Learning", "Output", "
 
 
 def check_repo(repo: str | None) -> str | None:
-    """The id of a repository on the hub. Raises CheckpointError for one that the hub would refuse."""
+    """The repository of --push-to-hub, checked before any work. Raises CheckpointError where a push would fail."""
     if repo is not None:
-        from huggingface_hub.utils import HFValidationError, validate_repo_id
+        from spinquant.entrypoints import hub
 
-        try:
-            validate_repo_id(repo)
-        except HFValidationError as error:
-            raise CheckpointError(f"--push-to-hub {repo}: {error}") from None
+        hub.check_repo(repo)
     return repo
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,11 +55,16 @@ def print_json(data: dict[str, Any]) -> None:
     print(json.dumps(_finite(data), indent=1, default=dict))
 
 
+def command_line() -> str:
+    """The command as the user typed it, for the model card."""
+    return shlex.join(["spinquant", *sys.argv[1:]])
+
+
 def push_to_hub(folder: Path, repo: str | None, *, quiet: bool = False) -> None:
     """Upload a folder that was written, where --push-to-hub names a repository; the first process of a job does it."""
     if repo is None or not is_first():
         return
-    from spinquant.entrypoints.hub import push_folder  # pyright: ignore[reportMissingImports]
+    from spinquant.entrypoints.hub import push_folder
 
     note(f"pushed to {push_folder(folder, repo)}", quiet=quiet)
 

@@ -46,7 +46,7 @@ from spinquant.cli.options import (
     parse_spec,
     taken_from,
 )
-from spinquant.cli.output import print_result, push_to_hub
+from spinquant.cli.output import command_line, print_result, push_to_hub
 from spinquant.cli.progress import stages, step_report
 
 EXAMPLES = (
@@ -266,6 +266,7 @@ def quantize(
             family=family,
             force=force,
             allow_pickle=allow_pickle,
+            command=command_line(),
         )
     push_to_hub(out, push, quiet=quiet)
     if result.learned is not None and learn_first and not json_:

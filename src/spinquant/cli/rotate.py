@@ -33,7 +33,7 @@ from spinquant.cli.options import (
     parse_spec,
     taken_from,
 )
-from spinquant.cli.output import print_result, push_to_hub
+from spinquant.cli.output import command_line, print_result, push_to_hub
 from spinquant.cli.progress import stages
 
 EXAMPLES = (
@@ -91,6 +91,7 @@ def rotate(
             text=text if compare else None,
             force=force,
             allow_pickle=allow_pickle,
+            command=command_line(),
             device=device,
             max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
             checksums=checksums,
