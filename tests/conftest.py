@@ -1,7 +1,9 @@
 """Fixtures that all tests share; the models are in `models.py`."""
 
+import itertools
 import os
 import sys
+from pydoc_data import topics
 
 from models import byte_tokenizer, tiny_model
 
@@ -17,6 +19,13 @@ from spinquant.demo.model import demo_model
 from spinquant.errors import CheckpointError
 
 transformers.utils.logging.disable_progress_bar()  # as the command line does
+
+
+@pytest.fixture(autouse=True)
+def short_manual(monkeypatch):
+    """The text `manual` with its first topics alone: to tokenize all of it takes longer than most tests."""
+    first = dict(itertools.islice(sorted(topics.topics.items()), 12))
+    monkeypatch.setattr(topics, "topics", first)
 
 
 @pytest.fixture

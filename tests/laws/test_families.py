@@ -34,7 +34,7 @@ from spinquant.architectures.unsupported import UNTABLED
 from spinquant.entrypoints.result import Options
 from spinquant.errors import ArchitectureError, RotationError, SchemeError
 from spinquant.evaluation.equivalence import Float64Arithmetic, greedy_logits, output_axis
-from spinquant.learning.parametrization import learn, unlearn
+from spinquant.learning.parametrization import begin_training, end_training
 from spinquant.models.capture import captured
 from spinquant.models.modules import model_class, tensor_shapes
 from spinquant.plan import ROTATION_NAMES
@@ -389,11 +389,11 @@ def test_a_learned_rotation_keeps_the_mean(name):
     before = logits(model, ids)
     plan = plan_of(model)
     rotations = make_rotations(plan, RotationSpec("R1"))
-    learning = learn(model, plan, rotations, {"residual": "R1"}, online={}, precision=torch.float64)
+    learning = begin_training(model, plan, rotations, {"residual": "R1"}, online={}, precision=torch.float64)
     with torch.no_grad():
         model.get_submodule("spinquant_learned.R1").skew.normal_(generator=torch.Generator().manual_seed(0))
     assert close(logits(model, ids), before)
-    learned = unlearn(learning)
+    learned = end_training(learning)
     fuse_module(model, plan, learned)
     assert close(logits(model, ids), before)
     assert not torch.allclose(matrix(learned["residual"]), matrix(rotations["residual"]), atol=0.1)

@@ -13,7 +13,6 @@ from spinquant import (
     LearnedRotations,
     RotationSpec,
     attach,
-    fuse,
     fuse_module,
     load,
     make_rotations,
@@ -21,7 +20,6 @@ from spinquant import (
     quantize,
     quantize_folder,
     save,
-    stream,
 )
 from spinquant.entrypoints.result import Options
 from spinquant.errors import LearningError, RotationError
@@ -36,10 +34,12 @@ from spinquant.learning.options import LearnOptions
 from spinquant.models.capture import captured
 from spinquant.models.modules import named_tensor
 from spinquant.quantization.scheme import parse_scheme
+from spinquant.rotations import fuse
 from spinquant.rotations.fuse import fuse_in_place, slices, transform
 from spinquant.rotations.rotation import Hadamard, matrix
 from spinquant.rotations.serialization import saved, to_save
 from spinquant.rotations.wrappers import Scaled, bare, check_given, in_precision, online_part
+from spinquant.streaming import pipeline
 
 SPEC = RotationSpec("R1,R2,R3,R4", "auto")
 QUICK = Options(prove=False)
@@ -157,7 +157,7 @@ def test_streamed_they_give_what_they_give_in_memory(scheme, tmp_path, monkeypat
     model = tiny_model("llama").float()
     model.save_pretrained(tmp_path / "model")
     learned = learned_for(model)
-    for module, name in ((stream, "BAND"), (fuse, "SLICE")):
+    for module, name in ((pipeline, "BAND"), (fuse, "SLICE")):
         monkeypatch.setattr(module, name, 500)  # several bands of every tensor that can be cut
     given = {"learned": learned, "text": None, "options": QUICK}
     quantize_folder(tmp_path / "model", tmp_path / "disk", parse_scheme(scheme), SPEC, **given)

@@ -6,71 +6,70 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from models import byte_tokenizer, tiny_model
+from models import byte_tokenizer, tiny_model, tokens
+from spinquant import LearnOptions, RotationSpec, learn, parse_scheme
+from spinquant.rotations.rotation import matrix
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_learn import ALL, FAST, prepared  # the model and options of the laws of one process
 
 WORKER = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import warnings
 warnings.simplefilter("ignore")
-import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from dataclasses import replace
-from test_learning import ALL, FAST, STORY, prepared, tokens
-from spinquant import LearnOptions, RotationSpec, learn, parse_scheme
-from spinquant.learning.end_to_end import EndToEndOptions
-from spinquant.rotations.rotation import matrix
+from test_distributed import CASES, learned
 
 dist.init_process_group("gloo")
-through = replace(FAST, batch=2, steps=3, loss=sys.argv[3])
-options = LearnOptions("end-to-end", baselines=2, shard=sys.argv[4] == "shard", end_to_end=through)
-model, *_ = prepared(dtype=torch.float64)
-# No 4-bit cache: it makes numbers equal, and a tie for the largest has no one gradient.
-found = learn(model, parse_scheme("A4"), RotationSpec(ALL), tokens(8, 24), tokens(2, 24, seed=9), options)
-if options.shard:  # the outermost group, embedding and head, stays whole after a forward pass
-    blocks = [parameter for parameter in model.model.layers.parameters()]
-    own = sum(parameter.to_local().numel() for parameter in blocks)
-    assert own < 0.55 * sum(parameter.numel() for parameter in blocks), own
-if dist.get_rank() == 0:
-    tensors = {space: matrix(r) for space, r in found.rotations.items()}
-    losses = torch.tensor([step["loss"] for step in found.record["steps"]], dtype=torch.float64)
-    save_file({**tensors, "losses": losses}, sys.argv[2])
-dist.barrier()
+for loss, how in CASES.items():
+    found = learned(loss, shard=how == "shard")
+    if dist.get_rank() == 0:
+        save_file(found, f"{sys.argv[2]}/{loss}.safetensors")
+    dist.barrier()
 dist.destroy_process_group()
 """
+CASES = {"fisher": "plain", "kl": "shard"}
 
 
-def launch(tmp_path, processes, loss, how="plain"):
-    script, out = tmp_path / "worker.py", tmp_path / f"{processes}.safetensors"
+def learned(loss, *, shard=False):
+    """The rotations and losses of three steps, of a model that all processes share."""
+    through = replace(FAST, batch=2, steps=3, loss=loss)
+    options = LearnOptions("end-to-end", baselines=2, shard=shard, end_to_end=through)
+    model, *_ = prepared(dtype=torch.float64)
+    # No 4-bit cache: it makes numbers equal, and a tie for the largest has no one gradient.
+    found = learn(model, parse_scheme("A4"), RotationSpec(ALL), tokens(8, 24), tokens(2, 24, seed=9), options)
+    if shard:  # the outermost group, embedding and head, stays whole after a forward pass
+        blocks = [parameter for parameter in model.model.layers.parameters()]
+        own = sum(parameter.to_local().numel() for parameter in blocks)
+        assert own < 0.55 * sum(parameter.numel() for parameter in blocks), own
+    losses = torch.tensor([step["loss"] for step in found.record["steps"]], dtype=torch.float64)
+    return {**{space: matrix(r) for space, r in found.rotations.items()}, "losses": losses}
+
+
+def test_two_processes_with_one_sample_are_one_with_two(tmp_path):
+    """Also where each keeps a half of the weights."""
+    script, tests = tmp_path / "worker.py", Path(__file__).parents[1]
     script.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    run = subprocess.run(
-        [*command, str(script), str(Path(__file__).parent), str(out), loss, how],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-        check=False,
-    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(tests), *sys.path])}
+    command += [str(Path(__file__).parent), str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
-    return load_file(out)
-
-
-@pytest.mark.parametrize(("loss", "how"), [("fisher", "plain"), ("kl", "shard")])
-def test_two_processes_with_one_sample_are_one_with_two(tmp_path, loss, how):
-    one, two = launch(tmp_path, 1, loss), launch(tmp_path, 2, loss, how)
-    assert torch.allclose(one["losses"], two["losses"], atol=1e-6)
-    for space, r in one.items():
-        torch.testing.assert_close(two[space], r, atol=1e-5, rtol=0)
-    assert len(one) > 4
+    for loss in CASES:
+        one, two = learned(loss), load_file(tmp_path / f"{loss}.safetensors")
+        assert torch.allclose(one["losses"], two["losses"], atol=1e-6)
+        for space, r in one.items():
+            torch.testing.assert_close(two[space], r, atol=1e-5, rtol=0)
+        assert len(one) > 4
 
 
 def rank_of(pid):
@@ -88,7 +87,7 @@ def test_a_process_that_ends_is_named_and_the_command_goes_on(tmp_path):
     command += ["learn", str(tmp_path / "model"), str(tmp_path / "out"), "--scheme", "A4KV4", "--text", "manual"]
     command += ["--samples", "6", "--sample-length", "24", "--windows", "2", "--baselines", "1", "--no-scales"]
     command += ["--method", "end-to-end", "--batch", "2", "--steps", "60"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     kind = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "env": environment}
     job = subprocess.Popen(command, **kind)
     state = tmp_path / ".out.run" / "learning" / "end-to-end.safetensors"

@@ -38,14 +38,14 @@ if kept:
 
     def slowly(self, *arguments):
         save(self, *arguments)
-        time.sleep(2)  # so that whoever dies then does it before the next block is finished
+        time.sleep(0.5)  # so that whoever dies then does it before the next block is finished
 
     BlockStore.save = slowly
 from spinquant.cli.main import main
 main()
 """
 COMMAND = ("--scheme", "W4A8KV4", "--rotations", "R1,R2,R4", "--method", "gptq", "--clips", "--samples", "4")
-TEXT = ("--calibration", "manual", "--sample-length", "16", "--text", "manual")
+LENGTH = ("--sample-length", "16")
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +58,22 @@ def model(tmp_path_factory):
     return path
 
 
-def launch(folder: Path, model: Path, out: Path, *, processes: int = 2, dying: int = -1, kept: int = 0, more=()):
+def launch(folder: Path, model: Path, out: Path, *, text, dying: int = -1, kept: int = 0, more=()):
     script = folder / "worker.py"
     script.write_text(WORKER)
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(script)]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DYING": str(dying), "KEPT": str(kept)}
     environment["STORE"] = str(out.parent / f".{out.name}.run" / "calibration")
-    command = [*run, "quantize", str(model), str(out), *COMMAND, *TEXT, *more]
+    command = [*run, "quantize", str(model), str(out), *COMMAND, *text, *more]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Options that name a text for the calibration and the comparison."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("A quick brown fox jumps over the lazy dog. " * 100)
+    return ("--calibration", str(path), "--text", str(path), *LENGTH)
 
 
 @pytest.fixture
@@ -78,28 +86,28 @@ def one_thread():
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_one_dies_while_it_calibrates_and_two_go_on_to_what_one_writes(model, tmp_path, run):
-    assert run("quantize", model, tmp_path / "alone", *COMMAND, *TEXT)[0] == 0
+def test_one_dies_while_it_calibrates_and_two_go_on_to_what_one_writes(model, text, tmp_path, run):
+    assert run("quantize", model, tmp_path / "alone", *COMMAND, *text)[0] == 0
     out, store = tmp_path / "out", tmp_path / ".out.run" / "calibration"
-    ended = launch(tmp_path, model, out, dying=0, kept=2)
+    ended = launch(tmp_path, model, out, text=text, dying=0, kept=2)
     assert ended.returncode != 0 and not out.exists()
     assert "process 0 of 2 ended before its work was done" in ended.stderr, ended.stderr[-3000:]
     assert len(list(store.glob("*.safetensors"))) == 2
-    again = launch(tmp_path, model, out)
+    again = launch(tmp_path, model, out, text=text)
     assert again.returncode == 0, again.stderr[-3000:]
     assert digest(out) == digest(tmp_path / "alone")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out", "worker.py"]
 
 
-def test_an_error_of_the_calibration_is_told_once_and_nothing_stays(model, tmp_path):
-    run = launch(tmp_path, model, tmp_path / "out", more=("--damping", "0", "--sample-length", "2"))
+def test_an_error_of_the_calibration_is_told_once_and_nothing_stays(model, text, tmp_path):
+    run = launch(tmp_path, model, tmp_path / "out", text=text, more=("--damping", "0", "--sample-length", "2"))
     assert run.returncode != 0
     assert run.stderr.count("is singular") == 1, run.stderr[-3000:]
     assert [path.name for path in tmp_path.iterdir()] == ["worker.py"]
 
 
-def test_processes_that_learn_first_share_what_they_learned(model, tmp_path):
-    run = launch(tmp_path, model, tmp_path / "out", more=("--learn", "local", "--samples", "20"))
+def test_processes_that_learn_first_share_what_they_learned(model, text, tmp_path):
+    run = launch(tmp_path, model, tmp_path / "out", text=text, more=("--learn", "local", "--samples", "20"))
     assert run.returncode == 0, run.stderr[-3000:]
     assert (tmp_path / "out" / "spinquant" / "record.json").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "worker.py"]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from checkpoints import digest
 from models import SIZES
-from spinquant import RotationSpec, parse_scheme, quantize_folder, rotate_folder
+from spinquant import RotationSpec, parse_scheme, quantize_folder
 from spinquant.architectures import make_plan
 from spinquant.checkpoint.folder import load_config
 from spinquant.checkpoint.reader import Source
@@ -62,6 +62,13 @@ def model(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("A quick brown fox jumps over the lazy dog. " * 100)
+    return path
+
+
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """As the processes cut them, which decides the last bit; the number of threads (torchrun gives one) does not."""
@@ -72,21 +79,12 @@ def small_pieces(monkeypatch):
     torch.set_num_threads(threads)
 
 
-def test_rotating_by_two_is_rotating_by_one(model, tmp_path):
-    rotate_folder(model, tmp_path / "one", RotationSpec("R1,R2"), text=None)
-    run = launch(tmp_path, ["rotate", str(model), str(tmp_path / "two"), "--no-compare", "--json"])
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert digest(tmp_path / "two") == digest(tmp_path / "one")
-    about = json.loads(run.stdout)  # printed once
-    assert about["seconds"]["processes"] == 2
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two", "worker.py"]
-
-
-def test_one_process_dies_the_others_say_which_and_the_same_command_goes_on(model, tmp_path):
+def test_one_process_dies_the_others_say_which_and_the_same_command_goes_on(model, text, tmp_path):
+    """To what one process writes alone."""
     spec, scheme = RotationSpec("R1,R2,R4"), parse_scheme("W4A4KV4")
-    quantize_folder(model, tmp_path / "one", scheme, spec, text="manual")
+    quantize_folder(model, tmp_path / "one", scheme, spec, text=str(text))
     command = ["quantize", str(model), str(tmp_path / "two"), "--scheme", "W4A4KV4", "--rotations", "R1,R2,R4"]
-    command += ["--text", "manual"]
+    command += ["--text", str(text), "--json"]
     run = launch(tmp_path, command, dying=1, after=40)
     assert run.returncode != 0
     assert "process 1 of 2 ended before its work was done" in run.stderr, run.stderr[-3000:]
@@ -98,6 +96,8 @@ def test_one_process_dies_the_others_say_which_and_the_same_command_goes_on(mode
     assert again.returncode == 0, again.stderr[-3000:]
     assert digest(tmp_path / "two") == digest(tmp_path / "one")
     assert {name: (tmp_path / "two" / name).stat().st_mtime_ns for name in times} == times
+    assert json.loads(again.stdout)["seconds"]["processes"] == 2, "printed once"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two", "worker.py"]
 
 
 def test_an_error_of_one_is_told_by_the_first(model, tmp_path):
