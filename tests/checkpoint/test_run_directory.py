@@ -113,7 +113,8 @@ def test_a_run_that_dies_at_any_change_goes_on_to_the_same_bytes(small, undistur
     assert digest(first) == undisturbed
     old = digest(place("old")) if replaced else None
     assert total > 60
-    for after in range(total):
+    # An old folder changes the beginning and the end alone.
+    for after in (*range(15), *range(total - 40, total)) if replaced else range(total):
         out = place(str(after))
         with Mortal(after), pytest.raises(Death):
             run(out)
@@ -314,7 +315,7 @@ def test_kill_9_and_again(small, undisturbed, tmp_path):
     assert not out.exists()
     shards = {p.name: file_hash(p) for p in (tmp_path / ".out.run" / "data").glob("*.safetensors")}
     assert shards
-    subprocess.run([sys.executable, "-c", RUN, str(small), str(out), "0"], check=True)
+    rotate_folder(small, out, SPEC, **QUICK)
     assert digest(out) == undisturbed
     assert all(file_hash(out / name) == value for name, value in shards.items())
     assert load_file(out / next(iter(shards)))

@@ -86,7 +86,7 @@ def test_a_process_that_ends_is_named_and_the_command_goes_on(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "spinquant"]
     command += ["learn", str(tmp_path / "model"), str(tmp_path / "out"), "--scheme", "A4KV4", "--text", "manual"]
     command += ["--samples", "6", "--sample-length", "24", "--windows", "2", "--baselines", "1", "--no-scales"]
-    command += ["--method", "end-to-end", "--batch", "2", "--steps", "60"]
+    command += ["--method", "end-to-end", "--batch", "2", "--steps", "30"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     kind = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "env": environment}
     job = subprocess.Popen(command, **kind)

@@ -21,8 +21,9 @@ def largest(model: nn.Module) -> int:
 def model_class(config: Any) -> Any:
     """The transformers auto class that loads the model of a config: for causal LMs or vision-language models."""
     # For some configs the class for causal LMs is that of the language part alone, which would lose the vision tower.
-    seeing = AutoModelForImageTextToText._model_mapping.keys()  # pyright: ignore[reportAttributeAccessIssue]
-    return AutoModelForImageTextToText if type(config) in seeing else AutoModelForCausalLM
+    # Its `keys` would import all models of transformers, its `in` knows one model type of a config that has several.
+    seeing = AutoModelForImageTextToText._model_mapping  # pyright: ignore[reportAttributeAccessIssue]
+    return AutoModelForCausalLM if seeing.get(type(config), None) is None else AutoModelForImageTextToText
 
 
 def check_in_memory(model: nn.Module) -> None:
