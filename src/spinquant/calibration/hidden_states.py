@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spinquant.checkpoint.positional_io import read_at, write_at
 from spinquant.errors import CalibrationError
 
 # Default share of the available memory that hidden states may take.
@@ -48,7 +49,7 @@ class HiddenStates:
         found = torch.empty(shape, dtype=dtype)
         view = memoryview(found.reshape(-1).view(torch.uint8).numpy().data)
         while len(view):
-            count = os.preadv(self._file, [view], place)
+            count = read_at(self._file, view, place)
             if count == 0:
                 raise CalibrationError(f"the file of hidden states in {self._folder} is truncated")
             view, place = view[count:], place + count
@@ -107,7 +108,7 @@ class HiddenStates:
                 self._file = os.dup(file.fileno())
         view = memoryview(state.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         while len(view):
-            count = os.pwrite(self._file, view, place)
+            count = write_at(self._file, view, place)
             view, place = view[count:], place + count
 
 

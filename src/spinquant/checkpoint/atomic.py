@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from spinquant.checkpoint.positional_io import BINARY
 from spinquant.errors import CheckpointError
 
 OURS = (
@@ -17,14 +18,13 @@ OURS = (
 UNFINISHED = ".spinquant-writing"  # the end of a name until the file is complete
 _COPIED_AT_ONCE = 1 << 23
 _QUOTA = getattr(errno, "EDQUOT", errno.ENOSPC)  # Windows has no quotas of this kind
-_BINARY = getattr(os, "O_BINARY", 0)  # Windows changes line ends elsewhere
 
 
 def write_file(path: Path, content: bytes | Path) -> None:
     """Write a file, or copy one, atomically: whatever happens, it is there as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}{UNFINISHED}")
-    file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _BINARY, 0o666)
+    file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | BINARY, 0o666)
     try:
         for chunk in _chunks(content):
             view = memoryview(chunk)

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spinquant.checkpoint.positional_io import BINARY, read_at, write_at
+
 PAGE = 4096  # places, lengths and memory are multiples of it; disks want 512 or this
 GATHERED = 1 << 22  # bytes handed to the disk at once
 _REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)  # of a file system that wants more than whole pages, or lacks such access
@@ -29,7 +31,7 @@ class DirectReader:
     """Pieces of a file, read past the page cache unless most of the file is there. Raises OSError for a bad file."""
 
     def __init__(self, path: Path):
-        self._file = os.open(path, os.O_RDONLY)
+        self._file = os.open(path, os.O_RDONLY | BINARY)
         try:
             self._direct = None if _is_cached(self._file) else _open(path, os.O_RDONLY)
         except BaseException:
@@ -52,7 +54,7 @@ class DirectReader:
         view, done = buffer[shift : shift + whole].numpy().data, 0
         while done < before + nbytes and done % PAGE == 0:
             try:
-                count = os.preadv(self._direct, [view[done:]], offset - before + done)
+                count = read_at(self._direct, view[done:], offset - before + done)
             except OSError as error:
                 if error.errno not in _REFUSED:
                     raise
@@ -74,7 +76,7 @@ class DirectReader:
 
     def _fill(self, view: memoryview, offset: int) -> None:
         while len(view):
-            count = os.preadv(self._file, [view], offset)
+            count = read_at(self._file, view, offset)
             if count == 0:
                 raise OSError(f"the file ends at byte {offset}")
             view, offset = view[count:], offset + count
@@ -100,7 +102,7 @@ def put(file: int, data: bytes | memoryview, offset: int) -> None:
     """Write all of it, from a byte of a file on."""
     view = memoryview(data)
     while len(view):
-        count = os.pwrite(file, view, offset)
+        count = write_at(file, view, offset)
         view, offset = view[count:], offset + count
 
 
@@ -165,7 +167,7 @@ class DirectWriter:
         self._memory, self._length = None, 0
         while self._direct is not None and len(view) >= PAGE:
             try:
-                count = os.pwrite(self._direct, view[: len(view) // PAGE * PAGE], offset)
+                count = write_at(self._direct, view[: len(view) // PAGE * PAGE], offset)
             except OSError as error:
                 if error.errno not in _REFUSED:
                     raise
