@@ -276,6 +276,7 @@ def test_learn_says_what_it_kept_and_why(learned):
     assert data["scores"][data["kept"]]["kl"] == min(s["kl"] for n, s in data["scores"].items() if n != "16-bit")
     assert len(data["steps"]) == 6 and all(step["orthogonality"] < 1e-5 for step in data["steps"])
     assert sorted(p.name for p in (place / "out").iterdir() if p.suffix != ".png") == [
+        "README.md",
         "learned.json",
         "rotations.safetensors",
     ]
@@ -402,7 +403,7 @@ LEARN_MISTAKES = {
     "nothing to learn from": (["--scheme", "W4A16"], "--weights"),
     "text too short": (["--text", "{short}"], "too short"),
     "sharded alone": (["--method", "end-to-end", "--shard"], "torchrun"),
-    "sharded and local": (["--method", "local", "--shard"], "end to end"),
+    "sharded and local": (["--method", "local", "--shard"], "end-to-end"),
     "an option of end-to-end": (
         ["--method", "local", "--loss", "kl", "--weights"],
         "--loss, --weights would",

@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM
 from checkpoints import digest
 from families import FAMILIES
 from models import byte_tokenizer, random_weights
-from spinquant.compute.distributed import Processes
-from spinquant.entrypoints.stream import check_same
+from spinquant.compute.distributed import Processes, check_same
 from spinquant.errors import ProcessError
 
 # The command line; one process may die as soon as the first has kept so many blocks.

@@ -101,7 +101,8 @@ def test_shards_and_companions_are_those_of_the_source(tmp_path):
     assert {k: v for k, v in after["weight_map"].items() if k != "lm_head.weight"} == before["weight_map"]
     found = weights(tmp_path / "out")
     assert after["metadata"]["total_size"] == sum(t.nbytes for t in found.values())
-    for name in ("README.md", "extra/notes.txt", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+    assert (tmp_path / "out" / "README.md").read_text().endswith("\na model\n")  # below the card of what was made
+    for name in ("extra/notes.txt", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
     for stale in ("consolidated.safetensors", "pytorch_model.bin", "extra/model.gguf", ".hidden"):
         assert not (tmp_path / "out" / stale).exists()

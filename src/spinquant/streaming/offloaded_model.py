@@ -6,6 +6,7 @@ The model is made with every `torch.empty` on the meta device: that is where mod
 and nothing else. Whatever else a model computes when it is made (rotary frequencies, scales of embeddings) is real.
 """
 
+import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -52,7 +53,8 @@ class _EmptyOnMeta(TorchFunctionMode):
 def hollow_model(config: Any, dtype: torch.dtype) -> Any:
     """The model of a config in evaluation mode, its large weights on the meta device."""
     with _EmptyOnMeta(), no_init_weights(), torch.random.fork_rng(devices=[]):
-        return model_class(config).from_config(config, dtype=dtype).eval()
+        # A copy: transformers notes the dtype in the config.
+        return model_class(config).from_config(copy.deepcopy(config), dtype=dtype).eval()
 
 
 def unfillable(model: Any, source: Weights, plan: Plan) -> str | None:
