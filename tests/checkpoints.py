@@ -62,10 +62,15 @@ def quantize_to_fp8(folder, *, block=(16, 32)) -> dict[str, torch.Tensor]:
 
 
 def digest(folder) -> str:
-    """Of all files of a folder, by name."""
+    """Of all files of a folder, by name; of its card without the command, which names the folder."""
     found = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+        name, content = str(path.relative_to(folder)), path.read_bytes()
+        if name == "README.md":
+            content = b"".join(line for line in content.splitlines(True) if not line.startswith(b"spinquant "))
+        if name == "spinquant/checksums.sha256":
+            content = b"".join(line for line in content.splitlines(True) if not line.endswith(b"  README.md\n"))
+        found.update(name.encode() + content)
     return found.hexdigest()
 
 

@@ -16,7 +16,7 @@ for name in ("preadv", "pwrite", "pread", "posix_fadvise", "O_DIRECT", "RWF_NOWA
 from spinquant.cli.main import main
 main()
 """
-SHORT = ("--calibration", "manual", "--samples", "2", "--sample-length", "16", "--memory", "1KB")
+SHORT = ("--samples", "2", "--sample-length", "16", "--memory", "1KB")
 COMMANDS = {
     "rotate": ("--rotations", "R1,R2"),
     "quantize": ("--scheme", "W4A8KV4", "--method", "gptq", *SHORT),
@@ -40,13 +40,16 @@ def test_offsets_without_calls_for_them_are_those_with_them(tmp_path, monkeypatc
 def test_commands_write_the_same_bytes_without_them(tmp_path):
     """On Windows, which has none of them, nothing could be tried here."""
     model = saved(tmp_path / "model", "llama-tied")
+    text = tmp_path / "text"
+    text.write_text(" ".join(f"word{i % 97}" for i in range(400)))
     for command, options in COMMANDS.items():
         found = []
         for start in (["-c", LACKING], ["-m", "spinquant"]):
             out = tmp_path / "out"
-            line = [sys.executable, *start, command, str(model), str(out), "--text", "manual", *options, "--force"]
+            line = [sys.executable, *start, command, str(model), str(out), "--text", str(text), *options, "--force"]
+            line += ["--calibration", str(text)] if command == "quantize" else []
             run = subprocess.run(line, capture_output=True, text=True, check=False)
             assert run.returncode == 0, run.stderr[-3000:]
             found.append(digest(out))
-            assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "text"]
         assert found[0] == found[1], command

@@ -317,7 +317,10 @@ def test_learning_is_one_run_of_one_request_and_goes_on(run, learned, tmp_path):
     """kill -9 while steps are taken: the command goes on, another one is refused, and so are two at once."""
     place, _ = learned
     steps = ("--rotations", "R1,R2", "--method", "end-to-end", "--steps", "30", "--batch", "2", "--no-scales")
-    command = ("learn", place / "model", tmp_path / "out", "--scheme", "A4KV4", *LEARN, *steps)
+    # A file: another process does not have the short manual of this one.
+    (tmp_path / "text").write_text(" ".join(f"word{i % 97}" for i in range(400)))
+    from_file = ("--text", tmp_path / "text", *LEARN[2:])
+    command = ("learn", place / "model", tmp_path / "out", "--scheme", "A4KV4", *from_file, *steps)
     state = tmp_path / ".out.run" / "learning" / "end-to-end.safetensors"
     process = subprocess.Popen(
         [sys.executable, "-m", "spinquant", *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -342,7 +345,7 @@ def test_learning_is_one_run_of_one_request_and_goes_on(run, learned, tmp_path):
     code, text, errors = run(*command, "--json")
     assert code == 0 and "score random" not in errors, errors
     assert len(json.loads(text)["steps"]) == 30
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text"]
 
 
 def test_another_model_is_said_to_be_one(run, learned, tmp_path):

@@ -145,8 +145,8 @@ def test_wrong_ones_are_refused(change):
             Scaled(rotations["layers.0.value"], torch.ones(8)),
             "no linear of llama writes one",
         ),
-        "shape": ("layers.0.hidden", Scaled(good.rotation, good.scale[1:]), "expected .* positive numbers"),
-        "sign": ("layers.0.hidden", Scaled(good.rotation, -good.scale), "expected .* positive numbers"),
+        "shape": ("layers.0.hidden", Scaled(good.rotation, good.scale[1:]), "expected .* positive, finite numbers"),
+        "sign": ("layers.0.hidden", Scaled(good.rotation, -good.scale), "expected .* positive, finite numbers"),
     }[change]
     with pytest.raises(RotationError, match=wrong[2]):
         check_given(plan, SPEC, {**rotations, wrong[0]: wrong[1]})

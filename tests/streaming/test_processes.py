@@ -82,7 +82,7 @@ def small_pieces(monkeypatch):
 def test_one_process_dies_the_others_say_which_and_the_same_command_goes_on(model, text, tmp_path):
     """To what one process writes alone."""
     spec, scheme = RotationSpec("R1,R2,R4"), parse_scheme("W4A4KV4")
-    quantize_folder(model, tmp_path / "one", scheme, spec, text=str(text))
+    quantize_folder(model, tmp_path / "one", scheme, spec, text=str(text), command="spinquant quantize")
     command = ["quantize", str(model), str(tmp_path / "two"), "--scheme", "W4A4KV4", "--rotations", "R1,R2,R4"]
     command += ["--text", str(text), "--json"]
     run = launch(tmp_path, command, dying=1, after=40)
