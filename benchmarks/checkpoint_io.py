@@ -210,6 +210,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--ways", nargs="+", help="of these cases; direct is always one")
     parser.add_argument("--scratch", type=Path, help="folder on the disk to be measured")
     parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -222,7 +223,9 @@ def main() -> None:
         folder, out = Path(scratch) / "model", Path(scratch) / "out"
         nbytes = generate(folder, {**SHAPES["1b"], "layers": arguments.layers})
         for case in arguments.only:
-            found: dict[str, list] = {way: [] for way in CASES[case]}
+            found: dict[str, list[dict[str, float]]] = {
+                way: [] for way in CASES[case] if way == "direct" or way in (arguments.ways or CASES[case])
+            }
             for i in range(arguments.repeats):  # in turn, so that drift of the machine's speed hits all
                 order = list(found)
                 for way in order[i % len(order) :] + order[: i % len(order)]:

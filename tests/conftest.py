@@ -5,15 +5,14 @@ import os
 import sys
 from pydoc_data import topics
 
-from models import byte_tokenizer, tiny_model
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported, which reads it then
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
 import transformers
 
+from models import byte_tokenizer, tiny_model
 from spinquant.cli import main as cli
 from spinquant.demo.model import demo_model
 from spinquant.errors import CheckpointError

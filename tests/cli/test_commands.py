@@ -5,7 +5,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from importlib.util import find_spec
+from io import StringIO
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from transformers import AutoModelForCausalLM, CTRLConfig
 
 from models import byte_tokenizer, logits, tiny_model, tokens
 from spinquant import load, read_learned
+from spinquant.cli import main as cli
 
 
 def test_plan(run, folder):
@@ -263,11 +266,12 @@ def learned(tmp_path_factory):
     byte_tokenizer().save_pretrained(place / "model")
     command = ["learn", place / "model", place / "out", "--scheme", "W4A4KV4", "--method", "local+end-to-end"]
     command += [*LEARN, "--steps", "6", "--batch", "2", "--rows", "32", "--json"]
-    process = subprocess.run(
-        [sys.executable, "-m", "spinquant", *map(str, command)], capture_output=True, text=True, check=False
-    )
-    assert process.returncode == 0, process.stderr
-    return place, json.loads(process.stdout)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
+        patch.setattr(sys, "argv", ["spinquant", *map(str, command)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    assert not stop.value.code
+    return place, json.loads(printed.getvalue())
 
 
 def test_learn_says_what_it_kept_and_why(learned):

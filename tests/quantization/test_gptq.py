@@ -179,7 +179,7 @@ def used(n, exact):
     return (memory("VmHWM") - start) / (8 * n * n)
 
 used(256, True)  # whatever is loaded at its first use
-print(used(2560, False), used(2560, True))
+print(used(2048, False), used(2048, True))
 """
 
 
