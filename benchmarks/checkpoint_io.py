@@ -6,6 +6,8 @@ kernel's share included), the growth of peak resident memory, and what the case 
 
 - read: the bytes of every tensor, 2 MiB at a time, into one buffer. `direct`: ours. `plain`: `os.preadv`. `safe_open`:
   `safetensors.safe_open(...).get_slice(name)[first:last]`, copied into the buffer.
+- hash: the bytes of every tensor are read as above, and the SHA-256 of every file is known at the end. `direct`: ours,
+  which takes the pieces while they are in memory (`checksums.SourceHash`). `apart`: `hashlib.file_digest` afterwards.
 - write: a file of the same tensors, 2 MiB at a time, brought to the disk. `direct`: ours. `behind`: ours without
   O_DIRECT, where pages go to the disk while more is written. `plain`: `os.pwrite` and one `fsync`. `save_file`:
   `safetensors.torch.save_file` of tensors that are all in memory, and `fsync`.
@@ -33,6 +35,7 @@ from stream import SHAPES, forget, generate
 
 PIECE = 1 << 21
 CASES = {
+    "hash": ["direct", "apart"],
     "read": ["direct", "plain", "safe_open", "direct, warm", "plain, warm", "safe_open, warm"],
     "write": ["direct", "behind", "plain", "save_file"],
     "stream": ["direct", "direct reads", "plain", "safe_open"],
@@ -79,6 +82,32 @@ def read(folder: Path, way: str) -> Callable[[], None]:
                     buffer[: len(piece)].copy_(piece)
 
     return {"direct": direct, "plain": plain, "safe_open": library}[way]
+
+
+def hashed(folder: Path, way: str) -> Callable[[], None]:
+    import torch
+
+    from spinquant.checkpoint.checksums import SourceHash
+    from spinquant.checkpoint.direct_io import DirectReader
+    from spinquant.checkpoint.safetensors_io import file_hash, place_of
+
+    found, buffer = list(pieces(folder)), torch.empty(PIECE + (1 << 14), dtype=torch.uint8)
+    paths = sorted({one[0] for one in found})
+
+    def step() -> None:
+        files, source = {path: DirectReader(path) for path in paths}, SourceHash(folder, [path.name for path in paths])
+        for path, _, entry, first, last in found:
+            start, nbytes = place_of(entry, first, last)
+            piece = files[path].read(start, nbytes, buffer)
+            if way == "direct":
+                source.add(path.name, start, piece)
+        if way == "direct":
+            source.finish(list(source.files), {})
+        else:
+            for path in paths:
+                file_hash(path)
+
+    return step
 
 
 def write(folder: Path, out: Path, way: str) -> Callable[[], None]:
@@ -179,7 +208,10 @@ def measured(case: str, way: str, folder: Path, out: Path) -> dict[str, float]:
         torch.set_num_threads(
             1
         )  # as readers and writers of a stream are: threads that share a copy wait for each other
-    step = read(folder, way) if case == "read" else {"write": write, "stream": stream}[case](folder, out, way)
+    if case in ("read", "hash"):
+        step = (read if case == "read" else hashed)(folder, way)
+    else:
+        step = (write if case == "write" else stream)(folder, out, way)
     before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     step()
     wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
@@ -187,7 +219,7 @@ def measured(case: str, way: str, folder: Path, out: Path) -> dict[str, float]:
         "wall": wall,
         "cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
         "peak": (after.ru_maxrss - before.ru_maxrss) * 1024,
-        "cached": cached(folder if case == "read" else out),
+        "cached": cached(folder if case in ("read", "hash") else out),
     }
 
 

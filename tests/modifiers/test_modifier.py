@@ -1,4 +1,5 @@
 import re
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -297,6 +298,15 @@ def test_what_was_learned_in_low_precision_is_orthogonal(dtype):
         r = matrix(rotation)
         assert (r @ r.T - torch.eye(len(r), dtype=r.dtype)).abs().max() < 1e-12
     assert (logits(model, ids).float() - before).norm() < TOLERANCE[dtype] * before.norm()
+
+
+def test_compressed_tensors_need_not_be_installed(monkeypatch):
+    """Its transform configs are understood all the same, in the form of a dict."""
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)  # to import it is an error
+    first, model, again = SpinQuantModifier(rotations=ALL), tiny_model("llama"), tiny_model("llama")
+    first.apply(model)
+    SpinQuantModifier(transform_config=first.transform_config.model_dump()).apply(again)
+    assert same(weights(again), weights(model))
 
 
 def test_one_group_can_be_learned():

@@ -2,7 +2,11 @@
 
 A file is read piece by piece, nearly always from its beginning to its end. Its hash follows, reads small gaps itself,
 and what is still missing at the end. A hash of the bytes so far (a prefix of the file) is journalled with every file of
-the result, so that a run that goes on can tell whether the source is still what was read.
+the result, so that a run that goes on can tell whether the source is still what was read. The journal saves no hashing:
+a run that goes on hashes the prefix again, as it must for the hash of the whole file, and compares.
+
+Hashing pieces while they are in memory takes 0.55 s of CPU for 0.77 GB, reading included, and 1.91 s where
+`hashlib.file_digest` reads the files again (`python benchmarks/checkpoint_io.py --layers 2 --only hash`).
 
 What is known of a file: a list in the form of `sha256sum`; what huggingface_hub noted beside a download
 (`.cache/huggingface/download/F.metadata`, whose second line is the SHA-256 of files in large file storage); and the
@@ -15,7 +19,6 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from spinquant.errors import CheckpointError, SourceChangedError
@@ -159,8 +162,3 @@ def _read_list(listed: Path) -> dict[str, str]:
     if not found:
         raise CheckpointError(f"{str(listed)!r} holds no SHA-256 checksums: expected lines as sha256sum writes them")
     return found
-
-
-def bytes_of(piece: Tensor) -> Tensor:
-    """The memory of a contiguous tensor, uint8."""
-    return piece.reshape(-1).view(torch.uint8)

@@ -1,8 +1,10 @@
-"""Reading and writing past the page cache, where the system can (O_DIRECT): what goes by once is no cache's.
+"""Read and write files past the page cache where the system can (O_DIRECT). A file that is in the cache is read there.
 
-Finding pages for a gigabyte, copying into them and taking them back costs 0.2 to 1.3 seconds of CPU (a virtual machine,
-whose host gives pages when they are touched). Written past the cache, pieces being gathered into whole pages first, it
-costs 0.2, most of it for gathering; read past the cache 0.05. A file that is in the cache is read from there.
+Measured on 0.77 GB that nothing has read before, on a virtual machine with two cores: reading takes 0.09 s of CPU where
+plain reads take 1.15 s and `safetensors.safe_open` 1.31 s (which also holds the file: 0.67 GB), writing 0.16 s where
+plain writes take 0.28 to 0.34 s; a whole stream takes 1.2 times its CPU time with plain files
+(`python benchmarks/checkpoint_io.py --layers 2`). Writing alone is slower in wall time (0.91 s, plain 0.53 to 0.67 s),
+but a stream computes meanwhile.
 """
 
 import contextlib

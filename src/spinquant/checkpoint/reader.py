@@ -88,11 +88,6 @@ class Source:
         return max((4 * math.prod(stored.entry.shape) for stored in self.tensors.values()), default=0)
 
     @property
-    def is_fp8(self) -> bool:
-        """Whether weights are stored in FP8 blocks."""
-        return any(stored.scale for stored in self.tensors.values())
-
-    @property
     def index_metadata(self) -> Mapping[str, Any]:
         """What the index says beside the map of the weights."""
         path = self.folder / INDEX

@@ -3,7 +3,8 @@
 torchrun starts the processes, on one machine or several. They coordinate through the key-value store of
 torch.distributed and never wait inside a collective, which would not return once a process is gone. Each process holds
 a lock on its own file beside the result. The operating system releases it however the process ends, and a process that
-waits checks the locks of the others.
+waits checks the locks of the others. Nothing of torch.distributed does this: `store.wait` learns of an end by its
+timeout alone, and `monitored_barrier`, for gloo only, names who ended to rank 0 alone.
 """
 
 import json

@@ -7,6 +7,9 @@ or output side of weights, online the input of linears, queries and keys. With y
 
 and the inverse with R^T, since R is orthogonal. A config can change the function of a model (a writer rotated and its
 reader not); this is refused, with the names, so that every accepted config is a plan.
+
+The models here are ours, with the fields of compressed-tensors' own, since a recipe must apply where that library is
+not installed (`tests/modifiers/test_modifier.py::test_compressed_tensors_need_not_be_installed`).
 """
 
 from collections import defaultdict
