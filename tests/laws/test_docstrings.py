@@ -13,11 +13,8 @@ import spinquant
 
 # Public names whose docstrings have no sections and no example yet. Empty it; never add to it.
 TODO = {
-    *("Attachment", "Calibration", "CalibrationText", "Comparison", "EndToEndOptions", "Evaluation", "LearnOptions"),
-    *("LocalOptions", "NormMapping", "Options", "Probe", "QuantizedCache", "Result", "SpinQuantMapping"),
-    *("SpinQuantModifier", "attach", "calibration_tokens", "compare_models", "detach", "draft_text", "evaluate"),
-    *("learn", "learn_folder", "load", "load_text", "load_tokenizer", "probe", "prove", "quantize", "quantize_folder"),
-    *("read_headers", "read_learned", "rotate", "rotate_adapter", "rotate_folder", "save", "token_windows"),
+    *("Options", "Result", "SpinQuantModifier", "learn_folder", "load_text", "load_tokenizer", "quantize"),
+    *("quantize_folder", "read_headers", "read_learned", "rotate", "rotate_folder", "save"),
 }
 
 PUBLIC = {name: getattr(spinquant, name) for name in spinquant.__all__ if name != "__version__"}
