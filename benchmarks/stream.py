@@ -158,7 +158,7 @@ def copy(folder: Path, out: Path) -> tuple[float, float, float]:
 def stream(folder: Path, out: Path, *options: str) -> tuple[float, float, int, dict]:
     """Seconds, seconds of CPU, peak memory and the phases of a command of ours, without its proof on real tokens."""
     forget(folder)
-    base = [sys.executable, "-m", "spinquant.cli.main", options[0], str(folder), str(out), "--no-compare", "--json"]
+    base = [sys.executable, "-m", "spinquant", options[0], str(folder), str(out), "--no-compare", "--json"]
     seconds, cpu, peak, output = timed([*base, *options[1:]])
     shutil.rmtree(out)
     return seconds, cpu, peak, json.loads(output)["seconds"]
@@ -246,7 +246,7 @@ def run(scratch: Path, shape: dict, repeats: int, only: list[str], python: Path 
         if python is not None and (found := peer(python, folder, out, nbytes)) is not None:
             peers.append(found)
     shutil.rmtree(folder)
-    started = timed([sys.executable, "-m", "spinquant.cli.main", "--help"])[1]
+    started = timed([sys.executable, "-m", "spinquant", "--help"])[1]
     best = {name: min(found) for name, found in runs.items()}
     cp = min(copies)
     largest = 4 * max(torch.Size(size).numel() for size in tensor_shapes(shape).values())

@@ -217,7 +217,7 @@ def export(arguments: tuple[str, ...], model: Path) -> Path:
         command, *options = arguments
         log = folder.with_suffix(".log")
         log.parent.mkdir(exist_ok=True)
-        cli = [sys.executable, "-m", "spinquant.cli.main"]
+        cli = [sys.executable, "-m", "spinquant"]
         if run([*cli, command, model, folder, *options, "--text", "manual"], log):
             raise ClientError(f"spinquant {' '.join(arguments)} failed: see {log}")
     return folder
