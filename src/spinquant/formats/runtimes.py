@@ -61,7 +61,7 @@ def _cited(runs: bool, source: str) -> Claim:
 
 
 _VLLM = "vLLM 0.32, model_executor/layers/quantization/compressed_tensors"
-_FUSED = "tests/formats/test_native.py::test_a_rotated_folder_without_online_parts_is_plain"
+_FUSED = "tests/formats/test_native.py::test_without_spinquant_only_plain_folders_load"
 _NATIVE = "tests/formats/test_native.py::test_loading_gives_the_same_logits_to_the_last_bit"
 _READ = "tests/formats/test_compressed_tensors.py::test_transformers_computes_the_same_with_compressed_tensors_alone"
 _STATIC = "tests/formats/test_compressed_tensors.py::test_transformers_computes_the_same_with_static_ranges"
@@ -99,8 +99,8 @@ RUNTIMES: Mapping[str, Runtime] = {
         "AutoModelForCausalLM.from_pretrained(folder)",
         {
             **_fused(_FUSED),
-            "R3": Claim(False, "tests/formats/test_native.py::test_transformers_refuses_it_without_spinquant"),
-            "R4": Claim(False, "tests/formats/test_native.py::test_transformers_refuses_it_without_spinquant"),
+            "R3": Claim(False, "tests/formats/test_native.py::test_without_spinquant_only_plain_folders_load"),
+            "R4": Claim(False, "tests/formats/test_native.py::test_without_spinquant_only_plain_folders_load"),
         },
         {"none": _runs(_FUSED)},
         "transformers alone has no quantized linears: use --runtime transformers-ct or spinquant",
