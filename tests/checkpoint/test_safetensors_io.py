@@ -223,10 +223,47 @@ def test_what_is_in_the_page_cache_is_read_from_there(tmp_path):
     file = os.open(tmp_path / "file", os.O_RDONLY)
     os.fsync(file)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    is_kept = direct._is_cached(file)
     os.close(file)
+    if is_kept:
+        pytest.skip("the system keeps in its page cache what it is told to drop")
     for _ in range(5):  # to look puts nothing there
         with closing(DirectReader(tmp_path / "file")) as reader:
             assert reader._direct is not None
+
+
+def looks(monkeypatch, look):
+    """A system whose reads without waiting are `look`."""
+    monkeypatch.setattr(os, "RWF_NOWAIT", 8, raising=False)
+    monkeypatch.setattr(os, "preadv", look, raising=False)
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: None, raising=False)
+    for name in ("POSIX_FADV_RANDOM", "POSIX_FADV_NORMAL"):
+        monkeypatch.setattr(os, name, 0, raising=False)
+
+
+@pytest.mark.parametrize("found", range(direct._LOOKS + 1))
+def test_a_file_is_cached_where_most_looks_find_it(tmp_path, monkeypatch, found):
+    answers = iter([True] * found + [False] * (direct._LOOKS - found))
+
+    def look(file, buffers, offset, flags):
+        if not next(answers):
+            raise BlockingIOError
+        return 1
+
+    looks(monkeypatch, look)
+    (tmp_path / "file").write_bytes(bytes(10))
+    with (tmp_path / "file").open("rb") as file:
+        assert direct._is_cached(file.fileno()) == (found > direct._LOOKS // 2)
+
+
+def test_a_file_whose_cache_is_not_known_is_read_through_it(tmp_path, monkeypatch):
+    def look(*arguments):
+        raise OSError(errno.EOPNOTSUPP, "no such reads")
+
+    looks(monkeypatch, look)
+    (tmp_path / "file").write_bytes(bytes(10))
+    with (tmp_path / "file").open("rb") as file:
+        assert direct._is_cached(file.fileno())
 
 
 def damaged(data: bytes, kind: str) -> bytes:
