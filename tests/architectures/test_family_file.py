@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import acme
 from families import config_of, shapes_of
 from models import byte_tokenizer, logits, random_weights, tokens
+from processes import run_source
 from spinquant import (
     Options,
     RotationSpec,
@@ -201,7 +200,8 @@ def test_what_is_saved_is_loaded_elsewhere_without_the_file(acme_family, acme_fo
         after[scheme] = logits(result.model, ids)
     folders = [str(tmp_path / scheme) for scheme in after]
     text = LOADING.format(tests=str(Path(__file__).parents[1]), folders=folders, ids=str(tmp_path / "ids"))
-    subprocess.run([sys.executable, "-c", text], check=True, capture_output=True)
+    run = run_source(text)
+    assert run.returncode == 0, run.stderr
     for scheme, mine in after.items():
         assert torch.equal(torch.load(tmp_path / f"{scheme}.logits"), mine)
         assert (mine - before).norm() / before.norm() < (1e-4 if scheme == "none" else 0.2)

@@ -2,8 +2,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from models import tiny_model
+from processes import run_source, start_source
 from spinquant import CheckpointError, RotationSpec, load, load_tokenizer, read_headers, rotate_folder
 from spinquant.checkpoint.atomic import check_free, is_full, why_full
 from spinquant.checkpoint.folder import load_config
@@ -250,7 +249,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing past the limit is 
 for limit, out in ((20_000, sys.argv[2]), (500_000, sys.argv[3])):  # while the weights are written, and after them
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
-        rotate_folder(sys.argv[1], out, spinquant.RotationSpec("R1"), text="manual")
+        rotate_folder(sys.argv[1], out, spinquant.RotationSpec("R1"), text=sys.argv[4])
     except spinquant.CheckpointError as error:
         print("refused:", error)
 """
@@ -268,12 +267,12 @@ def test_a_full_disk_is_an_error_and_what_is_finished_is_kept(folder, tmp_path):
     vocabulary["model"]["vocab"].update({f"word{i}": 256 + i for i in range(30_000)})
     (folder / "tokenizer.json").write_text(json.dumps(vocabulary))  # larger than the weights
     early, late = tmp_path / "early", tmp_path / "late"
-    command = [sys.executable, "-c", FULL_DISK, str(folder), str(early), str(late)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    (folder / "text").write_text("A quick brown fox jumps over the lazy dog. " * 100)
+    run = run_source(FULL_DISK, [folder, early, late, folder / "text"])
     assert run.stdout.count("refused: a file grew beyond what may be written") == 2, run.stdout + run.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == [".late.run", "model"]
     for out in (early, late):
-        rotate_folder(folder, out, RotationSpec("R1"), text="manual")
+        rotate_folder(folder, out, RotationSpec("R1"), text=str(folder / "text"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["early", "late", "model"]
 
 
@@ -291,26 +290,22 @@ def slow(result, folder, **_):  # the weights are written by now
     time.sleep(60)
 
 streamed_folders.write_record = slow
-sys.argv = ["spinquant", "rotate", sys.argv[1], sys.argv[2], "--text", "manual"]
+sys.argv = ["spinquant", "rotate", *sys.argv[1:3], "--text", sys.argv[3]]
 main()
 """
 
 
 def test_an_interrupt_shows_no_folder_and_exits_with_130(folder, tmp_path):
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, str(folder), str(out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    while "writing" not in process.stdout.readline():
-        assert process.poll() is None
-    time.sleep(0.2)
+    (folder / "text").write_text("A quick brown fox jumps over the lazy dog. " * 100)
+    process = start_source(INTERRUPTED, [folder, out, folder / "text"], {}, folder)
+    while not (folder / "out").exists() or "writing" not in (folder / "out").read_text():
+        assert process.is_alive()
+        time.sleep(0.01)
     os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
+    process.join(30)
+    errors = (folder / "err").read_text()
+    assert process.exitcode == 130
     assert "interrupted" in errors
     assert "Traceback" not in errors
     assert sorted(p.name for p in tmp_path.iterdir()) == [".out.run", "model"]

@@ -1,9 +1,7 @@
 """A run may end at any moment: what it leaves is never mistaken for a result, and the next run goes on."""
 
 import os
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from checkpoints import digest
 from models import SIZES
+from processes import start_source
 from spinquant import CheckpointError, Options, RotationSpec, rotate_folder
 from spinquant.checkpoint.atomic import write_file
 from spinquant.checkpoint.run_directory import RunDirectory, check_checksums, opened_run
@@ -306,12 +305,12 @@ rotate_folder(sys.argv[1], sys.argv[2], RotationSpec("R1,R2"), text=None, option
 
 def test_kill_9_and_again(small, undisturbed, tmp_path):
     out, finished = tmp_path / "out", tmp_path / ".out.run" / "finished"
-    process = subprocess.Popen([sys.executable, "-c", RUN, str(small), str(out), "0.1"])
+    process = start_source(RUN, [small, out, 0.1], {}, small.parent)
     while len(list(finished.glob("*.json"))) < 2:
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not out.exists()
     shards = {p.name: file_hash(p) for p in (tmp_path / ".out.run" / "data").glob("*.safetensors")}
     assert shards

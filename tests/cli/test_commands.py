@@ -1,10 +1,11 @@
 """The command line as a user meets it: in this process, through the entry point."""
 
 import json
+import os
 import shutil
 import signal
-import subprocess
 import sys
+import time
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from io import StringIO
@@ -14,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, CTRLConfig
 
 from models import byte_tokenizer, logits, tiny_model, tokens
+from processes import start_source
 from spinquant import load, read_learned
 from spinquant.cli import main as cli
 
@@ -326,18 +328,17 @@ def test_learning_is_one_run_of_one_request_and_goes_on(run, learned, tmp_path):
     from_file = ("--text", tmp_path / "text", *LEARN[2:])
     command = ("learn", place / "model", tmp_path / "out", "--scheme", "A4KV4", *from_file, *steps)
     state = tmp_path / ".out.run" / "learning" / "end-to-end.safetensors"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "spinquant", *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = start_source("from spinquant.cli.main import main; main()", command, {}, tmp_path)
     try:
         while not state.exists():
-            assert process.poll() is None
-        process.send_signal(signal.SIGSTOP)  # it has its lock, and goes no further
+            assert process.is_alive()
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGSTOP)  # it has its lock, and goes no further
         code, _, errors = run(*command)
         assert code == 1 and "another run is writing" in errors
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     code, _, errors = run(*(*command, "--seed", "1"))
     assert code == 1 and "seed was 0 and is 1; options.seed was 0 and is 1; text.calibration.seed" in errors
     assert "rows" not in errors  # which is the same and "--force" in errors and state.exists()

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from models import byte_tokenizer, tiny_model, tokens
+from processes import run_together
 from spinquant import LearnOptions, RotationSpec, learn, parse_scheme
 from spinquant.rotations.rotation import matrix
 
@@ -57,12 +58,7 @@ def learned(loss, *, shard=False):
 
 def test_two_processes_with_one_sample_are_one_with_two(tmp_path):
     """Also where each keeps a half of the weights."""
-    script, tests = tmp_path / "worker.py", Path(__file__).parents[1]
-    script.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(tests), *sys.path])}
-    command += [str(Path(__file__).parent), str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    run = run_together(WORKER, [Path(__file__).parent, tmp_path])
     assert run.returncode == 0, run.stderr[-3000:]
     for loss in CASES:
         one, two = learned(loss), load_file(tmp_path / f"{loss}.safetensors")

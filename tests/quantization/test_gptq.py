@@ -1,7 +1,5 @@
 """Laws of GPTQ and of quantizing block by block."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models import CONFIGS, logits, tiny_model, tokens
+from processes import run_source
 from spinquant import (
     Calibration,
     CalibrationError,
@@ -186,7 +185,8 @@ print(used(2048, False), used(2048, True))
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
 def test_memory_is_that_of_one_float64_matrix_and_of_the_moments():
     """Of n inputs, in units of n x n in float64; the moments are float32, half of one each."""
-    run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    run = run_source(PEAK)
+    assert run.returncode == 0, run.stderr
     symmetric, asymmetric = map(float, run.stdout.split())
     assert 1 < symmetric < 2 and 1 < asymmetric < 2.4, run.stdout
 

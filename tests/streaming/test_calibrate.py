@@ -1,8 +1,6 @@
 """Calibrating from disk is calibrating in memory: the same packed integers and clips, in the memory of a few blocks."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from checkpoints import assert_same, digest, from_disk
 from families import FAMILIES
 from models import byte_tokenizer, logits, random_weights, tiny_model, tokens
+from processes import run_source
 from spinquant import Options, RotationSpec, load, parse_scheme, quantize, quantize_folder
 from spinquant.calibration.blockwise import Calibration
 from spinquant.calibration.data import CalibrationText, calibration_tokens
@@ -150,9 +149,9 @@ from pathlib import Path
 from spinquant import Options, RotationSpec, quantize_folder, parse_scheme
 from spinquant.calibration.data import CalibrationText
 from spinquant.calibration.blockwise import Calibration
-text = CalibrationText(__file__, 4, 64)
+text = CalibrationText(sys.argv[1], 4, 64)
 options = Options(prove=False, memory=1 << 20)
-for folder in sys.argv[1:]:  # the smaller one first
+for folder in sys.argv[2:]:  # the smaller one first
     quantize_folder(folder, f"{folder}-out", parse_scheme("W4A16", weight_clip=1.0), RotationSpec("R1,R2"),
                     method="gptq", calibration_text=text, text=None, options=options)
     status = Path("/proc/self/status").read_text()
@@ -164,15 +163,16 @@ for folder in sys.argv[1:]:  # the smaller one first
 def test_peak_memory_does_not_grow_with_the_model(tmp_path):
     sizes = {"vocab_size": 1024, "hidden_size": 1024, "intermediate_size": 1024, "head_dim": 64}
     sizes |= {"num_attention_heads": 16, "num_key_value_heads": 16}
-    folders, script = [tmp_path / "1", tmp_path / "8"], tmp_path / "peak.py"
-    script.write_text(PEAK)  # which is the text it calibrates on, too
+    folders, text = [tmp_path / "1", tmp_path / "8"], tmp_path / "text"
+    text.write_text(PEAK)
     for folder in folders:
         config = LlamaConfig(**sizes, num_hidden_layers=int(folder.name))
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
         byte_tokenizer().save_pretrained(folder)
     bytes_ = [(folder / "model.safetensors").stat().st_size for folder in folders]
     assert bytes_[1] - bytes_[0] > 190e6
-    run = subprocess.run([sys.executable, script, *folders], capture_output=True, text=True, check=True)
+    run = run_source(PEAK, [text, *folders])
+    assert run.returncode == 0, run.stderr
     peaks = [int(line.split()[-1]) for line in run.stdout.splitlines() if line.startswith("peak")]
     # Two blocks' worth, and what differs from run to run.
     assert peaks[1] - peaks[0] < 0.25 * (bytes_[1] - bytes_[0]), peaks

@@ -1,8 +1,5 @@
 """Several processes quantize with calibration: one calibrates, all write, and what one alone writes comes out."""
 
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from checkpoints import digest
 from families import FAMILIES
 from models import byte_tokenizer, random_weights
+from processes import run_together
 from spinquant.compute.distributed import Processes, check_same
 from spinquant.errors import ProcessError
 
@@ -57,14 +55,10 @@ def model(tmp_path_factory):
     return path
 
 
-def launch(folder: Path, model: Path, out: Path, *, text, dying: int = -1, kept: int = 0, more=()):
-    script = folder / "worker.py"
-    script.write_text(WORKER)
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DYING": str(dying), "KEPT": str(kept)}
-    environment["STORE"] = str(out.parent / f".{out.name}.run" / "calibration")
-    command = [*run, "quantize", str(model), str(out), *COMMAND, *text, *more]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+def launch(model: Path, out: Path, *, text, dying: int = -1, kept: int = 0, more=()):
+    store = out.parent / f".{out.name}.run" / "calibration"
+    environment = {"DYING": str(dying), "KEPT": str(kept), "STORE": str(store)}
+    return run_together(WORKER, ["quantize", str(model), str(out), *COMMAND, *text, *more], environment)
 
 
 @pytest.fixture(scope="module")
@@ -88,28 +82,28 @@ def one_thread():
 def test_one_dies_while_it_calibrates_and_two_go_on_to_what_one_writes(model, text, tmp_path, run):
     assert run("quantize", model, tmp_path / "alone", *COMMAND, *text)[0] == 0
     out, store = tmp_path / "out", tmp_path / ".out.run" / "calibration"
-    ended = launch(tmp_path, model, out, text=text, dying=0, kept=2)
+    ended = launch(model, out, text=text, dying=0, kept=2)
     assert ended.returncode != 0 and not out.exists()
     assert "process 0 of 2 ended before its work was done" in ended.stderr, ended.stderr[-3000:]
     assert len(list(store.glob("*.safetensors"))) == 2
-    again = launch(tmp_path, model, out, text=text)
+    again = launch(model, out, text=text)
     assert again.returncode == 0, again.stderr[-3000:]
     assert digest(out) == digest(tmp_path / "alone")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out", "worker.py"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out"]
 
 
 def test_an_error_of_the_calibration_is_told_once_and_nothing_stays(model, text, tmp_path):
-    run = launch(tmp_path, model, tmp_path / "out", text=text, more=("--damping", "0", "--sample-length", "2"))
+    run = launch(model, tmp_path / "out", text=text, more=("--damping", "0", "--sample-length", "2"))
     assert run.returncode != 0
     assert run.stderr.count("is singular") == 1, run.stderr[-3000:]
-    assert [path.name for path in tmp_path.iterdir()] == ["worker.py"]
+    assert [path.name for path in tmp_path.iterdir()] == []
 
 
 def test_processes_that_learn_first_share_what_they_learned(model, text, tmp_path):
-    run = launch(tmp_path, model, tmp_path / "out", text=text, more=("--learn", "local", "--samples", "20"))
+    run = launch(model, tmp_path / "out", text=text, more=("--learn", "local", "--samples", "20"))
     assert run.returncode == 0, run.stderr[-3000:]
     assert (tmp_path / "out" / "spinquant" / "record.json").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "worker.py"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 def test_processes_that_were_asked_for_different_things_are_told_what():

@@ -1,11 +1,7 @@
-"""Several processes write what one writes, and end together: real ones, under torchrun."""
+"""Several processes write what one writes, and end together: real ones, as torchrun starts them."""
 
 import json
-import os
-import subprocess
-import sys
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from checkpoints import digest
 from models import SIZES
+from processes import run_together
 from spinquant import RotationSpec, parse_scheme, quantize_folder
 from spinquant.architectures import make_plan
 from spinquant.checkpoint.folder import load_config
@@ -44,12 +41,8 @@ main()
 """
 
 
-def launch(folder: Path, command: list[str], *, dying: int = -1, after: int = 0, processes: int = 2):
-    script = folder / "worker.py"
-    script.write_text(WORKER)
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DYING": str(dying), "AFTER": str(after)}
-    return subprocess.run([*run, *command], capture_output=True, text=True, env=environment, timeout=300, check=False)
+def launch(command: list[str], *, dying: int = -1, after: int = 0):
+    return run_together(WORKER, command, {"DYING": str(dying), "AFTER": str(after)})
 
 
 @pytest.fixture(scope="module")
@@ -85,19 +78,19 @@ def test_one_process_dies_the_others_say_which_and_the_same_command_goes_on(mode
     quantize_folder(model, tmp_path / "one", scheme, spec, text=str(text), command="spinquant quantize")
     command = ["quantize", str(model), str(tmp_path / "two"), "--scheme", "W4A4KV4", "--rotations", "R1,R2,R4"]
     command += ["--text", str(text), "--json"]
-    run = launch(tmp_path, command, dying=1, after=40)
+    run = launch(command, dying=1, after=40)
     assert run.returncode != 0
     assert "process 1 of 2 ended before its work was done" in run.stderr, run.stderr[-3000:]
     assert not (tmp_path / "two").exists()
     finished = list((tmp_path / ".two.run" / "finished").glob("*.json"))
     assert finished
     times = {p.stem: (tmp_path / ".two.run" / "data" / p.stem).stat().st_mtime_ns for p in finished}
-    again = launch(tmp_path, command)
+    again = launch(command)
     assert again.returncode == 0, again.stderr[-3000:]
     assert digest(tmp_path / "two") == digest(tmp_path / "one")
     assert {name: (tmp_path / "two" / name).stat().st_mtime_ns for name in times} == times
     assert json.loads(again.stdout)["seconds"]["processes"] == 2, "printed once"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two", "worker.py"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
 
 
 def test_an_error_of_one_is_told_by_the_first(model, tmp_path):
@@ -116,10 +109,10 @@ def test_an_error_of_one_is_told_by_the_first(model, tmp_path):
     tensors = load_file(folder / broken[0])
     tensors[broken[1]][0, 0] = float("nan")
     save_file(tensors, folder / broken[0], metadata={"format": "pt"})
-    run = launch(tmp_path, ["rotate", str(folder), str(tmp_path / "out"), "--no-compare", "--no-proof"])
+    run = launch(["rotate", str(folder), str(tmp_path / "out"), "--no-compare", "--no-proof"])
     assert run.returncode != 0
     assert run.stderr.count("values that are NaN") == 1 and broken[1] in run.stderr, run.stderr[-3000:]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "worker.py"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
 @pytest.mark.parametrize("processes", [2, 3, 7])
