@@ -327,8 +327,9 @@ def test_learning_is_one_run_of_one_request_and_goes_on(run, learned, tmp_path):
     (tmp_path / "text").write_text(" ".join(f"word{i % 97}" for i in range(400)))
     from_file = ("--text", tmp_path / "text", *LEARN[2:])
     command = ("learn", place / "model", tmp_path / "out", "--scheme", "A4KV4", *from_file, *steps)
-    state = tmp_path / ".out.run" / "learning" / "end-to-end.safetensors"
-    process = start_source("from spinquant.cli.main import main; main()", command, {}, tmp_path)
+    state, streams = tmp_path / ".out.run" / "learning" / "end-to-end.safetensors", tmp_path / "streams"
+    streams.mkdir()
+    process = start_source("from spinquant.cli.main import main; main()", command, {}, streams)
     try:
         while not state.exists():
             assert process.is_alive()
