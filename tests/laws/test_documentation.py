@@ -3,6 +3,7 @@
 python tests/laws/test_documentation.py writes docs/reference/cli.md anew.
 """
 
+import ast
 import importlib
 import pkgutil
 import re
@@ -105,6 +106,29 @@ def test_paths_that_the_documentation_names_exist():
         for name in re.findall(r"`([\w/-]+/[\w/.-]+\.(?:py|md|toml))`", page.read_text(encoding="utf-8")):
             places = (ROOT / name, ROOT / "src" / "spinquant" / name)
             assert any(place.exists() for place in places), f"{page.relative_to(ROOT)}: {name}"
+
+
+def test_the_design_page_describes_the_code_as_it_is():
+    """Its list of packages is the order of imports, and every file and name in backticks exists."""
+    page = (DOCS / "explanation" / "design.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^    (\w+)(?:/|\.py) ", page, re.MULTILINE)
+    tree = ast.parse((ROOT / "tests" / "test_layout.py").read_text(encoding="utf-8"))
+    (order,) = [
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PACKAGES"
+    ]
+    assert listed == [name for name in order if name != "__main__"]
+    sources = [*(ROOT / "src").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    files = {path.name for path in sources}
+    words = {word for path in sources for word in re.findall(r"\w+", path.read_text(encoding="utf-8"))}
+    for code in re.findall(r"`([^`]+)`", page):
+        if code.endswith(".py"):
+            assert "/" in code or code in files, code  # paths are checked above
+        elif code.endswith("/"):
+            assert (ROOT / code).is_dir() or (ROOT / "src" / "spinquant" / code).is_dir() or code == "spinquant/", code
+        elif "/" not in code:
+            assert set(re.findall(r"[A-Za-z_]\w*", code)) <= words, code
 
 
 def test_pages_that_the_code_names_exist():
