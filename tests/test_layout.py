@@ -37,12 +37,13 @@ PACKAGES = [
     "integrations",
     "demo",
     "cli",
+    "moved",
     "__main__",
 ]
 # Attributes of the package that are functions: a subpackage of that name would replace them when it is imported.
 FUNCTIONS = {"rotate", "quantize", "learn", "evaluate", "probe", "prove", "attach", "detach", "load", "save", "gptq"}
 # Modules that need an extra; none is imported before that extra is known to be there.
-OPTIONAL = ("modifiers.llmcompressor", "modifiers.compressed_transforms")
+OPTIONAL = ("modifiers.llmcompressor", "modifiers.compressed_transforms", "moved.llmcompressor")
 HOOKS = ("online.hooks", "models.capture", "probing.trace", "integrations.vllm")
 
 
@@ -161,6 +162,16 @@ def test_public_names_are_what_all_says():
     assert spinquant.__version__ == importlib.metadata.version("spinquant")
     with pytest.raises(AttributeError, match="no attribute 'rotat'"):
         _ = spinquant.rotat
+
+
+def test_import_paths_of_earlier_versions_work():
+    paths = sorted(path.stem for path in (SOURCE / "moved").glob("*.py") if path.stem != "__init__")
+    assert paths == ["demo_model", "hadamard", "llmcompressor"]
+    for name in {*paths} - {"llmcompressor"}:  # which tests/integrations imports, where llm-compressor is installed
+        module = importlib.import_module(f"spinquant.{name}")
+        (now,) = imports(f"moved.{name}", SOURCE / "moved" / f"{name}.py")
+        for public in module.__all__:
+            assert getattr(module, public) is getattr(importlib.import_module(f"spinquant.{now}"), public)
 
 
 def test_importing_the_package_imports_neither_torch_nor_transformers():

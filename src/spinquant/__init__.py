@@ -226,4 +226,6 @@ def __dir__() -> list[str]:
     return list(__all__)
 
 
+__path__.append(f"{__path__[0]}/moved")  # import paths of earlier versions, such as spinquant.llmcompressor
+
 register_with_transformers()

@@ -3,6 +3,7 @@
 Needs llm-compressor 0.14, which pins other versions than ours: `make test-llmcompressor` gives it an environment.
 """
 
+import importlib
 import json
 
 import pytest
@@ -150,6 +151,11 @@ def test_yaml_recipe():
     assert isinstance(modifier, SpinQuantModifier) and modifier.seed == 5
     (again,) = Recipe.create_instance(Recipe.create_instance([modifier]).yaml()).modifiers
     assert again.model_dump(exclude={"group"}) == modifier.model_dump(exclude={"group"})
+
+
+def test_the_import_path_of_earlier_versions():
+    now = importlib.import_module("spinquant.modifiers.llmcompressor")
+    assert importlib.import_module("spinquant.llmcompressor").SpinQuantModifier is now.SpinQuantModifier
 
 
 def test_events_do_the_work_once():

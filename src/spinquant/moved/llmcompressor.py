@@ -1,0 +1,5 @@
+"""`import spinquant.llmcompressor`, now `spinquant.modifiers.llmcompressor`. Needs llm-compressor."""
+
+from spinquant.modifiers.llmcompressor import SpinQuantModifier
+
+__all__ = ["SpinQuantModifier"]
