@@ -133,7 +133,7 @@ def test_checksums_are_verified(run, folder, tmp_path):
     assert json.loads(printed)["seconds"]["total"] > 0
     assert len(list(out.glob("*.safetensors"))) > 2
     code, printed, _ = run("verify", "--checksums", out)
-    assert code == 0 and "as they were written" in printed
+    assert code == 0 and "unchanged" in printed
     (out / "config.json").write_text("{}")
     code, printed, _ = run("verify", "--checksums", out, "--json")
     assert code == 1 and json.loads(printed)["damaged"] == ["config.json"] and not json.loads(printed)["missing"]
@@ -178,7 +178,7 @@ MISTAKES = {
         "the method is rtn",
     ),
     "unknown size": (["rotate", "{model}", "{out}", "--max-shard-size", "5 parsecs"], "parsecs"),
-    "one model to compare": (["verify", "{model}"], "compares two"),
+    "one model to compare": (["verify", "{model}"], "two models to compare"),
     "two folders to check": (["verify", "{model}", "{model}", "--checksums"], "one folder"),
     "unknown clip": (["quantize", "{model}", "{out}", "--scheme", "W4", "--weight-clip", "tight"], "tight"),
 }
@@ -305,9 +305,9 @@ def test_learned_rotations_are_used(run, learned, tmp_path):
     code, _, errors = run("rotate", place / "model", tmp_path / "r", *options)
     assert code == 1 and "R3, R4" in errors and "--rotations R1,R2" in errors  # they were learned for online ones too
     code, _, errors = run("rotate", place / "model", tmp_path / "r", *options, "--rotations", "R1,R2", "--type", "auto")
-    assert code == 1 and "--type would do nothing" in errors and "--rotations" not in errors
+    assert code == 1 and "--type cannot be combined with --learned" in errors and "--rotations" not in errors
     code, _, errors = run("rotate", place / "model", tmp_path / "r", *options, "--rotations", "R1,R2", "--seed", "0")
-    assert code == 1 and "--seed would do nothing" in errors
+    assert code == 1 and "--seed cannot be combined with --learned" in errors
     code, _, errors = run("rotate", place / "model", tmp_path / "r", *options, "--rotations", "R1,R2")
     assert code == 0, errors
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "r")
@@ -393,7 +393,7 @@ def test_quantize_learns_in_one_go(run, learned, tmp_path):
         (["--format", "hf"], "plain 16-bit folder"),
         (["--method", "gptq", "--scheme", "A4"], "method rtn"),
         (["--runtime", "vllm"], "vllm"),
-        (["--learned", "elsewhere"], "give one of them"),
+        (["--learned", "elsewhere"], "Give one of them"),
     ],
 )
 def test_what_quantizing_would_refuse_is_refused_before_learning(run, learned, tmp_path, monkeypatch, more, word):
@@ -415,11 +415,11 @@ LEARN_MISTAKES = {
     "sharded and local": (["--method", "local", "--shard"], "end-to-end"),
     "an option of end-to-end": (
         ["--method", "local", "--loss", "kl", "--weights"],
-        "--loss, --weights would",
+        "--loss, --weights cannot",
     ),
-    "an option of local": (["--method", "end-to-end", "--massive", "2"], "--massive would"),
-    "nothing to choose": (["--method", "random", "--steps", "3"], "--steps would"),
-    "nothing to learn": (["--method", "random", "--learn", "R1"], "--learn would"),
+    "an option of local": (["--method", "end-to-end", "--massive", "2"], "--massive cannot"),
+    "nothing to choose": (["--method", "random", "--steps", "3"], "--steps cannot"),
+    "nothing to learn": (["--method", "random", "--learn", "R1"], "--learn cannot"),
     "no windows": (["--windows", "0"], "--windows"),
     "a sample alone": (["--samples", "1", "--method", "local"], "Give more --samples"),
     "longer than the context": (["--sample-length", "3000"], "max_position_embeddings"),
@@ -430,7 +430,7 @@ LEARN_MISTAKES = {
     "an infinite step": (["--lr", "inf"], "(--lr)"),
     "no gradients to save memory of": (
         ["--method", "local", "--weighting", "uniform", "--checkpointing"],
-        "--weighting fisher alone",
+        "--weighting fisher without",
     ),
     "a rate for procrustes": (["--method", "local", "--solver", "procrustes", "--lr", "2"], "does not use lr"),
 }

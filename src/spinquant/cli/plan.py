@@ -1,4 +1,4 @@
-"""The command `plan`: which tensors each rotation touches, and what a runtime runs of it."""
+"""The command `plan`: where each rotation goes, and which rotations and schemes a runtime supports."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -7,20 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from spinquant.cli.options import (
-    ADVANCED,
-    ALL_ROTATIONS,
-    BlockSize,
-    Family,
-    Json,
-    Model,
-    OptionalScheme,
-    Randomize,
-    Rotations,
-    Runtime,
-    Type,
-    parse_spec,
-)
+from spinquant.cli import options as opt
 from spinquant.cli.output import note, out_console, print_json
 from spinquant.errors import ArchitectureError, SchemeError
 from spinquant.quantization.scheme import parse_scheme
@@ -34,40 +21,38 @@ EXAMPLES = (
 
 
 def plan(
-    model: Model,
-    rotations: Rotations = ALL_ROTATIONS,
-    scheme: OptionalScheme = None,
-    runtime: Runtime = None,
-    json_: Json = False,
-    type: Type = "random-hadamard",
-    block_size: BlockSize = None,
-    randomize: Randomize = False,
-    family: Family = None,
+    model: opt.Model,
+    rotations: opt.Rotations = opt.ALL_ROTATIONS,
+    scheme: opt.OptionalScheme = None,
+    runtime: opt.Runtime = None,
+    json_: opt.Json = False,
+    type: opt.Type = "random-hadamard",
+    block_size: opt.BlockSize = None,
+    randomize: opt.Randomize = False,
+    family: opt.Family = None,
     probe: Annotated[
         bool,
-        typer.Option(
+        opt.option(
+            opt.ADVANCED,
+            "For an architecture without a built-in table: find out by experiment what can be rotated, and print a "
+            "draft of a family file.",
             "--probe",
-            help="For an architecture that spinquant does not know: find out by experiment what can be rotated, and "
-            "print a draft of a family file.",
-            rich_help_panel=ADVANCED,
         ),
     ] = False,
     draft: Annotated[
         Path | None,
-        typer.Option(
-            help="With --probe: write the draft of the family file here.", show_default=False, rich_help_panel=ADVANCED
-        ),
+        opt.option(opt.ADVANCED, "With --probe: write the draft of the family file to this path."),
     ] = None,
 ) -> None:
-    """Show which tensors each rotation touches, from the config and the safetensors headers alone.
+    """Show which tensors each rotation is fused into and where it runs online, from config and headers only.
 
-    With --runtime, also what that runtime can run, why, and what would work instead. With --probe, try rotations on
-    small random models of the class and draft a family file for --family.
+    With --runtime, also which rotations and schemes that runtime supports, why, and the alternatives. With --probe, try
+    rotations on small random models of the class and draft a family file for --family.
     """
     if draft is not None and not probe:
-        raise ArchitectureError("--draft is the file that --probe writes: give --probe too")
+        raise ArchitectureError("--draft names the file that --probe writes: add --probe, or leave --draft out")
     if scheme is not None and runtime is None:
-        raise SchemeError("--scheme is what a runtime is to run: give --runtime too")
+        raise SchemeError("plan checks --scheme against a runtime: add --runtime, or leave --scheme out")
     wanted = parse_scheme(scheme) if scheme is not None else None
 
     from spinquant.architectures import make_plan, recorded_family
@@ -75,7 +60,7 @@ def plan(
     from spinquant.cli.tables import plan_notes, plan_rows, plan_table, runtime_table
     from spinquant.formats.runtimes import runtime_rows
 
-    spec = parse_spec(rotations, type, block_size, randomize, 0)
+    spec = opt.parse_spec(rotations, type, block_size, randomize, 0)
     config = load_config(model, family=family)
     check_unquantized(config, model)
     shapes = {name: info.shape for name, info in read_headers(model).items()}
@@ -117,6 +102,6 @@ def _probe(config: Any, shapes: Mapping[str, Sequence[int]], draft: Path | None,
     elif draft is None or found.family is None:
         typer.echo(draft_text(found), nl=False)
     else:
-        note(f"draft: {draft}; read it, then use it with --family {draft}")
+        note(f"wrote the draft {draft}: read and correct it, then use it with --family {draft}")
     if found.family is None:
         raise typer.Exit(1)

@@ -1,8 +1,8 @@
-"""How far long work has come, on standard error: bars on a terminal, plain lines elsewhere (SLURM, CI, nohup).
+"""Progress display on standard error: bars on a terminal, plain lines elsewhere (SLURM, CI, nohup).
 
-Work reports with `report(stage, done, total, more)`. On a terminal every stage is a bar. Elsewhere a stage is a line
-when it begins, a line when it ends, and a line a minute between, with what is done, the time taken and the expected
-end; those of every minute are also written while the work reports nothing.
+The library reports with `report(stage, done, total, more)`. On a terminal every stage is a bar. Elsewhere a stage
+prints a line when it begins, one when it ends, and one a minute in between with the amount done, the elapsed time and
+the expected end; the line of each minute is printed even if the work has reported nothing since the last.
 """
 
 import threading
@@ -26,7 +26,7 @@ Report = Callable[..., None]  # (stage, done, total, more="")
 
 @contextmanager
 def stages(*, quiet: bool = False, out: Path | None = None) -> Iterator[Report]:
-    """A display of progress: a function of (stage, done, total, more words).
+    """Display progress within the `with` block; yields the function report(stage, done, total, more="").
 
     out: the folder that the command writes atomically; a message names it when the user interrupts the command.
     """
@@ -47,7 +47,7 @@ def stages(*, quiet: bool = False, out: Path | None = None) -> Iterator[Report]:
 
 @dataclass
 class _Stage:
-    """One stage as it was last reported. begun: when, and how much was done then (work of a run that is resumed)."""
+    """Last reported state of a stage. begun: time of the first report. first: amount done then, in a resumed run."""
 
     begun: float
     first: int
@@ -61,21 +61,21 @@ class _Stage:
 class PlainProgress:
     """Progress as lines of text.
 
-    write: takes a line. clock: seconds since the epoch; expected ends are in local time.
+    write: prints a line. clock: seconds since the epoch; expected ends are shown in local time.
     """
 
     def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.time):
         self._write, self._clock = write, clock
         self._stages: dict[str, _Stage] = {}
-        self._lock = threading.Lock()  # the work reports from one thread, and minutes pass in another
+        self._lock = threading.Lock()  # reports come from the worker's thread, ticks from another
 
     def __call__(self, stage: str, done: int, total: int, more: str = "") -> None:
-        """Report that `done` of `total` is done of a stage."""
+        """Report that `done` of `total` of a stage is done."""
         with self._lock:
             now = self._clock()
             state = self._stages.get(stage)
             if state is None or (state.ended and done < total):
-                # What is reported first is mostly the first piece that was finished.
+                # The first report is usually that of the first finished piece.
                 state = self._stages[stage] = _Stage(now, done, done, total, more, now)
                 if done < total:
                     self._write(f"{stage}: started, {_amount(stage, done, total)} done{_words(more)}")
@@ -87,7 +87,7 @@ class PlainProgress:
         self.tick()
 
     def tick(self) -> None:
-        """Write a line for every stage that has not ended and that the last line of is a minute old."""
+        """Write a line for every unfinished stage whose last line is a minute old."""
         with self._lock:
             now = self._clock()
             for name, state in self._stages.items():
@@ -155,7 +155,7 @@ def _bars() -> Iterator[Report]:
 
 
 def step_report(progress: Report) -> Callable[[str, "Step", int], None]:
-    """What a display of progress shows of the steps of learning end to end."""
+    """Callback that reports the steps of end-to-end learning to a progress display."""
 
     def report_step(name: str, step: "Step", steps: int) -> None:
         speed = f"{step.tokens_per_second:.0f} tokens/s, off orthogonal by {step.orthogonality:.0e}"
@@ -165,8 +165,8 @@ def step_report(progress: Report) -> Callable[[str, "Step", int], None]:
 
 
 def _amount(stage: str, done: int, total: int, speed: float = 0.0) -> str:
-    """How much of a stage is done: a count, or bytes and how many of them in a second."""
-    from spinquant.entrypoints.stream import STREAMED  # not before there is work: it imports torch
+    """The amount done as text: a count, or for the stream bytes and bytes per second."""
+    from spinquant.entrypoints.stream import STREAMED  # imported here since it imports torch
 
     if stage != STREAMED:
         return f"{done}/{total}"

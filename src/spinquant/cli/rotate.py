@@ -2,37 +2,7 @@
 
 import typer
 
-from spinquant.cli.options import (
-    AllowInexact,
-    AllowPickle,
-    Also,
-    BlockSize,
-    Checksums,
-    Compare,
-    Device,
-    DropMtp,
-    Dtype,
-    Family,
-    Force,
-    Json,
-    Learned,
-    MaxShardSize,
-    Memory,
-    Model,
-    Out,
-    Proof,
-    PushToHub,
-    Quiet,
-    Randomize,
-    Rotations,
-    Seed,
-    Text,
-    Type,
-    parse_dtype,
-    parse_size,
-    parse_spec,
-    taken_from,
-)
+from spinquant.cli import options as opt
 from spinquant.cli.output import command_line, print_result, push_to_hub
 from spinquant.cli.progress import stages
 
@@ -45,31 +15,31 @@ EXAMPLES = (
 
 def rotate(
     context: typer.Context,
-    model: Model,
-    out: Out,
-    rotations: Rotations = "R1,R2",
-    learned: Learned = None,
-    also: Also = None,
-    force: Force = False,
-    push: PushToHub = None,
-    device: Device = "cpu",
-    quiet: Quiet = False,
-    json_: Json = False,
-    type: Type = "random-hadamard",
-    block_size: BlockSize = None,
-    randomize: Randomize = False,
-    seed: Seed = 0,
-    dtype: Dtype = None,
-    text: Text = "auto",
-    compare: Compare = True,
-    proof: Proof = True,
-    max_shard_size: MaxShardSize = None,
-    checksums: Checksums = None,
-    memory: Memory = None,
-    family: Family = None,
-    drop_mtp: DropMtp = False,
-    allow_inexact: AllowInexact = False,
-    allow_pickle: AllowPickle = False,
+    model: opt.Model,
+    out: opt.Out,
+    rotations: opt.Rotations = "R1,R2",
+    learned: opt.Learned = None,
+    also: opt.Also = None,
+    force: opt.Force = False,
+    push: opt.PushToHub = None,
+    device: opt.Device = "cpu",
+    quiet: opt.Quiet = False,
+    json_: opt.Json = False,
+    type: opt.Type = "random-hadamard",
+    block_size: opt.BlockSize = None,
+    randomize: opt.Randomize = False,
+    seed: opt.Seed = 0,
+    dtype: opt.Dtype = None,
+    text: opt.Text = "auto",
+    compare: opt.Compare = True,
+    proof: opt.Proof = True,
+    max_shard_size: opt.MaxShardSize = None,
+    checksums: opt.Checksums = None,
+    memory: opt.Memory = None,
+    family: opt.Family = None,
+    drop_mtp: opt.DropMtp = False,
+    allow_inexact: opt.AllowInexact = False,
+    allow_pickle: opt.AllowPickle = False,
 ) -> None:
     """Fuse R1 and R2 into a plain folder that transformers, vLLM and others load without spinquant.
 
@@ -80,20 +50,20 @@ def rotate(
     from spinquant.entrypoints.folders import rotate_folder
     from spinquant.entrypoints.result import Options
 
-    spec = parse_spec(rotations, type, block_size, randomize, seed)
+    spec = opt.parse_spec(rotations, type, block_size, randomize, seed)
     with stages(quiet=quiet, out=out) as progress:
         result = rotate_folder(
             model,
             out,
             spec,
-            learned=taken_from(learned, model, context) if learned else None,
-            dtype=parse_dtype(dtype),
+            learned=opt.taken_from(learned, model, context) if learned else None,
+            dtype=opt.parse_dtype(dtype),
             text=text if compare else None,
             force=force,
             allow_pickle=allow_pickle,
             command=command_line(),
             device=device,
-            max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
+            max_shard_size=opt.parse_size(max_shard_size),
             checksums=checksums,
             also=also or (),
             options=Options(
@@ -101,7 +71,7 @@ def rotate(
                 allow_inexact=allow_inexact,
                 drop_mtp=drop_mtp,
                 progress=progress,
-                memory=None if memory is None else parse_size(memory),
+                memory=opt.parse_size(memory),
             ),
             family=family,
         )

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from spinquant.cli.options import ADVANCED, Force, Json, Out
+from spinquant.cli import options as opt
 from spinquant.cli.output import print_result
 
 EXAMPLES = (
@@ -19,22 +19,18 @@ def rotate_adapter(
     adapter: Annotated[
         str, typer.Argument(metavar="ADAPTER", help="LoRA adapter (peft) or EAGLE-3 draft head: a folder or hub id.")
     ],
-    out: Out,
+    out: opt.Out,
     model: Annotated[
         str | None,
-        typer.Option(
-            help="The original model, before it was rotated; by default the one that ROTATED records.",
-            show_default=False,
-            rich_help_panel=ADVANCED,
-        ),
+        opt.option(opt.ADVANCED, "The original model, before it was rotated; by default the one recorded in ROTATED."),
     ] = None,
-    force: Force = False,
-    json_: Json = False,
+    force: opt.Force = False,
+    json_: opt.Json = False,
 ) -> None:
-    """Rotate a LoRA adapter or an EAGLE-3 draft head to match a model that was rotated before.
+    """Rotate a LoRA adapter or an EAGLE-3 draft head to match a model that is already rotated.
 
-    `spinquant rotate --also ADAPTER` rotates model and adapter together. Of the original model only the norms, and the
-    tensors that the adapter needs, are read.
+    `spinquant rotate --also ADAPTER` rotates model and adapter together. Of the original model, only the norms and the
+    tensors that the adapter needs are read.
     """
     from spinquant.adapters.folder import rotate_adapter as rotate_adapter_folder
     from spinquant.cli.tables import adapters_table

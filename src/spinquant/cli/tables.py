@@ -1,4 +1,4 @@
-"""Results as tables for people: rich tables, made from the same dataclasses that `--json` prints."""
+"""Results as rich tables for the terminal, from the same data that `--json` prints."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ NEEDS = {
 
 
 def learning_table(learned: "LearnedRotations", out: str) -> Table:
-    """Every candidate with its score on held-out text, and which was kept."""
+    """Every candidate with its score on held-out text, and the one that was kept."""
     record = learned.record
     table = Table(title=f"{out}: kept {record['kept']}", box=SIMPLE)
     for column in ("rotations", "KL to 16 bits", "perplexity", "clip of activations, cache", ""):
@@ -43,18 +43,17 @@ def learning_table(learned: "LearnedRotations", out: str) -> Table:
     if tokens:
         (samples, length), (windows, _) = tokens["samples"], tokens["judged"]
         about.append(
-            f"learned from {samples} samples of {length} tokens ({tokens['text']}), judged on {windows} others "
+            f"learned from {samples} samples of {length} tokens ({tokens['text']}), scored on {windows} held-out windows "
             f"({tokens['held_out']})"
         )
     if record["options"]["method"] == "random" and kept.startswith("random"):
-        about.append("nothing was to be learned: the best random rotation is what was written")
+        about.append("method random learns nothing: the best random rotation was written")
     elif kept in ("scaled", "random signs"):
         others = "with scales" if kept == "scaled" else "with the best of several signs"
-        others += ", which are what was written"
         tried = any(name in record["scores"] for name in ("local", "end-to-end", "local+end-to-end"))
-        about.append(f"{'what was learned is no better than ' if tried else ''}random rotations {others}")
+        about.append(f"wrote random rotations {others}{': the learned ones score no better' if tried else ''}")
     elif not record["learned"]:
-        about.append("what was learned is no better than the best random rotation, which is what was written")
+        about.append("wrote the best random rotation: the learned ones score no better")
     table.caption = "\n".join(about) or None
     return table
 
@@ -126,7 +125,7 @@ def plan_table(plan: Plan, rows: Sequence[Mapping[str, Any]], spec: RotationSpec
 
 
 def plan_notes(plan: Plan, spec: RotationSpec) -> list[str]:
-    """What a user should know beside the table: ties that break, and what a plain runtime would need."""
+    """Notes below the table: tensors that R1 unties, and what a runtime has to support."""
     notes = []
     online = [name for name in spec.rotations if name not in MERGEABLE]
     if "R1" in spec.rotations:
@@ -134,14 +133,17 @@ def plan_notes(plan: Plan, spec: RotationSpec) -> list[str]:
         notes += [f"{tie.tensor} shares memory with {tie.source}: R1 unties them" for tie in heads]
         if len(plan.ties) > len(heads):
             notes.append(
-                f"{len(plan.ties) - len(heads)} tensors are those of blocks that layers share: R1 (and rounding them) "
-                "gives every layer its own, so the result is larger"
+                f"{len(plan.ties) - len(heads)} tensors belong to shared (weight-tied) blocks: R1 and quantization untie "
+                "them, so the result is larger"
             )
     if online:
         needs = "; ".join(f"{name} {NEEDS[name]}" for name in online)
-        notes.append(f"a plain runtime cannot run {', '.join(online)} ({needs}); spinquant.load attaches that")
+        notes.append(
+            f"{', '.join(online)} run online ({needs}): spinquant.load attaches them; `plan --runtime NAME` shows "
+            "whether another runtime supports them"
+        )
     elif spec.rotations:
-        notes.append("a plain runtime needs nothing: all rotations are fused into the weights")
+        notes.append("all rotations are fused into the weights: any runtime can load the result")
     return notes
 
 
@@ -156,14 +158,14 @@ def runtime_table(name: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def result_table(result: "Result", out: str) -> Table:
-    """What was done to a model, and the proof that rotating changed nothing."""
+    """What was done to a model, and how far rotating moved its logits."""
     table = Table(title=escape(f"wrote {out}"), title_justify="left", show_header=False)
     spec = result.spec
     table.add_row("rotations", ", ".join(spec.rotations) or "none")
     if result.scheme is not None:
         table.add_row("scheme", f"{result.scheme} by {result.method}")
     if result.twin:
-        table.add_row("small model, float64", f"logits moved by {result.twin.max_abs:.1e} at most")
+        table.add_row("tiny model, float64", f"logits moved by {result.twin.max_abs:.1e} at most")
     if result.real:
         moved = f"logits moved by {result.real.max_abs:.1e} at most, {result.real.mean_abs:.1e} on average"
         table.add_row("this model, real tokens", f"{moved}, before quantization" if result.scheme else moved)
@@ -176,7 +178,7 @@ def result_table(result: "Result", out: str) -> Table:
 
 
 def adapters_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
-    """What was rotated for a model that was rotated before, by folder."""
+    """Rotated adapters and draft heads, by folder."""
     table = Table(title=escape(f"wrote {', '.join(found)}"), title_justify="left", show_header=False)
     for out, done in found.items():
         table.add_row(*_adapter_row(out, done))
@@ -188,7 +190,7 @@ def _adapter_row(out: str, done: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def evaluation_table(name: str, text: str, evaluation: "Evaluation") -> Table:
-    """Perplexity, and agreement with the reference where there is one."""
+    """Perplexity, and agreement with the reference model if there is one."""
     table = Table(title=escape(f"{name} on {text}"), title_justify="left", show_header=False)
     table.add_row("perplexity", f"{evaluation.perplexity:.4f}")
     if evaluation.kl is not None and evaluation.top1 is not None:
@@ -201,7 +203,7 @@ def evaluation_table(name: str, text: str, evaluation: "Evaluation") -> Table:
 
 
 def comparison_table(reference: str, other: str, comparison: "Comparison") -> Table:
-    """How far two models are apart."""
+    """Differences between the logits of two models."""
     table = Table(title=escape(f"{other} against {reference}"), title_justify="left", show_header=False)
     table.add_row("largest logit difference", f"{comparison.max_abs:.3e}")
     table.add_row("mean logit difference", f"{comparison.mean_abs:.3e}")
@@ -213,12 +215,12 @@ def comparison_table(reference: str, other: str, comparison: "Comparison") -> Ta
 
 
 def checksum_table(folder: str, damaged: Sequence[str], missing: Sequence[str]) -> Table:
-    """Whether the files of a folder are what was written."""
+    """Whether the files of a folder match their checksums."""
     table = Table(title=escape(f"checksums of {folder}"), title_justify="left", show_header=False)
     for name in damaged:
         table.add_row(escape(name), f"[red]{'missing' if name in missing else 'changed'}[/red]")
     if not damaged:
-        table.add_row("all files", "as they were written")
+        table.add_row("all files", "unchanged")
     return table
 
 
