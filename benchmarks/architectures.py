@@ -1,12 +1,13 @@
-"""Which architectures can be rotated, and how exactly: docs/reference/architectures.md, from tables and tiny models.
+"""Write docs/reference/architectures.md: which rotations every architecture allows, with the error on tiny models.
 
 Every table's tiny random instance (tests/families.py, tests/models.py) is rotated in float64 and compared; the same
-instance, saved, is given to llm-compressor's SpinQuantModifier and to auto-round's SpinQuant (R1, R2, random Hadamard):
+instance is saved and rotated by llm-compressor's SpinQuantModifier and by auto-round's SpinQuant (R1, R2, random
+Hadamard):
 
     python benchmarks/architectures.py --peer PYTHON [--auto-round PYTHON] [--out docs/reference/architectures.md]
 
-PYTHON is the interpreter of an environment with llm-compressor (and auto-round, or of another with that), in which
-`architectures_peer.py` runs.
+PYTHON is the interpreter of an environment with llm-compressor, in which `architectures_peer.py` runs; --auto-round
+names another one if auto-round is not installed there.
 """
 
 import argparse
@@ -73,7 +74,7 @@ Stacked experts and Conv1D are quantized like linears, each expert on the tokens
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, required=True, help="interpreter of an environment with llm-compressor")
-    parser.add_argument("--auto-round", type=Path, help="interpreter of one with auto-round; by default the same")
+    parser.add_argument("--auto-round", type=Path, help="interpreter with auto-round; by default that of --peer")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/reference/architectures.md")
     arguments = parser.parse_args()
     instances = {name: families.Instance(config) for name, config in models.CONFIGS.items()} | families.FAMILIES
@@ -88,7 +89,7 @@ def main() -> None:
 
 
 def measured(name: str, instance: families.Instance, folder: Path) -> float:
-    """The largest relative error over the allowed rotations, alone and together; the model is saved to the folder."""
+    """Largest relative error over the allowed rotations, alone and together. Saves the model to the folder."""
     ids = models.tokens()
     worst = 0.0
     for rotations in [(), *((rotation,) for rotation in instance.allowed), instance.allowed]:
@@ -130,7 +131,7 @@ def answers_of(peer: str, python: Path, folder: Path, names: list[str]) -> tuple
 def page(
     instances: dict[str, Any], ours: dict[str, float], peers: dict[str, tuple[dict[str, str], dict[str, str]]]
 ) -> str:
-    """The whole page."""
+    """The text of the page."""
     by_table: dict[str, list[str]] = defaultdict(list)
     tables = {}
     for name, instance in instances.items():
@@ -171,7 +172,7 @@ def page(
 
 
 def coverage() -> list[str]:
-    """Which causal LMs of transformers no table knows, and of what kind they are."""
+    """The causal LMs of transformers that no table describes, grouped by reason."""
     known = set(known_model_types())
     causal = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     unknown = {name for name in causal if name not in known}

@@ -1,4 +1,4 @@
-"""A peer's answer to `architectures.py`, which runs this in the peer's environment: a line of JSON a model."""
+"""Rotate models with a peer, for `architectures.py`: runs in the peer's environment, prints one JSON line per model."""
 
 import contextlib
 import json
@@ -38,7 +38,7 @@ PEERS = {"llmcompressor": llm_compressor, "auto-round": auto_round}
 
 @torch.no_grad()
 def verdict(peer: str, folder: Path) -> str:
-    """What R1 and R2 do to the logits of a saved model."""
+    """How far R1 and R2 move the logits of a saved model."""
     try:
         config = AutoConfig.from_pretrained(folder)
         auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM

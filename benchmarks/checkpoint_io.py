@@ -1,15 +1,15 @@
-"""Reading, writing and streaming a checkpoint: past the page cache (O_DIRECT) against plain files and safetensors.
+"""Time reading, writing and streaming a checkpoint: O_DIRECT against buffered files and safetensors.
 
 A bf16 Llama with random weights is generated (`stream.py`). Each case runs in a process of its own, in turn, with
-nothing of the source in the page cache unless it says "warm". Measured are wall time, CPU time (of the process, the
-kernel's share included), the growth of peak resident memory, and what the case leaves in the page cache.
+nothing of the source in the page cache unless the case is called "warm". Measured are wall time, CPU time (of the
+process, the kernel's share included), the growth of peak resident memory, and what the case leaves in the page cache.
 
 - read: the bytes of every tensor, 2 MiB at a time, into one buffer. `direct`: ours. `plain`: `os.preadv`. `safe_open`:
   `safetensors.safe_open(...).get_slice(name)[first:last]`, copied into the buffer.
-- hash: the bytes of every tensor are read as above, and the SHA-256 of every file is known at the end. `direct`: ours,
-  which takes the pieces while they are in memory (`checksums.SourceHash`). `apart`: `hashlib.file_digest` afterwards.
-- write: a file of the same tensors, 2 MiB at a time, brought to the disk. `direct`: ours. `behind`: ours without
-  O_DIRECT, where pages go to the disk while more is written. `plain`: `os.pwrite` and one `fsync`. `save_file`:
+- hash: as read, and the SHA-256 of every file. `direct`: ours, which hashes the pieces while they are in memory
+  (`checksums.SourceHash`). `apart`: `hashlib.file_digest` afterwards.
+- write: a file of the same tensors, 2 MiB at a time, flushed to the disk. `direct`: ours. `behind`: ours without
+  O_DIRECT, where pages are flushed while more is written. `plain`: `os.pwrite` and one `fsync`. `save_file`:
   `safetensors.torch.save_file` of tensors that are all in memory, and `fsync`.
 - stream: `rotate_folder` with R1 and R2. `direct`: ours. `direct reads`: writes through the page cache. `plain`: reads
   too. `safe_open`: read by the library, written as `plain`.
@@ -179,11 +179,11 @@ def stream(folder: Path, out: Path, way: str) -> Callable[[], None]:
 
 
 def void(_: object) -> None:
-    """Nothing, whatever is given."""
+    """Accept any arguments and do nothing."""
 
 
 def cached(folder: Path) -> float:
-    """The share of a folder's files, or of one file, that is in the page cache, from a page in 4 MiB."""
+    """Share of a folder's files, or of one file, in the page cache; one page in every 4 MiB is checked."""
     files = [folder] if folder.is_file() else sorted(folder.rglob("*.safetensors"))
     found = looked = 0
     for path in files:
@@ -224,7 +224,7 @@ def measured(case: str, way: str, folder: Path, out: Path) -> dict[str, float]:
 
 
 def run(case: str, way: str, folder: Path, out: Path) -> dict[str, float]:
-    """A case in a process of its own."""
+    """Run a case in a process of its own."""
     forget(folder)
     if way.endswith("warm"):
         for path in folder.glob("*.safetensors"):
@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--ways", nargs="+", help="of these cases; direct is always one")
+    parser.add_argument("--ways", nargs="+", help="ways to compare; direct always runs")
     parser.add_argument("--scratch", type=Path, help="folder on the disk to be measured")
     parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What fake quantization and online rotations cost: a forward pass with them, as a ratio to the plain one.
+"""Time a forward pass with fake quantization and online rotations, as a ratio to the plain one.
 
 The same model, the same tokens, in turn in one process:
 

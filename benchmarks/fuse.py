@@ -1,10 +1,10 @@
-"""Fusing R1, R2 and R4 into a model: CPU time and extra memory, against llm-compressor's SpinQuantModifier.
+"""Measure CPU time and extra memory of fusing R1, R2 and R4, against llm-compressor's SpinQuantModifier.
 
 Both get the same model in the same run, each in a process of its own: the model is loaded, the counters are set to
 zero, and only the fusing is measured. The peer gets an environment of its own, since it pins other versions:
 
     python benchmarks/fuse.py                 # SmolLM2-135M, and a randomly initialised Llama of 1B shape
-    python benchmarks/fuse.py --models small  # the first alone
+    python benchmarks/fuse.py --models small  # the first only
 """
 
 import argparse

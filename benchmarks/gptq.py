@@ -1,10 +1,10 @@
-"""Perplexity, time and memory of quantizing SmolLM2-135M, against llm-compressor on the same tokens in the same run.
+"""Measure perplexity, time and memory of quantizing SmolLM2-135M, against llm-compressor on the same tokens.
 
-Ours: round to nearest, GPTQ and GPTAQ, with and without searched clip ratios, all with R1-R4. The peer: its
+Ours: round-to-nearest (RTN), GPTQ and GPTAQ, with and without searched clip ratios, all with R1-R4. The peer: its
 SpinQuantModifier and GPTQModifier, in an environment of its own, with R1, R2 and R4: in 0.14 its R3 raises
 AttributeError ('LlamaAttention' object has no attribute 'q_scale') as soon as the cache is quantized as well.
 Calibration windows come from the first half of the Python manual, evaluation windows from the second. Every figure is
-kept in --json as soon as it is there, and a second call goes on where the first was stopped.
+written to --json as soon as it is measured; rerun to resume.
 
     python benchmarks/gptq.py --json gptq.json                    # everything: about an hour on two cores
     python benchmarks/gptq.py --schemes W4A4KV4 --seeds 1 --json gptq.json
@@ -35,7 +35,7 @@ SCHEMES = {"W4A16": (4, 16, 16), "W4A8KV8": (4, 8, 8), "W4A4KV4": (4, 4, 4)}
 
 
 def perplexity(model, tokens) -> float:
-    """The same few lines for both tools: mean over tokens of the next token's negative log-likelihood."""
+    """Perplexity by the same code for both tools: exp of the mean negative log-likelihood of the next token."""
     import torch
 
     total = 0.0
@@ -47,7 +47,7 @@ def perplexity(model, tokens) -> float:
 
 
 def measure(tool: str, folder: str, tokens: str, scheme: str, method: str, seed: int) -> dict[str, float]:
-    """Quantize in this process: perplexity, seconds it took, and bytes beyond the loaded model at its peak."""
+    """Quantize in this process; return perplexity, seconds, and peak bytes beyond the loaded model."""
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
@@ -209,7 +209,7 @@ def main() -> None:
 
 
 def summary(runs: dict[str, dict[str, float]]) -> None:
-    """A table: one line per scheme and method; best, mean and worst over seeds where there are several."""
+    """Print a table with one line per scheme and method: best, mean and worst over seeds if there are several."""
     print("\n| scheme | method | perplexity | over seeds: best, mean, worst | seconds | MiB extra |")
     print("|---|---|---|---|---|---|")
     lines: dict[tuple[str, str, str], list[dict[str, float]]] = {}

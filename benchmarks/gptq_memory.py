@@ -1,15 +1,15 @@
-"""Peak memory of GPTQ from disk: against the number of layers, and for one block of a large shape.
+"""Measure the peak memory of GPTQ from disk against the number of layers, and for one block of a large shape.
 
 bf16 Llamas with random weights are generated, and each is quantized by the command line in a process of its own, on a
-few windows of the Python manual (a tokenizer of bytes). Peak memory is what the system counts for the process
-(ru_maxrss), Python, torch and transformers included; "starting" is the same of a process that only imports them.
+few windows of the Python manual (byte tokenizer). Peak memory is ru_maxrss of the process, Python, torch and
+transformers included; "starting" is that of a process that only imports them.
 
     python benchmarks/gptq_memory.py                    # hidden 1024, inner 4096; 4, 8 and 16 layers
     python benchmarks/gptq_memory.py --shape 8b-block   # one block of the 8B shape: 14336 inputs are the widest
     python benchmarks/gptq_memory.py --shape 2b-block   # the same at half the width: a quarter of a matrix
 
-What is beyond starting and beyond the block's own weights is said in units of the widest linear's n x n matrix in
-float64, too: all else is in it, moments in float32, weights being rounded, activations.
+Memory beyond starting and the block's own weights is also printed in units of the widest linear's n x n matrix in
+float64; it includes the moments in float32, the weights being rounded, and activations.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def measure(folder: Path, shape: dict, options: list[str]) -> dict[str, float]:
-    """Generate and quantize; bytes of the model, of a block in memory, and of the process at its peak."""
+    """Generate and quantize a model; return its bytes, those of a block in memory, and the peak of the process."""
     nbytes = generate(folder / "model", shape)
     write_tokenizer(folder / "model")
     command = [sys.executable, "-m", "spinquant", "quantize", str(folder / "model"), str(folder / "out"), *options]
@@ -59,13 +59,13 @@ def measure(folder: Path, shape: dict, options: list[str]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16], help="of the small shape")
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16], help="layers, for the small shape")
     parser.add_argument("--scheme", default="W4A16")
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--memory", default="16MB", help="room for hidden states")
-    parser.add_argument("--folder", type=Path, help="where the model is generated")
+    parser.add_argument("--memory", default="16MB", help="memory for hidden states")
+    parser.add_argument("--folder", type=Path, help="folder in which the model is generated")
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape]
     layers = arguments.layers if arguments.shape == "small" else [shape["layers"]]

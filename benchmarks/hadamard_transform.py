@@ -3,7 +3,7 @@
     python benchmarks/hadamard_transform.py [--quick] [--json FILE] [--plot FILE.png]
 
 Everything is a ratio to `target.copy_(source)` of the same tensor, which is larger than the last-level
-cache, timed in turns in one run; the figure is the fastest of the rounds. "New tensor" includes the page
+cache, timed in turn in one run; the figure is the fastest round. "New tensor" includes the page
 faults of the result, which the copy does not pay. The peers are `hadamard_transform`
 from PyPI where it can be imported (powers of two, float32) and the dense product.
 """
@@ -47,7 +47,7 @@ def hardware() -> dict[str, str]:
 
 
 def fastest(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Return the least seconds of each task, run in turns so that a busy moment hits all of them."""
+    """Return the least seconds of each task, run in turn so that other load affects all of them."""
     times: dict[str, list[float]] = {name: [] for name in tasks}
     for task in tasks.values():
         task()
@@ -125,9 +125,9 @@ def described(factor: Factor) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller tensors, fewer rounds, no growth curve")
-    parser.add_argument("--orders", type=int, nargs="+", metavar="N", help="these orders only")
+    parser.add_argument("--orders", type=int, nargs="+", metavar="N", help="measure these orders only")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="how the cost grows with n (needs matplotlib)")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="plot the cost against n (needs matplotlib)")
     options = parser.parse_args()
     megabytes, rounds = (64, 3) if options.quick else (128, 7)
 

@@ -1,8 +1,8 @@
-"""What local learning costs per decoder layer, measured on one layer of the shapes of larger models.
+"""Estimate the cost of local learning for larger models from one decoder layer of their shapes.
 
-For every shape a model of one random layer is made. Three things are timed: one sample of 512 tokens through the layer
-while activations are sampled; what one step takes for the rows of this layer's quantizers; and what one step takes once
-per model, the Cayley map of R1. The rest is multiplication:
+For every shape a model of one random layer is built. Three things are timed: `sample`, one sample of 512 tokens through
+the layer while activations are sampled; `rows`, one step on the rows of this layer's quantizers; and `map`, the part of
+a step that runs once per model, the Cayley map of R1. The total is computed from them:
 
     layers * (samples * sample + steps * rows) + steps * map
 
@@ -39,7 +39,7 @@ LENGTH = 512
 
 
 def seconds(step: Callable[[], object], repeats: int) -> float:
-    """The median time of a step, after one that does not count."""
+    """Median time of a step, after one warm-up step."""
     step()
     found = []
     for _ in range(repeats):

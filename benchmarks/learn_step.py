@@ -1,12 +1,12 @@
-"""What a step of end-to-end learning costs, as a ratio to a plain forward and backward pass of the same batch.
+"""Time a step of end-to-end learning, as a ratio to a plain forward and backward pass of the same batch.
 
 - plain: the 16-bit model, weights frozen, gradients down to the embeddings
-- spinquant: rounding in rotated coordinates, the gradients of all rotations, and the Cayley step; with the loss that is
-  the default, the expected cost of rounding, and with cross-entropy
-- every weight: the reference's way, each weight rotated under autograd at each step (ours of `learnable.py`), in
-  float32, and in float64 as the reference does it
+- spinquant: rounding in rotated coordinates, the gradients of all rotations, and the Cayley step; with the default
+  loss (the expected cost of rounding) and with cross-entropy
+- every weight: as in the reference implementation, each weight is rotated under autograd at each step (with
+  `learning/parametrization.py`), in float32, and in float64 as the reference does
 
-All take turns in one process; cross-entropy but where another loss is named, 4-bit activations and cache, R1 and R2
+All run in turn in one process, with cross-entropy unless another loss is named, 4-bit activations and cache, R1 and R2
 learned, R3 and R4 online:
 
     python benchmarks/learn_step.py
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="dtype of the model")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 

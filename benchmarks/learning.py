@@ -1,10 +1,10 @@
-"""Learned rotations against the best of five random ones, on SmolLM2-135M at W4A4KV4.
+"""Compare learned rotations with the best of five random ones, on SmolLM2-135M at W4A4KV4.
 
-Rotations are learned from the Python manual and judged on its end; the table is perplexity on another source, the
-docstrings of the standard library. Every rotation is used twice: with weights rounded to nearest, and with GPTQ; clip
-ratios are searched both times. Rotations and figures are kept in --out as soon as they are there, and a second call
-goes on where the first was stopped. The five random rotations of a seed are judged once, by its first method if that is
-`random`; others learn from the best of them, and `local+end-to-end` from what `local` found.
+Rotations are learned from the Python manual and scored on its end; the table shows perplexity on another source, the
+docstrings of the standard library. Every rotation is used with RTN and with GPTQ weights; clip ratios are searched both
+times. Rotations and figures are written to --out as soon as they are measured; rerun to resume. The five random
+rotations of a seed are scored once, by its first method if that is `random`; other methods start from the best of them,
+and `local+end-to-end` from the result of `local`.
 
     python benchmarks/learning.py --out learning            # three seeds: some hours on two cores
     python benchmarks/learning.py --out learning --seeds 1 --methods random local
@@ -27,7 +27,7 @@ METHODS = ("random", "local", "end-to-end", "local+end-to-end")
 
 
 def docstrings() -> str:
-    """The docstrings of the standard library's modules, longest first: English prose that the manual does not hold."""
+    """Docstrings of the standard library's modules, longest first: English prose that is not in the manual."""
     found = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
@@ -37,7 +37,7 @@ def docstrings() -> str:
 
 
 def learn(folder: str, out: Path, method: str, seed: int, best: int | None, arguments) -> dict:
-    """Learn in this process; scores, seconds, and the largest resident memory in bytes. best: of five, where known."""
+    """Learn in this process; return scores, seconds, and peak resident bytes. best: of the five, if known."""
     import spinquant
     from spinquant.calibration.data import CalibrationText
     from spinquant.entrypoints.learn import LearnText
@@ -100,9 +100,9 @@ def main() -> None:
     parser.add_argument("--weights", nargs="+", default=["rtn", "gptq"], choices=["rtn", "gptq", "gptaq"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=100, help="of end-to-end learning")
-    parser.add_argument("--batch", type=int, default=4, help="samples of an end-to-end step")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model that learns")
+    parser.add_argument("--steps", type=int, default=100, help="steps of end-to-end learning")
+    parser.add_argument("--batch", type=int, default=4, help="samples per end-to-end step")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="dtype while learning")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

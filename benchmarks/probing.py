@@ -1,7 +1,7 @@
-"""What probing finds of the models that tables know, with the tables hidden: python benchmarks/probing.py
+"""Probe every model type that has a table, with the tables hidden, and compare: python benchmarks/probing.py
 
-For every tiny instance of the tests: whether the draft's plan is the table's, where R1 to R4 are not refused, and what
-is missing where it is not. The lists in docs/how-to/own-model.md come from here.
+For every tiny instance of the tests: whether the draft's plan equals the table's (without refused rotations), and if
+not, what is missing. The lists in docs/how-to/own-model.md come from this script.
 """
 
 import sys
@@ -21,7 +21,7 @@ from spinquant.errors import ArchitectureError  # noqa: E402
 
 
 def outcome(name: str) -> tuple[bool, str]:
-    """Whether the draft says what the table says; else what is missing."""
+    """Whether the draft equals the table; if not, what is missing."""
     config = config_of(name)
     shapes = shapes_of(config)
     expected = usable(spinquant.make_plan(config, shapes))

@@ -1,9 +1,10 @@
-"""CPU time from the start of the command line to its help, against `python -c pass` and importing typer alone.
+"""Measure the CPU time of `--help` and `--version`, against `python -c pass` and importing typer only.
 
     python benchmarks/startup.py [--runs 10]
 
-Every command runs in a process of its own with files in the page cache; the least CPU time (user and system) of the
-runs counts. The limit is three times `python -c pass` and 0.3 s. What is beyond typer with its help (rich) is ours.
+Every command runs in a process of its own with files in the page cache; the figure is the least CPU time (user and
+system) of the runs. The limit is three times `python -c pass` plus 0.3 s. Time beyond typer with its help (rich) is
+ours.
 """
 
 import argparse

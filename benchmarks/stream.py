@@ -1,17 +1,17 @@
-"""Streaming a checkpoint: wall time against `cp` of the folder and against the products it needs; peak memory.
+"""Measure streaming of a checkpoint: wall time against `cp` and against the matrix products, and peak memory.
 
 A bf16 Llama with random weights is generated shard by shard. In the same run, each in a process of its own: `cp -r` of
-the folder and `sync`; R1+R2 and R1+R2+R4 with Hadamard rotations; R1 dense. Real tokens are not compared, which takes
-two forward passes besides. Two limits are measured on matrices of the shapes at hand: what Hadamard transforms alone
-take, and what a dense product takes. Nothing of the source is in the page cache when a command starts.
+the folder and `sync`; R1+R2 and R1+R2+R4 with Hadamard rotations; R1 dense. Logits are not compared on real tokens,
+which would take two forward passes. Two limits are measured on matrices of the same shapes: the time of the Hadamard
+transforms alone, and that of a dense product. Nothing of the source is in the page cache when a command starts.
 
     python benchmarks/stream.py                       # 1B shape, 2.5 GB
     python benchmarks/stream.py --shape 8b            # 16 GB, and as much again for the result
-    python benchmarks/stream.py --peer PYTHON         # and llm-compressor, in an environment that has it
+    python benchmarks/stream.py --peer PYTHON         # llm-compressor too, in its environment
     python benchmarks/stream.py --layers 4 16 48 --plot memory.png   # peak memory against the size of the model
 
-What the machine has no room for is skipped, and said: a shape that the disk cannot hold twice, and the peer where the
-model alone takes more than the memory that is available. A peer that the system kills, short of memory, is said to be.
+Cases that the machine cannot hold are skipped with a message: a shape that does not fit the disk twice, and the peer if
+the model alone exceeds the available memory. A peer that the system kills for memory is reported as killed.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def tensor_shapes(shape: dict) -> dict[str, tuple[int, ...]]:
 
 
 def generate(folder: Path, shape: dict) -> int:
-    """Write a checkpoint of a shape; its bytes."""
+    """Write a checkpoint of a shape; return its bytes."""
     folder.mkdir(parents=True)
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     room = SHARD
@@ -106,7 +106,7 @@ def generate(folder: Path, shape: dict) -> int:
 
 
 class Killed(Exception):
-    """A command that the system has killed. seconds; peak: resident bytes until then."""
+    """A command was killed by the system. seconds: run time until then. peak: resident bytes."""
 
     def __init__(self, seconds: float, peak: int):
         super().__init__(f"killed after {seconds:.0f} s with {peak / 1e6:.0f} MB")
@@ -114,13 +114,13 @@ class Killed(Exception):
 
 
 def first_to_go() -> None:
-    """Have the system, short of memory, end this process before any other."""
+    """Make the out-of-memory killer choose this process first."""
     if (place := Path("/proc/self/oom_score_adj")).exists():
         place.write_text("1000")
 
 
 def timed(command: list[str], *, begin=None) -> tuple[float, float, int, str]:
-    """Seconds, seconds of CPU, peak resident bytes, and standard output of a command. begin: called in it first."""
+    """Seconds, CPU seconds, peak resident bytes, and standard output of a command. begin: called in it first."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=begin)
     assert process.stdout is not None
@@ -136,7 +136,7 @@ def timed(command: list[str], *, begin=None) -> tuple[float, float, int, str]:
 
 
 def forget(folder: Path) -> None:
-    """Have nothing of a folder in the page cache, where a model that is larger than memory cannot be."""
+    """Drop a folder from the page cache, as if the model were larger than memory."""
     os.sync()
     for path in folder.iterdir() if hasattr(os, "posix_fadvise") else ():
         file = os.open(path, os.O_RDONLY)
@@ -145,7 +145,7 @@ def forget(folder: Path) -> None:
 
 
 def copy(folder: Path, out: Path) -> tuple[float, float, float]:
-    """Seconds of `cp -r` and bringing the copy to the disk, as a stream does; CPU seconds; seconds of `cp` alone."""
+    """Seconds of `cp -r` and `sync` (a stream flushes too), CPU seconds, and seconds of `cp` alone."""
     forget(folder)
     alone, cpu, _, _ = timed(["cp", "-r", str(folder), str(out)])
     start = time.perf_counter()
@@ -156,7 +156,7 @@ def copy(folder: Path, out: Path) -> tuple[float, float, float]:
 
 
 def stream(folder: Path, out: Path, *options: str) -> tuple[float, float, int, dict]:
-    """Seconds, seconds of CPU, peak memory and the phases of a command of ours, without its proof on real tokens."""
+    """Seconds, CPU seconds, peak memory and phases of a spinquant command, without the comparison on real tokens."""
     forget(folder)
     base = [sys.executable, "-m", "spinquant", options[0], str(folder), str(out), "--no-compare", "--json"]
     seconds, cpu, peak, output = timed([*base, *options[1:]])
@@ -165,7 +165,7 @@ def stream(folder: Path, out: Path, *options: str) -> tuple[float, float, int, d
 
 
 def peer(python: Path, folder: Path, out: Path, nbytes: int) -> tuple[float, float, int, dict] | None:
-    """The same of llm-compressor, which loads the model; None, with a word of why, where that cannot be."""
+    """The same for llm-compressor, which loads the model; None, with a printed reason, if it cannot run."""
     if available_memory() < 1.1 * nbytes:
         print(
             f"  llm-compressor skipped: it loads {nbytes / 1e9:.1f} GB, and {available_memory() / 1e9:.1f} GB are free"
@@ -188,7 +188,7 @@ def peer(python: Path, folder: Path, out: Path, nbytes: int) -> tuple[float, flo
 
 
 def multiplied(shape: dict, *, online: bool) -> dict[str, int]:
-    """Elements that are rotated by R1, and by R4."""
+    """Numbers of elements rotated by R1, and by R4."""
     hidden = shape["hidden"]
     names = tensor_shapes(shape) | {"lm_head.weight": (shape["vocabulary"], hidden)}
     residual = sum(torch.Size(size).numel() for size in names.values() if len(size) == 2)
@@ -213,7 +213,7 @@ def _seconds(step) -> float:
 
 
 def transform_seconds(elements: int, order: int) -> float:
-    """What a Hadamard transform, all threads busy, takes for so many elements, in pieces that stay in cache."""
+    """Seconds of a Hadamard transform of this many elements on all threads, in pieces that fit the cache."""
     x, repeats = torch.randn((1 << 20) // order, order), 100
     hadamard_transform(x, order, out=x)
     found = _seconds(lambda: [hadamard_transform(x, order, out=x) for _ in range(repeats)])
@@ -303,9 +303,9 @@ def plot(results: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="1b")
-    parser.add_argument("--layers", type=int, nargs="+", help="instead of the shape's own")
+    parser.add_argument("--layers", type=int, nargs="+", help="numbers of layers, instead of that of the shape")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", nargs="+", default=["R1,R2", "R1,R2,R4", "dense R1"], help="of the three runs")
+    parser.add_argument("--only", nargs="+", default=["R1,R2", "R1,R2,R4", "dense R1"], help="which of the three runs")
     parser.add_argument("--scratch", type=Path, help="folder on the disk to be measured")
     parser.add_argument("--peer", type=Path, help="interpreter of an environment with llm-compressor")
     parser.add_argument("--plot", type=Path)

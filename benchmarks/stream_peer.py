@@ -1,4 +1,4 @@
-"""llm-compressor's way to a rotated folder, which `stream.py` runs in the peer's environment: load, rotate, save.
+"""Rotate a folder with llm-compressor (load, rotate, save); `stream.py` runs this in the peer's environment.
 
 python stream_peer.py MODEL OUT
 """

@@ -1,4 +1,4 @@
-"""Runs inside CTranslate2's environment: converts a plain folder with its own converter, and answers, as JSON.
+"""Convert a plain folder with CTranslate2 and write its answers as JSON; runs in CTranslate2's environment.
 
 python answer_ctranslate2.py FOLDER QUESTIONS.json ANSWERS.json
 """

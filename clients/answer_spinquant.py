@@ -1,9 +1,9 @@
-"""Runs inside this project's environment: what `spinquant.load` answers to the same questions, as JSON.
+"""Write the answers of `spinquant.load` as JSON, the reference for the clients; runs in this project's environment.
 
 python answer_spinquant.py FOLDER QUESTIONS.json ANSWERS.json
 
-`moved` are the log-probabilities after the embeddings were moved by one part in a million: how far answers differ that
-are the same but for rounding.
+`moved` are the log-probabilities after the embeddings were changed by one part in a million: they show how far answers
+differ that are equal up to rounding.
 """
 
 import json
@@ -34,7 +34,7 @@ def main(folder: str, questions: str, answers: str) -> None:
 
 
 def logprobs(model, windows: list[list[int]]) -> list[list[float]]:
-    """Log-probability of every token of a window but the first."""
+    """Log-probability of every token of a window except the first."""
     found = []
     for ids in windows:
         logits = model(input_ids=torch.tensor([ids])).logits[0, :-1].to(torch.float64)

@@ -1,4 +1,4 @@
-"""Runs inside an environment of transformers and compressed-tensors alone: answers of a folder, as JSON.
+"""Write the answers of transformers as JSON; runs in an environment with transformers and compressed-tensors only.
 
 python answer_transformers.py FOLDER QUESTIONS.json ANSWERS.json
 """

@@ -1,4 +1,4 @@
-"""Runs inside vLLM's environment: greedy tokens and log-probabilities of a folder, as JSON.
+"""Write vLLM's greedy tokens and log-probabilities for a folder as JSON; runs in vLLM's environment.
 
 python answer_vllm.py FOLDER QUESTIONS.json ANSWERS.json
 """
@@ -35,7 +35,7 @@ def main(folder: str, questions: str, answers: str) -> None:
 
 
 def count_rotated(model: Any) -> int:
-    """Attention layers on which our plugin rotates queries and keys: logits are the same without."""
+    """Number of attention layers in which our plugin rotates queries and keys; the logits do not depend on it."""
     hooks = [[type(hook).__name__ for hook in module._forward_pre_hooks.values()] for module in model.modules()]
     return sum("_QueryKeyRotation" in names for names in hooks)
 

@@ -1,12 +1,11 @@
-"""Real clients against `spinquant.load`: each installed in an environment of its own, each asked the same questions.
+"""Compare vLLM, transformers and CTranslate2 with `spinquant.load`, each in an environment of its own.
 
 python clients/run.py            everything
 python clients/run.py vllm       the cases of one client, or one case: "vllm W8A8"
 
-For every case a folder is written by our command line, the client answers (greedy tokens of three prompts,
-log-probabilities of the tokens of a text), `spinquant.load` answers the same, and the two are compared. Environments
-and folders are kept in .clients/ and made again only when what they depend on changed. Exit code 1 when anything
-disagrees.
+For every case, the command line writes a folder, the client and `spinquant.load` both answer the same questions (greedy
+tokens of three prompts, log-probabilities of the tokens of a text), and the answers are compared. Environments and
+folders are kept in .clients/ and rebuilt only when their inputs change. Exit code 1 if any answers disagree.
 """
 
 import hashlib
@@ -39,14 +38,14 @@ UNWANTED = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}
 
 @dataclass(frozen=True)
 class Case:
-    """A folder, a client, and how closely they have to agree.
+    """A folder, a client, and how closely their answers have to agree.
 
-    tolerance: of log-probabilities; None where activations are rounded at run time. There the least difference in the
-    last bit moves some number to the next code, every later layer makes more of it, and answers differ by as much as
-    rounding itself does: what is compared is perplexity (2 %) and the size of the difference, against that to the same
-    model with its embeddings moved by one part in a million. needs: CPU features, by their name in /proc/cpuinfo.
-    refused: a word of the error that the client must raise. attentions: how many of them must rotate queries and keys
-    (R3), which logits do not show.
+    tolerance: of log-probabilities; None if activations are rounded at run time. Then a difference in the last bit can
+    move a number to the next code, later layers amplify it, and answers differ by as much as rounding itself changes
+    them; so the perplexities are compared (2 %), and the size of the difference against that to the same model with its
+    embeddings changed by one part in a million. needs: CPU features, named as in /proc/cpuinfo. refused: a word of the
+    error that the client must raise. attentions: how many of them must rotate queries and keys (R3), which logits do
+    not show.
     """
 
     client: str
@@ -126,11 +125,11 @@ def main(wanted: list[str]) -> int:
 
 
 class ClientError(Exception):
-    """A client failed, or disagrees."""
+    """A client failed, or its answers disagree."""
 
 
 def run_case(case: Case, model: Path) -> str:
-    """What was compared, with figures. Raises ClientError when it disagrees."""
+    """Run a case and return the compared figures. Raises ClientError if the answers disagree."""
     folder = export(case.arguments, model)
     questions = ask(model, case.dtype)
     answers = PLACE / "answers" / f"{case.client}-{key_of(case.name)}.json"
@@ -152,7 +151,7 @@ def run_case(case: Case, model: Path) -> str:
 
 
 def reference(folder: Path, questions: Path) -> dict:
-    """What `spinquant.load` answers, kept beside the folder."""
+    """The answers of `spinquant.load`, cached beside the folder."""
     kept = folder.parent / f"{folder.name}-{questions.stem}-answers.json"
     if not kept.exists():
         log = kept.with_suffix(".log")
@@ -162,7 +161,7 @@ def reference(folder: Path, questions: Path) -> dict:
 
 
 def compare(case: Case, theirs: dict, ours: dict) -> str:
-    """Figures of the comparison. Raises ClientError where they are out of bounds."""
+    """Figures of the comparison. Raises ClientError if they exceed the tolerance."""
     pairs = [(a, b) for r, s in zip(theirs["greedy"], ours["greedy"], strict=True) for a, b in zip(r, s, strict=True)]
     same, total = sum(a == b for a, b in pairs), len(pairs)
     differences = distances(theirs["logprobs"], ours["logprobs"])
@@ -191,13 +190,13 @@ def distances(first: list[list[float]], second: list[list[float]]) -> list[float
 
 
 def perplexity(logprobs: list[list[float]]) -> float:
-    """Of all windows together."""
+    """Perplexity over all windows together."""
     flat = [value for window in logprobs for value in window]
     return math.exp(-sum(flat) / len(flat))
 
 
 def ask(model: Path, dtype: str) -> Path:
-    """The questions, as a file."""
+    """Write the questions to a file and return its path."""
     import spinquant
 
     path = PLACE / f"questions-{dtype}.json"
@@ -210,7 +209,7 @@ def ask(model: Path, dtype: str) -> Path:
 
 
 def export(arguments: tuple[str, ...], model: Path) -> Path:
-    """The folder that our command line writes for these arguments."""
+    """The folder that the command line writes for these arguments."""
     sources = "".join(sorted(f"{p}{p.read_text()}" for p in (HERE.parent / "src").rglob("*.py")))
     folder = PLACE / "folders" / key_of(*arguments, sources)
     if not folder.exists():
@@ -224,7 +223,7 @@ def export(arguments: tuple[str, ...], model: Path) -> Path:
 
 
 def as_eight_bits(folder: Path) -> Path:
-    """The same folder with its seven-bit codes, stored in bytes, declared as eight bits: vLLM has a kernel for that."""
+    """The folder with its 7-bit codes, stored in bytes, declared as 8-bit, for which vLLM has a kernel."""
     copy = folder.with_name(f"{folder.name}-as-w8")
     copy.mkdir(exist_ok=True)
     for path in folder.iterdir():
@@ -238,7 +237,7 @@ def as_eight_bits(folder: Path) -> Path:
 
 
 def environment(client: str) -> Path:
-    """The python of a client's environment, which is made when it is missing or something else is wanted in it."""
+    """The interpreter of a client's environment, created if it is missing or its requirements have changed."""
     place = PLACE / client
     python, mark = place / "bin" / "python", place / "installed.json"
     project = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]
@@ -263,7 +262,7 @@ def environment(client: str) -> Path:
 
 
 def run(command: list, log: Path, **variables: str) -> int:
-    """The exit code of a command, its output appended to a file."""
+    """Run a command, append its output to a file, and return its exit code."""
     with log.open("a") as file:
         settings = {**os.environ, **variables}
         # A client must see its own packages alone.
@@ -273,14 +272,14 @@ def run(command: list, log: Path, **variables: str) -> int:
 
 
 def cpu_flags() -> set[str]:
-    """Features of this CPU; none where /proc/cpuinfo does not say."""
+    """Features of this CPU; empty without /proc/cpuinfo."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     return {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}
 
 
 def key_of(*parts: str) -> str:
-    """A short name for what a file depends on."""
+    """A short hash of the inputs that a cached file depends on."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 

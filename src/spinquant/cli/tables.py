@@ -43,8 +43,8 @@ def learning_table(learned: "LearnedRotations", out: str) -> Table:
     if tokens:
         (samples, length), (windows, _) = tokens["samples"], tokens["judged"]
         about.append(
-            f"learned from {samples} samples of {length} tokens ({tokens['text']}), scored on {windows} held-out windows "
-            f"({tokens['held_out']})"
+            f"learned from {samples} samples of {length} tokens ({tokens['text']}), scored on {windows} held-out "
+            f"windows ({tokens['held_out']})"
         )
     if record["options"]["method"] == "random" and kept.startswith("random"):
         about.append("method random learns nothing: the best random rotation was written")
@@ -133,8 +133,8 @@ def plan_notes(plan: Plan, spec: RotationSpec) -> list[str]:
         notes += [f"{tie.tensor} shares memory with {tie.source}: R1 unties them" for tie in heads]
         if len(plan.ties) > len(heads):
             notes.append(
-                f"{len(plan.ties) - len(heads)} tensors belong to shared (weight-tied) blocks: R1 and quantization untie "
-                "them, so the result is larger"
+                f"{len(plan.ties) - len(heads)} tensors belong to shared (weight-tied) blocks: R1 and quantization "
+                "untie them, so the result is larger"
             )
     if online:
         needs = "; ".join(f"{name} {NEEDS[name]}" for name in online)
