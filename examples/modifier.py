@@ -1,4 +1,4 @@
-"""SpinQuantModifier on a real model, offline once the demo model is there: apply, learn, a config of one's own.
+"""SpinQuantModifier on a real model: apply, learn, and a custom transform config. Offline once the model is cached.
 
 python examples/modifier.py
 """
@@ -20,7 +20,7 @@ def report(what, before, after):
 
 
 def peakedness(weight):
-    """Fourth moment over the squared second: 3 for a Gaussian; a 4-bit grid likes it small."""
+    """Fourth moment over the squared second: 3 for a Gaussian; small values suit a 4-bit grid."""
     return (weight**4).mean() / (weight**2).mean() ** 2
 
 
@@ -30,7 +30,7 @@ def main():
     tokens = spinquant.token_windows(spinquant.load_tokenizer(folder), text, length=128, count=1)
     print(f"{folder.name}, tokens of {name}")
 
-    # Everything at once. The same as spinquant.rotate with the same arguments.
+    # All four rotations. Equals spinquant.rotate with the same arguments.
     model = spinquant.load(folder)
     before = logits(model, tokens)
     SpinQuantModifier(rotations="R1,R2,R3,R4", transform_type="random-hadamard", seed=0).apply(model)
@@ -52,7 +52,7 @@ def main():
     SpinQuantModifier(rotations="R2", learnable=True, precision="float32").apply(model, train)
     report("R2, learned", before, logits(model, tokens))
 
-    # A transform config of one's own: rotate the input of every output projection at run time, in blocks of 64.
+    # A custom transform config: rotate the input of every output projection at run time, in blocks of 64.
     model = spinquant.load(folder)
     place = {"targets": ["re:.*o_proj$"]}
     online = [{**place, "location": "input"}, {**place, "location": "weight_input", "inverse": True}]
