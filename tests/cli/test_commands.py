@@ -1,4 +1,4 @@
-"""The command line as a user meets it: in this process, through the entry point."""
+"""The commands end to end, through the entry point in this process: results, JSON, and errors."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def test_plan(run, folder):
 
 
 def test_plan_reads_headers_only(run, folder):
-    """The numbers of the weights do not matter to it: here they are cut away from the file's end, and zeros."""
+    """The values of the weights do not matter: here they are cut off, and the file is extended with zeros."""
     path = folder / "model.safetensors"
     header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
     size = path.stat().st_size
@@ -205,7 +205,7 @@ def test_a_mistake_gives_one_clear_error(run, folder, tmp_path, mistake):
 @pytest.mark.parametrize("more", [("--scheme", "W4A4"), ("--scheme", "W4A4", "--method", "gptq"), None])
 @pytest.mark.parametrize("compare", ["--compare", "--no-compare"])
 def test_a_weight_that_is_not_finite_is_named(run, tmp_path, more, compare):
-    """Not the rotation, nor a module that reads what it has spoilt; nothing is left behind."""
+    """The error names the tensor, not the rotation or a later module; nothing is left behind."""
     model = tiny_model("llama", dtype=torch.float32)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
@@ -262,7 +262,7 @@ LEARN = ("--text", "manual", "--samples", "6", "--sample-length", "24", "--windo
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
-    """A folder of learned rotations, and the model they were learned for."""
+    """A folder with a model and rotations learned for it, and what `learn --json` printed."""
     place = tmp_path_factory.mktemp("learned")
     tiny_model("llama-tied", dtype=torch.float32).save_pretrained(place / "model")
     byte_tokenizer().save_pretrained(place / "model")
@@ -276,7 +276,7 @@ def learned(tmp_path_factory):
     return place, json.loads(printed.getvalue())
 
 
-def test_learn_says_what_it_kept_and_why(learned):
+def test_learn_records_what_it_kept_and_why(learned):
     place, data = learned
     assert data["kept"] in data["scores"] and {"random 0", "random 1", "16-bit"} < set(data["scores"])
     assert data["scores"][data["kept"]]["kl"] == min(s["kl"] for n, s in data["scores"].items() if n != "16-bit")
@@ -303,7 +303,7 @@ def test_learned_rotations_are_used(run, learned, tmp_path):
     record = json.loads((tmp_path / "q" / "spinquant" / "record.json").read_text())
     assert record["learned"]["kept"] == made.kept and record["spec"] == json.loads(json.dumps(made.spec.to_dict()))
     code, _, errors = run("rotate", place / "model", tmp_path / "r", *options)
-    assert code == 1 and "R3, R4" in errors and "--rotations R1,R2" in errors  # they were learned for online ones too
+    assert code == 1 and "R3, R4" in errors and "--rotations R1,R2" in errors  # R3 and R4 were learned too, and a plain folder cannot store them
     code, _, errors = run("rotate", place / "model", tmp_path / "r", *options, "--rotations", "R1,R2", "--type", "auto")
     assert code == 1 and "--type cannot be combined with --learned" in errors and "--rotations" not in errors
     code, _, errors = run("rotate", place / "model", tmp_path / "r", *options, "--rotations", "R1,R2", "--seed", "0")
@@ -319,11 +319,11 @@ def test_learned_rotations_are_used(run, learned, tmp_path):
     assert code == 1 and "spinquant learn" in errors
 
 
-def test_learning_is_one_run_of_one_request_and_goes_on(run, learned, tmp_path):
-    """kill -9 while steps are taken: the command goes on, another one is refused, and so are two at once."""
+def test_an_interrupted_learn_resumes_and_other_options_are_refused(run, learned, tmp_path):
+    """After kill -9 between steps a rerun resumes; other options are refused, and so are two runs at once."""
     place, _ = learned
     steps = ("--rotations", "R1,R2", "--method", "end-to-end", "--steps", "30", "--batch", "2", "--no-scales")
-    # A file: another process does not have the short manual of this one.
+    # A file, since the short manual of the tests is patched into this process only.
     (tmp_path / "text").write_text(" ".join(f"word{i % 97}" for i in range(400)))
     from_file = ("--text", tmp_path / "text", *LEARN[2:])
     command = ("learn", place / "model", tmp_path / "out", "--scheme", "A4KV4", *from_file, *steps)
@@ -334,7 +334,7 @@ def test_learning_is_one_run_of_one_request_and_goes_on(run, learned, tmp_path):
         while not state.exists():
             assert process.is_alive()
             time.sleep(0.01)
-        os.kill(process.pid, signal.SIGSTOP)  # it has its lock, and goes no further
+        os.kill(process.pid, signal.SIGSTOP)  # it has its lock, and is paused
         code, _, errors = run(*command)
         assert code == 1 and "another run is writing" in errors
     finally:
@@ -351,10 +351,10 @@ def test_learning_is_one_run_of_one_request_and_goes_on(run, learned, tmp_path):
     code, text, errors = run(*command, "--json")
     assert code == 0 and "score random" not in errors, errors
     assert len(json.loads(text)["steps"]) == 30
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "streams", "text"]
 
 
-def test_another_model_is_said_to_be_one(run, learned, tmp_path):
+def test_rotations_of_another_model_get_a_note(run, learned, tmp_path):
     place, _ = learned
     shutil.copytree(place / "model", tmp_path / "same")
     tiny_model("llama-tied", dtype=torch.float32, seed=4).save_pretrained(tmp_path / "other")

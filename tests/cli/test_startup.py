@@ -1,4 +1,4 @@
-"""Help, version and completion: without torch and transformers, and with the same option the same in every command."""
+"""Help, version and completion start without torch and transformers; options have one name and help everywhere."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ from spinquant.learning.options import Method
 
 COMMANDS = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
 PANELS = {ROTATIONS, WEIGHTS, ACTIVATIONS, CALIBRATION, LEARNING, OUTPUT, ADVANCED, None}
-# Options of one name that are about another object in another command.
+# Options whose meaning depends on the command.
 DIFFERENT = {"--method", "--learn", "--model", "--text", "--checksums"}
 
 LIGHT = """

@@ -1,4 +1,4 @@
-"""The demo on a tiny model: what is written, that it agrees with itself, and that it claims nothing it did not see."""
+"""The demo on a tiny model: the files it writes, that they agree, and that the page claims no more than was measured."""
 
 import base64
 import json
@@ -160,7 +160,7 @@ def test_words_never_claim_more_than_the_numbers(reference):
 
 
 def test_the_page_of_a_run_that_failed_says_so(ran, tmp_path):
-    """Rotating made things worse here, or broke the model: no word of success, and no invalid JSON."""
+    """If rotating made the model worse or gave NaN, the page claims no success and the JSON is valid."""
     result, out, _ = ran
     images = {name: (out / name).read_bytes() for name in result.pictures}
     (_, reference, rotated), *_ = result.rows
