@@ -303,7 +303,7 @@ def test_learned_rotations_are_used(run, learned, tmp_path):
     record = json.loads((tmp_path / "q" / "spinquant" / "record.json").read_text())
     assert record["learned"]["kept"] == made.kept and record["spec"] == json.loads(json.dumps(made.spec.to_dict()))
     code, _, errors = run("rotate", place / "model", tmp_path / "r", *options)
-    assert code == 1 and "R3, R4" in errors and "--rotations R1,R2" in errors  # R3 and R4 were learned too, and a plain folder cannot store them
+    assert code == 1 and "R3, R4" in errors and "--rotations R1,R2" in errors  # learned too, and online
     code, _, errors = run("rotate", place / "model", tmp_path / "r", *options, "--rotations", "R1,R2", "--type", "auto")
     assert code == 1 and "--type cannot be combined with --learned" in errors and "--rotations" not in errors
     code, _, errors = run("rotate", place / "model", tmp_path / "r", *options, "--rotations", "R1,R2", "--seed", "0")

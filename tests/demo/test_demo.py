@@ -1,4 +1,4 @@
-"""The demo on a tiny model: the files it writes, that they agree, and that the page claims no more than was measured."""
+"""The demo on a tiny model: the files it writes agree, and the page claims no more than was measured."""
 
 import base64
 import json
