@@ -43,8 +43,7 @@ def rotate(
 ) -> None:
     """Fuse R1 and R2 into a plain folder that transformers, vLLM and others load without spinquant.
 
-    The model is never loaded as a whole: its tensors are rotated one by one. If the command is stopped, rerun it to
-    resume.
+    The model is never loaded as a whole: its tensors are rotated one by one. Rerun a stopped command to resume.
     """
     from spinquant.cli.tables import result_table
     from spinquant.entrypoints.folders import rotate_folder
