@@ -28,7 +28,8 @@ from spinquant import (
     save,
 )
 from spinquant.architectures import FAMILIES, RECORDED
-from spinquant.architectures.family_file import FamilyFile, family_from, to_family
+from spinquant.architectures.family_file import FamilyFile, family_from
+from spinquant.architectures.family_file_conversion import to_family
 from spinquant.errors import ArchitectureError, CheckpointError, ProofError
 
 acme.register()

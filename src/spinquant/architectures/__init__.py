@@ -12,7 +12,8 @@ from spinquant.architectures import delta_latent, hybrid, hyperconnected, layern
 from spinquant.architectures import variants as relatives
 from spinquant.architectures.build import Shapes, build_plan, module_names
 from spinquant.architectures.family import Family, holds
-from spinquant.architectures.family_file import FamilyFile, family_from, read_family, to_family
+from spinquant.architectures.family_file import FamilyFile, family_from, read_family
+from spinquant.architectures.family_file_conversion import to_family
 from spinquant.architectures.mtp import REASON, prediction_tensors
 from spinquant.architectures.unsupported import why_untabled
 from spinquant.architectures.vision import VISIONS

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from spinquant.architectures import FAMILIES
 from spinquant.architectures.build import build_plan
 from spinquant.architectures.family import Named
-from spinquant.architectures.family_file import FamilyFile, family_from, to_family
+from spinquant.architectures.family_file import FamilyFile, family_from
+from spinquant.architectures.family_file_conversion import to_family
 from spinquant.errors import ArchitectureError, SpinquantError
 from spinquant.evaluation.equivalence import Float64Arithmetic, difference, greedy_logits
 from spinquant.evaluation.tiny_model import Sizing, make_tiny_model, tiny_config
