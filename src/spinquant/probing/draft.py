@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from spinquant.errors import ArchitectureError
-from spinquant.probing.probe import TOLERANCE, Finding, Probe
+from spinquant.probing.probe import Probe
+from spinquant.probing.verify_draft import TOLERANCE, Finding
 
 WIDTH = 100
 

@@ -1,14 +1,21 @@
-"""Observations of a tiny model, the draft of a family file, and formulas of sizes that fit all tiny models."""
+"""Observe a tiny model: trace it, infer the role of each module, and find formulas of the config that give its sizes."""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
-from spinquant.architectures.family import size_of
+import torch
+from torch import nn
+
+from spinquant.architectures.family import Named, size_of
 from spinquant.errors import ArchitectureError
-from spinquant.probing.explain import LayerPart
-from spinquant.probing.trace import TracedCall
+from spinquant.evaluation.tiny_model import Sizing
+from spinquant.models.modules import tensor_shapes
+from spinquant.probing.explain import LayerPart, explain_ends, explain_layer
+from spinquant.probing.tiny_models import random_tokens
+from spinquant.probing.trace import TracedCall, cached_layers, trace
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,35 @@ class Observation:
         """The name with * for the layer index."""
         prefix = self.pattern.removesuffix("*")
         return re.sub(rf"^{re.escape(prefix)}\d+(?=\.|$)", lambda match: self.pattern, name)
+
+
+def observe(tiny: Any, sizing: Sizing) -> Observation | str:
+    """Trace a tiny model; a string with the reason if it has no list of layers to explain."""
+    tokens = random_tokens(tiny)
+    config = Named(tiny.config.get_text_config(), sizing.names)
+    count = config.num_hidden_layers
+    stacks = [name for name, m in tiny.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    calls = trace(tiny, tokens)
+    stacks = [name for name in stacks if all(f"{name}.{i}" in calls for i in range(count))]
+    if not stacks:
+        return f"{type(tiny).__name__} has no list of {count} layers that run in sequence"
+    layers = [calls[f"{stacks[0]}.{i}"] for i in range(count)]
+    if any(not torch.equal(a.output, b.input) for a, b in pairwise(layers)):
+        return f"the output of a layer of {stacks[0]} is not the input of the next"
+    if layers[0].output.ndim != 3:
+        shape = tuple(layers[0].output.shape)
+        return (
+            f"layers of {stacks[0]} return hidden states of shape {shape}, expected (batch, tokens, hidden): parallel "
+            "residual streams are not supported"
+        )
+    parts = tuple(
+        explain_layer(tiny, layer, [c for n, c in calls.items() if n.startswith(f"{layer.name}.")], tokens[:1])
+        for layer in layers
+    )
+    for part, caches in zip(parts, cached_layers(tiny, tokens, count), strict=True):
+        part.attention = part.attention if caches else None
+    ends = explain_ends(tiny, calls, layers[0], layers[-1])
+    return Observation(config, calls, f"{stacks[0]}.*", parts, ends, tensor_shapes(tiny))
 
 
 @dataclass
