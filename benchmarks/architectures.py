@@ -30,7 +30,7 @@ import families  # noqa: E402
 import models  # noqa: E402
 import spinquant  # noqa: E402
 from spinquant.architectures import family_of, known_model_types  # noqa: E402
-from spinquant.architectures.unsupported import UNTABLED  # noqa: E402
+from spinquant.architectures.unsupported import UNSUPPORTED  # noqa: E402
 from spinquant.evaluation.tiny_model import exact_experts  # noqa: E402
 from spinquant.models.modules import model_class  # noqa: E402
 from spinquant.plan import ROTATION_NAMES  # noqa: E402
@@ -177,8 +177,8 @@ def coverage() -> list[str]:
     causal = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     unknown = {name for name in causal if name not in known}
     seeing = ", ".join(f"`{name}`" for name in sorted(known - set(causal)))
-    kinds = {kind: sorted(unknown & set(names)) for kind, names in UNTABLED.items()}
-    kinds["not looked at"] = sorted(unknown - {name for names in UNTABLED.values() for name in names})
+    kinds = {kind: sorted(unknown & set(names)) for kind, names in UNSUPPORTED.items()}
+    kinds["not looked at"] = sorted(unknown - {name for names in UNSUPPORTED.values() for name in names})
     lines = [f"- {kind}: {', '.join(f'`{name}`' for name in names)}." for kind, names in kinds.items() if names]
     return [
         "## Coverage",

@@ -47,7 +47,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test holds it against
     from spinquant.online.hooks import Attachment, attach
     from spinquant.online.kv_cache import QuantizedCache
     from spinquant.plan import Plan
-    from spinquant.probing.draft import draft_text
+    from spinquant.probing.draft_text import draft_text
     from spinquant.probing.probe import Probe, probe
     from spinquant.quantization.gptq import GPTQOptions, Moments, gptq
     from spinquant.quantization.scheme import Clips, Quantizer, Scheme, parse_scheme
@@ -177,7 +177,7 @@ _MODULES = {
     "calibration_tokens": "calibration.data",
     "compare_models": "evaluation.metrics",
     "detach": "formats.native",
-    "draft_text": "probing.draft",
+    "draft_text": "probing.draft_text",
     "evaluate": "evaluation.metrics",
     "fuse_module": "rotations.fuse_module",
     "gptq": "quantization.gptq",

@@ -107,7 +107,7 @@ MISTAKES = {
         'name = "x"\nmodel_types = ["acme"]\nlike = "llama"\n[norms]\n"n.weight" = ["model.layers.*.nothing"]',
         r"read by 'model\.layers\.\*\.nothing'",
     ),
-    "other models": ('name = "x"\nmodel_types = ["other"]\nlike = "llama"', "key model_types: other expected"),
+    "other models": ('name = "x"\nmodel_types = ["other"]\nlike = "llama"', "key model_types: expected one of other"),
 }
 
 

@@ -30,7 +30,7 @@ from spinquant import (
 )
 from spinquant.architectures import FAMILIES as TABLES
 from spinquant.architectures import known_model_types
-from spinquant.architectures.unsupported import UNTABLED
+from spinquant.architectures.unsupported import UNSUPPORTED
 from spinquant.entrypoints.result import Options
 from spinquant.errors import ArchitectureError, RotationError, SchemeError
 from spinquant.evaluation.equivalence import Float64Arithmetic, greedy_logits, output_axis
@@ -407,7 +407,7 @@ def test_compressed_tensors_has_no_place_inside_experts(tmp_path):
 
 
 def test_a_model_type_without_a_table_is_refused_with_what_is_known_of_it():
-    listed = [model_type for names in UNTABLED.values() for model_type in names]
+    listed = [model_type for names in UNSUPPORTED.values() for model_type in names]
     assert len(listed) == len(set(listed)) and not set(listed) & set(known_model_types())
     with pytest.raises(ArchitectureError, match=r"model_type 'longcat_flash'\. Reason: .*zero_expert_num.*--probe"):
         make_plan(AutoConfig.for_model("longcat_flash"), {})

@@ -26,8 +26,8 @@ from spinquant import (
 from spinquant.errors import ArchitectureError, RotationError
 from spinquant.evaluation.equivalence import Float64Arithmetic, greedy_logits
 from spinquant.models.modules import model_class
-from spinquant.probing.explain import combination, is_normed
 from spinquant.probing.layer_kinds import choices_of, groups_of
+from spinquant.probing.module_roles import combination, is_normed
 
 acme.register()
 

@@ -1,21 +1,26 @@
 """Supported architectures: find the family table of a model and make its rotation plan.
 
-A family of architectures is a table of data (see `family.py`), and each module here holds one group of families. A
-model without a table is refused by name, because a guess could give a model that loads and writes nonsense.
+A family table is data (`family.py`), and each module of this package lists one group of families. To add a model type:
+
+- add it to the `model_types` of a family with the same tensors, or derive a family (`LLAMA.like(...)`) and list it in
+  `FAMILIES` at the end of its module; then add a tiny config of it to tests/families.py;
+- or describe it in a TOML family file, which needs no code (`family_file.py`, docs/how-to/own-model.md).
+
+A model type without a table is refused, because a guess could give a model that loads and writes nonsense.
+`unsupported.py` gives the reasons.
 """
 
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from spinquant.architectures import delta_latent, hybrid, hyperconnected, layernorm, llama, moe, postnorm
-from spinquant.architectures import variants as relatives
+from spinquant.architectures import delta_latent, hybrid, hyperconnected, layernorm, llama, moe, postnorm, variants
 from spinquant.architectures.build import Shapes, build_plan, module_names
 from spinquant.architectures.family import Family, holds
 from spinquant.architectures.family_file import FamilyFile, family_from, read_family
 from spinquant.architectures.family_file_conversion import to_family
 from spinquant.architectures.mtp import REASON, prediction_tensors
-from spinquant.architectures.unsupported import why_untabled
+from spinquant.architectures.unsupported import reason_unsupported
 from spinquant.architectures.vision import VISIONS
 from spinquant.errors import ArchitectureError
 from spinquant.plan import Plan
@@ -29,12 +34,12 @@ FAMILIES: tuple[Family, ...] = (
     *moe.FAMILIES,
     *hybrid.FAMILIES,
     *delta_latent.FAMILIES,
-    *relatives.FAMILIES,
+    *variants.FAMILIES,
     *hyperconnected.FAMILIES,
 )
 
 
-# Attribute of the config that keeps a family read from a file, in memory and in saved folders.
+# Attribute of the config that stores a family read from a file, in memory and in saved folders.
 RECORDED = "spinquant_family"
 
 FamilyLike = str | Path | FamilyFile
@@ -66,8 +71,8 @@ def use_family(config: Any, family: FamilyLike | None) -> None:
     file = family if isinstance(family, FamilyFile) else read_family(family)
     if config.model_type not in file.model_types:
         raise ArchitectureError(
-            f"{origin}: key model_types: {', '.join(file.model_types)} expected, and the model's is "
-            f"{config.model_type!r}. Add it to the file if the family explains this model too"
+            f"{origin}: key model_types: expected one of {', '.join(file.model_types)}, and the model has model_type "
+            f"{config.model_type!r}. Add it to the file if the family describes this model too"
         )
     to_family(file, FAMILIES)
     setattr(config, RECORDED, file.recorded())
@@ -113,8 +118,8 @@ def make_plan(config: Any, shapes: Shapes, *, family: FamilyLike | None = None) 
         The plan, whose tensor names are those of `shapes`.
 
     Raises:
-        ArchitectureError: no table supports the `model_type`, the model is not a causal LM (or a vision-language model
-            whose language part is one), or the table does not explain a tensor.
+        ArchitectureError: no table supports the `model_type`, the model is neither a causal LM nor a supported
+            vision-language model, or the table does not describe a tensor.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -134,17 +139,17 @@ def make_plan(config: Any, shapes: Shapes, *, family: FamilyLike | None = None) 
             "the config names no architecture (model_type is missing): expected the config.json of a transformers "
             "causal LM"
         )
-    sees = any(model_type in vision.model_types for vision in VISIONS)
+    multimodal = any(model_type in vision.model_types for vision in VISIONS)
     for name in classes if recorded_family(config) is None else ():
-        if not name.endswith("ForConditionalGeneration" if sees else ("ForCausalLM", "LMHeadModel")):
+        if not name.endswith("ForConditionalGeneration" if multimodal else ("ForCausalLM", "LMHeadModel")):
             raise ArchitectureError(f"architecture {name!r} is not a causal LM: expected a ...ForCausalLM class")
     table = family_of(config)
     if table is None:  # a guess could give a model that loads and writes nonsense
-        inside = f" (language part {config.get_text_config().model_type!r})" if sees else ""
-        reason = why_untabled(model_type)
-        looked = f" Reason: {reason}." if reason else ""
+        inside = f" (language model {config.get_text_config().model_type!r})" if multimodal else ""
+        reason = reason_unsupported(model_type)
+        because = f" Reason: {reason}." if reason else ""
         raise ArchitectureError(
-            f"no family table supports model_type {model_type!r}{inside}.{looked} Supported: "
+            f"no family table supports model_type {model_type!r}{inside}.{because} Supported: "
             f"{', '.join(known_model_types())}. `spinquant plan MODEL --probe` finds out what can be rotated and "
             "drafts a family file for --family (docs/how-to/own-model.md)."
         )

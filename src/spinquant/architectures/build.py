@@ -1,8 +1,8 @@
 """Build the plan of a model from its family table, its config, and the names and shapes of its tensors.
 
-The table is checked against these names and shapes, and every tensor that it does not explain is refused by name. Names
-are those of a module or of a checkpoint, which may differ: a module stacks the experts that a checkpoint holds one by
-one. A table knows both. The plan names tensors as they were given, and modules always as the module does.
+A tensor that the table does not describe is an error that names it. Tensor names may be those of a module or of a
+checkpoint, which can differ: a module stacks experts that a checkpoint stores one by one. A table lists both. The plan
+uses the tensor names that it was given, and always the module's names for modules.
 """
 
 import re
@@ -39,7 +39,7 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
             f"{family.name}: tensor {family.head!r} is missing and the config does not tie it to the embedding; "
             "the checkpoint is incomplete"
         )
-    # A module holds a tied head under both names, a checkpoint under one: the plan is the same for both.
+    # A module has a tied head under both names, a checkpoint under one: the plan is the same for both.
     shapes = {**shapes, family.head: shapes.get(family.head, shapes.get(family.embedding, ()))}
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     named = Named(text, family.names)
@@ -112,7 +112,7 @@ def _in_module(name: str, stored: Sequence[tuple[str, str]]) -> str:
 
 @dataclass(frozen=True)
 class _Build:
-    """A family table together with the config and tensor shapes of the model that is planned."""
+    """A family table with the config and tensor shapes of one model."""
 
     family: Family
     config: Any
@@ -137,7 +137,7 @@ class _Build:
             return AxisPart(living.space.replace("{i}", at), living.start, living.length, living.period)
         return living.replace("{i}", at) if living else None
 
-    def is_there(self, prefix: str) -> bool:
+    def exists(self, prefix: str) -> bool:
         """Whether some tensor's name starts with the prefix."""
         at = bisect_left(self._names, prefix)
         return at < len(self._names) and self._names[at].startswith(prefix)
@@ -145,7 +145,7 @@ class _Build:
     def has(self, module: str, pattern: str | None = None) -> bool:
         """Whether the model has a module; by default, an attention module."""
         part = self.family.attention_part if pattern in (None, self.family.attention) else ""
-        return self.is_there(f"{module}.{part}")
+        return self.exists(f"{module}.{part}")
 
     def each(self, pattern: str) -> Iterator[tuple[str, int | None]]:
         """Names that a pattern stands for, each with its layer (None if it has none)."""
@@ -233,7 +233,7 @@ class _Build:
             prefixes: dict[bool, list[str]] = {True: [], False: []}
             for choice in self.family.choices:
                 here = [tuple(p.replace("{i}", str(i)) for p in alternative) for alternative in choice]
-                present = [self.is_there(alternative[0].replace("{e}", "0")) for alternative in here]
+                present = [self.exists(alternative[0].replace("{e}", "0")) for alternative in here]
                 if not any(present):
                     raise ArchitectureError(
                         f"{self.family.name}: layer {i} has none of "
@@ -248,7 +248,7 @@ class _Build:
         return found
 
     def axes(self) -> tuple[Axis, ...]:
-        """All axes that belong to a space, in the order of the table, whatever the order of the file."""
+        """All axes that belong to a space, in the order of the table (not of the file)."""
         return tuple(axis for name, living in self.explained.items() for axis in self._axes_of(name, living))
 
     def _axes_of(self, name: str, living: Sequence[Living]) -> Iterator[Axis]:
@@ -267,7 +267,7 @@ class _Build:
             span = self._span(name, dim, part) if part else None
             size, length = space.size, span.length if span else shape[dim]
             if span and (span.start, span.length) == (0, span.period):
-                span = None  # copies of the space side by side: a rotation repeats along its axis anyway
+                span = None  # adjacent copies of the space: a rotation is repeated along its axis anyway
             if size == 0 or length % size or (space.name == "residual" and length != size):
                 raise ArchitectureError(
                     f"axis {dim} of {name!r} has length {length}, which does not fit the space {space.name!r}, of "

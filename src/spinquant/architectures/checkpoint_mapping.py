@@ -1,9 +1,9 @@
 """Map the tensors of a model to those of its checkpoint: renamed, split into parts, or one tensor per expert.
 
-A model stacks the experts of a layer, gate above up: `experts.gate_up_proj` (experts, gate + up, in). Checkpoints hold
-`experts.E.gate_proj.weight`, `experts.E.up_proj.weight`, ... (out, in), often under older names. A model's convolution
-over queries, keys and values together may be stored as three tensors. A piece says which part of which model tensor one
-checkpoint tensor is; a tensor that is stored unchanged has one piece.
+A model stacks the experts of a layer, the rows of the gate before those of up: `experts.gate_up_proj` (experts,
+gate + up, in). Checkpoints store `experts.E.gate_proj.weight`, `experts.E.up_proj.weight`, ... (out, in), often under
+older names. A model's convolution over queries, keys and values may be stored as three tensors. A `Piece` states which
+part of which model tensor a checkpoint tensor is; a tensor that is stored unchanged has one piece.
 """
 
 from collections.abc import Mapping, Sequence
@@ -105,7 +105,7 @@ def _of_experts(
     found: list[Piece] = []
     for expert in range(shape[0]):
         parts = [f"{module}.{expert}.{part}.weight" for part in _EXPERT_PARTS.get(last, (last,))]
-        pieces = _above_each_other(tensor, shape[1:], parts, names, stored, expert)
+        pieces = _stacked_rows(tensor, shape[1:], parts, names, stored, expert)
         if not pieces:
             return []
         found.extend(pieces)
@@ -119,11 +119,11 @@ def _of_parts(
     for last, parts in _PARTS.items():
         if tensor.endswith(f".{last}"):
             prefix = tensor.removesuffix(last)
-            return _above_each_other(tensor, shape, [prefix + part for part in parts], names, stored)
+            return _stacked_rows(tensor, shape, [prefix + part for part in parts], names, stored)
     return []
 
 
-def _above_each_other(
+def _stacked_rows(
     tensor: str,
     shape: Sequence[int],
     parts: Sequence[str],

@@ -1,8 +1,8 @@
 """Hybrids of delta-net layers and multi-head latent attention (MLA) under one module name: Kimi Linear, Ling.
 
 `o_proj`, which writes to the residual stream, reads values in an attention layer and something else in a delta-net
-layer. So no value space is defined for it, and R2 rotates the latents alone. Linears that both kinds of layer have
-under one name (q_proj, a gate) read the norm in both. The gate of the attention is one number per head.
+layer. So no value space is defined for it, and R2 rotates only the latents. Linears that both kinds of layer have
+under the same name (q_proj, a gate) read the norm in both. The gate of the attention is one number per head.
 """
 
 from spinquant.architectures.family import INSIDE, Family
@@ -26,7 +26,7 @@ def _delta_or_latent(
 
     Args:
         name: name and model type of the family.
-        reads: linears of the delta net that read the norm, beside q, k and v.
+        reads: linears of the delta net that read the norm, besides q, k and v.
         behind: linears that read the output of those.
         shared: linears that read the norm in both kinds of layer.
         stored: as in `Family`.

@@ -1,12 +1,12 @@
-"""Family tables: one family of architectures as data.
+"""Family tables: the data that describes one family of architectures (tensors, spaces, norms, online rotations).
 
-For every tensor that the family may have, a table says to which space each of its axes belongs. In names, `{i}` stands
-for the layer and `{e}` for the expert; a trailing `?` marks a tensor that some members of the family lack. Sizes are
-written with the attribute names of the config, as in `num_key_value_heads*head_dim` (see `size_of`).
+For every tensor that the family may have, a table gives the space of each axis. In names, `{i}` stands for the layer
+index and `{e}` for the expert index; a trailing `?` marks a tensor that some members of the family lack. Sizes are
+expressions of config attributes, such as `num_key_value_heads*head_dim` (see `size_of`).
 
-What follows from the rest is left out: the scale of a norm, the bias of a linear (it belongs to the space of the
-weight's rows), the bias of a norm, the bias of the head. A family that is similar to another states the differences:
-`LLAMA.like(...)`.
+Entries that follow from others are left out: the scale of a norm, the bias of a linear (in the space of the weight's
+rows), the bias of a norm, the bias of the head. A family that is similar to another is derived from it by its
+differences: `LLAMA.like(...)`.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,7 +32,7 @@ class AxisPart:
 
 Living = str | AxisPart | None
 
-# For a tensor that is used inside one module only: none of its axes, however many, belongs to a space.
+# For a tensor that is used inside one module only: none of its axes (of any number) belongs to a space.
 INSIDE: tuple[Living, ...] = ()
 
 
@@ -86,8 +86,8 @@ class Family:
         refused: rotations that are impossible.
         norm_offset: norms multiply by `norm_offset + weight`.
         centred: norms subtract the mean of the residual space.
-        filled: number of heads times head size is this multiple of the hidden size, whatever the config says of the
-            head size; 0 if the config is right. For making tiny models, like the next one.
+        filled: number of heads times head size is this multiple of the hidden size, and the config's head size is
+            ignored; 0 if the config's head size applies. Used to make tiny models, like `heads`.
         heads: the number of heads has to be a multiple of this.
         transposed: weights of linears are stored as (in, out), as in Conv1D.
         experts: expression for the number of experts.
@@ -100,7 +100,7 @@ class Family:
         scaled: linears whose outputs (or a part of them) are one factor of a product that is a space, such as up_proj
             in act(gate) * up. Scaling them scales the space.
         uncalled: linear -> the condition under which the class multiplies by its weight without calling the module, so
-            that its input cannot be changed at run time.
+            that no hook can change its input.
     """
 
     name: str

@@ -152,7 +152,7 @@ class FamilyFile(BaseModel):
         hidden_size: the config's hidden size, an attribute or a formula.
         norm_offset: norms multiply by `norm_offset + weight`; 1 for Gemma-like models.
         centred: norms subtract the mean (LayerNorm).
-        filled: number of heads times head size is the hidden size, whatever the config says of the head size.
+        filled: number of heads times head size is the hidden size; the config's head size is ignored.
         transposed: weights of linears are (in, out), as in Conv1D.
         heads: the number of heads has to be a multiple of this.
         experts: the config's number of experts, an attribute or a formula.
@@ -202,7 +202,7 @@ class FamilyFile(BaseModel):
             given = [key for key in FROM_THE_START if getattr(self, key) is not None]
             if given:
                 raise ValueError(
-                    f"{given[0]} describes a family from scratch, and like takes it from {self.like!r}: state the "
+                    f"{given[0]} describes a family from scratch, but like derives it from {self.like!r}: state the "
                     "differences with rename, without, norms, tensors, ..."
                 )
             return self
@@ -210,7 +210,7 @@ class FamilyFile(BaseModel):
         if lacking:
             raise ValueError(f"{lacking[0]} is missing: expected it, or like = the name of a built-in family")
         if self.rename or self.without:
-            raise ValueError("rename and without change the family named by like: expected like beside them")
+            raise ValueError("rename and without change the family that like names: expected like too")
         return self
 
     def recorded(self) -> dict[str, Any]:

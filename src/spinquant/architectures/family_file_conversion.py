@@ -58,13 +58,13 @@ def to_family(file: FamilyFile, tables: Iterable[Family]) -> Family:
     rename = {_layered(old): _layered(new) for old, new in file.rename.items()}
     without = tuple(_layered(part) for part in file.without)
     family = base.like(file.name, *file.model_types, rename=rename, without=without, **changes)
-    _check_whole(family)
+    _check_names(family)
     _check_experts(family)
     return family
 
 
-def _check_whole(family: Family) -> None:
-    """Raise ArchitectureError for names that one part of a family uses and no other part defines."""
+def _check_names(family: Family) -> None:
+    """Raise ArchitectureError for a name that one part of a family uses and no other part defines."""
     known = {name.removesuffix("?") for name in family.tensors}
     for module in (module for group in family.linears for module in group):
         if f"{module}.weight" not in known:
@@ -95,12 +95,14 @@ def _check_whole(family: Family) -> None:
         space = where.space if isinstance(where, AxisPart) else where
         if space not in family.spaces:
             raise ArchitectureError(
-                f"family {family.name!r}: scaled {_starred(module)!r} names {_starred(str(space))!r}, which is no space"
+                f"family {family.name!r}: scaled {_starred(module)!r} names {_starred(str(space))!r}, which is not "
+                "one of its spaces"
             )
     for module, (_, space) in family.onlines.items():
         if space not in family.spaces:
             raise ArchitectureError(
-                f"family {family.name!r}: online {_starred(module)!r} rotates {_starred(space)!r}, which is no space"
+                f"family {family.name!r}: online {_starred(module)!r} rotates {_starred(space)!r}, which is not one of "
+                "its spaces"
             )
 
 
@@ -109,8 +111,8 @@ def _check_experts(family: Family) -> None:
     named = next((name for name in (*family.tensors, *family.gains) if "{e}" in name), None)
     if named is not None and family.experts is None:
         raise ArchitectureError(
-            f"family {family.name!r}: tensor {_starred(named)!r} is an expert's, and key experts is missing: expected "
-            "the config's name for the number of experts"
+            f"family {family.name!r}: tensor {_starred(named)!r} belongs to an expert, and key experts is missing: "
+            "expected the config attribute with the number of experts"
         )
 
 
@@ -162,12 +164,12 @@ def _from_roles(file: FamilyFile) -> Family:
 
 
 def _layered(name: str) -> str:
-    """The name as family tables write it."""
+    """The name with `{i}` and `{e}`, as in family tables."""
     return name.replace("*", "{i}").replace("#", "{e}")
 
 
 def _starred(name: str) -> str:
-    """The name as users write it."""
+    """The name with `*` and `#`, as in family files."""
     return name.replace("{i}", "*").replace("{e}", "#")
 
 

@@ -1,8 +1,8 @@
-"""Recurrent and hybrid models: Mamba, gated delta nets and short convolutions, alone or combined with attention.
+"""Recurrent and hybrid families: Mamba, Jamba, Bamba, Qwen3-Next, LFM2, RecurrentGemma, Zamba, Nemotron-H, ...
 
-Such a mixer reads the residual space through one linear and writes to it through another. Between them are
-convolutions, gates and norms that act element by element, so nothing there is rotated. Layers with attention have R2
-and R3 as elsewhere, and all layers with an MLP have R4.
+Their mixers (state spaces, gated delta nets, short convolutions) read the residual space through one linear and write
+to it through another. Between them are depthwise convolutions, and gates and norms that act elementwise, so nothing
+there is rotated. Layers with attention have R2 and R3, and layers with an MLP have R4.
 """
 
 from spinquant.architectures.family import INSIDE, AxisPart, Family, Refusal, Shared
@@ -99,7 +99,7 @@ JAMBA = with_mixer(QWEN3_MOE, f"{LAYER}.mamba", (*MAMBA1, *_NORMS)).like(
     experts="num_experts",
 )
 BAMBA = with_mixer(LLAMA, f"{LAYER}.mamba", (*MAMBA2, "norm.weight")).like("bamba", "bamba", rename=_FORWARD)
-# Attention and Mamba side by side, each scaled by a number.
+# Attention and Mamba in parallel, each multiplied by a scalar.
 FALCON_H1 = with_mixer(LLAMA, f"{LAYER}.mamba", (*MAMBA2, "norm.weight?"), beside=True).like(
     "falcon_h1", "falcon_h1", rename=_FORWARD
 )
@@ -111,7 +111,7 @@ GRANITE_HYBRID = with_mixer(GRANITE_MOE, f"{LAYER}.mamba", (*MAMBA2, "norm.weigh
         f"{LAYER}.shared_mlp.{name}.weight": axes
         for name, axes in (("input_linear", (None, "residual")), ("output_linear", ("residual", "layers.{i}.shared")))
     },
-    # Some have no experts, only what every token goes through.
+    # Some have no routed experts, only the shared MLP.
     choices=(
         ((f"{ATTENTION}.",), (f"{LAYER}.mamba.",)),
         ((f"{LAYER}.block_sparse_moe.",), (f"{LAYER}.shared_mlp.",)),
@@ -172,8 +172,8 @@ RECURRENT_GEMMA = with_mixer(
 )
 
 # Some layers have a shared block of attention and MLP before their Mamba layer. It reads the hidden states concatenated
-# with the embeddings, one norm over both: two copies of the residual space, each rotated by R1. The block has no
-# residual connections inside, so its output belongs to that space too.
+# with the embeddings, through one norm over both: two copies of the residual space, each rotated by R1. The block has
+# no residual connections inside, so its output belongs to that space too.
 _SHARED_BLOCK = f"{LAYER}.shared_transf"
 _BEFORE = tuple(f"{LAYER}.{mamba}" for mamba in ("mamba", "mamba_decoder.mamba"))
 _SIDE_BY_SIDE = AxisPart("residual", "0", "hidden_size", "hidden_size")
@@ -227,7 +227,7 @@ ZAMBA = LLAMA.like(
     shared=Shared(_SHARED_BLOCK, f"{LAYER}.linear.weight", "1"),
 )
 
-# Every layer adds low-rank adapters of its own to the shared weights; the axis between their factors is not rotated.
+# Every layer adds its own low-rank adapters to the shared weights; the axis between their factors is not rotated.
 _ZAMBA2_BLOCK = f"{LAYER}.shared_transformer"
 _ADAPTERS = {name: f"{_ZAMBA2_BLOCK}.self_attn.linear_{name}_adapter_list.{{e}}" for name in "qkv"}
 _GATE_ADAPTER = f"{_ZAMBA2_BLOCK}.feed_forward.gate_up_proj_adapter_list.{{e}}"

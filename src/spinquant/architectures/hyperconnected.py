@@ -1,11 +1,11 @@
 """Hyper-connections (several parallel residual streams): DeepSeek-V4.
 
 A layer reads a weighted sum of the streams and adds its output to all of them. The weights are computed from all
-streams, flattened, by a matrix after a norm without a scale. Every stream belongs to the residual space, so the matrix
-reads copies of that space side by side, and R1 rotates each by the same matrix.
+streams, concatenated, by a matrix after a norm without a scale. Every stream belongs to the residual space, so the
+input axis of that matrix is several copies of the space, and R1 rotates each by the same matrix.
 
-Keys and values are one tensor here, with rotary positions, and the attention's output is rotated back by the position.
-That rules out R2 on values and R3. The latent of the queries has a rotation of its own (R2), as in DeepSeek-V3.
+Keys and values are one tensor, with rotary positions, and the attention's output is rotated back by its position. That
+rules out R2 on values and R3. R2 rotates the latent of the queries, as in DeepSeek-V3.
 """
 
 from spinquant.architectures.family import AxisPart, Norm, Refusal
@@ -99,9 +99,9 @@ DEEPSEEK_V4 = _EXPERTS.like(
     refused=(
         Refusal(
             "R3",
-            "model.layers.*.self_attn has one tensor for keys and values, which turns with the position, and "
-            "compressed ones beside it that its cache never sees: a rotation of queries and cached keys would rotate "
-            "values too, and leave the compressed ones as they are",
+            "model.layers.*.self_attn has one tensor for keys and values, with rotary positions, and compressed keys "
+            "and values that do not pass through the cache: rotating queries and cached keys would rotate the values "
+            "too, and leave the compressed ones unrotated",
         ),
     ),
     ignored=(*MIXTRAL.ignored, r"model\.layers\.\d+\.mlp\.gate\.tid2eid"),

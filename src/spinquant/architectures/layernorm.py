@@ -1,9 +1,9 @@
-"""LayerNorm families: norms subtract the mean, so the residual space is `centred` and R1 has to be mean-preserving.
+"""LayerNorm families (GPT-2, GPT-J, GPT-NeoX, OPT, Phi, Falcon, BLOOM, MPT, StarCoder2, OLMo, Cohere, ...).
 
-If attention and MLP read the same norm (parallel blocks), its gain is fused into both. In fused q, k, v weights the
-values are a span: the last third (GPT-2), the last of three parts in every head (GPT-NeoX), or in every group of heads
-(Falcon). Families older than transformers' attention interface compute attention in their own code, where R3 cannot be
-applied.
+Their norms subtract the mean, so the residual space is `centred` and R1 has to be mean-preserving. If attention and MLP
+read the same norm (parallel blocks), its gain is fused into both. In fused q, k, v weights the values are a span: the
+last third (GPT-2), the last of three parts in every head (GPT-NeoX), or in every group of heads (Falcon). Model classes
+older than transformers' attention interface compute attention in their own code, where R3 cannot be applied.
 """
 
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ EVERY_HEAD = AxisPart(VALUE, "2*head_dim", "head_dim", "3*head_dim")
 
 OWN_ATTENTION = Refusal(
     "R3",
-    "the attention module computes q k^T in code of its own, not through transformers' attention interface, so that "
-    "queries cannot be rotated after their positions are applied",
+    "the attention module computes q k^T in its own code, not through transformers' attention interface, so queries "
+    "cannot be rotated after their position embedding",
 )
 CLIPPED = (
-    "{} is clipped element by element (clip_qkv) before it reaches {}, and a clipped rotated value is not a rotated "
-    "clipped one"
+    "the output of {} is clipped element by element (clip_qkv) before {} reads it, and clipping does not commute "
+    "with a rotation"
 )
 
 # Norms without parameters.
@@ -129,8 +129,9 @@ OPT_POST = OPT.like(
     refused=(
         Refusal(
             "R1",
-            "model.decoder.layers.*.self_attn_layer_norm and final_layer_norm come after the sum (do_layer_norm_before "
-            "is off): their scales act on the residual stream element by element, and that does not commute with R",
+            "model.decoder.layers.*.self_attn_layer_norm and final_layer_norm follow the residual sum "
+            "(do_layer_norm_before is off): they scale the residual stream element by element, which does not commute "
+            "with R",
         ),
     ),
     when=("not do_layer_norm_before",),
@@ -145,8 +146,8 @@ XGLM = OPT.like(
         OWN_ATTENTION,
         Refusal(
             "R1",
-            "model.embed_positions adds sines and cosines to the residual stream, which its class computes and no "
-            "checkpoint holds, so that what is added cannot be rotated as the stream would be",
+            "model.embed_positions adds sinusoidal position embeddings to the residual stream, which the model class "
+            "computes and no checkpoint stores, so they cannot be rotated like the stream",
         ),
     ),
     ignored=(r"model\.embed_positions\.weights",),  # which checkpoints store all the same
@@ -264,8 +265,8 @@ BLOOM = FALCON_SEQUENTIAL.like(
         ),
         Refusal(
             "R4",
-            "transformer.h.*.mlp.dense_4h_to_h is multiplied slice by slice (slow_but_exact), not called as a module, "
-            "so that its input cannot be rotated at run time",
+            "the model class multiplies by slices of the weight of transformer.h.*.mlp.dense_4h_to_h (slow_but_exact) "
+            "and does not call the module, so its input cannot be rotated online",
             "slow_but_exact",
         ),
     ),

@@ -1,4 +1,4 @@
-"""The Llama family: pre-norm RMSNorm blocks, gated MLP, separate q, k, v, rotary positions.
+"""The Llama family (Llama, Mistral, Qwen, Granite, Gemma, Phi-3, ...): RMSNorm before each block, gated MLP, RoPE.
 
 Biases are optional everywhere, and q/k norms act on a head after the projection and before RoPE, where no
 rotation reaches them, so Mistral, Qwen2, Qwen3, SmolLM3 and Granite (whose multipliers are scalars, which
@@ -79,7 +79,7 @@ HELIUM = LLAMA.like("helium", "helium", filled=1)
 # Norms multiply by 1 + w, and embeddings are scaled by a scalar.
 GEMMA = LLAMA.like("gemma", "gemma", norm_offset=1.0)
 
-# An MLP without a gate, whose activation (squared ReLU, xIELU) has at most scalar parameters.
+# An MLP without a gate, whose activation (squared ReLU, xIELU) has no parameters but scalars.
 ARCEE = LLAMA.like("arcee", "arcee", without=("gate_proj",), scaled={f"{MLP}.up_proj": None})
 APERTUS = ARCEE.like(
     "apertus",

@@ -1,13 +1,13 @@
-"""Mixture-of-experts (MoE) models, and DeepSeek's multi-head latent attention (MLA).
+"""Mixture-of-experts families (Mixtral, Qwen-MoE, gpt-oss, DeepSeek, ...), and multi-head latent attention (MLA).
 
 Router, experts, shared experts and their gate read the norm before the MLP, so its gain is fused into all of them.
-transformers stacks the experts of a layer in one parameter, (experts, out, in), while checkpoints hold them one by one;
-a table names both. One R4 rotation serves all experts of a layer; it runs online between the experts' activation and
-their second matrix product (site `experts`).
+transformers stacks the experts of a layer in one parameter, (experts, out, in), while checkpoints store them one by
+one; a table lists both. All experts of a layer share one R4 rotation, which runs online between the experts'
+activation and their second matrix product (site `experts`).
 
 In MLA, keys and values are rows of `kv_b_proj`, head by head, computed from a latent that one linear writes, a norm
-scales and another linear reads: a space of its own. The cache holds this latent, so R2 rotates it. R3, which would
-rotate the keys of each head on their way into the cache, has nothing to act on.
+scales and another linear reads, so the latent is a space too. The KV cache stores this latent, so R2 rotates it. R3
+would rotate the keys of each head before they enter the cache, and there are none.
 """
 
 from spinquant.architectures.family import AxisPart, Family, Norm, Refusal
@@ -57,21 +57,21 @@ QWEN3_MOE = LLAMA.like(
 def with_shared(
     family: Family, module: str, size: str, *, gate: str = "gate_proj", down: str = "down_proj", scaled: bool = True
 ) -> Family:
-    """The family with shared experts, which process every token, and the gate that weighs them, if there is one.
+    """The family with shared experts, which process every token, and their gate, if they have one.
 
     Args:
         family: the family without them.
         module: name of the shared experts' module in a layer.
         size: expression for their intermediate size.
-        gate: name of the gate linear; any other than gate_proj holds gate and up in one weight.
+        gate: name of the gate linear; any other than gate_proj is gate and up in one weight.
         down: name of the down projection.
-        scaled: the up projection is multiplied as it is, so the intermediate channels may be scaled.
+        scaled: the output of the up projection is a factor of the product, so intermediate channels may be scaled.
     """
     path = f"{LAYER}.{module}"
     inside = (f"{path}.{gate}", *((f"{path}.up_proj",) if gate == "gate_proj" else ()))
     weighing = f"{path}_gate"
     norm = _NORM if _NORM in family.gains else _INPUT
-    # If one weight has both, the first half of its rows is the gate.
+    # In a weight with both, the first half of the rows is the gate.
     factor = {f"{path}.up_proj": SHARED} if gate == "gate_proj" else {f"{path}.{gate}": AxisPart(SHARED, size, size)}
     factor = factor if scaled else {}
     return family.like(
@@ -206,8 +206,8 @@ COHERE2_MOE_RMS = COHERE2_MOE.like("cohere2_moe, RMSNorm", "cohere2_moe", centre
 KEY_VALUE_LATENT, QUERY_LATENT = "layers.{i}.key_value_latent", "layers.{i}.query_latent"
 _HEADLESS = Refusal(
     "R3",
-    "model.layers.*.self_attn caches a latent that all heads share, and kv_b_proj expands it to keys after the cache: "
-    "no head has keys of its own there to be rotated. R2 rotates the latent",
+    "model.layers.*.self_attn caches a latent that all heads share, and kv_b_proj expands it to keys after the cache, "
+    "so the cache has no keys per head that could be rotated; R2 rotates the latent",
 )
 DEEPSEEK = GLM4_MOE.like(
     "deepseek",
@@ -303,8 +303,8 @@ _MINIMAX_M3 = MIXTRAL.like(
     refused=(
         Refusal(
             "R3",
-            "model.layers.*.self_attn leaves out the blocks of keys that its indexer does not choose under the "
-            "attention implementations eager and sdpa alone, and R3 is an implementation of another name",
+            "model.layers.*.self_attn applies its indexer, which selects blocks of keys, only under the attention "
+            "implementations eager and sdpa, and R3 needs an attention implementation with another name",
         ),
     ),
     stored=(

@@ -22,7 +22,7 @@ COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers",
 REASON = (
     "the checkpoint has multi-token prediction layers ({first}, ...), whose hnorm divides by the length of the state "
     "after the model's last norm; R1 fuses the scale of that norm into the head, and that length is lost. --drop-mtp "
-    "leaves these layers out; the model then has to draft by other means"
+    "leaves these layers out; speculative decoding then needs another draft model"
 )
 
 

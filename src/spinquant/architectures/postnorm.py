@@ -1,8 +1,8 @@
-"""Post-norm models (norms on the outputs of attention and MLP), for which R1 is impossible: Gemma 2, OLMo 2, GLM-4.
+"""Post-norm families (norms on the outputs of attention and MLP), for which R1 is impossible: Gemma 2, OLMo 2, GLM-4.
 
 Such a norm scales element by element what a block adds to the residual stream. Its scale g has no linear to be fused
 into, and diag(g) does not commute with a rotation unless all elements of g are equal, so the residual stream cannot be
-rotated. R2, R3 and R4 are as elsewhere.
+rotated. R2, R3 and R4 are possible.
 """
 
 from spinquant.architectures.family import Refusal

@@ -1,8 +1,8 @@
 """Shared (weight-tied) decoder blocks: modules of several layers with the same weights.
 
-transformers ties them with `tie_word_embeddings`, which also ties embedding and head. A module then holds a shared
-tensor under every layer's name, a checkpoint under the first layer's only. R1 has to untie them, because the gain of
-the last norm is fused into the head; every layer then has a tensor of its own, in memory and on disk.
+transformers ties them with `tie_word_embeddings`, which also ties embedding and head. A module then has a shared
+tensor under every layer's name, a checkpoint only under the first layer's. R1 has to untie them, because the gain of
+the last norm is fused into the head; every layer then has its own tensor, in memory and on disk.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,8 +1,8 @@
 """Variants of other families with small differences: attention sinks, additional norms, gates on the attention output.
 
-R2 is possible or not by what is between the values and the linear that reads them. A scalar per head commutes with a
-rotation of the head, and so does a norm whose scale is fused into the reader; a gate with one element per channel does
-not. A norm on a block's output, with a scale of its own, rules out R1 (see `postnorm.py`).
+Whether R2 is possible depends on the operations between the values and the linear that reads them. A scalar per head
+commutes with a rotation of the head, and so does a norm whose scale is fused into the reader; a gate with one element
+per channel does not. A norm with a scale on a block's output rules out R1 (see `postnorm.py`).
 """
 
 from spinquant.architectures.family import Family, Norm, Refusal
@@ -44,7 +44,7 @@ NANOCHAT = ARCEE.like(
     without=("q_norm", "k_norm"),
     gains={_INPUT: None, _BEFORE_MLP: None, "model.norm.weight": None},
 )
-# There is a norm over all heads before o_proj, and one over the MLP's hidden channels before down_proj, ahead of R4.
+# A norm over all heads before o_proj, and one over the MLP's hidden channels before down_proj (and before R4).
 BITNET = LLAMA.like(
     "bitnet",
     "bitnet",
@@ -54,7 +54,7 @@ BITNET = LLAMA.like(
     scaled={f"{MLP}.up_proj": None},
     gains={f"{ATTENTION}.attn_sub_norm.weight": Norm((f"{ATTENTION}.o_proj",), VALUE)},
 )
-# Two attentions over halves of the heads, one subtracted from the other, and a norm without a scale over pairs of them.
+# Attention over each half of the heads, one subtracted from the other, and a norm without a scale over pairs of heads.
 DIFFLLAMA = LLAMA.like(
     "diffllama",
     "diffllama",
@@ -102,11 +102,11 @@ HY_V3 = with_shared(
     "mlp.shared_experts",
     "moe_intermediate_size*num_shared_experts",
 )
-# The router bias that corrects the choice of experts is in the router here; its checkpoints store it beside the router.
+# The router bias that corrects the choice of experts is in the router module; checkpoints store it outside.
 EXAONE_MOE = HY_V3.like(
     "exaone_moe", "exaone_moe", stored=((r"\.mlp\.e_score_correction_bias$", ".mlp.gate.e_score_correction_bias"),)
 )
-# Values have a size of their own, and layers with a window twice the heads of keys, and sinks.
+# Values have another head size than keys; sliding-window layers have twice the key heads, and sinks.
 MIMO_V2 = QWEN3_MOE.like(
     "mimo_v2_flash",
     "mimo_v2_flash",

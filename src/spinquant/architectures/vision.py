@@ -1,7 +1,8 @@
-"""Vision-language models whose language part has a table: a projector writes what was seen to the residual space.
+"""Vision-language models: the family table of the language model, and the projector that writes image features.
 
-Images take the place of embeddings of tokens, so the linear that makes them is a writer like the embedding. The tower
-before it is not rotated. Its language part is the text table's, under another prefix.
+Image features take the place of token embeddings, so the linear that computes them writes to the residual space like
+the embedding. The vision tower before it is not rotated. The language model uses the table of its text config, with
+another prefix.
 """
 
 from collections.abc import Mapping
@@ -16,11 +17,11 @@ _WRITER = ("residual", None)
 
 @dataclass(frozen=True)
 class Vision:
-    """What one family of vision-language models adds to its language part.
+    """What one family of vision-language models adds to its language model.
 
-    language: where that is. writers: tensors that write to the residual space. inside: the rest of what sees, as
-    regular expressions. text: the table of the language part, None for whichever explains its config. stored: as in
-    a table.
+    writers: tensors that write image features to the residual space. inside: the other tensors of vision tower and
+    projector, as regular expressions. language: name of the language model's module. text: table of the language model;
+    None for the one that `family_of` finds for its config. stored: as in `Family`.
     """
 
     model_types: tuple[str, ...]
@@ -31,7 +32,7 @@ class Vision:
     stored: tuple[tuple[str, str], ...] = ()
 
     def family(self, text: Family) -> Family:
-        """The table of a model with this language part."""
+        """The table of a model with this language model."""
         part = f"model.{self.language}."
         found = text.like(
             f"{self.model_types[0]} ({text.name})",
@@ -84,7 +85,7 @@ _QWEN3_WRITERS: dict[str, tuple[Living, ...]] = {
 }
 QWEN3_5_VL = Vision(("qwen3_5",), _QWEN3_WRITERS, (_QWEN3_INSIDE,), text=QWEN3_5, stored=_QWEN_NAMES)
 QWEN3_5_MOE_VL = replace(QWEN3_5_VL, model_types=("qwen3_5_moe",), text=QWEN3_5_MOE)
-# What the tower saw at some depths (three, so far) is added to the residual stream after as many layers.
+# Features from several depths of the tower (three, so far) are added to the residual stream after the first layers.
 _DEEP = [f"model.visual.deepstack_merger_list.{depth}.linear_fc2" for depth in range(8)]
 QWEN3_VL = Vision(
     ("qwen3_vl",),

@@ -89,7 +89,7 @@ def plan(
 
 def _probe(config: Any, shapes: Mapping[str, Sequence[int]], draft: Path | None, json_: bool) -> None:
     """Probe the models of a config, and print or write the draft; exit code 1 if there is none."""
-    from spinquant.probing.draft import draft_text, write_draft
+    from spinquant.probing.draft_text import draft_text, write_draft
     from spinquant.probing.probe import probe
 
     found = probe(config, shapes=shapes)

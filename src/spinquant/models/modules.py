@@ -19,9 +19,10 @@ def largest(model: nn.Module) -> int:
 
 
 def model_class(config: Any) -> Any:
-    """The transformers auto class that loads the model of a config: for causal LMs or vision-language models."""
-    # For some configs the class for causal LMs is that of the language part alone, which would lose the vision tower.
-    # Its `keys` would import all models of transformers, its `in` knows one model type of a config that has several.
+    """The transformers auto class that loads the model of a config: causal LM or vision-language model."""
+    # For some vision-language configs AutoModelForCausalLM gives only the language model, without the vision tower.
+    # `_model_mapping.keys()` would import all models of transformers, and `in` looks up only one of the model types of
+    # a config that has several.
     seeing = AutoModelForImageTextToText._model_mapping  # pyright: ignore[reportAttributeAccessIssue]
     return AutoModelForCausalLM if seeing.get(type(config), None) is None else AutoModelForImageTextToText
 

@@ -1,1 +1,1 @@
-"""Probe an unknown architecture: find by experiment which rotations leave its function unchanged; see `probe.py`."""
+"""Probe an unknown architecture: find by experiment which rotations leave its function unchanged (`probe.py`)."""

@@ -1,7 +1,7 @@
-"""Find the branches of a layer beside attention: MLPs, experts, and token mixers without a KV cache.
+"""Find the MLPs, experts, and token mixers without a KV cache in a layer, and add them to a draft.
 
 A branch is a linear that writes to the residual stream, with the readers whose outputs its input depends on. It is an
-MLP if a reader's output at one token affects that token only, and a token mixer if it affects later tokens.
+MLP if a reader's output at one token affects only that token, and a token mixer if it also affects later tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ Original = tuple[Any, Mapping[str, Sequence[int]]]
 
 
 def add_stacks(found: Draft, seen: Sequence[Observation]) -> dict[str, str]:
-    """Add experts and routers to a draft; returns the tensor that reads the stream, by module of experts."""
+    """Add experts and routers to a draft; returns the tensor that reads the residual stream, by experts module."""
     first, data = seen[0], found.data
     reads: dict[str, str] = {}
     for part in first.layers:
@@ -62,7 +62,7 @@ def add_stacks(found: Draft, seen: Sequence[Observation]) -> dict[str, str]:
 
 
 def add_branches(found: Draft, seen: Sequence[Observation], original: Original, taken: set[str]) -> list[str]:
-    """Adds MLPs, shared experts and mixers to a draft; returns linears on the stream that R1 alone reaches."""
+    """Add MLPs, shared experts and mixers to a draft; returns linears on the residual stream that only R1 rotates."""
     first, data = seen[0], found.data
     attention = data.get("attention") or {}
     inputs = [attention[key] for key in ("q", "k", "v", "qkv", "kv") if key in attention]

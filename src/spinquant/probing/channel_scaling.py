@@ -1,7 +1,7 @@
-"""Candidates for channel scaling: linears that are a factor of the next input, as up_proj in act(gate) * up.
+"""Candidates for channel scaling: linears whose output is a factor of the next input, like up_proj in act(gate) * up.
 
-`probe.py` tests each: its rows are scaled by individual factors and the reader's columns divided by them. The logits
-are unchanged if and only if the computation in between is linear in each of these outputs.
+`verify_draft.py` tests each: its rows are multiplied by individual scales and the reader's columns divided by them. The
+logits are unchanged if and only if the computation in between is linear in each of these outputs.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ def candidates(
 ) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
     """Candidates for a family file's `scaled`, for every kind of space at the input of a linear, likely ones first.
 
-    data: of the draft. shapes: of the tiny model's tensors. starred: replaces the layer index in a name by `*`.
+    data: the draft's. shapes: of the tiny model's tensors. starred: replaces the layer index in a name by `*`.
     """
     sizes = {name: entry["size"] for name, entry in data.get("spaces", {}).items()}
     if "mlp" in data:

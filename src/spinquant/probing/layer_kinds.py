@@ -1,7 +1,7 @@
 """Group the tensors of a model whose layers are of several kinds (attention or recurrence, MLP or experts).
 
 Tensors that occur in the same layers form a group. Groups of which every layer has exactly one are alternatives, the
-`choices` of a family file; tensors in no alternative are optional, and marked so.
+`choices` of a family file; tensors in no alternative are marked as optional.
 """
 
 import re

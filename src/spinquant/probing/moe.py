@@ -1,8 +1,8 @@
 """Recognize stacked experts and routers in a probed model.
 
-The axis of a stack that is in the residual stream has the stream's width in two tiny models of different sizes. Of the
-two matrices the first is the one whose other axis is larger, or the first parameter. Both are candidates, which
-`probe.py` tests.
+An axis of a stack is in the residual space if its length is the hidden size in two tiny models of different sizes. Of
+the two matrices, the first is the one whose other axis is larger, or the first parameter. Both are guesses, which
+`verify_draft.py` tests.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,13 +37,13 @@ def parameters_of(module: nn.Module, ndim: int) -> dict[str, Shape]:
 
 
 def is_stack(call: TracedCall) -> bool:
-    """Whether a module has two or more stacks of several matrices."""
+    """Whether a module has two or more parameters that stack several matrices."""
     found = list(parameters_of(call.module, 3).values())
     return len(found) > 1 and len({shape[0] for shape in found}) == 1 and found[0][0] > 1
 
 
 def is_router(call: TracedCall) -> bool:
-    """Whether a module has one matrix and is not a linear, as a router."""
+    """Whether a module has one matrix and is not a linear, like a router."""
     weights = parameters_of(call.module, 2)
     if isinstance(call.module, nn.Linear | nn.Embedding | Conv1D | nn.Conv1d) or set(weights) != {"weight"}:
         return False
@@ -51,7 +51,7 @@ def is_router(call: TracedCall) -> bool:
 
 
 def stack_of(modules: Sequence[tuple[nn.Module, int]]) -> Stack | None:
-    """How a module's experts are stacked, from tiny models of several sizes: (module, width of the stream) each."""
+    """How a module's experts are stacked. modules: (module, hidden size) in tiny models of several sizes."""
     axes: dict[str, tuple[bool, ...]] = {}
     shapes = [{**parameters_of(module, 3), **parameters_of(module, 2)} for module, _ in modules]
     for name, shape in shapes[0].items():

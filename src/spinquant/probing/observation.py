@@ -1,4 +1,7 @@
-"""Observe a tiny model: trace it, infer the role of each module, and find formulas of the config that give its sizes."""
+"""Observe a tiny model: trace it and infer the role of each module; formulas of the config that give its sizes.
+
+Also holds `Draft`, the family file that the observations are added to.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,14 +16,17 @@ from spinquant.architectures.family import Named, size_of
 from spinquant.errors import ArchitectureError
 from spinquant.evaluation.tiny_model import Sizing
 from spinquant.models.modules import tensor_shapes
-from spinquant.probing.explain import LayerPart, explain_ends, explain_layer
+from spinquant.probing.module_roles import LayerPart, explain_ends, explain_layer
 from spinquant.probing.tiny_models import random_tokens
 from spinquant.probing.trace import TracedCall, cached_layers, trace
 
 
 @dataclass(frozen=True)
 class Observation:
-    """The roles found in one tiny model: by layer, and at its ends. pattern: name of a layer with * for its index."""
+    """The roles found in one tiny model: by layer, and before and after the layers (`ends`).
+
+    pattern: name of a layer with * for its index.
+    """
 
     config: Any
     calls: Mapping[str, TracedCall]
@@ -31,11 +37,11 @@ class Observation:
 
     @property
     def hidden(self) -> int:
-        """The width of the residual stream."""
+        """Width of the residual stream."""
         return self.calls[self.pattern.replace("*", "0")].output.shape[-1]
 
     def position(self, name: str, layer: int) -> float:
-        """When a module is called within its layer, between 0 and 1."""
+        """The position of a module's call among those of its layer, between 0 and 1."""
         inside = [n for n in self.calls if n.startswith(f"{self.pattern.replace('*', str(layer))}.")]
         return inside.index(name) / len(inside)
 
@@ -46,7 +52,7 @@ class Observation:
 
 
 def observe(tiny: Any, sizing: Sizing) -> Observation | str:
-    """Trace a tiny model; a string with the reason if it has no list of layers to explain."""
+    """Trace a tiny model and infer its roles; returns the reason, as text, if it has no list of decoder layers."""
     tokens = random_tokens(tiny)
     config = Named(tiny.config.get_text_config(), sizing.names)
     count = config.num_hidden_layers
@@ -76,7 +82,10 @@ def observe(tiny: Any, sizing: Sizing) -> Observation | str:
 
 @dataclass
 class Draft:
-    """The content of a family file. left: what it cannot express, and why. silent: modules that do not run on text."""
+    """The content of a family file.
+
+    left: what it does not cover, and why. values: why R2 is expected to fail. silent: modules that do not run on text.
+    """
 
     data: dict[str, Any]
     left: list[str] = field(default_factory=list)
@@ -85,7 +94,7 @@ class Draft:
 
 
 def formula(sizes: Sequence[tuple[Any, int]], candidates: Sequence[str]) -> str | None:
-    """The first formula that gives the right size for every config; else an attribute that does; else None."""
+    """The first candidate that gives the right size for every config, else a config attribute that does, else None."""
 
     def fits(text: str) -> bool:
         try:

@@ -1,10 +1,10 @@
 """Probe an unknown architecture: find by experiment which rotations leave its function unchanged, and draft its family.
 
 1. Two tiny models of its class, in float64 with random weights, are made (`tiny_models.py`) and run.
-2. The role of each module is inferred from its activations (`observation.py`, `explain.py`).
-3. The roles become the draft of a family file (`roles.py`).
+2. The role of each module is inferred from its activations (`observation.py`, `module_roles.py`).
+3. The roles become the draft of a family file (`draft_family.py`).
 4. Each statement of the draft is tested by itself, and refused if it fails (`verify_draft.py`).
-5. The draft is compared with the checkpoint's tensors (`checkpoints.py`).
+5. The draft is compared with the checkpoint's tensors (`checkpoint_experts.py`).
 
 The draft is never used on its own: a user accepts it with --family.
 """
@@ -23,9 +23,9 @@ from spinquant.architectures.family_file_conversion import to_family
 from spinquant.errors import ArchitectureError
 from spinquant.evaluation.equivalence import Float64Arithmetic
 from spinquant.models.modules import model_class, tensor_shapes
-from spinquant.probing.checkpoints import with_single_experts
+from spinquant.probing.checkpoint_experts import with_single_experts
+from spinquant.probing.draft_family import draft, same_attention
 from spinquant.probing.observation import Observation, observe
-from spinquant.probing.roles import draft, same_attention
 from spinquant.probing.tiny_models import two_tiny_models
 from spinquant.probing.trace import silent_parts
 from spinquant.probing.verify_draft import Finding, verify_draft
@@ -33,7 +33,7 @@ from spinquant.probing.verify_draft import Finding, verify_draft
 
 @dataclass(frozen=True)
 class Probe:
-    """Result of probing an architecture: a draft of a family file, and the experiments behind it.
+    """Result of probing an architecture: a draft of a family file, and the tests that support it.
 
     Attributes:
         model_type: Of the config.
@@ -61,16 +61,16 @@ class Probe:
 def probe(config: Any, *, shapes: Mapping[str, Sequence[int]] | None = None) -> Probe:
     """Find by experiment which rotations are possible in an architecture, without a built-in table.
 
-    Of a multimodal model the language model is probed, on text; R1 is then refused, since other inputs that write to
-    the residual stream are not tested.
+    Of a multimodal model, the language model is probed on text; R1 is then refused, because image and audio features
+    are written to the residual stream too, and are not tested.
 
     Args:
-        config: A config of transformers, whose model class transformers knows.
-        shapes: Shapes of a checkpoint's tensors by name (`read_headers`), which the draft then has to cover too.
+        config: A transformers config, whose model class transformers can find.
+        shapes: Shapes of a checkpoint's tensors by name (`read_headers`), which the draft has to cover too.
             Default: those of the model class.
 
     Returns:
-        The draft of a family file, every test behind it, and what the draft does not cover.
+        The draft of a family file, the result of every test, and what the draft does not cover.
 
     Raises:
         ArchitectureError: No tiny model of the class can be made or run.
@@ -102,7 +102,7 @@ def probe(config: Any, *, shapes: Mapping[str, Sequence[int]] | None = None) -> 
 
 
 def _against(found: Probe, config: Any, shapes: Mapping[str, Sequence[int]]) -> Probe:
-    """Check the draft against the checkpoint's tensors; adapt it to single experts, or add what is not covered."""
+    """Check the draft against the checkpoint's tensors; extend it to single experts, or report what is not covered."""
     assert found.family is not None
     error = _unexplained(found.family, config, shapes)
     if error is None:

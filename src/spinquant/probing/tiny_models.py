@@ -1,4 +1,4 @@
-"""Make two tiny random models of an unknown class, in float64, whatever its config calls the usual sizes."""
+"""Make two tiny random models of an unknown class, in float64; finds the config's own names of the usual sizes."""
 
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,7 @@ from spinquant.models.modules import model_class
 from spinquant.probing.trace import run
 
 HEAD = 16  # head size of tiny models, unless the class needs more
-LARGEST = 50_000_000  # parameters of a tiny model; with more, the config's size fields were not understood
+LARGEST = 50_000_000  # parameters of a tiny model; if it has more, the config's size fields were not recognized
 # Other names of the usual size fields.
 SYNONYMS = {
     "hidden_size": ("d_model", "n_embd", "dim", "embed_dim", "model_dim", "width"),
@@ -42,7 +42,7 @@ def two_tiny_models(config: Any) -> tuple[list[Any], Sizing]:
         sizing = Sizing(filled, heads, names, head_dim=head_dim)
         try:
             return [_running(config, one) for one in (sizing, replace(sizing, **narrow))], sizing
-        except Exception as error:  # the code of an unknown class may raise anything
+        except Exception as error:  # the code of an unknown class may raise any exception
             errors.append(f"{type(error).__name__}: {error}".splitlines()[0])
     raise ArchitectureError(
         f"no tiny model of model_type {config.model_type!r} could be made and run, so it cannot be probed: {errors[0]}"

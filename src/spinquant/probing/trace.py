@@ -23,9 +23,9 @@ class TracedCall:
 
 
 def trace(model: Any, tokens: Tensor) -> dict[str, TracedCall]:
-    """The first call of every module with a tensor input and a floating-point output, in order of execution.
+    """Record the first call of every module with a tensor input and a floating-point output, in order of execution.
 
-    A module comes after those inside it.
+    A module comes after its submodules.
     """
     found: dict[str, TracedCall] = {}
     names = {module: name for name, module in model.named_modules() if name}
@@ -34,7 +34,7 @@ def trace(model: Any, tokens: Tensor) -> dict[str, TracedCall]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         given, result = _first_tensor((*args, *kwargs.values())), _first_tensor([output])
         if names[module] not in found and given is not None and result is not None and result.is_floating_point():
-            # A copy: some classes change tensors in place.
+            # A copy, because some classes change tensors in place.
             given, result = (by_sequence(x, tokens.shape[0]) for x in (before[module], result.detach().clone()))
             call = TracedCall(names[module], module, given, result, frozenset(kwargs))
             found[call.name] = call
@@ -70,7 +70,7 @@ def run(model: Any, tokens: Tensor) -> Tensor:
 
 
 def silent_parts(model: Any, calls: Mapping[str, TracedCall]) -> list[str]:
-    """The outermost modules with parameters that were never called, nor any module inside them."""
+    """The outermost modules with parameters of which neither they nor a submodule was called."""
     embedding = model.get_input_embeddings()
     called = {*calls, *(name for name, module in model.named_modules() if module is embedding)}
     found: list[str] = []
@@ -85,7 +85,7 @@ def silent_parts(model: Any, calls: Mapping[str, TracedCall]) -> list[str]:
 
 @torch.no_grad()
 def cached_layers(model: Any, tokens: Tensor, count: int) -> list[bool]:
-    """Whether each layer's keys are in the KV cache; all True if the cache does not tell."""
+    """Whether each layer's keys are in the KV cache; all True if the cache has no such record."""
     with Float64Arithmetic():
         cache = getattr(model(input_ids=tokens, use_cache=True), "past_key_values", None)
     found = [getattr(layer, "keys", None) is not None for layer in getattr(cache, "layers", ())]
@@ -98,7 +98,7 @@ def _nudged(module: nn.Module, size: float, tokens: slice) -> Iterator[None]:
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         if not isinstance(output, Tensor) or output.shape[:-1].numel() % output.shape[-1]:
-            return output  # of a router or an expert, which does not get every token
+            return output  # a router or an expert, which does not get every token
         index = torch.arange(output.shape[-1])
         nudged = output.clone()
         by_sequence(nudged, len(index))[index, tokens, index] += size

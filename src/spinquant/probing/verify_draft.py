@@ -23,8 +23,8 @@ from spinquant.online.hooks import attach
 from spinquant.plan import ROTATION_NAMES, Plan
 from spinquant.probing.branches import EXPERTS
 from spinquant.probing.channel_scaling import candidates, scales
-from spinquant.probing.explain import LINEARS
 from spinquant.probing.layer_kinds import choices_of, groups_of
+from spinquant.probing.module_roles import LINEARS
 from spinquant.probing.observation import Draft, Observation
 from spinquant.probing.tiny_models import random_tokens
 from spinquant.probing.trace import run
@@ -37,7 +37,7 @@ TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class Finding:
-    """A statement that was tested.
+    """A statement that was tested on a tiny model.
 
     moved: relative error of the logits, None if it could not be tested. reason: why it does not hold, else empty.
     """
@@ -80,7 +80,7 @@ class _Trial:
     def family(self) -> FamilyFile | None:
         """Test every statement; the family that is left, None if the draft does not give a plan."""
         try:
-            self._explain_rest()
+            self._add_rest()
             plan = self._plan()
         except SpinquantError as error:
             self.draft.left.append(f"the findings do not give a plan: {error}")
@@ -91,7 +91,7 @@ class _Trial:
         refused = [self._try_r1(plan)]
         refused += [self._try_rotation(plan, name) for name in ROTATION_NAMES[1:]]
         data = self.draft.data
-        self._find_factors(plan)
+        self._find_scaled(plan)
         lacking = dict(found for found in refused if found is not None)
         if lacking:
             data["refused"] = [{"rotation": name, "reason": why} for name, why in lacking.items()]
@@ -105,7 +105,7 @@ class _Trial:
         return family
 
     def _without_impossible_experts(self, plan: Plan) -> Plan:
-        """The plan, without R4 inside experts if nothing can be hooked between their two matrix products."""
+        """The plan, without R4 inside experts if no hook can run between their two matrix products."""
         data, spaces = self.draft.data, {o.space for o in plan.onlines if o.site == "experts"}
         if not spaces:
             return plan
@@ -122,7 +122,7 @@ class _Trial:
             axes[:] = ["-" if axis == EXPERTS else axis for axis in axes]
         return self._plan()
 
-    def _find_factors(self, plan: Plan) -> None:
+    def _find_scaled(self, plan: Plan) -> None:
         """Add to the draft the first linear found, per kind of space, whose outputs scale that space."""
         found: dict[str, Any] = {}
         for space, entries in candidates(self.draft.data, plan, self.seen.shapes, self.seen.starred):
@@ -140,8 +140,8 @@ class _Trial:
         family = to_family(family_from({**self.draft.data, **more}, "the draft"), FAMILIES)
         return build_plan(family, self.tiny.config, tensor_shapes(self.tiny))
 
-    def _explain_rest(self) -> None:
-        """Add the tensors that no role covers, as tensors in no space."""
+    def _add_rest(self) -> None:
+        """Add the tensors that have no role, as tensors in no space."""
         data = self.draft.data
         if self.draft.silent:
             data["ignored"] = [rf"{re.escape(name)}\..*" for name in self.draft.silent]

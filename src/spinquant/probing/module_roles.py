@@ -1,12 +1,12 @@
-"""Infer the role of each module from the activations of a tiny model.
+"""Infer the role of each module (norm, reader, writer, value) from the activations of a tiny model.
 
-Everything here is inferred numerically, and is a candidate until it passes the tests of `probe.py`:
+Everything here is inferred numerically, and is a guess until it passes the tests of `verify_draft.py`:
 
 - the residual stream enters a layer as s and leaves it as s + sum_m c_m y_m, with a scalar c_m for every module m
   whose output y_m is written to it; modules with c_m = 0 are not writers;
 - a norm belongs to the stream if its input is such a sum;
 - a linear reads a norm if its input is a multiple of the norm's output, and the stream itself if each token's input is
-  a multiple of the stream (perhaps after subtracting the mean), as behind a norm without a scale;
+  a multiple of the stream (perhaps after subtracting the mean), as after a norm without a scale;
 - a row of a linear is a value if a perturbation of it reaches a writer's input unchanged: attention weights sum to 1.
 """
 
@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from spinquant.probing.moe import is_router, is_stack
 from spinquant.probing.trace import TracedCall, answers
 
-EXACT = 1e-9  # relative error that float64 rounding explains
+EXACT = 1e-9  # relative error that float64 rounding can cause
 NUDGE = 1e-3  # size of a perturbation
 MOST_ROWS = 4096  # of a linear whose outputs are perturbed, each in its own sequence
 LINEARS = (nn.Linear, Conv1D)
@@ -235,7 +235,7 @@ def _writers(part: LayerPart, layer: TracedCall, parts: Sequence[TracedCall]) ->
                 f"{call.name} ({type(call.module).__name__}) writes to the residual stream and is not a linear"
             )
     if abs(sums[0]) <= EXACT and not part.problems:
-        part.problems.append(f"{layer.name} does not pass the residual stream on")
+        part.problems.append(f"{layer.name} does not add the residual stream to its output")
     # A linear whose output goes through a norm before it is added still ends its branch.
     names, behind = {call.name for call in writing}, [call for call in writing if scale_of(call)]
     while behind:
@@ -250,7 +250,7 @@ def _writers(part: LayerPart, layer: TracedCall, parts: Sequence[TracedCall]) ->
 
 
 def _why_unexplained(layer: TracedCall, parts: Sequence[TracedCall]) -> str:
-    """Why a layer's output is not explained: names an elementwise scale if that explains it."""
+    """Why a layer's output is no such sum: names an elementwise scale if that is the cause."""
     columns = torch.stack([layer.input, *(call.output for call in parts)]).flatten(1, 2)  # (parts, tokens, hidden)
     if columns.shape[1] > columns.shape[0]:
         a, b = columns.permute(2, 1, 0), layer.output.flatten(0, 1).T.unsqueeze(-1)  # one problem per channel
@@ -327,7 +327,7 @@ def explain_ends(model: Any, calls: Mapping[str, TracedCall], first: TracedCall,
         part.problems.append(f"the output of {embedding} is not written to the residual stream unchanged")
     for name in part.writers:
         if scale_of(calls[name]) is not None:
-            part.problems.append(f"{name} scales what enters the residual stream element by element")
+            part.problems.append(f"{name} scales the input of the first layer element by element")
         elif not isinstance(calls[name].module, nn.Embedding):
             part.problems.append(
                 f"{name} ({type(calls[name].module).__name__}) writes to the residual stream and is not an embedding"
@@ -343,7 +343,7 @@ def explain_ends(model: Any, calls: Mapping[str, TracedCall], first: TracedCall,
 
 
 def _spread(output: Tensor, like: Tensor) -> Tensor | None:
-    """A module's output expanded to the batch; None if it has not the stream's shape."""
+    """A module's output expanded to the batch; None if it does not fit the stream's shape."""
     if output.ndim and output.shape[-1] == like.shape[-1] and output.ndim in (2, 3):
         try:
             return output.expand(like.shape) if output.ndim == 3 else output.unsqueeze(0).expand(like.shape)

@@ -31,8 +31,8 @@ def draft_text(probe: Probe) -> str:
     """
     lines = [
         f"# Draft of a family file for model_type {probe.model_type!r}, found by probing.",
-        "# Each statement was tested by itself on a tiny random model of the class, in float64. Read it, correct it,",
-        "# and accept it by passing it with --family; the rotations are then proved on such a model once more.",
+        "# Each statement was tested by itself on a tiny random model of the class, in float64. Review the draft,",
+        "# correct it, and pass it with --family; the rotations are then proved on such a model once more.",
         "#",
         *_tried(f"Proved: logits moved by less than {TOLERANCE:g} (relative)", [f for f in probe.findings if f.holds]),
         *_tried("Failed: refused below, with the reason", [f for f in probe.findings if not f.holds]),

@@ -1,8 +1,8 @@
-"""Match a draft to a checkpoint that stores experts one by one where the module stacks them.
+"""Extend a draft to a checkpoint that stores experts one by one, where the module stacks them.
 
-The tensors below a module of experts (`experts.0.gate_proj.weight`, ...) are linears, (out, in): one with as many
-inputs as the residual stream is wide reads it, one with as many outputs writes to it. If both hold it is ambiguous, and
-nothing is drafted. `#` stands for the expert.
+The tensors of an experts module (`experts.0.gate_proj.weight`, ...) are linears, (out, in): one whose inputs are as
+many as the hidden size reads the residual stream, one whose outputs are as many writes to it. If both are, it is
+ambiguous and nothing is drafted. `#` stands for the expert index.
 """
 
 import re

@@ -1,7 +1,7 @@
 """Draft a family file from the roles found in tiny models of two sizes.
 
-Two sizes, since one number may have several explanations: 32 rows may be two heads of 16 or half of the hidden size. A
-formula is accepted if it gives the right number for both.
+Two sizes, because one number may have several explanations: 32 rows may be two heads of 16 or half of the hidden size.
+A formula is accepted if it gives the right number for both.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from spinquant.architectures.family import size_of
 from spinquant.errors import ArchitectureError
 from spinquant.evaluation.tiny_model import Sizing
 from spinquant.probing.branches import add_branches, add_stacks
-from spinquant.probing.explain import LayerPart, Values, is_multiple, scale_of
+from spinquant.probing.module_roles import LayerPart, Values, is_multiple, scale_of
 from spinquant.probing.observation import Draft, Observation, formula, reading_of
 
 _HEADS, _KV = "num_attention_heads*head_dim", "num_key_value_heads*head_dim"
@@ -68,7 +68,7 @@ def draft(
     every = [norm for part in first.layers for norm in part.norms] + first.ends.norms
     offsets = {norm.offset for norm in every}
     if len(offsets) > 1 or None in offsets:
-        found.left.append("the scales of the norms are neither all w nor all 1 + w, and cannot be fused as one kind")
+        found.left.append("the norms multiply neither all by w nor all by 1 + w, and a family has one kind")
     elif offsets == {1.0}:
         data["norm_offset"] = 1.0
     at = next((i for i, part in enumerate(first.layers) if part.attention is not None and part.values), None)
@@ -83,7 +83,9 @@ def draft(
         readers += [r for reader in norm.readers if (r := read_through.get(star(reader), star(reader))) not in readers]
     if rest:
         written = ", ".join(rest)
-        found.left.append(f"{written}: on the residual stream, but no role found, so not rotated by R2 or R4")
+        found.left.append(
+            f"{written}: reads or writes the residual stream, but no role found, so not rotated by R2 or R4"
+        )
     return found
 
 
