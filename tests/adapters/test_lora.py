@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from families import FAMILIES
 from models import logits, random_weights, scaled, tiny_model, tokens
 from spinquant import LearnedRotations, RotationSpec, load, make_rotations, plan_of, rotate_adapter, rotate_folder
-from spinquant.adapters import lora as along_lora
-from spinquant.adapters.plan import plan_beside
+from spinquant.adapters import lora as lora_module
+from spinquant.adapters.plan import adapter_plan
 from spinquant.cli.main import app
 from spinquant.entrypoints.folders import quantize_folder
 from spinquant.entrypoints.result import Options
@@ -131,7 +131,7 @@ def test_the_gain_of_a_norm_belongs_to_the_update_too(tmp_path, monkeypatch):
     model = source("llama", tmp_path / "model")
     lora = adapter(model, tmp_path / "lora", target_modules=LINEARS)
     expected = answer(model, lora)
-    monkeypatch.setattr(along_lora, "plan_beside", lambda *a: replace(plan_beside(*a), gains=()))
+    monkeypatch.setattr(lora_module, "adapter_plan", lambda *a: replace(adapter_plan(*a), gains=()))
     rotate_folder(model, tmp_path / "out", RotationSpec("R1,R2", "auto"), also=[lora], text=None, options=QUICK)
     assert not torch.allclose(answer(tmp_path / "out", tmp_path / "out/adapters/lora"), expected, atol=1e-3)
 

@@ -29,7 +29,7 @@ ROWS, SAME = 64, 0.02
 
 @dataclass(frozen=True)
 class Target:
-    """The base model of an adapter: original checkpoint, plan and rotations. name: of the rotated folder."""
+    """The base model of an adapter: original checkpoint, plan and rotations. name: the rotated folder, as given."""
 
     name: str
     config: Any
@@ -46,12 +46,12 @@ class Target:
 
     @cached_property
     def names(self) -> Mapping[str, str]:
-        """Names of tensors in the plan by their names in the module; a tied head has its own."""
+        """Names of tensors in the plan by their names in the module; a tied head has a name too."""
         own = module_names(self.family, self.source.tensors)
         return {**module_names(self.family, [tie.tensor for tie in self.plan.ties]), **own}
 
     def module_name(self, name: str) -> str:
-        """The module's name of a tensor that may have the name of an older version of transformers."""
+        """The module's name of a tensor whose name may be that of an older version of transformers."""
         return next(iter(module_names(self.family, [name])))
 
     @cached_property
@@ -71,7 +71,7 @@ class Target:
 
 @contextmanager
 def target_of(rotated: str | Path, model: str | Path | None = None) -> Iterator[Target]:
-    """Open the base model of a rotated folder: `model`, or the original that its record names.
+    """Open the base model of a rotated folder: `model`, or the original model that the folder's record names.
 
     Raises CheckpointError for a folder without record or rotations, and RotationError if the model is not the original.
     """
@@ -79,7 +79,7 @@ def target_of(rotated: str | Path, model: str | Path | None = None) -> Iterator[
     record = read_record(folder)
     origin = model or record.get("source")
     if origin is None:
-        raise CheckpointError(f"the record of {folder} does not name the original model: give it with --model")
+        raise CheckpointError(f"the record of {folder} does not name the original model: pass it with --model")
     config = load_config(origin)
     with closing(Source(folder_of(origin), config)) as source:
         plan = make_plan(config, source.shapes)
@@ -88,7 +88,7 @@ def target_of(rotated: str | Path, model: str | Path | None = None) -> Iterator[
         spaces = [asdict(space) for space in plan.spaces]
         if spaces != record["plan"]["spaces"] or not _is_original(target, folder):
             raise RotationError(
-                f"{str(origin)!r} is not the model that {folder} was made from: give the original with --model"
+                f"{str(origin)!r} is not the model that {folder} was made from: pass the original with --model"
             )
         yield target
 

@@ -1,15 +1,15 @@
 """Rotate draft heads for speculative decoding to match a rotated base model.
 
-The rotated model's hidden states are x R instead of x between its blocks; but behind its last norm, whose scale g is
-fused into the head, they are u R instead of u diag(g).
+R1 turns hidden states x between the blocks into x R. After the last norm, whose scale g is fused into the head, it
+turns u diag(g) into u R.
 
-- **EAGLE-3** (arXiv 2503.01840) reads the residual stream behind some blocks through one linear `fc`, and embeddings
-  through a norm. Both are linear, so it can be rotated exactly; from there on it uses a basis of its own.
-- **EAGLE-1 and 2** (arXiv 2401.15077) continue the states behind the last norm in a residual stream of their own,
-  whose outputs o are both their next inputs and the input of the model's head. That stream would have to be
-  o diag(1/g) R, whose norm is not the norm of o, by which the layer divides.
-- **Medusa** (arXiv 2401.10774) adds SiLU(W u diag(g)) to the states: elementwise in the unrotated basis, to a sum in
-  the rotated one.
+- **EAGLE-3** (arXiv 2503.01840) reads the residual stream after some blocks through one linear `fc`, and embeddings
+  through a norm. Both can absorb R exactly, and everything after them has its own, unrotated basis.
+- **EAGLE-1 and 2** (arXiv 2401.15077) continue the states after the last norm in a residual stream of their own, whose
+  outputs o are both their next inputs and the input of the model's head. That stream would have to be o diag(1/g) R,
+  but its length differs from the length of o, by which the layer's norm divides.
+- **Medusa** (arXiv 2401.10774) adds SiLU(W u diag(g)), which is elementwise in the unrotated basis, to a state in the
+  rotated basis.
 - **Layers for multi-token prediction** are in the model's own folder: see `architectures/mtp.py`.
 """
 
@@ -28,7 +28,7 @@ from spinquant.rotations.fuse import transform
 Kind = Literal["eagle3", "eagle", "medusa"]
 
 _FIRST = r"(?:midlayer|layers\.0)"
-# Tensors of EAGLE-3 in its own basis, behind `fc` and the first attention's inputs.
+# Tensors of EAGLE-3 in its own basis, after `fc` and the first attention's inputs.
 _INSIDE = re.compile(
     r"fc\.bias|norm\.weight|lm_head\.weight|d2t|t2d"
     rf"|{_FIRST}\.(hidden_norm|post_attention_layernorm)\.weight"
@@ -43,14 +43,14 @@ _MEDUSA = re.compile(r"(medusa_head\.)?\d+\.\d+\.linear\.weight|blocks\.\d+\.lay
 
 _IMPOSSIBLE = {
     "eagle": (
-        "an EAGLE-1 or EAGLE-2 head continues the states behind the model's last norm, and its own output goes both to "
-        "the model's head and back into itself. R1 moves the scale g of that norm into the model's head, so that "
-        "output o would have to become o diag(1/g) R, and the head's own norm, which divides by the length of o, would "
-        "divide by another number. Leave R1 out (--rotations R2), or use an EAGLE-3 head"
+        "an EAGLE-1 or EAGLE-2 head continues the states after the model's last norm, and its output o is the input of "
+        "both the model's head and the draft head's next step. R1 fuses the scale g of that norm into the model's "
+        "head, so o would have to become o diag(1/g) R, whose length differs from the length of o, by which the draft "
+        "head's norm divides. Leave R1 out (--rotations R2), or use an EAGLE-3 head"
     ),
     "medusa": (
-        "a Medusa head adds SiLU(W x) to the state x behind the model's last norm. SiLU acts element by element in the "
-        "unrotated basis, and what it is added to would be rotated: no W, and no head behind it, gives the same sum. "
+        "a Medusa head adds SiLU(W x) to the state x after the model's last norm. SiLU acts element by element in the "
+        "unrotated basis, and R1 would rotate the state: no W and no output head give the same sum. "
         "Leave R1 out (--rotations R2)"
     ),
 }
@@ -67,8 +67,8 @@ def head_kind(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Kind:
         return "medusa"
     raise RotationError(
         f"this folder (model_type {config.get('model_type')!r}, tensors such as {', '.join(sorted(tensors)[:3])}) is "
-        "not a known draft head: EAGLE-3 can be rotated, EAGLE-1, EAGLE-2 and Medusa are recognized. A separate draft "
-        "model reads tokens only and needs no rotation"
+        "not a known draft head: EAGLE-3 can be rotated; EAGLE-1, EAGLE-2 and Medusa are recognized. A separate draft "
+        "model reads only tokens and needs no rotation"
     )
 
 
@@ -78,8 +78,7 @@ def rotate_head(
 ) -> dict[str, Tensor]:
     """Rotate the tensors of a draft head for a rotated base model; same names.
 
-    Raises RotationError, with the reason, for a head that cannot be rotated by R1; R2, R3 and R4 change nothing that a
-    head reads.
+    Raises RotationError, with the reason, for a head that R1 rules out; R2, R3 and R4 do not change what a head reads.
     """
     if "residual" not in target.rotations:
         return dict(tensors)
@@ -105,8 +104,8 @@ def eagle3_plan(
     by_own = {_own(name): name for name in tensors}
     if "lm_head.weight" not in by_own:
         raise RotationError(
-            "the draft head has no lm_head of its own: it would use the model's, into which R1 fuses the scale of the "
-            "model's last norm, where the draft head needs its own. Leave R1 out, or add a copy of the original "
+            "the draft head has no lm_head of its own and would use the model's, into which R1 fuses the scale of the "
+            "model's last norm, while the draft head has another norm. Leave R1 out, or add a copy of the original "
             "model's lm_head to it"
         )
     fc = tensors[by_own["fc.weight"]]
@@ -115,7 +114,7 @@ def eagle3_plan(
             f"fc has {fc.shape[1]} inputs, which is not a multiple of the model's hidden size {hidden}: the draft head "
             "belongs to another model"
         )
-    # A draft head of another width has embeddings of its own, which are not rotated.
+    # A draft head of another width has its own embeddings, which are not rotated.
     shares = fc.shape[0] == hidden
     axes = [Axis(by_own["fc.weight"], 1, residual)]
     gains: list[Gain] = []
@@ -141,7 +140,7 @@ def eagle3_plan(
         span = Span(0, hidden, 2 * hidden)
         axes += [Axis(name, 1, residual, span) for name in readers]
         gains.append(Gain(norm, residual, tuple((name, 1) for name in readers)))
-        # The first half of the readers' inputs is embeddings, behind this norm; the second half has another norm.
+        # The first half of the readers' inputs is embeddings after this norm; the second half has another norm.
         weights[norm] = torch.cat([tensors[norm], torch.ones_like(tensors[norm])])
     plan = Plan(
         family="eagle3",

@@ -17,7 +17,7 @@ from spinquant.checkpoint.folder import SINGLE, copied_files, folder_of, weights
 from spinquant.checkpoint.run_directory import atomic_folder
 from spinquant.errors import CheckpointError
 
-ADAPTERS = "adapters"  # beside the weights of a rotated model
+ADAPTERS = "adapters"  # subfolder of a rotated model's folder
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -82,7 +82,7 @@ def write_adapter(folder: Path, target: Target, out: Path) -> dict[str, Any]:
     if (folder / ADAPTER_CONFIG).is_file():
         kind, about, tensors, metadata = "lora", *_read(folder, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
         rotated = rotate_lora(about, tensors, target)
-        # The revision belongs to the original model, which the config no longer names.
+        # The revision is one of the original model, which the config no longer names.
         stale = {"base_model_name_or_path": target.name, "revision": None}
         changed = {key: stale.get(key, value) for key, value in about.items()}
         config, weights = ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -103,7 +103,7 @@ def write_adapter(folder: Path, target: Target, out: Path) -> dict[str, Any]:
 
 
 def read_adapters(folders: Iterable[str | Path]) -> dict[str, Path]:
-    """Resolve folders of adapters to the names that they get beside the rotated model.
+    """Adapter folders by the names of their subfolders in the rotated model's folder.
 
     Raises CheckpointError for a folder that does not exist, and for two of the same name.
     """

@@ -1,9 +1,9 @@
 """Rotate LoRA adapters (peft) to match a rotated base model.
 
-An update s B A of a weight W becomes s B' A' (see `plan.py`); s, ranks and their patterns stay. An input that is
-rotated online (R4) is rotated by the linear itself, inside the layer that peft wraps around it, so A reads the
-unrotated input. Embeddings have A by token and B by channel. A bias, or a whole module in the adapter, is rotated like
-the tensor of the model that it replaces. Updates of stacked experts: `moe.py`.
+An update s B A of a weight W becomes s B' A' (see `plan.py`); s, ranks and their patterns do not change. An input that
+is rotated online (R4) is rotated by a hook of the linear, inside the layer that peft wraps around it, so A reads the
+unrotated input. For embeddings, A has an axis of tokens and B one of channels. A bias, or a whole module in the
+adapter, is rotated like the tensor of the model that it replaces. Updates of stacked experts: `moe.py`.
 
 DoRA stores a magnitude m and divides by norms of rows, y = diag(m / n) (W + s B A) x with n_i = ||(W + s B A)_i||. If
 outputs are rotated there is no equivalent: diag(m / n) R is not R diag(m / n). A rotated input keeps n; a gain changes
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from spinquant.adapters.base_model import Target
 from spinquant.adapters.moe import stacked_counterpart
-from spinquant.adapters.plan import Counterpart, plan_beside
+from spinquant.adapters.plan import Counterpart, adapter_plan
 from spinquant.errors import RotationError
 from spinquant.rotations.fuse import scales_of, transform
 
@@ -77,7 +77,7 @@ def rotate_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], target
             counterparts[name] = found
         else:
             magnitudes[name] = found
-    plan = plan_beside(target.plan, counterparts)
+    plan = adapter_plan(target.plan, counterparts)
     rotated = {n: transform(n, t, plan, target.gains, target.rotations) for n, t in tensors.items()}
     for name, scaled in magnitudes.items():
         rotated[name] = _magnitude(name, scaled, tensors, target)
@@ -89,14 +89,14 @@ def check_config(config: Mapping[str, Any], target: Target) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise RotationError(
-            f"the adapter has peft_type {kind!r}: only LORA can be rotated (others scale or mix channels in a basis of "
-            "their own). Merge it into the model, and rotate that"
+            f"the adapter has peft_type {kind!r}: only LORA can be rotated (others scale or mix channels in the "
+            "unrotated basis). Merge it into the model, and rotate that"
         )
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start not in PLAIN_STARTS:
         raise RotationError(
-            f"the adapter has init_lora_weights {start!r}: when it is loaded, peft recomputes the model's weights from "
-            "the present ones, and rotated ones give other results. Convert it to plain LoRA "
+            f"the adapter has init_lora_weights {start!r}: when it is loaded, peft computes new base weights from the "
+            "current ones, and rotated ones give other results. Convert it to plain LoRA "
             "(save_pretrained(..., path_initial_model_for_weight_conversion=...)) and rotate that"
         )
     for key, value in config.items():
@@ -131,7 +131,7 @@ def _counterpart(
         online = _reads_online(module, target)
         return Counterpart(weight, {} if online else {inputs: 1}, {inputs: 1} if online else {})
     if part == "lora_B":
-        # A bias of B is along the outputs of the linear, as B's rows are.
+        # A bias of B has the output axis of the linear, like the rows of B.
         return Counterpart(weight, {outputs: 0})
     if part == "lora_embedding_A":
         return Counterpart(weight, {0: 1})
@@ -198,7 +198,7 @@ def _scaling(module: str, config: Mapping[str, Any]) -> float:
 
 
 def _magnitude(name: str, scaled: Scaled, tensors: Mapping[str, Tensor], target: Target) -> Tensor:
-    """m' of the module docstring, in the dtype of m."""
+    """The magnitude m' of the module docstring, in the dtype of m."""
     magnitude = tensors[name]
     gains = [g for g, _ in target.plan.gains_of.get(scaled.tensor, ()) if g.space in target.rotations]
     channels = list(scales_of(scaled.tensor, target.plan, target.rotations))

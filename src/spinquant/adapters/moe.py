@@ -2,8 +2,8 @@
 
 peft adds sum_r B[:, r, e] A[e, r, :] to expert e of a parameter, so A, (experts x rank, in), has the input axis of an
 expert and B, (out, rank x experts), its output axis. The update is added to the parameter itself, so it reads the same
-online-rotated input (R4) inside the experts. Wrappers of two parameters of one module are nested, and their names do
-not tell which is which: their shapes do.
+online-rotated input (R4) inside the experts. peft nests its wrappers of two parameters of one module under names that
+do not identify the parameter, so the shapes do.
 """
 
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ def stacked_counterpart(name: str, module: str, tensors: Mapping[str, Tensor], t
 
 
 def _experts(module: str, target: Target) -> list[_Expert]:
-    """The two weights of a layer's experts; all experts of a layer share their spaces."""
+    """The two weights of a layer's experts, of one expert if they are stored one by one: all share their spaces."""
     # The module's name, from the name of one of its tensors.
     name = target.module_name(f"{module}.down_proj").rpartition(".")[0]
     experts = next((experts for experts in target.plan.experts if experts.module == name), None)

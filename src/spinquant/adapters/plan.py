@@ -18,7 +18,7 @@ from spinquant.plan import Plan
 class Counterpart:
     """A tensor of the model, and which of its axes an adapter's tensor shares (model's dim: adapter's dim).
 
-    before: shared axes that the adapter reads before the model's online rotation; only channel scales apply to them.
+    before: shared axes that the adapter reads before the model's online rotation, so only channel scales apply to them.
     """
 
     tensor: str
@@ -26,10 +26,10 @@ class Counterpart:
     before: Mapping[int, int] = field(default_factory=dict)
 
 
-def plan_beside(plan: Plan, counterparts: Mapping[str, Counterpart]) -> Plan:
+def adapter_plan(plan: Plan, counterparts: Mapping[str, Counterpart]) -> Plan:
     """The plan of an adapter's tensors, under their own names, with the spaces and gains of the base model.
 
-    A counterpart that is the bias of a norm is transformed as a whole, whichever linears read the norm.
+    A counterpart that is the bias of a norm is transformed as a whole, independently of the linears that read the norm.
     """
     axes = tuple(
         replace(axis, tensor=name, dim=counterpart.dims[axis.dim])

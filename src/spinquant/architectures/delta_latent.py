@@ -18,7 +18,7 @@ def _delta_or_latent(
     name: str,
     *,
     reads: tuple[str, ...],
-    behind: tuple[str, ...] = (),
+    inner: tuple[str, ...] = (),
     shared: tuple[str, ...] = (),
     stored: tuple[tuple[str, str], ...],
 ) -> Family:
@@ -27,14 +27,14 @@ def _delta_or_latent(
     Args:
         name: name and model type of the family.
         reads: linears of the delta net that read the norm, besides q, k and v.
-        behind: linears that read the output of those.
+        inner: linears that read the output of these.
         shared: linears that read the norm in both kinds of layer.
         stored: as in `Family`.
     """
-    reading, behind, gates = (
-        tuple(f"{ATTENTION}.{part}_proj" for part in parts) for parts in (("k", "v", *reads), behind, shared)
+    reading, inner, gates = (
+        tuple(f"{ATTENTION}.{part}_proj" for part in parts) for parts in (("k", "v", *reads), inner, shared)
     )
-    own = (*reading, *behind, f"{ATTENTION}.forget_gate", f"{ATTENTION}.o_norm")
+    own = (*reading, *inner, f"{ATTENTION}.forget_gate", f"{ATTENTION}.o_norm")
     return DEEPSEEK.like(
         name,
         name,
@@ -42,7 +42,7 @@ def _delta_or_latent(
             f"{ATTENTION}.kv_b_proj.weight": (None, KEY_VALUE_LATENT),
             f"{ATTENTION}.o_proj.weight": ("residual", None),
             **{f"{linear}.weight": (None, "residual") for linear in (*reading, *gates)},
-            **{f"{linear}.weight": (None, None) for linear in behind},
+            **{f"{linear}.weight": (None, None) for linear in inner},
             **{f"{ATTENTION}.forget_gate.{part}": INSIDE for part in ("dt_bias", "A_log")},
             f"{ATTENTION}.o_norm.weight": (None,),
             **{f"{ATTENTION}.{part}conv1d.weight?": INSIDE for part in ("", "q_", "k_", "v_")},
@@ -53,7 +53,7 @@ def _delta_or_latent(
             (*_READS, *reading, *gates),
             _QUERIES,
             _EXPANDS,
-            *((linear,) for linear in behind),
+            *((linear,) for linear in inner),
             *_REST,
         ),
         attention_part="kv_a_proj_with_mqa.",
@@ -65,7 +65,7 @@ def _delta_or_latent(
 KIMI_LINEAR = _delta_or_latent(
     "kimi_linear",
     reads=("forget_gate.f_a", "b", "g_a"),
-    behind=("forget_gate.f_b", "g_b"),
+    inner=("forget_gate.f_b", "g_b"),
     stored=(
         *MIXTRAL_NAMES,
         (r"\.self_attn\.(f_[ab]_proj\.|dt_bias$|A_log$)", r".self_attn.forget_gate.\1"),

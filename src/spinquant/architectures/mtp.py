@@ -33,10 +33,10 @@ def prediction_tensors(config: Any, names: Iterable[str]) -> tuple[str, ...]:
     layers = getattr(text, "num_hidden_layers", 0) or 0
     # A layer beyond the config's number is an MTP layer only if it combines two inputs.
     joins = {(m[1], m[2]) for name in names if ".eh_proj." in name and (m := _LAYER.match(name))}
-    behind = {place for place in joins if int(place[1]) >= layers}
+    extra = {place for place in joins if int(place[1]) >= layers}
 
     def is_one(name: str) -> bool:
         found = _LAYER.match(name)
-        return bool(_MTP.search(name)) or (found is not None and (found[1], found[2]) in behind)
+        return bool(_MTP.search(name)) or (found is not None and (found[1], found[2]) in extra)
 
     return tuple(name for name in names if is_one(name))

@@ -15,8 +15,8 @@ def post_norm(*norms: str, when: str | None = None) -> tuple[Refusal, ...]:
         Refusal(
             "R1",
             f"{' and '.join(f'model.layers.*.{norm}.weight' for norm in norms)} scale what a block adds to the "
-            "residual stream element by element, and diag(g) R = R diag(g) holds only where all of g is equal; no "
-            "linear reads the norm before the sum, so g cannot be fused away",
+            "residual stream element by element, and diag(g) R = R diag(g) holds only if all elements of g are equal; "
+            "no linear reads the norm before the sum, so g cannot be fused away",
             when,
         ),
     )

@@ -77,7 +77,7 @@ DOGE = LLAMA.like(
         Refusal(
             "R1",
             "model.layers.*.input_residual and model.layers.*.post_attention_residual scale the residual stream "
-            "element by element, and diag(g) R = R diag(g) holds only where all of g is equal",
+            "element by element, and diag(g) R = R diag(g) holds only if all elements of g are equal",
         ),
     ),
 )

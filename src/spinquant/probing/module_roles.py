@@ -228,7 +228,7 @@ def _writers(part: LayerPart, layer: TracedCall, parts: Sequence[TracedCall]) ->
         if scale_of(call):
             part.problems.append(
                 f"{call.name}.{scale_of(call)} scales what is added to the residual stream element by element, and "
-                "diag(g) R = R diag(g) holds only where all of g is equal"
+                "diag(g) R = R diag(g) holds only if all elements of g are equal"
             )
         elif not isinstance(call.module, LINEARS) and not is_stack(call):
             part.problems.append(
@@ -237,15 +237,15 @@ def _writers(part: LayerPart, layer: TracedCall, parts: Sequence[TracedCall]) ->
     if abs(sums[0]) <= EXACT and not part.problems:
         part.problems.append(f"{layer.name} does not add the residual stream to its output")
     # A linear whose output goes through a norm before it is added still ends its branch.
-    names, behind = {call.name for call in writing}, [call for call in writing if scale_of(call)]
-    while behind:
-        norm = behind.pop()
+    names, pending = {call.name for call in writing}, [call for call in writing if scale_of(call)]
+    while pending:
+        norm = pending.pop()
         earlier = [call for call in parts if call is not norm]
         sums, error = combination(norm.input, [layer.input, *(call.output for call in earlier)])
         for call, number in zip(earlier, sums[1:], strict=True):
             if error <= EXACT and abs(number) > EXACT and call.name not in names:
                 names.add(call.name)
-                behind += [call] if scale_of(call) else []
+                pending += [call] if scale_of(call) else []
     return [c.name for c in parts if c.name in names and (isinstance(c.module, LINEARS) or is_stack(c))]
 
 
@@ -271,7 +271,7 @@ def _why_unexplained(layer: TracedCall, parts: Sequence[TracedCall]) -> str:
             by = f" by {inside[0]}" if inside else ""
             return (
                 f"{layer.name} scales {' and '.join(scaled)} element by element{by}, and diag(g) R = R diag(g) holds "
-                "only where all of g is equal"
+                "only if all elements of g are equal"
             )
     return f"{layer.name} does not add multiples of its linears' outputs to the residual stream"
 
