@@ -1,4 +1,4 @@
-"""Draft heads beside a rotated model: EAGLE-3 computes what it did; of the others, that they cannot.
+"""Draft heads of a rotated model: rotated EAGLE-3 heads give the same drafts; EAGLE-1 and Medusa heads cannot.
 
 The reference modules below follow the published structure of the heads (SafeAILab/EAGLE, FasterDecoding/Medusa), with
 the names that their checkpoints have.
@@ -26,7 +26,7 @@ HIDDEN, DRAFT_VOCABULARY = SIZES["hidden_size"], 40
 
 
 class DraftLayer(nn.Module):
-    """A Llama layer; that of EAGLE-3 reads embeddings and states side by side, that of EAGLE-1 one stream."""
+    """A Llama layer that reads one stream (EAGLE-1), or embeddings and states concatenated (two sides, EAGLE-3)."""
 
     def __init__(self, config, *, sides):
         super().__init__()
@@ -75,7 +75,7 @@ class Eagle3(nn.Module):
 
 
 class Eagle(nn.Module):
-    """Reads embeddings and the states behind the model's last norm; its outputs are such states."""
+    """Reads embeddings and the states after the model's last norm; its outputs are such states."""
 
     def __init__(self, config):
         super().__init__()
@@ -122,14 +122,14 @@ def running(function, *arguments, **named):
 
 
 def states_of(model, ids):
-    """The residual stream before three blocks, side by side, and the states behind the last norm."""
+    """The residual stream before three blocks, concatenated, and the states after the last norm."""
     with Float64Arithmetic(), torch.no_grad():
         found = model.model(input_ids=ids, output_hidden_states=True, use_cache=False)
     return torch.cat(found.hidden_states[:3], dim=-1), found.last_hidden_state
 
 
 def saved(head, folder, *, without=(), **about):
-    """In the form of a checkpoint of a head."""
+    """Save a draft head as a checkpoint."""
     folder.mkdir()
     tensors = {n: t.clone() for n, t in head.state_dict().items() if not n.startswith(("rotary", *without))}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -150,8 +150,8 @@ def model(request, tmp_path):
 
 
 @pytest.mark.parametrize("norm_before_fc", [False, True])
-def test_eagle_3_drafts_the_same(model, norm_before_fc, tmp_path):
-    """With embeddings of its own, and with those that it shares with the model; two tokens ahead."""
+def test_a_rotated_eagle3_head_gives_the_same_drafts(model, norm_before_fc, tmp_path):
+    """With its own embeddings, and with those of the model; two tokens ahead."""
     ids, head = tokens(), made(Eagle3(config(), norm_before_fc=norm_before_fc))
     original = load(model)
     head.embed_tokens.weight.data.copy_(original.get_input_embeddings().weight.double())
@@ -173,7 +173,7 @@ def test_eagle_3_drafts_the_same(model, norm_before_fc, tmp_path):
 
 
 @pytest.mark.parametrize("lost", ["embedding norm", "embedding half"])
-def test_eagle_3_needs_every_part_of_its_plan(model, lost, tmp_path, monkeypatch):
+def test_an_eagle3_head_is_wrong_without_any_part_of_its_plan(model, lost, tmp_path, monkeypatch):
     """Each part of the plan, left out, breaks the law above."""
     ids, head, whole = tokens(), made(Eagle3(config())), heads.eagle3_plan
 
@@ -192,7 +192,7 @@ def test_eagle_3_needs_every_part_of_its_plan(model, lost, tmp_path, monkeypatch
     assert not torch.allclose(running(again, ids, after), expected, atol=1e-3)
 
 
-def test_what_eagle_3_may_not_share_or_have(tmp_path):
+def test_unsupported_eagle3_heads_are_refused(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "model")
     head = made(Eagle3(config()))
     headless = saved(head, tmp_path / "headless", without=("lm_head",))
@@ -211,17 +211,17 @@ def test_what_eagle_3_may_not_share_or_have(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_eagle_1_cannot_follow_r1(tmp_path):
-    """With everything folded into it that can be, it is off, because its norm is that of another vector.
+def test_eagle1_heads_cannot_be_rotated_by_r1(tmp_path):
+    """With everything folded in that can be, drafts still move, because the head's norm divides by another length.
 
-    Were all of the scale of the model's last norm equal, the same would be exact.
+    If all elements of the scale of the model's last norm are equal, it is exact.
     """
     ids, head = tokens(), made(Eagle(config()))
     tiny_model("llama").save_pretrained(tmp_path / "model")
     source = saved(head, tmp_path / "head")
     with pytest.raises(RotationError, match=r"R1 is impossible.*EAGLE-1.*diag\(1/g\) R"):
         rotate_folder(tmp_path / "model", tmp_path / "no", RotationSpec("R1"), also=[source], text=None, options=QUICK)
-    # Without R1 nothing that it reads is another.
+    # Without R1, nothing that it reads changes.
     rotate_folder(tmp_path / "model", tmp_path / "r2", RotationSpec("R2"), also=[source], text=None, options=QUICK)
     original = load(tmp_path / "model")
     expected = running(head, ids, states_of(original, ids)[1], original)
@@ -234,12 +234,12 @@ def test_eagle_1_cannot_follow_r1(tmp_path):
 
 
 def off_by(folder, head, ids):
-    """How far drafts move when everything in an EAGLE-1 head that can follow does: o diag(1/g) R in and out."""
+    """How far drafts move if an EAGLE-1 head is rotated as far as possible: o diag(1/g) R in and out."""
     original = load(folder)
     result = rotate_folder(folder, f"{folder}-rotated", RotationSpec("R1", "auto"), text=None, options=QUICK)
     found, space = load(f"{folder}-rotated"), result.rotations["residual"]
     gain = original.model.norm.weight.detach()
-    # Behind its norm a vector is o / ||o / g||: what it was, but for a factor that is the same for all tokens at best.
+    # After its norm a vector is o / ||o / g||: the same up to a factor, which is at best equal for all tokens.
     behind = gain / gain.square().mean().sqrt()
     forced = made(Eagle(config()))
     forced.load_state_dict(head.state_dict())
@@ -260,8 +260,8 @@ def off_by(folder, head, ids):
     return (moved.norm() / expected.norm()).item()
 
 
-def test_medusa_cannot_follow_r1(tmp_path):
-    """What its block adds is no linear function of what a rotated one could: the best head behind it is off."""
+def test_medusa_heads_cannot_be_rotated_by_r1(tmp_path):
+    """What its block adds is no linear function of what a rotated one could add: even the best output head is off."""
     ids, head = tokens(16, 32), made(Medusa(config()))
     tiny_model("llama").save_pretrained(tmp_path / "model")
     (tmp_path / "head").mkdir()
@@ -282,7 +282,7 @@ def test_medusa_cannot_follow_r1(tmp_path):
     before, after = (states_of(model, ids)[1].flatten(0, 1) for model in (original, load(tmp_path / "out")))
     expected = running(head, before)
     with torch.no_grad():
-        # W exact for what goes into SiLU; then the best of all heads behind the block, by least squares.
+        # W is exact for the input of SiLU; then the best of all output heads, by least squares.
         weight = space.apply(head.linear.weight * original.model.norm.weight)
         inside = after @ weight.T + head.linear.bias
         assert torch.allclose(inside, running(head.linear, before), atol=1e-9)

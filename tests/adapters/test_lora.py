@@ -1,4 +1,4 @@
-"""The law of adapters: rotated with their model, or after it, they add to it what they added before. Through peft."""
+"""LoRA adapters: rotated with their base model or later, they give the same logits as before (through peft)."""
 
 import json
 import re
@@ -25,13 +25,13 @@ from spinquant.quantization.scheme import parse_scheme
 
 peft = pytest.importorskip("peft")
 
-# What peft warns of is not ours: names of transformers that are to go, embeddings that it saves, tied weights.
+# Warnings of peft that do not concern us: deprecated names of transformers, saved embeddings, tied weights.
 pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:UserWarning:peft")
 
 QUICK = Options(prove=False)
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-# By family: what an adapter may adapt.
+# The adapter's options, by family.
 ADAPTED = {
     "llama": {"target_modules": [*LINEARS, "lm_head"], "rank_pattern": {"o_proj": 3}},
     "llama-tied": {"target_modules": [*LINEARS, "lm_head", "embed_tokens"]},
@@ -65,7 +65,7 @@ def opened(folder):
 
 
 def prepared(model):
-    """In float64 throughout, which some classes and grouped products of experts are not."""
+    """In float64 throughout, unlike some model classes and grouped products of experts."""
     exact_experts(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.double()
@@ -106,7 +106,7 @@ def mergeable(name):
 
 
 @pytest.mark.parametrize("name", ADAPTED)
-def test_rotated_along_it_adds_the_same(name, tmp_path):
+def test_a_rotated_adapter_gives_the_same_logits(name, tmp_path):
     model = source(name, tmp_path / "model")
     lora = adapter(model, tmp_path / "lora", **ADAPTED[name])
     expected = answer(model, lora)
@@ -115,9 +115,9 @@ def test_rotated_along_it_adds_the_same(name, tmp_path):
     result = rotate_folder(model, tmp_path / "out", spec, also=[lora], text=None, options=QUICK)
     made = tmp_path / "out" / "adapters" / "lora"
     assert torch.allclose(answer(tmp_path / "out", made), expected, atol=1e-9)
-    assert not torch.allclose(answer(tmp_path / "out", lora), expected, atol=1e-3)  # as it was, it adds something else
+    assert not torch.allclose(answer(tmp_path / "out", lora), expected, atol=1e-3)  # unrotated, it adds something else
     assert result.notes["adapters"]["lora"]["rotated"] > 0
-    # Later, from what the folder and its record say, it is the same to the last bit.
+    # Rotated later, from the folder and its record, it is identical.
     rotate_adapter(tmp_path / "out", lora, tmp_path / "later")
     late, along = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "later", made))
     assert late.keys() == along.keys() and all(torch.equal(late[n], along[n]) for n in late)
@@ -126,8 +126,8 @@ def test_rotated_along_it_adds_the_same(name, tmp_path):
     assert config == {k: v for k, v in before.items() if k != "base_model_name_or_path"}
 
 
-def test_the_gain_of_a_norm_belongs_to_the_update_too(tmp_path, monkeypatch):
-    """Without it the law above fails: it is no accident of gains near one."""
+def test_a_rotated_adapter_is_wrong_without_the_gains_of_norms(tmp_path, monkeypatch):
+    """So the test above does not pass merely because gains are near one."""
     model = source("llama", tmp_path / "model")
     lora = adapter(model, tmp_path / "lora", target_modules=LINEARS)
     expected = answer(model, lora)
@@ -137,8 +137,8 @@ def test_the_gain_of_a_norm_belongs_to_the_update_too(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("scheme", ["none", "W8"])
-def test_under_online_rotations_it_is_loaded_onto_the_rotated_model(scheme, tmp_path):
-    """peft's layer hands its own input to the linear, which rotates it (R4), and to A, which therefore stays."""
+def test_a_rotated_adapter_works_with_online_rotations(scheme, tmp_path):
+    """peft's layer passes its input to the linear, which rotates it (R4), and to A, whose input axis is not rotated."""
     model = source("llama", tmp_path / "model")
     lora = adapter(model, tmp_path / "lora", target_modules=LINEARS)
     expected = answer(model, lora)
@@ -150,13 +150,13 @@ def test_under_online_rotations_it_is_loaded_onto_the_rotated_model(scheme, tmp_
     base = answer(model)
     if scheme == "none":
         assert torch.allclose(after, expected, atol=1e-9)
-    else:  # what rounding moved, it moves with the adapter too
+    else:  # the quantization error is about the same with the adapter
         assert (after - expected).norm() < 3 * (before - base).norm() < 0.5 * (expected - base).norm()
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_scales_reach_it(dora, tmp_path):
-    """Rows of B of up_proj, columns of A of down_proj, which reads what is scaled and not yet rotated."""
+def test_channel_scales_are_applied_to_the_adapter(dora, tmp_path):
+    """Rows of B of up_proj, and columns of A of down_proj, which reads the scaled and not yet rotated input."""
     model = source("llama", tmp_path / "model")
     targets = ["q_proj", "up_proj"] if dora else LINEARS
     lora = adapter(model, tmp_path / "lora", target_modules=targets, use_dora=dora)
@@ -170,8 +170,8 @@ def test_scales_reach_it(dora, tmp_path):
     assert torch.allclose(after, expected, atol=1e-9)
 
 
-def test_updates_of_stacked_experts_are_rotated_inside_them(tmp_path):
-    """They are added to the parameter, behind R4."""
+def test_updates_of_stacked_experts_are_rotated(tmp_path):
+    """They are added to the parameter, which reads the input after R4."""
     model = source("qwen3_moe", tmp_path / "model")
     lora = adapter(model, tmp_path / "lora", target_parameters=EXPERTS, target_modules=["q_proj"])
     expected = answer(model, lora)
@@ -187,8 +187,8 @@ def test_updates_of_stacked_experts_are_rotated_inside_them(tmp_path):
         rotate_adapter(tmp_path / "out", lora, tmp_path / "no")
 
 
-def test_magnitudes_of_dora(tmp_path):
-    """Where outputs are not rotated they follow the gain; elsewhere they are refused, and the reason is true."""
+def test_dora_magnitudes_follow_the_gain_or_are_refused(tmp_path):
+    """They follow the gain where outputs are not rotated, and are refused where they are."""
     model = source("llama", tmp_path / "model")
     reading = ["q_proj", "k_proj", "gate_proj", "up_proj", "lm_head"]
     options = {"use_dora": True, "alpha_pattern": {"q_proj": 9}, "rank_pattern": {"k_proj": 2}}
@@ -206,7 +206,7 @@ def test_magnitudes_of_dora(tmp_path):
     assert not (tmp_path / "no").exists()
 
 
-def test_tokens_that_are_trained(tmp_path):
+def test_trained_token_embeddings_are_rotated(tmp_path):
     model = source("llama", tmp_path / "model")
     options = {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": tokens()[0, :5].tolist()}}
     lora = adapter(model, tmp_path / "lora", **options)
@@ -228,7 +228,7 @@ def test_tokens_that_are_trained(tmp_path):
         ({"use_something_new": True}, "does not know"),
     ],
 )
-def test_what_has_no_counterpart_is_refused_by_name(change, match, tmp_path):
+def test_adapters_without_an_equivalent_are_refused_with_the_reason(change, match, tmp_path):
     model = source("llama", tmp_path / "model")
     lora = adapter(model, tmp_path / "lora", target_modules=["q_proj"])
     path = lora / "adapter_config.json"
@@ -238,7 +238,7 @@ def test_what_has_no_counterpart_is_refused_by_name(change, match, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"model", "lora"}
 
 
-def test_a_norm_or_a_tensor_of_another_model_is_refused_by_name(tmp_path):
+def test_a_trained_norm_or_a_tensor_of_another_model_is_refused_by_name(tmp_path):
     model = source("llama", tmp_path / "model")
     normed = adapter(model, tmp_path / "normed", target_modules=["q_proj"], modules_to_save=["input_layernorm"])
     with pytest.raises(RotationError, match=r"input_layernorm.*scale of a norm"):
@@ -254,7 +254,7 @@ def test_a_norm_or_a_tensor_of_another_model_is_refused_by_name(tmp_path):
         rotate_adapter(tmp_path / "out", lora, tmp_path / "no")
 
 
-def test_the_original_has_to_be_the_original(tmp_path):
+def test_another_base_model_is_refused(tmp_path):
     model = source("llama", tmp_path / "model")
     tiny_model("llama", seed=5).save_pretrained(tmp_path / "other")
     lora = adapter(model, tmp_path / "lora", target_modules=["q_proj"])
@@ -269,7 +269,7 @@ def test_the_original_has_to_be_the_original(tmp_path):
     assert not (tmp_path / "no").exists()
 
 
-def test_on_the_command_line(tmp_path):
+def test_adapters_on_the_command_line(tmp_path):
     model = source("llama", tmp_path / "model")
     loras = [adapter(model, tmp_path / name, target_modules=[name]) for name in ("q_proj", "v_proj")]
     (loras[0] / "README.md").write_text("what it does")
@@ -282,7 +282,7 @@ def test_on_the_command_line(tmp_path):
     late = ["rotate-adapter", str(tmp_path / "out"), str(loras[1]), str(tmp_path / "late"), "--json"]
     done = run.invoke(app, late, catch_exceptions=False)
     assert json.loads(done.output)["kind"] == "lora"
-    # A rotated folder that is rotated or quantized again does not take its adapters along as they were.
+    # If a rotated folder is rotated or quantized again, its adapters are not copied.
     rotate_folder(tmp_path / "out", tmp_path / "again", RotationSpec("R1"), text=None, options=QUICK)
     assert not (tmp_path / "again/adapters").exists()
     with pytest.raises(CheckpointError, match="exists"):

@@ -1,4 +1,4 @@
-"""A model that is filled from its checkpoint is the model that transformers loads, in whatever form it is stored."""
+"""Checkpoint mapping: a model filled from its checkpoint equals the one that transformers loads, in every layout."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from spinquant.models.modules import model_class
 from spinquant.streaming.offloaded_model import OnDisk, form_in, hollow_model, unfillable
 from spinquant.streaming.pipeline import Rotated
 
-# Mixtures, and families whose checkpoints have other names than their modules.
+# MoE families, and families whose checkpoints have other names than their modules.
 OTHERWISE = {model_type for table in TABLES if table.experts or table.stored for model_type in table.model_types}
 NAMES = [name for name, one in FAMILIES.items() if one.config().get_text_config().model_type in OTHERWISE]
 NAMES += ["llava", "opt", "gpt2"]
@@ -39,7 +39,7 @@ def saved(path: Path, config, dtype=torch.float32, **options) -> Path:
 
 
 def filled(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """All tensors of a hollow model while the parts they are in are at work; of the embedding all rows."""
+    """All tensors of a hollow model, each while its part is loaded; of the embedding all rows."""
     config = load_config(folder)
     found: dict[str, torch.Tensor] = {}
     with closing(Source(folder, config)) as source:
@@ -61,7 +61,7 @@ def filled(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_filled_is_what_transformers_loads(name, tmp_path):
+def test_a_filled_model_equals_what_transformers_loads(name, tmp_path):
     folder = saved(tmp_path, FAMILIES[name].config(), max_shard_size="60KB")
     assert from_disk(folder)
     for dtype in (torch.float32, torch.bfloat16):  # in half types some tensors stay float32
@@ -74,8 +74,8 @@ def test_what_is_filled_is_what_transformers_loads(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss", "gpt_neox", "lfm2_moe", "olmo_hybrid"])
-def test_every_stored_tensor_has_its_place(name, tmp_path):
-    """Laid side by side, the pieces of a stack are the stack: none is missing, none lies on another."""
+def test_pieces_cover_every_tensor_exactly_once(name, tmp_path):
+    """The pieces of a tensor neither overlap nor leave a gap, and every checkpoint tensor is a piece."""
     config = FAMILIES[name].config()
     folder = saved(tmp_path, config)
     with closing(Source(folder, load_config(folder))) as source:
@@ -115,8 +115,8 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_real_tokens_are_compared_and_damage_is_named(name, tmp_path, monkeypatch):
-    """Before a calibration, by a stream that rounds, and by one that only rotates; blocks of experts included."""
+def test_a_damaged_expert_is_found_on_real_tokens_and_named(name, tmp_path, monkeypatch):
+    """By a calibration, by RTN quantization and by a rotation alone; experts included."""
     folder = saved(tmp_path / "model", FAMILIES[name].config())
     spec = RotationSpec("R1,R2,R4")
     given = {"text": "manual", "options": UNPROVED}
@@ -136,7 +136,7 @@ def test_real_tokens_are_compared_and_damage_is_named(name, tmp_path, monkeypatc
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_a_block_that_a_stream_has_no_room_for_is_compared_where_it_is_given(tmp_path, monkeypatch):
+def test_a_block_larger_than_the_memory_is_compared_if_more_memory_is_given(tmp_path, monkeypatch):
     monkeypatch.setattr("spinquant.entrypoints.stream_run.BLOCK_SHARE", 0)
     monkeypatch.setattr("spinquant.entrypoints.stream_run.BLOCK_FREE", 1000)
     folder, spec = saved(tmp_path / "model", FAMILIES["mixtral"].config()), RotationSpec("R1,R2")
@@ -148,7 +148,7 @@ def test_a_block_that_a_stream_has_no_room_for_is_compared_where_it_is_given(tmp
     assert quantize_folder(folder, tmp_path / "out", parse_scheme("W4A16"), spec, **given).real is not None
 
 
-def test_experts_in_fp8_blocks_are_calibrated_as_the_numbers_they_stand_for(tmp_path):
+def test_experts_in_fp8_blocks_are_calibrated_on_their_dequantized_values(tmp_path):
     folder = saved(tmp_path / "model", FAMILIES["deepseek_v3"].config(), torch.bfloat16)
     plain = Path(shutil.copytree(folder, tmp_path / "plain"))
     exact = quantize_to_fp8(folder)

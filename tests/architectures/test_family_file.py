@@ -1,4 +1,4 @@
-"""A family that its user wrote: what it says is what a table says, or it is refused; what is saved needs it no more."""
+"""Family files: equal to the built-in table, or refused; a saved model no longer needs the file."""
 
 import json
 import re
@@ -53,7 +53,7 @@ def acme_folder(tmp_path_factory):
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.stem)
 def test_a_file_and_a_table_give_the_same_plan(path):
-    """To the last axis; only reasons are in the user's words."""
+    """Except for the reasons of refusals, which are the user's text."""
     config = config_of(path.stem)
     shapes = shapes_of(config)
     table, found = make_plan(config, shapes), make_plan(config_of(path.stem), shapes, family=path)
@@ -62,15 +62,15 @@ def test_a_file_and_a_table_give_the_same_plan(path):
 
 
 def ordered(plan):
-    """Without the reasons; the order of spaces, axes and gains is that of a table, and says nothing."""
+    """Without the reasons; spaces, axes and gains are sorted, because their order has no meaning."""
     spaces, axes = (tuple(sorted(part, key=repr)) for part in (plan.spaces, plan.axes))
     gains = tuple(sorted(plan.gains, key=repr))
     return replace(plan, spaces=spaces, axes=axes, gains=gains, refused=())
 
 
 @pytest.mark.parametrize("table", FAMILIES, ids=lambda table: table.name)
-def test_every_table_can_be_referred_to(table):
-    """What is checked of a family file holds for our own tables, and like with no difference is the table."""
+def test_like_without_differences_is_the_built_in_table(table):
+    """So the checks of family files pass for the built-in tables too."""
     file = FamilyFile(name=table.name, model_types=list(table.model_types), like=table.name)
     found = to_family(family_from(file.recorded(), "here"), [table])
     assert found == table
@@ -122,7 +122,7 @@ def test_a_mistake_is_named_with_file_and_key(mistake, tmp_path):
     assert "mine.toml" in str(error.value) or mistake in ("unknown like", "unknown space", "a reader outside")
 
 
-def test_a_file_that_does_not_fit_the_model_is_refused_by_tensor(acme_family):
+def test_a_file_that_does_not_fit_the_model_is_refused_with_the_tensors_name(acme_family):
     config = acme.AcmeConfig(trap="stream")
     with pytest.raises(ArchitectureError, match=r"core\.stack\.0\.keep"):
         make_plan(config, shapes_of(config), family=acme_family)
@@ -144,8 +144,8 @@ def wrong_families(family):
 
 
 @pytest.mark.parametrize("case", range(4))
-def test_a_wrong_file_is_refused_by_the_twin(acme_family, case):
-    """It fits names and shapes; only numbers can tell. The message names where the function breaks."""
+def test_a_wrong_file_is_refused_by_the_proof_on_a_tiny_model(acme_family, case):
+    """It fits names and shapes, so only the logits differ. The message names the first module that departs."""
     what, family, rotation = list(wrong_families(acme_family))[case]
     with pytest.raises(ProofError, match=r"first module that departs is '(core\.stack\.\d+|out)") as error:
         prove(acme.AcmeConfig(), RotationSpec(rotation, "auto"), family=family)
@@ -153,8 +153,8 @@ def test_a_wrong_file_is_refused_by_the_twin(acme_family, case):
     assert prove(acme.AcmeConfig(), RotationSpec(rotation, "auto"), family=acme_family).relative < 1e-12
 
 
-def test_folders_are_made_without_loading_as_in_memory(acme_family, acme_folder, tmp_path):
-    """Plans from the names of checkpoints and of modules; the family is kept, so that a second step needs no file."""
+def test_streaming_with_a_family_file_equals_rotating_in_memory(acme_family, acme_folder, tmp_path):
+    """The family is stored in the config, so a second step needs no file."""
     spec = RotationSpec(("R1", "R2"), "auto", seed=3)
     with pytest.raises(ArchitectureError, match=r"--probe.*--family"):
         rotate_folder(acme_folder, tmp_path / "refused", spec)
@@ -168,7 +168,7 @@ def test_folders_are_made_without_loading_as_in_memory(acme_family, acme_folder,
     assert json.loads((tmp_path / "streamed" / "config.json").read_text())[RECORDED]["name"] == "acme"
 
 
-def test_a_stopped_run_does_not_go_on_with_another_family(acme_family, acme_folder, tmp_path, monkeypatch):
+def test_an_interrupted_run_is_not_resumed_with_another_family(acme_family, acme_folder, tmp_path, monkeypatch):
     spec = RotationSpec("R1", "auto")
     monkeypatch.setattr("spinquant.entrypoints.stream.write_record", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -190,8 +190,8 @@ for folder in {folders!r}:
 """
 
 
-def test_what_is_saved_is_loaded_elsewhere_without_the_file(acme_family, acme_folder, tmp_path):
-    """With R3 and R4 attached again, in a process that has never seen the family."""
+def test_a_saved_model_loads_in_another_process_without_the_family_file(acme_family, acme_folder, tmp_path):
+    """With R3 and R4 attached again."""
     ids = tokens(1, 20)
     torch.save(ids, tmp_path / "ids")
     before, after = logits(load(acme_folder), ids), {}
@@ -209,8 +209,8 @@ def test_what_is_saved_is_loaded_elsewhere_without_the_file(acme_family, acme_fo
     assert {online.site for online in plan_of(load(tmp_path / "none")).onlines} == {"input", "query_key"}
 
 
-def test_commands_from_the_draft_to_the_quantized_folder(run, tmp_path, monkeypatch):
-    """A class of transformers' as if it had no table here, as its user meets it."""
+def test_command_line_from_draft_to_quantized_model(run, tmp_path, monkeypatch):
+    """For a model class of transformers whose table is hidden."""
     others = tuple(table for table in FAMILIES if "nanochat" not in table.model_types)
     monkeypatch.setattr("spinquant.architectures.FAMILIES", others)
     config = AutoConfig.for_model(

@@ -1,4 +1,4 @@
-"""Layers for multi-token prediction: known, never rotated by half, kept where that is exact, dropped where asked."""
+"""Multi-token prediction (MTP) layers: R1 is refused, other rotations keep them, --drop-mtp drops them."""
 
 import copy
 import json
@@ -25,7 +25,7 @@ from spinquant.models.modules import model_class
 from spinquant.quantization.scheme import parse_scheme
 
 QUICK, DROP = Options(prove=False), Options(prove=False, drop_mtp=True)
-PREFIX = "model.layers.2."  # behind the last layer
+PREFIX = "model.layers.2."  # after the last layer
 
 
 class Predictor(nn.Module):
@@ -55,7 +55,7 @@ def prepared(module):
 
 @pytest.fixture
 def source(tmp_path):
-    """A tiny GLM-4.5 in shards, the last of which holds its layer for multi-token prediction; and that layer."""
+    """A tiny GLM-4.5 in two shards, the second with its MTP layer; and that layer as a module."""
     config = FAMILIES["glm4_moe"].config()
     config.num_nextn_predict_layers = 1
     model = random_weights(model_class(config).from_config(config, dtype=torch.float64))
@@ -95,7 +95,7 @@ def opened(folder):
     return model
 
 
-def test_r1_is_refused_and_the_others_leave_the_layer_as_it_is(source, tmp_path):
+def test_r1_is_refused_and_other_rotations_leave_mtp_layers_unchanged(source, tmp_path):
     folder, predictor = source
     with pytest.raises(RotationError, match=r"R1 is impossible.*model\.layers\.2\..*hnorm.*--drop-mtp"):
         rotate_folder(folder, tmp_path / "no", RotationSpec("R1,R2"), text=None, options=QUICK)
@@ -110,10 +110,10 @@ def test_r1_is_refused_and_the_others_leave_the_layer_as_it_is(source, tmp_path)
     )
 
 
-def test_the_reason_is_true(source, tmp_path):
-    """With all scales folded into eh_proj, and a factor for what the length is on average, drafts are off.
+def test_r1_changes_drafts_unless_the_last_norm_is_uniform(source, tmp_path):
+    """Even with all scales folded into eh_proj, and the average length as a factor, R1 changes the drafts.
 
-    Were all of the scale of the model's last norm equal, they would not be.
+    If all elements of the last norm's scale are equal, it does not.
     """
     folder, predictor = source
     ids, uneven = tokens(), off_by(folder, predictor, tmp_path / "uneven", tokens())
@@ -139,7 +139,7 @@ def off_by(folder, predictor, out, ids):
     return ((drafts(forced, opened(out), ids) - expected).norm() / expected.norm()).item()
 
 
-def test_dropped_it_is_gone_and_the_model_is_whole(source, tmp_path):
+def test_drop_mtp_removes_the_layers_and_keeps_the_logits(source, tmp_path):
     folder, _ = source
     expected = logits(opened(folder), tokens())
     arguments = ["rotate", str(folder), str(tmp_path / "out"), "--type", "auto", "--no-proof", "--drop-mtp"]
@@ -148,12 +148,12 @@ def test_dropped_it_is_gone_and_the_model_is_whole(source, tmp_path):
     assert not any(name.startswith(PREFIX) for name in read_headers(tmp_path / "out"))
     assert not (tmp_path / "out/model-00002-of-00002.safetensors").exists()
     assert json.loads((tmp_path / "out/config.json").read_text())["num_nextn_predict_layers"] == 0
-    # A run with other settings does not go on where this one was.
+    # A run with other settings does not resume this one.
     with pytest.raises(CheckpointError, match="exists"):
         rotate_folder(folder, tmp_path / "out", RotationSpec("R2", "auto"), options=QUICK)
 
 
-def test_a_calibration_from_disk_keeps_it(source, tmp_path):
+def test_calibration_from_disk_keeps_mtp_layers(source, tmp_path):
     folder, _ = source
     given = {"method": "gptq", "calibration_text": CalibrationText(samples=2, length=8)}
     quantize_folder(folder, tmp_path / "out", parse_scheme("W4"), RotationSpec("R2"), dtype=torch.float32, **given)
@@ -162,9 +162,9 @@ def test_a_calibration_from_disk_keeps_it(source, tmp_path):
         assert torch.equal(found[name], tensor.float()), name
 
 
-def test_a_model_that_is_loaded_would_lose_it_and_says_so(source, tmp_path, monkeypatch):
+def test_calibration_in_memory_is_refused_because_it_would_lose_mtp_layers(source, tmp_path, monkeypatch):
     folder, _ = source
-    # As of a class that keeps its weights in another form than the checkpoint.
+    # As for a class whose weights have another form than the checkpoint's.
     monkeypatch.setattr("spinquant.entrypoints.validation.from_disk", lambda *_: False)
     text = CalibrationText(samples=1, length=8)
     with pytest.raises(CheckpointError, match=r"loads the model without them.*--drop-mtp"):
@@ -173,8 +173,8 @@ def test_a_model_that_is_loaded_would_lose_it_and_says_so(source, tmp_path, monk
         )
 
 
-def test_a_layer_too_many_is_no_such_layer(source):
-    """Unless it joins two inputs: a config that promises too few layers is refused, as ever."""
+def test_an_extra_layer_without_eh_proj_is_not_an_mtp_layer(source):
+    """The config then has too few layers, and the tensor is refused as usual."""
     folder, _ = source
     shapes = {name: info.shape for name, info in read_headers(folder).items()}
     config = FAMILIES["glm4_moe"].config()
@@ -185,7 +185,7 @@ def test_a_layer_too_many_is_no_such_layer(source):
 
 
 @pytest.mark.parametrize("prefix", ["mtp.layers.0.", "model.mtp_block.0.", "model.mtp_layers.0.", "mtp."])
-def test_other_names_of_it(prefix, source):
+def test_mtp_layers_are_recognized_by_other_names(prefix, source):
     folder, _ = source
     shapes = {name: info.shape for name, info in read_headers(folder).items() if not name.startswith(PREFIX)}
     plan = make_plan(FAMILIES["glm4_moe"].config(), {**shapes, f"{prefix}weight": (48, 96)})

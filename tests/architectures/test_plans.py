@@ -1,3 +1,5 @@
+"""Plans: module and checkpoint give the same one; unknown, missing and misshapen tensors are refused by name."""
+
 import pytest
 import torch
 from transformers import AutoConfig, CTRLConfig, LlamaConfig
@@ -78,7 +80,7 @@ def test_unknown_architectures_are_refused_by_name():
         make_plan(config, {})
 
 
-def test_a_refused_rotation_says_why_and_the_others_work():
+def test_a_refused_rotation_raises_its_reason_and_the_others_work():
     space = Space("residual", "R1", 4), Space("layers.0.value", "R2", 2)
     plan = Plan("toy", space, (), (), (), (), (), (), (), "head", refused=(("R1", "a norm follows the block"),))
     with pytest.raises(RotationError, match="a norm follows the block"):
@@ -88,7 +90,7 @@ def test_a_refused_rotation_says_why_and_the_others_work():
         plan.rotated(["R4"])
 
 
-def test_rotation_names():
+def test_rotation_names_are_parsed():
     assert parse_rotation_names("r2, R1") == ("R1", "R2")
     assert parse_rotation_names({"R4"}) == ("R4",)
     assert parse_rotation_names("none") == parse_rotation_names("") == ()

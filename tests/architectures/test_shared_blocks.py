@@ -1,4 +1,4 @@
-"""Blocks that layers share (Zamba): tied where they can be, each layer's own where not, and exact either way."""
+"""Shared (weight-tied) decoder blocks (Zamba): tied where possible, untied by R1 and by quantization, always exact."""
 
 import json
 
@@ -34,7 +34,7 @@ NAMES = ("zamba", "zamba2-adapters")
 
 @pytest.fixture(params=NAMES)
 def source(request, tmp_path):
-    """A saved model in float32, with a tokenizer: what is shared is there once."""
+    """A saved model in float32 with shared tensors stored once, and a tokenizer."""
     model = tiny(request.param).float()
     model.save_pretrained(tmp_path / "source")
     byte_tokenizer().save_pretrained(tmp_path / "source")
@@ -51,8 +51,8 @@ def shared_in(model):
     return {name for name, _ in model.named_parameters(remove_duplicate=False) if name not in first}
 
 
-def test_layers_take_the_blocks_in_turn():
-    """As the class ties them, whatever else stands between."""
+def test_layers_reuse_the_shared_blocks_cyclically():
+    """As the model class ties them, with other layers in between."""
     config = FAMILIES["zamba2"].config()
     config.num_hidden_layers, config.num_mem_blocks = 8, 2
     names = [f"model.layers.{i}.linear.weight" for i in (0, 2, 3, 5, 7)]
@@ -61,7 +61,7 @@ def test_layers_take_the_blocks_in_turn():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_plan_knows_every_tensor_that_the_class_shares(name):
+def test_the_plan_lists_every_tied_tensor_of_the_model_class(name):
     model = tiny(name)
     assert shared_in(model) == set(plan_of(model).tied)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -69,7 +69,7 @@ def test_the_plan_knows_every_tensor_that_the_class_shares(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_r1_parts_what_is_shared_and_nothing_else_does(name):
+def test_r1_unties_shared_blocks_and_r2_does_not(name):
     model = tiny(name)
     before = shared_in(model)
     rotate(model, RotationSpec("R2"), options=Options(prove=False))
@@ -80,15 +80,15 @@ def test_r1_parts_what_is_shared_and_nothing_else_does(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_plan_says_that_blocks_are_parted(name):
+def test_plan_notes_mention_that_r1_unties_shared_blocks(name):
     model = tiny(name)
     notes = plan_notes(plan_of(model), RotationSpec("R1"))
     assert any(f"{len(shared_in(model)) - 1} tensors" in note for note in notes)
     assert not any("share" in note for note in plan_notes(plan_of(model), RotationSpec("R2")))
 
 
-def test_why_every_layer_gets_its_own(source, tmp_path):
-    """With the switch off, transformers makes up what a folder does not hold."""
+def test_a_folder_without_the_untied_copies_loads_as_another_model(source, tmp_path):
+    """With `tie_word_embeddings` off, transformers initializes tensors that the folder lacks at random."""
     rotate_folder(source, tmp_path / "out", RotationSpec("R1"), text=None)
     expected = logits(AutoModelForCausalLM.from_pretrained(source), tokens())
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -106,8 +106,8 @@ def test_why_every_layer_gets_its_own(source, tmp_path):
 @pytest.mark.parametrize(
     ("scheme", "rotations"), [("none", "R1,R2"), ("none", "R2,R4"), ("W4A8KV8", "none"), ("W4A8KV8", "R1,R2,R3,R4")]
 )
-def test_folders_are_what_memory_gives(source, tmp_path, scheme, rotations):
-    """Streamed, or in memory and saved: the same model, and of a rotation alone the same function."""
+def test_streamed_and_in_memory_results_agree(source, tmp_path, scheme, rotations):
+    """Streamed, or in memory and saved: the same logits; without quantization those of the source."""
     spec, options = RotationSpec(rotations), Options(prove=False)
     plain = scheme == "none" and not {"R3", "R4"} & set(spec.rotations)
     if plain:
@@ -128,8 +128,8 @@ def test_folders_are_what_memory_gives(source, tmp_path, scheme, rotations):
         assert near(found, before)
 
 
-def test_every_layer_rounds_on_what_it_sees(source, tmp_path):
-    """A calibration parts what is shared, from disk as in memory."""
+def test_calibration_quantizes_each_layers_copy_by_its_own_inputs(source, tmp_path):
+    """A calibration unties shared blocks, from disk as in memory."""
     text, scheme, spec = CalibrationText("manual", 4, 16), parse_scheme("W4"), RotationSpec("R2")
     quantize_folder(source, tmp_path / "out", scheme, spec, method="gptq", calibration_text=text, text=None)
     loaded = load(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Public docstrings: every example runs, and the sections say what the signature has."""
+"""Docstrings of public names: every example runs, and the sections list the parameters of the signature."""
 
 import dataclasses
 import doctest
@@ -50,7 +50,7 @@ def test_every_public_name_is_checked_or_listed():
 
 
 @pytest.mark.parametrize("name", CHECKED)
-def test_sections_say_what_the_signature_has(name):
+def test_sections_list_the_parameters_and_the_return_value(name):
     thing = PUBLIC[name]
     summary = inspect.cleandoc(thing.__doc__).splitlines()
     assert summary[0].endswith(".") and not "".join(summary[1:2]).strip(), "one sentence comes first"

@@ -1,6 +1,6 @@
 """The documentation agrees with the code: every command, option, public name and link.
 
-python tests/laws/test_documentation.py writes docs/reference/cli.md anew.
+`python tests/laws/test_documentation.py` regenerates docs/reference/cli.md.
 """
 
 import ast
@@ -88,7 +88,7 @@ def help_page() -> str:
     return "\n".join(parts)
 
 
-def test_the_reference_of_the_command_line_is_its_help():
+def test_the_cli_reference_equals_the_help_of_the_commands():
     assert COMMAND_LINE.read_text(encoding="utf-8") == help_page(), f"run python {Path(__file__).relative_to(ROOT)}"
 
 
@@ -100,7 +100,7 @@ def test_every_public_name_is_in_the_reference_once():
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
-def test_links_outside_the_site_lead_somewhere(page: str):
+def test_links_in_the_repositorys_pages_resolve(page: str):
     """`make docs` checks the links between pages of docs/."""
     for target in LINK.findall((ROOT / page).read_text(encoding="utf-8")):
         path = target.partition("#")[0]

@@ -1,4 +1,4 @@
-"""The laws of every table: rotating changes nothing but the numbers inside, and what is refused would change more."""
+"""Every family table: rotating leaves the logits unchanged, and a refused rotation would change them."""
 
 import copy
 import json
@@ -49,7 +49,7 @@ def rotations_of(name, rotation):
     return FAMILIES[name].allowed if rotation == "all" else (rotation,)
 
 
-def test_every_table_has_an_instance():
+def test_every_supported_model_type_has_a_tiny_config():
     from models import CONFIGS
 
     tried = {instance.config().model_type for instance in FAMILIES.values()}
@@ -58,8 +58,8 @@ def test_every_table_has_an_instance():
 
 
 @pytest.mark.parametrize(("name", "rotation"), CASES)
-def test_rotating_does_not_change_the_function(name, rotation):
-    """Whole sequences, and token by token through the cache."""
+def test_rotating_leaves_the_logits_unchanged(name, rotation):
+    """Of whole sequences, and token by token through the KV cache."""
     model, ids = tiny(name), tokens()
     plan = plan_of(model)
     before = logits(model, ids)
@@ -72,7 +72,7 @@ def test_rotating_does_not_change_the_function(name, rotation):
     with attach(model, plan, rotations), Float64Arithmetic():
         assert close(logits(model, ids), before)
         assert close(greedy_logits(model, ids), generated)
-    # Without the online parts the function is another, where there are some: they do something.
+    # Without the online rotations, if there are any, the logits change.
     online = {o.space for o in plan.onlines if o.site != "query_key"} & set(rotations)
     assert close(logits(model, ids), before) != bool(online)
     with pytest.raises(RotationError, match="no space") if FAMILIES[name].lacks else nullcontext():
@@ -82,7 +82,7 @@ def test_rotating_does_not_change_the_function(name, rotation):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_other_kinds_blocks_and_eager_attention(name):
+def test_other_rotation_types_blocks_and_eager_attention_leave_the_logits_unchanged(name):
     instance = FAMILIES[name]
     model, ids = tiny(name, attention="eager"), tokens()
     before = logits(model, ids)
@@ -97,8 +97,8 @@ def test_other_kinds_blocks_and_eager_attention(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_activations_are_the_rotated_ones(name):
-    """A plan that does nothing keeps the function too; this law tells it apart."""
+def test_activations_are_rotated(name):
+    """Otherwise a plan that does nothing would pass the tests of unchanged logits."""
     model, ids = tiny(name), tokens()
     plan = plan_of(model)
     places = {m: output_axis(model, plan, m) for m, module in model.named_modules()}
@@ -121,8 +121,8 @@ def test_activations_are_the_rotated_ones(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_linears_are_called_or_said_not_to_be(name):
-    """A hook on one that is not called would leave its input as it is, and nobody would know."""
+def test_every_linear_is_called_or_listed_as_uncalled(name):
+    """The hooks of a linear that is not called would have no effect, without an error."""
     model = tiny(name)
     plan = plan_of(model)
     linears = [linear for group in plan.linears for linear in group]
@@ -135,8 +135,8 @@ def test_linears_are_called_or_said_not_to_be(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_runs_online_is_rotated(name):
-    """The inputs of second MLP linears (R4), and the keys (R3) and values (R2) that the cache holds."""
+def test_inputs_of_r4_and_cached_keys_and_values_are_rotated(name):
+    """The inputs of output projections of MLPs (R4), and the keys (R3) and values (R2) in the KV cache."""
     model, ids = tiny(name), tokens(1, 8)
     plan = plan_of(model)
     spaces = {o.module: o.space for o in plan.onlines if o.site == "input"}
@@ -164,9 +164,9 @@ def test_what_runs_online_is_rotated(name):
         assert len(found) == len(layers) > 0
         for layer, (old, new) in zip(layers, found, strict=True):
             turn = rotations.get(f"{layer}.{part}") or rotations.get(f"{layer}.key_value_latent")
-            if turn is None:  # R2 rotates the queries' latent alone
+            if turn is None:  # R2 rotates only the queries' latent
                 assert close(new, old)
-            elif old.shape[-1] % turn.order == 0:  # else what is cached is no head's
+            elif old.shape[-1] % turn.order == 0:  # else the cached tensors are not those of heads
                 assert close(new, turn.apply(old)), (layer, part)
                 assert not torch.allclose(new, old, atol=1e-2), (layer, part)
 
@@ -177,8 +177,8 @@ def cached(cache):
     return [{"query_key": layer.keys.clone(), "value": layer.values.clone()} for layer in layers]
 
 
-def test_both_kinds_of_attention_are_tried_where_a_class_has_both():
-    """Sliding windows and full attention, within the instances of a class."""
+def test_tiny_configs_cover_every_layer_type_of_their_class():
+    """Such as sliding-window and full attention."""
     from models import CONFIGS
 
     tried = {}
@@ -191,8 +191,8 @@ def test_both_kinds_of_attention_are_tried_where_a_class_has_both():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_saved_and_loaded_it_is_the_same_model(name, tmp_path):
-    """Names of a checkpoint give the plan that names of the module give; a rotated model loads as its own class."""
+def test_a_rotated_model_is_the_same_after_save_and_load(name, tmp_path):
+    """Checkpoint and module names give the same plan, and a rotated model loads as its original class."""
     model, ids = tiny(name), tokens()
     plan = plan_of(model)
     model.save_pretrained(tmp_path / "original")
@@ -204,7 +204,7 @@ def test_saved_and_loaded_it_is_the_same_model(name, tmp_path):
         assert found == plan
     if found.spaces_of("R1") and "R1" not in dict(found.refused):
         assert {gain.norm for gain in found.gains} <= {*shapes, *found.tied}
-    # Loaded too, since buffers are computed in another precision when a model is loaded.
+    # Loaded too, because buffers of a loaded model are computed in another precision.
     original = model_class(model.config).from_pretrained(tmp_path / "original", dtype=torch.float64)
     before = logits(prepared(original), ids)
     allowed = [r for r in ("R1", "R2") if r in FAMILIES[name].allowed]
@@ -213,7 +213,7 @@ def test_saved_and_loaded_it_is_the_same_model(name, tmp_path):
     model.save_pretrained(tmp_path / "rotated")
     loaded = model_class(model.config).from_pretrained(tmp_path / "rotated", dtype=torch.float64)
     assert type(loaded) is type(model)
-    # Some classes keep their routers in float32, whatever else is asked for.
+    # Some classes keep their routers in float32, for any dtype.
     tolerance = 1e-9 if all(p.dtype == torch.float64 for p in loaded.parameters()) else 1e-4
     assert torch.allclose(logits(prepared(loaded), ids), before, atol=tolerance)
     rotate_checkpoint(tmp_path / "original", tmp_path / "tensors", found, make_rotations(found, spec))
@@ -238,7 +238,7 @@ def rotate_checkpoint(source, out, plan, rotations):
 
 
 def test_checkpoints_without_the_prefix_of_the_model():
-    """GPT-2's first checkpoints are of the model without its head."""
+    """As the first GPT-2 checkpoints, of the model without its head."""
     model = tiny("gpt2")
     shapes = tensor_shapes(model)
     bare = {name.removeprefix("transformer."): shape for name, shape in shapes.items() if name != "lm_head.weight"}
@@ -250,13 +250,13 @@ def test_checkpoints_without_the_prefix_of_the_model():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_twin_proves_it(name):
+def test_prove_passes_on_the_tiny_model(name):
     spec = RotationSpec(FAMILIES[name].allowed, "auto", randomize=True)
     assert prove(FAMILIES[name].config(), spec).relative < 1e-12
 
 
 @pytest.mark.parametrize(("name", "rotation"), REFUSED)
-def test_what_is_refused_is_impossible(name, rotation):
+def test_a_refused_rotation_would_change_the_logits(name, rotation):
     """The message gives the reason, and forcing the rotation changes the function."""
     model, ids = tiny(name), tokens()
     plan = plan_of(model)
@@ -272,11 +272,11 @@ def test_what_is_refused_is_impossible(name, rotation):
         with attach(model, forced, rotations):
             assert not torch.allclose(logits(model, ids), before, atol=1e-3)
     except (AttributeError, KeyError, TypeError, RotationError):
-        assert rotation == "R3"  # an attention that gives nothing to rotate
+        assert rotation == "R3"  # the attention has no queries or keys that could be rotated
 
 
-def test_every_refusal_is_tried():
-    """Of each table, each refused rotation."""
+def test_every_refusal_in_the_tables_is_tested():
+    """Each refused rotation of each table has a tiny model in `REFUSED`."""
     tried = set()
     for name, rotation in REFUSED:
         tried.add((plan_of(tiny(name)).family, rotation))
@@ -284,8 +284,8 @@ def test_every_refusal_is_tried():
     assert {r.rotation for table in TABLES for r in table.refused} <= set(ROTATION_NAMES)
 
 
-def test_experts_are_refused_where_r4_cannot_be_inside_them():
-    """A loop over experts does not call the method in which R4 stands."""
+def test_an_experts_implementation_that_skips_r4_raises():
+    """The eager loop over experts does not call the method that applies R4."""
     model, ids = tiny("qwen3_moe"), tokens()
     plan = plan_of(model)
     rotations = make_rotations(plan, RotationSpec("R4"))
@@ -303,7 +303,7 @@ def test_experts_are_refused_where_r4_cannot_be_inside_them():
     assert "_apply_gate" not in vars(model.model.layers[1].mlp.experts)
 
 
-def test_a_rotated_mixture_is_saved_with_its_online_parts(tmp_path):
+def test_a_rotated_moe_model_loads_with_its_online_rotations(tmp_path):
     model, ids = tiny("qwen3_moe").float(), tokens()
     before = model(ids).logits
     rotate(model, RotationSpec("R1,R2,R4"), options=Options(prove=False))
@@ -314,7 +314,7 @@ def test_a_rotated_mixture_is_saved_with_its_online_parts(tmp_path):
 
 
 def test_a_zero_in_the_scale_of_a_norm_is_refused_by_name():
-    """Its bias cannot move in front of it."""
+    """The bias of the norm would have to be divided by it."""
     model = tiny("gpt2")
     with torch.no_grad():
         model.transformer.h[1].ln_2.weight[3] = 0
@@ -324,7 +324,7 @@ def test_a_zero_in_the_scale_of_a_norm_is_refused_by_name():
 
 
 def test_a_missing_part_of_an_alternative_is_refused_by_name(tmp_path):
-    """A layer has stacked experts, or single ones, or is dense: whatever it has, it has whole."""
+    """A layer has stacked experts, or single experts, or a dense MLP, and all tensors of that alternative."""
     model = tiny("qwen3_moe")
     stacked = tensor_shapes(model)
     model.save_pretrained(tmp_path)
@@ -343,7 +343,7 @@ def test_a_missing_part_of_an_alternative_is_refused_by_name(tmp_path):
 
 
 def image_for(name, model):
-    """Tokens with one image among them, and what the class takes the image as."""
+    """Tokens with one image among them, and the keyword arguments of the model for that image."""
     generator = torch.Generator().manual_seed(4)
     vision, kind = model.config.vision_config, FAMILIES[name].config().model_type
     if "spatial_merge_size" in vision.to_dict() and hasattr(vision, "depth"):  # Qwen: 4 x 4 patches, merged in fours
@@ -368,8 +368,8 @@ def image_for(name, model):
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if hasattr(FAMILIES[name].config(), "vision_config")])
-def test_images_are_seen_as_before(name):
-    """What is seen is written to the rotated space, through the projector and, in Qwen3-VL, after several layers."""
+def test_rotating_leaves_the_logits_of_images_unchanged(name):
+    """Image features are written to the residual space by the projector and, in Qwen3-VL, after several layers too."""
     model = tiny(name)
     ids, image = image_for(name, model)
     before = logits(model, ids, **image)
@@ -383,8 +383,8 @@ def test_images_are_seen_as_before(name):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "nemotron"])
-def test_a_learned_rotation_keeps_the_mean(name):
-    """Whatever an optimizer makes of the parameter."""
+def test_a_learned_rotation_preserves_the_mean(name):
+    """For any value of the learned parameter."""
     model, ids = tiny(name), tokens()
     before = logits(model, ids)
     plan = plan_of(model)
@@ -399,14 +399,14 @@ def test_a_learned_rotation_keeps_the_mean(name):
     assert not torch.allclose(matrix(learned["residual"]), matrix(rotations["residual"]), atol=0.1)
 
 
-def test_compressed_tensors_has_no_place_inside_experts(tmp_path):
+def test_the_compressed_tensors_format_refuses_r4_inside_experts(tmp_path):
     result = rotate(tiny("mixtral"), RotationSpec("R4"), options=Options(prove=False))
     with pytest.raises(RotationError, match="stacked experts"):
         save(result, tmp_path / "out", format="compressed-tensors")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_type_without_a_table_is_refused_with_what_is_known_of_it():
+def test_an_unsupported_model_type_is_refused_with_its_reason():
     listed = [model_type for names in UNSUPPORTED.values() for model_type in names]
     assert len(listed) == len(set(listed)) and not set(listed) & set(known_model_types())
     with pytest.raises(ArchitectureError, match=r"model_type 'longcat_flash'\. Reason: .*zero_expert_num.*--probe"):

@@ -1,7 +1,7 @@
-"""Every family as the command line has it: a folder becomes a folder, whose logits are the same, and says so itself.
+"""Every family, streamed from folder to folder: the result loads with the logits of the source.
 
-The model is never in memory: tensors are streamed, real tokens go through both checkpoints block by block, and what
-comes out is what the result loads as.
+The model is never in memory: tensors are streamed, and real tokens are run through both checkpoints block by block, so
+that the run compares its own result.
 """
 
 import re
@@ -19,8 +19,8 @@ from spinquant.models.modules import model_class
 from spinquant.plan import MERGEABLE
 from spinquant.rotations import fuse
 
-UNPROVED = Options(prove=False)  # the tiny of every family is tried in test_families.py
-# One family of each kind, and a tensor that is fused wrongly there.
+UNPROVED = Options(prove=False)  # test_families.py runs the proof for every family
+# One family of each kind, and a tensor to fuse wrongly.
 KINDS = {
     "arcee": "model.layers.1.self_attn.v_proj.weight",
     "gpt2": "transformer.h.1.mlp.c_fc.weight",
@@ -47,7 +47,7 @@ def few_tokens(monkeypatch):
 
 
 def saved(path: Path, name: str) -> torch.Tensor:
-    """Save a tiny random model, in float64 throughout, and its tokenizer; its logits of random tokens."""
+    """Save a tiny random model, in float64 throughout, and its tokenizer; returns its logits of random tokens."""
     config = FAMILIES[name].config()
     model = in_float64(random_weights(model_class(config).from_config(config, dtype=torch.float64)))
     model.save_pretrained(path)
@@ -58,21 +58,21 @@ def saved(path: Path, name: str) -> torch.Tensor:
 def in_float64(model):
     exact_experts(model)
     for parameter in model.parameters():
-        if parameter.is_floating_point():  # what is packed is not
+        if parameter.is_floating_point():  # packed weights are not
             parameter.data = parameter.data.double()
     return model
 
 
 def assert_unmoved(name: str, out: Path, before: torch.Tensor, result: Result) -> None:
-    """The loaded result has the logits of the source, and what the run has found on real tokens agrees."""
+    """The loaded result has the logits of the source, and so the run reports for real tokens."""
     assert result.real is not None and 0 < result.real.relative < 1e-9
     after = logits(in_float64(load(out)), tokens(1, 12))
     assert (after - before).norm() / before.norm() < (1e-6 if name in NARROW else 1e-9)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_folder_with_every_rotation_has_the_same_logits(name, tmp_path, text):
-    """Whatever the family allows, in a folder of our own: R3 and R4 are done at run time."""
+def test_a_native_folder_with_every_rotation_has_the_same_logits(name, tmp_path, text):
+    """Every rotation that the family allows, in native format: R3 and R4 run online."""
     before, spec = saved(tmp_path / "model", name), RotationSpec(FAMILIES[name].allowed, "auto", randomize=True)
     result = quantize_folder(tmp_path / "model", tmp_path / "out", Scheme(), spec, text=text, options=UNPROVED)
     assert_unmoved(name, tmp_path / "out", before, result)
@@ -84,14 +84,14 @@ def mergeable(name: str) -> RotationSpec:
 
 @pytest.mark.parametrize("name", [*KINDS, "phi", "olmo_hybrid", "qwen3_vl"])
 def test_a_plain_folder_has_the_same_logits(name, tmp_path, text):
-    """As `spinquant rotate` writes it, where transformers loads it with nothing of ours."""
+    """As `spinquant rotate` writes it; transformers loads it without spinquant installed."""
     before, spec = saved(tmp_path / "model", name), mergeable(name)
     result = rotate_folder(tmp_path / "model", tmp_path / "out", spec, text=text, options=UNPROVED)
     assert_unmoved(name, tmp_path / "out", before, result)
 
 
 def damage(monkeypatch, tensor: str) -> list[str]:
-    """Let a stream fuse one tensor wrongly: a hundredth is added to one of its rows. What was damaged."""
+    """Make streaming fuse one tensor wrongly: 0.01 is added to one of its rows. Returns the damaged tensors."""
     right, found = fuse.fuse_in_place, []
 
     def wrong(name: str, rows: torch.Tensor, *args, **kwargs) -> None:
@@ -105,8 +105,8 @@ def damage(monkeypatch, tensor: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "tensor"), KINDS.items())
-def test_a_folder_that_is_damaged_on_its_way_is_refused(name, tensor, tmp_path, text, monkeypatch):
-    """The comparison reads what was written and names a module of the layer; nothing is left under the final name."""
+def test_a_wrongly_fused_tensor_is_found_and_the_folder_refused(name, tensor, tmp_path, text, monkeypatch):
+    """The comparison reads the written folder and names a module of the layer; nothing is left under the final name."""
     saved(tmp_path / "model", name)
     damaged = damage(monkeypatch, tensor)
     with pytest.raises(ProofError, match=r"logits moved .* first module that departs is") as refused:
@@ -117,8 +117,8 @@ def test_a_folder_that_is_damaged_on_its_way_is_refused(name, tensor, tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-def test_a_residual_stream_may_be_wider_than_the_weights(tmp_path, text):
-    """Mamba's is float32 in bfloat16 models, up to the head."""
+def test_a_bfloat16_model_may_have_a_float32_residual_stream(tmp_path, text):
+    """As in Mamba, up to the head."""
     config = FAMILIES["mamba"].config()
     random_weights(model_class(config).from_config(config, dtype=torch.bfloat16)).save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Learning beyond Llama: norms that subtract the mean, fused projections, rotations that a family refuses."""
+"""Learning rotations for other families than Llama: LayerNorm, fused projections, refused rotations."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def spec_for(plan):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_model_that_is_not_rotated_rounds_like_one_that_is(name):
+def test_rounding_in_rotated_coordinates_equals_rounding_the_rotated_model(name):
     scheme, ids = parse_scheme("A5KV5"), tokens()
     model, plain = tiny(name), tiny(name)
     plan = plan_of(model)
@@ -49,7 +49,7 @@ def test_a_model_that_is_not_rotated_rounds_like_one_that_is(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_learned_rotations_change_nothing_but_rounding(name):
+def test_learned_rotations_leave_the_unquantized_logits_unchanged(name):
     model, ids = tiny(name), tokens()
     plan = plan_of(model)
     before = logits(model, ids)
@@ -60,18 +60,18 @@ def test_learned_rotations_change_nothing_but_rounding(name):
         end_to_end=EndToEndOptions(steps=2, batch=2, lr=0.5),
     )
     learned = learn(model, parse_scheme("A4KV4"), spec_for(plan), tokens(8, 20), tokens(2, 20, seed=5), options)
-    assert torch.allclose(logits(model, ids), before, atol=1e-6), "the model's function stays while it is learned for"
+    assert torch.allclose(logits(model, ids), before, atol=1e-6), "learning must not change the model"
     found = {**learned.rotations}
     check_mean_preserving(plan, found)
     fresh = tiny(name)
     with Float64Arithmetic():
         rotate(fresh, learned.spec, rotations=found, options=Options(prove=False))
-        # float32 is what rows are learned in.
+        # Rotations are learned in float32.
         assert torch.allclose(logits(fresh, ids), before, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CENTRED)
-def test_every_learner_keeps_the_mean(name):
+def test_every_learner_preserves_the_mean(name):
     model = tiny(name)
     plan = plan_of(model)
     for method in ("local", "end-to-end"):

@@ -1,4 +1,4 @@
-"""A few laws on the real 135M model."""
+"""The real 135M model: logits after fusing, perplexity with 4-bit activations, the 4-bit KV cache, the plan command."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_fused_logits_move_by_less_than_a_thousandth(real_folder, windows):
     assert difference.top1 > 0.999
 
 
-def test_rotation_rescues_four_bit_activations(real_folder, windows):
+def test_rotation_makes_four_bit_activations_usable(real_folder, windows):
     model = load(real_folder)
     plan, scheme = spinquant.plan_of(model), parse_scheme("A4")
     base = evaluate(model, windows).perplexity
@@ -53,13 +53,13 @@ def test_a_four_bit_cache_takes_a_quarter_and_generates(real_folder, windows):
     assert generated.shape == (1, 72)
 
 
-def test_the_heads_of_rounded_keys_do_not_mix():
+def test_quantizing_a_head_of_keys_does_not_depend_on_other_heads():
     keys = torch.randn(1, 3, 5, 64)
     rounded = fake_quantize(keys, parse_scheme("KV4").kv)
     assert torch.equal(fake_quantize(keys[:, 1:2], parse_scheme("KV4").kv), rounded[:, 1:2])
 
 
-def test_plan_of_the_real_model(real_folder, capsys, monkeypatch):
+def test_the_plan_command_prints_the_hidden_size(real_folder, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["spinquant", "plan", str(real_folder)])
     with pytest.raises(SystemExit) as stop:
         cli.main()

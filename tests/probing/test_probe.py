@@ -1,4 +1,4 @@
-"""Probing: with the tables hidden, what is found is what they say; what is in the way is named, and does break."""
+"""Probing: with the built-in tables hidden, drafts give the tables' plans; obstacles are named, and move the logits."""
 
 import re
 from dataclasses import replace
@@ -31,12 +31,12 @@ from spinquant.probing.module_roles import combination, is_normed
 
 acme.register()
 
-# Grouped heads, biases, q/k norms, fused projections in every layout, 1 + w, norms behind the block, norms that
+# Grouped heads, biases, q/k norms, fused projections in every layout, 1 + w, norms after the block, norms that
 # subtract the mean (with scales, biases, or neither), one norm for two readers, positions of all kinds, scalars.
 KNOWN = [
     *("llama-tied", "mistral", "qwen2", "qwen3", "granite", "gemma", "phi3", "gemma2", "olmo2"),
     *("olmo", "starcoder2", "cohere2", "phi", "opt", "xglm", "codegen", "gpt_neox", "falcon-grouped", "gpt2"),
-    # Experts in every layer or after dense ones, as (out, in) and (in, out), beside shared ones that a gate weighs.
+    # Experts in every layer or after dense ones, as (out, in) and (in, out), and shared experts with a gate.
     *("qwen2_moe", "gpt_oss"),
 ]
 # Attention in some layers, a delta net, a state space or a convolution in others, or nothing else.
@@ -44,7 +44,7 @@ MIXED = ["qwen3_next", "lfm2", "mamba"]
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_what_is_found_is_what_the_table_says(name, monkeypatch):
+def test_a_draft_gives_the_plan_of_the_built_in_table(name, monkeypatch):
     config = config_of(name)
     shapes = shapes_of(config)
     expected = usable(make_plan(config, shapes))
@@ -59,8 +59,8 @@ def test_what_is_found_is_what_the_table_says(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", MIXED)
-def test_layers_of_several_kinds(name):
-    """What the table says, with a word on the linears that R1 alone reaches."""
+def test_a_draft_describes_layers_of_several_kinds(name):
+    """The table's plan, with a remark on the linears that only R1 rotates."""
     config = config_of(name)
     shapes = shapes_of(config)
     found = probe(config)
@@ -68,22 +68,22 @@ def test_layers_of_several_kinds(name):
     expected = usable(make_plan(config, shapes))
     for part, value in usable(make_plan(config, shapes, family=found.family)).items():
         assert value == expected[part], part
-    if found.family.choices:  # what one kind of layer has is missed in a layer of that kind
+    if found.family.choices:  # a tensor of one kind of layer is required in each layer of that kind
         kept = {name: shape for name, shape in shapes.items() if not name.endswith("layers.1.self_attn.k_proj.weight")}
         with pytest.raises(ArchitectureError, match=r"layers\.1\.self_attn\.k_proj\.weight.*missing"):
             make_plan(config, kept, family=found.family)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-def test_experts_of_a_checkpoint_are_found_one_by_one(name, tmp_path):
-    """One draft explains the module, which stacks them, and the checkpoint, which does not."""
+def test_a_draft_describes_stacked_and_single_experts(name, tmp_path):
+    """One draft describes the module, which stacks them, and the checkpoint, which does not."""
     config = config_of(name)
     stacked = shapes_of(config)
     model_class(config).from_config(config).save_pretrained(tmp_path)
     single = {name: info.shape for name, info in read_headers(tmp_path).items()}
     assert not any("gate_up_proj" in name for name in single)
     found = probe(config, shapes=single)
-    if name == "mixtral":  # its checkpoints have names of their own
+    if name == "mixtral":  # its checkpoints have other names
         assert any("not those of the class" in text for text in found.left)
         return
     assert not found.left
@@ -96,7 +96,7 @@ def test_experts_of_a_checkpoint_are_found_one_by_one(name, tmp_path):
         make_plan(config, {n: s for n, s in single.items() if n != lost}, family=found.family)
 
 
-def test_alternatives_are_told_by_the_layers_that_have_them():
+def test_alternatives_are_grouped_by_the_layers_that_have_them():
     names = ["l.0.a.x", "l.0.a.y", "l.1.b.x", "l.2.a.x", "l.2.a.y", "l.0.n", "l.1.n", "l.2.n", "l.2.c.x"]
     choices, loose = choices_of(groups_of(names, "l.*"), 3)
     assert choices == [[["l.*.a."], ["l.*.b."]]]
@@ -112,8 +112,8 @@ def test_alternatives_are_told_by_the_layers_that_have_them():
         ("keys", "R3", "attention interface"),
     ],
 )
-def test_a_class_of_the_users_own(trap, rotation, named, tmp_path):
-    """What can be rotated is found and proved; the trap is refused by name, with how far the logits moved."""
+def test_a_user_defined_class_is_probed_and_its_obstacle_is_named(trap, rotation, named, tmp_path):
+    """What can be rotated is found and proved; what cannot is refused by name, with how far the logits moved."""
     config = acme.AcmeConfig(trap=trap)
     found = probe(config)
     failed = [finding for finding in found.findings if not finding.holds]
@@ -147,8 +147,8 @@ def test_a_class_of_the_users_own(trap, rotation, named, tmp_path):
         assert not torch.allclose(logits(model, ids), before, atol=1e-3)
 
 
-def test_what_changes_nothing_because_it_does_nothing_is_no_proof():
-    """Neither queries nor keys pass where R3 would rotate them: the logits stay, and R3 is refused all the same."""
+def test_r3_is_refused_if_it_has_no_effect():
+    """Queries and keys bypass the places where R3 would rotate them: the logits do not move, and R3 is refused."""
     found = probe(acme.AcmeConfig(trap="alone"))
     assert [finding.reason for finding in found.findings if not finding.holds] == [
         "keys do not go through a KV cache, where they could be rotated"
@@ -156,7 +156,7 @@ def test_what_changes_nothing_because_it_does_nothing_is_no_proof():
     assert [refusal.rotation for refusal in found.family.refused] == ["R3"]
 
 
-def test_sizes_that_the_config_calls_otherwise_are_found():
+def test_other_names_of_config_sizes_are_recognized():
     assert probe(acme.AcmeConfig()).family.config == {"intermediate_size": "mlp_dim"}
 
 
@@ -169,8 +169,8 @@ def test_sizes_that_the_config_calls_otherwise_are_found():
         ("deepseek_v4", "parallel residual streams"),
     ],
 )
-def test_what_is_not_understood_is_said(name, reason):
-    """A draft of the rest, or none; never a plan with a hole in it."""
+def test_what_a_draft_does_not_cover_is_reported(name, reason):
+    """The draft covers the rest, or there is none."""
     found = probe(config_of(name))
     text = re.sub(r"\s*\n#\s+", " ", draft_text(found))
     assert re.search(reason, text)
@@ -184,8 +184,8 @@ def test_what_is_not_understood_is_said(name, reason):
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
-def test_of_what_sees_the_language_part_is_found(name):
-    """R2 to R4 as the table has them; R1 is refused, since no image was tried."""
+def test_a_vision_language_model_is_drafted_without_r1(name):
+    """R2 to R4 as in the table; R1 is refused, since no image was tested."""
     config = config_of(name)
     shapes = shapes_of(config)
     found = probe(config)
@@ -197,14 +197,14 @@ def test_of_what_sees_the_language_part_is_found(name):
     assert prove(config_of(name), RotationSpec("R2,R3,R4", "auto"), family=found.family).relative < 1e-12
 
 
-def test_a_checkpoint_that_is_not_of_the_class_is_told_apart():
+def test_checkpoint_tensors_that_the_class_lacks_are_reported():
     config = CONFIGS["llama"]()
     shapes = {**shapes_of(config), "model.layers.0.mlp.adapter.weight": (4, 4)}
     assert any("adapter" in text for text in probe(config, shapes=shapes).left)
     assert INSTANCES  # the other families are tried above
 
 
-def test_sums_and_norms_are_told_from_anything_else():
+def test_an_elementwise_scale_is_neither_a_combination_nor_a_norm():
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(2, 7, 24, generator=generator, dtype=torch.float64) for _ in range(2))
     sums, error = combination(a + 0.25 * b, [a, b])

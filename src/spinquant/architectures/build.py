@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from spinquant.architectures.family import INSIDE, AxisPart, Family, Living, Named, Norm, holds, size_of
+from spinquant.architectures.family import INSIDE, AxisPart, AxisSpace, Family, Named, Norm, holds, size_of
 from spinquant.architectures.shared_blocks import owners, with_shared_blocks
 from spinquant.errors import ArchitectureError
 from spinquant.plan import Axis, Experts, Gain, Online, Plan, Scaling, Space, Span, Tie
@@ -130,12 +130,12 @@ class _Build:
     def _owners(self) -> Mapping[int, int]:
         return owners(self.family.shared, self.config, self._names)
 
-    def in_layer(self, living: Living, i: int | None) -> Living:
+    def in_layer(self, axis_space: AxisSpace, i: int | None) -> AxisSpace:
         """The space of an axis in layer i; a shared block uses the spaces of the first layer that has it."""
         at = str(self._owners.get(i, i) if i is not None else i)
-        if isinstance(living, AxisPart):
-            return AxisPart(living.space.replace("{i}", at), living.start, living.length, living.period)
-        return living.replace("{i}", at) if living else None
+        if isinstance(axis_space, AxisPart):
+            return AxisPart(axis_space.space.replace("{i}", at), axis_space.start, axis_space.length, axis_space.period)
+        return axis_space.replace("{i}", at) if axis_space else None
 
     def exists(self, prefix: str) -> bool:
         """Whether some tensor's name starts with the prefix."""
@@ -181,14 +181,14 @@ class _Build:
         return True
 
     @cached_property
-    def explained(self) -> dict[str, tuple[Living, ...]]:
+    def axis_spaces(self) -> dict[str, tuple[AxisSpace, ...]]:
         """Spaces of the axes of every tensor in the model. Raises ArchitectureError for a missing or unknown tensor."""
-        found: dict[str, tuple[Living, ...]] = {}
-        for pattern, living in self._patterns().items():
+        found: dict[str, tuple[AxisSpace, ...]] = {}
+        for pattern, spaces in self._patterns().items():
             optional, pattern = pattern.endswith("?"), pattern.removesuffix("?")
             for name, i in self.each(pattern):
                 if name in self.shapes:
-                    found[name] = tuple(self.in_layer(space, i) for space in living)
+                    found[name] = tuple(self.in_layer(space, i) for space in spaces)
                 elif not optional and self._is_needed(name, i):
                     raise ArchitectureError(
                         f"{self.family.name}: tensor {name!r} is missing; the config has {len(self.layers)} layers of "
@@ -203,11 +203,11 @@ class _Build:
                 )
         return found
 
-    def _patterns(self) -> dict[str, tuple[Living, ...]]:
+    def _patterns(self) -> dict[str, tuple[AxisSpace, ...]]:
         """The table's tensors and those that it implies: norm weights, biases."""
         family = self.family
         stated = {key.removesuffix("?") for key in family.tensors}
-        implied: dict[str, tuple[Living, ...]] = {}
+        implied: dict[str, tuple[AxisSpace, ...]] = {}
         for name, norm in family.gains.items():
             implied[name] = (None,)
             if family.centred:
@@ -249,17 +249,17 @@ class _Build:
 
     def axes(self) -> tuple[Axis, ...]:
         """All axes that belong to a space, in the order of the table (not of the file)."""
-        return tuple(axis for name, living in self.explained.items() for axis in self._axes_of(name, living))
+        return tuple(axis for name, spaces in self.axis_spaces.items() for axis in self._axes_of(name, spaces))
 
-    def _axes_of(self, name: str, living: Sequence[Living]) -> Iterator[Axis]:
+    def _axes_of(self, name: str, spaces: Sequence[AxisSpace]) -> Iterator[Axis]:
         shape = self.shapes[name]
-        if living == INSIDE:
+        if spaces == INSIDE:
             return
-        if len(living) != len(shape):
+        if len(spaces) != len(shape):
             raise ArchitectureError(
-                f"tensor {name!r} has shape {tuple(shape)}: {self.family.name} expects {len(living)} axes"
+                f"tensor {name!r} has shape {tuple(shape)}: {self.family.name} expects {len(spaces)} axes"
             )
-        for dim, where in enumerate(living):
+        for dim, where in enumerate(spaces):
             if where is None:
                 continue
             part = where if isinstance(where, AxisPart) else None
@@ -308,14 +308,14 @@ class _Build:
                 continue
             tensor = name if name in self.shapes else f"{name}.weight"
             if tensor in self.shapes:
-                yield tensor, _axis_in(self.explained[tensor], space)
+                yield tensor, _axis_in(self.axis_spaces[tensor], space)
 
     def scalings(self, axes: Sequence[Axis]) -> Iterator[Scaling]:
         """The scaling of every space that the table lists as scaled and that some tensor reads."""
         writers: dict[str, dict[tuple[str, int, Span | None], None]] = {}
-        for pattern, living in self.family.scaled.items():
+        for pattern, axis_space in self.family.scaled.items():
             for name, i in self.each(pattern):
-                where = self.in_layer(living, i)
+                where = self.in_layer(axis_space, i)
                 for tensor, dim in ((f"{name}.weight", int(self.family.transposed)), (f"{name}.bias", 0)):
                     if tensor in self.shapes and where is not None:
                         part = where if isinstance(where, AxisPart) else None
@@ -343,12 +343,12 @@ class _Build:
             start, end = (bisect_left(self._names, online.module + after) for after in "./")  # "/" is next after "."
             first, second = [], []
             for name in self._names[start:end]:
-                living = self.explained.get(name, ())
-                if online.space in living:
-                    second.append((name, living.index(online.space)))
-                elif living and not name.endswith("bias"):
+                spaces = self.axis_spaces.get(name, ())
+                if online.space in spaces:
+                    second.append((name, spaces.index(online.space)))
+                elif spaces and not name.endswith("bias"):
                     # If the table gives no space, the input axis is the last one.
-                    first.append((name, living.index("residual") if "residual" in living else len(living) - 1))
+                    first.append((name, spaces.index("residual") if "residual" in spaces else len(spaces) - 1))
             last = {dim == len(self.shapes[name]) - 1 for name, dim in first + second}
             if len(last) != 1:
                 raise ArchitectureError(
@@ -374,6 +374,6 @@ def _space_of(norm: tuple[str, ...] | Norm) -> str:
     return norm.space if isinstance(norm, Norm) else "residual"
 
 
-def _axis_in(living: Sequence[Living], space: str) -> int:
+def _axis_in(spaces: Sequence[AxisSpace], space: str) -> int:
     """The axis that belongs to a space."""
-    return [where.space if isinstance(where, AxisPart) else where for where in living].index(space)
+    return [where.space if isinstance(where, AxisPart) else where for where in spaces].index(space)

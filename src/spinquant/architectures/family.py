@@ -30,10 +30,11 @@ class AxisPart:
     period: str | None = None
 
 
-Living = str | AxisPart | None
+# The space of an axis: all of it, a part of it, or none.
+AxisSpace = str | AxisPart | None
 
 # For a tensor that is used inside one module only: none of its axes (of any number) belongs to a space.
-INSIDE: tuple[Living, ...] = ()
+INSIDE: tuple[AxisSpace, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Family:
 
     name: str
     model_types: tuple[str, ...]
-    tensors: Mapping[str, tuple[Living, ...]]
+    tensors: Mapping[str, tuple[AxisSpace, ...]]
     spaces: Mapping[str, tuple[str, str]]
     gains: Mapping[str, tuple[str, ...] | Norm]
     onlines: Mapping[str, tuple[OnlineSite, str]]
@@ -128,7 +129,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     stored: tuple[tuple[str, str], ...] = ()
     shared: Shared | None = None
-    scaled: Mapping[str, Living] = field(default_factory=dict)
+    scaled: Mapping[str, AxisSpace] = field(default_factory=dict)
     uncalled: Mapping[str, str] = field(default_factory=dict)
 
     def readers(self, norm: str) -> tuple[str, ...]:

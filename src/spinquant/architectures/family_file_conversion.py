@@ -6,7 +6,7 @@ In family tables `{i}` stands for the layer index and `{e}` for the expert index
 from collections.abc import Iterable
 from typing import Any
 
-from spinquant.architectures.family import AxisPart, Family, Living, Norm, Refusal
+from spinquant.architectures.family import AxisPart, AxisSpace, Family, Norm, Refusal
 from spinquant.architectures.family_file import FamilyFile, NormEntry, SpanEntry
 from spinquant.errors import ArchitectureError
 from spinquant.plan import OnlineSite
@@ -32,11 +32,11 @@ def to_family(file: FamilyFile, tables: Iterable[Family]) -> Family:
             )
         base = known[file.like]
     changes: dict[str, Any] = {
-        "tensors": {_layered(name): _living(axes) for name, axes in file.tensors.items()},
+        "tensors": {_layered(name): _axis_spaces(axes) for name, axes in file.tensors.items()},
         "gains": {_layered(name): _norm(norm) for name, norm in file.norms.items()},
         "spaces": {_layered(name): (space.rotation, space.size) for name, space in file.spaces.items()},
         "onlines": {_layered(name): (online.site, _layered(online.space)) for name, online in file.onlines.items()},
-        "scaled": {_layered(name): _living([space])[0] for name, space in file.scaled.items()},
+        "scaled": {_layered(name): _axis_spaces([space])[0] for name, space in file.scaled.items()},
         "names": file.config,
     }
     if file.refused is not None:
@@ -71,8 +71,8 @@ def _check_names(family: Family) -> None:
             raise ArchitectureError(
                 f"family {family.name!r}: linear {_starred(module)!r} has no weight among its tensors"
             )
-    for name, living in family.tensors.items():
-        for where in living:
+    for name, spaces in family.tensors.items():
+        for where in spaces:
             space = where.space if isinstance(where, AxisPart) else where
             if space is not None and space not in family.spaces:
                 raise ArchitectureError(
@@ -82,10 +82,10 @@ def _check_names(family: Family) -> None:
     for name, norm in family.gains.items():
         space = norm.space if isinstance(norm, Norm) else RESIDUAL
         for reader in family.readers(name):
-            living = family.tensors.get(f"{reader}.weight", family.tensors.get(f"{reader}.weight?"))
-            living = family.tensors.get(reader) if living is None else living
-            if living is None or space not in {
-                where.space if isinstance(where, AxisPart) else where for where in living
+            spaces = family.tensors.get(f"{reader}.weight", family.tensors.get(f"{reader}.weight?"))
+            spaces = family.tensors.get(reader) if spaces is None else spaces
+            if spaces is None or space not in {
+                where.space if isinstance(where, AxisPart) else where for where in spaces
             }:
                 raise ArchitectureError(
                     f"family {family.name!r}: norm {_starred(name)!r} is read by {_starred(reader)!r}, which has no "
@@ -121,12 +121,12 @@ def _from_roles(file: FamilyFile) -> Family:
     assert file.layer is not None and file.embedding is not None and file.head is not None
     embeddings = [_layered(name) for name in _listed(file.embedding)]
     head = _layered(file.head)
-    tensors: dict[str, tuple[Living, ...]] = {f"{name}.weight": (None, RESIDUAL) for name in (*embeddings, head)}
+    tensors: dict[str, tuple[AxisSpace, ...]] = {f"{name}.weight": (None, RESIDUAL) for name in (*embeddings, head)}
     spaces = {RESIDUAL: ("R1", file.hidden_size)}
     onlines: dict[str, tuple[OnlineSite, str]] = {}
     linears: list[tuple[str, ...]] = []
 
-    def linear(name: str, rows: Living, columns: Living) -> None:
+    def linear(name: str, rows: AxisSpace, columns: AxisSpace) -> None:
         tensors[f"{_layered(name)}.weight"] = (columns, rows) if file.transposed else (rows, columns)
 
     attention = file.attention
@@ -134,7 +134,7 @@ def _from_roles(file: FamilyFile) -> Family:
         values = attention.values and AxisPart(
             VALUE, attention.values.start, attention.values.length, attention.values.period
         )
-        rows: Living = VALUE if attention.v is not None else values
+        rows: AxisSpace = VALUE if attention.v is not None else values
         for name in attention.inputs():
             linear(name, rows if name in (attention.v, attention.qkv, attention.kv) else None, RESIDUAL)
         linear(attention.o, RESIDUAL, VALUE if rows is not None else None)
@@ -173,7 +173,7 @@ def _starred(name: str) -> str:
     return name.replace("{i}", "*").replace("{e}", "#")
 
 
-def _living(axes: list[str | SpanEntry]) -> tuple[Living, ...]:
+def _axis_spaces(axes: list[str | SpanEntry]) -> tuple[AxisSpace, ...]:
     return tuple(
         AxisPart(_layered(axis.space), axis.start, axis.length, axis.period)
         if isinstance(axis, SpanEntry)

@@ -8,7 +8,7 @@ another prefix.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from spinquant.architectures.family import Family, Living
+from spinquant.architectures.family import AxisSpace, Family
 from spinquant.architectures.hybrid import QWEN3_5, QWEN3_5_MOE
 from spinquant.architectures.llama import LLAMA
 
@@ -25,7 +25,7 @@ class Vision:
     """
 
     model_types: tuple[str, ...]
-    writers: Mapping[str, tuple[Living, ...]]
+    writers: Mapping[str, tuple[AxisSpace, ...]]
     inside: tuple[str, ...]
     language: str = "language_model"
     text: Family | None = None
@@ -79,7 +79,7 @@ QWEN2_VL = Vision(
     stored=_QWEN_NAMES,
 )
 _QWEN3_INSIDE = r"model\.visual\.(patch_embed|pos_embed|blocks|merger\.norm|merger\.linear_fc1)\..*"
-_QWEN3_WRITERS: dict[str, tuple[Living, ...]] = {
+_QWEN3_WRITERS: dict[str, tuple[AxisSpace, ...]] = {
     "model.visual.merger.linear_fc2.weight": _WRITER,
     "model.visual.merger.linear_fc2.bias": ("residual",),
 }

@@ -28,14 +28,14 @@ def with_single_experts(file: FamilyFile, config: Any, shapes: Mapping[str, Sequ
         leaves, count = _leaves(module, shapes)
         axes = {leaf: _axes(shape, hidden) for leaf, shape in leaves.items()}
         size = formula([(config, count)], COUNTS) if count else None
-        if size not in COUNTS or any(living is None for living in axes.values()):
+        if size not in COUNTS or any(spaces is None for spaces in axes.values()):
             return None
         found = True
         data["experts"] = size
         stacked = [name for name in data["tensors"] if re.fullmatch(rf"{re.escape(module)}\.[^.]+", name)]
-        for leaf, living in axes.items():
-            data["tensors"][f"{module}.#.{leaf}.weight"] = living
-        reading = [f"{module}.#.{leaf}" for leaf, living in axes.items() if living == ["-", "residual"]]
+        for leaf, spaces in axes.items():
+            data["tensors"][f"{module}.#.{leaf}.weight"] = spaces
+        reading = [f"{module}.#.{leaf}" for leaf, spaces in axes.items() if spaces == ["-", "residual"]]
         for readers in data["norms"].values():
             if isinstance(readers, list) and set(readers) & set(stacked):
                 readers += reading
