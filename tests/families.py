@@ -1,6 +1,7 @@
-"""One tiny config, or more, for every table: the instances on which the laws of `test_families.py` are tried.
+"""Tiny configs for every family table, on which tests/laws/test_families.py runs. Add one for a new model type.
 
-Grouped-query heads, heads that do not fill the hidden size, sliding and full layers, biases: whatever a family knows.
+They cover what a family allows: grouped-query heads, heads that do not fill the hidden size, sliding and full
+attention, biases.
 """
 
 from collections.abc import Callable

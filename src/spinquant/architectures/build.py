@@ -197,7 +197,7 @@ class _Build:
         for name, shape in self.shapes.items():
             if name not in found and not any(re.fullmatch(pattern, name) for pattern in self.family.ignored):
                 raise ArchitectureError(
-                    f"tensor {name!r} (shape {tuple(shape)}) is not explained by the table of {self.family.name!r}: "
+                    f"tensor {name!r} (shape {tuple(shape)}) is not described by the table of {self.family.name!r}: "
                     "rotating the model without it could change its outputs. A table covers one model class; a class "
                     "that differs needs a family file (--family)."
                 )

@@ -11,7 +11,7 @@ from spinquant.architectures.family import size_of
 from spinquant.errors import ArchitectureError
 from spinquant.evaluation.tiny_model import Sizing
 from spinquant.probing.branches import add_branches, add_stacks
-from spinquant.probing.module_roles import LayerPart, Values, is_multiple, scale_of
+from spinquant.probing.module_roles import LayerRoles, Values, is_multiple, scale_of
 from spinquant.probing.observation import Draft, Observation, formula, reading_of
 
 _HEADS, _KV = "num_attention_heads*head_dim", "num_key_value_heads*head_dim"
@@ -29,7 +29,7 @@ FORMULAS = (
 def same_attention(seen: Observation) -> str | None:
     """Why the attentions of a model's layers cannot be described as one; None if they can."""
 
-    def described(part: LayerPart) -> Any:
+    def described(part: LayerRoles) -> Any:
         values = [(seen.starred(v.linear), seen.starred(v.reader), dict(v.channels)) for v in part.values]
         return values, part.attention and seen.starred(part.attention)
 

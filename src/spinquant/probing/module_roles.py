@@ -50,12 +50,12 @@ class Values:
 
 
 @dataclass
-class LayerPart:
+class LayerRoles:
     """The roles found in a layer, or outside the layers.
 
     stacks: modules of experts that read and write the stream. fed: the writers whose inputs each reader affects.
     looks_back: readers whose output at one token affects such inputs at later tokens, as keys and values do. centred:
-    its norms subtract the mean. problems: why the stream cannot be explained.
+    its norms subtract the mean. problems: why the residual stream cannot be rotated.
     """
 
     norms: list[Norm] = field(default_factory=list)
@@ -151,9 +151,9 @@ def subtracts_mean(call: TracedCall) -> bool:
     return bool((plain - shifted).norm() <= 1e-6 * plain.norm())
 
 
-def explain_layer(model: Any, layer: TracedCall, calls: Sequence[TracedCall], tokens: Tensor) -> LayerPart:
+def infer_layer_roles(model: Any, layer: TracedCall, calls: Sequence[TracedCall], tokens: Tensor) -> LayerRoles:
     """Infer the roles of a layer's modules. calls: of the modules inside, in order of execution."""
-    part = LayerPart()
+    part = LayerRoles()
     hidden = layer.output.shape[-1]
     leaves = [call for call in calls if own_parameters(call.module)]
     parts: list[TracedCall] = []
@@ -169,7 +169,7 @@ def explain_layer(model: Any, layer: TracedCall, calls: Sequence[TracedCall], to
                 stream.append(call.input)
     # A norm takes its input only; an attention may have a one-dimensional parameter too.
     scaled = [c for c in leaves if scale_of(c) and not c.keywords and c.output.shape[-1] == hidden]
-    # If the stream is not explained, any norm that linears read may belong to it.
+    # If the layer's output is no such sum, any norm that linears read may belong to the stream.
     norms = [call for call in scaled if part.problems or any(is_multiple(call.input, value) for value in stream)]
     linears = [call for call in leaves if isinstance(call.module, LINEARS)]
     others = [call for call in leaves if is_stack(call) or is_router(call)]
@@ -214,13 +214,13 @@ def _carried(delta: Tensor) -> dict[int, tuple[int, ...]]:
     return found
 
 
-def _writers(part: LayerPart, layer: TracedCall, parts: Sequence[TracedCall]) -> list[str]:
+def _writers(part: LayerRoles, layer: TracedCall, parts: Sequence[TracedCall]) -> list[str]:
     """The modules whose outputs a layer adds to the stream; obstacles are appended to the part's problems."""
     sums, error = combination(layer.output, [layer.input, *(call.output for call in parts)])
     if error > EXACT:  # a gate may scale a branch per token, which commutes with a rotation
         sums, error = token_combination(layer.output, [layer.input, *(call.output for call in parts)])
     if error > EXACT:
-        part.problems.append(_why_unexplained(layer, parts))
+        part.problems.append(_why_no_sum(layer, parts))
         # Fallback: linears of the right width that do not read the layer's normed input.
         return [c.name for c in parts if isinstance(c.module, LINEARS) and not is_normed(c.input, layer.input)]
     writing = [call for call, number in zip(parts, sums[1:], strict=True) if abs(number) > EXACT]
@@ -249,7 +249,7 @@ def _writers(part: LayerPart, layer: TracedCall, parts: Sequence[TracedCall]) ->
     return [c.name for c in parts if c.name in names and (isinstance(c.module, LINEARS) or is_stack(c))]
 
 
-def _why_unexplained(layer: TracedCall, parts: Sequence[TracedCall]) -> str:
+def _why_no_sum(layer: TracedCall, parts: Sequence[TracedCall]) -> str:
     """Why a layer's output is no such sum: names an elementwise scale if that is the cause."""
     columns = torch.stack([layer.input, *(call.output for call in parts)]).flatten(1, 2)  # (parts, tokens, hidden)
     if columns.shape[1] > columns.shape[0]:
@@ -281,7 +281,7 @@ def _follows(parameter: Tensor, scale: Tensor) -> bool:
 
 
 def _add_readers(
-    part: LayerPart, linears: Sequence[TracedCall], norms: Sequence[TracedCall], stream: Sequence[Tensor]
+    part: LayerRoles, linears: Sequence[TracedCall], norms: Sequence[TracedCall], stream: Sequence[Tensor]
 ) -> None:
     """Add norms with the linears that read them, and the linears that read the stream without a norm with a scale."""
     found = [
@@ -302,9 +302,9 @@ def _add_readers(
     part.centred = any(norm.centred for norm in part.norms) or any(name not in plain for name in centred)
 
 
-def explain_ends(model: Any, calls: Mapping[str, TracedCall], first: TracedCall, last: TracedCall) -> LayerPart:
+def infer_end_roles(model: Any, calls: Mapping[str, TracedCall], first: TracedCall, last: TracedCall) -> LayerRoles:
     """Infer what writes to the stream before the first layer, token embedding first, and what reads it last."""
-    part = LayerPart()
+    part = LayerRoles()
     names = {module: name for name, module in model.named_modules()}
     embedding, head = names.get(model.get_input_embeddings()), names.get(model.get_output_embeddings())
     if embedding is None or head is None or embedding not in calls or head not in calls:

@@ -16,7 +16,7 @@ from spinquant.architectures.family import Named, size_of
 from spinquant.errors import ArchitectureError
 from spinquant.evaluation.tiny_model import Sizing
 from spinquant.models.modules import tensor_shapes
-from spinquant.probing.module_roles import LayerPart, explain_ends, explain_layer
+from spinquant.probing.module_roles import LayerRoles, infer_end_roles, infer_layer_roles
 from spinquant.probing.tiny_models import random_tokens
 from spinquant.probing.trace import TracedCall, cached_layers, trace
 
@@ -31,8 +31,8 @@ class Observation:
     config: Any
     calls: Mapping[str, TracedCall]
     pattern: str
-    layers: tuple[LayerPart, ...]
-    ends: LayerPart
+    layers: tuple[LayerRoles, ...]
+    ends: LayerRoles
     shapes: Mapping[str, tuple[int, ...]]
 
     @property
@@ -71,12 +71,12 @@ def observe(tiny: Any, sizing: Sizing) -> Observation | str:
             "residual streams are not supported"
         )
     parts = tuple(
-        explain_layer(tiny, layer, [c for n, c in calls.items() if n.startswith(f"{layer.name}.")], tokens[:1])
+        infer_layer_roles(tiny, layer, [c for n, c in calls.items() if n.startswith(f"{layer.name}.")], tokens[:1])
         for layer in layers
     )
     for part, caches in zip(parts, cached_layers(tiny, tokens, count), strict=True):
         part.attention = part.attention if caches else None
-    ends = explain_ends(tiny, calls, layers[0], layers[-1])
+    ends = infer_end_roles(tiny, calls, layers[0], layers[-1])
     return Observation(config, calls, f"{stacks[0]}.*", parts, ends, tensor_shapes(tiny))
 
 
@@ -107,7 +107,7 @@ def formula(sizes: Sequence[tuple[Any, int]], candidates: Sequence[str]) -> str 
     return zero or next((text for text in [*candidates, *named] if fits(text)), None)
 
 
-def reading_of(seen: Observation, part: LayerPart) -> list[str]:
+def reading_of(seen: Observation, part: LayerRoles) -> list[str]:
     """The modules that read the stream in a layer, in order of execution."""
     order = {name: i for i, name in enumerate(seen.calls)}
     readers = [reader for norm in part.norms for reader in norm.readers] + part.readers

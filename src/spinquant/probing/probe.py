@@ -104,16 +104,17 @@ def probe(config: Any, *, shapes: Mapping[str, Sequence[int]] | None = None) -> 
 def _against(found: Probe, config: Any, shapes: Mapping[str, Sequence[int]]) -> Probe:
     """Check the draft against the checkpoint's tensors; extend it to single experts, or report what is not covered."""
     assert found.family is not None
-    error = _unexplained(found.family, config, shapes)
+    error = _error_of(found.family, config, shapes)
     if error is None:
         return found
     single = with_single_experts(found.family, config, shapes)
-    if single is not None and (error := _unexplained(single, config, shapes)) is None:
+    if single is not None and (error := _error_of(single, config, shapes)) is None:
         return replace(found, family=single)
     return replace(found, left=(*found.left, f"the checkpoint's tensors are not those of the class: {error}"))
 
 
-def _unexplained(family: FamilyFile, config: Any, shapes: Mapping[str, Sequence[int]]) -> ArchitectureError | None:
+def _error_of(family: FamilyFile, config: Any, shapes: Mapping[str, Sequence[int]]) -> ArchitectureError | None:
+    """The error that making a plan of these tensors raises; None if it succeeds."""
     try:
         build_plan(to_family(family, FAMILIES), config, shapes)
     except ArchitectureError as error:
