@@ -28,7 +28,7 @@ ROWS, SAME = 64, 0.02
 
 
 @dataclass(frozen=True)
-class Target:
+class BaseModel:
     """The base model of an adapter: original checkpoint, plan and rotations. name: the rotated folder, as given."""
 
     name: str
@@ -70,7 +70,7 @@ class Target:
 
 
 @contextmanager
-def target_of(rotated: str | Path, model: str | Path | None = None) -> Iterator[Target]:
+def open_base_model(rotated: str | Path, model: str | Path | None = None) -> Iterator[BaseModel]:
     """Open the base model of a rotated folder: `model`, or the original model that the folder's record names.
 
     Raises CheckpointError for a folder without record or rotations, and RotationError if the model is not the original.
@@ -84,27 +84,27 @@ def target_of(rotated: str | Path, model: str | Path | None = None) -> Iterator[
     with closing(Source(folder_of(origin), config)) as source:
         plan = make_plan(config, source.shapes)
         rotations = saved(record, load_file(folder / BESIDE / ROTATIONS))
-        target = Target(str(rotated), config, source, plan, rotations)
+        base = BaseModel(str(rotated), config, source, plan, rotations)
         spaces = [asdict(space) for space in plan.spaces]
-        if spaces != record["plan"]["spaces"] or not _is_original(target, folder):
+        if spaces != record["plan"]["spaces"] or not _is_original(base, folder):
             raise RotationError(
                 f"{str(origin)!r} is not the model that {folder} was made from: pass the original with --model"
             )
-        yield target
+        yield base
 
 
 @torch.no_grad()
-def _is_original(target: Target, folder: Path) -> bool:
+def _is_original(base: BaseModel, folder: Path) -> bool:
     """Whether the rotated first rows of the embedding equal those of the rotated folder."""
-    name = target.names[target.family.embedding]
+    name = base.names[base.family.embedding]
     info = read_headers(folder).get(name)
-    stored = target.source.tensors[name].entry
+    stored = base.source.tensors[name].entry
     if info is None or info.shape != stored.shape:
         return False
     with safe_open(folder / info.file, framework="pt") as file:
         found = file.get_slice(name)[:ROWS].double()
-    rows = target.source.read(name, 0, len(found), torch.empty(stored.end - stored.start, dtype=torch.uint8))
-    expected = transform(name, rows.double(), target.plan, target.gains, target.rotations)
+    rows = base.source.read(name, 0, len(found), torch.empty(stored.end - stored.start, dtype=torch.uint8))
+    expected = transform(name, rows.double(), base.plan, base.gains, base.rotations)
     return bool((found - expected).norm() <= SAME * expected.norm())
 
 

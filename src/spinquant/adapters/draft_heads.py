@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from spinquant.adapters.base_model import Target
+from spinquant.adapters.base_model import BaseModel
 from spinquant.errors import RotationError
 from spinquant.plan import Axis, Gain, Plan, Span
 from spinquant.rotations.fuse import transform
@@ -74,22 +74,22 @@ def head_kind(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Kind:
 
 @torch.no_grad()
 def rotate_head(
-    kind: Kind, config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: Target
+    kind: Kind, config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseModel
 ) -> dict[str, Tensor]:
     """Rotate the tensors of a draft head for a rotated base model; same names.
 
     Raises RotationError, with the reason, for a head that R1 rules out; R2, R3 and R4 do not change what a head reads.
     """
-    if "residual" not in target.rotations:
+    if "residual" not in base.rotations:
         return dict(tensors)
     if kind in _IMPOSSIBLE:
         raise RotationError(f"R1 is impossible with this draft head: {_IMPOSSIBLE[kind]}.")
-    plan, gains = eagle3_plan(config, tensors, target)
-    return {name: transform(name, tensor, plan, gains, target.rotations) for name, tensor in tensors.items()}
+    plan, gains = eagle3_plan(config, tensors, base)
+    return {name: transform(name, tensor, plan, gains, base.rotations) for name, tensor in tensors.items()}
 
 
 def eagle3_plan(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: Target
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseModel
 ) -> tuple[Plan, dict[str, Tensor]]:
     """The plan of an EAGLE-3 head, and the weights of its norms that read the residual space.
 
@@ -100,7 +100,7 @@ def eagle3_plan(
         raise RotationError(
             f"R1 is impossible with this draft head (use_aux_hidden_state is off): {_IMPOSSIBLE['eagle']}."
         )
-    hidden, residual = target.hidden_size, "residual"
+    hidden, residual = base.hidden_size, "residual"
     by_own = {_own(name): name for name in tensors}
     if "lm_head.weight" not in by_own:
         raise RotationError(
@@ -144,7 +144,7 @@ def eagle3_plan(
         weights[norm] = torch.cat([tensors[norm], torch.ones_like(tensors[norm])])
     plan = Plan(
         family="eagle3",
-        spaces=(target.plan.space[residual],),
+        spaces=(base.plan.space[residual],),
         axes=tuple(axes),
         gains=tuple(gains),
         onlines=(),

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
-from spinquant.adapters.base_model import Target, target_of
+from spinquant.adapters.base_model import BaseModel, open_base_model
 from spinquant.adapters.draft_heads import head_kind, rotate_head
 from spinquant.adapters.lora import rotate_lora
 from spinquant.checkpoint.atomic import check_replaceable, write_file
@@ -73,23 +73,23 @@ def rotate_adapter(
     folder = folder_of(adapter)
     check_replaceable(out, force=force, source=folder)
     check_replaceable(out, force=True, source=rotated)
-    with target_of(rotated, model) as target, atomic_folder(out, force=force) as made:
-        return write_adapter(folder, target, made)
+    with open_base_model(rotated, model) as base, atomic_folder(out, force=force) as made:
+        return write_adapter(folder, base, made)
 
 
-def write_adapter(folder: Path, target: Target, out: Path) -> dict[str, Any]:
+def write_adapter(folder: Path, base: BaseModel, out: Path) -> dict[str, Any]:
     """Rotate an adapter or draft head for its base model into `out`, an empty folder; see `rotate_adapter`."""
     if (folder / ADAPTER_CONFIG).is_file():
         kind, about, tensors, metadata = "lora", *_read(folder, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
-        rotated = rotate_lora(about, tensors, target)
+        rotated = rotate_lora(about, tensors, base)
         # The revision is one of the original model, which the config no longer names.
-        stale = {"base_model_name_or_path": target.name, "revision": None}
+        stale = {"base_model_name_or_path": base.name, "revision": None}
         changed = {key: stale.get(key, value) for key, value in about.items()}
         config, weights = ADAPTER_CONFIG, ADAPTER_WEIGHTS
     elif (folder / "config.json").is_file():
         about, tensors, metadata = _read(folder, "config.json", SINGLE)
         kind, changed, config, weights = head_kind(about, tensors), about, "config.json", SINGLE
-        rotated = rotate_head(kind, about, tensors, target)
+        rotated = rotate_head(kind, about, tensors, base)
     else:
         raise CheckpointError(
             f"{folder} is neither a LoRA adapter of peft (no {ADAPTER_CONFIG}) nor a draft head (no config.json)"

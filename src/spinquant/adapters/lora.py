@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spinquant.adapters.base_model import Target
+from spinquant.adapters.base_model import BaseModel
 from spinquant.adapters.moe import stacked_counterpart
 from spinquant.adapters.plan import Counterpart, adapter_plan
 from spinquant.errors import RotationError
@@ -54,7 +54,7 @@ REASONS = {
 
 
 @dataclass(frozen=True)
-class Scaled:
+class Magnitude:
     """DoRA magnitudes of one linear: its tensor in the plan, its module in the adapter, and the scaling s."""
 
     tensor: str
@@ -63,28 +63,28 @@ class Scaled:
 
 
 @torch.no_grad()
-def rotate_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: Target) -> dict[str, Tensor]:
+def rotate_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseModel) -> dict[str, Tensor]:
     """Rotate the tensors of an adapter for a rotated base model; same names.
 
     config: from adapter_config.json. Raises RotationError, with the reason, for what cannot be rotated.
     """
-    check_config(config, target)
+    check_config(config, base)
     counterparts: dict[str, Counterpart] = {}
-    magnitudes: dict[str, Scaled] = {}
+    magnitudes: dict[str, Magnitude] = {}
     for name in tensors:
-        found = _counterpart(name, config, tensors, target)
+        found = _counterpart(name, config, tensors, base)
         if isinstance(found, Counterpart):
             counterparts[name] = found
         else:
             magnitudes[name] = found
-    plan = adapter_plan(target.plan, counterparts)
-    rotated = {n: transform(n, t, plan, target.gains, target.rotations) for n, t in tensors.items()}
+    plan = adapter_plan(base.plan, counterparts)
+    rotated = {n: transform(n, t, plan, base.gains, base.rotations) for n, t in tensors.items()}
     for name, scaled in magnitudes.items():
-        rotated[name] = _magnitude(name, scaled, tensors, target)
+        rotated[name] = _magnitude(name, scaled, tensors, base)
     return rotated
 
 
-def check_config(config: Mapping[str, Any], target: Target) -> None:
+def check_config(config: Mapping[str, Any], base: BaseModel) -> None:
     """Raise RotationError for an adapter that is not LoRA, or has an option that no rotation preserves."""
     kind = config.get("peft_type")
     if kind != "LORA":
@@ -104,7 +104,7 @@ def check_config(config: Mapping[str, Any], target: Target) -> None:
             continue
         reason = REASONS.get(key, "this version of spinquant does not know this option")
         raise RotationError(f"the adapter has {key} = {value!r}: {reason}. Merge it into the model, and rotate that")
-    if target.plan.ties and "residual" in target.rotations:
+    if base.plan.ties and "residual" in base.rotations:
         for key in ("ensure_weight_tying", "trainable_token_indices"):
             if config.get(key):
                 raise RotationError(
@@ -114,21 +114,21 @@ def check_config(config: Mapping[str, Any], target: Target) -> None:
 
 
 def _counterpart(
-    name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: Target
-) -> Counterpart | Scaled:
+    name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseModel
+) -> Counterpart | Magnitude:
     inside = name.removeprefix(PREFIX)
     if match := _NAME.fullmatch(inside):
         module, part = match["module"], match["part"]
     elif match := _TOKENS.fullmatch(inside):
-        return Counterpart(_tensor(name, f"{match['module']}.weight", target), {1: 1})
+        return Counterpart(_tensor(name, f"{match['module']}.weight", base), {1: 1})
     else:
-        return _whole(name, inside, target)
+        return _whole(name, inside, base)
     if module.endswith((".experts", ".experts.base_layer")) and part in ("lora_A", "lora_B"):
-        return stacked_counterpart(name, module.removesuffix(".base_layer"), tensors, target)
-    weight = _tensor(name, f"{module}.weight", target)
-    outputs, inputs = (1, 0) if target.family.transposed else (0, 1)
+        return stacked_counterpart(name, module.removesuffix(".base_layer"), tensors, base)
+    weight = _tensor(name, f"{module}.weight", base)
+    outputs, inputs = (1, 0) if base.family.transposed else (0, 1)
     if part == "lora_A":
-        online = _reads_online(module, target)
+        online = _reads_online(module, base)
         return Counterpart(weight, {} if online else {inputs: 1}, {inputs: 1} if online else {})
     if part == "lora_B":
         # A bias of B has the output axis of the linear, like the rows of B.
@@ -137,19 +137,19 @@ def _counterpart(
         return Counterpart(weight, {0: 1})
     if part == "lora_embedding_B":
         return Counterpart(weight, {1: 0})
-    if _is_rotated(weight, 1 if weight == _embedding(target) else outputs, target):
+    if _is_rotated(weight, 1 if weight == _embedding(base) else outputs, base):
         raise RotationError(
             f"{name} is a DoRA magnitude, which scales single outputs of {module}, and these outputs are rotated: "
             "diag(m) R is not R diag(m). Merge the adapter into the model and rotate that, or leave the rotation out"
         )
-    return Scaled(weight, f"{name[: name.index(module)]}{module}", _scaling(module, config))
+    return Magnitude(weight, f"{name[: name.index(module)]}{module}", _scaling(module, config))
 
 
-def _whole(name: str, inside: str, target: Target) -> Counterpart:
+def _whole(name: str, inside: str, base: BaseModel) -> Counterpart:
     """The tensor of the model that a whole tensor of the adapter replaces."""
-    tensor = _tensor(name, inside, target)
-    gain = target.plan.gain_of_norm.get(tensor)
-    if gain is not None and gain.space in target.rotations:
+    tensor = _tensor(name, inside, base)
+    gain = base.plan.gain_of_norm.get(tensor)
+    if gain is not None and gain.space in base.rotations:
         raise RotationError(
             f"{name} replaces the scale of a norm, which the rotated model has fused into the weights that read it. "
             "Merge the adapter into the model, and rotate that"
@@ -157,8 +157,8 @@ def _whole(name: str, inside: str, target: Target) -> Counterpart:
     return Counterpart(tensor, {dim: dim for dim in range(3)})
 
 
-def _tensor(name: str, inside: str, target: Target) -> str:
-    found = target.names.get(target.module_name(inside.replace(".base_layer.", ".")))
+def _tensor(name: str, inside: str, base: BaseModel) -> str:
+    found = base.names.get(base.module_name(inside.replace(".base_layer.", ".")))
     if found is None:
         raise RotationError(
             f"tensor {name!r} of the adapter belongs to {inside!r}, and the model has no such tensor: the adapter "
@@ -167,20 +167,20 @@ def _tensor(name: str, inside: str, target: Target) -> str:
     return found
 
 
-def _embedding(target: Target) -> str:
-    return target.names[target.family.embedding]
+def _embedding(base: BaseModel) -> str:
+    return base.names[base.family.embedding]
 
 
-def _reads_online(module: str, target: Target) -> bool:
+def _reads_online(module: str, base: BaseModel) -> bool:
     """Whether a linear's input is rotated online."""
-    name = target.module_name(f"{module}.weight").removesuffix(".weight")
-    onlines = (o for o in target.plan.onlines if o.module == name and o.site == "input")
-    return any(online.space in target.rotations for online in onlines)
+    name = base.module_name(f"{module}.weight").removesuffix(".weight")
+    onlines = (o for o in base.plan.onlines if o.module == name and o.site == "input")
+    return any(online.space in base.rotations for online in onlines)
 
 
-def _is_rotated(tensor: str, dim: int, target: Target) -> bool:
-    axes = target.plan.axes_of.get(tensor, ())
-    return any(axis.dim == dim and axis.space in target.rotations for axis in axes)
+def _is_rotated(tensor: str, dim: int, base: BaseModel) -> bool:
+    axes = base.plan.axes_of.get(tensor, ())
+    return any(axis.dim == dim and axis.space in base.rotations for axis in axes)
 
 
 def _scaling(module: str, config: Mapping[str, Any]) -> float:
@@ -197,23 +197,23 @@ def _scaling(module: str, config: Mapping[str, Any]) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _magnitude(name: str, scaled: Scaled, tensors: Mapping[str, Tensor], target: Target) -> Tensor:
+def _magnitude(name: str, scaled: Magnitude, tensors: Mapping[str, Tensor], base: BaseModel) -> Tensor:
     """The magnitude m' of the module docstring, in the dtype of m."""
     magnitude = tensors[name]
-    gains = [g for g, _ in target.plan.gains_of.get(scaled.tensor, ()) if g.space in target.rotations]
-    channels = list(scales_of(scaled.tensor, target.plan, target.rotations))
+    gains = [g for g, _ in base.plan.gains_of.get(scaled.tensor, ()) if g.space in base.rotations]
+    channels = list(scales_of(scaled.tensor, base.plan, base.rotations))
     if not gains and not channels:
         return magnitude
     wide = torch.promote_types(magnitude.dtype, torch.float32)
     a, b = (tensors[f"{scaled.module}.lora_{part}.weight"].to(wide) for part in "AB")
-    weight = target.original(scaled.tensor).to(wide)
-    updated = (weight.T if target.family.transposed else weight) + scaled.scaling * (b @ a)
+    weight = base.original(scaled.tensor).to(wide)
+    updated = (weight.T if base.family.transposed else weight) + scaled.scaling * (b @ a)
     scale = torch.ones((), dtype=wide)
     for gain in gains:
-        scale = scale * (target.gains[gain.norm].to(wide) + gain.offset)
+        scale = scale * (base.gains[gain.norm].to(wide) + gain.offset)
     rows = torch.ones((), dtype=wide)
     for factors, dim in channels:
-        if dim == (1 if target.family.transposed else 0):
+        if dim == (1 if base.family.transposed else 0):
             rows = rows * factors.to(wide)
         else:
             scale = scale * factors.to(wide)

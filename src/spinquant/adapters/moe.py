@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from spinquant.adapters.base_model import Target
+from spinquant.adapters.base_model import BaseModel
 from spinquant.adapters.plan import Counterpart
 from spinquant.errors import RotationError
 
@@ -25,7 +25,7 @@ class _Expert(NamedTuple):
     shape: tuple[int, int]
 
 
-def stacked_counterpart(name: str, module: str, tensors: Mapping[str, Tensor], target: Target) -> Counterpart:
+def stacked_counterpart(name: str, module: str, tensors: Mapping[str, Tensor], base: BaseModel) -> Counterpart:
     """The counterpart of an update's A or B, for experts stored stacked or one by one.
 
     module: the experts'. Raises RotationError unless exactly one of their parameters has the update's shape.
@@ -34,7 +34,7 @@ def stacked_counterpart(name: str, module: str, tensors: Mapping[str, Tensor], t
     first = name.replace(f".lora_{which}.", ".lora_A.")
     second = name.replace(f".lora_{which}.", ".lora_B.")
     shape = (tensors[second].shape[0], tensors[first].shape[1])
-    found = [expert for expert in _experts(module, target) if expert.shape == shape]
+    found = [expert for expert in _experts(module, base) if expert.shape == shape]
     if len(found) != 1:
         raise RotationError(
             f"tensor {name!r} of the adapter updates experts by (out, in) = {shape}, and {len(found)} parameters of "
@@ -43,16 +43,16 @@ def stacked_counterpart(name: str, module: str, tensors: Mapping[str, Tensor], t
     return Counterpart(found[0].tensor, {found[0].inputs: 1} if which == "A" else {found[0].outputs: 0})
 
 
-def _experts(module: str, target: Target) -> list[_Expert]:
+def _experts(module: str, base: BaseModel) -> list[_Expert]:
     """The two weights of a layer's experts, of one expert if they are stored one by one: all share their spaces."""
     # The module's name, from the name of one of its tensors.
-    name = target.module_name(f"{module}.down_proj").rpartition(".")[0]
-    experts = next((experts for experts in target.plan.experts if experts.module == name), None)
+    name = base.module_name(f"{module}.down_proj").rpartition(".")[0]
+    experts = next((experts for experts in base.plan.experts if experts.module == name), None)
     if experts is None:
         raise RotationError(f"the adapter updates experts of {module!r}, and the model has none of that name")
     found = []
     for tensors in (experts.first, experts.second):
-        shape = target.source.tensors[tensors[0]].entry.shape
+        shape = base.source.tensors[tensors[0]].entry.shape
         outputs, inputs = len(shape) - 2, len(shape) - 1
         if experts.transposed:
             outputs, inputs = inputs, outputs

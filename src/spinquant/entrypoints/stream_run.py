@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spinquant.adapters.base_model import Target
+from spinquant.adapters.base_model import BaseModel
 from spinquant.adapters.folder import ADAPTERS, write_adapter
 from spinquant.architectures import RECORDED, recorded_family
 from spinquant.architectures.mtp import COUNTS
@@ -192,9 +192,9 @@ class StreamRun:
     def write_adapters(self, data: Path) -> None:
         """Write the LoRA adapters and draft heads, rotated, into a folder `adapters` of `data`."""
         change, found = self.change, {}
-        target = Target(str(self.job.request.out), self.job.config, self.source, change.plan, change.rotations)
+        base = BaseModel(str(self.job.request.out), self.job.config, self.source, change.plan, change.rotations)
         for name, folder in self.job.adapters.items():
-            found[name] = write_adapter(folder, target, data / ADAPTERS / name)
+            found[name] = write_adapter(folder, base, data / ADAPTERS / name)
         if found:
             self.result = replace(self.result, notes={**self.result.notes, "adapters": found})
 
