@@ -95,8 +95,8 @@ def check_config(config: Mapping[str, Any], base: BaseModel) -> None:
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start not in PLAIN_STARTS:
         raise RotationError(
-            f"the adapter has init_lora_weights {start!r}: when it is loaded, peft computes new base weights from the "
-            "current ones, and rotated ones give other results. Convert it to plain LoRA "
+            f"the adapter has init_lora_weights {start!r}: when it is loaded, peft recomputes the base weights from "
+            "the current ones, and rotated ones give other results. Convert it to plain LoRA "
             "(save_pretrained(..., path_initial_model_for_weight_conversion=...)) and rotate that"
         )
     for key, value in config.items():
