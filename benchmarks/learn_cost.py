@@ -28,7 +28,7 @@ from spinquant.learning.activations import collect
 from spinquant.learning.cayley import Descent
 from spinquant.learning.fake_quant import fuse_gains, learning_scheme
 from spinquant.learning.layerwise import LocalOptions, learn_locally
-from spinquant.learning.learn import ROWS_OF_A_SAMPLE
+from spinquant.learning.learn import ROWS_PER_SAMPLE
 
 SHAPES = {  # layers, and the config of one
     "1B": (16, {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}),
@@ -82,7 +82,7 @@ def measure(shape: str, repeats: int) -> dict[str, float]:
     gradient = torch.randn(order, order, generator=generator)
     once = seconds(lambda: descent.step({"r": gradient}, 0.1), repeats)
     rows = max(0.0, learn({"residual"}, 2) - once) + learn({"others"}, 4)
-    samples = options.rows // ROWS_OF_A_SAMPLE
+    samples = options.rows // ROWS_PER_SAMPLE
     total = layers * (samples * per_sample + options.steps * rows) + options.steps * once
     return {"layers": layers, "sample": per_sample, "rows": rows, "map": once, "hours": total / 3600}
 

@@ -30,7 +30,7 @@ from spinquant.demo.model import demo_model
 from spinquant.learning.cayley import Descent
 from spinquant.learning.fake_quant import fuse_gains, rounding
 from spinquant.learning.parametrization import begin_training
-from spinquant.learning.sensitivity import nll_of_own
+from spinquant.learning.sensitivity import sampled_nll
 from spinquant.online.hooks import attachment_of
 from spinquant.quantization.rotated_rounding import Moving, Tally
 from spinquant.rotations.rotation import matrix
@@ -117,7 +117,7 @@ def rotated_coordinates(model, rows, scheme, tally) -> Callable[[], None]:
             if tally is None:
                 loss_of(model, rows).backward()
             else:
-                nll_of_own(model, rows, [torch.Generator().manual_seed(0)] * len(rows)).backward()
+                sampled_nll(model, rows, [torch.Generator().manual_seed(0)] * len(rows)).backward()
                 tally.take()
         descent.step({name: m.skew.grad for name, m in moving.items() if m.skew.grad is not None}, 0.1)
         for m in moving.values():

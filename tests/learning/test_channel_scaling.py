@@ -25,7 +25,7 @@ from spinquant.entrypoints.result import Options
 from spinquant.errors import LearningError, RotationError
 from spinquant.evaluation.equivalence import Float64Arithmetic, compare, snapshot
 from spinquant.evaluation.metrics import drawn
-from spinquant.learning.channel_scaling import add_up, fuse_scales, scale_sums, unscale
+from spinquant.learning.channel_scaling import accumulate, fuse_scales, scale_sums, unfuse_scales
 from spinquant.learning.end_to_end import FROM_LOCAL, EndToEndOptions
 from spinquant.learning.fake_quant import fuse_gains, learning_scheme
 from spinquant.learning.layerwise import LocalOptions
@@ -198,7 +198,7 @@ def scales_of(model, plan, scheme, ids):
 
 def filled(model, plan, rotations, scheme, ids):
     sums = scale_sums(plan, rotations, scheme)
-    add_up(model, plan, sums, scheme, ids, generator=torch.Generator().manual_seed(0))
+    accumulate(model, plan, sums, scheme, ids, generator=torch.Generator().manual_seed(0))
     return sums
 
 
@@ -280,7 +280,7 @@ def test_fused_they_keep_the_function_and_go_again():
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert {name.split(".")[4] for name in changed} == {"up_proj", "down_proj"}
     assert close(logits(model, ids), expected)
-    unscale(model, plan, scales)
+    unfuse_scales(model, plan, scales)
     assert all(torch.allclose(p, before[n], atol=1e-12) for n, p in model.named_parameters())
     # A space that is not rotated has none: nothing would be rounded there in other coordinates.
     assert not scale_sums(plan, {"residual": Hadamard(1)}, scheme) and not scale_sums(
@@ -375,7 +375,7 @@ def test_learning_keeps_them_where_they_lessen_kl(signs):
 def test_scales_that_lose_are_taken_out_again(monkeypatch):
     monkeypatch.setattr(
         "spinquant.learning.channel_scaling.Sums.scale",
-        lambda self: torch.linspace(-4, 4, len(self.large)).double().exp(),
+        lambda self: torch.linspace(-4, 4, len(self.energy)).double().exp(),
     )
     model, _ = prepared()
     learned = learn(model, parse_scheme("W4A4KV4"), SPEC, tokens(16, 24), tokens(4, 24, seed=9), QUICKLY)

@@ -24,7 +24,7 @@ from spinquant.checkpoint.run_directory import Pieces
 from spinquant.evaluation.equivalence import Float64Arithmetic
 from spinquant.evaluation.metrics import divergence, drawn
 from spinquant.learning.activations import ActivationSite, collect
-from spinquant.learning.cayley import Descent, cayley, nearer, orthogonality_error
+from spinquant.learning.cayley import Descent, cayley, newton_step, orthogonality_error
 from spinquant.learning.end_to_end import (
     FROM_LOCAL,
     FROM_RANDOM,
@@ -39,7 +39,7 @@ from spinquant.learning.learn import CLIP_WINDOWS, _with_signs
 from spinquant.learning.options import Watch, learned_spaces
 from spinquant.learning.parametrization import begin_training
 from spinquant.learning.selection import Selection, score_candidates, with_clips
-from spinquant.learning.sensitivity import predicted_kl, sensitive_sites
+from spinquant.learning.sensitivity import collect_by_weight, predicted_kl
 from spinquant.online.hooks import attachment_of
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.rotated_rounding import Moving, Tally, Turn, round_rotated
@@ -76,7 +76,7 @@ def test_a_step_has_its_length_and_stays_on_the_group():
         assert torch.isclose((2 * step).norm(), torch.tensor(length, dtype=torch.float64), rtol=1e-6)
         assert orthogonality_error(descent.matrices["r"]) < 1e-13
     noisy = r + 1e-4 * random(12, 12, seed=2)
-    assert orthogonality_error(nearer(noisy)) < 20 * orthogonality_error(noisy) ** 2
+    assert orthogonality_error(newton_step(noisy)) < 20 * orthogonality_error(noisy) ** 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -310,7 +310,7 @@ def test_rows_are_drawn_by_what_they_cost():
     model, plan, _, names = prepared()
     ids = tokens(2, 12)
     generator = torch.Generator().manual_seed(3)
-    sites = sensitive_sites(model, plan, list(names), SCHEME, ids, rows=4000, generator=generator)
+    sites = collect_by_weight(model, plan, list(names), SCHEME, ids, rows=4000, generator=generator)
     again = torch.Generator().manual_seed(3)
     name = plan.linears[2][0]  # gate and up of the first layer
     module, costs, seen = model.get_submodule(name), [], []
@@ -345,7 +345,7 @@ def test_the_estimate_of_kl_is_about_what_rounding_costs():
     model, plan, made, names = prepared()
     scheme, ids = parse_scheme("A8KV8"), tokens(6, 20)
     generator = torch.Generator().manual_seed(0)
-    sites = sensitive_sites(model, plan, list(names), scheme, ids, rows=1200, generator=generator)
+    sites = collect_by_weight(model, plan, list(names), scheme, ids, rows=1200, generator=generator)
     estimate = sum(predicted_kl(sites, made).values())
     spaces = {name: r for name, r in made.items() if name in names}
     found = 0.0
@@ -362,13 +362,13 @@ def test_the_estimate_of_kl_is_about_what_rounding_costs():
 def test_drawing_rows_leaves_nothing_and_checkpointing_changes_nothing():
     model, plan, _, names = prepared()
     before = {p: p.requires_grad for p in model.parameters()}
-    sites = sensitive_sites(
+    sites = collect_by_weight(
         model, plan, list(names), SCHEME, tokens(3, 12), rows=60, generator=torch.Generator().manual_seed(0)
     )
     assert all(p.grad is None and p.requires_grad == before[p] for p in model.parameters())
     assert attachment_of(model) is None and not model.get_input_embeddings()._forward_hooks
     assert {site.space for site in sites} == set(names)
-    checkpointed = sensitive_sites(
+    checkpointed = collect_by_weight(
         model,
         plan,
         list(names),

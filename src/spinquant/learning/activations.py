@@ -1,7 +1,7 @@
-"""Capture the activations that quantizers see, block by block, as training data of local learning.
+"""Capture the inputs of activation and KV cache quantizers, block by block, as training data of local learning.
 
-A site is a quantizer and the space of its input: the inputs of linears, keys, values. Rows are kept as the quantizer
-sees them, whole tokens or heads, on the CPU, in float32.
+A site is a quantizer and the space of its input: the input of a linear, keys, or values. A row is one token, or one
+head of a token, as the quantizer reads it; rows are stored on the CPU in float32.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,10 +25,15 @@ MASSIVE = 20.0  # a row has a massive activation if its largest magnitude exceed
 
 @dataclass(frozen=True)
 class ActivationSite:
-    """Sampled rows, (rows, width), of a quantizer's input; width is a multiple of the size of their space.
+    """Rows sampled from the input of one quantizer.
 
-    name: the linear or the tensor of experts that reads the activation, or the attention's keys or values. share:
-    weight of the site in the loss, see `sensitivity.py`.
+    Attributes:
+        name: The linear or the tensor of stacked experts that reads the activation; `ATTENTION.keys` or
+            `ATTENTION.values` for the KV cache.
+        space: Space of the activation.
+        quantizer: The quantizer.
+        rows: The rows, float32 (rows, width); width is a multiple of the size of the space.
+        share: Weight of the site in the loss, see `sensitivity.py`. Default: 1.
     """
 
     name: str
@@ -58,14 +63,25 @@ def collect(
     device: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ActivationSite]:
-    """Sample about `rows` rows of every site whose space is among `spaces`, on tokens, int64 (samples, length).
+    """Sample about `rows` rows of every site in the given spaces, uniformly, without quantizing anything.
 
-    Nothing is quantized meanwhile; gains must be fused. Blocks are moved to `device` one at a time.
+    Args:
+        model: A causal language model, not rotated, with its gains fused (`fuse_gains`).
+        plan: Where it can be rotated.
+        spaces: Names of the spaces whose sites are captured.
+        scheme: What is quantized.
+        tokens: Calibration tokens, int64 (samples, length).
+        rows: About how many rows per site: `rows // samples` of every sample, at least one.
+        generator: Of the sampling.
+        device: Where blocks are run; they are moved there one at a time. Default: where they are.
+        progress: Called with (blocks done, blocks in all).
+
+    Returns:
+        The sites with their rows.
     """
     attachment = attach(model, plan, {}, scheme, around=True)
     wanted = quantized_spaces(plan, spaces, scheme)
-    share = max(1, rows // len(tokens))
-    sampling = _Sampling(model, attachment, plan.experts, list(wanted), share, generator)
+    sampling = _Sampling(model, attachment, plan.experts, list(wanted), max(1, rows // len(tokens)), generator)
     try:
         with attachment.exact():
             calls = block_calls(model, plan.blocks, tokens)
@@ -93,7 +109,7 @@ def collect(
 
 
 def quantized_spaces(plan: Plan, spaces: Sequence[str], scheme: Scheme) -> dict[str, tuple[Space, Quantizer]]:
-    """Sites in the given spaces by name (the first linear of a group, or an attention's keys or values)."""
+    """Space and quantizer of every site in the given spaces, by name: the first linear of a group, keys or values."""
     found: dict[str, tuple[Space, Quantizer]] = {}
     head = (plan.head.removesuffix(".weight"),)
     for group in (*plan.linears, *([head] if scheme.lm_head else [])):
@@ -114,7 +130,7 @@ def quantized_spaces(plan: Plan, spaces: Sequence[str], scheme: Scheme) -> dict[
 
 
 class _Sampling:
-    """Runs hidden states through the blocks and samples rows of all sites. share: rows per site and sample."""
+    """Runs hidden states through the blocks, and samples rows of all sites. share: rows per site and sample."""
 
     def __init__(
         self,
@@ -136,14 +152,14 @@ class _Sampling:
         self.rows.setdefault(name, []).append(flat[chosen].to("cpu", torch.float32))
 
     def through(self, name: str, arguments: Mapping[str, Any], states: Sequence[Tensor]) -> list[Tensor]:
-        """Run a block, and sample the rows of its sites; returns its outputs."""
+        """Run one block, and sample rows of its sites; returns the block's outputs."""
         block = self.model.get_submodule(name)
         inside = [site for site in self.sites if site.startswith(f"{name}.")]
         cached = [site for site in inside if site.endswith((".keys", ".values"))]
         attentions = {site.rpartition(".")[0] for site in cached}
         for attention in attentions:
             self.attachment.keys_values[attention].watch = self._watch(attention, cached)
-        # The inputs of the experts' two matrix products are not inputs of modules, so they are observed by the sites.
+        # The inputs of the experts' matrix products are not inputs of modules, so the hooks' sites observe them.
         stacked = [tensor for e in self.experts for tensor in (e.first[0], e.second[0]) if tensor in inside]
         for tensor in stacked:
             self.attachment.inputs[tensor].watch = partial(self.add, tensor)
@@ -163,9 +179,9 @@ class _Sampling:
         return outputs
 
     def _watch(self, attention: str, cached: Sequence[str]) -> Callable[[Tensor, Tensor], None]:
-        def seen(keys: Tensor, values: Tensor) -> None:
+        def observe(keys: Tensor, values: Tensor) -> None:
             for part, x in (("keys", keys), ("values", values)):
                 if f"{attention}.{part}" in cached:
                     self.add(f"{attention}.{part}", x)
 
-        return seen
+        return observe

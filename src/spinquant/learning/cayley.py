@@ -1,4 +1,4 @@
-"""Cayley SGD and Adam: optimize matrices on the orthogonal group.
+"""Cayley SGD and Adam: gradient descent on the orthogonal group.
 
     R <- R (I + A/2)^-1 (I - A/2)          A skew-symmetric
 
@@ -23,20 +23,20 @@ BETAS, EPSILON = (0.9, 0.95), 1e-8
 
 
 def cayley(start: Tensor, skew: Tensor, *, centred: bool = False) -> Tensor:
-    """R0 (I + A/2)^-1 (I - A/2), with A from the strict lower triangle of `skew`; all (n, n).
+    """R0 (I + A/2)^-1 (I - A/2), with A = L - L^T, L the strict lower triangle of `skew`; all matrices are (n, n).
 
     centred: A is projected so that A 1 = 0; the product then preserves the mean if R0 does.
     """
     lower = skew.tril(-1)
     half = (lower - lower.T) / 2
     if centred:
-        half = keeping_mean(half)
+        half = mean_preserving(half)
     one = torch.eye(len(half), dtype=half.dtype, device=half.device)
     return start @ torch.linalg.solve(one + half, one - half)
 
 
-def keeping_mean(skew: Tensor) -> Tensor:
-    """The nearest skew-symmetric matrix A with A 1 = 0, (n, n)."""
+def mean_preserving(skew: Tensor) -> Tensor:
+    """The nearest skew-symmetric matrix A with A 1 = 0, (n, n): its Cayley transform preserves the mean."""
     return skew - skew.mean(0, keepdim=True) - skew.mean(1, keepdim=True) + skew.mean()
 
 
@@ -46,8 +46,8 @@ def orthogonality_error(r: Tensor) -> float:
     return float((r.T @ r - one).abs().max())
 
 
-def nearer(r: Tensor) -> Tensor:
-    """One Newton step towards the nearest orthogonal matrix, which squares the error."""
+def newton_step(r: Tensor) -> Tensor:
+    """One Newton step towards the nearest orthogonal matrix; it squares the error."""
     return 1.5 * r - 0.5 * r @ (r.T @ r)
 
 
@@ -55,9 +55,17 @@ def nearer(r: Tensor) -> Tensor:
 class Descent:
     """Optimizer of orthogonal matrices, float32 or float64, which it changes in place.
 
-    adam: the direction comes from elementwise moments of the skew-symmetric gradient; sgd: from the gradient itself,
-    with `momentum`. Moments need no vector transport, since A is expressed relative to R. centred: names of matrices
-    that preserve the mean, R 1 = 1, at every step.
+    With adam the direction comes from elementwise moments of the skew-symmetric gradient, with sgd from the gradient
+    and `momentum`. Moments need no vector transport, since A is expressed relative to R.
+
+    Attributes:
+        matrices: The matrices by name, (n, n).
+        optimizer: `sgd` or `adam`.
+        momentum: Of sgd, in [0, 1).
+        centred: Names of matrices that have to preserve the mean, R 1 = 1, at every step.
+        steps: Number of steps so far.
+        first: First moments by name.
+        second: Second moments by name, of adam.
     """
 
     matrices: Mapping[str, Tensor]
@@ -70,16 +78,16 @@ class Descent:
 
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor], lr: float) -> None:
-        """Make a step of length lr for every matrix with a gradient of the loss with respect to A, (n, n)."""
+        """Step by ||A|| = lr every matrix that has a gradient, (n, n): that of the loss with respect to A at A = 0."""
         self.steps += 1
         for name, gradient in gradients.items():
             r = self.matrices[name]
             direction = self._direction(name, (gradient - gradient.T) / 2)
-            direction = keeping_mean(direction) if name in self.centred else direction
+            direction = mean_preserving(direction) if name in self.centred else direction
             length = direction.norm()
             if length > 0:
                 # Against the gradient; `cayley` reads the strict lower triangle.
-                r.copy_(nearer(cayley(r, direction * (-lr / length))))
+                r.copy_(newton_step(cayley(r, direction * (-lr / length))))
 
     def _direction(self, name: str, skew: Tensor) -> Tensor:
         if self.optimizer == "sgd" and not self.momentum:
@@ -94,7 +102,7 @@ class Descent:
         return mean / ((second / (1 - BETAS[1] ** self.steps)).sqrt() + EPSILON)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The optimizer's state, by name, for `restore`."""
+        """State of the optimizer: matrices and moments, by name, for `restore`."""
         parts = {"matrix": self.matrices, "first": self.first, "second": self.second}
         return {f"{part}/{name}": tensor for part, held in parts.items() for name, tensor in held.items()}
 

@@ -1,8 +1,8 @@
-"""Compute channel scales for spaces that can have them (`Plan.scalings`), which minimize the cost of rounding.
+"""Channel scaling: per-channel scales that minimize the cost of rounding, for the spaces in `Plan.scalings`.
 
-Rounding a row x that was multiplied by s per channel, and rotated, adds an error without preferred direction in rotated
-coordinates whose length is proportional to the row's; divided by s, it is the error in the network. To second order
-(`sensitivity.py`) its cost is proportional to
+Let a row x be multiplied by s per channel, rotated and rounded. The rounding error has no preferred direction in
+rotated coordinates, and its length is proportional to that of the row; divided by s, it is the error in the network.
+To second order (`sensitivity.py`) its cost is proportional to
 
     sum over rows of ||x s||^2 ||g / s||^2
 
@@ -11,8 +11,8 @@ insensitive are scaled down, and sensitive ones up. At the minimum
 
     s_j^4 = sum g_j^2 ||x s||^2 / sum x_j^2 ||g / s||^2
 
-The right side at s = 1 is enough: on SmolLM2-135M it leaves 0.25 of the cost of unscaled rows, on held-out text, and
-the minimum is 0.24. It takes two sums of the length of a row, whatever the number of tokens.
+Evaluating the right side once, at s = 1, is enough: on SmolLM2-135M it leaves 0.25 of the cost of unscaled rows, on
+held-out text, and the minimum is 0.24. It takes two sums of the length of a row, whatever the number of tokens.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,46 +23,49 @@ import torch
 from torch import Tensor
 
 from spinquant.errors import LearningError
-from spinquant.learning.sensitivity import own_predictions
+from spinquant.learning.sensitivity import backward_own_predictions
 from spinquant.models.capture import device_of
-from spinquant.online.hooks import attach
+from spinquant.online.hooks import Attachment
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotations.fuse_module import fuse_module
 from spinquant.rotations.rotation import Hadamard, Rotation
 from spinquant.rotations.wrappers import Scaled
 
-# Share of their mean that is added to both sums: scales stay finite for channels that are always zero or insensitive.
+# This share of its mean is added to each sum: scales stay finite for channels that are always zero or insensitive.
 DAMPING = 0.1
 
 
 class Sums:
-    """Sums over rows of g_j^2 ||x||^2 and of x_j^2 ||g||^2, for the input of one linear."""
+    """Sums over the rows that one linear reads: `sensitivity` of g_j^2 ||x||^2, and `energy` of x_j^2 ||g||^2.
+
+    reader: the linear. size: number of channels.
+    """
 
     def __init__(self, reader: str, size: int):
         self.reader = reader
-        self.mattering, self.large = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+        self.sensitivity, self.energy = (torch.zeros(size, dtype=torch.float64) for _ in range(2))
 
     def watch(self, x: Tensor) -> None:
-        """Observe an activation, (.., size); it is added when its gradient is known."""
+        """Observe an activation, (.., size); it is added to the sums when its gradient is computed."""
         x.register_hook(partial(self._add, x.detach()))
 
     def _add(self, x: Tensor, gradient: Tensor) -> None:
         squares, slopes = (t.reshape(-1, t.shape[-1]).float().square() for t in (x, gradient))
-        self.mattering += (squares.sum(-1) @ slopes).cpu()
-        self.large += (slopes.sum(-1) @ squares).cpu()
+        self.sensitivity += (squares.sum(-1) @ slopes).cpu()
+        self.energy += (slopes.sum(-1) @ squares).cpu()
 
     def scale(self) -> Tensor:
-        """The scales that follow, float64, of geometric mean one."""
-        mattering, large = (total + DAMPING * total.mean() for total in (self.mattering, self.large))
-        if not (mattering > 0).all() or not (large > 0).all():
-            return torch.ones_like(mattering)  # nothing passed here: an MLP of zeros, or one that nothing depends on
-        logs = (mattering.log() - large.log()) / 4
+        """The scales, float64 (size,), normalized to geometric mean one; all ones if a sum is zero."""
+        sensitivity, energy = (total + DAMPING * total.mean() for total in (self.sensitivity, self.energy))
+        if not (sensitivity > 0).all() or not (energy > 0).all():
+            return torch.ones_like(sensitivity)  # an MLP whose activations or gradients are all zero
+        logs = (sensitivity.log() - energy.log()) / 4
         return (logs - logs.mean()).exp()
 
 
 def scale_sums(plan: Plan, rotations: Mapping[str, Rotation], scheme: Scheme) -> dict[str, Sums]:
-    """Empty sums for every space that can have scales, is rotated, and is quantized."""
+    """New sums for every space that can have scales and is rotated; none if activations are not quantized."""
     if scheme.activations is None:
         return {}
     readers = {space.name: group[0] for group in plan.linears if (space := plan.read_by(group[0])) is not None}
@@ -70,12 +73,12 @@ def scale_sums(plan: Plan, rotations: Mapping[str, Rotation], scheme: Scheme) ->
     return {space: Sums(readers[space], plan.space[space].size) for space in spaces}
 
 
-def watches(sums: Mapping[str, Sums]) -> dict[str, Callable[[Tensor], None]]:
-    """The observers of linears' inputs, by linear."""
+def observers_of(sums: Mapping[str, Sums]) -> dict[str, Callable[[Tensor], None]]:
+    """The observer of each linear's input, by linear."""
     return {both.reader: both.watch for both in sums.values()}
 
 
-def add_up(
+def accumulate(
     model: Any,
     plan: Plan,
     sums: Mapping[str, Sums],
@@ -86,21 +89,20 @@ def add_up(
     checkpointing: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Accumulate the sums in a separate pass on tokens, (samples, length). Gains must be fused."""
-    attachment = attach(model, plan, {}, scheme, around=True)
-    try:
-        for name, watch in watches(sums).items():
-            attachment.inputs[name].watch = watch
-        with attachment.exact():
-            own_predictions(model, plan, tokens, generator=generator, checkpointing=checkpointing, progress=progress)
-    finally:
-        attachment.remove()
+    """Accumulate the sums in a pass of their own, on tokens, int64 (samples, length). Gains must be fused."""
+
+    def observe(attachment: Attachment) -> None:
+        for name, observer in observers_of(sums).items():
+            attachment.inputs[name].watch = observer
+
+    how: dict[str, Any] = {"generator": generator, "checkpointing": checkpointing, "progress": progress}
+    backward_own_predictions(model, plan, scheme, tokens, observe, **how)
 
 
 def fuse_scales(model: Any, plan: Plan, scales: Mapping[str, Tensor], tokens: Tensor) -> None:
-    """Fuse scales, by space, into the model's weights.
+    """Fuse scales, by space, into the model's weights, in place.
 
-    Raises LearningError if that changes the logits on tokens, (samples, length): then the model's table is wrong.
+    Raises LearningError if that changes the logits on tokens, (samples, length): then the plan's scalings are wrong.
     """
     if not scales:
         return
@@ -112,14 +114,14 @@ def fuse_scales(model: Any, plan: Plan, scales: Mapping[str, Tensor], tokens: Te
     moved = float((after.double() - before.double()).norm() / before.double().norm())
     if not moved <= min(0.2, 16 * torch.finfo(before.dtype).eps ** 0.5):
         raise LearningError(
-            f"channel scales of {next(iter(scales))} and others moved the logits of {plan.family} by {moved:.2g}: its "
-            "table says that they are one factor of a product, and they are not. Learn without scales (--no-scales), "
-            "or correct `scaled` in the family file"
+            f"fusing channel scales ({next(iter(scales))} and others) changed the logits of {plan.family} by "
+            f"{moved:.2g} (relative): its table declares these activations one factor of a product, and they are not. "
+            "Learn without scales (--no-scales), or correct `scaled` in the family file"
         )
 
 
-def unscale(model: Any, plan: Plan, scales: Mapping[str, Tensor]) -> None:
-    """Remove fused scales from the model's weights."""
+def unfuse_scales(model: Any, plan: Plan, scales: Mapping[str, Tensor]) -> None:
+    """Undo `fuse_scales`, up to rounding of the weights."""
     _fuse(model, plan, {space: 1 / scale for space, scale in scales.items()})
 
 

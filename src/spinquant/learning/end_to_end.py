@@ -1,15 +1,15 @@
-"""Learn rotations end to end through the quantized network: Cayley SGD or Adam (SpinQuant, arXiv 2405.16406).
+"""End-to-end learning of rotations through the quantized network: Cayley SGD or Adam (SpinQuant, arXiv 2405.16406).
 
 The model's weights are frozen and not rotated (`fake_quant.py`); gradients reach the rotations by the straight-through
 estimator. The loss is the expected cost of rounding (`quantization/rotated_rounding.py`), KL to the 16-bit model on its
-most likely tokens, or next-token cross-entropy. The step length decays; the samples of each step depend on the seed
-alone, so that a run can resume at any step. Under torch.distributed every process takes its share of a step's samples
-and gradients are averaged: several processes make the same steps as one.
+most likely tokens, or next-token cross-entropy. The step length decays. The samples of each step depend on the seed
+alone, so that a run can resume at any step. Under torch.distributed the samples of a step are divided among the
+processes and gradients are averaged: several processes make the same steps as one.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,8 +21,9 @@ from spinquant.errors import LearningError
 from spinquant.evaluation.metrics import wide
 from spinquant.learning.cayley import OPTIMIZERS, Descent, Optimizer, orthogonality_error
 from spinquant.learning.fake_quant import checkpointed, learning_scheme, rounding
-from spinquant.learning.layerwise import check_numbers, cosine
-from spinquant.learning.sensitivity import nll_of_own
+from spinquant.learning.layerwise import cosine
+from spinquant.learning.option_checks import check_choices, check_numbers, check_unused
+from spinquant.learning.sensitivity import sampled_nll
 from spinquant.models.capture import device_of
 from spinquant.online.hooks import Attachment
 from spinquant.plan import Plan
@@ -35,7 +36,7 @@ Loss = Literal["fisher", "kl", "cross-entropy"]
 Schedule = Literal["cosine", "linear", "constant"]
 LOSSES, SCHEDULES = get_args(Loss), get_args(Schedule)
 FROM_RANDOM, FROM_LOCAL = 0.5, 0.15  # default step lengths, from random and from locally learned rotations
-STATE = "end-to-end"  # name of the saved piece that holds the descent
+STATE = "end-to-end"  # name of the saved optimizer state (`Pieces`)
 ORTHOGONAL = 1e-5  # tolerance of |R^T R - I| at any step
 
 
@@ -49,7 +50,7 @@ class EndToEndOptions:
             loss of the network itself, with the paper's gradients and, if `range_gradient`, those through ranges.
         steps: Number of steps. Default: 100.
         batch: Samples of a step, over all processes. Default: 4.
-        micro_batch: Samples of one forward and backward pass. Default: all that a process has of a step.
+        micro_batch: Samples of one forward and backward pass. Default: all samples that a process has of a step.
         lr: Length of the first step, ||A||. Default: 0.5, or 0.15 after local learning or from learned rotations.
         schedule: Decay of the step length: `cosine` (the default), `linear` or `constant`.
         optimizer: `adam` (the default) or `sgd`.
@@ -86,13 +87,7 @@ class EndToEndOptions:
     save_every: int = 5
 
     def __post_init__(self):
-        for name, value, known in (
-            ("loss", self.loss, LOSSES),
-            ("schedule", self.schedule, SCHEDULES),
-            ("optimizer", self.optimizer, OPTIMIZERS),
-        ):
-            if value not in known:
-                raise LearningError(f"unknown {name} {value!r}: expected one of {', '.join(known)}")
+        check_choices(self, {"loss": LOSSES, "schedule": SCHEDULES, "optimizer": OPTIMIZERS})
         check_numbers(self, counts=("steps", "batch", "micro_batch", "top_tokens", "save_every"), positive=("lr",))
         if self.micro_batch is not None and self.micro_batch > self.batch:
             raise LearningError(
@@ -102,9 +97,7 @@ class EndToEndOptions:
         if not 0 <= self.momentum < 1:
             raise LearningError(f"momentum is {self.momentum}: expected a number in [0, 1)")
         unused = {"fisher": ("top_tokens", "range_gradient"), "cross-entropy": ("top_tokens",)}.get(self.loss, ())
-        changed = [f.name for f in fields(self) if f.name in unused and getattr(self, f.name) != f.default]
-        if changed:
-            raise LearningError(f"loss {self.loss} does not use {', '.join(changed)}: leave them out")
+        check_unused(self, unused, f"loss {self.loss}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dict, ready for JSON."""
@@ -144,40 +137,40 @@ def learn_end_to_end(
     pieces: Pieces | None = None,
     report: Callable[[Step], None] | None = None,
 ) -> tuple[dict[str, Rotation], list[Step]]:
-    """Learn rotations through the quantized network; returns all rotations by space, and the steps.
+    """Learn rotations through the quantized network.
 
     Args:
         model: The original model, with its gains fused (`fuse_gains`); its weights are not changed.
-        plan: Where it is rotated.
+        plan: Where it can be rotated.
         rotations: Initial rotations by space.
         learned: The spaces whose rotation is learned, with a name for it; spaces of one name share one rotation.
         scheme: What is quantized.
-        tokens: Training tokens, int64, (samples, length).
-        options: Options.
+        tokens: Training tokens, int64 (samples, length).
+        options: Options of end-to-end learning.
         seed: Of samples and labels.
-        pieces: Where the run is saved, and resumed from.
+        pieces: Where the run is saved, and resumed from. Default: not saved.
         report: Called after every step.
+
+    Returns:
+        The rotations by space, learned or as given, and the steps.
 
     Raises:
         LearningError: The loss is not finite, a rotation is no longer orthogonal, or a batch cannot be divided among
             the processes.
     """
-    device = device_of(model)
-    wide = torch.promote_types(model.dtype, torch.float32)
-    starts = {name: matrix(rotations[space], wide).to(device) for space, name in learned.items()}
     tally = Tally() if options.loss == "fisher" else None
-    how: dict[str, Any] = {"range_gradient": options.range_gradient, "tally": tally}
-    moving = {name: Moving.starting(start, **how) for name, start in starts.items()}
+    moving = _moving(model, rotations, learned, tally, options)
     used: dict[str, Rotation] = {
         space: moving[learned[space]] if space in learned else r for space, r in rotations.items()
     }
     centred = frozenset(name for space, name in learned.items() if plan.space[space].centred)
     descent = Descent({name: m.weight for name, m in moving.items()}, options.optimizer, options.momentum, centred)
+    training = _Training(model, moving, tally, descent, tokens, options, seed)
     history: list[Step] = []
-    if pieces is not None and (kept := pieces.load(STATE)) is not None:
-        history = [Step(**step) for step in kept[1]["history"]]
-        descent.restore(kept[0], len(history))
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    if pieces is not None and (saved := pieces.load(STATE)) is not None:
+        history = [Step(**step) for step in saved[1]["history"]]
+        descent.restore(saved[0], len(history))
+    trained = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
     try:
         with (
@@ -185,31 +178,28 @@ def learn_end_to_end(
             checkpointed(model, plan, options.checkpointing),
         ):
             for number in range(len(history), options.steps):
-                start = time.perf_counter()
-                rows = _rows_of(number, len(tokens), options.batch, seed)
-                labels = [generator_for(seed, f"labels {number}/{place}") for place in range(len(rows))]
-                loss = _gradients(model, attachment, moving, tokens[rows], options, tally, labels)
-                gradients = {name: m.skew.grad for name, m in moving.items()}
-                descent.step({n: g for n, g in gradients.items() if g is not None}, options.length_of(number))
-                for m in moving.values():
-                    m.skew.grad = None
-                error = max(orthogonality_error(m.weight) for m in moving.values())
-                if not error < ORTHOGONAL:
-                    raise LearningError(
-                        f"after step {number + 1} a rotation is not orthogonal: |R^T R - I| is {error:.1e}"
-                    )
-                seconds = time.perf_counter() - start
-                history.append(Step(number + 1, loss, error, len(rows) * tokens.shape[1] / seconds))
+                history.append(training.step(number, attachment))
                 if pieces is not None and ((number + 1) % options.save_every == 0 or number + 1 == options.steps):
                     pieces.save(STATE, descent.tensors(), {"history": [asdict(step) for step in history]})
                 if report:
                     report(history[-1])
     finally:
-        for parameter in parameters:
+        for parameter in trained:
             parameter.requires_grad_(True)
-    return {
-        space: moving[learned[space]].frozen() if space in learned else r for space, r in rotations.items()
-    }, history
+    return {space: r.frozen() if isinstance(r, Moving) else r for space, r in used.items()}, history
+
+
+def _moving(
+    model: Any,
+    rotations: Mapping[str, Rotation],
+    learned: Mapping[str, str],
+    tally: Tally | None,
+    options: EndToEndOptions,
+) -> dict[str, Moving]:
+    """The rotations to learn, by name, in float32 or more."""
+    dtype, device = torch.promote_types(model.dtype, torch.float32), device_of(model)
+    how: dict[str, Any] = {"range_gradient": options.range_gradient, "tally": tally}
+    return {name: Moving.starting(matrix(rotations[space], dtype).to(device), **how) for space, name in learned.items()}
 
 
 def _rows_of(step: int, samples: int, batch: int, seed: int) -> Tensor:
@@ -222,51 +212,77 @@ def _rows_of(step: int, samples: int, batch: int, seed: int) -> Tensor:
     return stream[first - offset : last - offset]
 
 
-def _gradients(
-    model: Any,
-    attachment: Attachment,
-    moving: Mapping[str, Moving],
-    rows: Tensor,
-    options: EndToEndOptions,
-    tally: Tally | None,
-    labels: Sequence[torch.Generator],
-) -> float:
-    """Compute the mean loss of all rows, and leave its gradients with the rotations.
+@dataclass(frozen=True)
+class _Training:
+    """The steps of one run.
 
-    labels: one generator per row, from which its labels are drawn.
+    moving: the rotations that are learned, by name. tally: of the expected cost of rounding, with loss fisher.
     """
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    if len(rows) % world:
-        raise LearningError(
-            f"a batch of {len(rows)} samples cannot be divided among {world} processes: use a multiple (--batch)"
-        )
-    own, labels = rows[rank::world].to(device_of(model)), labels[rank::world]
-    total = torch.zeros((), device=own.device, dtype=torch.float64)
-    size = options.micro_batch or len(own)
-    for first, part in zip(range(0, len(own), size), own.split(size), strict=True):
-        if tally is not None:
-            nll_of_own(model, part, labels[first : first + size]).backward()
-            total += tally.take() / rows.numel()
-        else:
-            loss = _loss(model, attachment, part, options) * (len(part) / len(rows))
-            loss.backward()
-            total += loss.detach()
-    if tally is not None:
-        for m in moving.values():
-            if m.skew.grad is not None:
-                m.skew.grad.div_(rows.numel())
-    if world > 1:
-        dist.all_reduce(total)
-        for m in moving.values():
-            dist.all_reduce(m.skew.grad)
-    if not total.isfinite():
-        raise LearningError(f"the loss is {float(total)}: the model's weights are damaged, or {model.dtype} overflows")
-    return float(total)
+
+    model: Any
+    moving: Mapping[str, Moving]
+    tally: Tally | None
+    descent: Descent
+    tokens: Tensor
+    options: EndToEndOptions
+    seed: int
+
+    def step(self, number: int, attachment: Attachment) -> Step:
+        """Make one step, counted from zero. Raises LearningError if a rotation is no longer orthogonal."""
+        start = time.perf_counter()
+        rows = _rows_of(number, len(self.tokens), self.options.batch, self.seed)
+        labels = [generator_for(self.seed, f"labels {number}/{place}") for place in range(len(rows))]
+        loss = self._backward(self.tokens[rows], labels, attachment)
+        gradients = {name: m.skew.grad for name, m in self.moving.items() if m.skew.grad is not None}
+        self.descent.step(gradients, self.options.length_of(number))
+        for m in self.moving.values():
+            m.skew.grad = None
+        error = max(orthogonality_error(m.weight) for m in self.moving.values())
+        if not error < ORTHOGONAL:
+            raise LearningError(f"after step {number + 1} a rotation is not orthogonal: |R^T R - I| is {error:.1e}")
+        seconds = time.perf_counter() - start
+        return Step(number + 1, loss, error, len(rows) * self.tokens.shape[1] / seconds)
+
+    def _backward(self, rows: Tensor, labels: Sequence[torch.Generator], attachment: Attachment) -> float:
+        """Compute the mean loss per token of rows, (batch, length), and accumulate its gradients in the rotations.
+
+        Every process of torch.distributed computes its share of the rows. labels: one generator per row, from which
+        its labels are sampled.
+        """
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        if len(rows) % world:
+            raise LearningError(
+                f"a batch of {len(rows)} samples cannot be divided among {world} processes: use a multiple (--batch)"
+            )
+        own, labels = rows[rank::world].to(device_of(self.model)), labels[rank::world]
+        total = torch.zeros((), device=own.device, dtype=torch.float64)
+        size = self.options.micro_batch or len(own)
+        for first, part in zip(range(0, len(own), size), own.split(size), strict=True):
+            if self.tally is not None:
+                sampled_nll(self.model, part, labels[first : first + size]).backward()
+                total += self.tally.take() / rows.numel()
+            else:
+                loss = _loss(self.model, attachment, part, self.options) * (len(part) / len(rows))
+                loss.backward()
+                total += loss.detach()
+        if self.tally is not None:
+            for m in self.moving.values():
+                if m.skew.grad is not None:
+                    m.skew.grad.div_(rows.numel())
+        if world > 1:
+            dist.all_reduce(total)
+            for m in self.moving.values():
+                dist.all_reduce(m.skew.grad)
+        if not total.isfinite():
+            raise LearningError(
+                f"the loss is {float(total)}: the model's weights are damaged, or {self.model.dtype} overflows"
+            )
+        return float(total)
 
 
 def _loss(model: Any, attachment: Attachment, rows: Tensor, options: EndToEndOptions) -> Tensor:
-    """Mean loss over the predicted tokens of some rows."""
+    """Mean loss per predicted token of rows, (batch, length): KL to the 16-bit model, or cross-entropy."""
     if options.loss == "cross-entropy":
         logits = wide(model(input_ids=rows, use_cache=False).logits[:, :-1])
         return nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
@@ -281,7 +297,7 @@ def _loss(model: Any, attachment: Attachment, rows: Tensor, options: EndToEndOpt
 
 
 def _with_rest(logits: Tensor, top: Any) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the top tokens, and of all other tokens together."""
+    """Log-probabilities of the top tokens, and that of all other tokens together."""
     everything = logits.logsumexp(-1, keepdim=True)
     found = logits.gather(-1, top.indices) - everything
     rest = torch.log1p(-found.exp().sum(-1).clamp(max=1 - 1e-6))

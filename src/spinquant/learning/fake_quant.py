@@ -1,7 +1,7 @@
-"""Fake quantization in rotated coordinates: an unrotated model that quantizes like a rotated one.
+"""Fake quantization during learning: an unrotated model that quantizes like a rotated one.
 
-With weights at 16 bits the function of a rotated network depends on its rotations at the quantizers alone, so no weight
-has to be rotated when a rotation changes: activations and KV cache are quantized as Q(x R) R^T. The gains of norms have
+With weights at 16 bits, rotations change the function of a quantized network only at its quantizers. So activations and
+KV cache are quantized as Q(x R) R^T, and no weight has to be rotated when a rotation changes. The gains of norms have
 to be fused into the weights, which is done once.
 """
 
@@ -32,7 +32,10 @@ from spinquant.rotations.rotation import Hadamard, Rotation
 
 
 def fuse_gains(model: Any, plan: Plan, rotations: Mapping[str, Rotation]) -> None:
-    """Fuse norm gains into the weights as rotating does, in place; the function is unchanged. Unties tied heads."""
+    """Fuse the gains of norms into the weights, in place, as rotating does, and untie a tied head.
+
+    The model's function is unchanged.
+    """
     fuse_module(model, plan, {gain.space: Hadamard(1) for gain in plan.gains if gain.space in rotations})
 
 
@@ -52,7 +55,7 @@ def shard_blocks(model: Any, plan: Plan) -> None:
 
 
 def learning_scheme(scheme: Scheme, *, weights: bool) -> Scheme:
-    """The scheme during learning: weights only if asked for, and dynamic ranges instead of static ones."""
+    """The scheme during learning: dynamic ranges instead of static ones, and weights only if `weights`."""
     activations, kv = (q and replace(q, static=False, peak=None) for q in (scheme.activations, scheme.kv))
     return replace(scheme, activations=activations, kv=kv, weights=scheme.weights if weights else None)
 
@@ -65,9 +68,9 @@ def rounding(
     scheme: Scheme,
     clips: Clips | None = None,
 ) -> Iterator[Attachment]:
-    """Within the `with` block, the model quantizes like a rotated one; gains must be fused.
+    """Within the `with` block, the model quantizes like a rotated one; its gains must be fused.
 
-    Gradients reach rotations that are `Moving`, by the straight-through estimator.
+    Rotations that are `Moving` get gradients, by the straight-through estimator.
     """
     rounded: list[tuple[nn.Module, str]] = []
     attachment = attach(model, plan, rotations, scheme, clips, around=True)
@@ -80,8 +83,8 @@ def rounding(
                 turns = tuple(
                     Turn(rotations[axis.space], weight.turned_dim(axis.dim, matrices.ndim), axis.span) for axis in axes
                 )
-                way = _Rounded(weight, turns, _settled(matrices, turns, scheme.weights))
-                parametrize.register_parametrization(module, name, way)
+                quantizer = _with_fixed_clip(matrices, turns, scheme.weights)
+                parametrize.register_parametrization(module, name, _Rounded(weight, turns, quantizer))
                 rounded.append((module, name))
         yield attachment
     finally:
@@ -92,7 +95,7 @@ def rounding(
 
 @contextmanager
 def checkpointed(model: Any, plan: Plan, wanted: bool) -> Iterator[None]:
-    """Within the `with` block, use gradient checkpointing of the decoder blocks, if wanted."""
+    """Within the `with` block, use gradient checkpointing of the decoder blocks if `wanted`."""
     if not wanted:
         yield
         return
@@ -114,18 +117,18 @@ def checkpointed(model: Any, plan: Plan, wanted: bool) -> Iterator[None]:
 class _Rounded(nn.Module):
     """Parametrization that quantizes a weight in rotated coordinates."""
 
-    def __init__(self, kept: Weight, turns: tuple[Turn, ...], quantizer: Quantizer):
+    def __init__(self, layout: Weight, turns: tuple[Turn, ...], quantizer: Quantizer):
         super().__init__()
-        self._kept = kept
+        self._layout = layout
         self._how = (turns, quantizer)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return self._kept.turned(round_rotated(self._kept.turned(weight), *self._how))
+        return self._layout.turned(round_rotated(self._layout.turned(weight), *self._how))
 
 
 @torch.no_grad()
-def _settled(weight: Tensor, turns: tuple[Turn, ...], quantizer: Quantizer) -> Quantizer:
-    """The quantizer with a fixed clip ratio per tensor, searched now, if its clip is "mse"."""
+def _with_fixed_clip(weight: Tensor, turns: tuple[Turn, ...], quantizer: Quantizer) -> Quantizer:
+    """The quantizer, with clip "mse" replaced by one ratio for the whole tensor, searched now."""
     if quantizer.clip != "mse":
         return quantizer
     z = turned(weight.detach().float(), turns)

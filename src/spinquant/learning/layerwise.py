@@ -1,17 +1,17 @@
-"""Learn rotations on captured activations (local learning), without running the network.
+"""Local (layer-wise) learning of rotations on captured activations, without running the network.
 
-The loss is an objective of `objectives.py`, evaluated on the rows that each quantizer sees, weighted row by row and
-averaged over quantizers. It is minimized by one of the solvers
+The loss is an objective of `objectives.py` on the input rows of each quantizer, weighted row by row and averaged over
+quantizers. It is minimized by one of three solvers:
 
     cayley       gradient descent on the orthogonal group (`cayley.py`)
     qr           R = qr(Z) with the signs of the triangular factor's diagonal moved into Q, Z by plain SGD (DartQuant)
-    procrustes   iterate R <- the orthogonal matrix nearest to the sum of x^T Q(x R) (DFRot): for fixed codes that is
-                 the best rotation, and rounding anew is no worse; its objective is always the rounding error itself
+    procrustes   iterate R <- the orthogonal matrix nearest to the sum of x^T Q(x R) (DFRot). For fixed codes that is
+                 the best rotation, and rounding again is no worse. Its objective is always the rounding error itself
 """
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,22 +22,13 @@ from spinquant.errors import LearningError
 from spinquant.learning.activations import WEIGHTINGS, ActivationSite, Weighting
 from spinquant.learning.cayley import OPTIMIZERS, Descent, Optimizer
 from spinquant.learning.objectives import OBJECTIVES, Objective, row_loss
+from spinquant.learning.option_checks import check_choices, check_numbers, check_unused
 from spinquant.quantization.integer import fake_quantize
 from spinquant.rotations.factory import generator_for
 from spinquant.rotations.rotation import Orthogonal, Rotation, matrix, nearest_orthogonal
 
 Solver = Literal["cayley", "qr", "procrustes"]
 SOLVERS = get_args(Solver)
-
-
-def check_numbers(options: Any, *, counts: Collection[str], positive: Collection[str]) -> None:
-    """Raise LearningError, naming the option, for a count below 1 or a number that is not positive."""
-    for name in (*counts, *positive):
-        value = getattr(options, name)
-        if value is not None and not (math.isfinite(value) and value >= (1 if name in counts else 1e-300)):
-            wanted = "at least 1" if name in counts else "a positive number"
-            option = {"factor": "massive"}.get(name, name.replace("_", "-"))
-            raise LearningError(f"{name} is {value}: expected {wanted} (--{option})")
 
 
 @dataclass(frozen=True)
@@ -52,10 +43,11 @@ class LocalOptions:
             the first). Both decay along half a cosine. Default: 0.5.
         optimizer: Of cayley: `adam` (the default) or `sgd`.
         rows: Rows sampled for every quantizer. Default: 1024.
-        batch: Rows of every quantizer in a step; procrustes takes all. Default: 64.
-        weighting: How rows are sampled. `fisher` (the default): by their estimated cost in KL (`sensitivity.py`),
-            which takes a forward and backward pass through the whole model. The others need one decoder block at a
-            time: `uniform` samples any rows, and `massive` counts rows with a massive activation `factor` times.
+        batch: Rows of every quantizer in a step; procrustes uses all rows. Default: 64.
+        weighting: How rows are sampled. `fisher` (the default): with probability proportional to their estimated cost
+            in KL (`sensitivity.py`), which takes a forward and backward pass through the whole model. The others need
+            one decoder block at a time and sample uniformly: `uniform` weighs all rows the same, and `massive` weighs
+            rows with a massive activation `factor` times.
         factor: Weight of rows with a massive activation; only with weighting `massive`.
         checkpointing: Gradient checkpointing of the decoder blocks; only with weighting `fisher`. Default: False.
         save_every: Steps between two saves of the state. Default: 25.
@@ -82,14 +74,8 @@ class LocalOptions:
     save_every: int = 25
 
     def __post_init__(self):
-        for name, value, known in (
-            ("objective", self.objective, OBJECTIVES),
-            ("solver", self.solver, SOLVERS),
-            ("weighting", self.weighting, WEIGHTINGS),
-            ("optimizer", self.optimizer, OPTIMIZERS),
-        ):
-            if value not in known:
-                raise LearningError(f"unknown {name} {value!r}: expected one of {', '.join(known)}")
+        known = {"objective": OBJECTIVES, "solver": SOLVERS, "weighting": WEIGHTINGS, "optimizer": OPTIMIZERS}
+        check_choices(self, known)
         check_numbers(self, counts=("steps", "rows", "batch", "save_every"), positive=("lr", "factor"))
         if (self.weighting == "massive") != (self.factor != 1.0):
             raise LearningError(
@@ -101,9 +87,7 @@ class LocalOptions:
                 f"weighting {self.weighting} computes no gradients, so checkpointing has no effect: leave it out"
             )
         unused = {"qr": ("optimizer",), "procrustes": ("objective", "lr", "optimizer", "batch")}.get(self.solver, ())
-        changed = [f.name for f in fields(self) if f.name in unused and getattr(self, f.name) != f.default]
-        if changed:
-            raise LearningError(f"solver {self.solver} does not use {', '.join(changed)}: leave them out")
+        check_unused(self, unused, f"solver {self.solver}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dict, ready for JSON."""
@@ -124,17 +108,20 @@ def learn_locally(
     pieces: Pieces | None = None,
     report: Report | None = None,
 ) -> tuple[dict[str, Rotation], dict[str, list[float]]]:
-    """Learn the rotations of the sites' spaces on their captured rows; returns (rotations, losses of steps), by space.
+    """Learn the rotations of the sites' spaces on their captured rows.
 
     Args:
         sites: Captured rows and their quantizers.
         rotations: Initial rotations by space.
-        options: Options.
+        options: Options of local learning.
         centred: Spaces whose rotation has to preserve the mean (under a LayerNorm).
         seed: Of the batches.
         device: Where to compute.
-        pieces: Where the descent of each space is saved, and resumed from.
+        pieces: Where the optimizer state of each space is saved, and resumed from. Default: not saved.
         report: Called with (space, step, loss) after every step.
+
+    Returns:
+        The learned rotations, and the losses of all steps, by space.
 
     Raises:
         LearningError: A loss is not finite, or the solver cannot preserve the mean where that is needed.
@@ -142,34 +129,47 @@ def learn_locally(
     learned: dict[str, Rotation] = {}
     curves: dict[str, list[float]] = {}
     for space in dict.fromkeys(site.space for site in sites):
-        own = [site for site in sites if site.space == space]
-        start = matrix(rotations[space], torch.float32).to(device)
         if space in centred and options.solver != "cayley":
             raise LearningError(f"the rotation of {space} must preserve the mean, which only solver cayley supports")
+        start = matrix(rotations[space], torch.float32).to(device)
         solver = _SOLVERS[options.solver](start, options, space in centred)
-        weights = {site.name: site.weights(options.weighting, options.factor) for site in own}
-        shares = sum(site.share for site in own) / len(own)
-        own = [replace(site, share=site.share / shares) for site in own]
-        losses: list[float] = []
-        kept = pieces.load(f"local-{space}") if pieces else None
-        if kept is not None:
-            losses = kept[1]["losses"]
-            solver.restore(kept[0], len(losses))
-        curves[space] = losses
-        for step in range(len(losses), options.steps):
-            loss = solver.step(own, weights, step, generator_for(seed, f"{space}/{step}"))
-            if not math.isfinite(loss):
-                raise LearningError(
-                    f"the loss of {space} is {loss}: its activations are not finite, or the steps are too long. Lower "
-                    "the learning rate"
-                )
-            losses.append(float(f"{loss:.6g}"))
-            if pieces and ((step + 1) % options.save_every == 0 or step + 1 == options.steps):
-                pieces.save(f"local-{space}", solver.tensors(), {"losses": losses})
-            if report:
-                report(space, step + 1, loss)
+        own = [site for site in sites if site.space == space]
+        curves[space] = _minimize(solver, space, own, options, seed, pieces, report)
         learned[space] = Orthogonal(nearest_orthogonal(solver.rotation().double().cpu()))
     return learned, curves
+
+
+def _minimize(
+    solver: Any,
+    space: str,
+    sites: Sequence[ActivationSite],
+    options: LocalOptions,
+    seed: int,
+    pieces: Pieces | None,
+    report: Report | None,
+) -> list[float]:
+    """Run a solver on the sites of one space, or resume it; returns the losses of all steps."""
+    weights = {site.name: site.weights(options.weighting, options.factor) for site in sites}
+    mean = sum(site.share for site in sites) / len(sites)
+    sites = [replace(site, share=site.share / mean) for site in sites]
+    losses: list[float] = []
+    saved = pieces.load(f"local-{space}") if pieces else None
+    if saved is not None:
+        losses = saved[1]["losses"]
+        solver.restore(saved[0], len(losses))
+    for step in range(len(losses), options.steps):
+        loss = solver.step(sites, weights, step, generator_for(seed, f"{space}/{step}"))
+        if not math.isfinite(loss):
+            raise LearningError(
+                f"the loss of {space} is {loss}: its activations are not finite, or the steps are too long. Lower "
+                "the learning rate"
+            )
+        losses.append(float(f"{loss:.6g}"))
+        if pieces and ((step + 1) % options.save_every == 0 or step + 1 == options.steps):
+            pieces.save(f"local-{space}", solver.tensors(), {"losses": losses})
+        if report:
+            report(space, step + 1, loss)
+    return losses
 
 
 @torch.no_grad()
@@ -193,7 +193,7 @@ def _loss(
     generator: torch.Generator,
     weights: Mapping[str, Tensor],
 ) -> Tensor:
-    """Mean over sites, weighted by their shares, of the weighted mean over a batch of rows."""
+    """Mean over sites, weighted by their shares, of the weighted mean of the objective over a batch of rows."""
     total = torch.zeros((), dtype=r.dtype, device=r.device)
     for site in sites:
         chosen = torch.randperm(len(site.rows), generator=generator)[: options.batch]
@@ -219,7 +219,7 @@ class _Cayley:
         leaf = r.clone().requires_grad_()
         loss = _loss(sites, leaf, self.options, generator, weights)
         (gradient,) = torch.autograd.grad(loss, leaf)
-        # R moves to R (I - A): the loss by <A, -R^T dL/dR>.
+        # R becomes R (I - A), so the loss changes by <A, -R^T dL/dR>.
         self.descent.step({"r": -r.T @ gradient}, self.options.lr * cosine(number, self.options.steps))
         return float(loss.detach())
 

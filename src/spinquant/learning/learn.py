@@ -1,12 +1,12 @@
-"""Learned rotations, held against what needs no learning: the best of several random rotations of the same kind.
+"""`learn`: learn rotations for a quantization scheme, and keep them only if they beat random ones on held-out text.
 
-    1  random rotations of several seeds, with clip ratios, are judged on held-out text
-    2  spaces that can have scales get those with which rounding costs least
-    3  from the best of them, or from what was learned before, rotations are learned: on captured activations, end to
-       end, or one after the other
-    4  what was learned is judged on the same text; whatever has the least KL to the 16-bit model is kept
+    1  Score random rotations of several seeds on held-out text, each with clip ratios searched for it.
+    2  Compute channel scales for the spaces that can have them, and score them.
+    3  Learn from the best candidate so far, or from rotations learned before: on captured activations (local), end to
+       end through the quantized network, or one after the other.
+    4  Score the learned rotations on the same text, and select the candidate with the lowest KL to the 16-bit model.
 
-A learned rotation that loses is not kept: the record says which was, and all scores.
+The record lists the scores of all candidates and which one was selected.
 """
 
 import time
@@ -24,14 +24,14 @@ from spinquant.compute.distributed import is_first
 from spinquant.compute.hashing import digest
 from spinquant.errors import LearningError
 from spinquant.learning.activations import ActivationSite, collect
-from spinquant.learning.channel_scaling import Sums, add_up, scale_sums, watches
+from spinquant.learning.channel_scaling import Sums, accumulate, observers_of, scale_sums
 from spinquant.learning.end_to_end import FROM_LOCAL, Step, learn_end_to_end
 from spinquant.learning.fake_quant import fuse_gains, learning_scheme, shard_blocks
 from spinquant.learning.layerwise import learn_locally, rounding_errors
-from spinquant.learning.learned import described, to_start_from
+from spinquant.learning.learned import initial_rotations, spec_of
 from spinquant.learning.options import LearnOptions, Watch, check_used, learned_spaces
 from spinquant.learning.selection import Selection
-from spinquant.learning.sensitivity import predicted_kl, sensitive_sites
+from spinquant.learning.sensitivity import collect_by_weight, predicted_kl
 from spinquant.models.capture import device_of
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Scheme
@@ -41,12 +41,12 @@ from spinquant.rotations.learned import LearnedRotations
 from spinquant.rotations.rotation import Hadamard, Rotation
 from spinquant.rotations.wrappers import Scaled, bare
 
-LEARNED = ("given", "local", "end-to-end", "local+end-to-end")  # candidates that are neither random nor scales alone
-CLIP_WINDOWS = 2
-ROWS_OF_A_SAMPLE = 32  # rows of a site that one sample gives, so that they come from many
-DRAWN_OF_A_SAMPLE = 16  # of rows that are drawn by what they count, few of which count much
-SEEN_SAMPLES, SEEN_ROWS = 4, 256  # that errors of rounding are measured on where no rows were learned from
-SCALED_BY = 32  # samples that scales are computed from, where the rows of local learning are not taken anyway
+LEARNED = ("given", "local", "end-to-end", "local+end-to-end")  # candidates with learned rotations
+CLIP_WINDOWS = 2  # training samples that clip ratios are searched on
+ROWS_PER_SAMPLE = 32  # rows of a site taken from one sample; few, so that they come from many samples
+FISHER_ROWS_PER_SAMPLE = 16  # the same where rows are sampled by weight; fewer, since few rows weigh much
+ERROR_SAMPLES, ERROR_ROWS = 4, 256  # samples and rows for rounding errors before and after end-to-end learning
+SCALE_SAMPLES = 32  # samples for channel scales, where they need a pass of their own
 
 
 def learn(
@@ -63,29 +63,33 @@ def learn(
     watch: Watch | None = None,
     family: FamilyLike | None = None,
 ) -> LearnedRotations:
-    """Learn rotations for a model and a scheme, and keep them where they beat random ones on held-out text.
+    """Learn rotations for a model and a scheme, and keep them if they beat random rotations on held-out text.
 
-    The model's gains are fused and tied heads untied; its function stays.
+    The gains of norms, and channel scales if they are kept, are fused into the model's weights and a tied head is
+    untied, in place; its function is unchanged. It is not rotated: pass the rotations found to `rotate` or `quantize`,
+    with a newly loaded model.
 
     Args:
-        model: a causal LM.
-        scheme: what the rotations are for; its activations and KV cache are rounded while learning.
-        spec: which rotations, of which type and block size; its seed draws the random rotations to beat.
-        tokens: to learn from, int64 (samples, length).
-        held_out: to score candidates on, int64 (windows, length).
-        options: method and its settings; `LearnOptions()` by default.
-        start: rotations learned for this model before, with their scales. They are scored like the random ones, and
-            learned from where they win.
-        store: a folder where the run is saved; the same call resumes from it.
-        settings: whatever else the run depends on, such as a digest of the model's files.
-        watch: what is told of stages and steps.
-        family: a file that explains the model where no table does, see `use_family`.
+        model: A causal language model of transformers.
+        scheme: The quantization scheme to learn for. Its activations and KV cache are quantized during learning,
+            weights only if the options ask for it.
+        spec: Which rotations, of which type and block size; its seed is that of the random baselines.
+        tokens: Training tokens, int64 (samples, length).
+        held_out: Tokens to score candidates on, int64 (windows, length).
+        options: The method and its settings. Default: `LearnOptions()`.
+        start: Rotations learned for this model before, with their scales. They are scored like the random ones, and
+            learning starts from them if they score best.
+        store: Folder where the run is saved; repeat the call to resume. Default: not saved.
+        settings: Whatever else the run depends on, such as a digest of the model's files. A run with other settings
+            is not resumed.
+        watch: Progress callbacks.
+        family: A family file for a model without a built-in table, see `use_family`.
 
     Returns:
-        The rotations of least KL divergence, with scores of all candidates in their record.
+        The rotations with the lowest KL divergence, and the scores of all candidates in their record.
 
     Raises:
-        LearningError: there is nothing to learn, or a loss is not finite.
+        LearningError: There is nothing to learn, an option would have no effect, or a loss is not finite.
 
     Example:
         >>> import torch
@@ -104,27 +108,30 @@ def learn(
     plan = plan_of(model, family=family)
     names = learned_spaces(plan, spec, scheme, options)
     if options.end_to_end.weights and scheme.weights is None:
-        raise LearningError(f"scheme {scheme} leaves weights at 16 bits: there is nothing to round while learning")
+        raise LearningError(
+            f"scheme {scheme} leaves weights at 16 bits, so quantizing weights during learning (--weights) would have "
+            "no effect: leave it out, or use a scheme such as W4A4KV4"
+        )
     check_used(plan, spec, names, options)
     settings = [*settings, scheme, spec, options, digest(tokens), digest(held_out)]
     given: Mapping[str, Rotation] = {}
     if start is not None:
         settings.append(start.digest())
-        given = to_start_from(start, plan, spec, options)
+        given = initial_rotations(start, plan, spec, options)
     pieces = None if store is None else Pieces(store, settings, writes=is_first())
     random = _baselines(plan, spec, options)
     fuse_gains(model, plan, next(iter(random.values())))
     if options.shard:
         shard_blocks(model, plan)
-    rounds = learning_scheme(scheme, weights=options.end_to_end.weights)
-    candidates = Selection(model, plan, rounds, tokens[:CLIP_WINDOWS], held_out, watch.stage, pieces)
-    run = _Run(model, plan, scheme, rounds, spec, names, tokens, options, candidates, pieces, watch)
+    learning = learning_scheme(scheme, weights=options.end_to_end.weights)
+    candidates = Selection(model, plan, learning, tokens[:CLIP_WINDOWS], held_out, watch.stage, pieces)
+    run = _Run(model, plan, scheme, learning, spec, names, tokens, options, candidates, pieces, watch)
     run.score_baselines(random, given)
     sites = run.scale_channels()
-    begin, sites = run.draw_signs(sites)
+    initial, sites = run.draw_signs(sites)
     if run.is_local:
         assert sites is not None
-        run.learn_layerwise(begin, sites)
+        run.learn_layerwise(initial, sites)
     if run.is_end_to_end:
         run.learn_end_to_end()
     return run.result()
@@ -132,16 +139,16 @@ def learn(
 
 @dataclass
 class _Run:
-    """One call of `learn`: what all of its steps work on, and what they have found.
+    """One call of `learn`: the inputs of all its steps, and their results so far.
 
-    rounds: what of the scheme is rounded while learning. names: the rotation that each learned space belongs to. start:
-    the candidate that learning starts from.
+    learning: the scheme during learning (`learning_scheme`). names: the name of the rotation of each learned space.
+    start: name of the candidate that learning starts from. clock: seconds by step.
     """
 
     model: Any
     plan: Plan
     scheme: Scheme
-    rounds: Scheme
+    learning: Scheme
     spec: RotationSpec
     names: Mapping[str, str]
     tokens: Tensor
@@ -156,18 +163,18 @@ class _Run:
 
     @property
     def is_local(self) -> bool:
-        """Whether rotations are learned on captured activations; of weights alone none are captured."""
+        """Whether rotations are learned on captured activations, which needs quantized activations or KV cache."""
         sampled = self.scheme.activations is not None or self.scheme.kv is not None
         return self.options.method in ("local", "local+end-to-end", "auto") and sampled
 
     @property
     def is_end_to_end(self) -> bool:
-        """Whether rotations are learned through the quantized network; with `auto` where local learning lost."""
+        """Whether rotations are learned end to end; with method `auto`, only if local learning does not lead."""
         method = self.options.method
         return method in ("end-to-end", "local+end-to-end") or (method == "auto" and self.candidates.leader != "local")
 
     def score_baselines(self, random: Mapping[str, Mapping[str, Rotation]], given: Mapping[str, Rotation]) -> None:
-        """Score the random rotations, and those that were given to start from."""
+        """Score the random rotations, and the initial ones if there are any; learning starts from the best."""
         with _timed(self.clock, "baselines"):
             self.candidates.enter_all(random)
         if given:
@@ -177,53 +184,56 @@ class _Run:
         self.record |= {"options": self.options.to_dict(), "scheme": self.scheme.to_dict(), "start": self.start}
 
     def scale_channels(self) -> list[ActivationSite] | None:
-        """Find and score scales of channels; the rows to learn from, where one pass through the model serves both."""
+        """Compute and score channel scales.
+
+        Returns the rows to learn from, if one pass through the model can compute both, otherwise None.
+        """
         plan, options, candidates = self.plan, self.options, self.candidates
-        begin, sites = candidates.leading.rotations, None
-        sums = scale_sums(plan, begin, self.rounds) if options.scaling and not candidates.scales else {}
-        sampled = set(_sampled(plan, self.names, options, self.spec))
+        initial, sites = candidates.leading.rotations, None
+        sums = scale_sums(plan, initial, self.learning) if options.scaling and not candidates.scales else {}
+        sampled = set(_sampled_spaces(plan, self.names, options, self.spec))
         if sums and self.is_local and options.differentiates and not set(sums) & sampled:
-            # What scales change is not among the rows.
+            # Scales change no activation of the sampled spaces, so rows taken before they are fused remain valid.
             with _timed(self.clock, "local"):
                 sites = self._collect(sums)
         elif sums:
             with _timed(self.clock, "scales"):
-                add_up(
+                accumulate(
                     self.model,
                     plan,
                     sums,
-                    self.rounds,
-                    self.tokens[:SCALED_BY],
+                    self.learning,
+                    self.tokens[:SCALE_SAMPLES],
                     generator=generator_for(options.seed, "scales"),
                     checkpointing=options.local.checkpointing or options.end_to_end.checkpointing,
-                    progress=lambda *n: self.watch.stage("find scales", *n),
+                    progress=lambda *n: self.watch.stage("compute channel scales", *n),
                 )
         if sums:
-            self._score("scaled", begin, {space: both.scale() for space, both in sums.items()})
+            self._score("scaled", initial, {space: both.scale() for space, both in sums.items()})
         self.record["scales"] = {space: [float(s.min()), float(s.max())] for space, s in candidates.scales.items()}
         return sites
 
     def draw_signs(
         self, sites: list[ActivationSite] | None
     ) -> tuple[Mapping[str, Rotation], list[ActivationSite] | None]:
-        """The rotations to learn from, with the best of several signs for R3 and R4; and the rows to learn from."""
-        begin = self.candidates.candidates[self.start].rotations
+        """Search random signs for R3 and R4 if asked for; returns the initial rotations, and the rows to learn from."""
+        initial = self.candidates.candidates[self.start].rotations
         if self.is_local or self.options.signs:
             with _timed(self.clock, "local"):
                 sites = self._collect() if sites is None else sites
-                begin = _with_signs(self.plan, begin, sites, self.options, self.names)
+                initial = _with_signs(self.plan, initial, sites, self.options, self.names)
             if self.options.signs:
-                self._score("random signs", begin)
-        return begin, sites
+                self._score("random signs", initial)
+        return initial, sites
 
-    def learn_layerwise(self, begin: Mapping[str, Rotation], sites: Sequence[ActivationSite]) -> None:
-        """Learn each space on its own activations, and score the result."""
+    def learn_layerwise(self, initial: Mapping[str, Rotation], sites: Sequence[ActivationSite]) -> None:
+        """Learn the rotation of each space on its captured activations, and score the result."""
         local = self.options.local
         own = [site for site in sites if site.space in self.names]
         with _timed(self.clock, "local"):
             found, curves = learn_locally(
                 own,
-                begin,
+                initial,
                 local,
                 centred=[space for space in self.names if self.plan.space[space].centred],
                 seed=self.options.seed,
@@ -231,15 +241,15 @@ class _Run:
                 pieces=self.pieces,
                 report=lambda space, step, loss: self.watch.stage(f"learn {space}", step, local.steps),
             )
-        learned = {**begin, **found}
+        learned = {**initial, **found}
         self._score("local", learned)
-        self.record["errors"] = {"before": rounding_errors(own, begin), "after": rounding_errors(own, learned)}
+        self.record["errors"] = {"before": rounding_errors(own, initial), "after": rounding_errors(own, learned)}
         self.record["local_steps"] = curves
         if local.weighting == "fisher":
-            self.record["predicted_kl"] = {"before": predicted_kl(own, begin), "after": predicted_kl(own, learned)}
+            self.record["predicted_kl"] = {"before": predicted_kl(own, initial), "after": predicted_kl(own, learned)}
 
     def learn_end_to_end(self) -> None:
-        """Learn through the quantized network from what leads so far, and score the result."""
+        """Learn through the quantized network, starting from the best candidate so far, and score the result."""
         options, candidates = self.options, self.candidates
         name = "end-to-end" if options.method == "end-to-end" else "local+end-to-end"
         through = options.end_to_end
@@ -261,14 +271,14 @@ class _Run:
                 report=lambda step: self.watch.step(name, step, options.end_to_end.steps),
             )
         self._score(name, found)
-        if not options.shard:  # blocks of a sharded model are not run one by one
+        if not options.shard:  # capturing activations runs block by block, which a sharded model does not support
             with _timed(self.clock, "judging"):
-                seen = _seen(self.model, self.plan, self.names, self.rounds, self.tokens, options)
+                rows = _error_rows(self.model, self.plan, self.names, self.learning, self.tokens, options)
                 before = candidates.candidates[self.start].rotations
-                self.record["errors"] = {"before": rounding_errors(seen, before), "after": rounding_errors(seen, found)}
+                self.record["errors"] = {"before": rounding_errors(rows, before), "after": rounding_errors(rows, found)}
 
     def result(self) -> LearnedRotations:
-        """The candidate that leads, and the record of all."""
+        """The best candidate, with the record of the run."""
         plan, candidates = self.plan, self.candidates
         kept = candidates.leading
         rotations = {n: Scaled(r, kept.scales[n]) if n in kept.scales else r for n, r in kept.rotations.items()}
@@ -282,44 +292,44 @@ class _Run:
             "scores": {name: score.to_dict() for name, score in candidates.scores.items()},
             "seconds": self.clock,
         }
-        return LearnedRotations(rotations, described(plan, kept.rotations, self.spec), record)
+        return LearnedRotations(rotations, spec_of(plan, kept.rotations, self.spec), record)
 
     def _score(self, name: str, rotations: Mapping[str, Rotation], scales: Mapping[str, Tensor] | None = None) -> None:
         with _timed(self.clock, "judging"):
             self.candidates.enter(name, rotations, scales)
 
     def _collect(self, sums: Mapping[str, Sums] | None = None) -> list[ActivationSite]:
-        """Rows to learn from. sums: what is added up on the way, where gradients are taken."""
+        """Capture the rows to learn from. sums: accumulated in the same pass; only with weighting `fisher`."""
         local, watch = self.options.local, self.watch
-        spaces = _sampled(self.plan, self.names, self.options, self.spec)
+        spaces = _sampled_spaces(self.plan, self.names, self.options, self.spec)
         given: dict[str, Any] = {"rows": local.rows, "generator": generator_for(self.options.seed, "rows")}
         given["progress"] = lambda *n: watch.stage("capture activations", *n)
         if local.weighting == "fisher":
-            tokens = self.tokens[: max(1, local.rows // DRAWN_OF_A_SAMPLE)]
+            tokens = self.tokens[: max(1, local.rows // FISHER_ROWS_PER_SAMPLE)]
             given["checkpointing"] = local.checkpointing
-            beside = watches(sums or {})
-            return sensitive_sites(self.model, self.plan, spaces, self.rounds, tokens, beside=beside, **given)
-        tokens = self.tokens[: max(1, local.rows // ROWS_OF_A_SAMPLE)]
-        return collect(self.model, self.plan, spaces, self.rounds, tokens, **given)
+            observers = observers_of(sums or {})
+            return collect_by_weight(self.model, self.plan, spaces, self.learning, tokens, observers=observers, **given)
+        tokens = self.tokens[: max(1, local.rows // ROWS_PER_SAMPLE)]
+        return collect(self.model, self.plan, spaces, self.learning, tokens, **given)
 
 
 def _baselines(plan: Plan, spec: RotationSpec, options: LearnOptions) -> dict[str, dict[str, Rotation]]:
-    """Random rotations by name; one where nothing about them is random."""
+    """Random rotations by name; a single one if all are of type hadamard, which is deterministic."""
     fixed = all(spec.type_of(name) == "hadamard" for name in spec.rotations)
     count = 1 if fixed else options.baselines
     return {f"random {i}": make_rotations(plan, replace(spec, seed=spec.seed + i)) for i in range(count)}
 
 
-def _seen(
+def _error_rows(
     model: Any, plan: Plan, names: Mapping[str, str], scheme: Scheme, tokens: Tensor, options: LearnOptions
 ) -> list[ActivationSite]:
-    """A few rows of all that was learned, for errors of rounding before and after."""
+    """A few rows of every learned space, to measure rounding errors before and after learning."""
     generator = generator_for(options.seed, "seen")
-    return collect(model, plan, list(names), scheme, tokens[:SEEN_SAMPLES], rows=SEEN_ROWS, generator=generator)
+    return collect(model, plan, list(names), scheme, tokens[:ERROR_SAMPLES], rows=ERROR_ROWS, generator=generator)
 
 
-def _sampled(plan: Plan, names: Mapping[str, str], options: LearnOptions, spec: RotationSpec) -> list[str]:
-    """The spaces whose rows are learned from, or decide on signs."""
+def _sampled_spaces(plan: Plan, names: Mapping[str, str], options: LearnOptions, spec: RotationSpec) -> list[str]:
+    """The spaces whose rows are captured: to learn from, or to select signs by."""
     online = [s.name for r in ("R3", "R4") if r in spec.rotations and options.signs for s in plan.spaces_of(r)]
     return [*names, *(space for space in online if space not in names)]
 
@@ -331,7 +341,7 @@ def _with_signs(
     options: LearnOptions,
     names: Mapping[str, str],
 ) -> Mapping[str, Rotation]:
-    """Hadamard rotations at run time get the best of several random signs, layer by layer."""
+    """For every online Hadamard rotation that is not learned, select the signs of least rounding error."""
     found = dict(rotations)
     for space, rotation in rotations.items() if options.signs else ():
         own = [site for site in sites if site.space == space]
@@ -339,7 +349,6 @@ def _with_signs(
             continue
         generator = generator_for(options.seed, f"signs {space}")
         draws = [Hadamard(rotation.order, random_signs(rotation.order, generator)) for _ in range(options.signs)]
-
         errors = [sum(rounding_errors(own, {space: candidate}).values()) for candidate in (rotation, *draws)]
         found[space] = (rotation, *draws)[errors.index(min(errors))]
     return found
@@ -347,7 +356,7 @@ def _with_signs(
 
 @contextmanager
 def _timed(clock: dict[str, float], name: str) -> Iterator[None]:
-    """Adds the seconds of a block to a clock."""
+    """Add the seconds that a `with` block takes to a clock."""
     start = time.perf_counter()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Describe learned rotations, and check those that another run of learning starts from."""
+"""Describe learned rotations as a `RotationSpec`, and check the rotations that a new run of `learn` starts from."""
 
 from collections.abc import Mapping
 
@@ -11,8 +11,8 @@ from spinquant.rotations.rotation import Rotation
 from spinquant.rotations.wrappers import Scaled, check_given
 
 
-def described(plan: Plan, rotations: Mapping[str, Rotation], spec: RotationSpec) -> RotationSpec:
-    """The spec of the selected rotations: type random-matrix (dense) where rotations were learned."""
+def spec_of(plan: Plan, rotations: Mapping[str, Rotation], spec: RotationSpec) -> RotationSpec:
+    """The spec of the selected rotations: as asked for, with type random-matrix (dense) for those that were learned."""
     types = {name: spec.type_of(name) for name in spec.rotations}
     for space in plan.spaces:
         if space.name in rotations and rotations[space.name].describe()["kind"] == "orthogonal":
@@ -21,10 +21,10 @@ def described(plan: Plan, rotations: Mapping[str, Rotation], spec: RotationSpec)
     return RotationSpec(spec.rotations, types, sizes or None, False, spec.seed)
 
 
-def to_start_from(
+def initial_rotations(
     start: LearnedRotations, plan: Plan, spec: RotationSpec, options: LearnOptions
 ) -> Mapping[str, Rotation]:
-    """The initial rotations. Raises LearningError if they do not match what is to be rotated now."""
+    """The rotations to start from. Raises LearningError if their names or block sizes are not those of `spec`."""
     sizes = [{name: one.block_of(name) for name in one.rotations} for one in (start.spec, spec)]
     if sizes[0] != sizes[1]:
         found, asked = (
@@ -34,7 +34,7 @@ def to_start_from(
     check_given(plan, spec, start.rotations)
     if options.shard and any(isinstance(rotation, Scaled) for rotation in start.rotations.values()):
         raise LearningError(
-            "the initial rotations have scales, which are fused into weights, and a sharded model's weights are not "
-            "changed: start from rotations without scales (--no-scales), or do not shard"
+            "the initial rotations have channel scales, which are fused into the weights, and the weights of a sharded "
+            "model cannot be changed: start from rotations without scales (--no-scales), or do not shard"
         )
     return start.rotations

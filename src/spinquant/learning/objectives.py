@@ -1,7 +1,7 @@
-"""Objectives of local learning: one number to minimize for every row of rotated activations z.
+"""Objectives of local learning (rounding error, whip, kurtosis): a loss for every row of rotated activations z.
 
-    error       sum of s^2 / 12 over numbers, s the step of the scheme's own grid: the expected rounding error for
-                numbers uniform between two codes; its gradient is that of the range, without clipping
+    error       sum of s^2 / 12 over numbers, s the quantization step: the expected rounding error of numbers that are
+                uniform between two codes; its gradient is that of the range, without clipping
     whip        mean of exp(-|z| / rms): pushes numbers away from zero, so that the largest shrink
                 (DartQuant, arXiv 2511.04063)
     kurtosis    sum of z^4 / (sum of z^2)^2 times the length (KurTail, EMNLP Findings 2025)
@@ -24,14 +24,14 @@ OBJECTIVES = get_args(Objective)
 
 
 def row_loss(z: Tensor, quantizer: Quantizer, objective: Objective) -> Tensor:
-    """The objective of each row of z, (rows, width): (rows,)."""
+    """The objective of each row of z, (rows, width); returns (rows,)."""
     return _ROW_LOSS[objective](z, quantizer)
 
 
 def _error(z: Tensor, quantizer: Quantizer) -> Tensor:
     groups = z.unflatten(-1, (-1, group_of(z.shape[-1], quantizer)))
     high, low = groups.amax(-1), groups.amin(-1)
-    if quantizer.kind != "int":  # the step of a floating format grows with the number; use the largest
+    if quantizer.kind != "int":  # a floating-point format has no single step; all are proportional to its scale
         step = torch.maximum(high, -low) / LARGEST[quantizer.kind]
     elif quantizer.symmetric:
         step = torch.maximum(high, -low) / (2 ** (quantizer.bits - 1) - 1)

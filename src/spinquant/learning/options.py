@@ -1,4 +1,4 @@
-"""Options of learning rotations, the spaces to learn that follow from them, and callbacks for progress."""
+"""Options of `learn`, the spaces that are learned with them, and callbacks for progress."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -6,7 +6,8 @@ from typing import Any, Literal, get_args
 
 from spinquant.errors import LearningError
 from spinquant.learning.end_to_end import EndToEndOptions, Step
-from spinquant.learning.layerwise import LocalOptions, check_numbers
+from spinquant.learning.layerwise import LocalOptions
+from spinquant.learning.option_checks import check_choices, check_numbers
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotations.factory import RotationSpec
@@ -14,7 +15,7 @@ from spinquant.rotations.factory import RotationSpec
 Method = Literal["random", "local", "end-to-end", "local+end-to-end", "auto"]
 METHODS = get_args(Method)
 HADAMARD = ("hadamard", "random-hadamard", "auto")
-LARGEST_ONLINE = 512  # order of a learned R4: it is a dense product at every token
+LARGEST_ONLINE = 512  # largest order of a learned R4, which is a dense matrix product for every token
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class LearnOptions:
         method: `random` (the best of the random rotations, nothing is learned), `local` (on captured activations),
             `end-to-end` (through the quantized network), `local+end-to-end` (one after the other), or `auto`, the
             default: local, and end-to-end after it only if local does not beat the random rotations.
-        rotations: The rotations that are learned. Default: R1, R2, and R3 unless it is to be a plain Hadamard matrix.
-            Learned R3 and R4 are dense matrix products at inference, so R4 needs a block size.
+        rotations: The rotations that are learned. Default: R1, R2, and R3 unless its type is `hadamard`. Learned R3
+            and R4 are dense matrix products at inference, so R4 needs a block size.
         baselines: Number of random rotations to beat. Default: 5.
         signs: Random sign vectors to try per layer for a Hadamard R3 or R4 that is not learned; the one with the
             least rounding error is kept. Default: 0, none.
@@ -36,7 +37,7 @@ class LearnOptions:
             local learning needs one decoder block at a time anyway. Default: False.
         local: Options of local learning.
         end_to_end: Options of end-to-end learning.
-        seed: Of everything random. Default: 0.
+        seed: Seed of everything random in learning. Default: 0.
 
     Raises:
         LearningError: An option has an invalid value, or two contradict each other.
@@ -59,14 +60,13 @@ class LearnOptions:
     seed: int = 0
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise LearningError(f"unknown method {self.method!r}: expected one of {', '.join(METHODS)}")
+        check_choices(self, {"method": METHODS})
         check_numbers(self, counts=("baselines",), positive=())
         if self.signs < 0:
-            raise LearningError(f"signs is {self.signs}: expected a number of draws, 0 for none (--signs)")
+            raise LearningError(f"signs is {self.signs}: expected the number of random signs to try, or 0 (--signs)")
         if self.shard and (self.method != "end-to-end" or self.signs or self.scales or self.end_to_end.weights):
             raise LearningError(
-                "a sharded model supports end-to-end learning alone, without signs, scales or rounded weights: give "
+                "a sharded model supports only end-to-end learning, without signs, scales or quantized weights: use "
                 f"--shard with --method end-to-end (it is {self.method}), without --signs, --scales and --weights"
             )
 
@@ -89,7 +89,12 @@ class LearnOptions:
 
 @dataclass(frozen=True)
 class Watch:
-    """Progress callbacks of learning: stage(name, done, total) and step(name of the learner, step, steps in all)."""
+    """Progress callbacks of `learn`.
+
+    Attributes:
+        stage: Called with (name of the stage, done, total).
+        step: Called with (name of the candidate, step, steps in all) after every step of end-to-end learning.
+    """
 
     stage: Callable[[str, int, int], None] = lambda name, done, total: None
     step: Callable[[str, Step, int], None] = lambda name, step, steps: None
@@ -100,50 +105,39 @@ def check_used(plan: Plan, spec: RotationSpec, names: Mapping[str, str], options
     plain = [name for name in ("R3", "R4") if name in spec.rotations and spec.type_of(name) in HADAMARD]
     if options.signs and not any(space.name not in names for name in plain for space in plan.spaces_of(name)):
         raise LearningError(
-            "--signs would have no effect: they are drawn for a Hadamard R3 or R4 that is not learned, and there is "
-            "none. Leave it out"
+            "--signs would have no effect: random signs are tried for a Hadamard R3 or R4 that is not learned, and "
+            "there is none. Leave it out"
         )
     rotated = {space.name for name in spec.rotations for space in plan.spaces_of(name)}
     if options.scales and not any(scaling.space in rotated for scaling in plan.scalings):
         raise LearningError(
-            "--scales would have no effect: channel scales go before an R4 whose input is a product of linears, and "
-            "there is none. Leave it out"
+            "--scales would have no effect: channel scales need an R4 whose input is a product of linears, and there "
+            "is none. Leave it out"
         )
 
 
 def learned_spaces(plan: Plan, spec: RotationSpec, scheme: Scheme, options: LearnOptions) -> dict[str, str]:
-    """The spaces to learn, each with the name of its rotation. Raises LearningError for what cannot be learned."""
+    """The spaces to learn, each with the name of its rotation: R1 is shared by all its spaces, others are not.
+
+    Raises LearningError for a scheme that rotations make no difference to, for a rotation that is not in `spec` or
+    rotates nothing that is quantized, and for an R4 too large to be dense.
+    """
+    _check_scheme(scheme, options)
     inputs = scheme.activations is not None or options.end_to_end.weights
-    seen = {"R1": inputs, "R2": inputs or scheme.kv is not None, "R3": scheme.kv is not None, "R4": inputs}
-    usual = [n for n in ("R1", "R2", "R3") if n in spec.rotations and seen[n]]
+    quantized = {"R1": inputs, "R2": inputs or scheme.kv is not None, "R3": scheme.kv is not None, "R4": inputs}
+    usual = [n for n in ("R1", "R2", "R3") if n in spec.rotations and quantized[n]]
     if "R3" in usual and spec.type_of("R3") == "hadamard":
         usual.remove("R3")
     chosen = usual if options.rotations is None else options.rotations
     missing = [name for name in chosen if name not in spec.rotations]
-    rounds = scheme.activations is not None or scheme.kv is not None
-    if not rounds and scheme.weights is None:
-        raise LearningError(
-            f"scheme {scheme} quantizes nothing, so no rotation makes a difference: use a scheme such as W4A4KV4"
-        )
-    if not rounds and options.end_to_end.weights and options.method == "local":
-        raise LearningError(
-            f"local learning needs quantized activations or KV cache, and scheme {scheme} has neither: learn end to "
-            "end (--method end-to-end)"
-        )
-    if not rounds and not options.end_to_end.weights:
-        raise LearningError(
-            f"scheme {scheme} quantizes neither activations nor the KV cache, and with weights at 16 bits during "
-            "learning no rotation makes a difference: use a scheme such as W4A4KV4, or quantize weights during "
-            "learning too (`spinquant learn --weights`, and its result with --learned)"
-        )
     if missing or not chosen:
         wanted, rotated = (", ".join(names) or "nothing" for names in (missing, spec.rotations))
         raise LearningError(
             f"cannot learn {wanted}: the rotations are {rotated}, and --learn takes a subset of --rotations"
         )
-    blind = [name for name in chosen if not seen[name]]
-    if blind:
-        raise LearningError(f"cannot learn {blind[0]}: scheme {scheme} quantizes nothing that it rotates")
+    unquantized = [name for name in chosen if not quantized[name]]
+    if unquantized:
+        raise LearningError(f"cannot learn {unquantized[0]}: scheme {scheme} quantizes nothing that it rotates")
     plan.rotated(spec.rotations)
     names: dict[str, str] = {}
     for rotation in chosen:
@@ -156,3 +150,24 @@ def learned_spaces(plan: Plan, spec: RotationSpec, scheme: Scheme, options: Lear
                 )
             names[space.name] = "R1" if rotation == "R1" else space.name
     return names
+
+
+def _check_scheme(scheme: Scheme, options: LearnOptions) -> None:
+    """Raise LearningError for a scheme under which no rotation makes a difference during learning."""
+    if scheme.activations is not None or scheme.kv is not None:
+        return
+    if scheme.weights is None:
+        raise LearningError(
+            f"scheme {scheme} quantizes nothing, so no rotation makes a difference: use a scheme such as W4A4KV4"
+        )
+    if not options.end_to_end.weights:
+        raise LearningError(
+            f"scheme {scheme} quantizes neither activations nor the KV cache, and with weights at 16 bits during "
+            "learning no rotation makes a difference: use a scheme such as W4A4KV4, or quantize weights during "
+            "learning too (`spinquant learn --weights`, and its result with --learned)"
+        )
+    if options.method == "local":
+        raise LearningError(
+            f"local learning needs quantized activations or KV cache, and scheme {scheme} has neither: learn end to "
+            "end (--method end-to-end)"
+        )

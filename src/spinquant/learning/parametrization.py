@@ -1,12 +1,13 @@
-"""Rotations as trainable parameters of a model (Cayley parametrization), for any optimizer.
+"""Rotations as trainable parameters of a model (Cayley parametrization), which any torch optimizer can train.
 
     R = R0 (I + A/2)^-1 (I - A/2)        A = L - L^T, L the strict lower triangle of the parameter, zero at the start
 
-The Cayley transform of a skew-symmetric A is orthogonal whatever A is, so any optimizer keeps R orthogonal, without a
-retraction. I + A/2 is normal with eigenvalues 1 + i t, hence well conditioned as long as A is of moderate size.
+The Cayley transform of a skew-symmetric A is orthogonal whatever A is, so R stays orthogonal under any optimizer,
+without a retraction. I + A/2 is normal with eigenvalues 1 + i t, hence well conditioned as long as A is of moderate
+size.
 
-The weights are frozen, under a parametrization that rotates them in the forward pass by `fuse.transform`;
-`end_training` removes it, and the learned rotations are then fused by `fuse_module` like any other.
+The weights are frozen, under a parametrization that rotates them in the forward pass (`rotations/fuse.py`).
+`end_training` removes it; the learned rotations are then fused by `fuse_module` like any others.
 """
 
 from collections.abc import Mapping
@@ -30,34 +31,37 @@ LEARNED = "spinquant_learned"
 
 
 class LearnableRotation(nn.Module):
-    """Module with a trainable rotation. `skew`, (n, n): its strict lower triangle is the parameter L."""
+    """Module with a trainable rotation. Its parameter is `skew`, (n, n), of which the strict lower triangle is L.
+
+    dtype: of the parameter, float32 or more: a lower one is promoted. centred: the rotation preserves the mean.
+    """
 
     def __init__(self, initial: Rotation, dtype: torch.dtype, device: torch.device, *, centred: bool = False):
         super().__init__()
         self.centred = centred
-        # Half types have no linear solver, and R would not stay orthogonal.
+        # 16-bit dtypes have no linear solver, and R would not stay orthogonal.
         dtype = torch.promote_types(dtype, torch.float32)
         self.initial = initial
         self.start: Tensor
         self.register_buffer("start", matrix(initial).to(device, dtype))
         self.skew = nn.Parameter(torch.zeros_like(self.start))
-        self._known: tuple[tuple[Any, ...], Tensor] | None = None
+        self._cached: tuple[tuple[Any, ...], Tensor] | None = None
 
     def matrix(self) -> Tensor:
         """R, (n, n); cached until the parameter changes or `forget` is called."""
         key = (self.skew._version, self.skew.data_ptr(), self.skew.dtype, torch.is_grad_enabled())
-        if self._known is None or self._known[0] != key:
-            self._known = (key, cayley(self.start, self.skew, centred=self.centred))
-        return self._known[1]
+        if self._cached is None or self._cached[0] != key:
+            self._cached = (key, cayley(self.start, self.skew, centred=self.centred))
+        return self._cached[1]
 
     def forget(self) -> None:
-        """Clear the cached matrix, since its graph serves one backward pass only."""
-        self._known = None
+        """Clear the cached matrix: its autograd graph is freed by the first backward pass."""
+        self._cached = None
 
 
 @dataclass(frozen=True, eq=False)
 class Learned:
-    """A `Rotation` that is being trained. Not a module, so that its parameter is listed in the model only once."""
+    """A `Rotation` that is being trained. It is not a module, so that the model lists its parameter only once."""
 
     module: LearnableRotation
 
@@ -67,7 +71,7 @@ class Learned:
         return len(self.module.skew)
 
     def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
-        """As `Rotation.apply`, with gradients for the matrix."""
+        """As `Rotation.apply`, with gradients for the parameter."""
         r = self.module.matrix()
         blocks = x.movedim(dim, -1).to(r.dtype).unflatten(-1, (-1, self.order))
         y = (blocks @ (r.T if transpose else r)).flatten(-2).movedim(-1, dim).to(x.dtype)
@@ -102,10 +106,15 @@ class _Rotated(nn.Module):
 
 @dataclass(frozen=True)
 class Trainable:
-    """A model whose rotations are trainable parameters, with the state that `end_training` needs to undo that.
+    """A model whose rotations are trainable parameters, with the state that `end_training` restores.
 
-    rotations: current ones, by space. norms: original weights of fused norms, by name. trained: names of parameters
-    that required gradients before. save: an earlier override of `save_pretrained`, None without one.
+    Attributes:
+        model: The model.
+        plan: Where it is rotated.
+        rotations: Current rotations by space.
+        norms: Original weights of the norms whose gains are fused, by name.
+        trained: Names of the parameters that required gradients before.
+        save: An earlier override of `save_pretrained` on the model, None without one.
     """
 
     model: Any
@@ -125,36 +134,29 @@ def begin_training(
     online: Mapping[str, Rotation],
     precision: torch.dtype,
 ) -> Trainable:
-    """Rotate a model with trainable rotations for the spaces in `names`, as parameters of the model.
+    """Rotate a model, with the rotations of some spaces as trainable parameters of the model.
 
-    names: the spaces, each with the name of its rotation in the model's module `spinquant_learned`. online: the fixed
-    rotations in the precision of online use. precision: dtype of the trainable rotations and of fusing. The model's own
-    parameters are frozen, and saving it is refused, until `end_training`.
+    Until `end_training`, the model's own parameters are frozen, and `save_pretrained` raises CheckpointError.
+
+    Args:
+        model: A causal language model of transformers, changed in place. Its weights have to be in memory.
+        plan: Where it can be rotated.
+        rotations: Initial rotations by space.
+        names: The spaces to train, with the name of their rotation in the model's module `spinquant_learned`; spaces
+            of one name share one rotation.
+        online: The rotations by space, in the precision in which they run online.
+        precision: Dtype of the trainable rotations (at least float32) and of fusing.
+
+    Returns:
+        The model with its rotations, for `end_training`.
     """
     check_in_memory(model)
     if "residual" in rotations:
         untie(model, plan)
-    device = next(model.parameters()).device
-    current: dict[str, Rotation] = dict(rotations)
-    learned: dict[str, Learned] = {}
-    for space, name in names.items():
-        if name not in learned:
-            centred = plan.space[space].centred
-            learned[name] = Learned(LearnableRotation(rotations[space], precision, device, centred=centred))
-        current[space] = learned[name]
-    parameters = dict(model.named_parameters())
-    gains = {gain.norm: named_tensor(model, gain.norm).detach().clone() for gain in plan.gains}
-    trained = tuple(name for name, parameter in parameters.items() if parameter.requires_grad)
+    current, learned = _trainable_rotations(model, plan, rotations, names, precision)
+    trained = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     model.requires_grad_(False)
-    norms: dict[str, Tensor] = {}
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if name in gains and plan.gain_of_norm[name].space in rotations:
-                norms[name] = gains[name]
-                parameter.copy_(transform(name, parameter, plan, gains, current))
-            elif any(axis.space in rotations for axis in plan.axes_of.get(name, ())):
-                owner, attribute = module_and_attribute(model, name)
-                parametrize.register_parametrization(owner, attribute, _Rotated(name, plan, gains, current, precision))
+    norms = _parametrize(model, plan, current, precision)
     model.add_module(LEARNED, nn.ModuleDict({name: rotation.module for name, rotation in learned.items()}))
     attachment = attach(model, plan, {space: current[space] if space in names else online[space] for space in current})
     for rotation in learned.values():
@@ -164,9 +166,41 @@ def begin_training(
     return Trainable(model, plan, current, norms, trained, save)
 
 
+def _trainable_rotations(
+    model: Any, plan: Plan, rotations: Mapping[str, Rotation], names: Mapping[str, str], precision: torch.dtype
+) -> tuple[dict[str, Rotation], dict[str, Learned]]:
+    """All rotations by space, and the trainable ones by name."""
+    device = next(model.parameters()).device
+    current: dict[str, Rotation] = dict(rotations)
+    learned: dict[str, Learned] = {}
+    for space, name in names.items():
+        if name not in learned:
+            centred = plan.space[space].centred
+            learned[name] = Learned(LearnableRotation(rotations[space], precision, device, centred=centred))
+        current[space] = learned[name]
+    return current, learned
+
+
+@torch.no_grad()
+def _parametrize(
+    model: Any, plan: Plan, rotations: Mapping[str, Rotation], precision: torch.dtype
+) -> dict[str, Tensor]:
+    """Fuse the norms' gains, and put every rotated weight under a parametrization; returns the norms' own weights."""
+    gains = {gain.norm: named_tensor(model, gain.norm).detach().clone() for gain in plan.gains}
+    norms: dict[str, Tensor] = {}
+    for name, parameter in dict(model.named_parameters()).items():
+        if name in gains and plan.gain_of_norm[name].space in rotations:
+            norms[name] = gains[name]
+            parameter.copy_(transform(name, parameter, plan, gains, rotations))
+        elif any(axis.space in rotations for axis in plan.axes_of.get(name, ())):
+            owner, attribute = module_and_attribute(model, name)
+            parametrize.register_parametrization(owner, attribute, _Rotated(name, plan, gains, rotations, precision))
+    return norms
+
+
 @torch.no_grad()
 def end_training(learning: Trainable) -> dict[str, Rotation]:
-    """Restore the model's own weights, and return the current rotations, by space."""
+    """Undo `begin_training`: restore the model's own weights; returns the trained rotations, by space."""
     model = learning.model
     found: dict[int, Rotation] = {}
     for rotation in learning.rotations.values():
@@ -192,5 +226,5 @@ def end_training(learning: Trainable) -> dict[str, Rotation]:
 
 def _refuse_saving(*args: Any, **kwargs: Any) -> None:
     raise CheckpointError(
-        "the rotations of this model are being learned: finalize the modifier before saving the model"
+        "the rotations of this model are still being trained: finalize the modifier, then save the model"
     )

@@ -1,7 +1,7 @@
 """Score candidate rotations by KL divergence and perplexity on held-out text, and select the best.
 
-Every candidate is scored as it will be used, with clip ratios that are searched for it, one for all activations and one
-for the KV cache. Score: KL(16 bits || quantized) per token in nats, and perplexity. All candidates are scored window by
+Candidates are scored as they will be used: with clip ratios found by a search, one for all activations and one for the
+KV cache. The score is KL(16 bits || quantized) per token in nats, and perplexity. All candidates are scored window by
 window, so that the 16-bit model runs once per window.
 """
 
@@ -15,20 +15,20 @@ from torch import Tensor, nn
 
 from spinquant.checkpoint.run_directory import Pieces
 from spinquant.evaluation.metrics import divergence, nll, perplexity_of
-from spinquant.learning.channel_scaling import fuse_scales, unscale
+from spinquant.learning.channel_scaling import fuse_scales, unfuse_scales
 from spinquant.learning.fake_quant import rounding
 from spinquant.models.capture import device_of
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.rotations.rotation import Rotation
 
-SCORES = "scores"  # the piece of a run that holds them
-RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+SCORES = "scores"  # name of the saved scores (`Pieces`)
+RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # clip ratios that are searched
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Rotations by space, the channel scales that are fused into the weights, and the clip ratios."""
+    """What is scored: rotations by space, channel scales by space (fused into the weights), and clip ratios."""
 
     rotations: Mapping[str, Rotation]
     scales: Mapping[str, Tensor] = field(default_factory=dict)
@@ -48,7 +48,7 @@ def _clipped(quantizer: Quantizer | None, ratio: float) -> Quantizer | None:
 
 @dataclass(frozen=True)
 class Score:
-    """kl in nats per token and perplexity, both over `tokens` predicted tokens."""
+    """KL to the 16-bit model in nats per token, and perplexity, both over `tokens` predicted tokens."""
 
     kl: float
     perplexity: float
@@ -95,29 +95,31 @@ class Selection:
         return self.candidates[self.leader]
 
     def enter_all(self, rotations: Mapping[str, Mapping[str, Rotation]]) -> None:
-        """Score similar candidates with the clip ratios of the first, and the leading one with its own."""
+        """Score similar candidates with the clip ratios found for the first, then the leader with ratios of its own.
+
+        The leader keeps the better of its two scores.
+        """
         self._score("random rotations", {name: Candidate(made) for name, made in rotations.items()})
-        tried = {next(iter(rotations))}
-        while (leader := self.leader) not in tried:
+        leader = self.leader
+        if leader != next(iter(rotations)):
             before = self.candidates[leader], self.scores[leader]
             self._score(f"{leader} again", {leader: Candidate(before[0].rotations)})
             if self.scores[leader].kl > before[1].kl:
                 self.candidates[leader], self.scores[leader] = before
-            tried.add(leader)
 
     def enter(self, name: str, rotations: Mapping[str, Rotation], scales: Mapping[str, Tensor] | None = None) -> None:
-        """Score one candidate. scales: fused into the model for it, and removed again unless it leads."""
+        """Score one candidate. scales: fused into the model to score it, and removed again unless it leads."""
         before = self.scales
         if scales:
             fuse_scales(self.model, self.plan, scales, self.clip_windows[:1])
             self.scales = scales
         self._score(name, {name: Candidate(rotations, self.scales)})
         if scales and self.leader != name:
-            unscale(self.model, self.plan, scales)
+            unfuse_scales(self.model, self.plan, scales)
             self.scales = before
 
     def _score(self, what: str, candidates: Mapping[str, Candidate]) -> None:
-        """Score candidates with the clip ratios of the first."""
+        """Score candidates with the clip ratios found for the first, or load the scores of an interrupted run."""
         found = self.found.get(what)
         if found is None:
             first = next(iter(candidates.values())).rotations
@@ -144,7 +146,10 @@ def score_candidates(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Score]:
-    """Score candidates on windows of tokens, int64 (windows, length); the 16-bit model is scored as "16-bit"."""
+    """Score candidates on windows of tokens, int64 (windows, length).
+
+    Returns the scores by name of the candidate, and that of the 16-bit model as "16-bit".
+    """
     sums = {name: [0.0, 0.0] for name in (*candidates, "16-bit")}
     for done, window in enumerate(windows):
         row = window.unsqueeze(0).to(device_of(model))
@@ -166,7 +171,10 @@ def score_candidates(
 def with_clips(
     model: nn.Module, plan: Plan, rotations: Mapping[str, Rotation], scheme: Scheme, windows: Tensor
 ) -> Candidate:
-    """Search the clip ratios of least KL on some windows: first of activations, then of the KV cache."""
+    """The candidate with the clip ratios of least KL on windows, (windows, length): first activations, then KV cache.
+
+    The search is one-dimensional for each, from 1 down.
+    """
     best = Candidate(rotations)
     rows = [w.unsqueeze(0).to(device_of(model)) for w in windows]
     exact = [_predictions(model, row) for row in rows]
@@ -187,7 +195,7 @@ def with_clips(
 
 
 def _first_minimum(candidates: Sequence[Candidate], error: Callable[[Candidate], float]) -> Candidate:
-    """The best candidate before the error has grown twice in a row: it has one minimum, except for noise."""
+    """The best candidate, searched in order until the error grows twice in a row: it has one minimum, up to noise."""
     best, lowest, worse = candidates[0], error(candidates[0]), 0
     for candidate in candidates[1:]:
         found = error(candidate)
@@ -200,5 +208,5 @@ def _first_minimum(candidates: Sequence[Candidate], error: Callable[[Candidate],
 
 
 def _predictions(model: nn.Module, row: Tensor) -> Tensor:
-    """Logits of all tokens but the last, which has no next token."""
+    """Logits at all tokens of a row, (1, length), but the last, which has no next token: (length - 1, vocabulary)."""
     return model(input_ids=row, use_cache=False).logits[0, :-1]

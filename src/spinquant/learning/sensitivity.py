@@ -1,22 +1,24 @@
-"""Estimate the cost of rounding at every quantizer, per row: a second-order estimate of KL (Fisher information).
+"""Sensitivity of every quantizer, per row: a second-order estimate of the KL that rounding costs (Fisher information).
 
 Rounding adds an error e to a row of an activation. Rounding errors have no preferred direction in rotated coordinates;
 as long as they are small and independent, the KL from the 16-bit model to the quantized one is
 
     KL ~ 1/2 sum over rows of E[(g . e)^2] = 1/2 sum ||g||^2 ||e||^2 / n
 
-with n the length of a row, and g the gradient of log p(y), y sampled from the model's own predictions. So the weight of
-a row is ||g||^2 ||x||^2 / n times its relative error: a massive activation that nothing depends on has little weight,
-and quantizers differ in weight. Most rows have almost none. Rows are therefore sampled from all tokens with probability
-proportional to their weight, and weigh the same afterwards; the total weight of each quantizer is stored with it.
+with n the length of a row, and g the gradient of log p(y), y sampled from the model's own predictions. So a row costs
+its relative error times its weight, ||g||^2 ||x||^2 / n: a massive activation that the loss does not depend on has
+little weight. Most rows have almost none, and quantizers differ. Rows are therefore sampled from all tokens with
+probability proportional to their weight, and weigh the same afterwards; the total weight of each quantizer is stored
+with it (`ActivationSite.share`).
 
 It takes one forward and backward pass through the 16-bit model per sample. On SmolLM2-135M at A4KV4 with a random
-Hadamard, the estimates from 16 samples of the manual (and the measured cost of rounding there alone, on four others)
-were 0.167 (0.193) for gate and up, 0.083 (0.088) for q, k and v, 0.030 (0.030) for o_proj, 0.089 (0.073) for down_proj
-and 0.056 (0.053) for the KV cache; 0.43 in all, where all rounding together cost 0.52.
+Hadamard, the estimates from 16 samples of the manual (in parentheses, the KL measured with that quantizer alone, on
+four other samples) were 0.167 (0.193) for gate and up, 0.083 (0.088) for q, k and v, 0.030 (0.030) for o_proj, 0.089
+(0.073) for down_proj and 0.056 (0.053) for the KV cache; 0.43 in all, where all rounding together cost 0.52.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -35,7 +37,7 @@ from spinquant.quantization.scheme import Scheme
 from spinquant.rotations.rotation import Rotation
 
 
-def sensitive_sites(
+def collect_by_weight(
     model: Any,
     plan: Plan,
     spaces: Sequence[str],
@@ -45,64 +47,100 @@ def sensitive_sites(
     rows: int,
     generator: torch.Generator,
     checkpointing: bool = False,
-    beside: Mapping[str, Callable[[Tensor], None]] | None = None,
+    observers: Mapping[str, Callable[[Tensor], None]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ActivationSite]:
-    """Sample about `rows` rows, by weight, of every site in the given spaces, on tokens, int64 (samples, length).
+    """Sample about `rows` rows of every site in the given spaces, with probability proportional to their weight.
 
-    Gains must be fused. beside: further observers of linears' inputs. ActivationSite.share is the KL per token, in
-    nats, that a relative error of one would cost. Raises LearningError for gradients that are not finite.
+    Args:
+        model: A causal language model, not rotated, with its gains fused (`fuse_gains`).
+        plan: Where it can be rotated.
+        spaces: Names of the spaces whose sites are sampled.
+        scheme: What is quantized.
+        tokens: Calibration tokens, int64 (samples, length).
+        rows: About how many rows per site: `rows // samples` of every sample, at least one.
+        generator: Of the sampled labels and rows.
+        checkpointing: Gradient checkpointing of the decoder blocks.
+        observers: Further observers of activations, by the linear that reads them; none at a sampled site.
+        progress: Called with (samples done, samples in all).
+
+    Returns:
+        The sites; their share is the KL per token, in nats, that a relative error of one would cost.
+
+    Raises:
+        LearningError: A gradient is not finite.
     """
     wanted = quantized_spaces(plan, spaces, scheme)
-    attachment = attach(model, plan, {}, scheme, around=True)
-    drawn = _Drawn(max(1, rows // len(tokens)), generator)
-    try:
-        _watch(attachment, wanted, drawn)
-        for name, watch in (beside or {}).items():
-            attachment.inputs[name].watch = watch
-        with attachment.exact():
-            own_predictions(model, plan, tokens, generator=generator, checkpointing=checkpointing, progress=progress)
-    finally:
-        attachment.remove()
+    sampling = _WeightedSampling(max(1, rows // len(tokens)), generator)
+
+    def observe(attachment: Attachment) -> None:
+        _observe_sites(attachment, wanted, sampling)
+        for name, observer in (observers or {}).items():
+            attachment.inputs[name].watch = observer
+
+    how: dict[str, Any] = {"generator": generator, "checkpointing": checkpointing, "progress": progress}
+    backward_own_predictions(model, plan, scheme, tokens, observe, **how)
+    share = {name: 0.5 * weight / tokens.numel() for name, weight in sampling.weight.items()}
     return [
-        ActivationSite(
-            name, space.name, quantizer, torch.cat(drawn.rows[name]), 0.5 * drawn.mass[name] / tokens.numel()
-        )
+        ActivationSite(name, space.name, quantizer, torch.cat(sampling.rows[name]), share[name])
         for name, (space, quantizer) in wanted.items()
-        if name in drawn.rows
+        if name in sampling.rows
     ]
 
 
-def own_predictions(
+def backward_own_predictions(
     model: Any,
     plan: Plan,
+    scheme: Scheme,
     tokens: Tensor,
+    observe: Callable[[Attachment], None],
     *,
     generator: torch.Generator,
     checkpointing: bool,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Run forward and backward passes, sample by sample, on tokens, (samples, length).
+    """Backpropagate log p(y), y sampled from the model's own predictions, so that observers see activation gradients.
 
-    Hooks get gradients of log p(y) at every token, with y sampled from the model's own predictions.
+    Nothing is quantized; weights get no gradients. One forward and backward pass per sample.
+
+    Args:
+        model: A causal language model, not rotated, with its gains fused (`fuse_gains`).
+        plan: Where it can be rotated.
+        scheme: What is quantized: it has a site for each.
+        tokens: Calibration tokens, int64 (samples, length).
+        observe: Called once, to set the observers (`watch`) of the sites.
+        generator: Of the labels y.
+        checkpointing: Gradient checkpointing of the decoder blocks.
+        progress: Called with (samples done, samples in all).
     """
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.requires_grad_(False)
-    model.enable_input_require_grads()  # otherwise activations would have no gradient, since all weights are frozen
+    attachment = attach(model, plan, {}, scheme, around=True)
     try:
-        with checkpointed(model, plan, checkpointing):
+        observe(attachment)
+        with attachment.exact(), _input_gradients_only(model), checkpointed(model, plan, checkpointing):
             for done, row in enumerate(tokens.split(1)):
-                nll_of_own(model, row.to(device_of(model)), [generator]).backward()
+                sampled_nll(model, row.to(device_of(model)), [generator]).backward()
                 if progress:
                     progress(done + 1, len(tokens))
     finally:
+        attachment.remove()
+
+
+@contextmanager
+def _input_gradients_only(model: Any) -> Iterator[None]:
+    """Within the `with` block, weights are frozen, and the embedding's output requires a gradient."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    model.enable_input_require_grads()  # otherwise activations would have no gradient, since all weights are frozen
+    try:
+        yield
+    finally:
         model.disable_input_require_grads()
-        for parameter in frozen:
+        for parameter in trained:
             parameter.requires_grad_(True)
 
 
-def nll_of_own(model: Any, rows: Tensor, labels: Sequence[torch.Generator]) -> Tensor:
-    """-log p(y), summed over all tokens of rows, (batch, length), of labels y sampled from the model's own predictions.
+def sampled_nll(model: Any, rows: Tensor, labels: Sequence[torch.Generator]) -> Tensor:
+    """-log p(y), summed over all tokens of rows, (batch, length), for labels y sampled from the model's predictions.
 
     labels: one generator per row, from which its labels are sampled.
     """
@@ -110,9 +148,9 @@ def nll_of_own(model: Any, rows: Tensor, labels: Sequence[torch.Generator]) -> T
 
 
 class _SampledNLL(torch.autograd.Function):
-    """Sample labels and compute their NLL with one softmax, since passes over the vocabulary dominate the cost.
+    """Sample labels and compute their NLL with a single softmax, since passes over the vocabulary dominate the cost.
 
-    The gradient is p, minus 1 at y.
+    The gradient with respect to the logits is p, minus 1 at y.
     """
 
     @staticmethod
@@ -130,50 +168,50 @@ class _SampledNLL(torch.autograd.Function):
         return p.scatter_add_(-1, own, p.new_full(own.shape, -1.0)).mul_(grad).to(ctx.dtype), None
 
 
-class _Drawn:
-    """Sampled rows of every site, `share` from each sample, and the total weight of all rows."""
+class _WeightedSampling:
+    """Rows of every site, `share` from each sample, and the total weight of all rows of the site."""
 
     def __init__(self, share: int, generator: torch.Generator):
         self.share, self.generator = share, generator
         self.rows: dict[str, list[Tensor]] = {}
-        self.mass: dict[str, float] = {}
+        self.weight: dict[str, float] = {}
 
     def watch(self, name: str, x: Tensor) -> None:
-        """Observe an activation, (.., width); rows are sampled when its gradient is known."""
-        x.register_hook(partial(self._draw, name, x.detach()))
+        """Observe an activation, (.., width); rows are sampled when its gradient is computed."""
+        x.register_hook(partial(self._sample, name, x.detach()))
 
-    def _draw(self, name: str, x: Tensor, gradient: Tensor) -> None:
+    def _sample(self, name: str, x: Tensor, gradient: Tensor) -> None:
         flat, slopes = (t.reshape(-1, t.shape[-1]).float() for t in (x, gradient))
-        counts = (flat.square().sum(-1) * slopes.square().sum(-1) / flat.shape[-1]).cpu()
-        if not counts.isfinite().all():
+        weights = (flat.square().sum(-1) * slopes.square().sum(-1) / flat.shape[-1]).cpu()
+        if not weights.isfinite().all():
             raise LearningError(
                 f"the gradient at {name} is not finite: the model's weights are damaged, or {x.dtype} overflows"
             )
-        total = float(counts.sum(dtype=torch.float64))
+        total = float(weights.sum(dtype=torch.float64))
         if total > 0:
-            chosen = torch.multinomial(counts / total, self.share, replacement=True, generator=self.generator)
+            chosen = torch.multinomial(weights / total, self.share, replacement=True, generator=self.generator)
             self.rows.setdefault(name, []).append(flat[chosen.to(flat.device)].cpu())
-            self.mass[name] = self.mass.get(name, 0.0) + total
+            self.weight[name] = self.weight.get(name, 0.0) + total
 
 
-def _watch(attachment: Attachment, wanted: Mapping[str, Any], drawn: _Drawn) -> None:
+def _observe_sites(attachment: Attachment, wanted: Mapping[str, Any], sampling: _WeightedSampling) -> None:
     for name, site in attachment.inputs.items():
         if name in wanted:
-            site.watch = partial(drawn.watch, name)
+            site.watch = partial(sampling.watch, name)
     for attention, both in attachment.keys_values.items():
         names = [f"{attention}.{part}" for part in ("keys", "values")]
 
-        def watch(keys: Tensor, values: Tensor, names: Sequence[str] = names) -> None:
+        def observe(keys: Tensor, values: Tensor, names: Sequence[str] = names) -> None:
             for name, x in zip(names, (keys, values), strict=True):
                 if name in wanted:
-                    drawn.watch(name, x)
+                    sampling.watch(name, x)
 
-        both.watch = watch
+        both.watch = observe
 
 
 @torch.no_grad()
 def predicted_kl(sites: Sequence[ActivationSite], rotations: Mapping[str, Rotation]) -> dict[str, float]:
-    """Estimated KL of every site, by name, in nats per token, from the actual rounding errors of its rows."""
+    """Estimated KL at every site, by name, in nats per token, from the rounding errors of its rows."""
     found = {}
     for site in sites:
         z = rotations[site.space].apply(site.rows)
