@@ -244,7 +244,7 @@ def test_gradients_accumulate_and_parts_can_be_frozen():
         skew[3, 1] += 1e-5
         assert torch.allclose((loss() - value) / 1e-5, first[3, 1], rtol=1e-2, atol=1e-6)
         skew[3, 1] -= 1e-5
-    with pytest.raises(CheckpointError, match="being learned"):
+    with pytest.raises(CheckpointError, match="still being trained"):
         model.save_pretrained("nowhere")
     with pytest.raises(RotationError, match="already"):
         rotate(model)
@@ -410,7 +410,7 @@ def test_users_mappings_are_used():
         ({"lm_head": "re:.*layers.0.*gate_proj$", "mlp_in": ["re:.*up_proj$"]}, "gate_proj.* has no role"),
         ({"mlp_out": "model.layers.1.mlp.down_proj"}, "R1 is impossible .*down_proj"),
         ({"attn_head_dim": 7}, "does not fit the space"),
-        ({"attn_head_dim": 8}, "R2 is impossible .* the size 8, and the model has 16"),
+        ({"attn_head_dim": 8}, "R2 is impossible .* the size 8, but the model has 16"),
     ],
 )
 def test_mappings_that_do_not_fit_are_refused(mappings, message):

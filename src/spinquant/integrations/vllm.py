@@ -1,14 +1,14 @@
-"""vLLM plugin for online rotations that vLLM alone does not support; loaded by vLLM (`vllm.general_plugins`).
+"""vLLM plugin for online rotations (R3, R4) that vLLM alone does not run; an entry point of `vllm.general_plugins`.
 
-vLLM reads `transform_config`, but on a CPU its transform module requires a CUDA kernel or a weight layout that is never
-made; it refuses a linear with a bias under a transform; and it ignores transforms of queries and keys (R3). The plugin
+vLLM reads `transform_config`, but its transform module needs a CUDA kernel or a weight layout that a CPU does not get;
+it refuses a linear with a bias under a transform; and it ignores transforms of queries and keys (R3). The plugin
 replaces only:
 
     HadamardTransform.forward, .process_weights_after_loading    on a CPU: the fast transform of this library
     CompressedTensorsLinearTransformMethod.apply                 passes the bias on
     CompressedTensorsConfig.get_quant_method                     rotates queries and keys of an attention with R3
 
-They affect only models with a `transform_config`. `register` returns a function that undoes it.
+Only models with a `transform_config` are affected. `register` returns a function that undoes it.
 """
 
 import math
@@ -31,7 +31,7 @@ TOLERANCE = 2.0**-6
 
 
 def register() -> Callable[[], None]:
-    """Patch vLLM to run online rotations; returns a function that undoes it. Repeated calls have no effect."""
+    """Patch vLLM to run online rotations; returns a function that undoes the patch. A second call has no effect."""
     # Imported by name: vLLM is not a dependency, and is not installed where this file is type-checked.
     base = "vllm.model_executor.layers.quantization.compressed_tensors"
     config = import_module(f"{base}.compressed_tensors").CompressedTensorsConfig
@@ -65,7 +65,7 @@ def register() -> Callable[[], None]:
 
 
 def rotation_of(stored: Tensor) -> Rotation:
-    """The rotation x W / sqrt(n) of an unnormalized matrix W (n, n), as a fast transform if W is D H with signs D.
+    """The rotation x W / sqrt(n) of a stored, unnormalized matrix W (n, n); a fast transform if W is D H with signs D.
 
     Raises RotationError for a matrix that is not sqrt(n) times an orthogonal one.
     """
@@ -77,13 +77,13 @@ def rotation_of(stored: Tensor) -> Rotation:
         if (signs.abs() == 1).all() and torch.equal(signs.unsqueeze(1) * hadamard, wide):
             return Hadamard(n, signs.to(torch.int8))
     except HadamardOrderError:
-        pass  # no Hadamard matrix of this order: it can only be a dense one
+        pass  # no Hadamard matrix of this order is known: the rotation is dense
     orthogonal = wide / math.sqrt(n)
     error = float((orthogonal @ orthogonal.T - torch.eye(n)).abs().max())
     if not error < TOLERANCE:
         raise RotationError(
-            f"a transform of order {n} is not sqrt(n) times an orthogonal matrix (error {error:.1e}): it was not "
-            "loaded, or it is not a rotation"
+            f"a transform of order {n} is not sqrt(n) times an orthogonal matrix (error {error:.1e}): either it was "
+            "not loaded, or it is not a rotation"
         )
     return Orthogonal(orthogonal)
 
@@ -94,7 +94,7 @@ def _process_weights(original: Callable[..., Any]) -> Callable[..., None]:
         rotations = {}
         for part, partition in self.weight.partitions.items():
             scheme, order = self.transforms[part].scheme, partition.data.shape[0]
-            # All layers of a group share one tensor; the rotation is computed once and stored with it.
+            # All layers of a group share one tensor; the rotation is computed once and stored on it.
             shared = self.weight.tensors_registry[self._get_data_key(scheme, order)]
             if not hasattr(shared, ROTATION):
                 if scheme.type == "hadamard":
@@ -150,9 +150,9 @@ def _get_quant_method(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def query_key_order(config: Any, name: str, layer: torch.nn.Module) -> int | None:
-    """Order of the Hadamard transform of an attention's queries and keys in a transform_config, None without one.
+    """Order of the Hadamard transform of an attention's queries and keys (R3) in a transform_config, None without one.
 
-    Raises RotationError for transforms of another type, and for queries without keys.
+    Raises RotationError for a transform of another type, and if queries and keys are not rotated the same way.
     """
     from compressed_tensors.utils import is_match
 
@@ -168,7 +168,7 @@ def query_key_order(config: Any, name: str, layer: torch.nn.Module) -> int | Non
     if not orders:
         return None
     if set(orders) != set(SITES) or len(set(orders.values())) != 1:
-        raise RotationError(f"{name}: queries and keys must have the same rotation, and transform_config has {orders}")
+        raise RotationError(f"{name}: queries and keys must have the same rotation, but transform_config has {orders}")
     return orders[SITES[0]]
 
 

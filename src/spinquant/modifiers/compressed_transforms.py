@@ -1,4 +1,4 @@
-"""Attach online rotations as compressed-tensors transforms, for models in llm-compressor's recipes."""
+"""Run online rotations as transforms of compressed-tensors, for models in recipes of llm-compressor."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -32,13 +32,15 @@ from spinquant.rotations.rotation import Rotation
 
 
 def check_in_place(model: nn.Module) -> None:
-    """Raise RotationError for offloaded weights, which are stored on one device and used on another."""
+    """Raise RotationError for a model with offloaded weights: stored on one device and used on another."""
     for name, module in model.named_modules():
-        kept: Any = module._parameters
-        if isinstance(kept, OffloadCache) and torch.device(kept.onload_device) != torch.device(kept.offload_device):
+        stored: Any = module._parameters
+        if not isinstance(stored, OffloadCache):
+            continue
+        if torch.device(stored.onload_device) != torch.device(stored.offload_device):
             raise RotationError(
-                f"the weights of {name} are offloaded to {kept.offload_device}, and learning rotations needs them in "
-                "place: use a model that fits the device, without offloading"
+                f"the weights of {name} are offloaded to {stored.offload_device}, and learning rotations needs all "
+                "weights on the device: use a model that fits it, without offloading"
             )
 
 
@@ -50,10 +52,18 @@ def install_compressed(
     config: Groups,
     precision: torch.dtype,
 ) -> None:
-    """Fuse rotations into a model and attach the online ones as transforms of compressed-tensors.
+    """Fuse rotations into a model, and attach the online ones as transforms of compressed-tensors.
 
-    group_of: the config's group of each space; its precision is that of the transform. Offloaded weights are fused
-    where they are stored. The model's `transform_config` then describes the rotations, as its saved folder will.
+    The model's `transform_config` then describes the rotations, and is saved with it. Offloaded weights are fused where
+    they are stored.
+
+    Args:
+        model: A causal language model of transformers, changed in place.
+        plan: Where it can be rotated.
+        rotations: Rotations by space.
+        group_of: The group of each space in the config.
+        config: The groups; the precision of a group is that of its online transform.
+        precision: Dtype of fusing.
     """
     with disable_onloading():
         fuse_module(model, plan, rotations, precision=precision)
@@ -76,11 +86,11 @@ def install_compressed(
 def _saved_groups(
     group: str, scheme: Scheme, rotations: Mapping[str, Rotation]
 ) -> Iterator[tuple[str, TransformScheme, list[str]]]:
-    """A group as it has to be saved for readers of the folder: name, scheme, modules that it rotates online.
+    """A group as readers of the saved folder need it: (name, scheme, modules that it rotates online).
 
-    A reader generates the matrix of type hadamard itself (Sylvester's); it loads others from the folder, and divides
-    them by sqrt(n) for type random-hadamard alone, so every other online matrix is saved under that type. A group has
-    one matrix: if layers have their own, every matrix is a group.
+    A reader generates the matrix of type hadamard itself (Sylvester's). It loads all others from the folder, and
+    divides them by sqrt(n) only for type random-hadamard, so every other online matrix is saved under that type. A
+    group has one matrix: if layers have rotations of their own, each is saved as a group.
     """
     whole = TransformScheme.model_validate({**scheme.model_dump(), "requires_grad": False})
     distinct = distinct_rotations(rotations)
@@ -92,7 +102,7 @@ def _saved_groups(
         if not is_sylvester(rotation):
             part.type, part.randomize = "random-hadamard", False
         for args in part.apply:
-            # The saved matrix is the one that is applied, so its inverse is the one in the weight.
+            # The saved matrix is the one that is applied online, so the inverse is the one in the weight.
             args.inverse = args.location == "weight_input"
         if len(distinct) > 1:
             part.apply = [args for args in part.apply if args.location != "weight_output"]
@@ -102,7 +112,7 @@ def _saved_groups(
 
 
 class _Factory(HadamardFactory):
-    """compressed-tensors' factory with this library's matrices: modules that share a rotation share a parameter."""
+    """Factory of compressed-tensors' transforms with our matrices: modules that share a rotation share a parameter."""
 
     def __init__(self, name: str, scheme: TransformScheme, rotations: Mapping[nn.Module, Rotation]):
         super().__init__(name, scheme)
@@ -114,5 +124,5 @@ class _Factory(HadamardFactory):
         if (id(rotation), device) not in self.parameters:
             weight = unnormalised(rotation).to(device, self.scheme.precision).contiguous()
             self.parameters[id(rotation), device] = nn.Parameter(weight, requires_grad=False)
-        args = args.model_copy(update={"inverse": False})  # the matrix is the applied one
+        args = args.model_copy(update={"inverse": False})  # the parameter is the matrix that is applied
         return HadamardTransform(self.parameters[id(rotation), device], None, self.scheme, args, type(module))

@@ -1,9 +1,9 @@
-"""Make a plan from complete mappings, checked against the model's names, shapes and norms.
+"""Turn complete mappings into a plan, and check it against the model's names, shapes and norms.
 
-A mapping may be incomplete without being inconsistent: a linear that reads the residual stream and is not mapped would
-stay unrotated. So every tensor with an axis of the hidden size has to be mapped, every reader of the residual stream
-needs its norm, and for a known architecture, mapping and built-in table have to agree. A rotation for which this fails
-is `refused` by the plan; the others still work.
+Mappings can be consistent and still incomplete: a linear that reads the residual stream and is not mapped would stay
+unrotated. So every tensor with an axis of the hidden size has to be mapped, every reader of the residual stream needs
+its norm, and for a known architecture the mappings have to agree with the built-in table. A rotation for which this
+fails is listed in the plan's `refused`; the others still work.
 """
 
 from collections.abc import Sequence
@@ -16,50 +16,60 @@ from torch import nn
 from spinquant.architectures.family import size_of
 from spinquant.errors import RotationError
 from spinquant.models.modules import named_tensor
-from spinquant.modifiers.mappings import ROLES, NormMapping, SpinQuantMapping, matching
+from spinquant.modifiers.mappings import ROLES, NormMapping, SpinQuantMapping, listed, matching
 from spinquant.plan import Axis, Gain, Online, Plan, Space, Tie
 
 NORM_TOLERANCE = 0.05  # relative error of a norm's output against the formula; bfloat16 rounds to 0.004
 
 
 def plan_from_mappings(model: Any, mapping: SpinQuantMapping, norms: Sequence[NormMapping]) -> Plan:
-    """Make the plan that complete mappings describe. Impossible rotations are `refused` in it, with the reason.
+    """Make a plan from complete mappings.
 
-    Raises RotationError for a target that matches nothing, a module with two roles or of the wrong class, and an
-    attention without exactly one q, k, v and o.
+    Args:
+        model: A causal language model of transformers.
+        mapping: The modules of every role; none may be missing.
+        norms: The linears that read each norm; none may be missing.
+
+    Returns:
+        The plan. Rotations that are impossible are in its `refused`, with the reason.
+
+    Raises:
+        RotationError: A target matches nothing, a module has two roles or the wrong class, or an attention does not
+            have exactly one q, k, v and o.
     """
-    roles = {role: matching(model, _listed(getattr(mapping, role)), f"mappings.{role}") for role in ROLES}
+    roles = {role: matching(model, listed(getattr(mapping, role)), f"mappings.{role}") for role in ROLES}
     _check_roles(model, roles)
     embedding, head = (_single(roles[role], role) for role in ("embedding", "lm_head"))
     hidden = model.get_submodule(embedding).embedding_dim
     head_dim = mapping.attn_head_dim or size_of(model.config, "head_dim")
     spaces, onlines = [Space("residual", "R1", hidden)], []
-    living: dict[str, tuple[str | None, str | None]] = {embedding: (None, "residual"), head: (None, "residual")}
-    living.update({name: (None, "residual") for role in ("attn_q", "attn_k", "mlp_in") for name in roles[role]})
+    # The spaces of axes 0 and 1 of a module's weight: output and input of a linear; an embedding's output is axis 1.
+    sides: dict[str, tuple[str | None, str | None]] = {embedding: (None, "residual"), head: (None, "residual")}
+    sides.update({name: (None, "residual") for role in ("attn_q", "attn_k", "mlp_in") for name in roles[role]})
     groups: list[tuple[str, ...]] = []
     for attention in roles["attn"]:
         q, k, v, o = (_inside(attention, roles[role], role) for role in ("attn_q", "attn_k", "attn_v", "attn_o"))
         value, query_key = f"{_layer(model, attention)}.value", f"{_layer(model, attention)}.query_key"
         spaces += [Space(value, "R2", head_dim), Space(query_key, "R3", head_dim)]
-        living[v], living[o] = (value, "residual"), ("residual", value)
+        sides[v], sides[o] = (value, "residual"), ("residual", value)
         onlines.append(Online(attention, "query_key", query_key))
         groups += [(q, k, v), (o,)]
     for out in roles["mlp_out"]:
         space = f"{_layer(model, out.rpartition('.')[0])}.hidden"
         space = space if space not in {s.name for s in spaces} else f"{out}.hidden"
         spaces.append(Space(space, "R4", model.get_submodule(out).in_features))
-        living[out] = ("residual", space)
+        sides[out] = ("residual", space)
         onlines.append(Online(out, "input", space))
         groups.append((out,))
-    stray = [name for role in ("attn_v", "attn_o") for name in roles[role] if name not in living]
-    if stray:
-        raise RotationError(f"mappings: {stray[0]!r} lies in none of the attentions that mappings.attn matches")
+    outside = [name for role in ("attn_v", "attn_o") for name in roles[role] if name not in sides]
+    if outside:
+        raise RotationError(f"mappings: {outside[0]!r} is not inside any attention that mappings.attn matches")
     parents = dict.fromkeys(name.rpartition(".")[0] for name in roles["mlp_in"])
     groups += [tuple(n for n in roles["mlp_in"] if n.rpartition(".")[0] == parent) for parent in parents]
     position = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    axes = tuple(axis for name in sorted(living, key=position.__getitem__) for axis in _axes(model, name, living[name]))
+    axes = tuple(axis for name in sorted(sides, key=position.__getitem__) for axis in _axes(model, name, sides[name]))
     _check_lengths(model, axes, {space.name: space.size for space in spaces})
-    readers = [name for name, (_, space) in living.items() if space == "residual" and name != embedding]
+    readers = [name for name, (_, space) in sides.items() if space == "residual" and name != embedding]
     gains = _gains(model, norms, readers)
     tied = model.get_submodule(head).weight is model.get_submodule(embedding).weight
     plan = Plan(
@@ -78,33 +88,40 @@ def plan_from_mappings(model: Any, mapping: SpinQuantMapping, norms: Sequence[No
     return replace(plan, refused=(("R1", why),)) if why else plan
 
 
-def held_against(plan: Plan, table: Plan) -> Plan:
-    """Check a mapping's plan against the table's; rotations whose spaces differ are refused.
+def check_against_table(plan: Plan, table: Plan) -> Plan:
+    """Check a plan made from mappings against that of the built-in table.
 
-    Layers may be left out of R2, R3 and R4; the residual space has to be complete. The result has the table's order, so
-    that rotations are bit for bit those of the table.
+    Layers may be left out of R2, R3 and R4; the residual space has to be complete.
+
+    Args:
+        plan: The plan made from mappings.
+        table: The plan of the built-in table.
+
+    Returns:
+        The table's plan, restricted to the spaces of `plan`, with rotations whose spaces differ in `refused`. It has
+        the table's order, so that rotations are bit for bit those of the table.
     """
     refused = dict(plan.refused)
     for space in plan.spaces:
         size = table.space[space.name].size if space.name in table.space else space.size
         if size != space.size:
-            refused[space.rotation] = f"the mapping gives {space.name} the size {space.size}, and the model has {size}"
+            refused[space.rotation] = f"the mapping gives {space.name} the size {space.size}, but the model has {size}"
         ours, theirs = _touched(plan, space.name), _touched(table, space.name)
         if ours != theirs and space.rotation not in refused:
             name = sorted(ours ^ theirs)[0][0]
             where = "is not in the mapping" if name in {t for t, _ in theirs} else f"is not in the space {space.name}"
-            refused[space.rotation] = f"{name!r} {where}, and the function of the model would change"
+            refused[space.rotation] = f"{name!r} {where}, so the function of the model would change"
     ours, theirs = ({g.norm: (g.offset, frozenset(g.readers)) for g in p.gains} for p in (plan, table))
     differing = sorted(norm for norm in ours | theirs if ours.get(norm) != theirs.get(norm))
     if differing:
         refused.setdefault("R1", f"the linears mapped to the norm {differing[0]!r} are not those that read it")
-    kept = {space.name for space in plan.spaces}
+    mapped = {space.name for space in plan.spaces}
     return replace(
         table,
-        spaces=tuple(space for space in table.spaces if space.name in kept),
-        axes=tuple(axis for axis in table.axes if axis.space in kept),
-        onlines=tuple(online for online in table.onlines if online.space in kept),
-        scalings=tuple(scaling for scaling in table.scalings if scaling.space in kept),
+        spaces=tuple(space for space in table.spaces if space.name in mapped),
+        axes=tuple(axis for axis in table.axes if axis.space in mapped),
+        onlines=tuple(online for online in table.onlines if online.space in mapped),
+        scalings=tuple(scaling for scaling in table.scalings if scaling.space in mapped),
         refused=tuple({**dict(table.refused), **refused}.items()),
     )
 
@@ -114,18 +131,14 @@ def _touched(plan: Plan, space: str) -> set[tuple[str, int]]:
     return places | {(online.module, -1) for online in plan.onlines if online.space == space}
 
 
-def _listed(value: str | list[str]) -> list[str]:
-    return [value] if isinstance(value, str) else value
-
-
 def _check_roles(model: nn.Module, roles: dict[str, list[str]]) -> None:
     owner: dict[str, str] = {}
     for role, names in roles.items():
         for name in names:
             if name in owner:
                 raise RotationError(
-                    f"mappings: {name!r} is matched by {owner[name]} and by {role}. A module has one role: narrow one "
-                    "of the two targets"
+                    f"mappings: {name!r} is matched by {owner[name]} and by {role}, but a module has one role: make "
+                    "one of the two targets narrower"
                 )
             owner[name] = role
             kind = nn.Module if role == "attn" else nn.Embedding if role == "embedding" else nn.Linear
@@ -153,14 +166,14 @@ def _inside(attention: str, names: list[str], role: str) -> str:
 
 
 def _layer(model: Any, name: str) -> str:
-    """The name of a layer as plans have it, from the name of a module right below it."""
+    """The name of a layer in plans, from the name of a module directly inside the layer."""
     return name.rpartition(".")[0].removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
 
 
-def _axes(model: nn.Module, name: str, living: tuple[str | None, str | None]) -> list[Axis]:
-    axes = [Axis(f"{name}.weight", dim, space) for dim, space in enumerate(living) if space]
-    if living[0] and getattr(model.get_submodule(name), "bias", None) is not None:
-        axes.append(Axis(f"{name}.bias", 0, living[0]))
+def _axes(model: nn.Module, name: str, sides: tuple[str | None, str | None]) -> list[Axis]:
+    axes = [Axis(f"{name}.weight", dim, space) for dim, space in enumerate(sides) if space]
+    if sides[0] and getattr(model.get_submodule(name), "bias", None) is not None:
+        axes.append(Axis(f"{name}.bias", 0, sides[0]))
     return axes
 
 
@@ -170,8 +183,8 @@ def _check_lengths(model: nn.Module, axes: Sequence[Axis], sizes: dict[str, int]
         if length % size or (axis.space == "residual" and length != size):
             raise RotationError(
                 f"mappings: axis {axis.dim} of {axis.tensor!r} has length {length}, which does not fit the space "
-                f"{axis.space!r} of size {size}. Give attn_head_dim if the config's head size is not the model's, or "
-                "correct the role"
+                f"{axis.space!r} of size {size}: set attn_head_dim if the config's head size is not that of the model, "
+                "or correct the role"
             )
 
 
@@ -184,7 +197,10 @@ def _gains(model: nn.Module, norms: Sequence[NormMapping], readers: Sequence[str
             nearest = max(_shared(norm, linear) for norm in modules)
             norm, *others = [norm for norm in modules if _shared(norm, linear) == nearest]
             if others:
-                raise RotationError(f"norm_mappings: {linear!r} is as near to the norm {norm!r} as to {others[0]!r}")
+                raise RotationError(
+                    f"norm_mappings: {linear!r} is as near to the norm {norm!r} as to {others[0]!r}: name the norms in "
+                    "mappings of their own"
+                )
             if linear in owner:
                 raise RotationError(f"norm_mappings: {linear!r} is matched for {owner[linear]!r} and for {norm!r}")
             if linear not in readers:
@@ -193,7 +209,7 @@ def _gains(model: nn.Module, norms: Sequence[NormMapping], readers: Sequence[str
             found.setdefault(norm, []).append(linear)
         unread = [norm for norm in modules if norm not in found]
         if unread:
-            raise RotationError(f"norm_mappings: none of the linears of {mapping.norm!r} lies near {unread[0]!r}")
+            raise RotationError(f"norm_mappings: none of the linears of {mapping.norm!r} is near {unread[0]!r}")
     return tuple(
         Gain(f"{norm}.weight", "residual", tuple((f"{name}.weight", 1) for name in names), norm_offset(model, norm))
         for norm, names in found.items()
@@ -239,9 +255,9 @@ def _why_not_r1(model: nn.Module, plan: Plan, readers: Sequence[str], hidden: in
     for name in readers:
         if f"{name}.weight" not in with_gain:
             return f"{name!r} reads the residual stream, and no norm mapping names it"
-    explained = {axis.tensor for axis in plan.axes} | {gain.norm for gain in plan.gains}
-    explained |= {f"{name}.bias" for name in readers}
+    mapped = {axis.tensor for axis in plan.axes} | {gain.norm for gain in plan.gains}
+    mapped |= {f"{name}.bias" for name in readers}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name not in explained and hidden in parameter.shape:
+        if name not in mapped and hidden in parameter.shape:
             return f"{name!r} (shape {tuple(parameter.shape)}) has an axis of the hidden size, and no mapping names it"
     return None

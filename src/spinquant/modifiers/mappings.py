@@ -1,27 +1,36 @@
-"""Mappings from roles to modules, as in llm-compressor; `mapping_plan.py` makes a plan of them.
+"""Mappings from roles to modules (`SpinQuantMapping`, `NormMapping`), as in llm-compressor: matched and inferred.
 
 A mapping names modules by role (embedding, attention, q, k, v, o, MLP, head); norm mappings name the linears that
 read each norm. A target is a module's name, the name of its class, or `re:` and a regular expression that the name
-must match from its start. For a known architecture, a mapping may leave roles out (they are inferred) and is checked
-against the built-in table; for an unknown one, complete mappings take the table's place.
+must match from its start. For a known architecture, roles may be left out (they are inferred), and a mapping is checked
+against the built-in table; for an unknown one, complete mappings replace the table. `mapping_plan.py` turns complete
+mappings into a plan.
 """
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import nn
 
 from spinquant.errors import ArchitectureError, RotationError
 from spinquant.plan import Plan
 
 
+def listed(value: Any) -> Any:
+    """A single target as a list; anything else unchanged."""
+    return [value] if isinstance(value, str) else value
+
+
+Targets = Annotated[list[str], BeforeValidator(listed)]
+
+
 class SpinQuantMapping(BaseModel):
     """The modules of each role in a model, for `SpinQuantModifier`; roles that are left out are inferred.
 
     A target is a module's name, the name of its class, or `re:` and a regular expression that the name must match from
-    its start. For an unknown architecture every role has to be given.
+    its start. For an unknown architecture every role is required.
 
     Attributes:
         embedding: The token embedding.
@@ -31,9 +40,9 @@ class SpinQuantMapping(BaseModel):
         attn_v: The value projections.
         attn_o: The output projections of the attentions.
         attn_head_dim: Size of a head. Default: that of the config.
-        mlp_in: The projections that the MLPs read their input with (gate and up); one target or a list.
+        mlp_in: The input projections of the MLPs (gate and up); one target or a list.
         mlp_out: The output projections of the MLPs (down); one target or a list.
-        lm_head: The head.
+        lm_head: The language model head.
 
     Example:
         >>> import spinquant
@@ -52,14 +61,9 @@ class SpinQuantMapping(BaseModel):
     attn_v: str | None = None
     attn_o: str | None = None
     attn_head_dim: int | None = Field(default=None, gt=0)
-    mlp_in: list[str] | None = None
-    mlp_out: list[str] | None = None
+    mlp_in: Targets | None = None
+    mlp_out: Targets | None = None
     lm_head: str | None = None
-
-    @field_validator("mlp_in", "mlp_out", mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
 
 class NormMapping(BaseModel):
@@ -80,12 +84,7 @@ class NormMapping(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     norm: str
-    linears: list[str] | None = None
-
-    @field_validator("linears", mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+    linears: Targets | None = None
 
 
 ROLES = tuple(name for name in SpinQuantMapping.model_fields if name != "attn_head_dim")
@@ -143,7 +142,8 @@ def infer_mapping(plan: Plan) -> SpinQuantMapping:
     for role, names in roles.items():
         if not names:
             raise ArchitectureError(
-                f"{plan.family} has no module for the role {role} (its projections may be fused): no mapping fits"
+                f"{plan.family} has no module for the role {role} (its projections may be fused): mappings cannot "
+                "describe it"
             )
     single: dict[str, Any] = {role: _one_target(names) for role, names in roles.items() if not role.startswith("mlp")}
     head_dim = next((space.size for space in plan.spaces_of("R2")), None)
@@ -164,7 +164,7 @@ def infer_norm_mappings(plan: Plan) -> list[NormMapping]:
 
 
 def _targets(names: Sequence[str]) -> list[str]:
-    """One target per group of modules that differ in the layer index alone: a pattern of the suffix, or the name."""
+    """One target per group of modules that differ only in the layer index: a pattern of the suffix, or the name."""
     found = []
     for name in names:
         layer = re.match(r".*\.\d+\.", name)
@@ -188,7 +188,9 @@ def complete_mapping(given: SpinQuantMapping | None, table: Plan | None, reason:
     missing = [role for role in ROLES if getattr(given, role) is None]
     if table is None:
         if missing:
-            raise ArchitectureError(f"{reason} A complete mapping can replace the table; it lacks {', '.join(missing)}")
+            raise ArchitectureError(
+                f"{reason} A complete mapping can replace the built-in table; it lacks {', '.join(missing)}"
+            )
         return given
     inferred = infer_mapping(table)
     wanted = [*missing, "attn_head_dim"] if given.attn_head_dim is None else missing
@@ -202,7 +204,7 @@ def complete_norms(
     if table is None:
         if not given or any(mapping.linears is None for mapping in given):
             raise ArchitectureError(
-                f"{reason} Norm mappings can replace the table if every norm has its linears: "
+                f"{reason} Norm mappings can replace the built-in table if every norm has its linears: "
                 + ("none are given" if not given else "some lack their linears")
             )
         return list(given)
@@ -213,7 +215,7 @@ def complete_norms(
         unknown = [norm for norm in norms if norm not in known and mapping.linears is None]
         if unknown:
             raise RotationError(
-                f"norm_mappings: {unknown[0]!r} is not a norm in the table of {table.family}: name its linears"
+                f"norm_mappings: {unknown[0]!r} is not a norm in the table of {table.family}: give its linears"
             )
         covered.update(norms if mapping.linears is not None else ())
     found = [mapping for mapping in given or () if mapping.linears is not None]
@@ -222,7 +224,7 @@ def complete_norms(
         if not covered & set(norms):
             found.append(mapping)
             continue
-        # The user covers some layers: the others are mapped by name.
+        # The given mappings cover some layers; the norms of the others are mapped by name.
         for gain in (known[norm] for norm in norms if norm not in covered):
             linears = [tensor.removesuffix(".weight") for tensor, _ in gain.readers]
             found.append(NormMapping(norm=gain.norm.removesuffix(".weight"), linears=linears))

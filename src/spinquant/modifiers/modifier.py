@@ -1,9 +1,8 @@
-"""SpinQuantModifier: llm-compressor's recipe interface to this library's rotations.
+"""`SpinQuantModifier`: rotate a model from Python, or from a recipe of llm-compressor beside its other modifiers.
 
-A thin facade: mappings and transform configs are resolved into a plan and its rotations (`resolve.py`), which
-`entrypoints.in_memory.install` applies to the model; `learning/parametrization.py` makes them trainable parameters. It
-works alone, and in llm-compressor's recipes beside its own modifiers (`llmcompressor.py`); llm-compressor is never
-imported here unless it is in use already.
+The modifier is a thin facade: mappings and transform configs are resolved into a plan and rotations (`resolve.py`),
+which `entrypoints/in_memory.py` applies to the model; `learning/parametrization.py` makes them trainable parameters.
+It needs no llm-compressor, and imports it only if it is loaded already (`llmcompressor.py`).
 """
 
 import importlib
@@ -22,7 +21,7 @@ from spinquant.entrypoints.result import Options, Result
 from spinquant.errors import RotationError
 from spinquant.learning.parametrization import Trainable, begin_training, end_training
 from spinquant.modifiers.mappings import NormMapping, SpinQuantMapping
-from spinquant.modifiers.resolve import ModifierRequest, Resolved, prepare
+from spinquant.modifiers.resolve import ModifierRequest, Resolved, resolve
 from spinquant.modifiers.transform_config import TorchDtype, TransformConfig, TransformType
 from spinquant.online.hooks import ATTENTIONS
 from spinquant.plan import Plan, parse_rotation_names
@@ -92,8 +91,8 @@ class SpinQuantModifier(BaseModel):
     transform_config: TransformConfig | None = Field(default=None, repr=False)
     seed: int = 0
 
-    _work: Resolved | None = PrivateAttr(None)
-    _learning: Trainable | None = PrivateAttr(None)
+    _resolved: Resolved | None = PrivateAttr(None)
+    _training: Trainable | None = PrivateAttr(None)
     _done: bool = PrivateAttr(False)
     _result: Result | None = PrivateAttr(None)
 
@@ -119,7 +118,7 @@ class SpinQuantModifier(BaseModel):
         return self
 
     def model_post_init(self, context: Any) -> None:
-        """Make this an instance of llm-compressor's Modifier if llm-compressor is in use."""
+        """Make this an instance of llm-compressor's Modifier if llm-compressor is loaded."""
         super().model_post_init(context)
         if f"{PEER}.modifiers" in sys.modules:
             importlib.import_module(ADAPTER).adopt(self)
@@ -138,7 +137,7 @@ class SpinQuantModifier(BaseModel):
     def result(self) -> Result:
         """The rotated model, to pass to `spinquant.save`. Raises RotationError before the rotations are fused."""
         if self._result is None:
-            raise RotationError("there is no result yet: the rotations are not fused. Call finalize (or apply) first")
+            raise RotationError("there is no result yet, since no rotations are fused: call finalize (or apply) first")
         return self._result
 
     def apply(self, model: Any, train: Callable[[Any], object] | None = None) -> Result:
@@ -152,16 +151,16 @@ class SpinQuantModifier(BaseModel):
             The rotated model and what was done to it, for `spinquant.save`.
 
         Raises:
-            RotationError: `train` is given without `learnable` or the other way round, or a mapping does not fit.
-            ProofError: Rotating would change the function of the model.
+            RotationError: Only one of `train` and `learnable` is given, or a mapping does not fit the model.
+            ProofError: Rotating would change the model's function.
         """
         state = SimpleNamespace(model=model)
         config = self.transform_config
         learns = any(s.requires_grad for s in config.config_groups.values()) if config else self.learnable
         if (train is not None) != learns:
             raise RotationError(
-                "`train` is called while rotations are being learned: give it together with learnable=True, or call "
-                "initialize, on_start and finalize around your own training"
+                "`train` and learnable=True need each other: give both, or call initialize, on_start and finalize "
+                "around your own training"
             )
         self.initialize(state)
         self.on_start(state)
@@ -172,7 +171,10 @@ class SpinQuantModifier(BaseModel):
         return self.result
 
     def initialize(self, state: Any, **kwargs: Any) -> None:
-        """`on_initialize`, once; and `on_start`, where the field `start` is 0 or less."""
+        """Call `on_initialize`, and `on_start` if the field `start` is 0 or less.
+
+        Raises RotationError if called twice.
+        """
         if self.initialized_ or self.finalized_:
             raise RotationError("this modifier has been initialized already: make a new one for every model")
         self.initialized_ = self.on_initialize(state, **kwargs)
@@ -180,63 +182,74 @@ class SpinQuantModifier(BaseModel):
             self.on_start(state, **kwargs)
 
     def finalize(self, state: Any, **kwargs: Any) -> None:
-        """`on_finalize`, once, after `initialize`."""
+        """Call `on_finalize`. Raises RotationError before `initialize`, and if called twice."""
         if self.finalized_ or not self.initialized_:
             raise RotationError(
-                f"this modifier {'has been finalized already' if self.finalized_ else 'has no model yet'}"
+                "this modifier has been finalized already: make a new one for every model"
+                if self.finalized_
+                else "this modifier has no model yet: call initialize first"
             )
         self.finalized_ = self.on_finalize(state, **kwargs)
 
     def on_initialize(self, state: Any, **kwargs: Any) -> bool:
-        """Infer mappings, make the transform config, and prove them on a tiny model; the model is not changed.
+        """Infer mappings, make the transform config, and verify both on a tiny model; the model is not changed.
 
-        Raises ArchitectureError for an unknown architecture without complete mappings, RotationError for mappings and
-        configs that do not fit the model, ProofError if they would change its function.
+        Args:
+            state: A state of llm-compressor, another object with the model as `.model`, or the model itself.
+            kwargs: Ignored.
+
+        Returns:
+            True.
+
+        Raises:
+            ArchitectureError: The architecture is unknown, and the mappings are not complete.
+            RotationError: Mappings or config do not fit the model.
+            ProofError: They would change the model's function.
         """
-        # compressed-tensors looks the function up in transformers' registry, which lacks eager.
+        # compressed-tensors looks up the attention function in transformers' registry, which lacks eager.
         attentions = [name for name in ATTENTIONS if not (name == "eager" and _in_llm_compressor(state))]
         given = (self.mappings, self.norm_mappings, self.transform_config)
         wanted = ModifierRequest(self._spec(), self.learnable, self.precision, *given, attentions=attentions)
-        work = prepare(_model_of(state), wanted)
-        self._work, self.mappings, self.norm_mappings = work, work.mappings, work.norm_mappings
-        self.transform_config = work.config
+        resolved = resolve(_model_of(state), wanted)
+        self._resolved, self.mappings, self.norm_mappings = resolved, resolved.mappings, resolved.norm_mappings
+        self.transform_config = resolved.config
         return True
 
     def on_start(self, state: Any, event: Any = None, **kwargs: Any) -> None:
-        """Fuse norms and offline rotations and attach online ones; learnable ones become parameters instead.
+        """Fuse norms and offline rotations, and attach online ones; learnable ones become parameters instead.
 
-        A second call does nothing. Embeddings are not centered: with an RMSNorm that would change the function.
+        A second call has no effect. Embeddings are not centered: with an RMSNorm that would change the function.
         """
-        work, model = self._ready(), _model_of(state)
+        resolved, model = self._require_resolved(), _model_of(state)
         if self._done:
             return
-        if learned := work.learned():
-            _check_unquantized(model, work.plan)
+        if learned := resolved.learned():
+            _check_unquantized(model, resolved.plan)
             if _in_llm_compressor(state):
                 from spinquant.modifiers.compressed_transforms import check_in_place
 
                 check_in_place(model)
-            online, dtype = work.online(), self.precision
-            self._learning = begin_training(model, work.plan, work.rotations, learned, online=online, precision=dtype)
+            how: dict[str, Any] = {"online": resolved.online(), "precision": self.precision}
+            self._training = begin_training(model, resolved.plan, resolved.rotations, learned, **how)
         else:
-            self._install(state, model, work)
+            self._install(state, model, resolved)
         self._done = self.started_ = True
 
     def on_calibration_start(self, state: Any, event: Any = None, **kwargs: Any) -> None:
-        """`on_start`, as llm-compressor 0.14 calls it."""
+        """Call `on_start`: its name in llm-compressor 0.14."""
         self.on_start(state, event, **kwargs)
 
     def on_event(self, state: Any, event: Any = None, **kwargs: Any) -> None:
-        """Does nothing: called by llm-compressor with every event."""
+        """Do nothing; llm-compressor calls this with every event."""
 
     def on_update(self, state: Any, event: Any = None, **kwargs: Any) -> None:
-        """Does nothing: called by llm-compressor at every batch; the optimizer trains the rotations."""
+        """Do nothing; llm-compressor calls this for every batch, and the optimizer trains the rotations."""
 
     def on_sequential_epoch_end(self, state: Any, event: Any = None, modules: Any = None, **kwargs: Any) -> None:
-        """Does nothing: called by llm-compressor after each calibrated block; the model is rotated before the first."""
+        """Do nothing; llm-compressor calls this after every calibrated block, and the model is rotated before that."""
 
     def on_calibration_end(self, state: Any, event: Any = None, **kwargs: Any) -> None:
-        """`on_end`, as llm-compressor 0.14 calls it."""
+        """Call `on_end`: its name in llm-compressor 0.14."""
         self.on_end(state, event, **kwargs)
 
     def on_end(self, state: Any, event: Any = None, **kwargs: Any) -> None:
@@ -246,16 +259,21 @@ class SpinQuantModifier(BaseModel):
     def on_finalize(self, state: Any, **kwargs: Any) -> bool:
         """Fuse learned rotations. Raises RotationError if `on_start` was never called."""
         if not self._done:
-            raise RotationError("finalized before it was started: the model is not rotated. Call on_start first")
-        if self._learning is not None:
-            learned, self._learning = end_training(self._learning), None
-            self._install(state, _model_of(state), replace(self._ready(), rotations=learned))
+            raise RotationError(
+                "this modifier was finalized before it was started, so the model is not rotated: call on_start first"
+            )
+        if self._training is not None:
+            learned, self._training = end_training(self._training), None
+            self._install(state, _model_of(state), replace(self._require_resolved(), rotations=learned))
         return True
 
     def update_event(self, state: Any, event: Any, **kwargs: Any) -> None:
         """Dispatch an event of llm-compressor: calibration events by type, batch events by `start` and `end`."""
         if not self.initialized_ or self.finalized_:
-            raise RotationError("an event reached this modifier before it was initialized, or after it was finalized")
+            raise RotationError(
+                "this modifier received an event before it was initialized, or after it was finalized: call initialize "
+                "first, and finalize last"
+            )
         kind = getattr(event.type_, "value", event.type_)
         self.on_event(state, event, **kwargs)
         if kind == "calibration_start":
@@ -273,12 +291,12 @@ class SpinQuantModifier(BaseModel):
                 self.on_update(state, event, **kwargs)
 
     def should_start(self, event: Any) -> bool:
-        """Whether a training event lies between `start` and `end`."""
+        """Whether the index of an event is in [start, end)."""
         now = event.current_index
         return self.start is not None and self.start <= now and (self.end is None or now < self.end)
 
     def should_end(self, event: Any) -> bool:
-        """Whether a training event lies at `end` or after it."""
+        """Whether the index of an event is `end` or larger."""
         return self.end is not None and event.current_index >= self.end
 
     def _spec(self) -> RotationSpec:
@@ -286,28 +304,32 @@ class SpinQuantModifier(BaseModel):
             tuple(self.rotations), self.transform_type, self.transform_block_size, self.randomize, self.seed
         )
 
-    def _ready(self) -> Resolved:
-        if self._work is None:
+    def _require_resolved(self) -> Resolved:
+        if self._resolved is None:
             raise RotationError("this modifier has no model yet: call initialize or on_initialize first")
-        return self._work
+        return self._resolved
 
-    def _install(self, state: Any, model: Any, work: Resolved) -> None:
+    def _install(self, state: Any, model: Any, resolved: Resolved) -> None:
         if _in_llm_compressor(state):
             from spinquant.modifiers.compressed_transforms import install_compressed
 
-            install_compressed(model, work.plan, work.rotations, work.group_of, work.config, self.precision)
+            install_compressed(
+                model, resolved.plan, resolved.rotations, resolved.group_of, resolved.config, self.precision
+            )
         else:
             options = Options(precision=self.precision)
-            install(model, work.plan, work.rotations, self._spec(), online=work.online(), options=options)
-        notes = {"transform_config": work.config.model_dump()}
-        self._result = Result(model, work.plan, self._spec(), work.rotations, twin=work.deviation, notes=notes)
+            install(model, resolved.plan, resolved.rotations, self._spec(), online=resolved.online(), options=options)
+        notes = {"transform_config": resolved.config.model_dump()}
+        self._result = Result(
+            model, resolved.plan, self._spec(), resolved.rotations, twin=resolved.deviation, notes=notes
+        )
 
 
 def _model_of(state: Any) -> Any:
-    # A causal LM has a `.model` too, which lacks the head.
+    # A causal language model has a `.model` of its own, which lacks the head.
     model = state if isinstance(state, nn.Module) else getattr(state, "model", None)
     if not isinstance(model, nn.Module):
-        raise RotationError(f"the state has no model: its `.model` is {type(model).__name__}, expected an nn.Module")
+        raise RotationError(f"the state has no model: `.model` is {type(model).__name__}, expected an nn.Module")
     return model
 
 
@@ -319,6 +341,6 @@ def _check_unquantized(model: Any, plan: Plan) -> None:
     for name in (name for group in plan.linears for name in group):
         if getattr(model.get_submodule(name), "quantization_scheme", None) is not None:
             raise RotationError(
-                f"{name} has a quantization scheme while its rotation is being learned, and the quantized weight would "
-                "be lost: learn the rotations in a run of their own, finalize, then quantize"
+                f"{name} has a quantization scheme while its rotation is trained, and its quantized weight would be "
+                "lost: train the rotations in a run of their own, finalize, then quantize"
             )

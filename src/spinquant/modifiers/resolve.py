@@ -1,4 +1,4 @@
-"""Resolve modifier arguments into a plan and rotations, and prove them on a tiny model. Does not modify the model.
+"""Resolve modifier arguments into a plan and rotations, and verify them on a tiny model. Does not modify the model.
 
 The plan comes from the built-in table, from a table restricted by mappings, or, for an unknown architecture, from
 complete mappings. The rotations come from a spec or from a transform config.
@@ -15,7 +15,7 @@ from spinquant.evaluation.equivalence import Deviation, prove
 from spinquant.evaluation.tiny_model import TINY_BLOCK, tiny_spec
 from spinquant.formats.native import check_fresh
 from spinquant.models.modules import check_in_memory
-from spinquant.modifiers.mapping_plan import held_against, plan_from_mappings
+from spinquant.modifiers.mapping_plan import check_against_table, plan_from_mappings
 from spinquant.modifiers.mappings import (
     NormMapping,
     SpinQuantMapping,
@@ -37,8 +37,14 @@ from spinquant.rotations.wrappers import InPrecision
 class ModifierRequest:
     """The arguments of a modifier.
 
-    config: replaces `spec`, `learnable` and `precision`. mappings, norm_mappings: None to infer them. attentions:
-    attention implementations under which R3 can run.
+    Attributes:
+        spec: Which rotations, of which type and block size.
+        learnable: Whether the rotations are trained.
+        precision: Dtype of online rotations.
+        mappings: The modules of every role. Default: inferred.
+        norm_mappings: The linears that read each norm. Default: inferred.
+        config: Transform config that replaces `spec`, `learnable` and `precision`. Default: made from them.
+        attentions: Attention implementations under which R3 can run.
     """
 
     spec: RotationSpec
@@ -52,10 +58,16 @@ class ModifierRequest:
 
 @dataclass(frozen=True)
 class Resolved:
-    """Resolved and proved arguments of a modifier.
+    """Resolved and verified arguments of a modifier.
 
-    config: the groups of transforms. group_of: the group of a space's rotation. mappings and norm_mappings are
-    complete. deviation: of the tiny model's logits, None if nothing is rotated.
+    Attributes:
+        plan: Where the model is rotated.
+        rotations: The rotations by space.
+        config: The groups of transforms.
+        group_of: The group of each space's rotation.
+        mappings: The complete mapping.
+        norm_mappings: The complete norm mappings.
+        deviation: Deviation of the tiny model's logits, None if nothing is rotated.
     """
 
     plan: Plan
@@ -76,7 +88,7 @@ class Resolved:
         return found
 
     def learned(self) -> dict[str, str]:
-        """The spaces whose rotation is trained, with its name: the group, or the space if a group has several."""
+        """The spaces whose rotation is trained, with its name: the group, or the space if the group has several."""
         found: dict[str, str] = {}
         for group, scheme in self.config.config_groups.items():
             spaces = [space for space in self.group_of if self.group_of[space] == group and scheme.requires_grad]
@@ -86,11 +98,20 @@ class Resolved:
         return found
 
 
-def prepare(model: Any, wanted: ModifierRequest) -> Resolved:
-    """Resolve a plan and rotations for a model, and prove them; the model is not changed.
+def resolve(model: Any, wanted: ModifierRequest) -> Resolved:
+    """Resolve a plan and rotations for a model, and verify them on a tiny model; the model is not changed.
 
-    Raises ArchitectureError for an unknown architecture without complete mappings, RotationError for mappings and
-    configs that do not fit the model, ProofError if they would change its function.
+    Args:
+        model: A causal language model of transformers.
+        wanted: The arguments of the modifier.
+
+    Returns:
+        The resolved arguments.
+
+    Raises:
+        ArchitectureError: The architecture is unknown, and the mappings are not complete.
+        RotationError: Mappings or config do not fit the model.
+        ProofError: They would change the model's function.
     """
     check_fresh(model)
     check_in_memory(model)
@@ -101,7 +122,7 @@ def prepare(model: Any, wanted: ModifierRequest) -> Resolved:
         mapping = complete_mapping(wanted.mappings, table, reason)
         norms = complete_norms(model, wanted.norm_mappings, table, reason)
         base = plan_from_mappings(model, mapping, norms)
-        base = base if table is None else held_against(base, table)
+        base = base if table is None else check_against_table(base, table)
     spec = wanted.spec
     config = wanted.config or transform_config(
         mapping,
@@ -116,16 +137,17 @@ def prepare(model: Any, wanted: ModifierRequest) -> Resolved:
     if any(online.site == "query_key" and online.space in rotations for online in plan.onlines):
         check_implementation(model.config._attn_implementation, wanted.attentions)
 
-    def try_out(tiny: Any) -> tuple[Plan, Mapping[str, Rotation]]:
+    def planner(tiny: Any) -> tuple[Plan, Mapping[str, Rotation]]:
         small = wanted.config and _small(wanted.config)
         return _rotations(tiny, plan_from_mappings(tiny, mapping, norms), small, tiny_spec(spec))[:2]
 
     touched = {plan.space[space].rotation for space in rotations}
     proved = RotationSpec(tuple(name for name in ROTATION_NAMES if name in touched), "auto", seed=spec.seed)
-    # With a table, the mapping has been checked against it, so the table is what has to be proved.
-    planner = try_out if table is None else None
-    tiny = prove(model.config, proved, planner=planner) if proved.rotations or (planner and rotations) else None
-    return Resolved(plan, rotations, config, group_of, mapping, norms, tiny)
+    if table is not None:  # the mappings have been checked against the table, which is what has to be verified
+        deviation = prove(model.config, proved) if proved.rotations else None
+    else:
+        deviation = prove(model.config, proved, planner=planner) if rotations else None
+    return Resolved(plan, rotations, config, group_of, mapping, norms, deviation)
 
 
 def _rotations(

@@ -1,15 +1,15 @@
-"""Transform configs of compressed-tensors: made from mappings, and translated into a plan and its rotations.
+"""Transform configs in the format of compressed-tensors: made from mappings, and translated into a plan and rotations.
 
 A config is a set of named groups; each has a type of matrix, its order, and the places where it is applied: the input
 or output side of weights, online the input of linears, queries and keys. With y = x W^T and a group's matrix R
 
     weight_output: R^T W      weight_input, inverse: W R      input: x R      q_attn, k_cache: q R, k R
 
-and the inverse with R^T, since R is orthogonal. A config can change the function of a model (a writer rotated and its
-reader not); this is refused, with the names, so that every accepted config is a plan.
+and the inverse with R^T, since R is orthogonal. A config that would change the function of a model (a writer rotated
+and its reader not) is rejected, with the names of both.
 
-The models here are ours, with the fields of compressed-tensors' own, since a recipe must apply where that library is
-not installed (`tests/modifiers/test_modifier.py::test_compressed_tensors_need_not_be_installed`).
+The pydantic models have the fields of compressed-tensors' own, and are defined here because a recipe must work without
+that library (`tests/modifiers/test_modifier.py::test_compressed_tensors_need_not_be_installed`).
 """
 
 from collections import defaultdict
@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 from torch import nn
 
 from spinquant.errors import RotationError
-from spinquant.modifiers.mappings import SpinQuantMapping, matching
+from spinquant.modifiers.mappings import SpinQuantMapping, Targets, matching
 from spinquant.plan import Axis, Online, Plan, Space
 from spinquant.rotations.factory import RotationSpec, make_rotation
 from spinquant.rotations.rotation import Orthogonal, Rotation, matrix
@@ -44,23 +44,34 @@ TorchDtype = Annotated[torch.dtype, BeforeValidator(_dtype), PlainSerializer(str
 
 
 class TransformArgs(BaseModel):
-    """Where a group's matrix is applied, and whether inverted."""
+    """Where a group's matrix is applied, and whether inverted.
+
+    Attributes:
+        targets: Targets of modules, see `mappings.py`; one or a list.
+        location: The side of the module's weight, or the activation.
+        inverse: Apply the inverse of the matrix. Default: False.
+        ignore: Targets of modules to leave out; one or a list. Default: none.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
-    targets: list[str]
+    targets: Targets
     location: Location
     inverse: bool = False
-    ignore: list[str] = Field(default_factory=list)
-
-    @field_validator("targets", "ignore", mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+    ignore: Targets = Field(default_factory=list)
 
 
 class TransformScheme(BaseModel):
-    """A group: its type of matrix and where it is applied. head_dim: order of the matrix, None for the whole axis."""
+    """A group: its type of matrix and where it is applied.
+
+    Attributes:
+        type: Type of the matrix.
+        apply: Where it is applied. Default: nowhere.
+        randomize: A different matrix for every layer. Default: False.
+        requires_grad: Train the matrix. Default: False.
+        head_dim: Order of the matrix. Default: the length of the axis.
+        precision: Dtype in which the matrix is applied online. Default: float32.
+    """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
@@ -73,7 +84,7 @@ class TransformScheme(BaseModel):
 
 
 class TransformConfig(BaseModel):
-    """Groups by name; compatible with compressed-tensors' own TransformConfig in both directions."""
+    """Groups by name; converts from and to compressed-tensors' own `TransformConfig` through `model_dump`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -81,7 +92,10 @@ class TransformConfig(BaseModel):
 
 
 def transform_config(mapping: SpinQuantMapping, rotations: Sequence[str], **scheme: Any) -> TransformConfig:
-    """Make the config of R1 to R4 from a complete mapping. scheme: fields of every group, including head_dim."""
+    """Make the config of some of R1 to R4 from a complete mapping, one group for each.
+
+    scheme: fields of `TransformScheme` for every group; `head_dim` is required.
+    """
     m: Any = mapping
     places = {
         "R1": [
@@ -94,7 +108,7 @@ def transform_config(mapping: SpinQuantMapping, rotations: Sequence[str], **sche
     }
     groups: dict[str, TransformScheme] = {}
     for name in rotations:
-        # A matrix of the whole axis would mix heads.
+        # A matrix as long as the axis would mix heads.
         order = scheme["head_dim"] or (m.attn_head_dim if name in ("R2", "R3") else None)
         args = [TransformArgs(targets=t, location=where, inverse=i) for t, where, i in places[name]]  # pyright: ignore
         groups[name] = TransformScheme(**{**scheme, "head_dim": order}, apply=args)
@@ -103,7 +117,7 @@ def transform_config(mapping: SpinQuantMapping, rotations: Sequence[str], **sche
 
 @dataclass(frozen=True)
 class Touch:
-    """A rotation of one side of a module by a group; straight: by R as in the formulas above, otherwise by R^T."""
+    """A rotation of one side of a module by a group: by R as in the formulas above if `straight`, otherwise by R^T."""
 
     group: str
     straight: bool
@@ -122,10 +136,20 @@ class Translation:
 
 
 def translate(model: nn.Module, base: Plan, config: TransformConfig, *, seed: int) -> Translation:
-    """Translate a config into a plan and rotations, for a model with the plan `base`.
+    """Translate a config into a plan and rotations.
 
-    Raises RotationError, naming group and module, for targets that match nothing, sides that are rotated twice, spaces
-    that are rotated in part, and locations that are not supported.
+    Args:
+        model: A causal language model of transformers.
+        base: Where it can be rotated.
+        config: The config.
+        seed: Seed of random rotations.
+
+    Returns:
+        The plan, with a space of its own for every linear whose input is rotated online; the rotations; the groups.
+
+    Raises:
+        RotationError: A target matches nothing, a side is rotated twice, a space is rotated only in part, or a
+            location is not supported. The message names group and module.
     """
     touches = _touches(model, config)
     plan, spaces = _private_spaces(model, base, touches)
@@ -153,7 +177,7 @@ def _touches(model: nn.Module, config: TransformConfig) -> Touches:
                 if place in found:
                     raise RotationError(
                         f"transform_config: {args.location} of {module!r} is rotated by {found[place].group!r} and by "
-                        f"{group!r}: only one rotation per place is possible, leave one out"
+                        f"{group!r}, but only one rotation is possible: leave one out"
                     )
                 if args.location == "output":
                     raise RotationError(
@@ -166,7 +190,7 @@ def _touches(model: nn.Module, config: TransformConfig) -> Touches:
 
 
 def _private_spaces(model: nn.Module, base: Plan, touches: Touches) -> tuple[Plan, dict[tuple[str, str], str]]:
-    """The plan with a space for every linear whose input is rotated online, and these spaces by place."""
+    """The plan with a space of its own for every linear whose input is rotated online, and these spaces by place."""
     known = {online.module: online.space for online in base.onlines if online.site == "input"}
     spaces, axes, onlines = list(base.spaces), list(base.axes), list(base.onlines)
     places: dict[tuple[str, str], str] = {}
@@ -181,8 +205,8 @@ def _private_spaces(model: nn.Module, base: Plan, touches: Touches) -> tuple[Pla
             )
         if touches.get((module, "weight_input")) != touch:
             raise RotationError(
-                f"transform_config {touch.group!r}: the input of {module!r} is rotated online and its weight does not "
-                "undo it: add the location weight_input for it, with the opposite inverse, in the same group"
+                f"transform_config {touch.group!r}: the input of {module!r} is rotated online, but its weight does not "
+                "undo it: add the location weight_input for it, with the opposite `inverse`, in the same group"
             )
         space = known.get(module)
         if space is None:
@@ -209,8 +233,8 @@ def _space_of(model: nn.Module, plan: Plan, module: str, location: str, touch: T
 def _query_key_space(plan: Plan, module: str, touches: Touches, touch: Touch) -> str:
     if touches.get((module, "q_attn")) != touches.get((module, "k_cache")):
         raise RotationError(
-            f"transform_config {touch.group!r}: queries and keys of {module!r} are not rotated alike: give q_attn and "
-            "k_cache for it in one group, with the same inverse"
+            f"transform_config {touch.group!r}: queries and keys of {module!r} are not rotated alike: put q_attn and "
+            "k_cache for it in one group, with the same `inverse`"
         )
     for online in plan.onlines:
         if online.site == "query_key" and online.module == module:
@@ -233,8 +257,8 @@ def _whole(model: nn.Module, plan: Plan, space: Space, touched: dict[tuple[str, 
             if other != touch:
                 how = "is not" if other is None else f"is rotated differently (by {other.group!r}, or by the inverse)"
                 raise RotationError(
-                    f"transform_config {touch.group!r}: {place[1]} of {place[0]!r} is rotated, and {name} of "
-                    f"{module!r} {how}, though both are in the space {space.name!r}: the function of the model would "
+                    f"transform_config {touch.group!r}: {place[1]} of {place[0]!r} is rotated, but {name} of "
+                    f"{module!r} {how}, and both are in the space {space.name!r}: the function of the model would "
                     "change"
                 )
     return touch
@@ -253,7 +277,7 @@ def _rotations(plan: Plan, config: TransformConfig, found: Mapping[str, Touch], 
                 f"transform_config {touch.group!r}: randomize has no effect on type hadamard: use random-hadamard"
             )
         spec = RotationSpec((), scheme.type, scheme.head_dim, scheme.randomize, seed)
-        # The same random streams as in `make_rotations`, if the group is called R1, R2, R3 or R4.
+        # The same random numbers as in `make_rotations`, if the group is called R1, R2, R3 or R4.
         label = space.name if scheme.randomize else f"{touch.group}/{space.size}"
         if (label, True) not in made:
             made[label, True] = make_rotation(space, spec, label)
@@ -264,7 +288,7 @@ def _rotations(plan: Plan, config: TransformConfig, found: Mapping[str, Touch], 
 
 
 def _regrouped(plan: Plan, rotations: Mapping[str, Rotation]) -> Plan:
-    """Split groups of linears that read one activation but rotate it differently online."""
+    """Split the groups of linears that read one activation but rotate it differently online."""
     online = {o.module: id(rotations[o.space]) for o in plan.onlines if o.site == "input" and o.space in rotations}
     groups = []
     for group in plan.linears:

@@ -1,19 +1,20 @@
-"""Attach online rotations and quantizers to a model with forward hooks, and remove them again.
+"""Attach online rotations (R3, R4) and quantizers to a model with forward hooks, and remove them again.
 
 - At the input of a linear: rotate (R4), then quantize the activation. Linears that read the same activation (q, k and
   v; gate and up) share the result.
-- In front of stacked experts: quantize. Between their two matrix products: rotate (R4), then quantize.
-- On queries and keys (R3): queries are rotated inside transformers' attention interface, keys once, on their way
-  into the KV cache, where keys and values are also quantized and packed.
+- At the input of stacked experts: quantize. Between their two matrix products: rotate (R4), then quantize.
+- On queries and keys (R3): queries are rotated inside transformers' attention interface, keys once, before they are
+  written to the KV cache, where keys and values are also quantized and packed.
 
-`attach` returns an `Attachment`; its `remove()` (or leaving its `with` block) restores the model. The hooks sit on
-the modules, so that a decoder block that is run alone, as calibration does, behaves as it does inside the whole model.
-The computation at each place is in `sites.py`, the packed cache in `kv_cache.py`.
+`attach` returns an `Attachment`; its `remove()` (or leaving its `with` block) restores the model. The hooks are on the
+modules, so that a decoder block that runs alone, as in calibration, behaves as it does inside the whole model. The
+computation at each place is in `sites.py`, the packed cache in `kv_cache.py`.
 """
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ ATTACHMENT = "_spinquant_attachment"
 class Attachment:
     """The online rotations and quantizers on a model, with `remove` to restore it; a context manager.
 
-    The hooks and replaced attributes are kept as data, not as closures, so that a deep copy of the model has an
+    Hooks and replaced attributes are stored as data, not in closures, so that a deep copy of the model gets an
     attachment of its own.
 
     Attributes:
@@ -68,11 +69,11 @@ class Attachment:
         self._attributes: list[tuple[Any, str, bool, Any]] = []
 
     def hook(self, handle: Any) -> None:
-        """Register a hook's handle, so that `remove` ends the hook."""
+        """Register a hook's handle; `remove` removes the hook."""
         self._handles.append(handle)
 
     def set(self, owner: Any, name: str, value: Any) -> None:
-        """Set an attribute; `remove` restores its former value."""
+        """Set an attribute; `remove` restores its previous value."""
         self._attributes.append((owner, name, hasattr(owner, name), getattr(owner, name, None)))
         setattr(owner, name, value)
 
@@ -131,15 +132,16 @@ def attach(
             fused into the weights that read them (`fuse_module`). Others are ignored; `{}` attaches quantizers alone.
         scheme: What is quantized online. Only its activations and KV cache count here. Default: nothing.
         clips: Clip ratios found by calibration; where they name a place, they replace the scheme's clip ratio.
-        around: The model is not rotated; every quantizer rotates its input before rounding and back after it, so that
-            the model rounds like a rotated one (`quantization/rotated_rounding.py`). Learning uses this.
+        around: The model is not rotated; every quantizer rotates its input, quantizes it and rotates it back, so that
+            the model quantizes like a rotated one (`quantization/rotated_rounding.py`). Used in learning. Default:
+            False.
 
     Returns:
         The attachment: a context manager whose `remove` restores the model.
 
     Raises:
         RotationError: The model has an attachment already, R3 cannot run under its attention implementation, or its
-            experts do not let anything happen between their two matrix products.
+            experts have no place for a hook between their two matrix products.
 
     Example:
         >>> import spinquant, torch
@@ -158,13 +160,13 @@ def attach(
             "this model already has online rotations or quantizers attached: call remove() on its attachment (or "
             "spinquant.detach(model)) before attaching others"
         )
-    scheme, clips = scheme or Scheme(), clips or Clips()
     attachment = Attachment()
     attachment.set(model, ATTACHMENT, attachment)
+    attaching = _Attaching(model, plan, rotations, scheme or Scheme(), clips or Clips(), around, attachment)
     try:
-        _attach_inputs(model, plan, rotations, scheme, clips, attachment, around)
-        _attach_experts(model, plan, rotations, scheme, clips, attachment, around)
-        _attach_attention(model, plan, rotations, scheme.kv, clips, attachment, around)
+        attaching.inputs()
+        attaching.experts()
+        attaching.attention()
     except BaseException:
         attachment.remove()
         raise
@@ -185,87 +187,86 @@ def attachment_of(model: nn.Module) -> Attachment | None:
     return getattr(model, ATTACHMENT, None)
 
 
-def _attach_inputs(
-    model: nn.Module,
-    plan: Plan,
-    rotations: Mapping[str, Rotation],
-    scheme: Scheme,
-    clips: Clips,
-    attachment: Attachment,
-    around: bool,
-) -> None:
-    online = {online.module: plan.space[online.space] for online in plan.onlines if online.site == "input"}
-    head = (plan.head.removesuffix(".weight"),)
-    # The head is not among the plan's linears: its input is quantized if the scheme says so, rotated if the plan does.
-    for group in (*plan.linears, head):
-        rotation = _rotation_of(plan.read_by(group[0]) if around else online.get(group[0]), rotations)
-        activations = scheme.activations if group != head or scheme.lm_head else None
-        if activations is None and (around or rotation is None):
-            continue
-        quantizer = with_clip(activations, clips.inputs.get(group[0]))
-        site = attachment.inputs[group[0]] = InputSite(rotation, quantizer, readers=len(group), around=around)
-        for name in group:
-            attachment.hook(model.get_submodule(name).register_forward_pre_hook(site))
+@dataclass(frozen=True)
+class _Attaching:
+    """One call of `attach`: its arguments, and the attachment that collects the hooks."""
 
+    model: nn.Module
+    plan: Plan
+    rotations: Mapping[str, Rotation]
+    scheme: Scheme
+    clips: Clips
+    around: bool
+    attachment: Attachment
 
-def _rotation_of(space: Space | None, rotations: Mapping[str, Rotation]) -> Rotation | None:
-    return None if space is None else rotations.get(space.name)
+    def inputs(self) -> None:
+        """Rotate and quantize the inputs of linears."""
+        spaces = {
+            online.module: self.plan.space[online.space] for online in self.plan.onlines if online.site == "input"
+        }
+        head = (self.plan.head.removesuffix(".weight"),)
+        # The head is not among the plan's linears: the scheme decides if its input is quantized, the plan if rotated.
+        for group in (*self.plan.linears, head):
+            rotation = self._rotation_of(self.plan.read_by(group[0]) if self.around else spaces.get(group[0]))
+            quantizer = self.scheme.activations if group != head or self.scheme.lm_head else None
+            site = self._input_site(group[0], rotation, quantizer, readers=len(group))
+            for name in group if site is not None else ():
+                self.attachment.hook(self.model.get_submodule(name).register_forward_pre_hook(site))
 
-
-def _attach_experts(
-    model: nn.Module,
-    plan: Plan,
-    rotations: Mapping[str, Rotation],
-    scheme: Scheme,
-    clips: Clips,
-    attachment: Attachment,
-    around: bool,
-) -> None:
-    for experts in plan.experts:
-        outside, inside = (_rotation_of(space, rotations) for space in plan.read_by_experts(experts))
-        # The input of the first matrix product needs no online rotation.
-        for name, rotation in ((experts.first[0], outside if around else None), (experts.second[0], inside)):
-            if scheme.activations is None and (around or rotation is None):
+    def experts(self) -> None:
+        """Quantize the inputs of stacked experts; rotate and quantize between their two matrix products."""
+        for experts in self.plan.experts:
+            outside, inside = (self._rotation_of(space) for space in self.plan.read_by_experts(experts))
+            module: Any = self.model.get_submodule(experts.module)
+            # The input of the first matrix product needs no online rotation.
+            rotation = outside if self.around else None
+            if (first := self._input_site(experts.first[0], rotation, self.scheme.activations)) is not None:
+                self.attachment.hook(module.register_forward_pre_hook(first))
+            second = self._input_site(experts.second[0], inside, self.scheme.activations)
+            if second is None:
                 continue
-            quantizer = with_clip(scheme.activations, clips.inputs.get(name))
-            site = attachment.inputs[name] = InputSite(rotation, quantizer, readers=1, around=around)
-            module: Any = model.get_submodule(experts.module)
-            if name == experts.first[0]:
-                attachment.hook(module.register_forward_pre_hook(site))
-            elif is_gated(module, experts.module):
-                attachment.cover(module, GATE, TreatedGate(module, site))
-                attachment.hook(module.register_forward_pre_hook(check_batched))
+            if is_gated(module, experts.module):
+                self.attachment.cover(module, GATE, TreatedGate(module, second))
+                self.attachment.hook(module.register_forward_pre_hook(check_batched))
             else:
-                attachment.hook(module.act_fn.register_forward_hook(TreatedActivation(site)))
+                self.attachment.hook(module.act_fn.register_forward_hook(TreatedActivation(second)))
 
+    def attention(self) -> None:
+        """Rotate queries and keys (R3), and quantize keys and values in the KV cache."""
+        plan, attachment = self.plan, self.attachment
+        spaces = {online.module: plan.space[online.space] for online in plan.onlines if online.site == "query_key"}
+        found = {name: self._rotation_of(spaces.get(name)) for name in plan.attentions}
+        rotated = {} if self.around else {name: rotation for name, rotation in found.items() if rotation is not None}
+        implementation = _rotate_queries(self.model, rotated, attachment) if rotated else None
+        if not rotated and self.scheme.kv is None:
+            return
+        for name in plan.attentions:
+            ratios = (self.clips.keys.get(name), self.clips.values.get(name))
+            keys, values = (with_clip(self.scheme.kv, ratio) for ratio in ratios)
+            both = (found[name], self._rotation_of(plan.values_of(name))) if self.around else None
+            site = KeyValueSite(rotated.get(name), keys, values, implementation, around=both)
+            attachment.keys_values[name] = site
+            attachment.hook(self.model.get_submodule(name).register_forward_pre_hook(site, with_kwargs=True))
 
-def _attach_attention(
-    model: nn.Module,
-    plan: Plan,
-    rotations: Mapping[str, Rotation],
-    quantizer: Quantizer | None,
-    clips: Clips,
-    attachment: Attachment,
-    around: bool,
-) -> None:
-    spaces = {online.module: plan.space[online.space] for online in plan.onlines if online.site == "query_key"}
-    found = {name: _rotation_of(spaces.get(name), rotations) for name in plan.attentions}
-    rotated = {} if around else {name: rotation for name, rotation in found.items() if rotation is not None}
-    implementation = _rotate_queries(model, rotated, attachment) if rotated else None
-    if not rotated and quantizer is None:
-        return
-    for name in plan.attentions:
-        keys, values = (with_clip(quantizer, ratios.get(name)) for ratios in (clips.keys, clips.values))
-        both = (found[name], _rotation_of(plan.values_of(name), rotations)) if around else None
-        site = KeyValueSite(rotated.get(name), keys, values, implementation, around=both)
-        attachment.keys_values[name] = site
-        attachment.hook(model.get_submodule(name).register_forward_pre_hook(site, with_kwargs=True))
+    def _rotation_of(self, space: Space | None) -> Rotation | None:
+        return None if space is None else self.rotations.get(space.name)
+
+    def _input_site(
+        self, name: str, rotation: Rotation | None, quantizer: Quantizer | None, *, readers: int = 1
+    ) -> InputSite | None:
+        """The site of an activation, registered under its name; None if there is nothing to do at it."""
+        if quantizer is None and (self.around or rotation is None):
+            return None
+        quantizer = with_clip(quantizer, self.clips.inputs.get(name))
+        site = InputSite(rotation, quantizer, readers=readers, around=self.around)
+        self.attachment.inputs[name] = site
+        return site
 
 
 def check_implementation(found: str, supported: Sequence[str] = ATTENTIONS) -> None:
     """Raise RotationError for an attention implementation under which R3 cannot run."""
     if found not in supported:
-        # Flash attention looks its kernel up by the implementation's name, which is ours while R3 is attached.
+        # Flash attention looks up its kernel by the implementation's name, which R3 replaces while it is attached.
         raise RotationError(
             f"R3 cannot run under attention implementation {found!r}: load the model with attn_implementation='sdpa' "
             f"(supported: {', '.join(supported)}), or leave R3 out"
@@ -273,7 +274,7 @@ def check_implementation(found: str, supported: Sequence[str] = ATTENTIONS) -> N
 
 
 def text_config(model: Any) -> Any:
-    """The config of a model's text decoder: of a multimodal model that of its language model, else the model's own."""
+    """The config of a model's text decoder: that of the language model of a multimodal model, else the model's own."""
     return model.config.get_text_config()
 
 
@@ -294,7 +295,7 @@ def _attention_with_rotated_queries(base: str) -> Callable[..., Any]:
     interface = AttentionInterface()
 
     def attention(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # Every model file has an eager function of its own, which the interface does not list.
+        # Every modeling file has an eager function of its own, which the interface does not list.
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         function = interface.get_interface(base, eager)  # pyright: ignore[reportArgumentType]
         rotation = getattr(module, QUERY_ROTATION, None)

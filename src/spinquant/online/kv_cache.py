@@ -1,9 +1,9 @@
-"""Quantized KV cache that stores packed integers: 4-bit keys and values take a quarter of the memory of 16-bit ones.
+"""Quantized KV cache that stores packed integers: 4-bit keys and values take about a quarter of the memory of 16-bit.
 
-Keys and values arrive once per token, already rotated, are quantized per head and token, and stored as int32 words
-with a scale and a zero point each. Attention gets the dequantized values. A layer of transformers' own `DynamicCache`
-is replaced by a packing layer before its first token (`pack_layer`), so `generate`, beam search and cropping work as
-they do without quantization.
+Keys and values are quantized once per token, after rotation, per head and token, and stored as int32 words with a scale
+and a zero point each. Attention gets the dequantized keys and values. A layer of transformers' own `DynamicCache` is
+replaced by a packed layer before its first token (`pack_layer`), so `generate`, beam search and cropping work as they
+do without quantization.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,9 @@ SEQUENCE = 2  # the axis of tokens in (batch, heads, tokens, ..)
 class PackedLayer(DynamicLayer):
     """Cache layer that stores keys and values as packed integers, (batch, heads, tokens, words).
 
-    value_quantizer: quantizer of the values, by default that of the keys.
+    Args:
+        quantizer: Quantizer of the keys.
+        value_quantizer: Quantizer of the values. Default: that of the keys.
     """
 
     is_croppable = True
@@ -35,12 +37,12 @@ class PackedLayer(DynamicLayer):
 
     @property
     def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The dequantized keys, for code that reads a cache's layers itself."""
+        """The dequantized keys, for code that reads the layers of a cache directly."""
         return dequantize(self.packed[0]) if self.packed else None
 
     @keys.setter
     def keys(self, value: Tensor | None) -> None:
-        """Ignored: the base class assigns keys and values, which are stored packed."""
+        """Ignored: the base class assigns keys and values, but here they are stored packed."""
 
     @property
     def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -154,11 +156,11 @@ class QuantizedCache(DynamicCache):
     """KV cache that stores quantized keys and values as packed integers; a `DynamicCache` of transformers.
 
     A model with a quantized KV scheme attached packs every `DynamicCache` by itself. Make one of these to keep the
-    cache between calls and to read its size. With a model that has no KV scheme, it quantizes keys and values as they
-    come.
+    cache between calls and to read its size. With a model that has no KV scheme, it quantizes keys and values as the
+    model computes them.
 
     Args:
-        config: The model's config, which says how many layers there are and which have a sliding window.
+        config: The model's config, which gives the number of layers and which of them have a sliding window.
         quantizer: How keys and values are quantized, per head and token (`Scheme.kv` of the model's scheme).
 
     Raises:
@@ -187,17 +189,17 @@ class QuantizedCache(DynamicCache):
 
 
 def pack_layer(cache: Cache, layer_idx: int, quantizer: Quantizer, value_quantizer: Quantizer | None = None) -> bool:
-    """Replace an empty layer of a dynamic cache by a packing one; True when the layer is a packing one afterwards.
+    """Replace an empty layer of a dynamic cache by a packed layer; returns whether the layer is packed afterwards.
 
-    Other layers (static ones, offloaded ones, ones that already hold tokens) are left alone. Raises SchemeError for a
-    packing layer with another quantizer.
+    Other layers (static, offloaded, or not empty) are left as they are. Raises SchemeError for a packed layer with
+    another quantizer.
     """
     if cache.layer_class_to_replicate is DynamicLayer:
         while len(cache.layers) <= layer_idx:
             cache.layers.append(DynamicLayer())
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
     if isinstance(layer, PackedLayer):
-        _agree(layer, (quantizer, value_quantizer or quantizer))
+        _check_quantizers(layer, (quantizer, value_quantizer or quantizer))
         return True
     if not isinstance(layer, DynamicLayer) or layer.is_initialized or cache.offloading:
         return False
@@ -212,18 +214,19 @@ def pack_layer(cache: Cache, layer_idx: int, quantizer: Quantizer, value_quantiz
     return True
 
 
-def _agree(layer: PackedLayer, wanted: tuple[Quantizer, Quantizer]) -> None:
+def _check_quantizers(layer: PackedLayer, wanted: tuple[Quantizer, Quantizer]) -> None:
+    """Raise SchemeError if a layer has other quantizers. An empty layer takes over the clip ratios of `wanted`."""
     if layer.quantizers == wanted:
         return
-    # A QuantizedCache is made from the scheme, without the clip ratios that calibration found layer by layer.
+    # A QuantizedCache is made from the scheme, without the clip ratios that calibration finds layer by layer.
     if not layer.is_initialized and all(
         replace(found, clip=other.clip) == other for found, other in zip(layer.quantizers, wanted, strict=True)
     ):
         layer.quantizers = wanted
         return
     raise SchemeError(
-        f"the KV cache quantizes with {layer.quantizers}, and the model's scheme asks for {wanted}: make the cache "
-        "with the model's own scheme (Scheme.kv)"
+        f"the KV cache quantizes with {layer.quantizers}, but the model's scheme needs {wanted}: make the cache with "
+        "the model's own scheme (Scheme.kv)"
     )
 
 

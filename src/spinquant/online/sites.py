@@ -1,6 +1,6 @@
-"""Rotate and quantize one activation, or the keys and values of one attention, while the model runs.
+"""Forward hooks that rotate and quantize one activation, or the keys and values of one attention.
 
-`hooks.py` attaches these objects to a model and removes them again.
+`hooks.py` attaches them to a model and removes them again.
 """
 
 import weakref
@@ -30,8 +30,13 @@ def _rounded(x: Tensor, rotation: Rotation | None, quantizer: Quantizer) -> Tens
 class InputSite:
     """Forward pre-hook that rotates and quantizes one activation, once for all linears that read it.
 
-    rounds: switch of the quantizer. watch: an observer, called with the activation before it is quantized. readers:
-    number of linears that read it. around: rotate before quantizing and back after it; the model is not rotated.
+    Attributes:
+        rotation: Applied before quantizing, None without one.
+        quantizer: The quantizer, None without one.
+        readers: Number of linears that read the activation.
+        around: Rotate before quantizing and back after it; for a model that is not rotated.
+        rounds: Whether the quantizer is on.
+        watch: Observer, called with the activation before it is quantized.
     """
 
     def __init__(self, rotation: Rotation | None, quantizer: Quantizer | None, *, readers: int, around: bool = False):
@@ -58,7 +63,8 @@ class InputSite:
             and self._source() is x
             and version == self._version
             and (torch.is_grad_enabled(), self.rounds, self.quantizer) == self._setting
-            and id(module) not in self._read_by  # a second read is a new pass, perhaps after an in-place change
+            and id(module)
+            not in self._read_by  # a module's second read is a new pass, perhaps after an in-place change
         )
         if not known:
             self._forget()
@@ -69,11 +75,11 @@ class InputSite:
         result = self._result
         self._read_by.add(id(module))
         if len(self._read_by) >= self.readers:
-            self._forget()  # the activation is not kept alive past its last reader
+            self._forget()  # free the activation after its last reader
         return (result, *args[1:])
 
     def treat(self, x: Tensor) -> Tensor:
-        """The activation as the linears receive it: rotated, and quantized unless that is switched off."""
+        """The activation as the linears receive it: rotated, and quantized while the quantizer is on."""
         return self._treated(x, self.quantizer if self.rounds else None)
 
     def _treated(self, x: Tensor, quantizer: Quantizer | None) -> Tensor:
@@ -89,7 +95,7 @@ class TreatedGate:
     """Replaces the gated activation of stacked experts by one whose output is rotated and quantized.
 
     transformers' batched implementations call a method of the module (`_apply_gate`) between the two matrix products;
-    it is shadowed on that module alone.
+    it is shadowed on that module only.
     """
 
     def __init__(self, experts: nn.Module, site: InputSite):
@@ -101,7 +107,7 @@ class TreatedGate:
 
 
 class TreatedActivation:
-    """Forward hook that does the same for experts without a gate, on the module of their activation function."""
+    """Forward hook on the activation function of experts without a gate: rotates and quantizes its output."""
 
     def __init__(self, site: InputSite):
         self.site = site
@@ -119,7 +125,8 @@ def is_gated(experts: nn.Module, name: str) -> bool:
     if not known:
         raise RotationError(
             f"cannot rotate (R4) or quantize activations inside {name!r}: {type(experts).__name__} has neither the "
-            f"method {GATE} of transformers' experts nor a module act_fn. Leave R4 out, and activations at 16 bits."
+            f"method {GATE} of transformers' experts nor a module act_fn. Leave out R4, and keep activations at 16 "
+            "bits"
         )
     return getattr(experts, "has_gate", True)
 
@@ -130,11 +137,11 @@ def activated(experts: Any, made: Tensor) -> Tensor:
 
 
 def check_batched(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Forward pre-hook: raise RotationError for experts that are run in a loop, one after the other."""
+    """Forward pre-hook: raise RotationError for experts that run in a loop, one after the other."""
     config: Any = module.config
     found = config._experts_implementation
     if found not in EXPERTS:
-        # A loop over experts does not call the method: the second product would read an unrotated activation.
+        # A loop over experts does not call the method: the second matrix product would read an unrotated activation.
         raise RotationError(
             f"R4 and quantized activations cannot run inside experts under implementation {found!r}: call "
             f"model.set_experts_implementation('grouped_mm') (supported: {', '.join(EXPERTS)}), or leave R4 out"
@@ -142,11 +149,17 @@ def check_batched(module: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 class KeyValueSite:
-    """Forward pre-hook of an attention module that puts a rotating, quantizing cache in place of its KV cache.
+    """Forward pre-hook of an attention module that replaces its KV cache by one that rotates and quantizes.
 
-    rounds: switch of the quantizers. watch: an observer, called with keys and values before they are quantized.
-    around: rotations of keys and of values, applied before quantizing and undone after it; None when the model itself
-    is rotated.
+    Attributes:
+        rotation: R3, applied to keys; None without one.
+        keys: Quantizer of keys, None without one.
+        values: Quantizer of values, None without one.
+        implementation: Name of the attention implementation that rotates queries, None without R3.
+        around: Rotations of keys and of values, applied before quantizing and undone after it; None if the model
+            itself is rotated.
+        rounds: Whether the quantizers are on.
+        watch: Observer, called with keys and values before they are quantized.
     """
 
     def __init__(
@@ -169,7 +182,7 @@ class KeyValueSite:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
         config: Any = getattr(module, "config", None)
         if self.rotation is not None and config._attn_implementation != self.implementation:
-            # Keys would be rotated and queries not: wrong results without an error.
+            # Keys would be rotated and queries would not: wrong results without an error.
             raise RotationError(
                 f"the attention implementation was changed to {config._attn_implementation!r} while R3 is attached: "
                 "remove() the attachment, change the implementation, and attach again"
@@ -181,8 +194,8 @@ class KeyValueSite:
 class _RotatingCache:
     """Proxy of a KV cache that rotates keys and quantizes keys and values before they are stored.
 
-    Without a cache nothing is stored; other questions of the attention module (the length, the keys of an indexer) are
-    then answered by an empty cache that lasts as long as the call.
+    Without a cache nothing is stored; whatever else the attention module reads from its cache (the length, the keys of
+    an indexer) then comes from an empty cache that lasts for the call.
     """
 
     def __init__(self, cache: Cache | None, site: KeyValueSite, config: Any):
@@ -204,8 +217,8 @@ class _RotatingCache:
         return (keys, values) if cache is None else cache.update(keys, values, layer_idx, *args, **kwargs)
 
     @cached_property
-    def _asked(self) -> Cache:
+    def _cache_or_empty(self) -> Cache:
         return DynamicCache(config=self._config) if self._cache is None else self._cache
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._asked, name)
+        return getattr(self._cache_or_empty, name)
