@@ -1,6 +1,6 @@
-"""SpinQuantModifier in llm-compressor's place: its own tests of the modifier, tightened, and whole `oneshot` runs.
+"""SpinQuantModifier in llm-compressor: its tests of its own modifier with tighter bounds, and whole `oneshot` runs.
 
-Needs llm-compressor 0.14, which pins other versions than ours: `make test-llmcompressor` gives it an environment.
+Needs llm-compressor 0.14, which pins other versions than ours: `make test-llmcompressor` makes an environment for it.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from models import byte_tokenizer
 
 pytest.importorskip("llmcompressor", reason="needs llm-compressor: make test-llmcompressor")
 pytestmark = [
-    pytest.mark.filterwarnings("default"),  # theirs, of other libraries' deprecations
+    pytest.mark.filterwarnings("default"),  # llm-compressor warns of other libraries' deprecations
 ]
 
 from compressed_tensors.offload import set_onload_device  # noqa: E402
@@ -97,7 +97,7 @@ def mse(a, b):
         {"rotations": ["R3", "R4"], "transform_block_size": 16},
     ],
 )
-def test_apply_correctness(options, tied):
+def test_the_function_is_unchanged_before_and_after_finalize(options, tied):
     model = make_model(tied=tied)
     before = logits(model)
     state, modifier = State(model=model), SpinQuantModifier(**options)
@@ -112,7 +112,7 @@ def test_apply_correctness(options, tied):
 
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, 5e-3), (torch.float32, EXACT)])
 @pytest.mark.parametrize("block", [None, 16])
-def test_lower_precision(dtype, expected, block):
+def test_the_function_is_unchanged_within_the_precision(dtype, expected, block):
     model = make_model(dtype)
     before, state = logits(model), State(model=model)
     modifier = SpinQuantModifier(transform_type="random-hadamard", precision=dtype, transform_block_size=block)
@@ -122,17 +122,17 @@ def test_lower_precision(dtype, expected, block):
 
 
 @pytest.mark.parametrize("transform_block_size", [16, 32])
-def test_reload(transform_block_size):
+def test_a_modifier_round_trips_and_is_one_of_llm_compressors(transform_block_size):
     instance = SpinQuantModifier(transform_type="hadamard", transform_block_size=transform_block_size)
     assert SpinQuantModifier.model_validate(instance.model_dump()) == instance
     assert isinstance(instance, Modifier)
 
 
-def test_it_needs_no_data():
+def test_the_pipeline_is_data_free():
     assert isinstance(CalibrationPipeline.from_modifiers([SpinQuantModifier()]), DataFreePipeline)
 
 
-def test_the_generated_config_is_theirs():
+def test_the_generated_config_is_valid_for_compressed_tensors():
     state = State(model=make_model())
     modifier = SpinQuantModifier(rotations=["R1", "R2", "R3", "R4"], transform_type="random-hadamard")
     modifier.initialize(state)
@@ -141,7 +141,7 @@ def test_the_generated_config_is_theirs():
     assert again.transform_config == modifier.transform_config
 
 
-def test_yaml_recipe():
+def test_yaml_recipes_round_trip():
     recipe = """
         test_stage:
           transform_modifiers:
@@ -158,7 +158,7 @@ def test_the_import_path_of_earlier_versions():
     assert importlib.import_module("spinquant.llmcompressor").SpinQuantModifier is now.SpinQuantModifier
 
 
-def test_events_do_the_work_once():
+def test_events_rotate_only_once():
     model = make_model()
     state, modifier = State(model=model), SpinQuantModifier()
     modifier.initialize(state)
@@ -173,7 +173,7 @@ def test_events_do_the_work_once():
 
 
 def transforms_by_hand(model, folder):
-    """Run a folder's rotations at the input of linears as its format says: x H / sqrt(n), one H per group."""
+    """Run a folder's rotations at the input of linears as its format defines: x H / sqrt(n), one H per group."""
     config = json.loads((folder / "config.json").read_text())["quantization_config"]["transform_config"]
     tensors = load_file(folder / "model.safetensors")
     for group, scheme in TransformConfig.model_validate(config).config_groups.items():
@@ -195,7 +195,7 @@ def transforms_by_hand(model, folder):
 @pytest.mark.parametrize("randomize", [False, True])
 @pytest.mark.parametrize("kind", ["hadamard", "random-hadamard", "random-matrix"])
 @pytest.mark.parametrize("block", [None, 64])
-def test_oneshot_saves_what_runs(folder, tmp_path, kind, randomize, block):
+def test_oneshot_saves_the_rotations_that_run(folder, tmp_path, kind, randomize, block):
     if kind == "hadamard" and randomize:
         pytest.skip("refused: nothing to randomize")
     model = load(folder)

@@ -1,6 +1,6 @@
-"""The vLLM plugin as far as it goes without vLLM: what it makes of matrices and configs, and that its undo undoes.
+"""The vLLM plugin without vLLM: how it reads matrices and configs, what it patches, and that the patch can be undone.
 
-The real thing is run by `make test-clients`.
+`make test-clients` runs it in vLLM.
 """
 
 import sys
@@ -28,7 +28,7 @@ ROTATIONS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ROTATIONS)
-def test_a_stored_matrix_gives_its_rotation_back(kind, dtype):
+def test_rotation_of_recovers_the_rotation_from_a_stored_matrix(kind, dtype):
     rotation = ROTATIONS[kind]()
     again = rotation_of(transform_matrix(rotation, dtype).to(dtype))  # vLLM narrows every matrix to the model's dtype
     assert isinstance(again, Hadamard) == isinstance(rotation, Hadamard)  # the fast transform, where there is one
@@ -37,7 +37,7 @@ def test_a_stored_matrix_gives_its_rotation_back(kind, dtype):
 
 
 @pytest.mark.parametrize("stored", [torch.zeros(8, 8), torch.rand(8, 8), torch.eye(8), torch.full((8, 8), torch.nan)])
-def test_what_is_no_rotation_is_refused(stored):
+def test_a_matrix_that_is_not_orthogonal_is_refused(stored):
     with pytest.raises(RotationError, match="order 8"):
         rotation_of(stored)
 
@@ -56,7 +56,7 @@ def transforms(*groups):
     )
 
 
-def test_the_order_of_queries_and_keys():
+def test_query_key_order_reads_r3_from_a_config():
     layer, name = torch.nn.Identity(), "model.layers.3.self_attn"
     both = transforms(("hadamard", 16, ("q_attn", "k_cache")))
     assert query_key_order(both, name, layer) == 16
@@ -74,7 +74,7 @@ def test_the_order_of_queries_and_keys():
 
 @pytest.fixture
 def vllm(monkeypatch):
-    """Stand-ins for the four classes of vLLM that the plugin reaches, doing what vLLM's do without a transform."""
+    """Stand-ins for the objects of vLLM that the plugin patches or reads; they do what vLLM's do without a transform."""
 
     class HadamardTransform(torch.nn.Module):
         def process_weights_after_loading(self):
@@ -124,7 +124,7 @@ def state(vllm):
     return [dict(vars(c)) for c in (vllm.transform, vllm.method, vllm.config)]
 
 
-def test_undo_leaves_no_trace_and_registering_twice_is_registering_once(vllm):
+def test_undo_restores_vllm_and_a_second_register_has_no_effect(vllm):
     before = state(vllm)
     undo = register()
     once = state(vllm)
@@ -137,7 +137,7 @@ def test_undo_leaves_no_trace_and_registering_twice_is_registering_once(vllm):
     assert state(vllm) == before
 
 
-def test_without_a_transform_nothing_is_touched(vllm):
+def test_a_model_without_transforms_gets_no_hooks(vllm):
     undo = register()
     layer = torch.nn.Linear(4, 4)
     assert vllm.config().get_quant_method(layer, "model.layers.0.self_attn.attn") == "model.layers.0.self_attn.attn"
@@ -177,7 +177,7 @@ def test_queries_and_keys_are_rotated_and_values_are_not(vllm):
 
 
 @pytest.mark.parametrize("kind", ["hadamard", "random-hadamard"])
-def test_the_transform_module_rotates(kind, vllm):
+def test_the_transform_module_applies_the_rotation(kind, vllm):
     undo = register()
     rotation = Hadamard(16) if kind == "hadamard" else Hadamard(16, random_signs(16, GENERATOR))
     shared = torch.empty(16, 16) if kind == "hadamard" else transform_matrix(rotation, torch.float32)

@@ -1,4 +1,4 @@
-"""Scales of spaces that are one factor of a product: fused into writers and readers, they change nothing else."""
+"""Channel scales: fused into the writers and readers of a space, they change its activations and nothing else."""
 
 import json
 from dataclasses import replace
@@ -51,11 +51,11 @@ def learned_for(model):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_they_change_the_inputs_of_their_readers_alone(name):
+def test_scales_change_only_the_inputs_of_the_scaled_readers(name):
     model, ids = tiny(name), tokens()
     plan = plan_of(model)
     if not plan.scalings:
-        pytest.skip("no space of its is one factor of a product of linears")
+        pytest.skip("no space of this model is one factor of a product of linears")
     allowed = [r for r in ("R1", "R2", "R4") if r in FAMILIES[name].allowed]
     rotations = scaled(plan, make_rotations(plan, RotationSpec(allowed, "auto", randomize=True)))
     spaces = {o.module: o.space for o in plan.onlines if o.site == "input" and isinstance(rotations[o.space], Scaled)}
@@ -71,8 +71,8 @@ def test_they_change_the_inputs_of_their_readers_alone(name):
         assert not torch.allclose(after[module], rotation.apply(x), rtol=1e-2), module
 
 
-def test_every_gated_mlp_of_linears_can_have_them():
-    """By the reader: what is one factor of it, in one family of each shape."""
+def test_gated_mlps_of_every_weight_layout_can_be_scaled():
+    """The tensors that write the scaled factor, in one family of each weight layout."""
     found = {}
     for name in ("llama", "phi3", "qwen2_moe", "granitemoeshared", "gemma2", "falcon_h1"):
         plan = plan_of(tiny(name) if name in FAMILIES else tiny_model(name))
@@ -88,8 +88,8 @@ def test_every_gated_mlp_of_linears_can_have_them():
 
 @pytest.mark.parametrize("name", ["up_proj.weight", "up_proj.bias", "down_proj.weight", "gate_proj.weight"])
 @pytest.mark.parametrize("first", [0, 16])
-def test_slices_take_their_share_of_them(name, first, monkeypatch):
-    """Also rows from the middle of a tensor, as they are read from disk, and blocks of a rotated axis."""
+def test_fusing_slices_applies_the_matching_part_of_the_scales(name, first, monkeypatch):
+    """Also for rows from the middle of a tensor, as streaming reads them, and for blocks of a rotated axis."""
     monkeypatch.setattr("spinquant.rotations.fuse.SLICE", 100)
     model = tiny_model("llama")
     plan = plan_of(model)
@@ -104,7 +104,7 @@ def test_slices_take_their_share_of_them(name, first, monkeypatch):
     assert torch.allclose(found, expected[first:], atol=1e-12)
 
 
-def test_saved_they_come_back():
+def test_scales_survive_serialization_and_are_absent_online():
     plan = plan_of(tiny_model("llama"))
     rotations = scaled(plan, make_rotations(plan, replace(SPEC, transform_type={"R4": "random-matrix"})))
     about, tensors = to_save(rotations)
@@ -115,7 +115,7 @@ def test_saved_they_come_back():
             again = found[space]
             assert isinstance(again, Scaled) and torch.equal(again.scale, rotation.scale)
             assert torch.allclose(again.apply(x), rotation.apply(x), atol=1e-12)
-    # At run time there are none.
+    # Online rotations have no scales.
     assert not any(isinstance(r, Scaled) for r in online_part(plan, rotations).values())
     assert not any(isinstance(r, Scaled) for r in in_precision(rotations, None).values())
     assert "scale" not in json.dumps([r.describe() for r in in_precision(rotations, torch.bfloat16).values()])
@@ -123,7 +123,7 @@ def test_saved_they_come_back():
 
 @pytest.mark.parametrize("of", [{"size": 24}, {"block": 16}])
 def test_rotations_of_another_order_are_refused(of):
-    """Those of a model whose width is a multiple are no blocks of this one's."""
+    """Rotations of a model of another width are not taken for blocks, even if the width divides this one's."""
     plan = plan_of(tiny_model("llama"))
     spec = RotationSpec("R1", block_size=of.get("block"))
     made = make_rotations(plan, RotationSpec("R1"))
@@ -134,7 +134,7 @@ def test_rotations_of_another_order_are_refused(of):
 
 
 @pytest.mark.parametrize("change", ["space", "shape", "sign"])
-def test_wrong_ones_are_refused(change):
+def test_invalid_scales_are_refused(change):
     plan = plan_of(tiny_model("llama"))
     rotations = scaled(plan, make_rotations(plan, SPEC))
     check_given(plan, SPEC, rotations)
@@ -153,7 +153,7 @@ def test_wrong_ones_are_refused(change):
 
 
 @pytest.mark.parametrize("scheme", ["none", "W4A4KV4"])
-def test_streamed_they_give_what_they_give_in_memory(scheme, tmp_path, monkeypatch):
+def test_streamed_and_in_memory_quantization_with_scales_are_equal(scheme, tmp_path, monkeypatch):
     model = tiny_model("llama").float()
     model.save_pretrained(tmp_path / "model")
     learned = learned_for(model)
@@ -171,8 +171,8 @@ def test_streamed_they_give_what_they_give_in_memory(scheme, tmp_path, monkeypat
         assert torch.allclose(found, logits(model, tokens()), atol=1e-3)
 
 
-def test_the_comparison_from_disk_knows_them(tmp_path):
-    """It passes where they are fused on both sides; where a writer was forgotten it says which module departs."""
+def test_the_comparison_from_disk_undoes_scales_and_names_an_unscaled_writer(tmp_path):
+    """It passes if scales are fused on both sides; if a writer is not scaled, it names the module that deviates."""
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "model")
     learned = learned_for(model)
@@ -188,7 +188,7 @@ def test_the_comparison_from_disk_knows_them(tmp_path):
     attachment.remove()
 
 
-# Which they should be
+# Computing the scales
 
 
 def scales_of(model, plan, scheme, ids):
@@ -203,7 +203,7 @@ def filled(model, plan, rotations, scheme, ids):
 
 
 def prepared():
-    """A model with a few large channels in its MLPs that matter no more than the others."""
+    """A model with a few large channels in its MLPs that affect the loss no more than the others."""
     model = random_weights(tiny_model("llama"))
     with torch.no_grad():
         for layer in model.model.layers:
@@ -214,7 +214,7 @@ def prepared():
     return model, plan
 
 
-def test_the_sums_are_those_of_all_rows():
+def test_scales_equal_the_formula_and_lower_the_cost_of_rounding():
     model, plan = prepared()
     ids = tokens(3, 12)
     scheme = learning_scheme(parse_scheme("W4A4KV4"), weights=False)
@@ -231,11 +231,11 @@ def test_the_sums_are_those_of_all_rows():
             rows[space].append((x.detach()[0], g[0]))
     for space, pairs in rows.items():
         x, g = (torch.cat(part).square() for part in zip(*pairs, strict=True))
-        mattering, large = (g * x.sum(-1, keepdim=True)).sum(0), (x * g.sum(-1, keepdim=True)).sum(0)
-        logs = ((mattering + 0.1 * mattering.mean()).log() - (large + 0.1 * large.mean()).log()) / 4
+        sensitivity, energy = (g * x.sum(-1, keepdim=True)).sum(0), (x * g.sum(-1, keepdim=True)).sum(0)
+        logs = ((sensitivity + 0.1 * sensitivity.mean()).log() - (energy + 0.1 * energy.mean()).log()) / 4
         assert torch.allclose(found[space], (logs - logs.mean()).exp(), rtol=1e-4)
 
-        # They lessen what rounding costs, to second order, and nearly as far as it goes.
+        # They lower the cost of rounding, to second order, almost to the minimum.
         def cost(scale, x=x, g=g):
             return float(((x @ scale.square()) * (g @ scale.square().reciprocal())).sum())
 
@@ -251,7 +251,7 @@ def test_the_sums_are_those_of_all_rows():
 
 
 class captured_inputs:
-    """Inputs of modules, with their gradients, by another name."""
+    """Capture the inputs of modules, with their gradients, under other names."""
 
     def __init__(self, model, names):
         self.found, self.hooks = {}, []
@@ -267,7 +267,7 @@ class captured_inputs:
             hook.remove()
 
 
-def test_fused_they_keep_the_function_and_go_again():
+def test_fused_scales_keep_the_function_and_can_be_unfused():
     model, plan = prepared()
     ids, before = tokens(), {n: p.detach().clone() for n, p in model.named_parameters()}
     expected = logits(model, ids)
@@ -282,14 +282,14 @@ def test_fused_they_keep_the_function_and_go_again():
     assert close(logits(model, ids), expected)
     unfuse_scales(model, plan, scales)
     assert all(torch.allclose(p, before[n], atol=1e-12) for n, p in model.named_parameters())
-    # A space that is not rotated has none: nothing would be rounded there in other coordinates.
+    # A space that is not rotated, or not quantized, has no scales.
     assert not scale_sums(plan, {"residual": Hadamard(1)}, scheme) and not scale_sums(
         plan, rotations, parse_scheme("KV4")
     )
 
 
-def test_a_table_that_is_wrong_about_them_is_found_out():
-    """What passes through the activation is no factor of a product."""
+def test_fusing_scales_of_a_wrong_table_raises():
+    """gate_proj is scaled in place of up_proj, but its output goes through the activation function."""
     model, plan = prepared()
     scalings = tuple(
         replace(s, writers=tuple((t.replace("up_proj", "gate_proj"), d, span) for t, d, span in s.writers))
@@ -302,14 +302,14 @@ def test_a_table_that_is_wrong_about_them_is_found_out():
         fuse_scales(model, wrong, {space: both.scale() for space, both in sums.items()}, tokens(1))
 
 
-def test_learning_goes_on_from_what_was_learned():
-    def go_on(options, **more):
+def test_learning_can_start_from_learned_rotations_and_scales():
+    def run_learn(options, **more):
         texts = tokens(16, 24), tokens(4, 24, seed=9)
         return learn(prepared()[0], parse_scheme("W4A4KV4"), SPEC, *texts, options, **more)
 
-    local = go_on(QUICKLY)
+    local = run_learn(QUICKLY)
     assert local.kept in ("local", "scaled") and local.record["scales"]
-    again = go_on(replace(QUICKLY, method="random"), start=local)
+    again = run_learn(replace(QUICKLY, method="random"), start=local)
     assert again.kept == "given" == again.record["start"] and again.record["learned"]
     assert again.record["scores"]["given"]["kl"] == pytest.approx(local.record["scores"][local.kept]["kl"], rel=1e-3)
     assert set(again.record["scales"]) == set(local.record["scales"]) and again.spec == local.spec
@@ -317,33 +317,33 @@ def test_learning_goes_on_from_what_was_learned():
         assert torch.equal(matrix(bare(rotation)), matrix(bare(again.rotations[space])))
         if isinstance(rotation, Scaled):
             assert torch.equal(rotation.scale, again.rotations[space].scale)
-    # From there on: the first step's loss is that of the rotations given, and the scales stay.
+    # End-to-end learning starts from the given rotations (the loss of the first step), and the scales stay.
     through = EndToEndOptions(steps=2, batch=8)
-    more = go_on(replace(QUICKLY, method="end-to-end", end_to_end=through), start=local)
-    other = go_on(replace(QUICKLY, method="local+end-to-end", end_to_end=through))
+    more = run_learn(replace(QUICKLY, method="end-to-end", end_to_end=through), start=local)
+    other = run_learn(replace(QUICKLY, method="local+end-to-end", end_to_end=through))
     assert more.record["steps"][0]["loss"] == pytest.approx(other.record["steps"][0]["loss"], rel=1e-6)
     assert more.record["options"]["end_to_end"]["lr"] == FROM_LOCAL
     assert more.record["scales"].keys() == local.record["scales"].keys()
-    # What does not beat the random rotations is not gone on from, and its scales go.
+    # Given rotations that do not beat the random ones are not started from, and their scales are removed.
     wild = dict(local.rotations)
     for space in local.record["scales"]:
         scale = wild[space].scale
         wild[space] = replace(wild[space], scale=scale * torch.logspace(-2, 2, len(scale), dtype=scale.dtype))
-    lost = go_on(replace(QUICKLY, method="random"), start=replace(local, rotations=wild))
+    lost = run_learn(replace(QUICKLY, method="random"), start=replace(local, rotations=wild))
     assert lost.record["start"].startswith("random") and lost.kept != "given"
     assert lost.record["scores"]["random 0"] == local.record["scores"]["random 0"]
     with pytest.raises(LearningError, match=r"initial rotations are R1, R2, R3, R4, and this run asks for R1, R2"):
         learn(prepared()[0], parse_scheme("W4A4KV4"), RotationSpec("R1,R2"), tokens(), tokens(), start=local)
     with pytest.raises(LearningError, match="have scales"):
-        go_on(LearnOptions("end-to-end", shard=True), start=local)
+        run_learn(LearnOptions("end-to-end", shard=True), start=local)
 
 
 QUICKLY = LearnOptions(method="local", baselines=2, local=LocalOptions(steps=5, rows=64, batch=32))
 
 
 @pytest.mark.parametrize("signs", [0, 2])
-def test_learning_keeps_them_where_they_lessen_kl(signs):
-    """Signs of R4 are chosen by rows that scales change, so those take a pass of their own."""
+def test_learning_keeps_scales_that_lower_kl(signs):
+    """With signs for R4, the scales need a pass of their own: they change the rows that signs are selected on."""
     model, _ = prepared()
     original, _ = prepared()
     options = replace(QUICKLY, signs=signs)
@@ -354,7 +354,7 @@ def test_learning_keeps_them_where_they_lessen_kl(signs):
     assert learned.kept in ("local", "scaled")
     assert all(isinstance(learned.rotations[space], Scaled) for space in learned.record["scales"])
     assert learned.spec.type_of("R4") == SPEC.type_of("R4")  # scales do not make it another kind of rotation
-    # The model as it was, rotated by what was learned, computes what it computed.
+    # The original model, rotated with the learned rotations, has the same logits.
     plan = plan_of(original)
     expected = logits(original, tokens())
     fuse_module(original, plan, learned.rotations)
@@ -372,7 +372,7 @@ def test_learning_keeps_them_where_they_lessen_kl(signs):
     assert not any(isinstance(rotation, Scaled) for rotation in without.rotations.values())
 
 
-def test_scales_that_lose_are_taken_out_again(monkeypatch):
+def test_scales_that_raise_kl_are_removed(monkeypatch):
     monkeypatch.setattr(
         "spinquant.learning.channel_scaling.Sums.scale",
         lambda self: torch.linspace(-4, 4, len(self.energy)).double().exp(),
@@ -389,8 +389,8 @@ def test_scales_that_lose_are_taken_out_again(monkeypatch):
     assert abs(without.record["scores"]["local"]["kl"] - scores["local"]) < 1e-6
 
 
-def test_the_format_of_vllm_holds_them_as_ours_does(tmp_path):
-    """R4 runs there as it runs here, on inputs that up_proj has scaled."""
+def test_scales_in_compressed_tensors_format_equal_those_in_native_format(tmp_path):
+    """R4 runs the same in both formats, on inputs that up_proj has scaled."""
     model = tiny_model("llama").float()
     model.save_pretrained(tmp_path / "model")
     plan, spec = plan_of(model), RotationSpec("R1,R2,R4", {"R4": "hadamard"}, {"R4": 16})

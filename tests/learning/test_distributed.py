@@ -1,4 +1,4 @@
-"""Several processes learn what one does."""
+"""Learning on several processes of torch.distributed gives the same result as on one."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from spinquant import LearnOptions, RotationSpec, learn, parse_scheme
 from spinquant.rotations.rotation import matrix
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_learn import ALL, FAST, prepared  # the model and options of the laws of one process
+from test_learn import ALL, FAST, prepared  # the model and options of the tests on one process
 
 WORKER = """
 import sys
@@ -42,11 +42,11 @@ CASES = {"fisher": "plain", "kl": "shard"}
 
 
 def learned(loss, *, shard=False):
-    """The rotations and losses of three steps, of a model that all processes share."""
+    """Rotations and losses after three steps, from the same model in every process."""
     through = replace(FAST, batch=2, steps=3, loss=loss)
     options = LearnOptions("end-to-end", baselines=2, shard=shard, end_to_end=through)
     model, *_ = prepared(dtype=torch.float64)
-    # No 4-bit cache: it makes numbers equal, and a tie for the largest has no one gradient.
+    # Without a 4-bit cache, which makes numbers equal: with a tie for the largest, the gradient is not unique.
     found = learn(model, parse_scheme("A4"), RotationSpec(ALL), tokens(8, 24), tokens(2, 24, seed=9), options)
     if shard:  # the outermost group, embedding and head, stays whole after a forward pass
         blocks = [parameter for parameter in model.model.layers.parameters()]
@@ -56,8 +56,8 @@ def learned(loss, *, shard=False):
     return {**{space: matrix(r) for space, r in found.rotations.items()}, "losses": losses}
 
 
-def test_two_processes_with_one_sample_are_one_with_two(tmp_path):
-    """Also where each keeps a half of the weights."""
+def test_two_processes_take_the_same_steps_as_one_process(tmp_path):
+    """Also if each process holds half of the weights."""
     run = run_together(WORKER, [Path(__file__).parent, tmp_path])
     assert run.returncode == 0, run.stderr[-3000:]
     for loss in CASES:
@@ -76,7 +76,7 @@ def rank_of(pid):
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found in /proc")
-def test_a_process_that_ends_is_named_and_the_command_goes_on(run, tmp_path):
+def test_a_killed_process_is_named_and_the_run_resumes_on_one_process(run, tmp_path):
     tiny_model("llama-tied", dtype=torch.float32).save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "spinquant"]
@@ -99,7 +99,7 @@ def test_a_process_that_ends_is_named_and_the_command_goes_on(run, tmp_path):
         job.kill()
     assert job.returncode != 0 and "error: process 1 of 2 ended before its work was done" in errors
     assert "Connection closed by peer" not in errors
-    code, _, errors = run(*command[command.index("learn") :])  # one process goes on with what two have begun
+    code, _, errors = run(*command[command.index("learn") :])  # one process resumes the run of two
     assert code == 0, errors
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 

@@ -62,7 +62,7 @@ def orthogonal(order, seed=0):
 # Descent
 
 
-def test_a_step_has_its_length_and_stays_on_the_group():
+def test_a_descent_step_has_length_lr_and_stays_orthogonal():
     r = orthogonal(12)
     skew = random(12, 12, seed=1)
     moved = cayley(r, skew * 0.3)
@@ -81,7 +81,7 @@ def test_a_step_has_its_length_and_stays_on_the_group():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("optimizer", "momentum"), [("sgd", 0.0), ("sgd", 0.9), ("adam", 0.0)])
-def test_descent_finds_a_rotation_and_never_leaves_the_group(optimizer, momentum, dtype):
+def test_descent_approaches_a_target_rotation_and_stays_orthogonal(optimizer, momentum, dtype):
     goal, start = orthogonal(16, 1).to(dtype), orthogonal(16, 2).to(dtype)
     goal[0] *= goal.det() * start.det()  # Cayley steps do not change the sign of the determinant
     descent = Descent({"r": start.clone()}, optimizer, momentum)
@@ -97,7 +97,7 @@ def test_descent_finds_a_rotation_and_never_leaves_the_group(optimizer, momentum
 
 
 @pytest.mark.parametrize("quantizer", [Quantizer(3), Quantizer(4, symmetric=True, clip=0.8)])
-def test_gradients_are_those_of_the_rotated_network(quantizer):
+def test_straight_through_gradients_equal_those_of_the_rotated_layer(quantizer):
     """Against autograd through the rotated input and the rotated weight, with the same straight-through rounding."""
     x, weight, start = random(7, 24).requires_grad_(), random(5, 24, seed=1), orthogonal(8, 3)
     target = random(7, 5, seed=4)
@@ -116,7 +116,7 @@ def test_gradients_are_those_of_the_rotated_network(quantizer):
 
 
 def quantized(name, spec, scheme):
-    """A rotated and quantized model, and the plain one that rounds as if it were."""
+    """A rotated and quantized model, and a plain one with its gains fused."""
     ids, model, plain = tokens(), tiny_model(name), tiny_model(name)
     plan = plan_of(model)
     made = make_rotations(plan, spec)
@@ -129,19 +129,19 @@ def quantized(name, spec, scheme):
 
 @pytest.mark.parametrize("scheme", ["A4KV4", "W4A4KV4", "A6"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_model_that_is_not_rotated_rounds_like_one_that_is(name, scheme):
+def test_rounding_in_an_unrotated_model_equals_a_rotated_and_quantized_model(name, scheme):
     scheme = parse_scheme(scheme, weight_clip=0.9)
     ids, plan, made, model, plain = quantized(name, RotationSpec(ALL, randomize=True), scheme)
     before = logits(plain, ids)
     with Float64Arithmetic(), rounding(plain, plan, made, scheme):
         assert torch.allclose(logits(plain, ids), logits(model, ids), atol=1e-9)
         assert not torch.allclose(logits(plain, ids), before, atol=1e-2)
-    assert torch.equal(logits(plain, ids), before), "nothing stays behind"
+    assert torch.equal(logits(plain, ids), before), "the model is restored"
 
 
 @pytest.mark.parametrize("quantizer", [Quantizer(3), Quantizer(4, symmetric=True), Quantizer(3, group_size=8)])
-def test_gradients_through_the_range(quantizer):
-    """Against autograd with errors that are the step, a function of the range, times a residue that is not."""
+def test_gradients_through_the_quantization_range_equal_autograd(quantizer):
+    """Against autograd, with errors written as the range, which has a gradient, times a constant residue."""
     x, start, target = random(7, 24), orthogonal(8, 3), random(7, 24, seed=4)
     skew = torch.zeros(8, 8, dtype=torch.float64, requires_grad=True)
     blocks = torch.block_diag(*[cayley(start, skew)] * 3)
@@ -161,11 +161,11 @@ def test_gradients_through_the_range(quantizer):
 
 @pytest.mark.parametrize(
     "quantizer",
-    # Of the last a rotation turns two groups at once.
+    # In the last case a block of the rotation covers two groups.
     [Quantizer(3), Quantizer(4, symmetric=True), Quantizer(3, group_size=8), Quantizer(3, group_size=4)],
 )
-def test_gradients_of_the_expected_cost(quantizer):
-    """Against autograd: 1/2 ||g||^2 ||e||^2 / n of every group, with errors that go with the range and g as it is."""
+def test_gradients_of_the_expected_cost_equal_autograd(quantizer):
+    """Against autograd: 1/2 ||g||^2 ||e||^2 / n per group, with errors proportional to the range and g constant."""
     x, start, g = random(7, 24), orthogonal(8, 3), random(7, 24, seed=4)
     skew = torch.zeros(8, 8, dtype=torch.float64, requires_grad=True)
     group = quantizer.group_size or 24
@@ -187,11 +187,11 @@ def test_gradients_of_the_expected_cost(quantizer):
     assert tally.take() == pytest.approx(float(cost.detach())) and tally.take() == 0.0
 
 
-@pytest.mark.parametrize(("size", "scale"), [(1, 1), (1e-6, 1), (1e-5, 1 / 256)])  # where products end in float16
+@pytest.mark.parametrize(("size", "scale"), [(1, 1), (1e-6, 1), (1e-5, 1 / 256)])  # products near float16's smallest
 @pytest.mark.parametrize("tally", [Tally(), None])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gradients_in_half_precision(dtype, tally, size, scale):
-    """Activations are rotated as they are, and the rotation's gradient is in float32: that of float64, about."""
+def test_gradients_in_half_precision_are_close_to_float64(dtype, tally, size, scale):
+    """Activations are rotated in their own dtype; the rotation's gradient is float32, and close to that of float64."""
     x, g, start = (scale * peaked(300, 64)).to(dtype), (size * random(300, 64, seed=4)).to(dtype), orthogonal(32, 3)
     found = []
     for kind, weight in ((dtype, start.float()), (torch.float64, start)):
@@ -200,21 +200,21 @@ def test_gradients_in_half_precision(dtype, tally, size, scale):
         (gradient,) = torch.autograd.grad(y, moving.skew, g.to(kind))
         assert y.dtype == kind and gradient.dtype == weight.dtype
         found += [y.double(), (gradient - gradient.T).double()]
-    # Some numbers fall on the other side of a half, which changes their errors' signs and not what errors cost.
+    # Some numbers round to the other neighbour, which changes the sign of their error but not its cost.
     flips = {torch.bfloat16: 0.35, torch.float16: 0.15}[dtype]
     assert (found[0] - found[2]).norm() < flips * (found[2] - x).norm()
     assert (found[1] - found[3]).norm() < (0.15 if tally else flips) * found[3].norm()
 
 
 def next_token_loss(model, ids):
-    """Without a cache: a packed one passes no gradients."""
+    """Cross-entropy without a KV cache, since a packed one passes no gradients."""
     found = model(ids, use_cache=False).logits[:, :-1]
     return torch.nn.functional.cross_entropy(found.flatten(0, 1), ids[:, 1:].flatten())
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_the_whole_network_s_gradients_are_those_of_trainable_parameters(name):
-    """`learnable.py` rotates every weight under autograd; here none is rotated."""
+def test_gradients_of_an_unrotated_network_equal_those_of_trainable_parameters(name):
+    """`learning/parametrization.py` rotates every weight under autograd; here none is rotated."""
     scheme, ids = parse_scheme("A4KV4"), tokens()
     model, plain = tiny_model(name), tiny_model(name)
     plan = plan_of(model)
@@ -241,7 +241,7 @@ def test_the_whole_network_s_gradients_are_those_of_trainable_parameters(name):
         assert expected.norm() > 1e-4
 
 
-def test_rounded_weights_have_gradients_too():
+def test_gradients_through_a_quantized_weight_equal_autograd():
     """Both sides of a weight are rotated: against autograd through the rotated and rounded weight."""
     weight, x, quantizer = random(12, 16), random(9, 16, seed=1), Quantizer(3, symmetric=True)
     left, right = orthogonal(6, 2), orthogonal(8, 3)
@@ -262,14 +262,14 @@ def test_rounded_weights_have_gradients_too():
 
 
 def peaked(rows, width, seed=0):
-    """Activations with a few large directions that no random rotation knows."""
+    """Activations with a few large directions, which a random rotation does not align with."""
     directions = orthogonal(width, seed + 1)
     return (random(rows, width, seed=seed) * torch.logspace(1.5, -1, width)) @ directions
 
 
 @pytest.mark.parametrize("objective", ["error", "whip", "kurtosis"])
 @pytest.mark.parametrize("solver", ["cayley", "qr"])
-def test_local_learning_lowers_the_error_of_rounding_on_other_rows(solver, objective):
+def test_local_learning_lowers_rounding_error_on_held_out_rows(solver, objective):
     sites = [ActivationSite("a", "residual", Quantizer(4), peaked(600, 32).float())]
     other = [replace(sites[0], rows=peaked(2000, 32)[600:].float())]
     start = {"residual": Orthogonal(orthogonal(32, 5))}
@@ -288,7 +288,7 @@ def test_local_learning_lowers_the_error_of_rounding_on_other_rows(solver, objec
     )
 
 
-def test_procrustes_never_raises_the_error_it_lowers():
+def test_procrustes_never_raises_the_rounding_error():
     sites = [ActivationSite("a", "residual", Quantizer(4), peaked(600, 32).float())]
     losses = []
     options = LocalOptions(solver="procrustes", steps=20)
@@ -297,7 +297,7 @@ def test_procrustes_never_raises_the_error_it_lowers():
     assert losses[-1] < 0.99 * losses[0]
 
 
-def test_massive_rows_count_as_much_as_the_user_says():
+def test_rows_with_massive_activations_get_the_given_weight():
     rows = peaked(400, 512).float() / 30
     rows[:4, 7] = 3000.0
     site = ActivationSite("a", "residual", Quantizer(4), rows)
@@ -305,8 +305,8 @@ def test_massive_rows_count_as_much_as_the_user_says():
     assert site.weights("uniform", 5.0).unique().tolist() == [1]
 
 
-def test_rows_are_drawn_by_what_they_cost():
-    """Against the definition, by autograd on a model of its own: rows, probabilities and the sum of them all."""
+def test_rows_are_sampled_in_proportion_to_their_weight():
+    """Against the definition, by autograd: the rows, their probabilities, and their total weight."""
     model, plan, _, names = prepared()
     ids = tokens(2, 12)
     generator = torch.Generator().manual_seed(3)
@@ -340,8 +340,8 @@ def test_rows_are_drawn_by_what_they_cost():
     assert site.share > 0.5 * float(costs[0].sum()) / ids.numel()
 
 
-def test_the_estimate_of_kl_is_about_what_rounding_costs():
-    """Small errors, where second order is enough; the draws leave some noise."""
+def test_predicted_kl_is_close_to_measured_kl():
+    """At 8 bits, where errors are small enough for second order; sampling leaves some noise."""
     model, plan, made, names = prepared()
     scheme, ids = parse_scheme("A8KV8"), tokens(6, 20)
     generator = torch.Generator().manual_seed(0)
@@ -359,7 +359,7 @@ def test_the_estimate_of_kl_is_about_what_rounding_costs():
     assert 0.6 * found < estimate < 1.7 * found, (estimate, found)
 
 
-def test_drawing_rows_leaves_nothing_and_checkpointing_changes_nothing():
+def test_sampling_by_weight_restores_the_model_and_checkpointing_gives_the_same_rows():
     model, plan, _, names = prepared()
     before = {p: p.requires_grad for p in model.parameters()}
     sites = collect_by_weight(
@@ -382,7 +382,7 @@ def test_drawing_rows_leaves_nothing_and_checkpointing_changes_nothing():
         assert torch.equal(one.rows, other.rows) and one.share == pytest.approx(other.share)
 
 
-def test_sites_are_what_the_quantizers_see():
+def test_captured_rows_are_the_inputs_of_the_quantizers():
     model, ids = tiny_model("llama"), tokens(4, 20)
     plan = plan_of(model)
     made = make_rotations(plan, RotationSpec(ALL))
@@ -409,7 +409,7 @@ def test_sites_are_what_the_quantizers_see():
 
 def prepared(name="llama", spec=None, dtype=torch.float32):
     model = tiny_model(name, dtype=dtype)
-    with torch.no_grad():  # two strong directions: a random rotation spreads them, and leaves something to be learned
+    with torch.no_grad():  # two strong directions, which a learned rotation spreads better than a random one
         directions = random(2, 48, seed=7).to(dtype)
         model.model.embed_tokens.weight += random(256, 2, seed=8).to(dtype) @ directions
     plan = plan_of(model)
@@ -441,7 +441,7 @@ def kl_of(rotations, ids):
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_learning_end_to_end_lowers_the_loss(loss, optimizer):
+def test_end_to_end_learning_lowers_loss_and_kl(loss, optimizer):
     options = replace(FAST, steps=40, batch=16, lr=0.6, loss=loss, optimizer=optimizer)
     ids = tokens(16, 24)
     learned, history = run(options, ids=ids)
@@ -465,17 +465,17 @@ def test_half_precision_models_learn_rotations_in_float32(dtype, loss):
 
 
 @pytest.mark.parametrize("change", [{"micro_batch": 1}, {"checkpointing": True}])
-def test_how_a_step_is_computed_does_not_change_it(change):
-    # No 4-bit cache here: it makes numbers equal, and a tie for the largest has no one gradient.
+def test_micro_batches_and_checkpointing_do_not_change_the_steps(change):
+    # Without a 4-bit cache, which makes numbers equal: with a tie for the largest, the gradient is not unique.
     short = replace(FAST, steps=4)
-    with nullcontext() if "checkpointing" in change else Float64Arithmetic():  # which recomputing would not see
+    with nullcontext() if "checkpointing" in change else Float64Arithmetic():  # recomputing would not be float64
         plain = run(short, scheme=parse_scheme("A4"), dtype=torch.float64)[0]
         changed = run(replace(short, **change), scheme=parse_scheme("A4"), dtype=torch.float64)[0]
     for space, r in plain.items():
         torch.testing.assert_close(changed[space], r, atol=1e-9, rtol=0)
 
 
-def test_checkpointing_computes_blocks_twice_and_leaves_nothing():
+def test_checkpointing_recomputes_blocks_and_restores_the_model():
     model, plan, made, names = prepared()
     block, calls = model.model.layers[1], []
     handle = block.self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -488,7 +488,7 @@ def test_checkpointing_computes_blocks_twice_and_leaves_nothing():
     assert not model.is_activation_checkpointing and not any(module.training for module in model.modules())
 
 
-def test_weights_are_rounded_while_learning_when_asked():
+def test_weights_are_quantized_during_learning_only_if_asked_for():
     learned, _ = run(replace(FAST, steps=3, weights=True), scheme=parse_scheme("W3A4"))
     other, _ = run(replace(FAST, steps=3), scheme=parse_scheme("W3A4"))
     assert not torch.allclose(learned["residual"], other["residual"], atol=1e-3)
@@ -509,7 +509,7 @@ def kill_after(steps):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, optimizer):
+def test_a_killed_end_to_end_run_resumes_to_the_same_bits(tmp_path, optimizer):
     options = replace(FAST, optimizer=optimizer, momentum=0.5 if optimizer == "sgd" else 0.0)
     whole, history = run(options)
     with pytest.raises(Killed):
@@ -520,16 +520,16 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, optimizer):
     again, resumed = run(
         options, pieces=Pieces(tmp_path / "state", ["a"]), report=lambda step: numbers.append(step.number)
     )
-    assert numbers == list(range(6, 13)), "goes on, not anew"
+    assert numbers == list(range(6, 13)), "the run resumes, and does not start again"
     assert [step.loss for step in resumed] == [step.loss for step in history]
     for space, r in whole.items():
         assert torch.equal(again[space], r), space
-    assert Pieces(tmp_path / "state", ["b"], writes=False).load("end-to-end") is None, "other settings start anew"
+    assert Pieces(tmp_path / "state", ["b"], writes=False).load("end-to-end") is None, "other settings do not resume"
     assert Pieces(tmp_path / "state", ["b"]).load("end-to-end") is None and not (tmp_path / "state").exists()
 
 
 @pytest.mark.parametrize("solver", ["cayley", "qr", "procrustes"])
-def test_a_killed_local_run_goes_on_to_the_same_bits(tmp_path, solver):
+def test_a_killed_local_run_resumes_to_the_same_bits(tmp_path, solver):
     sites = [ActivationSite(n, n, Quantizer(4), peaked(200, 32, seed).float()) for n, seed in (("a", 0), ("b", 5))]
     start = {name: Orthogonal(orthogonal(32, 5)) for name in "ab"}
     own = {} if solver == "procrustes" else {"lr": 0.1, "batch": 64}
@@ -551,23 +551,23 @@ def test_a_killed_local_run_goes_on_to_the_same_bits(tmp_path, solver):
         assert torch.equal(matrix(again[space]), matrix(whole[space]))
 
 
-def test_the_same_seed_gives_the_same_rotation_and_another_one_does_not():
+def test_equal_seeds_give_equal_rotations_and_other_seeds_do_not():
     first, second, third = run(seed=1)[0], run(seed=1)[0], run(seed=2)[0]
     assert all(torch.equal(first[space], second[space]) for space in first)
     assert not torch.equal(first["residual"], third["residual"])
 
 
-def test_every_sample_is_seen_once_before_any_is_seen_again():
+def test_every_epoch_is_a_permutation_of_all_samples():
     rows = torch.cat([_rows_of(step, 10, 4, seed=3) for step in range(10)])
     for epoch in rows.view(4, 10):
         assert sorted(epoch.tolist()) == list(range(10))
     assert not torch.equal(rows[:10], rows[10:20])
 
 
-# The whole story
+# `learn` as a whole
 
 
-STORY = LearnOptions(
+OPTIONS = LearnOptions(
     method="local+end-to-end",
     baselines=3,
     local=LocalOptions(steps=30, rows=64, batch=32),
@@ -575,14 +575,14 @@ STORY = LearnOptions(
 )
 
 
-def story(options=STORY, spec=None, scheme="W4A4KV4", **more):
+def run_learn(options=OPTIONS, spec=None, scheme="W4A4KV4", **more):
     model, *_ = prepared()
     spec = spec or RotationSpec(ALL)
     return model, learn(model, parse_scheme(scheme), spec, tokens(16, 24), tokens(4, 24, seed=9), options, **more)
 
 
-def test_what_is_kept_has_the_least_kl_on_held_out_text():
-    _, learned = story()
+def test_the_selected_candidate_has_the_lowest_kl_on_held_out_text():
+    _, learned = run_learn()
     scores = {name: score["kl"] for name, score in learned.record["scores"].items()}
     assert set(scores) == {"16-bit", "random 0", "random 1", "random 2", "scaled", "local", "local+end-to-end"}
     assert learned.kept == min((n for n in scores if n != "16-bit"), key=scores.get)
@@ -590,7 +590,7 @@ def test_what_is_kept_has_the_least_kl_on_held_out_text():
     assert learned.spec.type_of("R1") == "random-matrix" and learned.spec.type_of("R4") == "random-hadamard"
     errors = learned.record["errors"]
     assert sum(errors["after"].values()) < 0.9 * sum(errors["before"].values())
-    # The rotated and quantized model does what was judged: 16-bit weights, the clip ratios of the record.
+    # The rotated and quantized model has the KL that was recorded, with 16-bit weights and the recorded clip ratios.
     clips = learned.record["clips"][learned.kept]
     scheme = parse_scheme("A4KV4", activation_clip=clips["activations"], kv_clip=clips["kv"])
     plain, *_ = prepared()
@@ -602,8 +602,8 @@ def test_what_is_kept_has_the_least_kl_on_held_out_text():
     assert abs(kl - scores[learned.kept]) < 0.02 * kl
 
 
-def test_some_of_the_learned_rotations_can_be_taken():
-    model, learned = story()
+def test_a_subset_of_the_learned_rotations_can_be_used():
+    model, learned = run_learn()
     some = learned.only(("R1", "R2"))
     plan = plan_of(model)
     assert set(some.rotations) == {s.name for s in plan.spaces if s.rotation in ("R1", "R2")}
@@ -618,16 +618,16 @@ def test_some_of_the_learned_rotations_can_be_taken():
         replace(learned, record={}).only(("R1",))
 
 
-def test_every_method_says_what_rounding_cost_before_and_after():
+def test_every_method_records_rounding_errors_before_and_after():
     for method in ("local", "end-to-end"):
-        _, learned = story(replace(STORY, method=method))
+        _, learned = run_learn(replace(OPTIONS, method=method))
         errors = learned.record["errors"]
         assert set(errors["before"]) == set(errors["after"]) and len(errors["before"]) > 9
         assert sum(errors["after"].values()) < sum(errors["before"].values())
 
 
-def test_what_leads_is_judged_with_clip_ratios_of_its_own():
-    """So the best of the random rotations has what whatever learning makes of it has."""
+def test_the_best_random_candidate_is_scored_with_clip_ratios_of_its_own():
+    """So the best of the random rotations is compared with learned ones on equal terms."""
     scheme, windows, held_out = parse_scheme("A4KV4"), tokens(16, 24)[:CLIP_WINDOWS], tokens(4, 24, seed=9)
     model, plan, *_ = prepared()
     differing = 0
@@ -641,89 +641,95 @@ def test_what_leads_is_judged_with_clip_ratios_of_its_own():
         scores = score_candidates(model, plan, both, scheme, held_out)
         differing += both["0"].scheme(scheme) != both["1"].scheme(scheme) and scores["1"].kl < scores["0"].kl
         assert selection.scores[selection.leader].kl == pytest.approx(min(scores["0"].kl, scores["1"].kl))
-    assert differing, "take other seeds: ratios of its own were never better"
+    assert differing, "use other seeds: own clip ratios were never better"
 
 
-def test_a_learned_rotation_that_loses_is_not_kept():
-    # One wild step is no more than another random rotation, and here are thirty of those.
-    bad = replace(STORY, method="end-to-end", baselines=30, end_to_end=replace(FAST, steps=1, batch=1, lr=6.0))
-    _, learned = story(bad)
+def test_a_learned_rotation_worse_than_random_is_not_selected():
+    # After one very long step the rotation is as good as random, and the best of thirty random ones is better.
+    bad = replace(OPTIONS, method="end-to-end", baselines=30, end_to_end=replace(FAST, steps=1, batch=1, lr=6.0))
+    _, learned = run_learn(bad)
     assert learned.kept.startswith("random") and not learned.record["learned"]
     assert learned.spec.type_of("R1") == "random-hadamard"
     assert "end-to-end" in learned.record["scores"]
 
 
 @pytest.mark.parametrize(("method", "length"), [("end-to-end", FROM_RANDOM), ("local+end-to-end", FROM_LOCAL)])
-def test_the_record_says_how_long_the_steps_were(method, length):
-    options = replace(STORY, method=method, end_to_end=replace(FAST, steps=1, batch=4, lr=None))
-    _, learned = story(options)
+def test_the_record_states_the_step_length_that_was_used(method, length):
+    options = replace(OPTIONS, method=method, end_to_end=replace(FAST, steps=1, batch=4, lr=None))
+    _, learned = run_learn(options)
     assert "local" not in method or learned.record["scores"]["local"]["kl"] == min(
         score["kl"] for name, score in learned.record["scores"].items() if name not in ("16-bit", method)
     )
     assert learned.record["options"]["end_to_end"]["lr"] == length
 
 
-def test_auto_goes_on_only_where_local_loses():
-    _, learned = story(replace(STORY, method="random"))
+def test_method_auto_learns_end_to_end_only_if_local_does_not_lead():
+    _, learned = run_learn(replace(OPTIONS, method="random"))
     assert learned.kept.startswith("random") and not learned.record["steps"]
-    _, learned = story(replace(STORY, method="auto"))
+    _, learned = run_learn(replace(OPTIONS, method="auto"))
     assert "local" in learned.record["scores"] and "local+end-to-end" not in learned.record["scores"]
-    weak = replace(STORY, method="auto", baselines=30, local=replace(STORY.local, steps=1, lr=40.0))
-    _, learned = story(weak)
+    weak = replace(OPTIONS, method="auto", baselines=30, local=replace(OPTIONS.local, steps=1, lr=40.0))
+    _, learned = run_learn(weak)
     assert "local+end-to-end" in learned.record["scores"]
 
 
-def test_signs_of_online_rotations_are_searched_layer_by_layer():
-    _, learned = story(replace(STORY, method="local", signs=8))
+def test_random_signs_of_online_rotations_are_selected_per_layer():
+    _, learned = run_learn(replace(OPTIONS, method="local", signs=8))
     signs = [learned.rotations[f"layers.{i}.hidden"].signs for i in range(3)]
     assert not torch.equal(signs[0], signs[1])
     assert "random signs" in learned.record["scores"]
-    # The best of the draws and of what was there before, on the rows that were sampled.
+    # The best of the random signs and the initial ones, on the sampled rows.
     model, plan, made, _ = prepared(spec=RotationSpec(ALL))
     spaces = [space.name for space in plan.spaces_of("R4")]
     sites = collect(model, plan, spaces, SCHEME, tokens(16, 24), rows=64, generator=torch.Generator())
-    chosen = _with_signs(plan, made, sites, replace(STORY, signs=8), {})
+    chosen = _with_signs(plan, made, sites, replace(OPTIONS, signs=8), {})
     before, after = rounding_errors(sites, made), rounding_errors(sites, chosen)
     assert all(after[name] <= before[name] for name in before) and sum(after.values()) < sum(before.values())
 
 
 def test_blocks_of_r4_and_r3_are_learned():
     spec = RotationSpec(ALL, "random-hadamard", {"R4": 16})
-    options = replace(STORY, method="local", rotations=("R1", "R2", "R3", "R4"))
-    _, learned = story(options, spec)
+    options = replace(OPTIONS, method="local", rotations=("R1", "R2", "R3", "R4"))
+    _, learned = run_learn(options, spec)
     assert learned.record["learned"]
     assert matrix(learned.rotations["layers.0.hidden"]).shape == (16, 16)
     assert learned.spec.block_of("R4") == 16 and learned.spec.type_of("R3") == "random-matrix"
 
 
-def test_what_was_judged_is_not_judged_again(tmp_path, monkeypatch):
-    """A run that goes on takes scores and clip ratios as they were found; one with other text does not."""
+def test_scores_are_reused_on_resume_unless_the_text_differs(tmp_path, monkeypatch):
+    """A resumed run reuses scores and clip ratios; a run with other held-out text does not."""
     from spinquant.learning import selection as module
 
-    _, whole = story(store=tmp_path)
+    _, whole = run_learn(store=tmp_path)
     calls = []
     real = module.score_candidates
     monkeypatch.setattr(module, "score_candidates", lambda *a, **k: calls.append(a) or real(*a, **k))
-    _, again = story(store=tmp_path)
+    _, again = run_learn(store=tmp_path)
     assert not calls and again.kept == whole.kept and again.record["scores"] == whole.record["scores"]
     model, *_ = prepared()
     learn(
-        model, parse_scheme("W4A4KV4"), RotationSpec(ALL), tokens(16, 24), tokens(4, 24, seed=4), STORY, store=tmp_path
+        model,
+        parse_scheme("W4A4KV4"),
+        RotationSpec(ALL),
+        tokens(16, 24),
+        tokens(4, 24, seed=4),
+        OPTIONS,
+        store=tmp_path,
     )
     assert len(calls) >= 4
 
 
-def test_a_killed_story_goes_on_to_the_same_result(tmp_path):
-    _, whole = story()
+def test_a_killed_learn_resumes_to_the_same_result(tmp_path):
+    _, whole = run_learn()
 
     def kill(name, step, steps):
         if step.number == 7:
             raise Killed
 
     with pytest.raises(Killed):
-        story(store=tmp_path, watch=Watch(step=kill))
+        run_learn(store=tmp_path, watch=Watch(step=kill))
     numbers = []
-    _, again = story(store=tmp_path, watch=Watch(step=lambda name, step, steps: numbers.append(step.number)))
+    _, again = run_learn(store=tmp_path, watch=Watch(step=lambda name, step, steps: numbers.append(step.number)))
     assert numbers == [6, 7, 8, 9, 10]
     for key in ("scores", "clips", "steps", "local_steps", "errors"):
         drop = {"tokens_per_second"} if key == "steps" else set()
@@ -734,33 +740,33 @@ def test_a_killed_story_goes_on_to_the_same_result(tmp_path):
         assert torch.equal(matrix(again.rotations[space]), matrix(rotation))
 
 
-def test_what_makes_no_sense_is_refused():
+def test_requests_that_learning_cannot_serve_are_refused():
     with pytest.raises(LearningError, match="cannot learn R2"):
-        story(replace(STORY, rotations=("R1", "R2")), RotationSpec("R1"))
+        run_learn(replace(OPTIONS, rotations=("R1", "R2")), RotationSpec("R1"))
     with pytest.raises(LearningError, match="quantizes nothing that it rotates"):
-        story(replace(STORY, rotations=("R1", "R3")), scheme="W4A4")
+        run_learn(replace(OPTIONS, rotations=("R1", "R3")), scheme="W4A4")
     with pytest.raises(LearningError, match="neither activations"):
-        story(scheme="W4A16")
+        run_learn(scheme="W4A16")
     with pytest.raises(LearningError, match="quantizes nothing"):
-        story(scheme="none")
-    weighing = replace(STORY, method="local", end_to_end=replace(FAST, weights=True))
+        run_learn(scheme="none")
+    weighing = replace(OPTIONS, method="local", end_to_end=replace(FAST, weights=True))
     with pytest.raises(LearningError, match="--method end-to-end"):
-        story(weighing, scheme="W4A16")
+        run_learn(weighing, scheme="W4A16")
     with pytest.raises(LearningError, match="--signs would have no effect"):
-        story(replace(STORY, signs=4), RotationSpec("R1,R2"))
+        run_learn(replace(OPTIONS, signs=4), RotationSpec("R1,R2"))
     with pytest.raises(LearningError, match="--scales would have no effect"):
-        story(replace(STORY, scales=True), RotationSpec("R1,R2"))
+        run_learn(replace(OPTIONS, scales=True), RotationSpec("R1,R2"))
     with pytest.raises(LearningError, match="--micro-batch"):
         replace(FAST, batch=4, micro_batch=8)
     plan = plan_of(tiny_model("llama"))
     wide = replace(plan, spaces=tuple(replace(s, size=1024) if s.rotation == "R4" else s for s in plan.spaces))
     with pytest.raises(LearningError, match="--block-size"):
-        learned_spaces(wide, RotationSpec(ALL), SCHEME, replace(STORY, rotations=("R4",)))
+        learned_spaces(wide, RotationSpec(ALL), SCHEME, replace(OPTIONS, rotations=("R4",)))
     with pytest.raises(LearningError, match="method"):
-        replace(STORY, method="best")
+        replace(OPTIONS, method="best")
 
 
-def test_what_cannot_be_learned_is_refused():
+def test_invalid_or_unused_options_are_refused():
     for bad in ({"loss": "mse"}, {"schedule": "warm"}, {"steps": 0}, {"momentum": 1.0}):
         with pytest.raises(LearningError):
             replace(FAST, **bad)

@@ -1,3 +1,5 @@
+"""SpinQuantModifier: equal to `rotate`, trainable rotations, mappings, transform configs, and its lifecycle."""
+
 import re
 import sys
 from types import SimpleNamespace
@@ -46,7 +48,7 @@ def same(a, b):
 
 
 def unchanged(model, act):
-    """The error of an action that must leave the model as it was."""
+    """The error message of an action, which must not change the model."""
     before = weights(model)
     with pytest.raises((RotationError, ArchitectureError)) as caught:
         act()
@@ -54,7 +56,7 @@ def unchanged(model, act):
     return str(caught.value)
 
 
-# --- one implementation ---
+# --- the same as `rotate` ---
 
 
 @pytest.mark.parametrize(
@@ -69,7 +71,7 @@ def unchanged(model, act):
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_its_result_is_that_of_rotate_bit_for_bit(options, dtype):
+def test_apply_equals_rotate_bit_for_bit(options, dtype):
     ours, plain, ids = tiny_model("qwen2", dtype=dtype), tiny_model("qwen2", dtype=dtype), tokens()
     modifier = SpinQuantModifier(**options)
     modifier.apply(ours)
@@ -86,7 +88,7 @@ def test_its_result_is_that_of_rotate_bit_for_bit(options, dtype):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_mappings_and_configs_say_what_the_table_says(name):
+def test_inferred_mappings_and_generated_config_reproduce_the_table(name):
     """Inferred mappings give the table's plan; mappings and the generated config give the same model bit for bit."""
     options = {"rotations": ALL, "transform_type": "random-hadamard", "randomize": True, "seed": 2}
     model = tiny_model(name)
@@ -124,7 +126,7 @@ def test_the_function_is_unchanged_at_every_stage(kind, block, learnable):
     assert torch.allclose(logits(model, ids), before, atol=1e-9)
 
 
-def test_precision_is_that_of_online_rotations_too():
+def test_precision_applies_to_online_rotations():
     model = tiny_model("llama", dtype=torch.float32)
     exact = tiny_model("llama", dtype=torch.float64)
     rough = tiny_model("llama", dtype=torch.float32)
@@ -147,7 +149,7 @@ def test_saved_folders_load_bit_for_bit(tmp_path, precision):
     assert torch.equal(logits(load(tmp_path / "out"), ids), logits(model, ids))
 
 
-def test_quantized_models_rotate_in_the_precision_too(tmp_path):
+def test_precision_applies_to_online_rotations_of_quantized_models(tmp_path):
     model, ids = tiny_model("llama", dtype=torch.float32), tokens()
     result = quantize(model, "W8A8", RotationSpec(ALL), options=Options(precision=torch.bfloat16))
     assert {r["precision"] for r in model.config.quantization_config.rotations} == {"bfloat16"}
@@ -158,19 +160,19 @@ def test_quantized_models_rotate_in_the_precision_too(tmp_path):
 # --- learnable rotations ---
 
 
-def peaks(x):
+def kurtosis(x):
     return (x**4).mean() / (x**2).mean() ** 2
 
 
 def loss_of(model, ids):
-    """How peaked rotated things are: hidden states (R1), values (R2), cached keys (R3), the down projection (R4)."""
+    """Kurtosis of what R1 to R4 rotate: hidden states, values, cached keys, the down projection."""
     out = model(input_ids=ids, output_hidden_states=True, use_cache=True)
     layer = model.model.layers[1]
     return (
-        peaks(out.hidden_states[1])
-        + peaks(layer.self_attn.v_proj.weight)
-        + peaks(out.past_key_values.layers[1].keys)
-        + peaks(layer.mlp.down_proj.weight)
+        kurtosis(out.hidden_states[1])
+        + kurtosis(layer.self_attn.v_proj.weight)
+        + kurtosis(out.past_key_values.layers[1].keys)
+        + kurtosis(layer.mlp.down_proj.weight)
     )
 
 
@@ -186,7 +188,7 @@ def learned_matrices(model):
         lambda parameters: torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.1),
     ],
 )
-def test_any_optimizer_learns_and_keeps_rotations_orthogonal(optimizer, randomize):
+def test_any_optimizer_trains_rotations_and_keeps_them_orthogonal(optimizer, randomize):
     model, ids = tiny_model("qwen2"), tokens()
     before = logits(model, ids)
     losses, learned = [], {}
@@ -215,13 +217,13 @@ def test_any_optimizer_learns_and_keeps_rotations_orthogonal(optimizer, randomiz
     assert torch.allclose(logits(model, ids), before, atol=1e-9)
     assert torch.equal(matrix(result.rotations["residual"]), learned["R1"])
     assert abs(loss_of(model, ids).item() - losses[-1]) < 0.1 * losses[-1]  # what was learned is what is fused
-    # Nothing of the learning is left: a model that is given the learned rotations by hand is the same.
+    # No trace of training is left in the model.
     plain = tiny_model("qwen2")
     assert {n: p.requires_grad for n, p in model.named_parameters()} == {n: True for n, _ in plain.named_parameters()}
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
 
 
-def test_gradients_accumulate_and_parts_can_be_frozen():
+def test_gradients_accumulate_and_saving_is_refused_during_training():
     """Several backward passes between steps, and gradients equal to finite differences."""
     model, ids = tiny_model("llama"), tokens()
     model.model.norm.weight.requires_grad_(False)
@@ -231,7 +233,7 @@ def test_gradients_accumulate_and_parts_can_be_frozen():
     skew = model.spinquant_learned["R1"].skew
 
     def loss():
-        return peaks(model(input_ids=ids, output_hidden_states=True).hidden_states[1])
+        return kurtosis(model(input_ids=ids, output_hidden_states=True).hidden_states[1])
 
     with Float64Arithmetic():
         one, two = loss(), loss()
@@ -253,8 +255,8 @@ def test_gradients_accumulate_and_parts_can_be_frozen():
     assert not model.model.norm.weight.requires_grad and model.lm_head.weight.requires_grad
 
 
-def test_a_rotation_that_is_learned_is_a_rotation():
-    """Applied along any axis, block by block, forth and back, as the value that it freezes to is."""
+def test_a_rotation_in_training_applies_like_its_frozen_value():
+    """Along any axis, block by block, in both directions."""
     module = LearnableRotation(Hadamard(4), torch.float64, torch.device("cpu"))
     with torch.no_grad():
         module.skew.normal_(generator=torch.Generator().manual_seed(0))
@@ -268,8 +270,8 @@ def test_a_rotation_that_is_learned_is_a_rotation():
         assert torch.allclose(learned.apply(found, dim=dim), x)
 
 
-def test_unlearned_rotations_are_those_of_rotate():
-    """Without a step of training, learnable=True gives what it would have given without."""
+def test_learnable_rotations_without_a_step_equal_fixed_ones():
+    """Without a training step, learnable=True gives the same weights as learnable=False."""
     learned, plain = tiny_model("llama"), tiny_model("llama")
     options = {"rotations": ALL, "transform_type": "random-matrix"}
     modifier, state = SpinQuantModifier(**options, learnable=True), SimpleNamespace(model=learned)
@@ -282,7 +284,7 @@ def test_unlearned_rotations_are_those_of_rotate():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_was_learned_in_low_precision_is_orthogonal(dtype):
+def test_rotations_trained_in_low_precision_are_orthogonal(dtype):
     model, ids = tiny_model("llama", dtype=dtype), tokens()
     before = logits(model, ids).float()
 
@@ -301,15 +303,15 @@ def test_what_was_learned_in_low_precision_is_orthogonal(dtype):
 
 
 def test_compressed_tensors_need_not_be_installed(monkeypatch):
-    """Its transform configs are understood all the same, in the form of a dict."""
-    monkeypatch.setitem(sys.modules, "compressed_tensors", None)  # to import it is an error
+    """Transform configs are read without it, from a dict."""
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)  # importing it raises
     first, model, again = SpinQuantModifier(rotations=ALL), tiny_model("llama"), tiny_model("llama")
     first.apply(model)
     SpinQuantModifier(transform_config=first.transform_config.model_dump()).apply(again)
     assert same(weights(again), weights(model))
 
 
-def test_one_group_can_be_learned():
+def test_a_single_group_can_be_trained():
     first = SpinQuantModifier(rotations="R1,R2")
     first.apply(tiny_model("llama"))
     config = first.transform_config.model_dump()
@@ -349,7 +351,7 @@ def everything(model_name="llama"):
     return {"mappings": infer_mapping(plan), "norm_mappings": infer_norm_mappings(plan)}
 
 
-def test_a_mapping_takes_the_place_of_a_table(no_table_for_gemma):
+def test_complete_mappings_replace_a_table(no_table_for_gemma):
     """Gemma: no table here, norms that multiply by 1 + weight, a scaled embedding that is a class of its own."""
     model, ids = gemma(), tokens()
     before = logits(model, ids)
@@ -364,7 +366,7 @@ def test_a_mapping_takes_the_place_of_a_table(no_table_for_gemma):
     assert same(weights(again), weights(model))
 
 
-def test_incomplete_mappings_do_not_take_the_place_of_a_table(no_table_for_gemma):
+def test_incomplete_mappings_do_not_replace_a_table(no_table_for_gemma):
     given = everything()
     given["mappings"] = given["mappings"].model_copy(update={"attn_o": None, "mlp_in": None})
     model = gemma()
@@ -384,8 +386,8 @@ def test_a_layer_norm_is_refused():
     assert "only an RMSNorm" in unchanged(model, lambda: SpinQuantModifier(**given).apply(model))
 
 
-def test_users_mappings_are_used():
-    """R4 in the layer that the mapping names, and nowhere else; the rest is inferred."""
+def test_given_mappings_are_used():
+    """R4 only in the layer that the mapping names; the other roles are inferred."""
     model, plain, ids = tiny_model("llama"), tiny_model("llama"), tokens()
     name = "model.layers.1.mlp.down_proj"
     modifier = SpinQuantModifier(rotations="R4", mappings={"mlp_out": name}, transform_type="random-hadamard")
@@ -497,8 +499,8 @@ ATTENTION, O_PROJ, GATE = "re:.*self_attn$", "re:.*o_proj$", "re:.*gate_proj$"
     ],
 )
 @pytest.mark.parametrize("learnable", [False, True])
-def test_configs_of_the_users_own(groups, learnable):
-    """Online rotations of any linear's input included; the function stays, the weights do not."""
+def test_custom_configs_keep_the_function(groups, learnable):
+    """Also with online rotations of any linear's input; only the expected weights change."""
     model, plain, ids = tiny_model("llama"), tiny_model("llama"), tokens()
     config = config_of(**groups)
     for scheme in config["config_groups"].values():
@@ -511,13 +513,13 @@ def test_configs_of_the_users_own(groups, learnable):
     turned = {n for n, p in plain.named_parameters() if not torch.equal(p, model.get_parameter(n))}
     expected = {axis.tensor for axis in result.plan.axes if axis.space in result.rotations}
     assert turned == expected
-    if not turned:  # R3: it shows in the cached keys
+    if not turned:  # R3 changes no weight, but the cached keys
         with torch.no_grad():
             keys = [m(input_ids=ids).past_key_values.layers[0].keys for m in (plain, model)]
         assert torch.allclose(result.rotations["layers.0.query_key"].apply(keys[0]), keys[1], atol=1e-9)
 
 
-def test_precision_of_a_group_is_that_of_its_online_rotation():
+def test_precision_of_a_group_applies_to_its_online_rotation():
     found = []
     for precision in ("float32", "bfloat16"):
         config = config_of(a=[([O_PROJ], "input", False), ([O_PROJ], "weight_input", True)])
@@ -529,7 +531,7 @@ def test_precision_of_a_group_is_that_of_its_online_rotation():
 
 
 def test_inverse_is_the_transpose():
-    """v_proj rotated with R and with R^T, by one seed."""
+    """v_proj rotated by R and by R^T, with the same seed."""
     found = []
     for inverse in (False, True):
         model = tiny_model("llama")
@@ -539,7 +541,7 @@ def test_inverse_is_the_transpose():
     assert torch.allclose(found[0], found[1].T) and not torch.allclose(found[0], found[1])
 
 
-def test_folders_that_could_not_say_where_rotations_go_are_refused(tmp_path):
+def test_saving_a_custom_online_rotation_is_refused(tmp_path):
     model = tiny_model("llama")
     groups = {"a": [([O_PROJ], "input", False), ([O_PROJ], "weight_input", True)]}
     result = SpinQuantModifier(transform_config=config_of(**groups)).apply(model)
@@ -585,7 +587,7 @@ def test_configs_that_would_change_the_function_are_refused(groups, message):
     assert re.search(message, found), found
 
 
-def test_blocks_and_randomize_of_configs():
+def test_configs_with_invalid_block_size_or_randomize_are_refused():
     places = [(["re:.*v_proj$"], "weight_output", False), ([O_PROJ], "weight_input", True)]
     model, config = tiny_model("llama"), config_of(m=places)
     config["config_groups"]["m"]["head_dim"] = 5
@@ -597,7 +599,7 @@ def test_blocks_and_randomize_of_configs():
 # --- fields and lifecycle ---
 
 
-def test_fields():
+def test_fields_are_parsed_and_validated():
     assert SpinQuantModifier().rotations == ["R1", "R2"]
     assert SpinQuantModifier().transform_type == "hadamard" and SpinQuantModifier().precision == torch.float64
     assert SpinQuantModifier(rotations=iter(["r4", "R1"])).rotations == ["R1", "R4"]
@@ -616,7 +618,7 @@ def test_fields():
             SpinQuantModifier(**options)
 
 
-def test_dumps_round_trip():
+def test_model_dump_round_trips():
     modifier = SpinQuantModifier(
         rotations="R1,R4",
         transform_type="random-hadamard",
@@ -636,7 +638,7 @@ class Event:
 
 
 @pytest.mark.parametrize("names", [("on_start",), ("on_calibration_start",), ("on_calibration_start", "on_start")])
-def test_both_names_of_the_start_do_the_work_once(names):
+def test_start_hooks_rotate_only_once(names):
     model, plain = tiny_model("llama"), tiny_model("llama")
     state, modifier = SimpleNamespace(model=model), SpinQuantModifier(rotations="R1,R4")
     assert modifier.on_initialize(state) is True
@@ -649,7 +651,7 @@ def test_both_names_of_the_start_do_the_work_once(names):
     assert same(weights(model), weights(plain))
 
 
-def test_training_events():
+def test_batch_events_start_and_end_at_the_given_steps():
     """A modifier that starts at step 2 and ends at step 4."""
     model = tiny_model("llama")
     before, state = weights(model), SimpleNamespace(model=model)
@@ -666,7 +668,7 @@ def test_training_events():
     assert started.started_
 
 
-def test_the_lifecycle_out_of_order_is_refused():
+def test_lifecycle_calls_out_of_order_are_refused():
     model = tiny_model("llama")
     state, modifier = SimpleNamespace(model=model), SpinQuantModifier()
     for act in (
@@ -681,7 +683,7 @@ def test_the_lifecycle_out_of_order_is_refused():
     assert "initialized already" in unchanged(model, lambda: modifier.initialize(state))
     assert "before it was started" in unchanged(model, lambda: modifier.finalize(state))
     modifier.on_start(state)
-    modifier.finalize(model)  # a model stands for itself, though it has a `.model` of its own
+    modifier.finalize(model)  # a model can be passed as the state, though it has a `.model` of its own
     assert "finalized already" in unchanged(model, lambda: modifier.finalize(state))
 
 
@@ -694,8 +696,8 @@ def test_a_rotated_model_and_an_attention_without_r3_are_refused():
     assert "attention implementation" in unchanged(other, lambda: SpinQuantModifier(rotations="R3").apply(other))
 
 
-def test_plans_stay_data():
-    """What a config makes of a plan compares and prints as any plan does."""
+def test_plans_from_configs_compare_equal():
+    """Two models with equal configs have equal plans."""
     groups = {"a": [([GATE], "input", False), ([GATE], "weight_input", True)]}
     one, two = (SpinQuantModifier(transform_config=config_of(**groups)).apply(tiny_model("llama")) for _ in range(2))
     assert isinstance(one.plan, Plan) and one.plan == two.plan

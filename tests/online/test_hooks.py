@@ -1,3 +1,5 @@
+"""Attaching online rotations and quantizers to a model, and removing them."""
+
 import copy
 
 import pytest
@@ -29,7 +31,7 @@ def hooks_of(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_removing_restores_the_model_to_the_bit(name):
+def test_remove_restores_the_model_exactly(name):
     model, ids = tiny_model(name), tokens()
     plan, before, implementation = plan_of(model), logits(model, ids), model.config._attn_implementation
     attributes = {n: set(vars(m)) for n, m in model.named_modules()}
@@ -43,7 +45,7 @@ def test_removing_restores_the_model_to_the_bit(name):
     assert {n: set(vars(m)) for n, m in model.named_modules()} == attributes
 
 
-def test_a_with_block_removes_at_its_end():
+def test_leaving_the_with_block_removes_the_hooks():
     model, plan, made = fused()
     with attach(model, plan, made, SCHEME):
         assert hooks_of(model) > 0
@@ -57,8 +59,8 @@ def test_attaching_twice_is_refused():
         attach(model, plan, made)
 
 
-def test_r3_and_r4_are_needed_once_fused():
-    """Without its online part the fused model must differ, or the part does nothing."""
+def test_attaching_r4_changes_the_logits_of_a_fused_model():
+    """If the fused model had the same logits without its online rotation, the rotation would do nothing."""
     model, plan, made = fused(rotations="R4")
     ids = tokens()
     alone = logits(model, ids)
@@ -66,7 +68,7 @@ def test_r3_and_r4_are_needed_once_fused():
     assert not torch.allclose(logits(model, ids), alone, atol=1e-2)
 
 
-def test_linears_that_share_an_activation_read_the_same_rounded_one():
+def test_linears_with_a_shared_input_read_the_same_quantized_tensor():
     model, ids = tiny_model("llama"), tokens()
     seen = {}
     layer = model.model.layers[0].self_attn
@@ -80,8 +82,8 @@ def test_linears_that_share_an_activation_read_the_same_rounded_one():
     assert torch.equal(seen["q_proj"], expected)
 
 
-def test_a_new_activation_in_the_same_memory_is_not_mistaken_for_the_old():
-    """An activation changed in place, or a new one at a reused address, must be rounded anew."""
+def test_an_activation_changed_in_place_is_quantized_again():
+    """An activation changed in place, or a new one at a reused address, must be quantized again."""
     model = tiny_model("llama", dtype=torch.float32)
     attach(model, plan_of(model), {}, SCHEME)
     linear = model.model.layers[0].self_attn.q_proj
@@ -94,7 +96,7 @@ def test_a_new_activation_in_the_same_memory_is_not_mistaken_for_the_old():
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_change_in_place_is_seen(mode):
+def test_an_activation_changed_in_place_is_quantized_again_without_gradients(mode):
     model = tiny_model("llama", dtype=torch.float32)
     attach(model, plan_of(model), {}, SCHEME)
     linear = model.model.layers[0].self_attn.q_proj
@@ -105,7 +107,7 @@ def test_a_change_in_place_is_seen(mode):
         assert torch.equal(linear(x), linear(x.clone()))
 
 
-def test_gradients_are_not_lost_to_an_earlier_pass_without_them():
+def test_a_pass_without_gradients_does_not_remove_those_of_the_next():
     model = tiny_model("llama", dtype=torch.float32)
     attach(model, plan_of(model), {}, SCHEME)
     attention, x = model.model.layers[0].self_attn, torch.randn(1, 4, 48, requires_grad=True)
@@ -134,7 +136,7 @@ def test_r3_under_flash_attention_is_refused():
     assert hooks_of(model) == 0
 
 
-def test_the_input_of_down_proj_is_rotated_then_rounded():
+def test_the_input_of_down_proj_is_rotated_then_quantized():
     model, ids = tiny_model("llama"), tokens()
     plan = plan_of(model)
     made = make_rotations(plan, RotationSpec("R4"))
@@ -153,7 +155,7 @@ def test_the_input_of_down_proj_is_rotated_then_rounded():
         assert torch.equal(linear(x), nn.functional.linear(rounded, linear.weight, linear.bias))
 
 
-def test_the_head_stays_at_16_bits_unless_asked():
+def test_the_input_of_the_head_is_quantized_only_if_asked_for():
     model = tiny_model("llama")
     plan = plan_of(model)
     with attach(model, plan, {}, parse_scheme("A4")):
@@ -163,8 +165,8 @@ def test_the_head_stays_at_16_bits_unless_asked():
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "smollm3"])
-def test_every_way_to_cache_gives_the_same_logits(name):
-    """No cache, a dynamic one, a static one, a reused one: the same rounded keys and values."""
+def test_all_kinds_of_kv_cache_give_the_same_logits(name):
+    """No cache, a dynamic one, a static one, a reused one: the same quantized keys and values."""
     model, plan, made = fused(name)
     attach(model, plan, made, SCHEME)
     ids = tokens(length=12)
@@ -178,7 +180,7 @@ def test_every_way_to_cache_gives_the_same_logits(name):
     assert torch.allclose(logits(model, ids, past_key_values=static), whole, atol=1e-9)
 
 
-def test_generation_with_quantized_cache_is_greedy_decoding_without_one():
+def test_generation_with_a_quantized_cache_equals_decoding_without_one():
     model, plan, made = fused()
     attach(model, plan, made, SCHEME)
     ids = tokens(batch=1)
@@ -191,7 +193,7 @@ def test_generation_with_quantized_cache_is_greedy_decoding_without_one():
 
 
 def test_changing_the_attention_implementation_under_r3_is_refused():
-    """Keys would go on being rotated while queries are not."""
+    """Otherwise keys would still be rotated, and queries would not."""
     model, plan, made = fused()
     attach(model, plan, made)
     model.set_attn_implementation("eager")
@@ -199,8 +201,8 @@ def test_changing_the_attention_implementation_under_r3_is_refused():
         model(input_ids=tokens())
 
 
-def test_a_layer_alone_behaves_as_inside_the_model():
-    """Calibration runs blocks one by one, without a cache: keys must be rotated there too."""
+def test_a_decoder_layer_run_alone_is_rotated_too():
+    """Calibration runs decoder layers one by one, without a cache: keys must be rotated there too."""
     model, plan, made = fused(rotations="R3")
     layer, x = model.model.layers[0], torch.randn(1, 6, 48, dtype=torch.float64)
     positions = model.model.rotary_emb(x, torch.arange(6).unsqueeze(0))
@@ -210,7 +212,7 @@ def test_a_layer_alone_behaves_as_inside_the_model():
             assert torch.allclose(layer(x, position_embeddings=positions), expected, atol=1e-6)
 
 
-def test_gradients_pass_straight_through():
+def test_gradients_reach_the_weights_through_quantizers():
     model, plan, made = fused(dtype=torch.float32)
     attach(model, plan, made, SCHEME)
     model(input_ids=tokens()).logits.square().mean().backward()

@@ -1,3 +1,5 @@
+"""The packed KV cache: equal to fake quantization, and operated like the layers of transformers."""
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -22,7 +24,7 @@ def states(length: int, *, seed: int = 0, dtype=torch.float32, batch: int = 2) -
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_it_returns_what_rounding_returns(bits):
+def test_packed_layer_returns_the_fake_quantized_keys_and_values(bits):
     layer, quantizer = PackedLayer(Quantizer(bits)), Quantizer(bits)
     pairs = [states(length, seed=length) for length in (5, 1, 3)]
     for keys, values in pairs:
@@ -34,26 +36,26 @@ def test_it_returns_what_rounding_returns(bits):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_types_round_to_the_same_numbers(dtype):
+def test_packed_layer_equals_fake_quantization_in_half_precision(dtype):
     keys, values = states(7, dtype=dtype)
     found = PackedLayer(QUANTIZER).update(keys, values)
     assert torch.equal(found[0], fake_quantize(keys, QUANTIZER))
     assert found[1].dtype == dtype
 
 
-def test_four_bits_take_about_a_quarter_of_sixteen():
+def test_a_4_bit_cache_takes_about_a_quarter_of_16_bits():
     keys, values = (torch.randn(1, 3, 100, 64).bfloat16() for _ in range(2))
     layer = PackedLayer(QUANTIZER)
     layer.update(keys, values)
     assert layer.nbytes / (keys.nbytes + values.nbytes) < 0.28
-    # What is counted is what is held: no other tensor of the layer is large.
+    # `nbytes` counts everything: the layer has no other tensors.
     held = [v for v in vars(layer).values() if isinstance(v, torch.Tensor)]
     assert sum(t.nbytes for t in held) == 0
 
 
 @pytest.mark.parametrize("window", [3, 6, 50])
 @pytest.mark.parametrize("lengths", [(4, 1, 1, 1), (9, 2), (1, 1, 1)])
-def test_sliding_layers_show_what_the_plain_ones_show(window, lengths):
+def test_packed_sliding_layers_return_the_same_window_as_plain_ones(window, lengths):
     packed, plain = PackedSlidingLayer(window, QUANTIZER), DynamicSlidingWindowLayer(window)
     for i, length in enumerate(lengths):
         assert packed.get_mask_sizes(length) == plain.get_mask_sizes(length)
@@ -77,7 +79,7 @@ def test_sliding_layers_show_what_the_plain_ones_show(window, lengths):
         lambda layer: (layer.offload(), layer.prefetch()),
     ],
 )
-def test_changes_of_the_cache_act_as_on_a_plain_one(change):
+def test_cache_operations_act_as_on_a_plain_layer(change):
     packed, plain = PackedLayer(QUANTIZER), DynamicLayer()
     keys, values = states(6)
     packed.update(keys, values)
@@ -93,7 +95,7 @@ def test_changes_of_the_cache_act_as_on_a_plain_one(change):
     assert torch.equal(found[1], expected[1])
 
 
-def test_a_sliding_layer_rolls_back_when_it_records_the_past():
+def test_a_sliding_layer_that_records_the_past_can_be_cropped():
     packed, plain = PackedSlidingLayer(4, QUANTIZER), DynamicSlidingWindowLayer(4)
     for layer in (packed, plain):
         layer.activate_past_recording()
@@ -109,7 +111,7 @@ def test_a_sliding_layer_rolls_back_when_it_records_the_past():
     assert torch.equal(packed.update(*more)[0], expected[0])
 
 
-def test_layers_that_hold_tokens_are_left_alone():
+def test_layers_that_hold_tokens_are_not_replaced():
     cache = DynamicCache()
     cache.update(*states(3), 0)
     assert pack_layer(cache, 0, QUANTIZER) is False
@@ -124,7 +126,7 @@ def test_a_cache_for_another_scheme_is_refused():
         pack_layer(cache, 0, QUANTIZER)
 
 
-def test_code_that_reads_layers_sees_the_numbers():
+def test_keys_and_values_of_a_layer_are_dequantized():
     layer = PackedLayer(QUANTIZER)
     assert layer.keys is None
     keys, values = layer.update(*states(5))
@@ -132,7 +134,7 @@ def test_code_that_reads_layers_sees_the_numbers():
     assert torch.equal(layer.values, values)
 
 
-def test_cropping_more_than_there_is_leaves_nothing():
+def test_cropping_more_tokens_than_there_are_empties_the_layer():
     layer = PackedSlidingLayer(8, QUANTIZER)
     layer.update(*states(3))
     layer.crop(-5)
@@ -140,7 +142,7 @@ def test_cropping_more_than_there_is_leaves_nothing():
     assert layer.get_mask_sizes(1) == (1, 0)
 
 
-def test_a_cache_of_ones_own_tells_its_size():
+def test_a_quantized_cache_reports_its_size():
     model = tiny_model("qwen2")
     cache = QuantizedCache(model.config, QUANTIZER)
     assert [type(layer) for layer in cache.layers] == [PackedLayer, PackedSlidingLayer, PackedLayer]
@@ -150,8 +152,8 @@ def test_a_cache_of_ones_own_tells_its_size():
 
 
 @pytest.mark.parametrize("name", ["mpt", "deepseek_v32", "deepseek_v4"])
-def test_a_model_without_a_cache_rounds_the_same(name):
-    """Whatever its modules ask of a cache: its length, its layers, the keys of an indexer."""
+def test_keys_and_values_are_quantized_the_same_without_a_cache(name):
+    """Whatever the modules read from a cache: its length, its layers, the keys of an indexer."""
     config = FAMILIES[name].config()
     model = random_weights(model_class(config).from_config(config, dtype=torch.float64))
     exact_experts(model)
