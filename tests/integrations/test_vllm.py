@@ -74,7 +74,7 @@ def test_query_key_order_reads_r3_from_a_config():
 
 @pytest.fixture
 def vllm(monkeypatch):
-    """Stand-ins for the objects of vLLM that the plugin patches or reads; they do what vLLM's do without a transform."""
+    """Stand-ins for the objects of vLLM that the plugin patches or reads, which act as vLLM without a transform."""
 
     class HadamardTransform(torch.nn.Module):
         def process_weights_after_loading(self):

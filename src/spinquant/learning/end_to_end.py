@@ -58,7 +58,7 @@ class EndToEndOptions:
         top_tokens: Most likely tokens of the 16-bit model over which `kl` is computed. Default: 256.
         range_gradient: Add the gradients through quantization ranges to those of `kl` and `cross-entropy`. Default:
             True.
-        weights: Quantize weights too, anew at every step. Default: False.
+        weights: Quantize weights too, again at every step. Default: False.
         checkpointing: Gradient checkpointing of the decoder blocks. Default: False.
         save_every: Steps between two saves of the state. Default: 5.
 

@@ -183,6 +183,7 @@ def rounding_errors(sites: Sequence[ActivationSite], rotations: Mapping[str, Rot
 
 
 def _rotated(x: Tensor, r: Tensor) -> Tensor:
+    """Rows x, (rows, width), rotated by r, (n, n), in blocks of n."""
     return (x.unflatten(-1, (-1, len(r))) @ r).flatten(-2)
 
 
@@ -204,6 +205,8 @@ def _loss(
 
 
 class _Cayley:
+    """Solver `cayley`: gradient descent on the orthogonal group."""
+
     def __init__(self, start: Tensor, options: LocalOptions, centred: bool):
         self.options = options
         self.descent = Descent({"r": start.clone()}, options.optimizer, centred=frozenset("r" if centred else ""))
@@ -225,6 +228,8 @@ class _Cayley:
 
 
 class _QR:
+    """Solver `qr`: SGD with momentum on Z, with R = qr(Z)."""
+
     def __init__(self, start: Tensor, options: LocalOptions, centred: bool):
         self.options = options
         self.z, self.velocity = start.clone(), torch.zeros_like(start)
@@ -255,6 +260,8 @@ class _QR:
 
 
 class _Procrustes:
+    """Solver `procrustes`: alternate between rounding and the best rotation for the codes."""
+
     def __init__(self, start: Tensor, options: LocalOptions, centred: bool):
         self.r = start.clone()
 
@@ -289,6 +296,7 @@ def cosine(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+# Made from the initial rotation, the options, and whether the mean has to be preserved.
 _SOLVERS: dict[str, Callable[[Tensor, LocalOptions, bool], Any]] = {
     "cayley": _Cayley,
     "qr": _QR,

@@ -1,6 +1,6 @@
 """`learn`: learn rotations for a quantization scheme, and keep them only if they beat random ones on held-out text.
 
-    1  Score random rotations of several seeds on held-out text, each with clip ratios searched for it.
+    1  Score random rotations of several seeds on held-out text, with clip ratios found by a search.
     2  Compute channel scales for the spaces that can have them, and score them.
     3  Learn from the best candidate so far, or from rotations learned before: on captured activations (local), end to
        end through the quantized network, or one after the other.
