@@ -22,7 +22,6 @@ from spinquant.architectures import FamilyLike
 from spinquant.checkpoint.run_directory import Pieces
 from spinquant.compute.distributed import is_first
 from spinquant.compute.hashing import digest
-from spinquant.errors import LearningError
 from spinquant.learning.activations import ActivationSite, collect
 from spinquant.learning.channel_scaling import Sums, accumulate, observers_of, scale_sums
 from spinquant.learning.end_to_end import FROM_LOCAL, Step, learn_end_to_end
@@ -107,12 +106,7 @@ def learn(
     options, watch = options or LearnOptions(), watch or Watch()
     plan = plan_of(model, family=family)
     names = learned_spaces(plan, spec, scheme, options)
-    if options.end_to_end.weights and scheme.weights is None:
-        raise LearningError(
-            f"scheme {scheme} leaves weights at 16 bits, so quantizing weights during learning (--weights) would have "
-            "no effect: leave it out, or use a scheme such as W4A4KV4"
-        )
-    check_used(plan, spec, names, options)
+    check_used(plan, spec, scheme, names, options)
     settings = [*settings, scheme, spec, options, digest(tokens), digest(held_out)]
     given: Mapping[str, Rotation] = {}
     if start is not None:

@@ -100,8 +100,13 @@ class Watch:
     step: Callable[[str, Step, int], None] = lambda name, step, steps: None
 
 
-def check_used(plan: Plan, spec: RotationSpec, names: Mapping[str, str], options: LearnOptions) -> None:
-    """Raise LearningError for signs or scales that would have no effect on this model and spec."""
+def check_used(plan: Plan, spec: RotationSpec, scheme: Scheme, names: Mapping[str, str], options: LearnOptions) -> None:
+    """Raise LearningError for options that would have no effect: quantized weights, signs or scales."""
+    if options.end_to_end.weights and scheme.weights is None:
+        raise LearningError(
+            f"scheme {scheme} leaves weights at 16 bits, so quantizing weights during learning (--weights) would have "
+            "no effect: leave it out, or use a scheme such as W4A4KV4"
+        )
     plain = [name for name in ("R3", "R4") if name in spec.rotations and spec.type_of(name) in HADAMARD]
     if options.signs and not any(space.name not in names for name in plain for space in plan.spaces_of(name)):
         raise LearningError(
