@@ -334,7 +334,7 @@ def test_learning_can_start_from_learned_rotations_and_scales():
     assert lost.record["scores"]["random 0"] == local.record["scores"]["random 0"]
     with pytest.raises(LearningError, match=r"initial rotations are R1, R2, R3, R4, and this run asks for R1, R2"):
         learn(prepared()[0], parse_scheme("W4A4KV4"), RotationSpec("R1,R2"), tokens(), tokens(), start=local)
-    with pytest.raises(LearningError, match="have scales"):
+    with pytest.raises(LearningError, match="have channel scales"):
         run_learn(LearnOptions("end-to-end", shard=True), start=local)
 
 
