@@ -210,7 +210,9 @@ class _Attaching:
             rotation = self._rotation_of(self.plan.read_by(group[0]) if self.around else spaces.get(group[0]))
             quantizer = self.scheme.activations if group != head or self.scheme.lm_head else None
             site = self._input_site(group[0], rotation, quantizer, readers=len(group))
-            for name in group if site is not None else ():
+            if site is None:
+                continue
+            for name in group:
                 self.attachment.hook(self.model.get_submodule(name).register_forward_pre_hook(site))
 
     def experts(self) -> None:
