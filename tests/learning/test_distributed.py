@@ -79,8 +79,10 @@ def rank_of(pid):
 def test_a_killed_process_is_named_and_the_run_resumes_on_one_process(run, tmp_path):
     tiny_model("llama-tied", dtype=torch.float32).save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
+    text = tmp_path / "text"
+    text.write_text(" ".join(f"word{i % 97}" for i in range(400)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "spinquant"]
-    command += ["learn", str(tmp_path / "model"), str(tmp_path / "out"), "--scheme", "A4KV4", "--text", "manual"]
+    command += ["learn", str(tmp_path / "model"), str(tmp_path / "out"), "--scheme", "A4KV4", "--text", str(text)]
     command += ["--samples", "6", "--sample-length", "24", "--windows", "2", "--baselines", "1", "--no-scales"]
     command += ["--method", "end-to-end", "--batch", "2", "--steps", "30"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -101,7 +103,7 @@ def test_a_killed_process_is_named_and_the_run_resumes_on_one_process(run, tmp_p
     assert "Connection closed by peer" not in errors
     code, _, errors = run(*command[command.index("learn") :])  # one process resumes the run of two
     assert code == 0, errors
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "text"]
 
 
 def parent(process):
