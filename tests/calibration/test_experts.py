@@ -35,7 +35,7 @@ from spinquant.architectures import FAMILIES as TABLES
 from spinquant.calibration.block_store import BlockStore
 from spinquant.calibration.blockwise import quantize_blocks
 from spinquant.checkpoint.folder import read_headers
-from spinquant.checkpoint.run_directory import Pieces
+from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.evaluation.equivalence import Float64Arithmetic
 from spinquant.evaluation.tiny_model import exact_experts
 from spinquant.learning.activations import collect

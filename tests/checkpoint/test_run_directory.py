@@ -15,7 +15,8 @@ from models import SIZES
 from processes import start_source
 from spinquant import CheckpointError, Options, RotationSpec, rotate_folder
 from spinquant.checkpoint.atomic import write_file
-from spinquant.checkpoint.run_directory import RunDirectory, check_checksums, opened_run
+from spinquant.checkpoint.checksums import check_checksums
+from spinquant.checkpoint.run_directory import RunDirectory, opened_run
 from spinquant.checkpoint.safetensors_io import file_hash
 
 SPEC = RotationSpec("R1,R2")

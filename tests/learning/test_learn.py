@@ -20,7 +20,7 @@ from spinquant import (
     plan_of,
     quantize,
 )
-from spinquant.checkpoint.run_directory import Pieces
+from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.evaluation.equivalence import Float64Arithmetic
 from spinquant.evaluation.metrics import divergence, drawn
 from spinquant.learning.activations import ActivationSite, collect

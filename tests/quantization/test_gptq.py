@@ -30,7 +30,7 @@ from spinquant.calibration.block_store import BlockStore
 from spinquant.calibration.blockwise import quantize_blocks
 from spinquant.calibration.data import CalibrationText, calibration_tokens
 from spinquant.calibration.sequential import after_blocks, block_calls, run_block
-from spinquant.checkpoint.run_directory import Pieces
+from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.evaluation.equivalence import Float64Arithmetic
 from spinquant.models.capture import captured
 from spinquant.models.modules import named_tensor

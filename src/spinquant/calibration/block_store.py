@@ -5,7 +5,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from spinquant.checkpoint.run_directory import Pieces
+from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.quantization.integer import Packed
 from spinquant.quantization.scheme import Clips, Quantizer
 

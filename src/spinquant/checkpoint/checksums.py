@@ -21,7 +21,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from spinquant.checkpoint.folder import BESIDE
+from spinquant.checkpoint.safetensors_io import file_hash
 from spinquant.errors import CheckpointError, SourceChangedError
+
+CHECKSUMS = "checksums.sha256"
 
 # The number of bytes, and the SHA-256 of so many first bytes of a file.
 Prefix = tuple[int, str]
@@ -162,3 +166,25 @@ def _read_list(listed: Path) -> dict[str, str]:
     if not found:
         raise CheckpointError(f"{str(listed)!r} holds no SHA-256 checksums: expected lines as sha256sum writes them")
     return found
+
+
+def check_checksums(folder: str | Path) -> list[str]:
+    """Names of the files of a folder that differ from what was written; empty when none does.
+
+    Raises:
+        CheckpointError: the folder has no checksums.
+    """
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"folder {str(folder)!r} does not exist (or is not a folder)")
+    listed = Path(folder) / BESIDE / CHECKSUMS
+    if not listed.is_file():
+        raise CheckpointError(
+            f"{folder} has no {BESIDE}/{CHECKSUMS}: only folders that spinquant wrote as a stream have their checksums"
+        )
+    bad = []
+    for line in listed.read_text(encoding="utf-8").splitlines():
+        expected, _, name = line.partition("  ")
+        path = Path(folder) / name
+        if not path.is_file() or file_hash(path) != expected:
+            bad.append(name)
+    return bad

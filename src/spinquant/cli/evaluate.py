@@ -100,7 +100,7 @@ def verify(
 
     With --checksums, check instead that the files of one folder are unchanged since it was written.
     """
-    from spinquant.checkpoint.run_directory import check_checksums
+    from spinquant.checkpoint.checksums import check_checksums
     from spinquant.cli.tables import checksum_table, comparison_table
     from spinquant.evaluation.metrics import compare_models
     from spinquant.formats.load import load_model

@@ -12,8 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from spinquant.checkpoint.checksums import CHECKSUMS
 from spinquant.checkpoint.folder import BESIDE, RECORD, ROTATIONS
-from spinquant.checkpoint.run_directory import CHECKSUMS
 from spinquant.entrypoints.markdown import code, fence, listed, plain, row
 from spinquant.entrypoints.result import Result
 from spinquant.entrypoints.source_card import (

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from spinquant.checkpoint.run_directory import Pieces
+from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.errors import LearningError
 from spinquant.learning.activations import WEIGHTINGS, ActivationSite, Weighting
 from spinquant.learning.cayley import OPTIMIZERS, Descent, Optimizer

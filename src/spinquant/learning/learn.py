@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from spinquant.architectures import FamilyLike
-from spinquant.checkpoint.run_directory import Pieces
+from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.compute.distributed import is_first
 from spinquant.compute.hashing import digest
 from spinquant.learning.activations import ActivationSite, collect

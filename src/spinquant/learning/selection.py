@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spinquant.checkpoint.run_directory import Pieces
+from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.evaluation.metrics import divergence, nll, perplexity_of
 from spinquant.learning.channel_scaling import fuse_scales, unfuse_scales
 from spinquant.learning.fake_quant import rounding
