@@ -269,7 +269,7 @@ def test_a_full_disk_is_an_error_and_what_is_finished_is_kept(folder, tmp_path):
     early, late = tmp_path / "early", tmp_path / "late"
     (folder / "text").write_text("A quick brown fox jumps over the lazy dog. " * 100)
     run = run_source(FULL_DISK, [folder, early, late, folder / "text"])
-    assert run.stdout.count("refused: a file grew beyond what may be written") == 2, run.stdout + run.stderr
+    assert run.stdout.count("refused: a file exceeds the file size limit") == 2, run.stdout + run.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == [".late.run", "model"]
     for out in (early, late):
         rotate_folder(folder, out, RotationSpec("R1"), text=str(folder / "text"))

@@ -26,7 +26,7 @@ QUICK = {"text": None, "options": Options(prove=False)}
 @pytest.fixture(autouse=True)
 def page_by_page(monkeypatch):
     """Tiny shards take several writes too."""
-    monkeypatch.setattr("spinquant.checkpoint.direct_io.GATHERED", 4096)
+    monkeypatch.setattr("spinquant.checkpoint.direct_io.WRITE_BUFFER", 4096)
 
 
 @pytest.fixture(scope="module")

@@ -108,7 +108,7 @@ class Disk:
 @pytest.mark.parametrize("order", [1, -1])
 def test_whole_pages_go_past_the_cache(tmp_path, monkeypatch, gathered, order):
     direct_or_skip(tmp_path)
-    monkeypatch.setattr("spinquant.checkpoint.direct_io.GATHERED", gathered)
+    monkeypatch.setattr("spinquant.checkpoint.direct_io.WRITE_BUFFER", gathered)
     numbers = torch.arange(60_000, dtype=torch.int32)
     tensors = {"a": numbers[:50_001].view(16667, 3).clone(), "b": numbers[:7], "c": numbers.view(6, 2500, 4).short()}
     disk = Disk(monkeypatch)
@@ -123,7 +123,7 @@ def test_whole_pages_go_past_the_cache(tmp_path, monkeypatch, gathered, order):
 @pytest.mark.parametrize("number", [1, 3])
 def test_what_a_disk_does_not_take_goes_through_the_cache(tmp_path, monkeypatch, number, trouble):
     direct_or_skip(tmp_path)
-    monkeypatch.setattr("spinquant.checkpoint.direct_io.GATHERED", 3 * 4096)
+    monkeypatch.setattr("spinquant.checkpoint.direct_io.WRITE_BUFFER", 3 * 4096)
     tensors = {"a": torch.arange(50_000, dtype=torch.int32).view(100, 500)}
     disk = Disk(monkeypatch, number=number, **trouble)
     assert write(tmp_path / "ours", tensors) == file_hash(tmp_path / "ours")
@@ -133,7 +133,7 @@ def test_what_a_disk_does_not_take_goes_through_the_cache(tmp_path, monkeypatch,
 
 def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
     direct_or_skip(tmp_path)
-    monkeypatch.setattr("spinquant.checkpoint.direct_io.GATHERED", 3 * 4096)
+    monkeypatch.setattr("spinquant.checkpoint.direct_io.WRITE_BUFFER", 3 * 4096)
     Disk(monkeypatch, number=2, failing=errno.ENOSPC)
     with pytest.raises(OSError, match="failed") as found:
         write(tmp_path / "ours", {"a": torch.arange(50_000, dtype=torch.int32)})
@@ -152,7 +152,7 @@ def test_files_that_follow_each_other_gather_in_one_memory(tmp_path):
         file.finish()
         assert file._direct._memory is None
         others.append(
-            torch.empty(direct.GATHERED + direct.PAGE, dtype=torch.uint8)
+            torch.empty(direct.WRITE_BUFFER + direct.PAGE, dtype=torch.uint8)
         )  # would take a place that was given back
     assert len(places) == 1
 
@@ -241,9 +241,9 @@ def looks(monkeypatch, look):
         monkeypatch.setattr(os, name, 0, raising=False)
 
 
-@pytest.mark.parametrize("found", range(direct._LOOKS + 1))
+@pytest.mark.parametrize("found", range(direct._SAMPLES + 1))
 def test_a_file_is_cached_where_most_looks_find_it(tmp_path, monkeypatch, found):
-    answers = iter([True] * found + [False] * (direct._LOOKS - found))
+    answers = iter([True] * found + [False] * (direct._SAMPLES - found))
 
     def look(file, buffers, offset, flags):
         if not next(answers):
@@ -253,7 +253,7 @@ def test_a_file_is_cached_where_most_looks_find_it(tmp_path, monkeypatch, found)
     looks(monkeypatch, look)
     (tmp_path / "file").write_bytes(bytes(10))
     with (tmp_path / "file").open("rb") as file:
-        assert direct._is_cached(file.fileno()) == (found > direct._LOOKS // 2)
+        assert direct._is_cached(file.fileno()) == (found > direct._SAMPLES // 2)
 
 
 def test_a_file_whose_cache_is_not_known_is_read_through_it(tmp_path, monkeypatch):

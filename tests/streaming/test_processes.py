@@ -22,7 +22,7 @@ from spinquant.streaming.shards import Change, make_shards
 WORKER = """
 import os, sys
 import spinquant.checkpoint.direct_io, spinquant.streaming.pipeline, spinquant.rotations.fuse
-spinquant.checkpoint.direct_io.GATHERED = 4096
+spinquant.checkpoint.direct_io.WRITE_BUFFER = 4096
 spinquant.rotations.fuse.SLICE = 600
 spinquant.streaming.pipeline.BAND, spinquant.streaming.pipeline.IN_FLIGHT = 5000, 20_000
 dying, after = int(os.environ["DYING"]), int(os.environ["AFTER"])

@@ -1,4 +1,4 @@
-"""Write files atomically, and check that a folder may be written before work begins."""
+"""Write files atomically, and check before a run that its output folder can be written."""
 
 import errno
 import os
@@ -14,14 +14,14 @@ OURS = (
     "adapter_config.json",
     "demo.json",
     "learned.json",
-)  # what marks a folder that --force may replace
-UNFINISHED = ".spinquant-writing"  # the end of a name until the file is complete
-_COPIED_AT_ONCE = 1 << 23
-_QUOTA = getattr(errno, "EDQUOT", errno.ENOSPC)  # Windows has no quotas of this kind
+)  # a folder with one of these may be replaced by --force
+UNFINISHED = ".spinquant-writing"  # suffix of a file that is being written
+_CHUNK = 1 << 23
+_QUOTA = getattr(errno, "EDQUOT", errno.ENOSPC)  # Windows lacks this error number
 
 
 def write_file(path: Path, content: bytes | Path) -> None:
-    """Write a file, or copy one, atomically: whatever happens, it is there as a whole or not at all."""
+    """Write bytes, or copy a file, atomically: under a temporary name, synced to disk, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}{UNFINISHED}")
     file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | BINARY, 0o666)
@@ -42,18 +42,18 @@ def _chunks(content: bytes | Path) -> Iterator[bytes]:
         yield content
         return
     with content.open("rb") as file:
-        while chunk := file.read(_COPIED_AT_ONCE):
+        while chunk := file.read(_CHUNK):
             yield chunk
 
 
 def sync_file(path: Path) -> None:
-    """Bring a file's contents to the disk."""
+    """Sync a file's contents to disk."""
     with path.open("r+b") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's names to the disk, where the system lets folders be opened (Windows does not)."""
+    """Sync a folder's entries to disk, if the system can open folders (Windows cannot)."""
     if os.name == "nt":
         return
     file = os.open(folder, os.O_RDONLY)
@@ -64,8 +64,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_all(folder: Path) -> None:
-    """Bring all files of a folder to the disk, with the permissions that the user's umask gives new files."""
-    # safetensors makes private files.
+    """Sync all files of a folder to disk, and give them the permissions of the user's umask."""
+    # safetensors creates files that only their owner can read.
     umask = os.umask(0)
     os.umask(umask)
     for path in folder.rglob("*"):
@@ -75,9 +75,10 @@ def sync_all(folder: Path) -> None:
 
 
 def check_free(out: str | Path, *, force: bool = False, source: str | Path | None = None) -> None:
-    """Raise CheckpointError when `out` cannot be written: a long run should not end with this news.
+    """Check before a long run that `out` can be written, and create its parent folder.
 
-    Refuses what `check_replaceable` refuses. Makes the parent folder of `out`.
+    Raises:
+        CheckpointError: `out` cannot be written, or `check_replaceable` refuses it.
     """
     out = Path(out)
     check_replaceable(out, force=force, source=source)
@@ -90,10 +91,13 @@ def check_free(out: str | Path, *, force: bool = False, source: str | Path | Non
 
 
 def check_replaceable(out: str | Path, *, force: bool = False, source: str | Path | None = None) -> None:
-    """Raise CheckpointError when `out` exists, and is not to be replaced.
+    """Check that `out` does not exist, or may be replaced.
 
-    An existing folder is replaced with `force` alone, only when it is empty or holds a model or a demo, and never when
-    it is, or contains, the `source` of the run.
+    An existing folder is replaced only with `force`, and only if it is empty or holds a model or a demo. The `source`
+    of the run, and folders that contain it, are never replaced.
+
+    Raises:
+        CheckpointError: `out` exists and may not be replaced.
     """
     out = Path(out)
     if source is not None and Path(source).exists():
@@ -103,27 +107,29 @@ def check_replaceable(out: str | Path, *, force: bool = False, source: str | Pat
     if out.exists() and not force:
         raise CheckpointError(f"{out} exists: choose another name, or pass --force to replace it")
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or any((out / f).exists() for f in OURS))):
-        raise CheckpointError(f"{out} is no model folder of ours to replace (it has no {' or '.join(OURS)}): remove it")
+        raise CheckpointError(
+            f"{out} has no {' or '.join(OURS)}, so --force does not replace it: remove it, or choose another name"
+        )
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error says that the disk, or the user's share of it, is full."""
-    # safetensors reports the operating system's error as text.
+    """Whether an error means a full disk, an exceeded quota or a file size limit."""
+    # safetensors reports errors of the operating system as text.
     full = (errno.ENOSPC, _QUOTA, errno.EFBIG)
     numbers = tuple(f"os error {number}" for number in full)
     return getattr(error, "errno", None) in full or any(number in str(error) for number in numbers)
 
 
 def why_full(error: BaseException) -> str:
-    """What is full, and what to do about it."""
+    """What limit an `is_full` error has hit, as the start of an error message."""
     if getattr(error, "errno", None) == errno.EFBIG or f"os error {errno.EFBIG}" in str(error):
-        return "a file grew beyond what may be written (`ulimit -f`, or the file system's limit)"
+        return "a file exceeds the file size limit (`ulimit -f`, or the file system's)"
     if getattr(error, "errno", None) == _QUOTA or f"os error {_QUOTA}" in str(error):
-        return "your share of the disk is full (quota): free some of it"
-    return "no space left: free some"
+        return "the disk quota is exceeded"
+    return "there is no space left on the disk"
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its kind where it says nothing."""
+    """The first line of an error's message, or its type if it has no message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -1,16 +1,16 @@
-"""What was read of a source: SHA-256 of its files, taken while they are read, and held against what is known of them.
+"""Verify SHA-256 checksums: of a source's files while they are read, and of the folders that spinquant writes.
 
-A file is read piece by piece, nearly always from its beginning to its end. Its hash follows, reads small gaps itself,
-and what is still missing at the end. A hash of the bytes so far (a prefix of the file) is journalled with every file of
-the result, so that a run that goes on can tell whether the source is still what was read. The journal saves no hashing:
-a run that goes on hashes the prefix again, as it must for the hash of the whole file, and compares.
+A source file is read piece by piece, nearly always from beginning to end, and hashed on the way; small gaps, and what
+is missing at the end, are read for the hash alone. The hash of the bytes read so far (a prefix of the file) is entered
+in the run's journal with every file of the result, so that a resumed run can tell whether the source has changed. This
+saves no hashing: a resumed run hashes the prefix again, which it needs for the hash of the whole file, and compares.
 
 Hashing pieces while they are in memory takes 0.55 s of CPU for 0.77 GB, reading included, and 1.91 s where
 `hashlib.file_digest` reads the files again (`python benchmarks/checkpoint_io.py --layers 2 --only hash`).
 
-What is known of a file: a list in the form of `sha256sum`; what huggingface_hub noted beside a download
-(`.cache/huggingface/download/F.metadata`, whose second line is the SHA-256 of files in large file storage); and the
-name of the blob that a link in the hub's cache points to.
+The expected hash of a source file is taken from a list in the form of `sha256sum`, from the metadata that
+huggingface_hub writes beside a download (`.cache/huggingface/download/F.metadata`, whose second line is the SHA-256 of
+files in large file storage), or from the name of the blob that a link in the hub's cache points to.
 """
 
 import hashlib
@@ -27,23 +27,23 @@ from spinquant.errors import CheckpointError, SourceChangedError
 
 CHECKSUMS = "checksums.sha256"
 
-# The number of bytes, and the SHA-256 of so many first bytes of a file.
+# Length of a prefix of a file in bytes, and its SHA-256.
 Prefix = tuple[int, str]
 
-_GAP = 1 << 22  # bytes that are read to be hashed alone, between two pieces that are read anyway
-_AT_ONCE = 1 << 23
+_GAP = 1 << 22  # largest gap in bytes between two pieces that is read for the hash alone
+_CHUNK = 1 << 23
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class FileHash:
-    """The SHA-256 of a file, as far as it was taken."""
+    """SHA-256 of a prefix of a file, extended as the file is read."""
 
     def __init__(self, path: Path):
         self.path, self.length = path, 0
         self._hash = hashlib.sha256()
 
     def add(self, start: int, piece: Tensor) -> None:
-        """Take a piece of the file that was read, uint8; one that does not follow is left for later."""
+        """Hash a piece of the file, uint8, that starts at a byte; one far ahead of the prefix is read again later."""
         end = start + len(piece)
         if self.length < start <= self.length + _GAP:
             self.read_to(start)
@@ -52,10 +52,10 @@ class FileHash:
             self.length = end
 
     def read_to(self, end: int) -> None:
-        """Read what is missing up to a byte."""
+        """Extend the prefix to a byte by reading what is missing."""
         if self.length >= end:
             return
-        buffer = bytearray(min(_AT_ONCE, end - self.length))
+        buffer = bytearray(min(_CHUNK, end - self.length))
         try:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(self.length)
@@ -69,30 +69,30 @@ class FileHash:
             raise CheckpointError(f"{self.path} cannot be read: {error}. Download it again.") from None
 
     def prefix(self) -> Prefix:
-        """What was taken so far."""
+        """Length and SHA-256 of the prefix so far."""
         return self.length, self._hash.copy().hexdigest()
 
 
 class SourceHash:
-    """The hashes of all files of a source."""
+    """SHA-256 of all files of a source, taken while they are read."""
 
     def __init__(self, folder: Path, files: Iterable[str]):
         self.files = {name: FileHash(folder / name) for name in files}
         self._read = dict.fromkeys(self.files, 0)
 
     def add(self, file: str, start: int, piece: Tensor) -> None:
-        """Take a piece that was read; the buffer may be overwritten afterwards."""
+        """Hash a piece of a file; its buffer may be overwritten afterwards."""
         self.files[file].add(start, piece)
         self._read[file] = max(self._read[file], start + len(piece))
 
     def prefixes(self) -> dict[str, Prefix]:
-        """For every file of which anything was read, all that was read and what lies before it."""
+        """The prefix of every file of which anything was read, up to the end of what was read."""
         for name, end in self._read.items():
             self.files[name].read_to(end)
         return {name: self.files[name].prefix() for name, end in self._read.items() if end}
 
     def check(self, journal: Iterable[Mapping[str, Prefix]]) -> None:
-        """Read again what was read before. Raises SourceChangedError, naming the file, when it is not what it was."""
+        """Hash the journalled prefixes again. Raises SourceChangedError, naming the file, if one has changed."""
         found: dict[str, dict[int, str]] = {}
         for prefixes in journal:
             for name, (length, sha256) in prefixes.items():
@@ -102,40 +102,42 @@ class SourceHash:
                 self.files[name].read_to(length)
                 if self.files[name].prefix() != (length, sha256):
                     raise SourceChangedError(
-                        f"{self.files[name].path} has changed since this run began: its first {length} bytes are not "
-                        "what was read then. Give it its old content, or delete the unfinished result (.OUT.run) "
-                        "to start anew"
+                        f"{self.files[name].path} has changed since this run began: the SHA-256 of its first {length} "
+                        "bytes differs. Restore the file, or delete the unfinished result (.OUT.run) to start anew"
                     )
 
     def finish(self, files: Iterable[str], known: Mapping[str, "Known"]) -> dict[str, str]:
-        """SHA-256 of these files, read to their ends. Raises CheckpointError where another one is known."""
+        """SHA-256 of whole files. Raises CheckpointError if one differs from the expected hash."""
         for name in files:
             self.files[name].read_to(self.files[name].path.stat().st_size)
             if name in known and self.files[name].prefix()[1] != known[name].sha256:
                 raise CheckpointError(
-                    f"{self.files[name].path} is damaged, or was changed: its SHA-256 is "
-                    f"{self.files[name].prefix()[1]}, and {known[name].origin} says {known[name].sha256}. Download it "
-                    "again, or remove what says otherwise"
+                    f"{self.files[name].path} is damaged or was changed: its SHA-256 is "
+                    f"{self.files[name].prefix()[1]}, but {known[name].origin} records {known[name].sha256}. Download "
+                    "it again, or remove that record"
                 )
         return {name: self.files[name].prefix()[1] for name in files}
 
 
 class Known:
-    """A SHA-256 that a file should have, and who says so."""
+    """The SHA-256 that a file should have, and where it is recorded."""
 
     def __init__(self, sha256: str, origin: str):
         self.sha256, self.origin = sha256, origin
 
 
 def known_hashes(folder: Path, files: Iterable[str], listed: Path | None = None) -> dict[str, Known]:
-    """What is known of the files of a folder. Raises CheckpointError for a list that cannot be read, or lists none."""
+    """Expected hashes of the files of a folder; listed: a file of `sha256sum`.
+
+    Raises CheckpointError if the list cannot be read, or lists none of the files.
+    """
     files = list(files)
     found = {name: known for name in files if (known := _noted(folder, name)) is not None}
     if listed is None:
         return found
     given = _read_list(listed)
     if not any(name in given for name in files):
-        raise CheckpointError(f"{listed} lists none of the weights of {folder} ({', '.join(files[:3])}, ...)")
+        raise CheckpointError(f"{listed} lists none of the weight files of {folder} ({', '.join(files[:3])}, ...)")
     return found | {name: Known(given[name], str(listed)) for name in files if name in given}
 
 
@@ -169,7 +171,7 @@ def _read_list(listed: Path) -> dict[str, str]:
 
 
 def check_checksums(folder: str | Path) -> list[str]:
-    """Names of the files of a folder that differ from what was written; empty when none does.
+    """Verify a folder that spinquant wrote: names of the files that differ from its checksums, empty if none does.
 
     Raises:
         CheckpointError: the folder has no checksums.
@@ -179,7 +181,7 @@ def check_checksums(folder: str | Path) -> list[str]:
     listed = Path(folder) / BESIDE / CHECKSUMS
     if not listed.is_file():
         raise CheckpointError(
-            f"{folder} has no {BESIDE}/{CHECKSUMS}: only folders that spinquant wrote as a stream have their checksums"
+            f"{folder} has no {BESIDE}/{CHECKSUMS}: only folders that spinquant wrote by streaming have checksums"
         )
     bad = []
     for line in listed.read_text(encoding="utf-8").splitlines():

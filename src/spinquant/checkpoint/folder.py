@@ -1,8 +1,8 @@
-"""Model folders: read what is there without loading it, load it carefully, write new ones whole or not at all.
+"""Inspect a Hugging Face model folder or hub id: config, tokenizer, safetensors headers, files to copy; and check it.
 
-A folder is a Hugging Face one: config.json, safetensors shards with or without an index, tokenizer files. A hub id is
-downloaded first (only its headers, for a plan). Pickle checkpoints run code when they are loaded, so they are refused
-unless asked for, and `trust_remote_code` stays off.
+A folder has a config.json, safetensors shards with or without an index, and tokenizer files. A hub id is downloaded
+first (only its headers, for a plan). Pickle checkpoints can run code when they are loaded, so they are refused unless
+they are asked for, and `trust_remote_code` stays off. Weights are read by `reader.py`.
 """
 
 import hashlib
@@ -23,11 +23,11 @@ from spinquant.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-# Beside the weights, in a folder of their own: how they came about.
+# Folder beside the weights that records how they were made.
 BESIDE, RECORD, ROTATIONS = "spinquant", "record.json", "rotations.safetensors"
-# Weights in any form.
+# Suffixes of weight files.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".tflite")
-_LOOKS = 64  # places of a file that name it
+_SAMPLES = 64  # pieces of a weight file that `weights_sample` hashes
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -41,7 +41,7 @@ class TensorInfo:
 
 
 def is_local(model: str | Path) -> bool:
-    """Whether a model is a folder here, rather than the id of one on the hub."""
+    """Whether a model is a local folder rather than a hub id."""
     path = Path(model)
     return path.exists() or path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1
 
@@ -63,13 +63,13 @@ def folder_of(model: str | Path, *, allow_pickle: bool = False) -> Path:
         return Path(snapshot_download(str(model), ignore_patterns=skipped))
     except Exception as error:  # the hub's client raises many kinds, from its own to those of the network library
         reason = first_line(error)
-        raise CheckpointError(f"{str(model)!r} is no folder here, and downloading it failed: {reason}") from None
+        raise CheckpointError(f"{str(model)!r} is not a local folder, and downloading it failed: {reason}") from None
 
 
 def load_config(model: str | Path, *, family: FamilyLike | None = None) -> Any:
-    """The transformers config of a folder or hub id, with the family file that explains it, where one is given.
+    """The transformers config of a folder or hub id; family: a family file to attach to it.
 
-    Raises CheckpointError when config.json is missing, is not JSON, or names no architecture that transformers knows.
+    Raises CheckpointError if config.json is missing, is not JSON, or names no architecture that transformers knows.
     """
     if is_local(model):
         path = folder_of(model) / "config.json"
@@ -87,17 +87,37 @@ def load_config(model: str | Path, *, family: FamilyLike | None = None) -> Any:
         place = folder_of(model) if is_local(model) else model
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
-        here = "" if is_local(model) else ", which is no folder here"
+        here = "" if is_local(model) else ", which is not a local folder"
         raise CheckpointError(f"cannot read the config of {str(model)!r}{here}: {first_line(error)}") from None
     use_family(config, family)
     return config
 
 
 def read_headers(model: str | Path) -> dict[str, TensorInfo]:
-    """Names, shapes and dtypes of all tensors, from the safetensors headers alone.
+    """Read the names, shapes and dtypes of all tensors of a model, from the safetensors headers alone.
 
-    Raises CheckpointError for a missing or corrupted shard, a shard without the tensors that the index promises, or a
-    folder with pickle weights only.
+    Of a hub id, only the headers are downloaded.
+
+    Args:
+        model: a model folder, or a hub id.
+
+    Returns:
+        Shape, dtype and shard of each tensor, by name.
+
+    Raises:
+        CheckpointError: a shard is missing or corrupted, lacks a tensor that the index lists, or the folder has pickle
+            weights only.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from spinquant import read_headers
+        >>> config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     LlamaForCausalLM(config).save_pretrained(folder)
+        ...     headers = read_headers(folder)
+        >>> headers["model.norm.weight"]
+        TensorInfo(shape=(32,), dtype='F32', file='model.safetensors')
     """
     if not is_local(model):
         return _hub_headers(str(model))
@@ -118,7 +138,7 @@ def read_headers(model: str | Path) -> dict[str, TensorInfo]:
         promised = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         lost = sorted(name for name in promised if name not in found)
         if lost:
-            raise CheckpointError(f"{index} promises tensor {lost[0]!r}, which {promised[lost[0]]} does not hold")
+            raise CheckpointError(f"{index} lists tensor {lost[0]!r}, which {promised[lost[0]]} does not contain")
     return found
 
 
@@ -179,7 +199,7 @@ def check_finite(model: nn.Module, origin: str) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or parameter.is_meta:
             continue
-        # The sum of finite numbers is finite or overflows; only then every number has to be looked at.
+        # A finite sum proves that all numbers are finite. Otherwise it may have overflowed, so each number is checked.
         if not torch.isfinite(parameter.sum()) and not torch.isfinite(parameter).all():
             bad = int((~torch.isfinite(parameter)).sum())
             raise CheckpointError(
@@ -189,10 +209,30 @@ def check_finite(model: nn.Module, origin: str) -> None:
 
 
 def load_tokenizer(model: str | Path) -> Any:
-    """The tokenizer of a folder or hub id. Raises CheckpointError when there is none."""
+    """Load the tokenizer of a model folder or hub id.
+
+    Args:
+        model: a model folder, or a hub id, which is downloaded.
+
+    Returns:
+        A tokenizer of transformers.
+
+    Raises:
+        CheckpointError: the folder has no tokenizer, or transformers cannot load it.
+
+    Example:
+        >>> import tempfile
+        >>> from spinquant import CheckpointError, load_tokenizer
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     try:
+        ...         tokenizer = load_tokenizer(folder)
+        ...     except CheckpointError as error:
+        ...         print(error)
+        '...' has no tokenizer: expected one of tokenizer.json, tokenizer.model, ...
+    """
     folder = folder_of(model)
     if not any((folder / file).is_file() for file in TOKENIZERS):
-        # For some architectures transformers would make an empty tokenizer out of nothing.
+        # For some architectures transformers would make an empty tokenizer.
         raise CheckpointError(f"{str(model)!r} has no tokenizer: expected one of {', '.join(TOKENIZERS)}")
     from transformers import AutoTokenizer  # here, because few callers need a tokenizer: 0.16 s of CPU
 
@@ -203,7 +243,7 @@ def load_tokenizer(model: str | Path) -> Any:
 
 
 def check_unquantized(config: Any, model: str | Path) -> None:
-    """Raise CheckpointError when a config says that the model is quantized."""
+    """Raise CheckpointError if a config has a quantization_config."""
     found = getattr(config, "quantization_config", None)
     if found:
         method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
@@ -213,9 +253,10 @@ def check_unquantized(config: Any, model: str | Path) -> None:
 
 
 def copied_files(folder: Path) -> list[Path]:
-    """The files of a folder that are copied, relative to it: no weights, nothing hidden, nothing of ours.
+    """The files to copy beside new weights, relative to the folder: no weights, no hidden files, no `spinquant/`.
 
-    Nor adapters that lie inside, whose weights are those of the model as it was, nor folders that we have made of it.
+    Adapters inside the folder are left out, since they fit the original weights only; so are folders inside it that
+    spinquant has made from the model.
     """
     adapters = {path.parent for path in folder.rglob("adapter_config.json")} - {folder}
     made = {path.parent.parent for path in folder.rglob(f"{BESIDE}/{RECORD}")}
@@ -235,20 +276,20 @@ def copied_files(folder: Path) -> list[Path]:
 
 
 def weights_sample(model: str | Path) -> str:
-    """A short name for the weights of a model folder, wherever it lies: of sizes, and of bytes here and there."""
+    """Fingerprint of a model's weights, independent of their location: hash of file sizes and sampled bytes."""
     found = hashlib.sha256()
     folder = folder_of(model)
     for path in sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS):
         size = path.stat().st_size
         found.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
-            for part in range(_LOOKS):
-                file.seek(part * size // _LOOKS)
+            for part in range(_SAMPLES):
+                file.seek(part * size // _SAMPLES)
                 found.update(file.read(512))
     return found.hexdigest()[:16]
 
 
 def weights_digest(model: str | Path) -> str:
-    """A short name for the files of a model folder as they are now: names, sizes and times."""
+    """Fingerprint of the current files of a model folder: hash of names, sizes and modification times."""
     files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder_of(model).iterdir() if p.is_file()]
     return hashlib.sha256(json.dumps(sorted(files)).encode()).hexdigest()[:16]

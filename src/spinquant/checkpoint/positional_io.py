@@ -1,17 +1,17 @@
-"""Read and write a file at given offsets: `os.preadv` and `os.pwrite`, or a seek under a lock without them.
+"""Read and write a file at given offsets (pread, pwrite), on systems without these calls by a seek under a lock.
 
-Windows lacks them. There a file's offset is shared by all threads, so seeking and reading is one step.
+Windows has neither `os.preadv` nor `os.pwrite`, and a file's position there is shared by all threads.
 """
 
 import os
 import threading
 
-BINARY = getattr(os, "O_BINARY", 0)  # for os.open: Windows changes line ends elsewhere
+BINARY = getattr(os, "O_BINARY", 0)  # for os.open: without it Windows converts line endings
 _seeking = threading.Lock()
 
 
 def read_at(file: int, view: bytearray | memoryview, offset: int) -> int:
-    """Fill a buffer from a byte of a file on; the number of bytes that were read, fewer at the end of the file."""
+    """Read into a buffer from an offset; returns the number of bytes read, fewer at the end of the file."""
     if hasattr(os, "preadv"):
         return os.preadv(file, [view], offset)
     with _seeking:
@@ -22,7 +22,7 @@ def read_at(file: int, view: bytearray | memoryview, offset: int) -> int:
 
 
 def write_at(file: int, data: bytes | memoryview, offset: int) -> int:
-    """Write from a byte of a file on; the number of bytes that were written, which may be fewer."""
+    """Write at an offset; returns the number of bytes written, which may be fewer."""
     if hasattr(os, "pwrite"):
         return os.pwrite(file, data, offset)
     with _seeking:

@@ -1,7 +1,7 @@
-"""A checkpoint as named tensors that are read row by row: the source of a stream.
+"""Read the tensors of a checkpoint by rows, in bounded memory: the source of streaming.
 
-FP8 checkpoints with block scales (DeepSeek's: `X.weight` in 8 bits, `X.weight_scale_inv` a float32 per block) are read
-as the numbers they stand for, in float32:  w[i, j] = q[i, j] scale_inv[i // rows, j // columns].
+FP8 checkpoints with block scales (DeepSeek's format: `X.weight` in 8 bits, `X.weight_scale_inv` a float32 per block)
+are dequantized to float32 as they are read:  w[i, j] = q[i, j] scale_inv[i // rows, j // columns].
 """
 
 import json
@@ -27,7 +27,7 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of a checkpoint: the file it is in, and for FP8 blocks the tensor that scales it."""
+    """A tensor of a checkpoint: its file and entry there, and for FP8 blocks the name of the tensor of scales."""
 
     file: str
     entry: Entry
@@ -35,7 +35,7 @@ class Stored:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the numbers, as they are read."""
+        """Dtype of the numbers as they are read."""
         return torch.float32 if self.scale else self.entry.dtype
 
     @property
@@ -47,13 +47,13 @@ class Stored:
 class Source:
     """The tensors of a model folder. Raises CheckpointError, naming it, for a shard that is damaged.
 
-    without: names of tensors that are taken for absent, and files that hold nothing else with them.
+    without: names of tensors to ignore; files that hold no other tensors are ignored too.
     """
 
     def __init__(self, folder: Path, config: Any, *, without: Collection[str] = ()):
         self.folder = folder
         files = weight_files(folder)
-        read_headers(folder)  # what the library and the index have to say about them
+        read_headers(folder)  # checks the shards with safetensors, and the index
         self._open: dict[str, DirectReader] = {}
         self._scales: dict[str, Tensor] = {}
         self._block = fp8_block(config)
@@ -68,7 +68,7 @@ class Source:
             if scaled and (not self._block or f"{name}{SCALE}" not in found):
                 raise CheckpointError(
                     f"tensor {name!r} of {folder} is {entry.dtype} without block scales ({name}{SCALE}): only FP8 "
-                    "checkpoints of DeepSeek's kind can be read"
+                    "checkpoints in DeepSeek's format can be read"
                 )
             if scaled:
                 self._check_blocks(name, entry, found[f"{name}{SCALE}"][1])
@@ -79,47 +79,47 @@ class Source:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes by name, for a plan."""
+        """Shapes by name, as a plan is made from."""
         return {name: stored.entry.shape for name, stored in self.tensors.items()}
 
     @property
     def largest(self) -> int:
-        """Bytes that the largest tensor has in float32."""
+        """Bytes of the largest tensor in float32."""
         return max((4 * math.prod(stored.entry.shape) for stored in self.tensors.values()), default=0)
 
     @property
     def index_metadata(self) -> Mapping[str, Any]:
-        """What the index says beside the map of the weights."""
+        """The `metadata` of the safetensors index; empty without an index."""
         path = self.folder / INDEX
         return json.loads(path.read_text(encoding="utf-8")).get("metadata", {}) if path.is_file() else {}
 
     def read(self, name: str, first: int, last: int, buffer: Tensor) -> Tensor:
-        """Rows first .. last of a tensor; in the memory of `buffer` unless they are FP8. Raises as `piece`."""
+        """Rows first .. last of a tensor, as a view of `buffer` unless they are FP8. Raises as `piece`."""
         return self.rows(name, first, self.piece(name, first, last, buffer))
 
     def piece(self, name: str, first: int, last: int, buffer: Tensor) -> Tensor:
-        """The bytes in the file of rows first .. last of a tensor, in the memory of `buffer`, uint8.
+        """The stored bytes of rows first .. last of a tensor, as a view of `buffer`, uint8.
 
-        buffer: as long, or longer: `room_for` them lets them be read past the page cache. Raises CheckpointError,
-        naming the shard, when it cannot be read.
+        buffer: at least as long; with `room_for` the bytes, they are read past the page cache. Raises CheckpointError,
+        naming the shard, if it cannot be read.
         """
         stored = self.tensors[name]
         return self._piece(stored.file, stored.entry, first, last, buffer)
 
     def rows(self, name: str, first: int, piece: Tensor) -> Tensor:
-        """Rows of a tensor from row `first` on, from their bytes; in the same memory unless they are FP8."""
+        """Rows of a tensor from row `first` on, from their bytes; a view of them unless they are FP8."""
         stored = self.tensors[name]
         rows = rows_in(piece, stored.entry)
         return rows if stored.scale is None else self._dequantized(rows, stored.scale, first)
 
     def whole(self, name: str) -> Tensor:
-        """A tensor in memory of its own."""
+        """A whole tensor, in memory of its own."""
         stored = self.tensors[name]
         buffer = torch.empty(stored.nbytes, dtype=torch.uint8)
         return self.read(name, 0, stored.entry.rows, buffer)
 
     def parts(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """The rows of a tensor, some at a time, each part with the number of its first row; the next overwrites it."""
+        """The rows of a tensor in parts, each with the number of its first row; the next part overwrites it."""
         stored = self.tensors[name]
         rows = stored.entry.rows
         step = max(1, _PART * rows // max(1, stored.nbytes))
@@ -147,7 +147,7 @@ class Source:
         if scale not in self._scales:
             file, entry = self._found[scale]
             buffer = torch.empty(entry.end - entry.start, dtype=torch.uint8)
-            # Row by row of the weight the next one is wanted, so the last alone is kept.
+            # A weight is read row by row, so only the scales of the last weight are cached.
             piece = self._piece(file, entry, 0, entry.rows, buffer)
             self._scales = {scale: rows_in(piece, entry).to(torch.float32)}
         wide = rows.to(torch.float32)
@@ -170,9 +170,9 @@ class Source:
 
 
 def fp8_block(config: Any) -> tuple[int, int] | None:
-    """Rows and columns of the blocks of an FP8 checkpoint with block scales, as its config says; None for others.
+    """(rows, columns) of the blocks of an FP8 checkpoint with block scales, from its config; None for others.
 
-    config: of transformers, or the dict in config.json.
+    config: a transformers config, or the dict in config.json.
     """
     values = config if isinstance(config, dict) else vars(config)
     found = values.get("quantization_config") or {}
@@ -182,9 +182,9 @@ def fp8_block(config: Any) -> tuple[int, int] | None:
 
 
 def read_gains(source: Source, plan: Plan) -> dict[str, Tensor]:
-    """The norms of a checkpoint, which are small, whatever shard they are in.
+    """Read the norm weights of a plan from all shards.
 
-    Raises CheckpointError for one that is not finite: it would spoil its readers, and they be blamed.
+    Raises CheckpointError for a norm that is not finite; otherwise the linears that it is fused into would be blamed.
     """
     names = (gain.norm for gain in plan.gains)
     found = {name: source.whole(name if name in source.tensors else plan.tied[name]) for name in names}

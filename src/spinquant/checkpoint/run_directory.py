@@ -1,19 +1,18 @@
-"""Resumable state of a run that writes a folder OUT: `.OUT.run` beside it, until OUT is written.
+"""Resumable state of a run that writes a folder OUT: lock, settings, journal and finished files, in `.OUT.run`.
 
-Streams, calibrations and learning keep what they have finished in the same place, under one lock and one set of
-settings, so there is one way to survive a kill:
+Streaming, calibration and learning all keep their state here, so there is one way to resume a run that was killed:
 
-    .OUT.run/lock                  held while a run is at work; the operating system takes it back however the run ends
-    .OUT.run/settings.json         what the run was asked for; the same settings resume it, others are refused
+    .OUT.run/lock                  held while a run is active; the operating system releases it however the run ends
+    .OUT.run/settings.json         settings of the run; a rerun with the same ones resumes it, others are refused
     .OUT.run/STAGE/N.safetensors   a finished piece of a stage (a calibrated block, a state of learning)
-    .OUT.run/finished/F.json       journal: checksum and size of file F of OUT, entered after F is on the disk
+    .OUT.run/finished/F.json       journal: checksum and size of file F of OUT, entered after F is on disk
     .OUT.run/data/                 becomes OUT by one rename
     .OUT.run/complete              data/ is complete: only renames are left
-    .OUT.run/old/                  what OUT was before, until OUT is replaced
-    .OUT.run/processes/            locks by which the processes of a job see that the others live
+    .OUT.run/old/                  the previous OUT, until it is replaced
+    .OUT.run/processes/            locks by which the processes of a job see that the others are alive
 
-Every file is written under another name, synced to the disk, renamed, and only then entered in the journal. What is
-entered is therefore complete; what is not is written again. The finished folder holds `spinquant/checksums.sha256` in
+Every file is written under a temporary name, synced to disk, renamed, and only then entered in the journal. So entries
+are complete, and files without an entry are written again. The finished folder holds `spinquant/checksums.sha256` in
 the form that `sha256sum -c` reads.
 """
 
@@ -53,15 +52,11 @@ from spinquant.errors import (
 SETTINGS = "settings.json"
 COMPLETE = "complete"
 CALIBRATION, LEARNING = "calibration", "learning"  # stages
-_PATIENCE = 0.2  # seconds in which a run before that is just ending gives its lock back
+_LOCK_TIMEOUT = 0.2  # seconds, for a previous run that is just ending to release its lock
 
 
 class RunDirectory:
-    """Where a run into `out` keeps its state. All processes of a job have one; the first of them owns the folder.
-
-    Args:
-        out: the folder that the run writes.
-    """
+    """State of a run that writes the folder `out`. Every process of a job has one; rank 0 owns the folder on disk."""
 
     def __init__(self, out: str | Path):
         self.out = Path(out)
@@ -70,14 +65,14 @@ class RunDirectory:
         self._sources = self.home / "source" / "files.json"
         self._lock: FileLock | None = None
         self.force = False
-        self.published = False  # a run before was killed between its last rename and tidying up
+        self.published = False  # a previous run was killed between its last rename and the cleanup
 
     def pieces(self, stage: str, settings: Sequence[Any] = (), *, writes: bool = True) -> Pieces:
         """The finished pieces of a stage, such as `calibration`."""
         return Pieces(self.home / stage, settings, writes=writes)
 
     def is_finished(self, name: str) -> bool:
-        """Whether a file of `out` was finished by a run before, and is unchanged since."""
+        """Whether a previous run finished a file of `out`, and the file is unchanged since."""
         entry, path = self.entry(name), self.data / name
         return entry is not None and path.is_file() and path.stat().st_size == entry[1] and file_hash(path) == entry[0]
 
@@ -90,13 +85,13 @@ class RunDirectory:
         return about["sha256"], about["bytes"]
 
     def unfinished(self, name: str) -> Path:
-        """Where a file is written until `finish`."""
+        """The temporary path of a file until `finish`."""
         return self.data / f"{name}{UNFINISHED}"
 
     def finish(self, name: str, sha256: str, source: Mapping[str, Prefix] | None = None) -> None:
-        """Give a file, which is on the disk as a whole, its name, and enter it in the journal.
+        """Rename a complete, synced file to its final name, and enter it in the journal.
 
-        source: what was read of the source so far, by its files.
+        source: prefix that was read so far, by source file.
         """
         path = self.unfinished(name)
         size = path.stat().st_size
@@ -105,7 +100,7 @@ class RunDirectory:
         write_file(self._finished / f"{name}.json", _json({"sha256": sha256, "bytes": size, "source": source or {}}))
 
     def journal(self) -> list[dict[str, Prefix]]:
-        """What was read of the source for all that is finished."""
+        """Prefixes of the source files that the finished files were computed from."""
         entries = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self._finished.glob("*.json"))]
         found = [about.get("source", {}) for about in entries]
         if self._sources.is_file():
@@ -113,11 +108,11 @@ class RunDirectory:
         return [{name: (length, sha256) for name, (length, sha256) in one.items()} for one in found]
 
     def enter_source(self, files: Mapping[str, Prefix]) -> None:
-        """Enter what the whole source is, where that was looked at first."""
+        """Journal the hashes of the whole source, if they were taken before the run."""
         write_file(self._sources, _json(files))
 
     def settings(self) -> Any:
-        """What the run that was stopped here was asked for; None where there was none."""
+        """Settings of the interrupted run in this folder; None if there is none."""
         try:
             return json.loads((self.home / SETTINGS).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -126,8 +121,8 @@ class RunDirectory:
     def publish(self, *, checksums: bool = True) -> None:
         """Give the finished folder its final name, and delete the state of the run.
 
-        checksums: write those of all files into it first; every file must be on the disk. Without, files that others
-        have written are brought there.
+        checksums: write the checksums of all files into the folder first; every file must be synced to disk already.
+        Without checksums, the files are synced here.
         """
         if self.published:
             self.remove()
@@ -138,7 +133,7 @@ class RunDirectory:
                 name = path.relative_to(self.data).as_posix()
                 if name == f"{BESIDE}/{CHECKSUMS}":
                     continue
-                if name.endswith(UNFINISHED):  # left by a run before that was killed
+                if name.endswith(UNFINISHED):  # left by a previous run that was killed
                     path.unlink()
                     continue
                 entry = self.entry(name)
@@ -153,7 +148,7 @@ class RunDirectory:
         for folder in {self.data, *(path.parent for path in self.data.rglob("*"))}:
             sync_folder(folder)
         if self.out.exists():
-            check_replaceable(self.out, force=self.force)  # it may have appeared during a long run
+            check_replaceable(self.out, force=self.force)  # it may have been created during a long run
         write_file(self.home / COMPLETE, b"")
         if self.out.exists():
             self._old.mkdir(exist_ok=True)
@@ -164,15 +159,15 @@ class RunDirectory:
     def acquire(
         self, settings: Mapping[str, Any] | None, *, force: bool = False, source: str | Path | None = None
     ) -> None:
-        """Take the folder for this process, and find out what a run before has left in it.
+        """Lock the folder for this process, and find the state that a previous run has left.
 
         Args:
-            settings: what the run is asked for, as JSON; None for a run that is not to be resumed.
-            force: replace an `out` that exists, and start anew where a stopped run was asked for something else.
+            settings: settings of the run, as JSON; None for a run that cannot be resumed.
+            force: replace an existing `out`, and start anew if an interrupted run had other settings.
             source: the model that the run reads, which `out` must not replace.
 
         Raises:
-            CheckpointError: `out` is not free, another run is at work, or one with other settings was stopped.
+            CheckpointError: `out` may not be replaced, another run is active, or an interrupted run had other settings.
         """
         self.force = force
         settings = None if settings is None else json.loads(json.dumps(settings, default=str))
@@ -190,13 +185,13 @@ class RunDirectory:
         while self._lock is None:
             try:
                 self.home.mkdir(parents=True, exist_ok=True)
-                lock.acquire(timeout=_PATIENCE, poll_interval=0.02)
+                lock.acquire(timeout=_LOCK_TIMEOUT, poll_interval=0.02)
                 self._lock = lock
             except Timeout:
-                if not (self.home / "lock").exists():  # the run before has just deleted the folder
+                if not (self.home / "lock").exists():  # the previous run has just deleted the folder
                     continue
                 raise CheckpointError(
-                    f"another run is writing {self.out} just now: wait for it, or choose another name"
+                    f"another run is writing {self.out}: wait for it to end, or choose another output folder"
                 ) from None
             except OSError as error:
                 raise CheckpointError(f"cannot write {self.out}: {error.strerror}") from None
@@ -208,7 +203,7 @@ class RunDirectory:
         if before is not None and before != settings:
             if not self.force:
                 raise CheckpointError(
-                    f"{self.home} holds a run into {self.out.name} that was stopped, with other settings: "
+                    f"{self.home} holds an interrupted run of {self.out.name} with other settings: "
                     f"{_differences(before, settings or {})}. Rerun with the same settings to resume, start anew with "
                     f"--force, or delete {self.home}"
                 )
@@ -227,7 +222,7 @@ class RunDirectory:
         self._finished.mkdir(exist_ok=True)
 
     def _clear(self) -> None:
-        """Delete all but the lock. The settings go first: without them nothing else counts."""
+        """Delete everything but the lock. The settings go first: without them the rest is not resumed."""
         (self.home / SETTINGS).unlink(missing_ok=True)
         for path in self.home.iterdir():
             if path.is_dir():
@@ -236,19 +231,19 @@ class RunDirectory:
                 path.unlink()
 
     def _put_back(self) -> None:
-        """Put back what `out` was, where a replacement was begun and not ended."""
+        """Restore the previous `out` after a replacement that was begun but not finished."""
         if self._old.exists() and not self.out.exists():
             for path in self._old.iterdir():
                 path.replace(self.out)
 
     def discard_output(self) -> None:
-        """Delete what was written for `out`; pieces of stages stay."""
+        """Delete the files written for `out`; finished pieces of stages stay."""
         self._put_back()
         for folder in (self._finished, self.data):
             shutil.rmtree(folder, ignore_errors=True)
 
     def remove(self) -> None:
-        """Delete the state: the run is complete, or nothing of it is of use."""
+        """Delete the state of the run."""
         self._put_back()
         with suppress(OSError):
             self._clear()
@@ -260,7 +255,7 @@ class RunDirectory:
         return finished or any(path.parent not in (self.data, self._old) for path in stages)
 
     def release(self) -> None:
-        """Give the lock back. The folder goes where there is nothing to resume from."""
+        """Release the lock, and delete the folder if there is nothing to resume from."""
         if self._lock is None:
             return
         lock, self._lock = self._lock, None
@@ -269,7 +264,7 @@ class RunDirectory:
                 self.remove()
         finally:
             if not any(path.name != "lock" for path in self.home.iterdir()):
-                (self.home / "lock").unlink(missing_ok=True)  # whoever opened it meanwhile tries again
+                (self.home / "lock").unlink(missing_ok=True)  # a process that has opened it meanwhile tries again
             lock.release()
             with suppress(OSError):  # not empty
                 self.home.rmdir()
@@ -284,14 +279,14 @@ def opened_run(
     force: bool = False,
     source: str | Path | None = None,
 ) -> Iterator[RunDirectory]:
-    """The state of a run into `out`, taken for the processes of this job until the block ends.
+    """Within the block, hold the state of a run that writes `out`, in all processes of the job.
 
-    A block that ends well has called `publish` in the first process. An error that would come again deletes what was
-    written for `out`, and keeps finished pieces of calibration and learning; a kill, the loss of a process, a full disk
-    and a source that changed keep all.
+    The block has to call `publish` in the first process. After an error that a rerun would meet again, the files
+    written for `out` are deleted and finished pieces of calibration and learning are kept. After a kill, the loss of a
+    process, a full disk or a change of the source everything is kept.
 
     Raises:
-        CheckpointError: what `RunDirectory.acquire` refuses; a full disk.
+        CheckpointError: `RunDirectory.acquire` refuses `out`, or the disk is full.
         ProcessError: another process of the job has ended.
     """
     run, processes = RunDirectory(out), processes or Processes(0, 1)
@@ -302,7 +297,7 @@ def opened_run(
         with processes.locked(run.home / "processes"):
             try:
                 yield run
-            except RuntimeError:  # a collective operation whose other side is gone
+            except RuntimeError:  # a collective operation with a process that has ended
                 processes.find_loss()
                 raise
             processes.meet()
@@ -311,15 +306,15 @@ def opened_run(
     except SpinquantError as error:
         if processes.first:
             run.discard_output()
-            if isinstance(error, CalibrationError):  # the same blocks would come to the same end
+            if isinstance(error, CalibrationError):  # a rerun from these blocks would fail in the same way
                 shutil.rmtree(run.home / CALIBRATION, ignore_errors=True)
         raise
     except OSError as error:
         if not is_full(error):
             raise
         raise CheckpointError(
-            f"{why_full(error)} while writing {out}. Then rerun the command to resume: finished files are kept in "
-            f"{run.home}"
+            f"{why_full(error)}, while writing {out}. Free space or raise the limit, and rerun to resume: finished "
+            f"files are kept in {run.home}"
         ) from error
     finally:
         if processes.first:
@@ -328,7 +323,7 @@ def opened_run(
 
 @contextmanager
 def atomic_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
-    """A folder that becomes `out` when the block ends well, and is deleted when it does not; nothing is resumed.
+    """Within the block, a temporary folder that is renamed to `out` at the end, or deleted after an error.
 
     Raises:
         CheckpointError: `out` exists and `force` is off, another run writes it, or the disk is full.
@@ -343,7 +338,7 @@ def atomic_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
         except Exception as error:  # a full disk is an OSError, a SafetensorError, or the tokenizer's plain Exception
             if is_full(error):
                 raise CheckpointError(
-                    f"{why_full(error)} while writing {out} ({first_line(error)}): nothing was written"
+                    f"{why_full(error)}, while writing {out} ({first_line(error)}): nothing was written"
                 ) from error
             raise
     finally:

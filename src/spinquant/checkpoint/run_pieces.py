@@ -15,14 +15,15 @@ from spinquant.errors import CheckpointError
 
 
 class Pieces:
-    """Finished pieces of a stage: safetensors files with JSON beside the tensors, all of the same settings.
+    """Finished pieces of a stage of a run: safetensors files with tensors and JSON metadata.
 
-    Pieces of other settings are deleted when the stage is opened.
+    The settings that determine the pieces are stored with them; pieces of other settings are deleted when the stage is
+    opened.
 
     Args:
-        folder: made when the first piece is saved.
-        settings: whatever decides the pieces, each item by its `repr`.
-        writes: whether this process saves. Of several processes one does, for all of them.
+        folder: created when the first piece is saved.
+        settings: everything that determines the pieces, compared by the `repr` of each item.
+        writes: whether this process saves pieces; among several processes only one does.
     """
 
     def __init__(self, folder: Path, settings: Sequence[Any] = (), *, writes: bool = True):
@@ -33,7 +34,7 @@ class Pieces:
             marker.unlink(missing_ok=True)
             for path in (*folder.glob("*.safetensors"), *folder.glob(f"*{UNFINISHED}")):
                 path.unlink()
-            with suppress(OSError):  # there is more in it
+            with suppress(OSError):  # not empty
                 folder.rmdir()
 
     def save(self, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -53,18 +54,18 @@ class Pieces:
             if not is_full(error):
                 raise
             raise CheckpointError(
-                f"{why_full(error)} while saving {self.path(name)}. Then rerun the command to resume"
+                f"{why_full(error)}, while saving {self.path(name)}. Free space or raise the limit, and rerun to resume"
             ) from error
 
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors and JSON of a piece; None for one that is not finished, or belongs to other settings."""
+        """Tensors and JSON metadata of a piece; None if it is not finished, or has other settings."""
         if not self.path(name).exists() or not self._is_ours():
             return None
         with safe_open(self.path(name), framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["about"])
 
     def about(self, name: str) -> dict[str, Any]:
-        """The JSON of a finished piece."""
+        """The JSON metadata of a finished piece."""
         with safe_open(self.path(name), framework="pt") as file:
             return json.loads(file.metadata()["about"])
 
@@ -73,7 +74,7 @@ class Pieces:
         self.path(name).unlink(missing_ok=True)
 
     def path(self, name: str) -> Path:
-        """The file of a piece, finished or not."""
+        """The file of a piece, which exists once the piece is finished."""
         return self.folder / f"{name}.safetensors"
 
     def _is_ours(self) -> bool:

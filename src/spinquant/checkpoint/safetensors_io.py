@@ -1,11 +1,12 @@
-"""safetensors files, read and written piece by piece in bounded memory.
+"""Read and write safetensors files by rows of tensors, in bounded memory.
 
     8 bytes: length n of the header | n bytes of JSON: name -> dtype, shape, offsets | the numbers of all tensors
 
-The library maps whole files into memory (pages count as resident once touched), and saves from memory only. Here rows
-are found in their files, and a file is written header first, then in any order. The bytes are those that the library's
-own `save` writes. What that earns: a stream of 0.77 GB peaks at 0.14 GB above its start, and at 0.90 GB where
-`safetensors.safe_open(...).get_slice` reads for it (`python benchmarks/checkpoint_io.py --layers 2 --only stream`).
+The safetensors library maps whole files into memory (pages count as resident once touched), and saves only tensors that
+are all in memory. Here the byte range of each tensor is taken from the header, and a file is written header first, then
+in any order; its bytes are those of the library's `save_file`. Streaming a checkpoint of 0.77 GB peaks at 0.14 GB above
+its start this way, and at 0.90 GB if `safetensors.safe_open(...).get_slice` reads the tensors
+(`python benchmarks/checkpoint_io.py --layers 2 --only stream`).
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from spinquant.checkpoint.direct_io import DirectWriter, put
 from spinquant.checkpoint.positional_io import BINARY, read_at
 from spinquant.errors import CheckpointError
 
-# In the order in which the library lays tensors out: wide ones first, so that all are aligned.
+# In the order of the library's layout: wide dtypes first, so that all tensors are aligned.
 DTYPES = {
     "U64": torch.uint64,
     "I64": torch.int64,
@@ -46,13 +47,13 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 METADATA = {"format": "pt"}
 _LONGEST_HEADER = 100_000_000  # as in the library
-_HASHED_AT_ONCE = 1 << 23
-_BEHIND = 1 << 27  # bytes that are on their way to the disk
+_CHUNK = 1 << 23
+_BEHIND = 1 << 27  # bytes in the page cache on their way to disk
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in a file: its numbers are the bytes from `start` to `end` of the file."""
+    """A tensor in a file: dtype, shape, and the range of bytes from `start` to `end`."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -61,14 +62,14 @@ class Entry:
 
     @property
     def rows(self) -> int:
-        """The length of the first axis; 1 for a scalar."""
+        """Length of the first axis; 1 for a scalar."""
         return self.shape[0] if self.shape else 1
 
 
 def read_entries(path: Path) -> dict[str, Entry]:
-    """Where every tensor of a file lies, by name.
+    """The entries of all tensors of a file, by name, from its header.
 
-    Raises CheckpointError, naming the file, when it is shorter than its header promises, or no safetensors file.
+    Raises CheckpointError, naming the file, if it is not a safetensors file or is shorter than its header states.
     """
     try:
         with path.open("rb") as file:
@@ -106,26 +107,26 @@ def read_entries(path: Path) -> dict[str, Entry]:
 
 
 def place_of(entry: Entry, first: int, last: int) -> tuple[int, int]:
-    """The first byte in the file of rows first .. last of a tensor, and how many bytes they are."""
+    """(offset in the file, number of bytes) of rows first .. last of a tensor."""
     row = (entry.end - entry.start) // max(1, entry.rows)
     return entry.start + first * row, (last - first) * row
 
 
 def rows_in(piece: Tensor, entry: Entry) -> Tensor:
-    """Rows of a tensor, from their bytes; in the same memory."""
+    """Rows of a tensor as a view of their bytes."""
     row = (entry.end - entry.start) // max(1, entry.rows)
     count = len(piece) // row if row else entry.rows
     return piece.view(entry.dtype).view((count, *entry.shape[1:]) if entry.shape else ())
 
 
 def in_order(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> list[str]:
-    """The names of tensors as they follow each other in a file."""
+    """Names of tensors in the order of a file."""
     order = list(DTYPES)
     return sorted(tensors, key=lambda name: (order.index(NAMES[tensors[name][0]]), name.encode()))
 
 
 def lay_out(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, Entry]]:
-    """The beginning of a file with these tensors, and where each of them goes."""
+    """(header bytes, entries) of a file with these tensors, given as (dtype, shape) by name."""
     names = in_order(tensors)
     header: dict[str, object] = {"__metadata__": METADATA}
     offset = 0
@@ -146,12 +147,12 @@ def lay_out(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple
 
 
 class TensorFile:
-    """A file being written: opened with its header, filled in any order, complete after `finish`.
+    """Writer of a safetensors file: header first (`begin`), then rows in any order, complete after `finish`.
 
-    Hashed on the way by `follow`, in a thread of the caller's choice, where rows come in the order of the layout; what
-    came out of order is read again. What is written goes past the page cache (`direct_io.py`). Where that cannot be, it
-    goes to the disk while more is computed, and its pages are free again: 1.6 GB take 1.5 s then, and 2.8 to 9 s where
-    all is left to one fsync (a virtual machine whose host is slow to give pages).
+    `follow` hashes rows that come in the order of the file, in a thread that the caller chooses; the others are read
+    again for the hash. Writes go past the page cache (`direct_io.py`). If they cannot, written pages are sent to disk
+    and dropped while the next rows are computed: 1.6 GB take 1.5 s this way, and 2.8 to 9 s if one fsync at the end
+    writes all (on a virtual machine whose host is slow to provide pages).
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]):
@@ -164,13 +165,13 @@ class TensorFile:
         self._direct = DirectWriter(path, self._file)
 
     def begin(self) -> None:
-        """Write the header, and give the file its full length; what a run before left in it goes."""
+        """Write the header and set the full length of the file; contents from a previous run are dropped."""
         os.ftruncate(self._file, 0)
         os.ftruncate(self._file, self.size)
         put(self._file, self.beginning, 0)
 
     def write(self, name: str, first: int, rows: Tensor) -> None:
-        """Put rows of a tensor, contiguous and of its dtype, from row `first` on."""
+        """Write rows of a tensor, contiguous and of its dtype, from row `first` on."""
         place, data = self._place(name, first, rows)
         self._direct.write(data, place)
         if self._direct.is_direct:
@@ -180,7 +181,7 @@ class TensorFile:
             self._let_go()
 
     def follow(self, name: str, first: int, rows: Tensor) -> None:
-        """Take rows that are written into the hash, where they are the next."""
+        """Hash rows that are being written, if they come next in the file."""
         place, data = self._place(name, first, rows)
         if place == self._hashed:
             self._hash.update(data.numpy().data)
@@ -192,25 +193,25 @@ class TensorFile:
         return place_of(entry, first, first)[0], rows.reshape(-1).view(torch.uint8)
 
     def _let_go(self) -> None:
-        """Have what was written brought to the disk; what is there already goes from memory."""
+        """Start writing cached pages to disk, and drop those that are there already."""
         if not hasattr(os, "posix_fadvise"):
             self._behind.clear()
             return
         for place, length in self._behind:
             os.posix_fadvise(self._file, place, length, os.POSIX_FADV_DONTNEED)
-        # The newest are on their way to the disk now, and go the next time.
+        # The newest pages are being written now, and are dropped the next time.
         while sum(length for _, length in self._behind) > _BEHIND:
             self._behind.popleft()
 
     def sync(self) -> None:
-        """Bring what was written so far to the disk."""
+        """Sync to disk what was written so far."""
         self._direct.flush()
         os.fsync(self._file)
 
     def finish(self) -> str:
-        """Bring the file to the disk, and close it; its SHA-256."""
+        """Sync the file to disk and close it; returns its SHA-256."""
         self.sync()
-        buffer = bytearray(_HASHED_AT_ONCE)
+        buffer = bytearray(_CHUNK)
         while count := read_at(self._file, buffer, self._hashed):
             self._hash.update(memoryview(buffer)[:count])
             self._hashed += count
@@ -218,7 +219,7 @@ class TensorFile:
         return self._hash.hexdigest()
 
     def close(self) -> None:
-        """Close the file; what it lacks, it lacks."""
+        """Close the file, complete or not."""
         self._direct.close()
         if self._file >= 0:
             os.close(self._file)
