@@ -1,7 +1,8 @@
-"""Calibrated quantization from disk: a decoder block is loaded, rotated, calibrated, rounded, kept in a store, dropped.
+"""Calibrate and quantize a checkpoint from disk (GPTQ, RTN, clip search), with one decoder block in memory at a time.
 
-The walk over blocks is that of `quantization/blockwise.py`, on a model that is hollow but for the block at work. What
-it finds is in the store, block by block, from which the stream then writes its shards.
+Each block is loaded, rotated, calibrated, quantized, saved in a block store and dropped. The pass over the blocks is
+that of `calibration/blockwise.py`, on a model whose other weights are on the meta device. Streaming then writes the
+shards from the store.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,10 +37,26 @@ def calibrate_on_disk(
     memory: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Clips:
-    """Quantize the blocks (and the head) of a rotated checkpoint into the store; the clip ratios found.
+    """Quantize the blocks (and the head) of a rotated checkpoint into the store; returns the clip ratios found.
 
-    online: rotations at run time. error_feedback: GPTQ, else round-to-nearest. dtype: of the model's arithmetic.
-    memory: bytes that hidden states may take before they go to a file, by default a quarter of what is available.
+    Args:
+        config: config of the model.
+        plan: plan of the checkpoint.
+        online: rotations that run online, by space.
+        rotated: the rotated checkpoint.
+        scheme: what is quantized.
+        tokens: calibration tokens, int64, (samples, length).
+        calibration: options.
+        store: receives the packed weights of every block.
+        error_feedback: GPTQ, else round-to-nearest (RTN).
+        dtype: dtype of the model's arithmetic.
+        device: where blocks are calibrated, unless the options name another device.
+        memory: bytes of hidden states to keep in memory before they spill to a file; by default a quarter of what is
+            available.
+        progress: called with (blocks done, blocks in all).
+
+    Raises:
+        CalibrationError: as `quantize_blocks`.
     """
     home = OnDisk(config, plan, rotated, dtype, calibration.device or device)
     room = room_by_default() if memory is None else memory

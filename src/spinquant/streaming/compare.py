@@ -1,7 +1,8 @@
-"""Real tokens through two checkpoints at once, decoder block by decoder block: did rotating change the function?
+"""Compare the logits of a rotated checkpoint with the original's on real tokens, one decoder block at a time.
 
-One block is in memory at a time, first with the weights of the original, then with those of the rotated model. Outputs
-of the plan's modules are compared on the way, each rotated as its space is, so that the first to depart can be named.
+Hidden states of both models advance together; one block is in memory at a time, first with the original's weights, then
+with the rotated ones. Outputs of the plan's modules are compared on the way, each rotated as its space is, so that the
+first module that deviates can be named.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,25 +43,37 @@ def compare_on_disk(
     online: Mapping[str, Rotation] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Deviation:
-    """How far logits of the tokens, (1, length), move from one checkpoint to the other, computed in `dtype`.
+    """Difference of two checkpoints' logits, and the first module that deviates.
 
-    plan: of the checkpoints. tolerance: relative error beyond which a module departs. online: rotations of `after`
-    that are applied at run time. Raises CalibrationError, naming it, for a weight of `before` that is not finite.
+    Args:
+        config: config of the model.
+        plan: plan of the checkpoints.
+        rotations: rotations by space, by which `after` differs from `before`.
+        before: the original checkpoint.
+        after: the rotated one.
+        tokens: int64, (1, length).
+        dtype: dtype of the arithmetic.
+        tolerance: relative error of a module's output beyond which it deviates.
+        online: rotations of `after` that run online.
+        progress: called with (blocks done, blocks in all), the head counted as a block.
+
+    Raises:
+        CalibrationError: a weight of `before` is not finite; the message names it.
     """
     walks = [_Walk(config, plan, source, tokens, dtype, plain=source is before) for source in (before, after)]
     model, plan = walks[0].home.model, walks[0].home.plan
     if online:
         attach(walks[1].home.model, plan, online)
     compared = computing_modules(plan)
-    departed: str | None = None
+    deviating: str | None = None
     total = len(plan.blocks) + 1
     for done, block in enumerate(plan.blocks):
         names = [name for name in compared if name.startswith(f"{block}.")]
         first, second = (walk.step(block, names) for walk in walks)
-        for name in first if departed is None else ():
+        for name in first if deviating is None else ():
             expected = expected_output(model, plan, rotations, name, first[name])
             if not difference(expected, second[name]).relative <= tolerance:
-                departed = name
+                deviating = name
                 break
         if progress:
             progress(done + 1, total)
@@ -69,11 +82,11 @@ def compare_on_disk(
         progress(total, total)
     if deviation.relative <= tolerance:
         return deviation
-    return replace(deviation, module=departed or plan.head.removesuffix(".weight"))
+    return replace(deviation, module=deviating or plan.head.removesuffix(".weight"))
 
 
 class _Walk:
-    """Hidden states on their way through one checkpoint. plain: the one that is not rotated."""
+    """Hidden states of one checkpoint, advanced block by block. plain: the original, not the rotated one."""
 
     def __init__(self, config: Any, plan: Plan, source: Weights, tokens: Tensor, dtype: torch.dtype, *, plain: bool):
         self.home, self.dtype, self.plain = OnDisk(config, plan, source, dtype), dtype, plain
@@ -86,17 +99,17 @@ class _Walk:
         self.states, self.arguments = calls.hidden[0], calls.arguments
 
     def step(self, block: str, names: list[str]) -> dict[str, Tensor]:
-        """Move the states through a block; outputs of the modules in it, in order of execution."""
+        """Advance the states through a block; returns outputs of its modules in order of execution."""
         model = self.home.model
         with self.home.block(block), self._arithmetic(), captured(model, names) as outputs:
             module, before = model.get_submodule(block), self.states
             self.states = run_block(module, before, self.arguments[block])
-            if self.plain:  # it is no rotation that spoils a model which is spoilt already
+            if self.plain:  # an error in the original is not blamed on the rotation
                 check_finite_output(module, block, before, self.arguments[block], self.states)
         return outputs
 
     def logits(self) -> Tensor:
-        """What the head makes of the states."""
+        """The logits of the states."""
         model = self.home.model
         with self.home.outside(torch.zeros(1, 1, dtype=torch.int64)), self._arithmetic():
             states = after_blocks(model, self.plan.blocks, self.states)

@@ -1,9 +1,10 @@
-"""A transformers model without weights, whose parts are filled from a checkpoint while they are at work.
+"""Offloaded model: a transformers model on the meta device, whose blocks are loaded from a checkpoint while they run.
 
-What the model stacks and the checkpoint holds one by one is put together on the way (`stored_form.py`).
+Tensors that the model stacks and the checkpoint stores one by one (experts) are stacked when they are loaded
+(`architectures/checkpoint_mapping.py`).
 
-The model is made with every `torch.empty` on the meta device: that is where modules get the memory of their weights,
-and nothing else. Whatever else a model computes when it is made (rotary frequencies, scales of embeddings) is real.
+The model is created with every `torch.empty` on the meta device: modules allocate their weights that way, and nothing
+else. Whatever else a model computes at creation (rotary frequencies, scales of embeddings) is in memory.
 """
 
 import copy
@@ -30,7 +31,7 @@ from spinquant.rotations.fuse_module import plan_of
 
 
 class Weights(Protocol):
-    """What a model is filled from: tensors by name, each as a whole or in parts."""
+    """Protocol of a checkpoint that a model is loaded from: tensors by name, each as a whole or in parts."""
 
     @property
     def folder(self) -> Path: ...
@@ -51,31 +52,33 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 def hollow_model(config: Any, dtype: torch.dtype) -> Any:
-    """The model of a config in evaluation mode, its large weights on the meta device."""
+    """The model of a config, in evaluation mode, with its weights on the meta device."""
     with _EmptyOnMeta(), no_init_weights(), torch.random.fork_rng(devices=[]):
-        # A copy: transformers notes the dtype in the config.
+        # A copy: transformers writes the dtype into the config.
         return model_class(config).from_config(copy.deepcopy(config), dtype=dtype).eval()
 
 
 def unfillable(model: Any, source: Weights, plan: Plan) -> str | None:
-    """Why the blocks of a model cannot be filled from a checkpoint and run one by one; None where they can."""
+    """Why the blocks of a model cannot be loaded from a checkpoint and run one by one; None if they can."""
     if body_of(model) is model:
-        return "the model's class has no part without its head, whose blocks could be run one by one"
+        return "the model's class has no base model without the head, so its blocks cannot be run one by one"
     missing = form_in(model, source, plan).missing
-    return missing and f"the model's class keeps {missing!r} in a form that cannot be made of the checkpoint's"
+    return (
+        missing and f"the model's class has a tensor {missing!r} that cannot be computed from the checkpoint's tensors"
+    )
 
 
 def form_in(model: Any, source: Weights, plan: Plan) -> Form:
-    """How a checkpoint, whose plan it is, keeps the tensors of a model."""
+    """How the tensors of a model are stored in a checkpoint; plan: of the checkpoint."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return form_of(model.config, plan, shapes, {name: stored.entry.shape for name, stored in source.tensors.items()})
 
 
 class OnDisk:
-    """The blocks of a hollow model (`blocks.Home`), each filled while it is at work.
+    """A model whose weights are on disk (`sequential.Home`); each block is loaded within its context manager.
 
-    plan: of the checkpoint; that of the model, whose tensors may have other names and stack others, is `plan` here.
-    dtype: of the model; device: where what is filled is put.
+    plan: of the checkpoint. The attribute `plan` is that of the model, whose tensors may have other names and may be
+    stacked. dtype: of the model. device: where loaded weights are put.
     """
 
     def __init__(
@@ -91,12 +94,12 @@ class OnDisk:
                     module._buffers[name] = buffer.to(device)
 
     def widen(self) -> None:
-        """Fill in the model's dtype too what its class keeps narrower: routers are float32 in a model of float64."""
+        """Load every floating tensor in the model's dtype, also those that the class keeps in float32 (routers)."""
         self._dtypes = {n: self._dtype if kept.is_floating_point else kept for n, kept in self._dtypes.items()}
 
     @contextmanager
     def outside(self, tokens: Tensor) -> Iterator[None]:
-        """All but the decoder blocks and the head; of the embedding the rows of these tokens."""
+        """All weights but those of the decoder blocks and the head; of the embedding only the rows of these tokens."""
         elsewhere = (*(f"{block}." for block in self.plan.blocks), self.plan.head.removesuffix("weight"))
         names = [n for n in self.model.state_dict() if not n.startswith(elsewhere)]
         table = self.model.get_input_embeddings().weight
@@ -112,7 +115,7 @@ class OnDisk:
 
     @contextmanager
     def block(self, name: str) -> Iterator[None]:
-        """The weights of one block. What is registered with its modules meanwhile goes with them."""
+        """The weights of one block. Buffers that are registered meanwhile are removed with them."""
         block = self.model.get_submodule(name)
         before = [(module, set(module._buffers)) for module in block.modules()]
         try:
@@ -126,14 +129,14 @@ class OnDisk:
 
     @contextmanager
     def head(self) -> Iterator[None]:
-        """The weight of the head, and its bias."""
+        """The weight and bias of the head."""
         head = self.plan.head.removesuffix("weight")
         with self._filled([name for name in self.model.state_dict() if name.startswith(head)]):
             yield
 
     @contextmanager
     def _filled(self, names: Sequence[str]) -> Iterator[None]:
-        """Within the block, the named weights are there. Afterwards the model is hollow again."""
+        """Within the `with` block, the named weights are loaded; afterwards they are on the meta device again."""
         try:
             for name in names:
                 _set(self.model, name, self._whole(name).to(self._device))
@@ -143,7 +146,7 @@ class OnDisk:
                 _set(self.model, name, _get(self.model, name).to("meta"))
 
     def _whole(self, name: str) -> Tensor:
-        """A tensor of the model; of a stack, one tensor of the checkpoint at a time is held beside it."""
+        """A tensor of the model; a stack is filled with one tensor of the checkpoint at a time."""
         pieces = self._pieces(name)
         if pieces[0].is_all:
             found = self._source.whole(pieces[0].stored)
@@ -160,7 +163,7 @@ class OnDisk:
         return pieces
 
     def _rows(self, name: str, tokens: Tensor) -> Tensor:
-        """A table with the rows of these tokens; the others are memory that is never touched, and so not there."""
+        """An embedding with the rows of these tokens; the others are virtual memory that is never touched."""
         wanted = tokens.unique().cpu()
         origin = self._pieces(name)[0].stored
         shape = self._source.tensors[origin].entry.shape
@@ -175,7 +178,7 @@ class OnDisk:
 
 
 def _dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The dtypes that transformers gives the tensors of a model it loads in a dtype: some stay float32."""
+    """Dtypes of tensors when transformers loads a model in `dtype`: some classes keep some of them in float32."""
     kept = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(dtype)]
     return {
         name: torch.float32 if any(pattern.search(name) for pattern in kept) else tensor.dtype

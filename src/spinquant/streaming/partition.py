@@ -1,8 +1,8 @@
-"""Who takes what of a stream: bands of tensors, and their spread over processes by size.
+"""Partition the work of streaming: cut tensors into bands of rows, and distribute the bands over processes by size.
 
-A tensor is cut into bands of rows where its first axis lies in no rotated space, and taken as a whole where it does.
-Pieces (bands that follow each other in one tensor) go, the largest first, to the process that has least to do; a shard
-of which one process would have too much is thereby taken by several, each writing its pieces to their places.
+A tensor whose first axis is not rotated is cut into bands of rows; any other is processed as a whole. Runs of
+consecutive bands of one tensor are assigned, the largest first, to the process with the least work so far. So several
+processes share a large shard, each writing its rows in place.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,13 +12,13 @@ from spinquant.checkpoint.reader import Source
 from spinquant.rotations import fuse
 from spinquant.streaming.shards import Change, Job, Shard, layout_bytes
 
-# Pieces of one shard for each process, so that they can be spread evenly.
+# Pieces per shard and process, so that the work can be distributed evenly.
 PIECES = 4
 
 
 @dataclass(frozen=True)
 class Band:
-    """Rows of one tensor that are worked on at once. nbytes: of the source."""
+    """Rows of one tensor that are processed at once. nbytes: of the source."""
 
     job: Job
     first: int
@@ -27,7 +27,7 @@ class Band:
 
 
 def bands_of(source: Source, change: Change, job: Job, size: int) -> Iterator[Band]:
-    """The bands of a tensor, of about `size` bytes where it can be cut."""
+    """The bands of a tensor, of about `size` bytes if it can be cut."""
     entry, nbytes = source.tensors[job.source].entry, source.tensors[job.source].nbytes
     if change.packing.is_made(job.name):
         yield Band(job, 0, entry.rows, 0)
@@ -36,7 +36,7 @@ def bands_of(source: Source, change: Change, job: Job, size: int) -> Iterator[Ba
     whole = change.packing.is_whole(job.name)
     slice_rows = fuse.rows_at_once(job.name, entry.shape, change.plan, change.rotations) if entry.shape else None
     if not whole and slice_rows:
-        # Whole slices: the products are then those of the module backend, to the last bit.
+        # Whole slices: results are then bit-identical to those of fusing in memory.
         step = max(1, size * rows // max(1, nbytes) // slice_rows) * slice_rows
     for first in range(0, max(1, rows), max(1, step)):
         last = min(first + step, rows)
@@ -44,9 +44,9 @@ def bands_of(source: Source, change: Change, job: Job, size: int) -> Iterator[Ba
 
 
 def bands_in_order(source: Source, change: Change, shard: Shard, size: int) -> list[Band]:
-    """The bands of a shard in the order of its file, or of the source's, whichever is larger.
+    """The bands of a shard, in the order of the written file or of the source file, whichever is larger.
 
-    That one can be hashed while it goes by; the two orders are one where a tensor is stored under its name and dtype.
+    That file can then be hashed on the way. The two orders are the same if tensors keep their names and dtypes.
     """
     order = {name: i for i, name in enumerate(shard.order)}
     places = {job.name: (source.tensors[job.source].file, source.tensors[job.source].entry.start) for job in shard.jobs}
@@ -65,14 +65,14 @@ def _sizes(source: Source, job: Job) -> tuple[int, int]:
 def shared(
     bands: Mapping[str, Sequence[Band]], processes: int, done: Mapping[str, bool]
 ) -> list[dict[str, list[Band]]]:
-    """The bands that each process takes, by shard; those of shards that are done are nobody's."""
+    """The bands of each process, by shard, without the shards that are done."""
     taken: list[dict[str, list[Band]]] = [{file: [] for file in bands} for _ in range(processes)]
     loads = [0] * processes
     for file, inside in bands.items():
         if done[file]:
             continue
         most = sum(band.nbytes for band in inside) // (PIECES * processes)
-        pieces = sorted(_pieces(inside, most), key=lambda piece: -_nbytes(piece))  # stable: the same everywhere
+        pieces = sorted(_pieces(inside, most), key=lambda piece: -_nbytes(piece))  # stable: the same in every process
         for piece in pieces:
             least = loads.index(min(loads))
             loads[least] += _nbytes(piece)

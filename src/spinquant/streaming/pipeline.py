@@ -1,8 +1,8 @@
-"""Backend: fuse rotations into a checkpoint, tensor by tensor, shard by shard; the model is never in memory.
+"""Stream a checkpoint: read, rotate, pack and write it tensor by tensor, without the model in memory.
 
-While bands are computed, as many at once as torch may use threads, others are read and written, by a thread each, and a
-thread each hashes what was read and what is written; the bytes in flight are bounded. Shards are finished one after the
-other, so that a run that was killed goes on behind the last.
+Bands of rows pass through a pipeline: as many are computed at once as torch may use threads, while one thread reads,
+one writes, and one each hashes what is read and what is written. The bytes in flight are bounded. Shards are finished
+one after the other, so that a rerun resumes after the last finished one.
 """
 
 import threading
@@ -31,18 +31,19 @@ from spinquant.rotations import fuse
 from spinquant.streaming.partition import Band, bands_in_order, bands_of, shared
 from spinquant.streaming.shards import Change, Job, Shard, job_of, layout_bytes
 
-# Bytes of the source read at once where a tensor can be cut: one slice of `fuse` of a half type, which stays in cache
-# while it is hashed, computed, hashed again and written.
+# Bytes of a band, for tensors that can be cut: one slice of `fuse` in half precision, which stays in cache while it is
+# hashed, computed, hashed again and written.
 BAND = 1 << 21
-# Bytes in flight at most, buffers to read into and results to be written: while the disk keeps readers or writers
-# waiting, others go on. No more than the largest tensor has in float32, or so many; a single band may be larger.
+# Largest number of bytes in flight (read buffers and results to be written), which lets the other stages continue while
+# the disk delays reads or writes. The limit is the size of the largest tensor in float32, within these two bounds; a
+# single band may be larger.
 # Measured on two cores with 2.3 GB past the page cache: 2^25 5.3 s, 2^26 5.1 s, 2^27 5.0 s, 2^28 4.9 s.
 IN_FLIGHT, IN_FLIGHT_OF_SMALL = 1 << 26, 1 << 25
 
 
 @dataclass
 class Timing:
-    """Seconds in which each of the threads was at work, and the bytes of the source taken."""
+    """Seconds that each stage was busy, and bytes of the source processed."""
 
     read: float = 0.0
     check: float = 0.0
@@ -62,11 +63,23 @@ def stream(
     hashes: SourceHash | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Timing:
-    """Write the shards that are not finished yet. `progress(done, total)` counts bytes of the source.
+    """Write the shards that are not finished yet.
 
-    processes: who takes part, each calling this with the same arguments; the whole result is there when all have met.
-    hashes: takes what is read, and is journalled; of a single process.
-    Raises CheckpointError, naming the tensor, for numbers that are not finite.
+    Args:
+        source: the checkpoint to read.
+        shards: the files to write, from `make_shards`.
+        change: how tensors are transformed and stored.
+        out: state of the run, which receives the files.
+        processes: processes that share the work, each calling this with the same arguments. The result is complete
+            after they have met.
+        hashes: hashes the source as it is read, and is entered in the journal; for a single process only.
+        progress: called with (done, total) bytes of the source.
+
+    Returns:
+        Busy times of the stages.
+
+    Raises:
+        CheckpointError: a tensor is not finite, or overflows; the message names it.
     """
     processes = processes or Processes(0, 1)
     bands = {shard.file: bands_in_order(source, change, shard, BAND) for shard in shards}
@@ -76,11 +89,11 @@ def stream(
     mine = shared(bands, processes.size, finished)[processes.rank]
     timing = Timing()
     left = [shard for shard in shards if not finished[shard.file]]
-    # Threads that share an operation would wait for each other, on cores that readers and writers need.
+    # Threads that share an operation would wait for each other, on cores that reading and writing need.
     pipeline = _Pipeline(source, change, timing, hashes)
     with single_threaded(), ExitStack() as files, kept_whole(), pipeline:
         if processes.size > 1:
-            # Everybody writes into files that are there, and as long as they will be.
+            # All processes write into files that exist with their full length.
             for shard in left if processes.first else ():
                 with closing(TensorFile(out.unfinished(shard.file), shard.layout)) as file:
                     file.begin()
@@ -103,7 +116,7 @@ def stream(
 
 
 def _finished(shards: Sequence[Shard], out: RunDirectory, processes: Processes) -> dict[str, bool]:
-    """Which shards are finished; each process looks at some of them."""
+    """Which shards are finished; each process checks some of them."""
     mine = {shard.file: out.is_finished(shard.file) for shard in shards[processes.rank :: processes.size]}
     found = {file: done for part in processes.gather(mine) for file, done in part.items()}
     return {shard.file: found[shard.file] for shard in shards}
@@ -112,14 +125,14 @@ def _finished(shards: Sequence[Shard], out: RunDirectory, processes: Processes) 
 def _finish(
     out: RunDirectory, name: str, file: TensorFile, processes: Processes, read: Mapping[str, Prefix] | None
 ) -> None:
-    """The process that is the last to have written its part of a shard finishes it."""
+    """Finish a shard, in the process that is the last to have written its part."""
     file.sync()
     if processes.add(f"written/{name}", 1) == processes.size:
         out.finish(name, file.finish(), read)
 
 
 class _Pipeline:
-    """Reads ahead and writes behind, in order, within bounded memory."""
+    """Reads ahead and writes behind the computation, in order, within bounded memory."""
 
     def __init__(self, source: Source, change: Change, timing: Timing, hashes: SourceHash | None):
         self.source, self.change, self.timing, self.hashes = source, change, timing, hashes
@@ -141,19 +154,19 @@ class _Pipeline:
                 self._collect(all_=True)
         finally:
             for worker in self.workers:
-                worker.failed = True  # none takes another step
+                worker.failed = True  # skips its remaining steps
             for worker in self.workers:
                 worker.close()
             self.computers.shutdown(cancel_futures=True)
 
     def write(self, step: Callable[[], object]) -> None:
-        """Have the writer take a step, after all before it."""
+        """Queue a step of the writer."""
         self.written.append(([self._have(self.writer, "write", step)], 0, None))
 
     def put(
         self, file: TensorFile, parts: Mapping[str, tuple[int, Tensor]], nbytes: int = 0, buffer: Tensor | None = None
     ) -> None:
-        """Have rows of tensors (from which row, and rows) written and hashed; then their memory is free again."""
+        """Queue rows of tensors, (first row, rows) by name, to be written and hashed; then reuse their buffer."""
         steps = [
             (worker, phase, partial(_each, function, parts))
             for worker, phase, function in ((self.writer, "write", file.write), (self.hasher, "hash", file.follow))
@@ -161,7 +174,7 @@ class _Pipeline:
         self.written.append(([self._have(*step) for step in steps], nbytes, buffer))
 
     def finish(self, step: Callable[[Mapping[str, Prefix] | None], object]) -> None:
-        """Have the writer take a last step on a file, once it is hashed, given what was read so far."""
+        """Queue the last step on a file, after it is hashed; it is given the prefixes of the source read so far."""
         hashed = self.hasher.submit(lambda: None)
         read = None if self.hashes is None else self._have(self.checker, "check", self.hashes.prefixes)
 
@@ -176,13 +189,13 @@ class _Pipeline:
         return worker.submit(partial(self._timed, phase, step))
 
     def run(self, file: TensorFile, bands: Sequence[Band]) -> Iterator[Band]:
-        """Take bands through reading, computing and writing; yields each when it is computed."""
+        """Read, compute and write bands; yields each after it is computed."""
         waiting = self.waiting
         coming = deque(bands)
         while coming or waiting:
             self._collect()
             while coming:
-                # What the band needs at most: itself, as wide as it is computed (FP8), and what it is stored as.
+                # An upper bound of the band's memory: as read, as dequantized (FP8), and as stored.
                 stored = self.source.tensors[coming[0].job.source]
                 need = coming[0].nbytes * (1 if stored.scale is None else 1 + stored.dtype.itemsize)
                 share = coming[0].last - coming[0].first, max(1, stored.entry.rows)
@@ -194,7 +207,7 @@ class _Pipeline:
                 self.in_flight += need
                 read = self._have(self.reader, "read", partial(self._read, band, buffer))
                 checked = self.checker.submit(partial(self._check, band, read))
-                # A large one is computed here, where its working memory is kept, slice by slice at the same time.
+                # A large band is computed in this thread, whose working memory is kept, with its slices in parallel.
                 large = need > self.room // 2
                 compute = partial(self._computed, band, read, checked, large)
                 waiting.append((band, buffer, need, compute if large else self.computers.submit(compute)))
@@ -211,14 +224,14 @@ class _Pipeline:
             yield band
 
     def _read(self, band: Band, buffer: Tensor) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
-        """The bytes of a band and its rows, or what a calibration has made of it."""
+        """The stored bytes of a band and its rows, or its stored tensors if they are known already."""
         if self.change.packing.is_made(band.job.name):
             return self.change.packing.made(band.job.name)
         piece = self.source.piece(band.job.source, band.first, band.last, buffer)
         return piece, self.source.rows(band.job.source, band.first, piece)
 
     def _computed(self, band: Band, read: Future[Any], checked: Future[Any], large: bool) -> dict[str, Tensor]:
-        checked.result()  # before the memory is used for the result
+        checked.result()  # the result may overwrite the memory that is hashed
         found = read.result()
         return (
             found if isinstance(found, dict) else self._timed("compute", partial(self._changed, band, found[1], large))
@@ -228,7 +241,7 @@ class _Pipeline:
     def _changed(self, band: Band, rows: Tensor, large: bool) -> dict[str, Tensor]:
         fused = _checked(self.source, self.change, band, rows) if rows.is_floating_point() else rows
         if large and len(band.job.stored) > 1:
-            # To pack a tensor that cannot be cut is one operation after the other, each for all threads.
+            # Packing a tensor that cannot be cut is a series of operations, each of which may use all threads.
             wait([computed for *_, computed in self.waiting if isinstance(computed, Future)])
             with all_threads():
                 return self._packed(band, fused)
@@ -239,7 +252,7 @@ class _Pipeline:
         return {name: tensor.cpu().contiguous() for name, tensor in packed.items()}
 
     def _check(self, band: Band, read: Future[Any]) -> None:
-        """Take what was read into the hash of its file."""
+        """Hash what was read."""
         found = read.result()
         if self.hashes is None or isinstance(found, dict):
             return
@@ -248,7 +261,7 @@ class _Pipeline:
         self._timed("check", partial(self.hashes.add, stored.file, start, found[0]))
 
     def _collect(self, *, one: bool = False, all_: bool = False) -> None:
-        """Take back the memory of what is written; raises what went wrong."""
+        """Reclaim the buffers of what is written; raises the errors of writing."""
         while self.written and (one or all_ or all(future.done() for future in self.written[0][0])):
             futures, nbytes, buffer = self.written.popleft()
             for future in futures:
@@ -259,7 +272,7 @@ class _Pipeline:
             one = False
 
     def _large(self, need: int) -> int:
-        """What the one band that is as large as it has to be may take besides."""
+        """Additional bytes allowed for one band that is larger than half of the limit."""
         sizes = [need, *(one[2] for one in self.waiting), *(nbytes for _, nbytes, _ in self.written)]
         return max(0, max(sizes) - self.room // 2)
 
@@ -267,7 +280,7 @@ class _Pipeline:
         size = room_for(max(nbytes, BAND))
         kind = [buffer for buffer in self.free if (len(buffer) > room_for(BAND)) == (nbytes > BAND)]
         fitting = [buffer for buffer in kind if len(buffer) >= size]
-        # One that is too small for a large band goes before another takes its place.
+        # A buffer that is too small for a large band is freed before a larger one replaces it.
         gone = min(fitting, key=len) if fitting else next(iter(kind), None)
         self.free = [buffer for buffer in self.free if buffer is not gone]
         return gone if fitting and gone is not None else torch.empty(size, dtype=torch.uint8)
@@ -287,7 +300,7 @@ def _each(function: Callable[[str, int, Tensor], object], parts: Mapping[str, tu
 
 
 class _Worker:
-    """A thread that takes steps in order, and none after one that failed."""
+    """A thread that runs steps in order, and none after one has failed."""
 
     def __init__(self):
         self.pool, self.failed = ThreadPoolExecutor(1), False
@@ -310,16 +323,16 @@ class _Worker:
 
 
 def _checked(source: Source, change: Change, band: Band, rows: Tensor) -> Tensor:
-    """Rows of a tensor, fused. Their own memory may be used for it. Raises CheckpointError where they overflow."""
+    """Rows of a tensor, fused, possibly in their own memory. Raises CheckpointError if they overflow."""
     fused = _fused(source, change, band.job, rows, band.first)
-    # The sum of finite numbers is finite or overflows; only then every number has to be looked at.
+    # A finite sum proves that all numbers are finite. Otherwise it may have overflowed, so each number is checked.
     if not torch.isfinite(fused.sum()) and not torch.isfinite(fused).all():
         _refuse(source, band.job, band.first, len(rows) if rows.ndim else 1, fused)
     return fused
 
 
 def _fused(source: Source, change: Change, job: Job, rows: Tensor, first: int = 0) -> Tensor:
-    """Rows of a tensor, from row `first` on, in their own memory where their dtype stays."""
+    """Rows of a tensor from row `first` on, fused, in their own memory if the dtype does not change."""
     moved = rows.to(change.device)
     if job.dtype.itemsize > moved.dtype.itemsize:
         moved = moved.to(job.dtype)  # widened before anything is rounded
@@ -330,7 +343,7 @@ def _fused(source: Source, change: Change, job: Job, rows: Tensor, first: int = 
 
 
 class Rotated:
-    """A source as it will be once it is rotated: its tensors are computed when they are asked for."""
+    """The rotated checkpoint of a source; its tensors are computed when they are read."""
 
     def __init__(self, source: Source, change: Change, untied: Sequence[tuple[str, str]] = ()):
         self.source, self.change, self.folder = source, change, source.folder

@@ -1,11 +1,11 @@
-"""How far rounding alone moves a model's logits: what a comparison has to allow a model that is ill conditioned.
+"""Rounding noise: how far weight rounding alone moves a model's logits, to set the tolerance of ill-conditioned models.
 
-A rotated weight is rounded once more, and sums are made of other numbers. What that does to logits is a matter of the
-model: in most, errors stay as small as they begin; through the recurrence of a Mamba 2 with large steps they grow by a
-factor of a thousand. So the original is held against itself with every number of its weights moved to a neighbour, up
-or down at random: a model that is as good as the original in that dtype. How far its logits are from the original's is
-the scale on which a rotated model is judged (`proof.allowed`). Nothing of it depends on the rotated model, so that a
-wrong fusion cannot widen it.
+A rotated weight is rounded once more, and sums have other terms. The effect on the logits depends on the model: in most
+models errors stay small; in the recurrence of a Mamba 2 with large steps they grow by a factor of a thousand. So the
+original is compared with a copy of itself in which every number of the weights is moved to a neighbour in the dtype, up
+or down at random, which is as accurate a model as the original. The distance of their logits sets the tolerance for the
+rotated model (`evaluation.equivalence.allowed`). It does not depend on the rotated model, so a wrong fusion cannot
+widen it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -59,9 +59,9 @@ class Neighbours:
 def rounding_on_disk(
     config: Any, plan: Plan, source: Weights, tokens: Tensor, *, dtype: torch.dtype, written: torch.dtype
 ) -> float:
-    """How far, relative, logits of tokens move when the weights of a checkpoint are moved to neighbours.
+    """Relative change of the logits when every number of the weights is moved to a neighbour.
 
-    dtype: of the arithmetic; written: the narrowest that the rotated weights are stored in.
+    dtype: of the arithmetic. written: the narrowest dtype that the rotated weights are stored in.
     """
     neighbours = Neighbours(source, written)
     return compare_on_disk(config, plan, {}, source, neighbours, tokens, dtype=dtype, tolerance=inf).relative

@@ -1,4 +1,4 @@
-"""What a stream is to write: the files of the result, and which tensor of the source each of theirs is made of."""
+"""Output shards of streaming: which files are written, and the source tensor that each stored tensor comes from."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,36 +17,36 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 class Packing(Protocol):
-    """How the tensors of the rotated model are stored in the folder."""
+    """Protocol of an output format: how the tensors of the rotated model are stored in the folder."""
 
     @property
     def extras(self) -> Mapping[str, Tensor]:
-        """Tensors of the folder that come from no tensor of the model."""
+        """Tensors of the folder that are not computed from a tensor of the model."""
         ...
 
     def is_whole(self, name: str) -> bool:
-        """Whether a tensor cannot be packed rows at a time."""
+        """Whether a tensor cannot be packed by rows."""
         ...
 
     def layout(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Layout:
-        """Dtypes and shapes of what a tensor is stored as. A row of the tensor is a row, or a run, of each of them."""
+        """Stored tensors of a tensor, as (dtype, shape) by name; a row of it is a row, or several, of each of them."""
         ...
 
     def is_made(self, name: str) -> bool:
-        """Whether it is known what a tensor is stored as, without its numbers."""
+        """Whether the stored tensors are known already, as after a calibration."""
         ...
 
     def made(self, name: str) -> dict[str, Tensor]:
-        """What such a tensor is stored as."""
+        """The stored tensors that are known already."""
         ...
 
     def pack(self, name: str, rows: Tensor) -> dict[str, Tensor]:
-        """What rows of a tensor are stored as."""
+        """The stored tensors of rows of a tensor."""
         ...
 
 
 class Plain:
-    """Tensors stored as they are."""
+    """Packing that stores tensors unchanged."""
 
     extras: Mapping[str, Tensor] = {}
 
@@ -68,7 +68,7 @@ class Plain:
 
 @dataclass(frozen=True)
 class Job:
-    """One tensor of the rotated model: its name, the tensor of the source that it is made of, what it is stored as."""
+    """One tensor of the rotated model: its name, the source tensor it is computed from, and its stored tensors."""
 
     name: str
     source: str
@@ -78,7 +78,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of the result."""
+    """An output file, with the tensors that it holds."""
 
     file: str
     jobs: tuple[Job, ...]
@@ -86,7 +86,7 @@ class Shard:
 
     @property
     def layout(self) -> Layout:
-        """All tensors of the file."""
+        """Dtypes and shapes of all tensors of the file."""
         found: Layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.extras.items()}
         for job in self.jobs:
             found |= job.stored
@@ -94,15 +94,15 @@ class Shard:
 
     @property
     def order(self) -> list[str]:
-        """The tensors in the order in which they lie in the file."""
+        """Names of the tensors in the order of the file."""
         return in_order(self.layout)
 
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of the tensors: see `fuse.transform`.
+    """How source tensors are transformed and stored; see `fuse.transform` for plan, rotations, gains and precision.
 
-    dtype: of floating tensors, None as in the source; fp8_dtype: then of those that are FP8 there.
+    dtype: of floating tensors; None keeps the source's, with `fp8_dtype` for tensors that are FP8 there.
     """
 
     plan: Plan
@@ -118,9 +118,9 @@ class Change:
 def make_shards(
     source: Source, change: Change, *, untied: Sequence[tuple[str, str]] = (), max_shard_size: int | None = None
 ) -> list[Shard]:
-    """The files of the result: those of the source, or files of at most `max_shard_size` bytes.
+    """The output files: one for each file of the source, or files of at most `max_shard_size` bytes.
 
-    untied: (name, source) of tensors that the checkpoint does not hold because they are tied; they come last.
+    untied: (name, source) of tensors that the checkpoint lacks because they are tied; they come last.
     """
     by_file: dict[str, list[Job]] = {file: [] for file in source.files}
     for name, stored in source.tensors.items():
