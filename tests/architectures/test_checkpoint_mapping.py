@@ -131,7 +131,7 @@ def test_a_damaged_expert_is_found_on_real_tokens_and_named(name, tmp_path, monk
     assert damaged in weights(folder)
     monkeypatch.setattr(Rotated, "whole", lambda self, name: whole(self, name) * (1.3 if name == damaged else 1))
     for options in (given, calibrated):
-        with pytest.raises(ProofError, match=r"first module that departs is 'model\.layers\.1\.\w+\.experts'"):
+        with pytest.raises(ProofError, match=r"first module that deviates is 'model\.layers\.1\.\w+\.experts'"):
             quantize_folder(folder, tmp_path / "bad", parse_scheme("W4A4"), spec, **options)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 

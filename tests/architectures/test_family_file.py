@@ -147,7 +147,7 @@ def wrong_families(family):
 def test_a_wrong_file_is_refused_by_the_proof_on_a_tiny_model(acme_family, case):
     """It fits names and shapes, so only the logits differ. The message names the first module that departs."""
     what, family, rotation = list(wrong_families(acme_family))[case]
-    with pytest.raises(ProofError, match=r"first module that departs is '(core\.stack\.\d+|out)") as error:
+    with pytest.raises(ProofError, match=r"first module that deviates is '(core\.stack\.\d+|out)") as error:
         prove(acme.AcmeConfig(), RotationSpec(rotation, "auto"), family=family)
     assert error.value, what
     assert prove(acme.AcmeConfig(), RotationSpec(rotation, "auto"), family=acme_family).relative < 1e-12

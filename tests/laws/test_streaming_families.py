@@ -109,7 +109,7 @@ def test_a_wrongly_fused_tensor_is_found_and_the_folder_refused(name, tensor, tm
     """The comparison reads the written folder and names a module of the layer; nothing is left under the final name."""
     saved(tmp_path / "model", name)
     damaged = damage(monkeypatch, tensor)
-    with pytest.raises(ProofError, match=r"logits moved .* first module that departs is") as refused:
+    with pytest.raises(ProofError, match=r"logits moved .* first module that deviates is") as refused:
         rotate_folder(tmp_path / "model", tmp_path / "out", mergeable(name), text=text, options=UNPROVED)
     assert damaged == [tensor]
     layer = re.search(r"\.(?:layers|h)\.\d+\.", tensor)

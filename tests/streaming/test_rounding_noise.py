@@ -53,7 +53,7 @@ def test_a_wrong_fusion_of_it_is_caught(tensor, zamba2, tmp_path, monkeypatch):
             rows[0] += 0.01
 
     monkeypatch.setattr(fuse, "fuse_in_place", wrong)
-    with pytest.raises(ProofError, match=r"rotating changed this model.*first module that departs"):
+    with pytest.raises(ProofError, match=r"rotating changed this model.*first module that deviates"):
         rotate_folder(zamba2, tmp_path / "out", SPEC, **GIVEN)
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""Calibrated decoder blocks as pieces of a run: packed weights by linear, and the clip ratios found so far."""
+"""Save and load calibrated decoder blocks, to resume a calibration: packed weights by linear, and clip ratios."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +11,10 @@ from spinquant.quantization.scheme import Clips, Quantizer
 
 
 class BlockStore:
-    """Finished blocks of a calibration, so that it is resumed behind the last of them after a kill.
+    """Finished blocks of a calibration, after the last of which a rerun resumes.
 
     Args:
-        pieces: where they are kept, for one set of settings.
+        pieces: files of the blocks, for one set of settings.
     """
 
     def __init__(self, pieces: Pieces):
@@ -22,7 +22,7 @@ class BlockStore:
 
     @property
     def folder(self) -> Path:
-        """The folder of the pieces."""
+        """The folder of the files."""
         return self.pieces.folder
 
     def save(self, block: str, packed: Mapping[str, Packed], clips: Clips) -> None:
@@ -36,7 +36,7 @@ class BlockStore:
         self.pieces.save(block, tensors, {"clips": clips.to_dict(), "linears": linears})
 
     def load(self, block: str) -> tuple[dict[str, Packed], Clips] | None:
-        """What `save` kept; None for a block that is not finished."""
+        """Packed weights and clip ratios of a finished block; None if it is not finished."""
         found = self.pieces.load(block)
         if found is None:
             return None
@@ -51,7 +51,7 @@ class BlockStore:
         return packed, Clips.from_dict(about["clips"])
 
     def packed(self, block: str, linear: str, part: tuple[int | slice, ...] | None = None) -> Packed:
-        """One weight of a finished block; part: some of its rows alone, of one matrix where it is a stack."""
+        """One weight of a finished block; part: an index of rows, preceded by one of the matrix in a stack."""
         meta = self.pieces.about(block)["linears"][linear]
         with safe_open(self.pieces.path(block), framework="pt") as file:
             names = sorted(name for name in file.keys() if name.startswith(f"{linear}/"))

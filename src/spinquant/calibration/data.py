@@ -33,7 +33,7 @@ def load_text(source: str = "auto") -> tuple[str, str]:
             default; or `auto` (the default), wikitext if `datasets` is installed and the hub answers, else the manual.
 
     Returns:
-        (name, text); the name says what was really read, for the record.
+        (name, text); the name records which source was read.
 
     Raises:
         TextError: The file or dataset cannot be read, or holds no text.
@@ -190,7 +190,7 @@ def calibration_tokens(
         progress: Called with (samples done, samples in all) while text is generated.
 
     Returns:
-        (name, tokens): what was really read, and the tokens, int64, (samples, length).
+        (name, tokens): the source that was read, and the tokens, int64, (samples, length).
 
     Raises:
         TextError: The text cannot be read, is shorter than one sample, or needs a tokenizer that is missing, or a

@@ -1,1 +1,1 @@
-"""How work is run: threads, working memory, processes, hashing of tensors."""
+"""Threads, reusable working memory, torchrun processes, and hashes of tensors."""

@@ -1,10 +1,10 @@
-"""Several processes that work on one result (torchrun): coordination, and a clean end of all when one of them ends.
+"""Coordinate the processes of a torchrun job, and end all of them with a clear error when one of them ends.
 
 torchrun starts the processes, on one machine or several. They coordinate through the key-value store of
 torch.distributed and never wait inside a collective, which would not return once a process is gone. Each process holds
 a lock on its own file beside the result. The operating system releases it however the process ends, and a process that
-waits checks the locks of the others. Nothing of torch.distributed does this: `store.wait` learns of an end by its
-timeout alone, and `monitored_barrier`, for gloo only, names who ended to rank 0 alone.
+waits checks the locks of the others. torch.distributed has no such check: `store.wait` notices the end of a
+process only by its timeout, and `monitored_barrier`, for gloo only, names that process to rank 0 only.
 """
 
 import json
@@ -30,7 +30,7 @@ from spinquant.errors import ProcessError, SpinquantError
 
 _POLLED = 0.05  # seconds between two polls while waiting
 _LOST = 5.0  # seconds after which a process that the others have lost has ended completely
-# Others wait while the first process works; that one of them ended is seen otherwise.
+# Others wait while the first process works; the locks, not this timeout, show that one has ended.
 LONGEST = timedelta(days=7)
 _LOOKED = 1.0  # seconds between two checks of the others' locks while working
 
@@ -166,7 +166,7 @@ class Processes:
             except ProcessError:
                 raise
             except BaseException as error:
-                self._tell(error)  # while the lock says that this process is there to be asked
+                self._tell(error)  # while the lock shows that this process is alive
                 raise
             finally:
                 self._locks = None
@@ -225,7 +225,7 @@ class Processes:
             raise ProcessError(f"the processes of this job lost their connection. {_AGAIN}")
 
     def _dead(self) -> list[int]:
-        """Ranks whose locks are free. Who is gone stays gone."""
+        """Ranks whose locks are free; a rank that was found dead stays in the list."""
         for rank in set(range(self.size)) - {self.rank, *self._gone} if self._locks else ():
             path = self._locks / str(rank) if self._locks else None
             if path is None or not path.exists():  # the folder is gone, because the result is complete
@@ -245,13 +245,13 @@ _AGAIN = "Rerun the same command to resume"
 
 
 def check_same(settings: Mapping[str, Any], processes: Processes) -> None:
-    """Raise ProcessError where processes were asked for different things, or have learned different rotations."""
-    # Each machine may have a copy of the model, elsewhere and of another time.
+    """Raise ProcessError if the processes have different settings, or have learned different rotations."""
+    # Each machine may have its own copy of the model, with another path and other modification times.
     found = processes.gather({name: value for name, value in settings.items() if name not in ("model", "files")})
     names = sorted({name for one in found for name in one if one[name] != found[0][name]})
     if names:
         raise ProcessError(
             f"the processes of this job differ in {', '.join(names)}: start all of them with the same command, on the "
-            "same files. Rotations that they have learned may differ in the last bits where their machines do: then "
-            "use `spinquant learn` first, and --learned with what it writes"
+            "same files. Rotations learned on different machines may differ in the last bits: run `spinquant learn` "
+            "first, and pass its output with --learned"
         )

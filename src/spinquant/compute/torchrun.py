@@ -1,13 +1,13 @@
-"""Which process of a job this one is, read from the environment that torchrun sets; without torch."""
+"""Rank and world size of this process, from the environment variables of torchrun; imports no torch."""
 
 import os
 
 
 def is_first() -> bool:
-    """Whether this process is the one of its job that speaks to the user, as torchrun says."""
+    """Whether this is rank 0, the process that reports to the user."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def is_alone() -> bool:
-    """Whether torchrun started no other process beside this one."""
+    """Whether this is the only process of its job."""
     return int(os.environ.get("WORLD_SIZE", "1")) == 1

@@ -1,1 +1,1 @@
-"""Perplexity, KL divergence, and proof that a rotated model is equivalent to the original."""
+"""Measure perplexity and KL divergence, and prove that a rotated model is equivalent to the original."""

@@ -169,17 +169,17 @@ def check(deviation: Deviation, dtype: torch.dtype, *, what: str, rounding: floa
     """Raise ProofError if the logits moved by more than `allowed`, or are NaN."""
     tolerance = allowed(dtype, rounding)
     if not deviation.relative <= tolerance:
-        where = f"The first module that departs is {deviation.module!r}. " if deviation.module else ""
+        where = f"The first module that deviates is {deviation.module!r}. " if deviation.module else ""
         if MARGIN * rounding > MOST:
             raise ProofError(
                 f"whether rotating changed {what} cannot be told in {dtype}: logits moved by {deviation.relative:.3g} "
                 f"(relative), and rounding alone moves the original's by {rounding:.3g}. {where}Nothing was saved; "
-                "compare in a wider dtype (--dtype float32 or float64), or say --allow-inexact."
+                "compare in a wider dtype (--dtype float32 or float64), or pass --allow-inexact."
             )
         raise ProofError(
             f"rotating changed {what}: logits moved by {deviation.max_abs:.3g} at most, relative error "
-            f"{deviation.relative:.3g}, where {dtype} explains {tolerance:.3g}. {where}Nothing was saved; "
-            "please report this with the model's config."
+            f"{deviation.relative:.3g}, more than rounding in {dtype} explains ({tolerance:.3g}). {where}Nothing "
+            "was saved; please report this with the model's config."
         )
 
 

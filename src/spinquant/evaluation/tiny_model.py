@@ -138,7 +138,7 @@ def _tiny_with_vision(config: Any, text: Any) -> Any:
     vision.update({name: [0] for name in ("fullatt_block_indexes", "deepstack_visual_indexes") if name in vision})
     if "out_hidden_size" in vision:
         vision["out_hidden_size"] = text.hidden_size
-    elif "embed_dim" in vision and vision["hidden_size"] == hidden:  # Qwen2-VL's name for what comes out
+    elif "embed_dim" in vision and vision["hidden_size"] == hidden:  # Qwen2-VL's name for the output size
         vision["hidden_size"] = text.hidden_size
     # Image tokens must not be among the random tokens of a proof.
     data.update({name: TINY_VOCABULARY - 1 for name in data if name.endswith(("image_token_id", "image_token_index"))})

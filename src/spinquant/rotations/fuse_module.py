@@ -56,7 +56,7 @@ def fuse_module(
     largest linear of a layer.
 
     Args:
-        model: the model that the plan was made of.
+        model: the model that the plan was made from.
         plan: its plan, from `plan_of`.
         rotations: rotations by space name, from `make_rotations` or learned; empty changes nothing.
         precision: dtype of the arithmetic; by default float32 for half-precision weights, else the weight's own.

@@ -44,28 +44,30 @@ class LearnedRotations:
         """The subset for some rotations, such as ["R1", "R2"].
 
         Raises:
-            LearningError: a rotation was not learned, or the record does not say which rotation each space has.
+            LearningError: a rotation was not learned, or the record does not state which rotation each space has.
         """
         if not names:
-            raise LearningError("none of the learned rotations is asked for: leave them out instead")
+            raise LearningError("no rotation is selected from the learned ones: name at least one, or do not pass them")
         missing = [name for name in names if name not in self.spec.rotations]
         if missing:
-            raise LearningError(f"{', '.join(missing)} is asked for, and {', '.join(self.spec.rotations)} was learned")
+            raise LearningError(f"{', '.join(missing)} is asked for, but {', '.join(self.spec.rotations)} was learned")
         of = self.record.get("rotation_of", {})
         if set(of) < set(self.rotations):
-            raise LearningError("these rotations do not say which of R1 to R4 each of them is: take all, or learn anew")
+            raise LearningError(
+                "the record does not state which of R1 to R4 each rotation is: use all of them, or learn again"
+            )
         types = {name: self.spec.type_of(name) for name in names}
         sizes = {name: size for name in names if (size := self.spec.block_of(name)) is not None}
         spec = RotationSpec(tuple(names), types, sizes or None, False, self.spec.seed)
         return replace(self, rotations={s: r for s, r in self.rotations.items() if of[s] in names}, spec=spec)
 
     def note(self) -> dict[str, Any]:
-        """The record as a checkpoint keeps it: without timings and without the steps of single spaces."""
+        """The record as it is saved with a checkpoint: without timings, and without the steps of single spaces."""
         note = {key: value for key, value in self.record.items() if key not in ("seconds", "local_steps")}
         steps = [{k: v for k, v in step.items() if k != "tokens_per_second"} for step in note.get("steps", ())]
         return {**note, "steps": steps}
 
     @property
     def kept(self) -> str:
-        """The name of the candidate that these rotations are."""
+        """Name of the candidate that was kept."""
         return self.record["kept"]
