@@ -1,4 +1,4 @@
-"""Laws of quantizing what is no linear: stacked experts, and the Conv1D of GPT-2."""
+"""Laws of quantizing weights that are not nn.Linear: stacked experts, and the Conv1D of GPT-2."""
 
 import copy
 from dataclasses import replace
@@ -48,16 +48,16 @@ from spinquant.quantization.rtn import quantize_weight
 from spinquant.quantization.scheme import Quantizer
 from spinquant.quantization.targets import weights_of
 
-# Shared blocks have tests of their own.
+# Shared blocks are tested elsewhere.
 MIXED = [table for table in TABLES if table.experts and table.shared is None]
 WITH_EXPERTS = {model_type for table in MIXED for model_type in table.model_types}
-# One instance of every table with experts that are there, and GPT-2.
+# One instance of every family with experts, and GPT-2.
 MIXTURES = [
     name
     for name, instance in FAMILIES.items()
     if instance.config().get_text_config().model_type in WITH_EXPERTS | {"gpt2"}
 ]
-# Without stacked experts that are quantized.
+# Those of them without stacked experts.
 DENSE = ("gpt2", "granitemoehybrid-dense", "youtu", "minicpm3", "llama4_text")
 UNPROVED = Options(prove=False)
 
@@ -75,7 +75,7 @@ def spec_of(name, seed=1):
     return RotationSpec(",".join(FAMILIES[name].allowed), seed=seed)
 
 
-def test_there_are_mixtures_of_every_kind():
+def test_the_tested_mixtures_cover_every_layout():
     found = {name: plan_of(tiny(name)) for name in MIXTURES}
     assert sum(bool(plan.experts) for plan in found.values()) >= 18
     assert any(stack.transposed for plan in found.values() for stack in plan.experts)
@@ -84,7 +84,7 @@ def test_there_are_mixtures_of_every_kind():
 
 @pytest.mark.parametrize("name", MIXTURES)
 @pytest.mark.parametrize("scheme", ["W4", "W3g8"])
-def test_every_matrix_is_rounded_as_if_it_were_alone(name, scheme):
+def test_each_expert_is_quantized_independently(name, scheme):
     model = tiny(name)
     before = {key: tensor.clone() for key, tensor in model.named_parameters()}
     scheme = parse_scheme(scheme)
@@ -109,8 +109,8 @@ def test_every_matrix_is_rounded_as_if_it_were_alone(name, scheme):
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_saved_and_loaded_it_is_the_same_model(name, tmp_path):
-    """In words that no other reader takes for numbers, under the names of the checkpoint."""
+def test_saving_and_loading_is_the_identity(name, tmp_path):
+    """Packed words have integer dtypes, and the names of the checkpoint."""
     model = tiny(name, torch.float32)
     model.save_pretrained(tmp_path / "plain")
     result = quantize(model, "W4A8KV8", spec_of(name), options=UNPROVED)
@@ -125,14 +125,14 @@ def test_saved_and_loaded_it_is_the_same_model(name, tmp_path):
     for weight in weights_of(plan, parse_scheme("W4")):
         assert stored[weight.tensor].dtype == torch.int32, weight.tensor
         assert stored[f"{weight.tensor}_scale"].shape[:-1] == stored[weight.tensor].shape[:-1]
-    # And once more, from what was loaded.
+    # The loaded model is saved again.
     loaded.save_pretrained(tmp_path / "again")
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert again.keys() == stored.keys() and all(torch.equal(again[key], stored[key]) for key in again)
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_streamed_it_is_the_same_folder(name, tmp_path, monkeypatch):
+def test_streaming_experts_equals_quantizing_in_memory(name, tmp_path, monkeypatch):
     monkeypatch.setattr("spinquant.streaming.pipeline.BAND", 5000)
     monkeypatch.setattr("spinquant.formats.native_packing.PIECE", 500)
     tiny(name, torch.float32).save_pretrained(tmp_path / "model")
@@ -146,7 +146,7 @@ def test_streamed_it_is_the_same_folder(name, tmp_path, monkeypatch):
 
 
 def reference(module, activation, x, chosen, shares, rotation, quantizer):
-    """One module of experts, token by token, with what it reads and what stands between the products rounded."""
+    """One module of experts, token by token, with the inputs of both matrix products quantized."""
     out = torch.zeros_like(x)
     read = fake_quantize(x, quantizer)
     up = module.gate_up_proj if module.has_gate else module.up_proj
@@ -165,7 +165,7 @@ def reference(module, activation, x, chosen, shares, rotation, quantizer):
 @pytest.mark.parametrize("name", [name for name in MIXTURES if name not in DENSE])
 @pytest.mark.parametrize("rotations", [(), ("R4",)])
 @torch.no_grad()
-def test_activations_inside_experts_are_rounded(name, rotations):
+def test_activations_inside_experts_are_quantized(name, rotations):
     model = tiny(name)
     plan, scheme = plan_of(model), parse_scheme("A4")
     experts = plan.experts[-1]
@@ -212,8 +212,8 @@ def dense_and_mixture():
 @pytest.mark.parametrize("method", ["rtn", "gptq", "gptaq"])
 @pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize("scheme", ["W4A4", "W3g16A16"])
-def test_one_expert_is_a_dense_mlp(method, sequential, scheme):
-    """Calibrated too: the same numbers, the same clip ratios."""
+def test_a_mixture_with_one_expert_is_calibrated_like_a_dense_mlp(method, sequential, scheme):
+    """The same quantized weights and clip ratios."""
     if method == "rtn" and (sequential or scheme == "W3g16A16"):
         pytest.skip("rtn takes no such option, or has no clip ratio to search")
     dense, mixture = dense_and_mixture()
@@ -244,14 +244,14 @@ def test_one_expert_is_a_dense_mlp(method, sequential, scheme):
 
 
 def block_outputs(model, plan, ids):
-    """What the last block gives."""
+    """Output of the last block."""
     with Float64Arithmetic(), captured(model, [plan.blocks[-1]]) as found:
         model(input_ids=ids, use_cache=False)
     return found[plan.blocks[-1]]
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen3_moe", "gpt2"])
-def test_gptq_keeps_the_outputs_better_than_rounding(name):
+def test_gptq_preserves_outputs_of_experts_better_than_rtn(name):
     ids = tokens(24, 24)
     exact = tiny(name)
     plan = plan_of(exact)
@@ -287,7 +287,7 @@ def test_every_expert_is_calibrated_on_its_own_tokens():
             torch.testing.assert_close(found[expert].detach(), expected, atol=1e-7, rtol=1e-7)
 
 
-def test_an_expert_without_a_token_is_rounded_to_nearest():
+def test_an_expert_without_tokens_is_quantized_by_rtn():
     model = tiny("mixtral")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -304,8 +304,8 @@ def test_an_expert_without_a_token_is_rounded_to_nearest():
     assert sorted(nearest) == [False, False, True, True]
 
 
-def test_a_static_range_covers_what_experts_read():
-    """The largest magnitudes on the calibration text, in front of the experts and inside."""
+def test_a_static_range_covers_the_inputs_of_experts():
+    """The largest magnitudes on the calibration text, of the inputs of both matrix products."""
     model = tiny("mixtral")
     plan, ids = plan_of(model), tokens(3, 12)
     static = Quantizer(4, True, 16, kind="nvfp4", static=True)
@@ -313,7 +313,7 @@ def test_a_static_range_covers_what_experts_read():
     spaces = ["residual", *(space.name for space in plan.spaces_of("R4"))]
     sites = collect(model, plan, spaces, scheme, ids, rows=10**6, generator=torch.Generator().manual_seed(0))
     result = quantize(model, scheme, RotationSpec(()), tokens=ids, options=UNPROVED)
-    first = plan.experts[0]  # behind it, what was rounded before it differs
+    first = plan.experts[0]  # later experts have inputs from quantized ones
     seen = {site.name: float(site.rows.abs().max()) for site in sites}
     assert result.clips.inputs[first.first[0]] > 0 and first.second[0] in result.clips.inputs
     assert result.clips.inputs.keys() == {group[0] for group in plan.linears} | {
@@ -323,7 +323,7 @@ def test_a_static_range_covers_what_experts_read():
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "gpt2"])
-def test_what_is_learned_sees_experts(name):
+def test_learning_collects_the_inputs_of_experts(name):
     model = tiny(name)
     plan, scheme = plan_of(model), parse_scheme("A4")
     made = make_rotations(plan, RotationSpec("R1,R4"))
@@ -340,8 +340,8 @@ def test_what_is_learned_sees_experts(name):
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen2_moe", "deepseek_v3", "gpt2"])
-def test_in_rotated_coordinates_the_network_is_the_rotated_one(name):
-    """Weights and activations of experts included: what is learned through is what will be run."""
+def test_quantizing_in_rotated_coordinates_equals_the_rotated_model(name):
+    """Including weights and activations of experts, so that learning sees the model that will be run."""
     model = tiny(name)
     plan, scheme = plan_of(model), parse_scheme("W4A4", weight_clip=1.0)
     spec = RotationSpec(tuple(r for r in FAMILIES[name].allowed if r != "R3"), seed=3)
@@ -367,7 +367,7 @@ def test_a_rotation_is_learned_for_a_mixture():
         assert torch.allclose(logits(model, tokens()), before, atol=1e-9)
 
 
-def test_detached_it_is_a_plain_model():
+def test_a_detached_model_is_plain():
     model = tiny("gpt_oss")
     quantize(model, "W4A4", RotationSpec("R1,R4"), options=UNPROVED)
     rounded = model.model.layers[0].mlp.experts.gate_up_proj.clone()
@@ -379,7 +379,7 @@ def test_detached_it_is_a_plain_model():
 
 
 @pytest.mark.parametrize(("name", "word"), [("mixtral", "experts"), ("gpt2", "(in, out)")])
-def test_compressed_tensors_refuses_them_before_work(name, word, tmp_path):
+def test_compressed_tensors_refuses_experts_and_conv1d_before_any_work(name, word, tmp_path):
     tiny(name, torch.float32).save_pretrained(tmp_path / "model")
     with pytest.raises(SchemeError, match=word.replace("(", "[(]").replace(")", "[)]")):
         quantize_folder(
@@ -399,7 +399,7 @@ def test_a_group_must_divide_the_inputs_of_experts(tmp_path):
         quantize_folder(tmp_path / "model", tmp_path / "out", parse_scheme("W4g16"), RotationSpec("R1"), text=None)
 
 
-def test_shapes_and_headers_give_the_same_experts(tmp_path):
+def test_module_and_checkpoint_plans_have_the_same_experts(tmp_path):
     model = tiny("qwen3_moe", torch.float32)
     model.save_pretrained(tmp_path)
     inside = make_plan(model.config, tensor_shapes(model))
@@ -410,7 +410,7 @@ def test_shapes_and_headers_give_the_same_experts(tmp_path):
     assert [s and s.name for s in inside.read_by_experts(one)] == [s and s.name for s in stored.read_by_experts(many)]
 
 
-def test_a_killed_calibration_goes_on_with_the_experts_it_had(tmp_path):
+def test_an_interrupted_calibration_resumes_with_the_finished_experts(tmp_path):
     ids, scheme, calibration = tokens(4, 16), parse_scheme("W4A4"), Calibration(GPTQOptions(asymmetry=0.25), clips=True)
 
     def run(stop_after=None):

@@ -1,4 +1,4 @@
-"""A model that runs block by block is the model, whatever its blocks give besides hidden states."""
+"""Running a model block by block gives its outputs, for every family."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from spinquant.models.capture import captured
 from spinquant.models.modules import model_class
 from spinquant.rotations.fuse_module import plan_of
 
-# Not XGLM, whose mask transformers cannot make in float64.
+# XGLM is left out, because transformers cannot make its mask in float64.
 NAMES = [name for name in FAMILIES if name != "xglm"]
 
 
@@ -24,7 +24,7 @@ def tiny(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_block_by_block_is_the_model(name):
+def test_running_block_by_block_equals_the_model(name):
     model = tiny(name)
     ids, blocks = tokens(1, 20), plan_of(model).blocks
     calls = block_calls(model, blocks, ids)
@@ -38,7 +38,7 @@ def test_block_by_block_is_the_model(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "bloom-slow"])  # does not call all its linears
 @torch.no_grad()
 def test_linears_run_in_the_order_of_the_plan(name):
-    """A calibration stops behind the last group of a block, and rounds one group after the other."""
+    """Calibration relies on this order: it stops a block after its last group, and quantizes group after group."""
     model = tiny(name)
     plan = plan_of(model)
     with captured(model, [linear for group in plan.linears for linear in group]) as outputs:

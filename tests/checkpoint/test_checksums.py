@@ -1,4 +1,4 @@
-"""A source that is not what it should be, or no longer what it was, is named before anything is replaced."""
+"""A damaged source, or one that changed during a run, is refused by name before the output is replaced."""
 
 import hashlib
 import os
@@ -30,7 +30,7 @@ def model(tmp_path):
 
 
 def flip(path: Path, *, first: bool = False) -> None:
-    """Change the last bit of a file's last number, or its first, and nothing that `ls -l` shows."""
+    """Flip a bit in the last number of a file, or in its first, without changing size or times."""
     times = path.stat().st_atime_ns, path.stat().st_mtime_ns
     data = bytearray(path.read_bytes())
     data[8 + int.from_bytes(data[:8], "little") if first else -4] ^= 1
@@ -53,7 +53,7 @@ def test_a_listed_checksum_is_checked(model, tmp_path):
     shard = max(model.glob("*.safetensors"))
     flip(shard)
     old = (tmp_path / "a" / "config.json").stat().st_mtime_ns
-    with pytest.raises(CheckpointError, match=f"{shard.name} is damaged.*sums says"):
+    with pytest.raises(CheckpointError, match=f"{shard.name} is damaged.*sums records"):
         rotate_folder(model, tmp_path / "a", SPEC, checksums=listed, force=True, **QUICK)
     with pytest.raises(CheckpointError, match=f"{shard.name} is damaged"):
         quantize_folder(model, tmp_path / "b", parse_scheme("W4A16"), SPEC, checksums=listed, **QUICK)
@@ -62,17 +62,17 @@ def test_a_listed_checksum_is_checked(model, tmp_path):
         quantize_folder(model, tmp_path / "b", parse_scheme("W4A16"), SPEC, **given, **QUICK)
     assert (tmp_path / "a" / "config.json").stat().st_mtime_ns == old
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "model", "sums"]
-    rotate_folder(model, tmp_path / "c", SPEC, **QUICK)  # nothing says otherwise
+    rotate_folder(model, tmp_path / "c", SPEC, **QUICK)  # no checksum is known
 
 
 @pytest.mark.parametrize("text", ["", "no checksum\n", "0" * 64 + "  other.safetensors\n"])
-def test_a_list_that_says_nothing_is_refused(text, model, tmp_path):
+def test_a_list_without_checksums_of_the_source_is_refused(text, model, tmp_path):
     (tmp_path / "sums").write_text(text)
     with pytest.raises(CheckpointError, match=r"no SHA-256|lists none"):
         rotate_folder(model, tmp_path / "out", SPEC, checksums=tmp_path / "sums", **QUICK)
 
 
-def test_what_the_hub_noted_beside_a_download_is_checked(model, tmp_path):
+def test_a_checksum_in_the_hubs_download_metadata_is_checked(model, tmp_path):
     shard = max(model.glob("*.safetensors"))
     noted = model / ".cache" / "huggingface" / "download" / f"{shard.name}.metadata"
     noted.parent.mkdir(parents=True)
@@ -81,11 +81,11 @@ def test_what_the_hub_noted_beside_a_download_is_checked(model, tmp_path):
     flip(shard)
     with pytest.raises(CheckpointError, match=f"{shard.name} is damaged.*{shard.name}.metadata"):
         rotate_folder(model, tmp_path / "b", SPEC, **QUICK)
-    noted.write_text(f"{'0' * 40}\n{'0' * 40}\n1700000000.0\n")  # small files have another kind of name
+    noted.write_text(f"{'0' * 40}\n{'0' * 40}\n1700000000.0\n")  # the etag of a file outside large file storage
     rotate_folder(model, tmp_path / "b", SPEC, **QUICK)
 
 
-def test_a_blob_of_the_hubs_cache_is_what_its_name_says(model, tmp_path):
+def test_a_blob_of_the_hubs_cache_is_checked_against_its_name(model, tmp_path):
     blobs, shard = tmp_path / "blobs", max(model.glob("*.safetensors"))
     blobs.mkdir()
     blob = blobs / file_hash(shard)
@@ -98,7 +98,7 @@ def test_a_blob_of_the_hubs_cache_is_what_its_name_says(model, tmp_path):
 
 
 @pytest.mark.parametrize("size", [None, 30_000])
-def test_a_source_that_changed_unseen_is_not_gone_on_with(size, model, tmp_path):
+def test_resuming_is_refused_after_the_source_changed(size, model, tmp_path):
     given = {**QUICK, "max_shard_size": size}
     done = []
 
@@ -113,18 +113,18 @@ def test_a_source_that_changed_unseen_is_not_gone_on_with(size, model, tmp_path)
     finished = list((tmp_path / ".out.run" / "finished").glob("*.json"))
     assert finished and not (tmp_path / "out").exists()
     shard = min(model.glob("*.safetensors"))
-    flip(shard, first=True)  # in what was read for the shards that are finished
+    flip(shard, first=True)  # in a part that finished shards were computed from
     with pytest.raises(CheckpointError, match=f"{shard.name} has changed since this run began"):
         rotate_folder(model, tmp_path / "out", SPEC, **given)
     assert not (tmp_path / "out").exists()
     flip(shard, first=True)
     times = {path.name: path.stat().st_mtime_ns for path in finished}
-    rotate_folder(model, tmp_path / "out", SPEC, **given)  # behind what was finished
+    rotate_folder(model, tmp_path / "out", SPEC, **given)  # resumes after the finished shards
     kept = {f"{p.name}.json": p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.safetensors")}
     assert all(kept[name] < time for name, time in times.items())
 
 
-def test_a_hash_is_that_of_the_file_however_it_is_read(tmp_path):
+def test_hashing_pieces_in_any_order_gives_the_hash_of_the_file(tmp_path):
     data = torch.randint(0, 256, (10_000,), dtype=torch.uint8)
     path = tmp_path / "file"
     path.write_bytes(data.numpy().tobytes())

@@ -18,7 +18,7 @@ from spinquant.checkpoint.folder import load_config
 from spinquant.checkpoint.run_directory import atomic_folder
 
 
-def test_headers_are_what_is_in_the_files(folder):
+def test_headers_match_the_tensors_of_the_files(folder):
     tensors = load_file(folder / "model.safetensors")
     headers = read_headers(folder)
     assert {n: i.shape for n, i in headers.items()} == {n: tuple(t.shape) for n, t in tensors.items()}
@@ -107,13 +107,13 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_damage_is_named(folder, kind):
+def test_a_damaged_folder_raises_an_error_that_names_the_damage(folder, kind):
     word = damage(folder, kind)
     with pytest.raises(CheckpointError, match=word.replace(".", r"\.")):
         load(folder)
 
 
-def test_pickle_is_loaded_when_asked(folder):
+def test_allow_pickle_loads_pickles(folder):
     model = load(folder)
     (folder / "model.safetensors").unlink()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
@@ -121,18 +121,18 @@ def test_pickle_is_loaded_when_asked(folder):
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
 
 
-def test_a_folder_without_tokenizer_says_so(tmp_path):
+def test_a_folder_without_tokenizer_is_an_error(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="tokenizer"):
         load_tokenizer(tmp_path)
 
 
-def test_a_hub_id_that_cannot_be_had_says_so():
+def test_a_hub_id_that_cannot_be_downloaded_is_an_error():
     with pytest.raises(CheckpointError, match="nobody/nothing"):
         load_config("nobody/nothing")
 
 
-def test_a_folder_appears_whole(tmp_path):
+def test_a_folder_is_written_atomically(tmp_path):
     out = tmp_path / "deep" / "out"
     with atomic_folder(out) as partial:
         (partial / "a").write_text("1")
@@ -142,18 +142,18 @@ def test_a_folder_appears_whole(tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_a_failed_run_leaves_nothing(tmp_path, error):
+def test_a_failed_block_leaves_no_files(tmp_path, error):
     with pytest.raises(error), atomic_folder(tmp_path / "out") as partial:
         (partial / "a").write_text("1")
         raise error
     assert list(tmp_path.iterdir()) == []
 
 
-def test_force_replaces_models_only(tmp_path):
+def test_force_replaces_only_models(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("1")
-    with pytest.raises(CheckpointError, match="no model folder"), atomic_folder(out, force=True):
+    with pytest.raises(CheckpointError, match="--force does not replace it"), atomic_folder(out, force=True):
         pass
     assert (out / "thesis.txt").exists()
 
@@ -165,7 +165,7 @@ def test_the_source_of_a_run_is_never_replaced(folder, tmp_path):
     check_free(folder / "rotated", source=folder)
 
 
-def test_what_was_made_inside_a_model_is_no_part_of_it(folder, tmp_path):
+def test_outputs_inside_the_source_folder_are_not_copied(folder, tmp_path):
     for name in ("first", "second"):
         rotate_folder(folder, folder / name, RotationSpec("R1"), text=None)
     rotate_folder(folder, tmp_path / "out", RotationSpec("R1"), text=None)
@@ -173,7 +173,7 @@ def test_what_was_made_inside_a_model_is_no_part_of_it(folder, tmp_path):
     assert files[0] == files[1] and not any("first" in name for name in files[0])
 
 
-def test_a_folder_that_appears_during_the_run_is_kept(tmp_path):
+def test_a_folder_created_during_the_run_is_not_replaced(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(CheckpointError, match="--force"), atomic_folder(out):
         out.mkdir()
@@ -202,14 +202,14 @@ def test_an_interrupted_replacement_keeps_the_old_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["file/out", "dangling/out"])
-def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path, place):
+def test_an_unwritable_output_folder_is_refused_before_the_run(tmp_path, place):
     (tmp_path / "file").write_text("")
     (tmp_path / "dangling").symlink_to(tmp_path / "file" / "nowhere")
     with pytest.raises(CheckpointError, match="cannot write"):
         check_free(tmp_path / place)
 
 
-def test_files_are_as_private_as_the_umask_says(tmp_path):
+def test_files_have_the_permissions_of_the_umask(tmp_path):
     old = os.umask(0o077)
     try:
         with atomic_folder(tmp_path / "out") as partial:
@@ -220,12 +220,12 @@ def test_files_are_as_private_as_the_umask_says(tmp_path):
     assert (tmp_path / "out" / "a").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_device_that_is_not_there_is_refused(folder):
+def test_an_unavailable_device_is_refused(folder):
     with pytest.raises(CheckpointError, match="cuda:77"):
         load(folder, device="cuda:77")
 
 
-def test_an_existing_folder_is_kept_unless_forced(tmp_path):
+def test_an_existing_folder_is_replaced_only_with_force(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("1")
@@ -255,14 +255,14 @@ for limit, out in ((20_000, sys.argv[2]), (500_000, sys.argv[3])):  # while the 
 """
 
 
-def test_a_full_disk_is_told_from_other_limits():
+def test_full_disk_quota_and_file_size_limit_are_distinguished():
     for number, word in ((errno.ENOSPC, "no space left"), (errno.EDQUOT, "quota"), (errno.EFBIG, "ulimit")):
         for error in (OSError(number, "full"), SafetensorError(f"cannot write (os error {number})")):
             assert is_full(error) and word in why_full(error)
     assert not is_full(OSError(errno.EACCES, "not yours"))
 
 
-def test_a_full_disk_is_an_error_and_what_is_finished_is_kept(folder, tmp_path):
+def test_a_full_disk_is_an_error_and_finished_files_are_kept(folder, tmp_path):
     vocabulary = json.loads((folder / "tokenizer.json").read_text())
     vocabulary["model"]["vocab"].update({f"word{i}": 256 + i for i in range(30_000)})
     (folder / "tokenizer.json").write_text(json.dumps(vocabulary))  # larger than the weights
@@ -295,7 +295,7 @@ main()
 """
 
 
-def test_an_interrupt_shows_no_folder_and_exits_with_130(folder, tmp_path):
+def test_an_interrupt_writes_no_folder_and_exits_with_130(folder, tmp_path):
     out = tmp_path / "out"
     (folder / "text").write_text("A quick brown fox jumps over the lazy dog. " * 100)
     process = start_source(INTERRUPTED, [folder, out, folder / "text"], {}, folder)

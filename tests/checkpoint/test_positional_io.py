@@ -1,4 +1,4 @@
-"""Everything works where a system lacks what Unix has: locks of fcntl, reads and writes at offsets, O_DIRECT."""
+"""Reading, writing and locking work on systems without fcntl, preadv, pwrite and O_DIRECT (Windows)."""
 
 import json
 import os
@@ -34,7 +34,7 @@ COMMANDS = {
 }
 
 
-def test_offsets_without_calls_for_them_are_those_with_them(tmp_path, monkeypatch):
+def test_reads_and_writes_at_offsets_work_without_preadv_and_pwrite(tmp_path, monkeypatch):
     path = tmp_path / "file"
     for name in ("own", "lacking"):
         if name == "lacking":
@@ -48,8 +48,8 @@ def test_offsets_without_calls_for_them_are_those_with_them(tmp_path, monkeypatc
             assert read_at(file.fileno(), found, 8) == 2 and found[:2] == b"89"
 
 
-def test_commands_write_the_same_bytes_without_them(tmp_path):
-    """On Windows, which has none of them, nothing could be tried here."""
+def test_commands_write_the_same_bytes_without_unix_calls(tmp_path):
+    """Stands in for Windows, which has none of these calls."""
     model = saved(tmp_path / "model", "llama-tied")
     text = tmp_path / "text"
     text.write_text(" ".join(f"word{i % 97}" for i in range(400)))

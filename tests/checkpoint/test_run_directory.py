@@ -1,4 +1,4 @@
-"""A run may end at any moment: what it leaves is never mistaken for a result, and the next run goes on."""
+"""A run may be killed at any moment: an unfinished result is never taken for a finished one, and a rerun resumes."""
 
 import os
 import subprocess
@@ -42,21 +42,21 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(small):
-    """What a run makes of it that nothing disturbs."""
+    """The output of an uninterrupted run."""
     out = small.parent / "undisturbed"
     rotate_folder(small, out, SPEC, **QUICK)
     return digest(out)
 
 
 class Death(BaseException):
-    """The process is gone."""
+    """The simulated kill of the process."""
 
 
 CALLS = ("write", "pwrite", "ftruncate", "fsync", "replace", "unlink", "rmdir", "mkdir")
 
 
 class Mortal:
-    """Within the block, the n-th change of the file system happens half or not at all, and nothing changes after it."""
+    """Within the block, a kill at the n-th change of the file system, which happens half or not at all."""
 
     def __init__(self, after: int | None = None):
         self.after, self.count, self.dead = after, 0, False
@@ -94,8 +94,8 @@ def changes_of_a_run(run) -> int:
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_run_that_dies_at_any_change_goes_on_to_the_same_bytes(small, undisturbed, tmp_path, replaced):
-    """Every write, fsync, rename, unlink and mkdir of a run is the last one once."""
+def test_a_run_killed_at_any_file_system_call_resumes_to_the_same_bytes(small, undisturbed, tmp_path, replaced):
+    """Kills a run at every write, fsync, rename, unlink and mkdir."""
 
     def run(out: Path) -> None:
         rotate_folder(small, out, SPEC, force=replaced, **QUICK)
@@ -113,17 +113,17 @@ def test_a_run_that_dies_at_any_change_goes_on_to_the_same_bytes(small, undistur
     assert digest(first) == undisturbed
     old = digest(place("old")) if replaced else None
     assert total > 60
-    # An old folder changes the beginning and the end alone.
+    # An old folder changes only the beginning and the end.
     for after in (*range(15), *range(total - 40, total)) if replaced else range(total):
         out = place(str(after))
         with Mortal(after), pytest.raises(Death):
             run(out)
-        if out.exists():  # the old folder, or the new one, and as a whole
+        if out.exists():  # the complete old folder, or the complete new one
             assert digest(out) in (old, undisturbed), after
         try:
             run(out)
         except CheckpointError as error:
-            # Killed between the last rename and tidying up: the folder is there, and no other name was asked for.
+            # Killed between the last rename and the cleanup: the folder is complete, and a rerun does not replace it.
             assert "exists" in str(error) and digest(out) == undisturbed, after
             continue
         assert digest(out) == undisturbed, after
@@ -131,8 +131,8 @@ def test_a_run_that_dies_at_any_change_goes_on_to_the_same_bytes(small, undistur
 
 
 @pytest.mark.parametrize("after", range(15))
-def test_one_write_that_fails_spoils_nothing(small, undisturbed, tmp_path, monkeypatch, after):
-    """Later writes would succeed: they must not be taken for a whole shard."""
+def test_a_failed_write_is_never_taken_for_a_finished_shard(small, undisturbed, tmp_path, monkeypatch, after):
+    """Later writes succeed, and must not complete the shard."""
     out, pwrite, count = tmp_path / "out", os.pwrite, 0
 
     def failing(*args):
@@ -151,7 +151,7 @@ def test_one_write_that_fails_spoils_nothing(small, undisturbed, tmp_path, monke
     assert digest(out) == undisturbed
 
 
-def test_dying_while_tidying_up_after_an_error_is_no_success(small, tmp_path):
+def test_a_kill_during_cleanup_after_an_error_leaves_no_result(small, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     for path in small.iterdir():
@@ -201,7 +201,7 @@ def test_finished_shards_are_not_written_again(small, undisturbed, tmp_path):
     assert digest(out) == undisturbed
 
 
-def test_a_finished_shard_that_was_damaged_meanwhile_is_written_again(small, undisturbed, tmp_path):
+def test_a_finished_shard_that_was_damaged_is_written_again(small, undisturbed, tmp_path):
     out = tmp_path / "out"
     home = killed_half_way(small, out)
     shard = min((home / "data").glob("*.safetensors"))
@@ -212,7 +212,7 @@ def test_a_finished_shard_that_was_damaged_meanwhile_is_written_again(small, und
     assert digest(out) == undisturbed
 
 
-def test_other_settings_are_refused_by_what_differs(small, undisturbed, tmp_path):
+def test_resuming_with_other_settings_names_what_differs(small, undisturbed, tmp_path):
     out = tmp_path / "out"
     home = killed_half_way(small, out)
     for options, word in (
@@ -247,7 +247,7 @@ def test_a_second_run_at_the_same_time_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_appears_during_the_run_is_kept(small, tmp_path, monkeypatch):
+def test_a_folder_created_during_the_run_is_not_replaced(small, tmp_path, monkeypatch):
     out = tmp_path / "out"
 
     def appear(result, folder, **_) -> None:
@@ -260,7 +260,7 @@ def test_a_folder_that_appears_during_the_run_is_kept(small, tmp_path, monkeypat
     assert (out / "precious").exists()
 
 
-def test_checksums_find_what_changed(small, tmp_path):
+def test_check_checksums_names_changed_files(small, tmp_path):
     out = tmp_path / "out"
     rotate_folder(small, out, SPEC, **QUICK)
     assert check_checksums(out) == []
@@ -276,7 +276,7 @@ def test_checksums_find_what_changed(small, tmp_path):
         check_checksums(small)
 
 
-def test_a_truncated_shard_is_named_before_anything_is_replaced(small, tmp_path):
+def test_a_truncated_source_shard_is_named_before_the_output_is_replaced(small, tmp_path):
     folder, out = tmp_path / "model", tmp_path / "out"
     folder.mkdir()
     for path in small.iterdir():
@@ -304,7 +304,7 @@ rotate_folder(sys.argv[1], sys.argv[2], RotationSpec("R1,R2"), text=None, option
 """
 
 
-def test_kill_9_and_again(small, undisturbed, tmp_path):
+def test_a_run_resumes_after_sigkill(small, undisturbed, tmp_path):
     out, finished = tmp_path / "out", tmp_path / ".out.run" / "finished"
     process = start_source(RUN, [small, out, 0.1], {}, small.parent)
     while len(list(finished.glob("*.json"))) < 2:

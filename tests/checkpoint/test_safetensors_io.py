@@ -1,4 +1,4 @@
-"""safetensors files, held against the library that defines them."""
+"""Reading and writing safetensors files, compared with the safetensors library."""
 
 import errno
 import os
@@ -44,7 +44,7 @@ def write(path, tensors, *, order=1):
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_the_bytes_are_the_librarys_own(tmp_path, order):
+def test_written_bytes_equal_those_of_safetensors(tmp_path, order):
     (tmp_path / "ours").write_bytes(b"left by a run that was stopped" * 1000)
     tensors = some_tensors()
     digest = write(tmp_path / "ours", tensors, order=order)
@@ -52,7 +52,7 @@ def test_the_bytes_are_the_librarys_own(tmp_path, order):
     assert digest == file_hash(tmp_path / "ours")
 
 
-def test_the_library_reads_ours_and_we_read_the_librarys(tmp_path):
+def test_files_are_exchangeable_with_safetensors(tmp_path):
     tensors = some_tensors()
     write(tmp_path / "ours", tensors)
     loaded = load_file(tmp_path / "ours")
@@ -81,7 +81,7 @@ def direct_or_skip(folder) -> None:
 
 
 class Disk:
-    """os.open and os.pwrite; records which writes went past the cache. Of those the n-th fails or falls short."""
+    """Replaces os.open and os.pwrite: records direct writes, of which the n-th fails or writes fewer bytes."""
 
     def __init__(self, monkeypatch, *, number: int | None = None, failing: int = 0, count: int = 0):
         self.direct, self.lengths, self.number, self.failing, self.count = set(), [], number, failing, count
@@ -106,7 +106,7 @@ class Disk:
 
 @pytest.mark.parametrize("gathered", [4096, 3 * 4096, 1 << 22])
 @pytest.mark.parametrize("order", [1, -1])
-def test_whole_pages_go_past_the_cache(tmp_path, monkeypatch, gathered, order):
+def test_whole_pages_are_written_past_the_page_cache(tmp_path, monkeypatch, gathered, order):
     direct_or_skip(tmp_path)
     monkeypatch.setattr("spinquant.checkpoint.direct_io.WRITE_BUFFER", gathered)
     numbers = torch.arange(60_000, dtype=torch.int32)
@@ -121,7 +121,7 @@ def test_whole_pages_go_past_the_cache(tmp_path, monkeypatch, gathered, order):
 
 @pytest.mark.parametrize("trouble", [{"failing": errno.EINVAL}, {"count": 4096}, {"count": 512}, {"count": 0}])
 @pytest.mark.parametrize("number", [1, 3])
-def test_what_a_disk_does_not_take_goes_through_the_cache(tmp_path, monkeypatch, number, trouble):
+def test_refused_direct_writes_fall_back_to_the_page_cache(tmp_path, monkeypatch, number, trouble):
     direct_or_skip(tmp_path)
     monkeypatch.setattr("spinquant.checkpoint.direct_io.WRITE_BUFFER", 3 * 4096)
     tensors = {"a": torch.arange(50_000, dtype=torch.int32).view(100, 500)}
@@ -140,7 +140,7 @@ def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
     assert found.value.errno == errno.ENOSPC
 
 
-def test_files_that_follow_each_other_gather_in_one_memory(tmp_path):
+def test_consecutive_files_reuse_one_write_buffer(tmp_path):
     direct_or_skip(tmp_path)
     places, others = set(), []
     for i in range(4):
@@ -153,22 +153,22 @@ def test_files_that_follow_each_other_gather_in_one_memory(tmp_path):
         assert file._direct._memory is None
         others.append(
             torch.empty(direct.WRITE_BUFFER + direct.PAGE, dtype=torch.uint8)
-        )  # would take a place that was given back
+        )  # would be allocated where a freed buffer was
     assert len(places) == 1
 
 
 @pytest.mark.parametrize("flags", ["absent", "refused"])
-def test_without_direct_writes(tmp_path, monkeypatch, flags):
+def test_files_are_written_without_o_direct(tmp_path, monkeypatch, flags):
     if flags == "absent":
         monkeypatch.delattr(os, "O_DIRECT", raising=False)
     else:
-        monkeypatch.setattr(os, "O_DIRECT", os.O_DIRECTORY)  # which no file is
+        monkeypatch.setattr(os, "O_DIRECT", os.O_DIRECTORY)  # fails for a file
     tensors = some_tensors()
     assert write(tmp_path / "ours", tensors) == file_hash(tmp_path / "ours")
     assert (tmp_path / "ours").read_bytes() == save(tensors, metadata={"format": "pt"})
 
 
-def test_rows_are_the_rows(tmp_path):
+def test_rows_of_a_tensor_are_read_from_their_byte_range(tmp_path):
     tensors = {"a": torch.arange(60.0).view(10, 6), "b": torch.arange(24, dtype=torch.int16).view(4, 2, 3)}
     save_file(tensors, tmp_path / "file")
     entries = read_entries(tmp_path / "file")
@@ -179,8 +179,8 @@ def test_rows_are_the_rows(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["direct", "cached", "nowhere", "refused", "short", "coarse"])
-def test_every_piece_of_a_file(tmp_path, monkeypatch, kind):
-    """Past the page cache or through it, whatever the disk does with a read: the bytes are those of the file."""
+def test_any_range_of_a_file_is_read_correctly(tmp_path, monkeypatch, kind):
+    """Past the page cache or through it, also if the disk refuses or shortens reads."""
     direct_or_skip(tmp_path)
     whole = bytes(torch.arange(90_001).short().numpy().tobytes())
     (tmp_path / "file").write_bytes(whole)
@@ -213,10 +213,10 @@ def test_every_piece_of_a_file(tmp_path, monkeypatch, kind):
     assert all(length % 4096 == 0 for length in lengths)
 
 
-def test_what_is_in_the_page_cache_is_read_from_there(tmp_path):
+def test_cached_files_are_read_through_the_page_cache(tmp_path):
     direct_or_skip(tmp_path)
     if not hasattr(os, "RWF_NOWAIT"):
-        pytest.skip("nothing can be known of the cache")
+        pytest.skip("the system has no RWF_NOWAIT")
     (tmp_path / "file").write_bytes(bytes(1 << 26))
     with closing(DirectReader(tmp_path / "file")) as reader:
         assert reader._direct is None
@@ -226,14 +226,14 @@ def test_what_is_in_the_page_cache_is_read_from_there(tmp_path):
     is_kept = direct._is_cached(file)
     os.close(file)
     if is_kept:
-        pytest.skip("the system keeps in its page cache what it is told to drop")
-    for _ in range(5):  # to look puts nothing there
+        pytest.skip("the system ignores POSIX_FADV_DONTNEED")
+    for _ in range(5):  # sampling does not fill the cache
         with closing(DirectReader(tmp_path / "file")) as reader:
             assert reader._direct is not None
 
 
 def looks(monkeypatch, look):
-    """A system whose reads without waiting are `look`."""
+    """Replace reads without waiting (RWF_NOWAIT) by `look`."""
     monkeypatch.setattr(os, "RWF_NOWAIT", 8, raising=False)
     monkeypatch.setattr(os, "preadv", look, raising=False)
     monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: None, raising=False)
@@ -242,7 +242,7 @@ def looks(monkeypatch, look):
 
 
 @pytest.mark.parametrize("found", range(direct._SAMPLES + 1))
-def test_a_file_is_cached_where_most_looks_find_it(tmp_path, monkeypatch, found):
+def test_a_file_is_cached_if_most_samples_are(tmp_path, monkeypatch, found):
     answers = iter([True] * found + [False] * (direct._SAMPLES - found))
 
     def look(file, buffers, offset, flags):
@@ -256,7 +256,7 @@ def test_a_file_is_cached_where_most_looks_find_it(tmp_path, monkeypatch, found)
         assert direct._is_cached(file.fileno()) == (found > direct._SAMPLES // 2)
 
 
-def test_a_file_whose_cache_is_not_known_is_read_through_it(tmp_path, monkeypatch):
+def test_a_file_is_read_through_the_cache_if_its_state_is_unknown(tmp_path, monkeypatch):
     def look(*arguments):
         raise OSError(errno.EOPNOTSUPP, "no such reads")
 
@@ -293,7 +293,7 @@ def damaged(data: bytes, kind: str) -> bytes:
         "negative offset",
     ],
 )
-def test_damage_names_the_file(tmp_path, kind):
+def test_a_damaged_file_raises_an_error_that_names_it(tmp_path, kind):
     path = tmp_path / "shard.safetensors"
     save_file({"a": torch.arange(60.0).view(10, 6)}, path)
     path.write_bytes(damaged(path.read_bytes(), kind))

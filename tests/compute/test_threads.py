@@ -1,4 +1,4 @@
-"""Arithmetic in one thread for each piece: how many threads there are decides how long it takes, and nothing else."""
+"""Parallel pieces of one thread each: the number of threads changes the time and not the result."""
 
 import threading
 
@@ -27,8 +27,8 @@ def plan(order: int) -> Plan:
 
 @pytest.mark.parametrize("name", ["up", "down"])
 @pytest.mark.parametrize("kind", ["random-hadamard", "random-matrix"])
-def test_the_number_of_threads_changes_no_bit(name, kind):
-    """Seven rows are left over for the last slice: two threads that share a product of so few end in other bits."""
+def test_results_do_not_depend_on_the_number_of_threads(name, kind):
+    """The last slice has seven rows: a product of so few, shared by two threads, has other last bits."""
     order = 512
     rotations = make_rotations(plan(order), RotationSpec("R1,R4", kind))
     shape = (2048 + 7, order) if name == "up" else (order, 2 * order)
@@ -44,13 +44,13 @@ def test_the_number_of_threads_changes_no_bit(name, kind):
     assert not torch.equal(found[0], tensor)
 
 
-def test_pieces_go_side_by_side_each_in_one_thread():
+def test_pieces_run_in_parallel_with_one_thread_each():
     torch.set_num_threads(2)
     both = threading.Barrier(2)
     seen = []
 
     def piece(number: int) -> None:
-        both.wait(timeout=30)  # nobody gets past it alone
+        both.wait(timeout=30)  # passes only if both pieces run at once
         inner: list[int] = []
         each(inner.append, range(3))  # pieces of a piece, in order
         seen.append((torch.get_num_threads(), torch.is_grad_enabled(), inner))
@@ -62,7 +62,7 @@ def test_pieces_go_side_by_side_each_in_one_thread():
     assert seen == [(1, False, [0, 1, 2])] * 2
 
 
-def test_an_error_comes_when_no_piece_is_at_work():
+def test_an_error_is_raised_after_all_pieces_have_ended():
     torch.set_num_threads(2)
     ended = []
 
@@ -78,15 +78,15 @@ def test_an_error_comes_when_no_piece_is_at_work():
     assert torch.get_num_threads() == 2
 
 
-def test_outside_pieces_follow_each_other():
+def test_outside_single_threaded_pieces_run_in_order():
     torch.set_num_threads(2)
     found = []
     each(lambda number: found.append((number, threading.current_thread() is threading.main_thread())), range(3))
     assert found == [(0, True), (1, True), (2, True)]
 
 
-def test_threads_that_come_and_go_leave_the_number_as_it_was():
-    """Also where another thread is at work when the first has ended, and in threads that are new."""
+def test_the_number_of_torch_threads_is_restored():
+    """Also if another thread is still in `single_threaded` when the first leaves it, and in new threads."""
     torch.set_num_threads(3)
     seen, inside, ended = [], threading.Event(), threading.Event()
 

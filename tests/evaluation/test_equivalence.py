@@ -14,20 +14,20 @@ from spinquant.models.modules import named_tensor
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("kind", ["hadamard", "random-hadamard", "random-matrix", "auto"])
-def test_the_twin_proves_every_family(name, kind):
+def test_every_family_is_proved_on_a_tiny_model(name, kind):
     deviation = prove(CONFIGS[name](), RotationSpec("R1,R2,R3,R4", kind, randomize=kind != "hadamard"))
     assert deviation.relative < 1e-12
 
 
 @pytest.mark.parametrize("block_size", [64, {"R1": 2048, "R4": 4096, "R2": 32}])
-def test_the_twin_is_small_whatever_the_size_of_the_model(block_size):
+def test_the_tiny_model_is_small_for_any_config(block_size):
     config = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8)
     tiny = make_tiny_model(config)
     assert sum(p.numel() for p in tiny.parameters()) < 300_000
     prove(config, RotationSpec("R1,R2,R3,R4", block_size=block_size))
 
 
-def test_the_twin_has_every_kind_of_layer():
+def test_the_tiny_model_has_every_kind_of_layer():
     config = tiny_config(SmolLM3Config(num_hidden_layers=36, pad_token_id=None))
     assert set(config.no_rope_layers) == {0, 1}
     config = Qwen2Config(num_hidden_layers=8, use_sliding_window=True, sliding_window=4096, max_window_layers=4)
@@ -36,7 +36,7 @@ def test_the_twin_has_every_kind_of_layer():
     assert tiny_config(LlamaConfig(num_hidden_layers=1)).num_hidden_layers == 2
 
 
-def test_the_twin_has_biases_and_gains():
+def test_the_tiny_model_has_biases_and_gains():
     tiny = make_tiny_model(Qwen2Config(hidden_size=64, num_attention_heads=4, num_key_value_heads=2))
     assert tiny.model.layers[0].self_attn.v_proj.bias.abs().min() > 0
     assert (tiny.model.norm.weight - 1).abs().max() > 0.1
@@ -49,8 +49,8 @@ def broken(monkeypatch, change) -> None:
     monkeypatch.setattr("spinquant.architectures.FAMILIES", (replace(llama.LLAMA, tensors=table),))
 
 
-def test_a_forgotten_value_bias_is_caught(monkeypatch):
-    """The mistake that took a released tool's perplexity from 42 to 1.5 million."""
+def test_a_value_bias_that_is_not_rotated_is_caught(monkeypatch):
+    """This mistake raised the perplexity of a released tool from 42 to 1.5 million."""
     broken(monkeypatch, lambda table: table.update({"model.layers.{i}.self_attn.v_proj.bias?": (None,)}))
     with pytest.raises(ProofError, match=r"layers\.0\.self_attn\.v_proj"):
         prove(CONFIGS["qwen2"](), RotationSpec("R2"))
@@ -71,7 +71,7 @@ def test_a_gain_that_is_not_fused_is_caught(monkeypatch):
         prove(CONFIGS["llama"](), RotationSpec("R1"))
 
 
-def test_an_online_part_that_is_forgotten_is_caught(monkeypatch):
+def test_a_missing_online_rotation_is_caught(monkeypatch):
     onlines = {k: v for k, v in llama.LLAMA.onlines.items() if "down_proj" not in k}
     monkeypatch.setattr("spinquant.architectures.FAMILIES", (replace(llama.LLAMA, onlines=onlines),))
     with pytest.raises(ProofError, match="down_proj"):
@@ -79,7 +79,7 @@ def test_an_online_part_that_is_forgotten_is_caught(monkeypatch):
 
 
 @pytest.mark.parametrize("module", ["layers.1.self_attn.v_proj", "layers.2.mlp.up_proj", "layers.0.self_attn.o_proj"])
-def test_the_first_module_that_departs_is_named(module):
+def test_the_first_deviating_module_is_named(module):
     model = tiny_model("llama", dtype=torch.float32)
     plan = plan_of(model)
     rotations = make_rotations(plan, RotationSpec("R1,R2"))
@@ -94,7 +94,7 @@ def test_the_first_module_that_departs_is_named(module):
         check(deviation, torch.float32, what="this model")
 
 
-def test_nan_does_not_pass_for_small():
+def test_nan_fails_the_comparison():
     model = tiny_model("llama", dtype=torch.float32)
     plan = plan_of(model)
     before = snapshot(model, plan, tokens())
@@ -104,8 +104,8 @@ def test_nan_does_not_pass_for_small():
         check(compare(before, model, plan, {}), torch.float32, what="this model")
 
 
-def test_float64_arithmetic_is_needed_and_enough():
-    """Norms and softmax compute in float32 whatever the model's dtype: exact to 1e-7 only, unless prevented."""
+def test_float64_arithmetic_replaces_casts_to_float32():
+    """Norms and softmax compute in float32 in a model of any dtype, so that it is exact to 1e-7 only."""
     x = torch.randn(4, dtype=torch.float64)
     with Float64Arithmetic():
         assert x.to(torch.float32).dtype == torch.float64

@@ -13,7 +13,7 @@ from spinquant.models.capture import captured
 
 
 class Constant(nn.Module):
-    """Predicts the same distribution everywhere."""
+    """A model that predicts the same distribution for every token."""
 
     def __init__(self, logits: torch.Tensor):
         super().__init__()
@@ -37,7 +37,7 @@ def test_perplexity_is_exp_of_the_mean_nll():
     assert found.kl is None
 
 
-def test_tokens_are_drawn_as_often_as_they_are_likely():
+def test_tokens_are_sampled_with_their_probabilities():
     logits = torch.tensor([0.0, 2.0, float("-inf"), 1.0, -3.0])
     found = drawn(logits.softmax(-1).expand(2, 50_000, 5), torch.Generator().manual_seed(0))
     assert found.shape == (2, 50_000, 1)
@@ -59,8 +59,8 @@ def test_kl_and_top1_against_a_known_reference():
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-6, 1e-4, 1e-2, 0.3, 30.0])
-def test_kl_is_exact_however_small(size):
-    """Of float32 logits, as float64 has it; never negative."""
+def test_kl_is_accurate_for_almost_equal_models(size):
+    """KL of float32 logits agrees with float64, and is never negative."""
     generator = torch.Generator().manual_seed(5)
     first = torch.randn(300, 4000, generator=generator) * 3
     second = first + size * torch.randn(first.shape, generator=generator)
@@ -84,7 +84,7 @@ def test_comparison_of_logits():
     assert math.isnan(broken.kl)
 
 
-def test_vocabularies_must_agree():
+def test_different_vocabularies_are_refused():
     for compare in (compare_models, lambda a, b, ids: evaluate(a, ids, reference=b)):
         with pytest.raises(TextError, match=r"\d and \d tokens"):
             compare(Constant(torch.zeros(3)), Constant(torch.zeros(4)), tokens() % 3)
@@ -99,7 +99,7 @@ def test_float64_models_are_compared_in_float64():
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 1), (4,)])
-def test_windows_must_hold_something_to_predict(shape):
+def test_windows_without_a_predicted_token_are_refused(shape):
     with pytest.raises(TextError):
         evaluate(Constant(torch.zeros(3)), torch.zeros(shape, dtype=torch.int64))
 
@@ -115,10 +115,13 @@ def test_windows_tile_the_text():
     assert [row.tolist() for row in few] == [windows[i].tolist() for i in (0, 2, 4)]
 
 
-def test_windows_begin_with_the_beginning():
+def test_windows_start_with_the_bos_token():
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<s>"})
-    assert token_windows(tokenizer, "abcdef" * 10, length=6).shape == (10, 6)  # has the token, does not use it
+    assert token_windows(tokenizer, "abcdef" * 10, length=6).shape == (
+        10,
+        6,
+    )  # the tokenizer has a bos token but does not add it
     begin = [("<s>", tokenizer.bos_token_id)]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=begin)
     windows = token_windows(tokenizer, "abcdef" * 10, length=7)
@@ -127,13 +130,13 @@ def test_windows_begin_with_the_beginning():
     assert all(tokenizer.decode(row[1:]) == "abcdef" for row in windows)
 
 
-def test_a_text_too_short_says_how_long_it_is():
+def test_the_error_for_a_short_text_states_its_length():
     with pytest.raises(TextError, match=r"5 tokens.*window of 20"):
         token_windows(byte_tokenizer(), "hello", length=20)
 
 
-def test_texts(tmp_path, monkeypatch):
-    monkeypatch.undo()  # the manual as it is, which other tests have shortened
+def test_load_text_reads_every_kind_of_source(tmp_path, monkeypatch):
+    monkeypatch.undo()  # the whole manual, which a fixture shortens
     assert load_text("manual")[0] == "manual"
     assert len(load_text("manual")[1]) > 100_000
     assert load_text("manual") == load_text("manual")
@@ -150,7 +153,7 @@ def test_texts(tmp_path, monkeypatch):
         load_text(str(tmp_path / "binary"))
 
 
-def test_datasets_are_an_extra(monkeypatch):
+def test_a_missing_datasets_extra_is_an_error(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(TextError, match=r"spinquant\[datasets\]"):
         load_text("wikitext")

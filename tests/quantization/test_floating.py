@@ -1,4 +1,4 @@
-"""Floating formats: against torch's own float8, the published list of E2M1, and the laws that all quantizers share."""
+"""Floating-point formats: compared with torch's float8 and the table of E2M1, and the laws of all quantizers."""
 
 import itertools
 
@@ -34,7 +34,7 @@ def test_bit_patterns_and_numbers_are_one_to_one(kind):
 
 
 @pytest.mark.parametrize("kind", NUMBERS)
-def test_the_nearest_number_is_the_nearest(kind):
+def test_nearest_finds_the_nearest_number_of_the_format(kind):
     x = torch.linspace(-500, 500, 20001) if kind == "fp8" else torch.linspace(-8, 8, 4001)
     numbers = from_bits(torch.tensor(list(NUMBERS[kind])), kind).double()
     best = (x.double().unsqueeze(1) - numbers).abs().amin(dim=1)
@@ -58,7 +58,7 @@ def test_packed_and_rounded_numbers_are_the_same(quantizer, dtype):
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: q.kind)
-def test_the_error_is_what_the_mantissa_leaves(quantizer):
+def test_the_error_is_bounded_by_the_mantissa(quantizer):
     x = sample(6, 64, dtype=torch.float64)
     groups = x.unflatten(-1, (-1, quantizer.group_size or 64))
     peak = groups.abs().amax(-1, keepdim=True)
@@ -73,7 +73,7 @@ def test_the_error_is_what_the_mantissa_leaves(quantizer):
     assert (error <= groups.abs() * share + peak * max(small, clipped)).all()
 
 
-def test_scales_are_what_their_formats_store():
+def test_scales_are_representable_in_their_formats():
     peak = torch.rand(1000, generator=torch.Generator().manual_seed(0)) * 100
     power = scale_of(peak, "mxfp4")
     assert torch.equal(torch.frexp(power).mantissa, torch.full_like(power, 0.5))
@@ -85,14 +85,14 @@ def test_scales_are_what_their_formats_store():
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: q.kind)
-def test_zeros_stay_zeros_and_tokens_apart(quantizer):
+def test_zeros_stay_zero_and_tokens_are_independent(quantizer):
     assert torch.equal(fake_quantize(torch.zeros(2, 64), quantizer), torch.zeros(2, 64))
     x = sample(6, 64)
     assert torch.equal(fake_quantize(x, quantizer)[2], fake_quantize(x[2], quantizer))
 
 
 def test_groups_of_zeros_do_not_coarsen_the_others():
-    """A group of zeros has no scale of its own; it must not raise the reach of small ones."""
+    """A group of zeros needs no scale, and must not raise the scales of groups of small numbers."""
     x = sample(4, 64) * 1e-6
     alone = dequantize(quantize(x, NVFP4))
     x = torch.cat([x, torch.zeros(1, 64)])
@@ -100,7 +100,7 @@ def test_groups_of_zeros_do_not_coarsen_the_others():
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: q.kind)
-def test_the_searched_clip_is_no_worse_than_any(quantizer):
+def test_no_clip_ratio_is_better_than_the_searched_one(quantizer):
     weight = sample(6, 64)
     options = {"bits": quantizer.bits, "symmetric": True, "group_size": quantizer.group_size, "kind": quantizer.kind}
     found = dequantize(quantize_weight(weight, Quantizer(**options, clip="mse")))
@@ -117,7 +117,7 @@ def test_floating_notation(text):
     assert parse_scheme(str(scheme), weight_clip=1.0) == scheme
 
 
-def test_presets_are_what_compressed_tensors_means():
+def test_presets_match_compressed_tensors():
     assert parse_scheme("fp8_dynamic").weights == Quantizer(8, symmetric=True, clip="mse", kind="fp8")
     assert parse_scheme("NVFP4A16").activations is None
     assert parse_scheme("MXFP4").activations == MXFP4
@@ -137,6 +137,6 @@ def test_formats_that_do_not_exist_are_refused(options):
         Quantizer(**options)
 
 
-def test_a_group_that_is_not_the_formats_is_refused():
+def test_a_group_size_other_than_the_formats_is_refused():
     with pytest.raises(SchemeError, match="groups of 16"):
         parse_scheme("NVFP4A16", group_size=64)

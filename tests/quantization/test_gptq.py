@@ -1,4 +1,4 @@
-"""Laws of GPTQ and of quantizing block by block."""
+"""Laws of GPTQ and of calibrated quantization block by block."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -77,7 +77,7 @@ def by_definition(weight, x, quantizer, damping):
 @pytest.mark.parametrize("quantizer", [Quantizer(4, symmetric=True), Quantizer(3)])
 @pytest.mark.parametrize("columns", [20, BLOCK_COLUMNS + 9])
 @pytest.mark.parametrize("panel", [7, 512])
-def test_it_is_the_greedy_least_squares_solution(quantizer, columns, panel, monkeypatch):
+def test_gptq_is_the_greedy_least_squares_solution(quantizer, columns, panel, monkeypatch):
     monkeypatch.setattr("spinquant.quantization.gptq.PANEL", panel)
     weight, x = random(6, columns, seed=3), correlated(400, columns)
     found = dequantize(gptq(weight, moments_of(x), quantizer, GPTQOptions(damping=0.01)))
@@ -86,7 +86,7 @@ def test_it_is_the_greedy_least_squares_solution(quantizer, columns, panel, monk
 
 @pytest.mark.parametrize("options", [GPTQOptions(), GPTQOptions(act_order=True)])
 @pytest.mark.parametrize("group", [None, 16, 48])
-def test_outputs_are_kept_better_than_by_rounding_to_nearest(group, options):
+def test_gptq_preserves_outputs_better_than_rtn(group, options):
     weight, x = random(24, 288, seed=3), correlated(2000, 288)
     quantizer = Quantizer(3, symmetric=True, group_size=group, clip="mse")
 
@@ -97,7 +97,7 @@ def test_outputs_are_kept_better_than_by_rounding_to_nearest(group, options):
 
 
 @pytest.mark.parametrize("kind", ["fp8", "nvfp4", "mxfp4"])
-def test_floating_formats_are_rounded_with_error_feedback_too(kind):
+def test_gptq_preserves_outputs_better_than_rtn_in_floating_formats(kind):
     weight, x = random(24, 288, seed=3), correlated(2000, 288)
     quantizer = parse_scheme(f"W{kind}A16").weights
     found, nearest = gptq(weight, moments_of(x), quantizer), quantize_weight(weight, quantizer)
@@ -118,7 +118,7 @@ def test_rows_do_not_influence_each_other(group):
     assert torch.equal(whole.words[3:5], part.words) and torch.allclose(whole.scale[3:5], part.scale)
 
 
-def test_inputs_without_correlation_are_rounded_to_nearest():
+def test_gptq_equals_rtn_for_uncorrelated_inputs():
     x = torch.eye(32, dtype=torch.float64).repeat(4, 1) * 3
     weight, quantizer = random(8, 32, seed=1), Quantizer(4, symmetric=True, clip="mse")
     for options in (GPTQOptions(), GPTQOptions(act_order=True)):
@@ -126,7 +126,7 @@ def test_inputs_without_correlation_are_rounded_to_nearest():
         assert torch.equal(dequantize(found), dequantize(quantize_weight(weight, quantizer)))
 
 
-def test_dead_inputs_are_rounded_to_nearest_and_disturb_nothing():
+def test_dead_inputs_are_quantized_by_rtn_and_do_not_affect_others():
     weight, x = random(8, 40, seed=1), correlated(500, 40)
     x[:, [3, 17]] = 0
     quantizer = Quantizer(4, symmetric=True)
@@ -162,7 +162,7 @@ import spinquant.quantization.gptq
 from spinquant.quantization.gptq import GPTQOptions, Moments, gptq
 from spinquant.quantization.scheme import Quantizer
 
-spinquant.quantization.gptq.PANEL = 128  # small beside the matrices, as it is beside large ones
+spinquant.quantization.gptq.PANEL = 128  # small compared with the matrices
 
 def memory(word):
     return 1024 * int(re.search(rf"{word}:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1))
@@ -177,13 +177,13 @@ def used(n, exact):
     gptq(weight, moments, Quantizer(4), GPTQOptions(act_order=True, asymmetry=0.5))
     return (memory("VmHWM") - start) / (8 * n * n)
 
-used(256, True)  # whatever is loaded at its first use
+used(256, True)  # loads lazily loaded libraries
 print(used(2048, False), used(2048, True))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
-def test_memory_is_that_of_one_float64_matrix_and_of_the_moments():
+def test_peak_memory_is_one_float64_matrix_beside_the_moments():
     """Of n inputs, in units of n x n in float64; the moments are float32, half of one each."""
     run = run_source(PEAK)
     assert run.returncode == 0, run.stderr
@@ -191,7 +191,7 @@ def test_memory_is_that_of_one_float64_matrix_and_of_the_moments():
     assert 1 < symmetric < 2 and 1 < asymmetric < 2.4, run.stdout
 
 
-def test_moments_it_cannot_use_are_refused():
+def test_unusable_moments_are_refused():
     weight, quantizer = random(4, 40), Quantizer(4)
     with pytest.raises(CalibrationError, match="singular"):
         gptq(weight, moments_of(random(8, 40)), quantizer, GPTQOptions(damping=0))
@@ -205,7 +205,7 @@ def test_moments_it_cannot_use_are_refused():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_blocks_one_by_one_are_the_model(name):
+def test_running_block_by_block_equals_the_model(name):
     model, ids = tiny_model(name), tokens()
     plan = plan_of(model)
     before = logits(model, ids)
@@ -232,8 +232,8 @@ def rotated(name="llama", rotations="R1,R2,R3,R4"):
 @pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize("asymmetry", [0.0, 1.0])
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_every_linear_is_rounded_on_the_inputs_it_will_see(name, asymmetry, sequential):
-    """The law that ties the walk to `gptq`: redone by hand for one linear of the second block."""
+def test_each_linear_is_calibrated_on_inputs_from_the_quantized_model(name, asymmetry, sequential):
+    """Compares one linear of the second block with `gptq` on inputs captured by hand."""
     scheme = parse_scheme("W3A6KV6")
     options = GPTQOptions(asymmetry=asymmetry)
     model, plan, made = rotated(name)
@@ -244,7 +244,7 @@ def test_every_linear_is_rounded_on_the_inputs_it_will_see(name, asymmetry, sequ
         exact = [seen[target] for row in ids.split(1) if logits(model, row) is not None]
     with Float64Arithmetic():
         quantize_blocks(model, plan, made, scheme, ids, Calibration(options, sequential=sequential))
-    # The blocks before as they were quantized; of the second, what comes before down_proj only when sequential.
+    # Earlier blocks are quantized; in the second block, the linears before down_proj only if sequential.
     if not sequential:
         whole, _, _ = rotated(name)
         for linear in (n for group in plan.linears for n in group if n.startswith("model.layers.1.")):
@@ -307,7 +307,7 @@ def test_clip_search_finds_the_best_ratio_and_attaches_it():
         assert torch.allclose(logits(model, ids), clipped)
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path):
+def test_an_interrupted_calibration_resumes_after_the_finished_blocks(tmp_path):
     ids, scheme = tokens(6, 20), parse_scheme("W4A4KV4")
     calibration = Calibration(GPTQOptions(asymmetry=0.5), clips=True)
     whole, plan, made = rotated()
@@ -333,7 +333,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     assert found.to_dict() == clips.to_dict()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, expected[name]), name
-    # Finished blocks are used, not calibrated again: what was put in their place is in the model.
+    # Finished blocks are loaded, not calibrated again: a changed block in the store is found in the model.
     packed, kept = store.load(plan.blocks[0]) or pytest.fail("block 0 was not kept")
     linear, weight = next(iter(packed.items()))
     store.save(plan.blocks[0], {**packed, linear: replace(weight, words=weight.words.flip(0))}, kept)
@@ -344,8 +344,8 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     assert not (tmp_path / "store").exists()
 
 
-def test_folders_resume_for_the_same_weights_alone(folder, tmp_path):
-    """Settings, tokens or weights that differ start anew; the same ones go on."""
+def test_a_folder_resumes_only_for_the_same_weights_and_settings(folder, tmp_path):
+    """Other settings, tokens or weights start anew; the same ones resume."""
     options = Options(prove=False)
     fast = {"method": "gptq", "calibration_text": CalibrationText("manual", 4, 16), "text": "manual"}
     store, spec = tmp_path / ".out.run" / "calibration", RotationSpec("R1")
@@ -370,7 +370,7 @@ def test_folders_resume_for_the_same_weights_alone(folder, tmp_path):
         return len(list(store.glob("*.safetensors")))
 
     assert killed() == 2
-    assert run()[0] == 2 and not store.exists(), "goes on, and leaves nothing"
+    assert run()[0] == 2 and not store.exists(), "resumes, and leaves no state"
     for change in ({"clip": 0.9}, {"calibration_text": CalibrationText("manual", 5, 16)}, {"method": "gptaq"}):
         killed()
         assert run(**change)[0] == 1, change
@@ -403,7 +403,7 @@ def test_the_head_is_calibrated_where_the_scheme_covers_it():
     assert errors["gptq"] < 0.8 * errors["rtn"]
 
 
-def test_what_calibration_needs_is_checked_first():
+def test_missing_inputs_of_calibration_are_refused_before_any_work():
     model = tiny_model("llama")
     with pytest.raises(CalibrationError, match="tokens"):
         quantize(model, "W4A16", method="gptq", options=FAST)
@@ -426,7 +426,7 @@ def test_what_calibration_needs_is_checked_first():
     assert torch.equal(logits(model, tokens()), logits(tiny_model("llama"), tokens()))
 
 
-def test_text_of_the_models_own():
+def test_generated_text_is_reproducible_and_likely_under_the_model():
     model = tiny_model("llama")
     source = CalibrationText("generated", samples=20, length=9, seed=4)
     done = []
@@ -434,13 +434,13 @@ def test_text_of_the_models_own():
     assert name == "generated" and found.shape == (20, 9) and done[-1] == (20, 20)
     assert torch.equal(found, calibration_tokens(model, None, replace(source, text="auto"))[1])
     assert not torch.equal(found, calibration_tokens(model, None, replace(source, seed=5))[1])
-    # Sampled from the model: its own text is more likely under it than random tokens.
+    # Text sampled from the model is more likely under it than random tokens.
     likely = [
         logits(model, t).log_softmax(-1)[:, :-1].gather(-1, t[:, 1:, None]).mean() for t in (found, tokens(20, 9))
     ]
     assert likely[0] > likely[1] + 0.2
 
 
-def test_clips_as_json():
+def test_clips_survive_json():
     clips = Clips({"a": 0.9}, {"b": 0.8}, {"b": 0.7})
     assert Clips.from_dict(clips.to_dict()) == clips and clips and not Clips()

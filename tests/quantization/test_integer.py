@@ -58,7 +58,7 @@ def test_unreadable_schemes_are_refused(text):
         parse_scheme(text)
 
 
-def test_options_that_would_do_nothing_are_refused():
+def test_options_without_effect_are_refused():
     with pytest.raises(SchemeError, match="several group sizes"):
         parse_scheme("W4g64A16", group_size=128)
     with pytest.raises(SchemeError, match="does not quantize weights"):
@@ -140,7 +140,7 @@ def test_gradients_pass_straight_through():
     assert torch.equal(x.grad, torch.full_like(x, 2.0))
 
 
-def test_a_group_that_does_not_divide_is_refused():
+def test_a_group_size_that_does_not_divide_is_refused():
     with pytest.raises(SchemeError, match="48"):
         fake_quantize(torch.zeros(2, 64), Quantizer(4, group_size=48))
     with pytest.raises(SchemeError, match="weights only"):
@@ -148,7 +148,7 @@ def test_a_group_that_does_not_divide_is_refused():
 
 
 @pytest.mark.parametrize("group_size", [None, 16])
-def test_the_searched_clip_is_the_best_of_all(group_size):
+def test_the_searched_clip_has_the_least_error(group_size):
     weight = sample(6, 64)
     searched = Quantizer(4, symmetric=True, group_size=group_size, clip="mse")
     found = dequantize(quantize_weight(weight, searched))
@@ -160,7 +160,7 @@ def test_the_searched_clip_is_the_best_of_all(group_size):
     assert search_clip(weight, searched).min() < 1  # with an outlier per row, clipping pays
 
 
-def test_weights_are_rounded_in_place_and_the_head_is_not():
+def test_rtn_quantizes_weights_in_place_and_not_the_head():
     model = tiny_model("llama-tied", dtype=torch.float32)
     plan, scheme = plan_of(model), parse_scheme("W4A16")
     before = {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
@@ -177,7 +177,7 @@ def test_weights_are_rounded_in_place_and_the_head_is_not():
     assert seen[-1] == (len(names), len(names))
 
 
-def test_the_head_is_rounded_when_asked_and_untied_first():
+def test_a_quantized_head_is_untied_first():
     model = tiny_model("llama-tied", dtype=torch.float32)
     embedding = model.model.embed_tokens.weight.detach().clone()
     round_weights(model, plan_of(model), parse_scheme("W4A16", lm_head=True))
@@ -186,7 +186,7 @@ def test_the_head_is_rounded_when_asked_and_untied_first():
     assert model.config.tie_word_embeddings is False
 
 
-def test_rounding_names_the_weight_that_does_not_fit():
+def test_the_error_names_the_weight_whose_group_size_does_not_fit():
     model = tiny_model("llama", dtype=torch.float32)
     with pytest.raises(SchemeError, match=r"layers\.0\.self_attn\.q_proj\.weight"):
         round_weights(model, plan_of(model), parse_scheme("W4g32A16"))

@@ -22,7 +22,7 @@ ROTATIONS = {
 
 
 @pytest.mark.parametrize("kind", ROTATIONS)
-def test_orthogonal(kind):
+def test_rotations_are_orthogonal(kind):
     dense = matrix(ROTATIONS[kind]())
     assert torch.allclose(dense @ dense.T, torch.eye(len(dense), dtype=torch.float64), atol=1e-12)
 
@@ -52,7 +52,7 @@ def test_description_and_tensors_restore_it(kind):
     assert torch.equal(matrix(restore(description, tensors)), matrix(rotation))
 
 
-def test_restore_refuses_what_it_does_not_know():
+def test_restore_refuses_unknown_kinds_and_missing_tensors():
     with pytest.raises(RotationError, match="banana"):
         restore({"kind": "banana"}, {})
     with pytest.raises(RotationError, match="signs"):
@@ -85,7 +85,7 @@ def test_leaving_a_rotation_out_does_not_change_the_others():
     assert all(torch.equal(matrix(every[space]), matrix(some[space])) for space in some)
 
 
-def test_randomize_gives_every_application_its_own():
+def test_randomize_draws_one_rotation_per_space():
     plan = plan_of(tiny_model("llama"))
     shared = make_rotations(plan, RotationSpec("R2,R3,R4"))
     own = make_rotations(plan, RotationSpec("R2,R3,R4", randomize=True))
@@ -95,7 +95,7 @@ def test_randomize_gives_every_application_its_own():
         assert len({tuple(matrix(own[space]).flatten().tolist()) for space in spaces}) == 3
 
 
-def test_options_per_rotation():
+def test_types_and_block_sizes_are_set_per_rotation():
     plan = plan_of(tiny_model("llama"))
     spec = RotationSpec("R1,R2,R4", {"R1": "random-matrix"}, block_size={"R4": 20})
     made = make_rotations(plan, spec)
@@ -111,7 +111,7 @@ def test_a_block_size_that_does_not_divide_names_the_space_and_the_divisors():
         make_rotations(plan, RotationSpec("R2", block_size=32))
 
 
-def test_an_order_without_hadamard_names_the_alternatives_and_auto_takes_one():
+def test_an_order_without_hadamard_matrix_names_alternatives_and_auto_uses_one():
     plan = plan_of(tiny_model("llama"))
     odd = RotationSpec("R4", block_size={"R4": 10})
     with pytest.raises(HadamardOrderError, match=r"hidden.*10.*(?s:.*)random-matrix"):
@@ -135,7 +135,7 @@ def test_bad_options_are_refused():
     assert RotationSpec("R4", {"r4": "hadamard"}).type_of("R4") == "hadamard"
 
 
-def test_haar_matrices_are_not_biased():
+def test_random_orthogonal_matrices_are_unbiased():
     """Plain QR gives R a positive diagonal only up to signs; the mean of Haar matrices is zero."""
     g = generator(5)
     mean = torch.stack([random_orthogonal(3, g) for _ in range(4000)]).mean(0)
@@ -143,8 +143,8 @@ def test_haar_matrices_are_not_biased():
 
 
 @pytest.mark.parametrize("kind", ["random-hadamard", "orthogonal", "kronecker"])
-def test_what_is_remembered_is_of_use_to_all(kind):
-    """A first use under a mode of torch, or in inference mode, spoils no later one."""
+def test_cached_factors_work_in_every_torch_mode(kind):
+    """A first use in FakeTensorMode or inference mode does not break later ones with gradients."""
     rotation, x = (
         ROTATIONS[kind](),
         torch.randn(3, ROTATIONS[kind]().order, dtype=torch.float64, generator=generator(1)),

@@ -37,7 +37,7 @@ def test_rotating_does_not_change_the_function(name, rotations):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("block_size", [None, 4, {"R1": 12, "R4": 20}])
 @pytest.mark.parametrize("kind", TYPES)
-def test_types_blocks_and_attention_implementations(kind, block_size, attention):
+def test_every_type_block_size_and_attention_implementation_keeps_the_function(kind, block_size, attention):
     model, ids = tiny_model("qwen2", attention=attention), tokens()
     before = logits(model, ids)
     rotated(model, RotationSpec("R1,R2,R3,R4", kind, block_size, seed=2))
@@ -45,8 +45,8 @@ def test_types_blocks_and_attention_implementations(kind, block_size, attention)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_activations_are_the_rotated_ones(name):
-    """A plan that does nothing keeps the function too; this law tells it apart."""
+def test_activations_are_rotated(name):
+    """A plan without axes would keep the function too; this test would fail for it."""
     model, ids = tiny_model(name), tokens()
     plan = plan_of(model)
     modules = ["model.embed_tokens", "model.layers.1.self_attn.v_proj", "model.layers.1.mlp.down_proj"]
@@ -63,7 +63,7 @@ def test_activations_are_the_rotated_ones(name):
         assert not torch.allclose(after[module], before[module], atol=1e-2), module
 
 
-def test_norms_are_left_at_identity_and_ties_are_broken():
+def test_fused_norms_are_identity_and_tied_weights_untied():
     model = tiny_model("qwen3")
     rotated(model, RotationSpec("R1"))
     for name, parameter in model.named_parameters():
@@ -75,14 +75,14 @@ def test_norms_are_left_at_identity_and_ties_are_broken():
     assert model.lm_head.weight is not model.model.embed_tokens.weight
 
 
-def test_ties_survive_rotations_that_do_not_need_them_broken():
+def test_weights_stay_tied_if_no_rotation_parts_them():
     model = tiny_model("qwen3")
     rotated(model, RotationSpec("R2,R3,R4"))
     assert model.config.tie_word_embeddings is True
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_transform_is_pure():
+def test_transform_does_not_change_its_input():
     model = tiny_model("llama")
     plan = plan_of(model)
     rotations = make_rotations(plan, RotationSpec("R1,R2,R4"))
@@ -108,7 +108,7 @@ def test_transform_is_the_formula():
     assert torch.allclose(bias, weights[f"{name}.bias"] @ r2)
 
 
-def test_a_span_rotates_its_part_only():
+def test_only_the_span_is_rotated():
     q = random_orthogonal(2, torch.Generator().manual_seed(0))
     x = torch.arange(12.0, dtype=torch.float64).view(1, 12)
     found = rotate_axis(x, 1, Orthogonal(q), Span(start=1, length=2, period=4)).view(3, 4)
@@ -156,7 +156,7 @@ def test_weights_that_are_not_in_memory_are_refused():
     assert model.config.tie_word_embeddings is True
 
 
-def test_slices_are_fused_as_the_whole(monkeypatch):
+def test_fusing_slices_equals_fusing_the_whole(monkeypatch):
     whole, sliced = tiny_model("qwen2"), tiny_model("qwen2")
     for model, size in ((whole, 1 << 30), (sliced, 100)):
         monkeypatch.setattr("spinquant.rotations.fuse.SLICE", size)

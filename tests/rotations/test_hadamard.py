@@ -37,7 +37,7 @@ def constructible(order: int) -> bool:
 
 @pytest.fixture(params=["kernels", "no kernels"])
 def either_way(request, monkeypatch):
-    """With butterflies that are compiled, and as where numba is not installed."""
+    """With compiled butterflies, and without numba."""
     if request.param == "no kernels":
         monkeypatch.setattr(kronecker, "kernels", lambda: None)
     else:
@@ -76,7 +76,7 @@ def test_factors_are_orthonormal_and_multiply_to_the_matrix(order: int):
 
 
 @pytest.mark.parametrize("order", [28, 236])
-def test_matrices_do_not_inherit_the_surroundings(order: int):
+def test_matrices_do_not_inherit_default_device_or_inference_mode(order: int):
     hadamard_factors.cache_clear()
     with torch.device("meta"), torch.inference_mode():
         hadamard_matrix(order)
@@ -105,7 +105,7 @@ def test_construction_takes_small_bases(order: int):
     assert max(base for name, base in construct(order).factors if name != "Sylvester") <= 172
 
 
-def test_construction_reads_well_and_needs_no_matrix():
+def test_a_construction_is_described_without_building_the_matrix():
     assert str(construct(11008)) == "Sylvester 64 x " + str(construct(172))
     assert str(construct(896)) == "Paley II 28 x Sylvester 32"
     assert construct(1) == Construction(1, (("Sylvester", 1),))
@@ -113,7 +113,7 @@ def test_construction_reads_well_and_needs_no_matrix():
 
 
 @pytest.mark.parametrize("order", [0, -4, 3, 6, 18, 90])
-def test_impossible_orders_say_so(order: int):
+def test_impossible_orders_are_refused(order: int):
     with pytest.raises(HadamardOrderError, match=rf"order {order}: no Hadamard matrix .*random-matrix"):
         construct(order)
 
@@ -125,7 +125,7 @@ def test_unknown_orders_name_the_alternatives(order: int):
         hadamard_matrix(order)
 
 
-def test_docs_list_what_is_not_covered():
+def test_docs_list_the_orders_that_are_not_covered():
     line = re.search(r"Not covered below 500: ([\d, ]+)\.", DOCS.read_text())
     assert line is not None
     missing = [n for n in range(4, 500, 4) if not constructible(n)]
@@ -154,7 +154,7 @@ def test_transform_is_the_dense_product_in_every_block(order: int, transpose: bo
 @pytest.mark.parametrize("exponent", range(1, 14))
 @pytest.mark.parametrize("behind", [1, 3, 16, 64, 100])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_butterflies_are_the_product(exponent: int, behind: int, dtype: torch.dtype):
+def test_butterflies_equal_the_matrix_product(exponent: int, behind: int, dtype: torch.dtype):
     pytest.importorskip("numba")
     order = 2**exponent
     x = random(3, order, behind, dtype=dtype)
@@ -172,12 +172,12 @@ def test_butterflies_are_the_product(exponent: int, behind: int, dtype: torch.dt
 
 
 @pytest.mark.parametrize("order", [0, 1, 12])
-def test_butterflies_have_powers_of_two(order: int):
+def test_butterflies_need_a_power_of_two(order: int):
     with pytest.raises(RotationError, match=f"not {order}"):
         kronecker.Sylvester(order)
 
 
-def test_butterflies_are_taken_where_they_can_be(either_way):
+def test_butterflies_are_used_on_plain_cpu_tensors(either_way):
     calls, x = [], random(64, 4096, dtype=torch.float32)
     found = kronecker.kernels()
 
@@ -208,7 +208,7 @@ def test_butterflies_are_taken_where_they_can_be(either_way):
         hadamard_transform(x, 4096)
         assert calls == (["rows"] if either_way else [])
         calls.clear()
-        # Differentiated, in inference mode, and where nothing is computed at all.
+        # With gradients, in inference mode, and with meta and fake tensors.
         x.requires_grad_()
         (gradient,) = torch.autograd.grad(hadamard_transform(x, 4096).sum(), x)
         torch.testing.assert_close(gradient, hadamard_transform(torch.ones_like(x), 4096))
@@ -235,7 +235,7 @@ def test_lower_precision_is_rounded_once(order: int, dtype: torch.dtype, either_
 
 
 @pytest.mark.parametrize("order", [16, 28, 172, 4096, 14336])
-def test_many_chunks_equal_one(order: int, either_way):
+def test_results_do_not_depend_on_the_number_of_chunks(order: int, either_way):
     x = random(2_000_000 // order + 3, order, dtype=torch.float32)  # longer than one chunk
     result = hadamard_transform(x, order)
     rows = torch.tensor([0, len(x) // 2, len(x) - 1])
@@ -285,7 +285,7 @@ def test_gradient_is_the_transposed_transform(transpose: bool):
 
 @pytest.mark.parametrize("sizes", [(3,), (5, 8), (3, 4, 7), (1, 6), (70,), (64, 3)])
 @pytest.mark.parametrize("transpose", [False, True])
-def test_any_square_factors(sizes: tuple[int, ...], transpose: bool):
+def test_any_square_factors_equal_their_kronecker_product(sizes: tuple[int, ...], transpose: bool):
     factors = tuple(random(size, size) for size in sizes)
     full = torch.ones(1, 1, dtype=torch.float64)
     for factor in factors:
@@ -304,7 +304,7 @@ def test_split_of_an_exchangeable_factor_changes_nothing(behind: int):
     torch.testing.assert_close(kronecker_transform(x, (factor, tail)), x @ torch.kron(factor, tail))
 
 
-def test_layout_does_not_matter():
+def test_the_memory_layout_does_not_matter():
     x = random(24, 6, 5).transpose(0, 2)  # (5, 6, 24), not contiguous
     torch.testing.assert_close(hadamard_transform(x, 24), x @ dense(24))
     sliced = random(4, 48)[:, ::2]
@@ -327,8 +327,8 @@ def test_integers_are_refused():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("order", [1, 2, 4, 64, 92, 172])
 @pytest.mark.parametrize("transpose", [False, True])
-def test_any_axis_is_the_last_axis_moved(order, dtype, transpose, monkeypatch, either_way):
-    """Also where a row is longer than a chunk, and written over itself."""
+def test_transforming_any_axis_equals_moving_it_last(order, dtype, transpose, monkeypatch, either_way):
+    """Also for rows longer than a chunk, and in place."""
     monkeypatch.setattr(kronecker, "_CHUNK", order * 20)
     for shape, dim in [((2 * order, 50), 0), ((3, order, 2, 9), 1), ((3, order, 7), -2), ((order, 40), 0)]:
         x = random(*shape).to(dtype)

@@ -50,7 +50,7 @@ def test_layer_norm_commutes_with_it(kind):
 
 
 @pytest.mark.parametrize("order", [4, 16, 64, 1024])
-def test_powers_of_four_are_flat(order):
+def test_orders_that_are_powers_of_four_give_flat_matrices(order):
     assert torch.allclose(matrix(CentredHadamard(order)).abs(), torch.tensor(order**-0.5, dtype=torch.float64))
 
 
@@ -64,7 +64,7 @@ def test_factors_multiply_to_the_order(order):
 
 @pytest.mark.parametrize("kind", ["hadamard", "random-hadamard", "random-matrix", "auto"])
 @pytest.mark.parametrize("shape", [(24,), (3, 24), (2, 48, 5), (24, 7)])
-def test_any_axis_transpose_out_and_saving(kind, shape):
+def test_every_axis_transpose_out_and_saving(kind, shape):
     rotation = make_rotation(space(24), RotationSpec("R1", kind, seed=1), "x")
     dim = next(d for d, n in enumerate(shape) if n % 24 == 0)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -86,7 +86,7 @@ def test_auto_falls_back_where_no_hadamard_matrix_is_known():
     assert isinstance(rotation, CentredRandomHadamard) and rotation.weight is not None
 
 
-def test_seeds_and_half_precision():
+def test_seeds_repeat_and_half_precision_stays_close():
     first, again = (make_rotations(plan(64), RotationSpec("R1", seed=5))["residual"] for _ in range(2))
     other = make_rotations(plan(64), RotationSpec("R1", seed=6))["residual"]
     assert torch.equal(matrix(first), matrix(again)) and not torch.equal(matrix(first), matrix(other))
@@ -95,7 +95,7 @@ def test_seeds_and_half_precision():
     assert torch.allclose(first.apply(x).float(), first.apply(x.float()), atol=0.05)
 
 
-def test_a_rotation_that_moves_the_mean_is_refused_by_name():
+def test_a_rotation_that_changes_the_mean_is_refused_by_name():
     signs = random_signs(16, torch.Generator().manual_seed(0))
     with pytest.raises(RotationError, match=r"mean of the space .residual"):
         check_mean_preserving(plan(16), {"residual": Hadamard(16, signs)})

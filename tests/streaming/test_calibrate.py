@@ -1,4 +1,4 @@
-"""Calibrating from disk is calibrating in memory: the same packed integers and clips, in the memory of a few blocks."""
+"""Calibrating from disk gives the packed integers and clips of calibrating in memory, in the memory of a few blocks."""
 
 import json
 from dataclasses import replace
@@ -58,7 +58,7 @@ CASES = {
 }
 
 
-# Every case on a dense family and on one with experts, and every other way in which a family stores its weights once.
+# Every case on a dense family and on one with experts, and one case for every other layout of weights.
 TRIED = {
     "llama": (torch.float32, tuple(CASES)),
     "mixtral": (torch.float32, tuple(CASES)),
@@ -72,7 +72,7 @@ TRIED = {
 
 
 @pytest.mark.parametrize(("name", "case"), [(name, case) for name, (_, cases) in TRIED.items() for case in cases])
-def test_from_disk_is_in_memory_bit_for_bit(name, case, tmp_path):
+def test_calibrating_from_disk_equals_calibrating_in_memory_bit_for_bit(name, case, tmp_path):
     dtype = TRIED[name][0]
     method, calibration, words = CASES[case]
     spec = RotationSpec(FAMILIES[name].allowed) if name in EXPERTS else ALL
@@ -81,7 +81,7 @@ def test_from_disk_is_in_memory_bit_for_bit(name, case, tmp_path):
     folder = saved(tmp_path / "model", name, dtype)
     assert from_disk(folder)
     given = {"method": method, "calibration": calibration, "calibration_text": TEXT, "text": None}
-    # So little room that the hidden states go to a file.
+    # A memory limit so small that hidden states spill to a file.
     options = replace(UNPROVED, memory=2000)
     result = quantize_folder(folder, tmp_path / "out", scheme, spec, **given, options=options)
     model, found = in_memory(folder, tmp_path / "expected", scheme, spec, method, calibration)
@@ -92,7 +92,7 @@ def test_from_disk_is_in_memory_bit_for_bit(name, case, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["expected", "model", "out"]
 
 
-def test_a_shard_size_and_the_record(folder, tmp_path):
+def test_max_shard_size_and_record_of_a_calibrated_run(folder, tmp_path):
     given = {"method": "gptq", "calibration_text": TEXT, "text": "manual", "max_shard_size": 40_000}
     result = quantize_folder(folder, tmp_path / "out", parse_scheme("W4A16"), ALL, **given, options=UNPROVED)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
@@ -103,7 +103,7 @@ def test_a_shard_size_and_the_record(folder, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["calibrate", "stream"])
-def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(stage, folder, tmp_path):
+def test_an_interrupted_run_resumes_to_the_same_bytes(stage, folder, tmp_path):
     given = {"method": "gptaq", "calibration_text": TEXT, "text": None, "max_shard_size": 40_000}
     scheme = parse_scheme("W4A8KV4", lm_head=True)
     quantize_folder(folder, tmp_path / "expected", scheme, ALL, **given, options=UNPROVED)
@@ -130,7 +130,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(stage, folder, tmp_path
 
 
 @pytest.mark.parametrize("room", [None, 0, 3 * 4 * 40, 10**6])
-def test_hidden_states_come_back_as_they_went(room, tmp_path):
+def test_spilled_hidden_states_are_unchanged(room, tmp_path):
     states, expected = HiddenStates(room, tmp_path), [torch.randn(1, 4, 10) for _ in range(7)]
     for state in expected:
         states.append(state.clone())
@@ -174,5 +174,5 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path):
     run = run_source(PEAK, [text, *folders])
     assert run.returncode == 0, run.stderr
     peaks = [int(line.split()[-1]) for line in run.stdout.splitlines() if line.startswith("peak")]
-    # Two blocks' worth, and what differs from run to run.
+    # The size of two blocks, and the variation between runs.
     assert peaks[1] - peaks[0] < 0.25 * (bytes_[1] - bytes_[0]), peaks

@@ -1,4 +1,4 @@
-"""Several processes quantize with calibration: one calibrates, all write, and what one alone writes comes out."""
+"""Quantizing with calibration in several processes: one calibrates, all write, and the bytes are those of one."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +15,7 @@ from processes import run_together
 from spinquant.compute.distributed import Processes, check_same
 from spinquant.errors import ProcessError
 
-# The command line; one process may die as soon as the first has kept so many blocks.
+# The command line; process DYING is killed as soon as KEPT blocks are finished.
 WORKER = """
 import os, sys, threading, time
 from pathlib import Path
@@ -35,7 +35,7 @@ if kept:
 
     def slowly(self, *arguments):
         save(self, *arguments)
-        time.sleep(0.5)  # so that whoever dies then does it before the next block is finished
+        time.sleep(0.5)  # so that the kill comes before the next block is finished
 
     BlockStore.save = slowly
 from spinquant.cli.main import main
@@ -63,7 +63,7 @@ def launch(model: Path, out: Path, *, text, dying: int = -1, kept: int = 0, more
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """Options that name a text for the calibration and the comparison."""
+    """Options that select the text of calibration and comparison."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("A quick brown fox jumps over the lazy dog. " * 100)
     return ("--calibration", str(path), "--text", str(path), *LENGTH)
@@ -71,7 +71,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture
 def one_thread():
-    """As torchrun gives its processes: the number decides the last bits."""
+    """As in processes of torchrun, because the number of threads decides the last bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -79,7 +79,7 @@ def one_thread():
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_one_dies_while_it_calibrates_and_two_go_on_to_what_one_writes(model, text, tmp_path, run):
+def test_two_processes_resume_a_killed_calibration_to_the_bytes_of_one(model, text, tmp_path, run):
     assert run("quantize", model, tmp_path / "alone", *COMMAND, *text)[0] == 0
     out, store = tmp_path / "out", tmp_path / ".out.run" / "calibration"
     ended = launch(model, out, text=text, dying=0, kept=2)
@@ -92,22 +92,22 @@ def test_one_dies_while_it_calibrates_and_two_go_on_to_what_one_writes(model, te
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out"]
 
 
-def test_an_error_of_the_calibration_is_told_once_and_nothing_stays(model, text, tmp_path):
+def test_a_calibration_error_is_printed_once_and_leaves_no_files(model, text, tmp_path):
     run = launch(model, tmp_path / "out", text=text, more=("--damping", "0", "--sample-length", "2"))
     assert run.returncode != 0
     assert run.stderr.count("is singular") == 1, run.stderr[-3000:]
     assert [path.name for path in tmp_path.iterdir()] == []
 
 
-def test_processes_that_learn_first_share_what_they_learned(model, text, tmp_path):
+def test_processes_share_the_rotations_they_learn(model, text, tmp_path):
     run = launch(model, tmp_path / "out", text=text, more=("--learn", "local", "--samples", "20"))
     assert run.returncode == 0, run.stderr[-3000:]
     assert (tmp_path / "out" / "spinquant" / "record.json").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-def test_processes_that_were_asked_for_different_things_are_told_what():
-    """Each machine may have a copy of the model; nothing else may differ."""
+def test_processes_with_different_settings_are_refused_by_name():
+    """Paths and fingerprints of the model may differ between machines; nothing else may."""
 
     def found(settings):
         store = dist.HashStore()

@@ -1,4 +1,4 @@
-"""compressed-tensors folders as a stream: what the in-memory export writes, tensor by tensor."""
+"""Streaming to compressed-tensors folders equals the in-memory export, tensor by tensor."""
 
 import json
 from dataclasses import replace
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
 def saved(path, dtype):
-    """A tiny model whose linears take every group size, in several shards."""
+    """A tiny model in several shards whose linears fit every group size of the cases."""
     model = tiny_model("llama-tied", dtype=dtype)
     model.save_pretrained(path, max_shard_size="60KB")
     byte_tokenizer().save_pretrained(path)
@@ -32,7 +32,7 @@ def saved(path, dtype):
 
 
 def symmetric(words: str, **options):
-    """As the command line reads a scheme for this format."""
+    """The scheme that the command line makes for this format."""
     return as_stored(parse_scheme(words, activation_symmetric=True, **options))
 
 
@@ -48,7 +48,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_stream_writes_what_the_export_writes(case, tmp_path):
+def test_streaming_equals_the_in_memory_export(case, tmp_path):
     words, method, dtype, options = CASES[case]
     scheme = symmetric(words, **options)
     if case == "asymmetric" and scheme.weights is not None:

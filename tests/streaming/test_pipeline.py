@@ -1,4 +1,4 @@
-"""Streaming is the module backend without the model: the same bytes, in bounded memory."""
+"""Streaming writes the same bytes as rotating in memory, in bounded memory."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ SPEC = RotationSpec("R1,R2")
 
 
 def in_memory(folder, out, spec):
-    """What the module backend makes of a folder."""
+    """Rotate a folder in memory and save it."""
     model = load(folder)
     rotate(model, spec, options=Options(prove=False))
     model.save_pretrained(out)
@@ -32,7 +32,7 @@ def in_memory(folder, out, spec):
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    """Tiny tensors are cut too, into several slices and bands."""
+    """Cut even tiny tensors into several slices and bands."""
     monkeypatch.setattr("spinquant.rotations.fuse.SLICE", 600)
     monkeypatch.setattr("spinquant.streaming.pipeline.BAND", 5000)
     monkeypatch.setattr("spinquant.streaming.pipeline.IN_FLIGHT", 20_000)
@@ -40,7 +40,7 @@ def small_pieces(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_stream_is_the_module_backend_bit_for_bit(name, dtype, tmp_path):
+def test_streaming_equals_rotating_in_memory_bit_for_bit(name, dtype, tmp_path):
     folder = saved(tmp_path / "model", name, dtype, max_shard_size="60KB")
     rotate_folder(folder, tmp_path / "out", SPEC, text="manual", options=Options(prove=False))
     assert_same(tmp_path / "out", in_memory(folder, tmp_path / "expected", SPEC))
@@ -50,7 +50,7 @@ def test_the_stream_is_the_module_backend_bit_for_bit(name, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("least", [0, 1 << 40])
-def test_kernels_are_taken_in_memory_and_as_a_stream_alike(least, tmp_path, monkeypatch):
+def test_streaming_and_in_memory_use_compiled_kernels_alike(least, tmp_path, monkeypatch):
     pytest.importorskip("numba")
     sizes = {**SIZES, "hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 4}
     config = LlamaConfig(**sizes, tie_word_embeddings=True)
@@ -75,20 +75,20 @@ def test_kernels_are_taken_in_memory_and_as_a_stream_alike(least, tmp_path, monk
     ],
     ids=str,
 )
-def test_every_kind_of_rotation(spec, folder, tmp_path):
+def test_every_kind_of_rotation_equals_rotating_in_memory(spec, folder, tmp_path):
     rotate_folder(folder, tmp_path / "out", spec, text="manual", options=Options(prove=False))
     assert_same(tmp_path / "out", in_memory(folder, tmp_path / "expected", spec))
     tied = json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
     assert tied == ("R1" not in spec.rotations)
 
 
-def test_the_whole_file_is_what_transformers_would_write(folder, tmp_path):
+def test_the_file_equals_that_of_save_pretrained(folder, tmp_path):
     rotate_folder(folder, tmp_path / "out", SPEC, text="manual")
     expected = in_memory(folder, tmp_path / "expected", SPEC) / "model.safetensors"
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == expected.read_bytes()
 
 
-def test_shards_and_companions_are_those_of_the_source(tmp_path):
+def test_shards_and_copied_files_are_those_of_the_source(tmp_path):
     folder = saved(tmp_path / "model", "llama-tied", max_shard_size="60KB")
     (folder / "README.md").write_text("a model")
     (folder / "extra").mkdir()
@@ -101,7 +101,7 @@ def test_shards_and_companions_are_those_of_the_source(tmp_path):
     assert {k: v for k, v in after["weight_map"].items() if k != "lm_head.weight"} == before["weight_map"]
     found = weights(tmp_path / "out")
     assert after["metadata"]["total_size"] == sum(t.nbytes for t in found.values())
-    assert (tmp_path / "out" / "README.md").read_text().endswith("\na model\n")  # below the card of what was made
+    assert (tmp_path / "out" / "README.md").read_text().endswith("\na model\n")  # below the new model card
     for name in ("extra/notes.txt", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
     for stale in ("consolidated.safetensors", "pytorch_model.bin", "extra/model.gguf", ".hidden"):
@@ -126,12 +126,12 @@ def test_max_shard_size(size, folder, tmp_path):
     assert torch.allclose(logits(load(tmp_path / "out"), tokens()), logits(load(folder), tokens()), atol=1e-3)
 
 
-def test_sizes_are_read():
+def test_sizes_are_parsed():
     assert [parse_size(text) for text in ("5GB", "1.5 MiB", "10", "2kb")] == [5 * 10**9, 3 * 2**19, 10, 2000]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_another_dtype(dtype, folder, tmp_path):
+def test_another_dtype_equals_rotating_in_memory(dtype, folder, tmp_path):
     rotate_folder(folder, tmp_path / "out", SPEC, text="manual", dtype=dtype)
     model = load(folder)
     wide = model.to(torch.float64) if dtype == torch.float64 else model
@@ -141,7 +141,7 @@ def test_another_dtype(dtype, folder, tmp_path):
     assert load(tmp_path / "out").dtype == dtype
 
 
-def test_a_norm_may_lie_in_another_shard_than_its_readers(folder, tmp_path):
+def test_a_norm_may_be_in_another_shard_than_the_linears_it_is_fused_into(folder, tmp_path):
     tensors = weights(folder)
     norms = {name: t for name, t in tensors.items() if "norm" in name}
     (folder / "model.safetensors").unlink()
@@ -155,7 +155,7 @@ def test_a_norm_may_lie_in_another_shard_than_its_readers(folder, tmp_path):
     assert json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["metadata"]["by"] == "hand"
 
 
-def test_a_head_that_is_stored_though_tied_is_rotated_as_it_is_stored(folder, tmp_path):
+def test_a_tied_head_that_is_stored_is_rotated(folder, tmp_path):
     tensors = weights(folder)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -164,7 +164,7 @@ def test_a_head_that_is_stored_though_tied_is_rotated_as_it_is_stored(folder, tm
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
-def test_fp8_blocks_are_rotated_as_the_numbers_they_stand_for(name, tmp_path):
+def test_fp8_blocks_are_dequantized_and_rotated(name, tmp_path):
     folder = saved(tmp_path / "model", name, torch.bfloat16)
     plain = shutil.copytree(folder, tmp_path / "plain")
     exact = quantize_to_fp8(folder)
@@ -182,8 +182,8 @@ def test_fp8_blocks_are_rotated_as_the_numbers_they_stand_for(name, tmp_path):
     assert load(tmp_path / "out").dtype == torch.bfloat16
 
 
-def test_fp8_that_transformers_does_not_load_is_said_how_to(tmp_path):
-    """Blocks of 32 columns in a weight of 80: what is written instead is loaded, and is the numbers they stand for."""
+def test_fp8_that_transformers_cannot_load_is_dequantized_with_rotations_none(tmp_path):
+    """Blocks of 32 columns in a weight of 80; the output is loaded, and has the dequantized numbers."""
     tiny_model("llama", dtype=torch.float32).save_pretrained(tmp_path / "model")
     expected = quantize_to_fp8(tmp_path / "model")
     with pytest.raises(CheckpointError, match="--rotations none"):
@@ -205,7 +205,7 @@ def test_fp8_scales_that_do_not_fit_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_are_not_finite_are_named_and_nothing_is_written(value, folder, tmp_path):
+def test_a_tensor_that_is_not_finite_is_named_and_nothing_is_written(value, folder, tmp_path):
     tensors = weights(folder)
     tensors["model.layers.2.mlp.down_proj.weight"][3, 4] = value
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -214,7 +214,7 @@ def test_numbers_that_are_not_finite_are_named_and_nothing_is_written(value, fol
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
-def test_an_overflow_says_which_dtype_would_hold_it(folder, tmp_path):
+def test_an_overflow_suggests_a_wider_dtype(folder, tmp_path):
     tensors = weights(folder)
     tensors["model.layers.0.input_layernorm.weight"].fill_(3e5)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -260,10 +260,10 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path):
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     bytes_ = [(folder / "model.safetensors").stat().st_size for folder in folders]
     run = subprocess.run([sys.executable, "-c", PEAK, *folders], capture_output=True, text=True, check=True)
-    assert run.stdout.split()[-1] == "False", "a compiler takes what a small model may"
+    assert run.stdout.split()[-1] == "False", "numba and its compiler would exceed the memory bound of a small model"
     peaks = [int(line.split()[-1]) for line in run.stdout.splitlines() if line.startswith("peak")]
     assert bytes_[1] - bytes_[0] > 230e6
-    # The allocator's own room varies by some tens of megabytes from run to run.
+    # The allocator's overhead varies by some tens of megabytes between runs.
     assert peaks[1] - peaks[0] < 0.4 * (bytes_[1] - bytes_[0]), peaks
     largest = 4 * sizes["vocab_size"] * sizes["hidden_size"]
     assert peaks[1] < 3 * largest + 500e6 + 100e6, peaks

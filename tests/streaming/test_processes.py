@@ -1,4 +1,4 @@
-"""Several processes write what one writes, and end together: real ones, as torchrun starts them."""
+"""Several processes, started as torchrun starts them, write the bytes of one, and all end when one of them ends."""
 
 import json
 from contextlib import closing
@@ -18,7 +18,7 @@ from spinquant.checkpoint.reader import Source
 from spinquant.streaming.partition import bands_in_order, shared
 from spinquant.streaming.shards import Change, make_shards
 
-# The command line, in a process that may die at its n-th write, and cuts tiny tensors too.
+# The command line with small bands; process DYING is killed at its AFTER-th write.
 WORKER = """
 import os, sys
 import spinquant.checkpoint.direct_io, spinquant.streaming.pipeline, spinquant.rotations.fuse
@@ -64,7 +64,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    """As the processes cut them, which decides the last bit; the number of threads (torchrun gives one) does not."""
+    """Slices as in the worker, since they decide the last bits; the number of threads does not (torchrun sets one)."""
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     monkeypatch.setattr("spinquant.rotations.fuse.SLICE", 600)
@@ -72,8 +72,8 @@ def small_pieces(monkeypatch):
     torch.set_num_threads(threads)
 
 
-def test_one_process_dies_the_others_say_which_and_the_same_command_goes_on(model, text, tmp_path):
-    """To what one process writes alone."""
+def test_a_killed_process_is_named_by_the_others_and_a_rerun_resumes(model, text, tmp_path):
+    """The result has the bytes of a single process."""
     spec, scheme = RotationSpec("R1,R2,R4"), parse_scheme("W4A4KV4")
     quantize_folder(model, tmp_path / "one", scheme, spec, text=str(text), command="spinquant quantize")
     command = ["quantize", str(model), str(tmp_path / "two"), "--scheme", "W4A4KV4", "--rotations", "R1,R2,R4"]
@@ -93,7 +93,7 @@ def test_one_process_dies_the_others_say_which_and_the_same_command_goes_on(mode
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
 
 
-def test_an_error_of_one_is_told_by_the_first(model, tmp_path):
+def test_an_error_of_one_process_is_printed_once(model, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     for path in model.iterdir():
@@ -116,7 +116,7 @@ def test_an_error_of_one_is_told_by_the_first(model, tmp_path):
 
 
 @pytest.mark.parametrize("processes", [2, 3, 7])
-def test_everything_is_taken_once_and_evenly(model, processes):
+def test_bands_are_assigned_once_and_evenly(model, processes):
     source = Source(model, load_config(model))
     change = Change(make_plan(load_config(model), source.shapes), {}, {})
     bands = {shard.file: bands_in_order(source, change, shard, 1000) for shard in make_shards(source, change)}

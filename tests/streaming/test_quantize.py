@@ -1,4 +1,4 @@
-"""Quantizing as a stream is quantizing in memory: the same packed integers, the same logits."""
+"""Quantizing by streaming equals quantizing in memory: the same packed integers, the same logits."""
 
 import json
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
 def in_memory(folder, out, scheme, spec):
-    """What quantizing the loaded model gives."""
+    """Quantize a folder in memory and save it."""
     result = quantize(load(folder), scheme, spec, options=UNPROVED)
     save(result, out)
     return result.model
@@ -48,7 +48,7 @@ def assert_equal_folders(folder, tmp_path, scheme, spec):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_family(name, tmp_path):
+def test_every_family_equals_quantizing_in_memory(name, tmp_path):
     folder = saved(tmp_path / "model", name, torch.float32, max_shard_size="60KB")
     assert_equal_folders(folder, tmp_path, parse_scheme("W4A4KV4"), ALL)
 
@@ -68,18 +68,18 @@ SCHEMES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_every_scheme(scheme, dtype, tmp_path):
+def test_every_scheme_equals_quantizing_in_memory(scheme, dtype, tmp_path):
     folder = saved(tmp_path / "model", "llama-tied", dtype)
     assert_equal_folders(folder, tmp_path, SCHEMES[scheme], ALL)
 
 
 @pytest.mark.parametrize("rotations", ["none", "R1,R2", "R2", "R4"])
 @pytest.mark.parametrize("lm_head", [False, True])
-def test_every_choice_of_rotations(rotations, lm_head, folder, tmp_path):
+def test_every_choice_of_rotations_equals_quantizing_in_memory(rotations, lm_head, folder, tmp_path):
     assert_equal_folders(folder, tmp_path, parse_scheme("W4A16", lm_head=lm_head), RotationSpec(rotations))
 
 
-def test_rotations_in_a_precision_of_their_own(folder, tmp_path):
+def test_online_rotations_in_a_fixed_precision_equal_quantizing_in_memory(folder, tmp_path):
     options = Options(prove=False, precision=torch.float64)
     quantize_folder(folder, tmp_path / "out", parse_scheme("W4A8"), ALL, text=None, options=options)
     result = quantize(load(folder), "W4A8", ALL, options=options)
@@ -88,7 +88,7 @@ def test_rotations_in_a_precision_of_their_own(folder, tmp_path):
     assert torch.equal(logits(load(tmp_path / "out"), tokens()), logits(result.model, tokens()))
 
 
-def test_a_plain_scheme_gives_a_plain_folder(folder, tmp_path):
+def test_scheme_none_writes_a_plain_hugging_face_folder(folder, tmp_path):
     quantize_folder(folder, tmp_path / "out", parse_scheme("none"), RotationSpec("R1,R2"), text="manual", format="hf")
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert torch.allclose(logits(load(tmp_path / "out"), tokens()), logits(load(folder), tokens()), atol=1e-3)
@@ -122,7 +122,7 @@ def test_shards_of_packed_weights(folder, tmp_path):
     assert torch.equal(logits(load(tmp_path / "out"), tokens()), logits(model, tokens()))
 
 
-def test_pickles_take_no_shard_size(folder, tmp_path):
+def test_max_shard_size_is_refused_for_pickles(folder, tmp_path):
     torch.save(weights(folder), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     given = {"allow_pickle": True, "text": "manual", "max_shard_size": 1}
@@ -144,7 +144,7 @@ def test_the_same_command_writes_the_same_bytes(folder, tmp_path):
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
 
 
-def test_dtype_is_of_all_that_is_not_packed(tmp_path):
+def test_dtype_applies_to_everything_that_is_not_packed(tmp_path):
     folder = saved(tmp_path / "model", "llama-tied", torch.float32)
     quantize_folder(folder, tmp_path / "out", parse_scheme("W8A16"), ALL, text="manual", dtype=torch.bfloat16)
     model = load(tmp_path / "out")

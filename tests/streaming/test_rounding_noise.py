@@ -1,4 +1,4 @@
-"""A model that rounding alone moves far is judged on that scale, and what is fused wrongly is caught on it."""
+"""The tolerance of an ill-conditioned model is set by its rounding noise, and wrong fusions are still caught."""
 
 import json
 
@@ -28,23 +28,23 @@ def saved(path, name, dtype):
 
 @pytest.fixture(scope="module")
 def zamba2(tmp_path_factory):
-    """Ill conditioned: its recurrence makes errors a thousand times larger."""
+    """An ill-conditioned model, whose recurrence makes errors a thousand times larger."""
     return saved(tmp_path_factory.mktemp("zamba2") / "model", "zamba2", torch.float32)
 
 
-def test_an_ill_conditioned_model_is_judged_by_its_own_rounding(zamba2, tmp_path):
+def test_the_tolerance_of_an_ill_conditioned_model_is_its_rounding_noise(zamba2, tmp_path):
     result = rotate_folder(zamba2, tmp_path / "out", SPEC, **GIVEN)
     rounding = json.loads((tmp_path / "out/spinquant/record.json").read_text())["rounding_alone"]
     assert result.real is not None and result.real.module is None
     assert TOLERANCE[torch.float32] < result.real.relative < MARGIN * rounding < 0.01
     assert rounding == result.notes["rounding_alone"]
-    # The same weights in float64: the rotation is exact, what moved was rounding.
+    # In float64 the rotation is exact: the change in float32 was rounding.
     wide = rotate_folder(zamba2, tmp_path / "wide", SPEC, dtype=torch.float64, **GIVEN)
     assert wide.real is not None and wide.real.relative < 1e-10 and "rounding_alone" not in wide.notes
 
 
 @pytest.mark.parametrize("tensor", ["model.layers.1.mamba.out_proj.weight", "model.layers.2.linear.weight"])
-def test_a_wrong_fusion_of_it_is_caught(tensor, zamba2, tmp_path, monkeypatch):
+def test_a_wrong_fusion_of_an_ill_conditioned_model_is_caught(tensor, zamba2, tmp_path, monkeypatch):
     right = fuse.fuse_in_place
 
     def wrong(name, rows, *args, **kwargs):
@@ -58,22 +58,22 @@ def test_a_wrong_fusion_of_it_is_caught(tensor, zamba2, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_where_rounding_drowns_everything_it_is_said(tmp_path):
+def test_a_model_whose_rounding_noise_is_too_large_needs_a_wider_dtype(tmp_path):
     folder = saved(tmp_path / "model", "zamba2", torch.bfloat16)
     with pytest.raises(ProofError, match=r"cannot be told in torch\.bfloat16.*rounding alone.*--dtype float32"):
         rotate_folder(folder, tmp_path / "out", SPEC, **GIVEN)
     assert rotate_folder(folder, tmp_path / "out", SPEC, dtype=torch.float32, **GIVEN).real is not None
 
 
-def test_bounds():
-    """Never below the tolerance of the dtype, never so far that a comparison says nothing."""
+def test_the_tolerance_stays_within_its_bounds():
+    """Never below the tolerance of the dtype, never so large that a comparison is meaningless."""
     assert allowed(torch.float32) == allowed(torch.float32, 1e-6) == TOLERANCE[torch.float32]
     assert allowed(torch.float32, 1e-3) == MARGIN * 1e-3
     assert allowed(torch.bfloat16, 0.9) == MOST < 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_neighbours_are_next_to_each_number(dtype, tmp_path):
+def test_neighbours_differ_by_one_rounding_step(dtype, tmp_path):
     folder = saved(tmp_path / "model", "arcee", dtype)
     source = Source(folder, load_config(folder))
     neighbours = Neighbours(source, dtype)
