@@ -35,7 +35,9 @@ class Home(Protocol):
     """Where a model's weights are stored; each context manager makes some of them available."""
 
     @property
-    def model(self) -> Any: ...
+    def model(self) -> Any:
+        """The transformers model, whose weights are available within the context managers below."""
+        ...
 
     def outside(self, tokens: Tensor) -> AbstractContextManager[object]:
         """All weights but those of the decoder blocks and the head; of the embedding the rows of these tokens."""

@@ -285,6 +285,16 @@ def opened_run(
     written for `out` are deleted and finished pieces of calibration and learning are kept. After a kill, the loss of a
     process, a full disk or a change of the source everything is kept.
 
+    Args:
+        out: the folder that the run writes.
+        settings: settings of the run, as JSON; a rerun resumes only with the same ones.
+        processes: processes of the job; by default this one alone.
+        force: replace an existing `out`, and discard an interrupted run with other settings.
+        source: the model that the run reads, which `out` must not replace.
+
+    Yields:
+        The state of the run.
+
     Raises:
         CheckpointError: `RunDirectory.acquire` refuses `out`, or the disk is full.
         ProcessError: another process of the job has ended.

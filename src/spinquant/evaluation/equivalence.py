@@ -116,7 +116,10 @@ def compare(before: Snapshot, model: nn.Module, plan: Plan, rotations: Mapping[s
 def expected_output(
     model: nn.Module, plan: Plan, rotations: Mapping[str, Rotation], name: str, output: Tensor
 ) -> Tensor:
-    """The output that a module should have in the rotated model, from its output in the original."""
+    """The output (.., out) that a module should have in the rotated model, from its output in the original.
+
+    name: of a linear, an embedding or a module of experts, whose output is scaled and rotated as its space is.
+    """
     for scale, dim in scales_of(f"{name}.weight", plan, rotations):
         if dim == _output_dim(model, name):
             output = output * scale.to(output.device, output.dtype)

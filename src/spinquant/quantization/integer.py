@@ -57,7 +57,10 @@ def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
 def grid_of_range(
     low: Tensor, high: Tensor, quantizer: Quantizer, stored: torch.dtype, ratio: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point for numbers between low and high, with a fraction `ratio` of that range covered."""
+    """Scale and zero point of a grid over a fraction `ratio` of the range from `low` to `high`; all shapes broadcast.
+
+    `stored` is the dtype of the scales, as in `grid`. Raises SchemeError if a static range has not been calibrated.
+    """
     if quantizer.kind != "int":
         peak = torch.maximum(high, -low) * ratio
         if not quantizer.static:

@@ -34,12 +34,18 @@ class Weights(Protocol):
     """Protocol of a checkpoint that a model is loaded from: tensors by name, each as a whole or in parts."""
 
     @property
-    def folder(self) -> Path: ...
+    def folder(self) -> Path:
+        """The model folder, for error messages."""
+        ...
 
     @property
-    def tensors(self) -> Mapping[str, Stored]: ...
+    def tensors(self) -> Mapping[str, Stored]:
+        """Entries of all tensors, by name."""
+        ...
 
-    def whole(self, name: str) -> Tensor: ...
+    def whole(self, name: str) -> Tensor:
+        """A tensor, in memory of its own."""
+        ...
 
     def parts(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """Rows of a tensor in order, each part with the number of its first row; the next part may overwrite it."""

@@ -61,7 +61,13 @@ def rounding_on_disk(
 ) -> float:
     """Relative change of the logits when every number of the weights is moved to a neighbour.
 
-    dtype: of the arithmetic. written: the narrowest dtype that the rotated weights are stored in.
+    Args:
+        config: config of the model.
+        plan: plan of the checkpoint.
+        source: the original checkpoint.
+        tokens: int64, (1, length).
+        dtype: dtype of the arithmetic.
+        written: the narrowest dtype that the rotated weights are stored in.
     """
     neighbours = Neighbours(source, written)
     return compare_on_disk(config, plan, {}, source, neighbours, tokens, dtype=dtype, tolerance=inf).relative

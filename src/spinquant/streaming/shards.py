@@ -147,6 +147,7 @@ def make_shards(
 
 
 def job_of(source: Source, change: Change, name: str, origin: str) -> Job:
+    """The job of the tensor `name` of the rotated model, which is computed from `origin` of the source."""
     stored = source.tensors[origin]
     dtype = change.fp8_dtype if stored.scale else stored.dtype
     if change.dtype is not None and dtype.is_floating_point:
@@ -155,4 +156,5 @@ def job_of(source: Source, change: Change, name: str, origin: str) -> Job:
 
 
 def layout_bytes(layout: Layout) -> int:
+    """Bytes of all tensors of a layout."""
     return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in layout.values())
