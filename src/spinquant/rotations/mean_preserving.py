@@ -25,6 +25,7 @@ from spinquant.errors import RotationError
 from spinquant.plan import Plan
 from spinquant.rotations.fast_transform import kronecker_transform
 from spinquant.rotations.hadamard import hadamard_transform
+from spinquant.rotations.rotation import check_blocks
 
 TOLERANCE = 1e-4  # of a row sum: a rotation learned in float32 is orthogonal to less than that
 
@@ -37,7 +38,7 @@ class CentredHadamard:
 
     def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
         """As `Rotation.apply`; the matrix is symmetric."""
-        _check_blocks(x, self.order, dim)
+        check_blocks(x, self.order, dim)
         wide = torch.promote_types(x.dtype, torch.float32)
         factors = [2 / k * torch.ones(k, k, dtype=wide) - torch.eye(k, dtype=wide) for k in factors_of(self.order)]
         factors = [factor.to(x.device) for factor in factors]
@@ -73,7 +74,7 @@ class CentredRandomHadamard:
 
     def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
         """As `Rotation.apply`; the Hadamard factor is symmetric."""
-        _check_blocks(x, self.order, dim)
+        check_blocks(x, self.order, dim)
         dim, m = dim % x.ndim, len(self.signs)
         wide = torch.promote_types(x.dtype, torch.float32)
         y = x.to(wide).unflatten(dim, (-1, m))  # (.., blocks, m, ..)
@@ -144,11 +145,6 @@ def random_mean_preserving(order: int, orthogonal: Tensor) -> Tensor:
         return inner
     p = torch.eye(order, dtype=orthogonal.dtype) - torch.outer(v, v) * (2 / norm)
     return p @ inner @ p
-
-
-def _check_blocks(x: Tensor, order: int, dim: int) -> None:
-    if x.shape[dim] % order:
-        raise RotationError(f"a rotation of order {order} does not divide an axis of length {x.shape[dim]}")
 
 
 def check_mean_preserving(plan: Plan, rotations: Mapping[str, Any]) -> None:
