@@ -41,7 +41,7 @@ def load_text(source: str = "auto") -> tuple[str, str]:
     Example:
         >>> import spinquant
         >>> name, text = spinquant.load_text("manual")
-        >>> name, len(text) > 100_000
+        >>> name, len(text) > 1000
         ('manual', True)
     """
     if source == "auto":
