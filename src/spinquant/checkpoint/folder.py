@@ -94,30 +94,28 @@ def load_config(model: str | Path, *, family: FamilyLike | None = None) -> Any:
 
 
 def read_headers(model: str | Path) -> dict[str, TensorInfo]:
-    """Read the names, shapes and dtypes of all tensors of a model, from the safetensors headers alone.
-
-    Of a hub id, only the headers are downloaded.
+    """Read names, shapes and dtypes of all tensors from safetensors headers, without reading weights.
 
     Args:
-        model: a model folder, or a hub id.
+        model: A folder, or the id of a model on the Hugging Face hub, of which only the headers are downloaded.
 
     Returns:
-        Shape, dtype and shard of each tensor, by name.
+        Shape, dtype and file by tensor name.
 
     Raises:
-        CheckpointError: a shard is missing or corrupted, lacks a tensor that the index lists, or the folder has pickle
-            weights only.
+        CheckpointError: A shard is missing or corrupted, lacks a tensor that the index lists, or there are only pickled
+            weights.
 
     Example:
-        >>> import tempfile
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from spinquant import read_headers
-        >>> config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+        >>> import spinquant, tempfile
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     LlamaForCausalLM(config).save_pretrained(folder)
-        ...     headers = read_headers(folder)
-        >>> headers["model.norm.weight"]
-        TensorInfo(shape=(32,), dtype='F32', file='model.safetensors')
+        ...     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        ...     headers = spinquant.read_headers(folder)
+        >>> headers["model.embed_tokens.weight"]
+        TensorInfo(shape=(64, 32), dtype='F32', file='model.safetensors')
+        >>> plan = spinquant.make_plan(config, {name: info.shape for name, info in headers.items()})
     """
     if not is_local(model):
         return _hub_headers(str(model))
@@ -209,26 +207,27 @@ def check_finite(model: nn.Module, origin: str) -> None:
 
 
 def load_tokenizer(model: str | Path) -> Any:
-    """Load the tokenizer of a model folder or hub id.
+    """Load the tokenizer of a folder or hub id, without running code of the checkpoint.
 
     Args:
-        model: a model folder, or a hub id, which is downloaded.
+        model: A folder, or the id of a model on the Hugging Face hub.
 
     Returns:
-        A tokenizer of transformers.
+        The tokenizer of transformers.
 
     Raises:
-        CheckpointError: the folder has no tokenizer, or transformers cannot load it.
+        CheckpointError: There is no tokenizer, or it cannot be loaded. transformers alone would make an empty one for
+            some architectures.
 
     Example:
-        >>> import tempfile
-        >>> from spinquant import CheckpointError, load_tokenizer
+        >>> import spinquant, tempfile
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     try:
-        ...         tokenizer = load_tokenizer(folder)
-        ...     except CheckpointError as error:
-        ...         print(error)
-        '...' has no tokenizer: expected one of tokenizer.json, tokenizer.model, ...
+        ...     saved = PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+        ...     spinquant.load_tokenizer(folder)("b")["input_ids"]
+        [1]
     """
     folder = folder_of(model)
     if not any((folder / file).is_file() for file in TOKENIZERS):

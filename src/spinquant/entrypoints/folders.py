@@ -39,12 +39,35 @@ from spinquant.rotations.wrappers import online_part
 def save(
     result: Result, out: str | Path, tokenizer: Any = None, *, force: bool = False, format: str = "native"
 ) -> None:
-    """Write a model, its tokenizer, and beside them the rotations and the record of how it came about.
+    """Write a model from `rotate` or `quantize`, with its rotations and a record of how it was made.
 
-    The folder appears complete or not at all. A model without online parts and quantization is a plain Hugging Face
-    folder; any other is in our own format (see `formats/native.py`), or in that of compressed-tensors. Raises
-    CheckpointError when `out` exists and `force` is off, the disk is full, a weight is not finite, or the online parts
-    were removed from the model; SchemeError and RotationError for what the format cannot hold.
+    The folder is written atomically. A model without online rotations and quantization is written as a plain Hugging
+    Face checkpoint in any format.
+
+    Args:
+        result: The model in memory and what was done to it.
+        out: Folder to write.
+        tokenizer: A tokenizer of transformers to write beside the model. Default: none.
+        force: Replace `out` if it exists. Default: False.
+        format: `native` (the default; see `formats/native.py`), `compressed-tensors`, or `hf`, which refuses what a
+            plain checkpoint cannot store.
+
+    Raises:
+        CheckpointError: `out` exists, the disk is full, a weight is not finite, or the online rotations were removed
+            from the model.
+        SchemeError: The format cannot store the scheme.
+        RotationError: The format cannot store the rotations.
+
+    Example:
+        >>> import pathlib, spinquant, tempfile
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = AutoModelForCausalLM.from_config(config)
+        >>> result = spinquant.quantize(model, "W4A8", spinquant.RotationSpec())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     spinquant.save(result, pathlib.Path(folder) / "W4A8")
+        ...     type(spinquant.load(pathlib.Path(folder) / "W4A8")).__name__
+        'LlamaForCausalLM'
     """
     searched = result.calibration is not None and result.calibration.clips
     check_format(format, result.scheme or Scheme(), result.spec, clips=searched)
@@ -70,7 +93,7 @@ def _write(
     source: Path | None = None,
     command: str | None = None,
 ) -> None:
-    """Write the files of a model in memory, and beside them how it came about."""
+    """Write the files of a model in memory, its rotations and its record."""
     if format == "compressed-tensors":
         online = online_part(result.plan, result.rotations)
         write_compressed(result.model, result.plan, online, result.scheme or Scheme(), result.clips, folder)
@@ -100,27 +123,64 @@ def rotate_folder(
     family: FamilyLike | None = None,
     command: str | None = None,
 ) -> Result:
-    """Rotate a folder or hub id into a plain folder that transformers loads with nothing of ours installed.
+    """Rotate a model folder or hub id into a plain Hugging Face folder, which loads without spinquant installed.
 
-    The model is never loaded: tensors are rotated one by one (see `stream.py`), and a run that was stopped goes on
-    when it is repeated. Pickle weights alone, where they are allowed, are loaded as a whole; the result then has the
-    model.
+    The model is never loaded as a whole: tensors are rotated one by one and written as a stream of shards. The folder
+    is written atomically; rerun an interrupted call to resume it. Only pickled weights are loaded as a whole.
 
-    learned: rotations to use in place of random ones; the spec is then theirs. dtype: of the weights written, by
-    default as in the source. text: of the real tokens on which logits are compared; None for no comparison.
-    max_shard_size: bytes, by default the shards of the source. checksums: a list as sha256sum writes it,
-    which the files of the source have to fulfil. also: folders of adapters (peft's LoRA) and draft heads
-    (EAGLE-3) of the model, which are rotated with it, into `adapters/NAME` of `out`. family: a file that explains the
-    model where no table does, see `use_family`. Raises RotationError for rotations that need work at run time (R3, R4):
-    a plain folder cannot hold them; and for what cannot ride along.
+    Args:
+        model: A folder, or the id of a model on the Hugging Face hub.
+        out: Folder to write.
+        spec: Which rotations, of which type, block size and seed; only R1 and R2. Not used with `learned`.
+        learned: Learned rotations, instead of those that `spec` describes.
+        dtype: Dtype of the weights that are written. Default: that of the source.
+        text: Source of the real tokens on which logits are compared, see `load_text`; None for no comparison. Default:
+            "auto".
+        force: Replace `out` if it exists. Default: False.
+        allow_pickle: Accept pickled weights (`.bin`), which can run code when they are loaded. Default: False.
+        device: Device to compute on. Default: "cpu".
+        max_shard_size: Largest shard in bytes. Default: the shards of the source.
+        also: Folders of LoRA adapters (peft) and draft heads (EAGLE-3) of the model, which are rotated to match it, into
+            `adapters/NAME` of `out`.
+        checksums: A file of SHA-256 checksums, as sha256sum writes it, which the source's files must have. Default:
+            none.
+        options: Checks, precision, memory and progress. Default: `Options()`.
+        family: A family file that describes the architecture, for models without a built-in table; see `use_family`.
+        command: The command line that is named in the model card. Default: none.
+
+    Returns:
+        What was done, and how far the logits moved; with the model only if it was loaded as a whole.
+
+    Raises:
+        RotationError: A rotation is not possible in this model, a plain checkpoint cannot store it (R3, R4), or an
+            adapter has no exact equivalent in the rotated model.
+        ArchitectureError: The architecture is unknown.
+        CheckpointError: The source cannot be read, is quantized already or contains values that are not finite, or
+            `out` exists.
+        ProofError: Rotating moved the logits by more than rounding.
+
+    Example:
+        >>> import pathlib, spinquant, tempfile
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> temporary = tempfile.TemporaryDirectory()
+        >>> folder = pathlib.Path(temporary.name)
+        >>> AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+        >>> spec = spinquant.RotationSpec("R1,R2")
+        >>> result = spinquant.rotate_folder(folder / "model", folder / "rotated", spec)
+        >>> result.real.relative < 1e-4
+        True
+        >>> type(AutoModelForCausalLM.from_pretrained(folder / "rotated")).__name__
+        'LlamaForCausalLM'
+        >>> temporary.cleanup()
     """
     online = [name for name in learned.spec.rotations if name not in MERGEABLE] if learned else []
     if learned and online:
         mergeable = ",".join(n for n in learned.spec.rotations if n in MERGEABLE) or "none"
         raise RotationError(
-            f"{', '.join(online)} of the learned rotations run at run time, which a plain folder cannot say. Take the "
-            f"others alone (--rotations {mergeable}), or write a folder with online parts: spinquant quantize MODEL "
-            "OUT --scheme none --learned LEARNED"
+            f"{', '.join(online)} of the learned rotations are online rotations, which a plain checkpoint cannot "
+            f"store. Use only the others (--rotations {mergeable}), or write the native format: spinquant quantize "
+            "MODEL OUT --scheme none --learned LEARNED"
         )
     return run_request(
         Request(
@@ -170,16 +230,69 @@ def quantize_folder(
     watch: Watch | None = None,
     command: str | None = None,
 ) -> Result:
-    """Rotate and quantize a folder or hub id into a folder that `spinquant.load` and transformers load.
+    """Rotate and quantize a model folder or hub id into a folder that `spinquant.load` and transformers load.
 
-    learned: rotations to use in place of random ones; the spec is then theirs. family: as for `rotate_folder`.
-    dtype: of everything that is not quantized, and of the arithmetic; by default as in the source. format: of the
-    folder, see `check_format`, which is asked before any work. runtime: refuse what it does not run, see
-    `formats/runtimes.py`.
-    The model is never loaded, and the result has none (see `stream.py`, and `disk_calibration.py` for what needs
-    calibration), but for pickles and calibrated models whose class keeps weights in another form
-    than the checkpoint. Finished blocks of a calibration are kept beside `out` until it is written; the same call goes
-    on where another was stopped. max_shard_size, checksums: of a stream, as for `rotate_folder`.
+    The model is never loaded as a whole: it is calibrated one decoder block at a time and written as a stream of
+    shards. Exceptions are pickled weights, and models that need calibration and whose modules cannot be filled from the
+    checkpoint block by block. The folder is written atomically; rerun an interrupted call to resume it, which keeps the
+    blocks that are calibrated already.
+
+    Args:
+        model: A folder, or the id of a model on the Hugging Face hub.
+        out: Folder to write.
+        scheme: What is quantized, and to how many bits, see `parse_scheme`.
+        spec: Which rotations, of which type, block size and seed. Not used with `learned`.
+        learned: Learned rotations, instead of those that `spec` describes.
+        method: How weights are quantized: `rtn` (round-to-nearest, the default), `gptq`, or `gptaq` (GPTQ with the
+            asymmetric target).
+        calibration: Options of calibration. Default: `Calibration()`.
+        calibration_text: Which text to calibrate on; refused if nothing is calibrated. Default: `CalibrationText()`
+            with the seed of the rotations.
+        dtype: Dtype of what is not quantized, and of the computation. Default: that of the source.
+        text: Source of the real tokens on which the logits of the rotated model are compared, see `load_text`; None
+            for no comparison. Default: "auto".
+        force: Replace `out` if it exists. Default: False.
+        allow_pickle: Accept pickled weights (`.bin`), which can run code when they are loaded. Default: False.
+        device: Device to compute on. Default: "cpu".
+        max_shard_size: Largest shard in bytes. Default: the shards of the source.
+        checksums: A file of SHA-256 checksums, as sha256sum writes it, which the source's files must have. Default:
+            none.
+        options: Checks, precision, memory and progress. Default: `Options()`.
+        format: `native`, `compressed-tensors` or `hf`. Default: what `runtime` reads, else `native`.
+        runtime: Name of a runtime (`formats/runtimes.py`); what it does not run is refused. Default: none.
+        family: A family file that describes the architecture, for models without a built-in table; see `use_family`.
+        learn: Learn rotations first, with these options. Default: no learning.
+        learn_text: Text to learn from and to score candidates on. Default: `LearnText()`.
+        watch: Progress callbacks of learning.
+        command: The command line that is named in the model card. Default: none.
+
+    Returns:
+        What was done, and how far rotating moved the logits; with the model only if it was loaded as a whole.
+
+    Raises:
+        SchemeError: The scheme does not fit the model, or the format or runtime does not support it.
+        RotationError: A rotation is not possible in this model, or the format or runtime does not support it.
+        CalibrationError: Options of calibration do not fit the method, or its tokens cannot be used.
+        ArchitectureError: The architecture is unknown.
+        CheckpointError: The source cannot be read, is quantized already or contains values that are not finite, or
+            `out` exists.
+        LearningError: Rotations cannot be learned with these options.
+        ProofError: Rotating moved the logits by more than rounding.
+
+    Example:
+        >>> import pathlib, spinquant, tempfile
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> temporary = tempfile.TemporaryDirectory()
+        >>> folder = pathlib.Path(temporary.name)
+        >>> AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+        >>> scheme, spec = spinquant.parse_scheme("W4A8KV4"), spinquant.RotationSpec("R1,R2,R3,R4", "auto")
+        >>> result = spinquant.quantize_folder(folder / "model", folder / "quantized", scheme, spec)
+        >>> str(result.scheme), result.method, result.model
+        ('W4A8KV4', 'rtn', None)
+        >>> type(spinquant.load(folder / "quantized")).__name__
+        'LlamaForCausalLM'
+        >>> temporary.cleanup()
     """
     return run_request(
         Request(

@@ -1,4 +1,7 @@
-"""The whole story on a model in memory: prove, rotate, check, quantize. From folder to folder: `folders.py`."""
+"""Rotate and quantize a model in memory, and check that rotating did not change its logits.
+
+From folder to folder: `entrypoints/folders.py`.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -36,12 +39,36 @@ def rotate(
     options: Options | None = None,
     family: FamilyLike | None = None,
 ) -> Result:
-    """Rotate a model in memory: fuse what can be fused, attach the rest (R3, R4), and prove that nothing changed.
+    """Rotate a model in memory: fuse R1 and R2 into its weights, attach R3 and R4, and check that its logits stay.
 
-    rotations: by space, learned ones for instance, in place of those that the spec makes. family: a file that explains
-    the model where no table does, see `use_family`.
-    `sample`, int64 (batch, length), are real tokens to compare logits on. Raises ProofError, naming the first module
-    that departs, when the function changed; the model is then spoilt and must not be used.
+    The model is changed in place. `spinquant.save` writes it, and `spinquant.detach` removes the online rotations.
+
+    Args:
+        model: A causal language model of transformers.
+        spec: Which rotations, of which type, block size and seed. Default: random Hadamard R1 and R2.
+        rotations: Rotations by the name of their space, such as learned ones, instead of those that `spec` describes.
+        sample: Real tokens to compare logits on, int64, (batch, length). Default: none, only a tiny model of the same
+            architecture is checked.
+        options: Checks, precision and progress. Default: `Options()`.
+        family: A family file that describes the architecture, for models without a built-in table; see `use_family`.
+
+    Returns:
+        The model with its plan, its rotations, and how far the logits moved.
+
+    Raises:
+        ArchitectureError: The architecture is unknown.
+        RotationError: A rotation is not possible in this model, or the model is rotated online or quantized already.
+        ProofError: The logits moved by more than rounding; the first deviating module is named. If that was found on
+            `sample`, the model is changed already and must not be used.
+
+    Example:
+        >>> import spinquant, torch
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = AutoModelForCausalLM.from_config(config)
+        >>> result = spinquant.rotate(model, spinquant.RotationSpec("R1,R2"), sample=torch.tensor([[1, 2, 3]]))
+        >>> sorted(result.rotations), result.real.relative < 1e-4
+        (['layers.0.value', 'layers.1.value', 'residual'], True)
     """
     spec, options = spec or RotationSpec(), options or Options()
     check_fresh(model)
@@ -70,9 +97,9 @@ def install(
     online: Mapping[str, Rotation] | None = None,
     options: Options | None = None,
 ) -> None:
-    """Put rotations into a model: fuse what can be fused, attach the rest, and mark it for `save_pretrained`.
+    """Fuse rotations into a model's weights, attach the online ones, and make `save_pretrained` write them.
 
-    online: what the rotations are at run time, by default the same in the precision of the options.
+    online: the rotations to attach. Default: the same rotations, in the precision of the options.
     """
     options = options or Options()
     fuse_module(model, plan, rotations, precision=options.precision, progress=options.stage("rotate"))
@@ -98,11 +125,43 @@ def quantize(
 ) -> Result:
     """Rotate a model in memory, then quantize its weights, activations and KV cache.
 
-    rotations, family: as for `rotate`. Weights are rounded in place: to nearest (rtn), by GPTQ, or by GPTQ with the
-    asymmetric target (gptaq). All but plain rtn work on calibration `tokens`, int64 (samples, length). Activations and
-    cache are rounded at run time by hooks, which `spinquant.detach(model)` removes. Raises RotationError for a model
-    that has been through this before, SchemeError for a scheme that does not fit, CalibrationError for tokens that are
-    missing or do not serve, and what `rotate` raises.
+    Weights are quantized in place. Activations and KV cache are quantized at inference by hooks, which
+    `spinquant.detach` removes. `spinquant.save` writes the model.
+
+    Args:
+        model: A causal language model of transformers.
+        scheme: What is quantized, and to how many bits, such as "W4A8KV4".
+        spec: Which rotations, of which type, block size and seed. Default: none.
+        method: How weights are quantized: `rtn` (round-to-nearest, the default), `gptq`, or `gptaq` (GPTQ with the
+            asymmetric target).
+        rotations: Rotations by the name of their space, such as learned ones, instead of those that `spec` describes.
+        tokens: Calibration tokens, int64, (samples, length). Needed unless the method is `rtn` without clip search and
+            without static ranges.
+        calibration: Options of calibration. Default: `Calibration()`.
+        sample: Real tokens on which the logits of the rotated model are compared before it is quantized, int64,
+            (batch, length). Default: none.
+        store: Where quantized blocks are kept, so that a rerun resumes from them. Default: nowhere.
+        options: Checks, precision and progress. Default: `Options()`.
+        family: A family file that describes the architecture, for models without a built-in table; see `use_family`.
+
+    Returns:
+        The model with its plan, rotations, scheme and clip ratios, and how far the logits moved by rotating it.
+
+    Raises:
+        SchemeError: The scheme cannot be parsed, or does not fit the model.
+        CalibrationError: Calibration tokens are missing or cannot be used, or an option would have no effect.
+        RotationError: A rotation is not possible in this model, or the model is rotated online or quantized already.
+        ProofError: Rotating moved the logits by more than rounding, see `rotate`.
+
+    Example:
+        >>> import spinquant, torch
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = AutoModelForCausalLM.from_config(config)
+        >>> tokens = torch.randint(64, (8, 16))
+        >>> result = spinquant.quantize(model, "W4A8", spinquant.RotationSpec(), method="gptq", tokens=tokens)
+        >>> str(result.scheme), result.method, model(input_ids=tokens).logits.shape
+        ('W4A8', 'gptq', torch.Size([8, 16, 64]))
     """
     scheme, options = parse_scheme(scheme), options or Options()
     calibration = check_calibration(method, scheme, calibration)
@@ -119,7 +178,7 @@ def quantize(
         round_weights(model, rotated.plan, scheme, progress=options.stage("quantize"))
     else:
         assert tokens is not None
-        with kernels_for(largest(model)):  # as a calibration from disk does
+        with kernels_for(largest(model)):  # the same kernels as a calibration from disk
             clips = quantize_blocks(
                 model,
                 rotated.plan,

@@ -52,13 +52,55 @@ def learn_folder(
     family: FamilyLike | None = None,
     command: str | None = None,
 ) -> LearnedRotations:
-    """Learn rotations for a model folder or hub id into a folder, which appears complete or not at all.
+    """Learn rotations for a model folder or hub id, and write them to a folder.
 
-    start: a folder that this function wrote before, for the same model: what is in it is judged like the random
-    rotations, and learned from where it beats them. family: a file that explains the model where no table does. The run
-    is kept beside `out` until that is written, so that the same call goes on where another was stopped; a call that
-    asks for something else is refused, or starts anew with `force`. Under torchrun all processes work on it and the
-    first one writes.
+    The folder is written atomically; rerun an interrupted call to resume it. While a run is unfinished, a call with
+    other arguments is refused, or starts over with `force`. Under torchrun all processes learn together, and the first
+    one writes.
+
+    Args:
+        model: A folder, or the id of a model on the Hugging Face hub.
+        out: Folder to write.
+        scheme: What the rotations are learned for; its activations and KV cache are quantized while learning.
+        spec: Which rotations, of which type and block size. Its seed draws the random rotations to beat.
+        options: Method of learning and its settings. Default: `LearnOptions()`.
+        text: Text to learn from and to score candidates on. Default: `LearnText()`.
+        start: A folder that this function wrote for the same model. Its rotations are scored like the random ones, and
+            learning starts from them if they are the best. Default: none.
+        device: Device to compute on. Default: "cpu".
+        dtype: Dtype to load the model in. Default: "auto", that of the checkpoint.
+        force: Replace `out` if it exists. Default: False.
+        allow_pickle: Accept pickled weights (`.bin`), which can run code when they are loaded. Default: False.
+        watch: Progress callbacks.
+        family: A family file that describes the architecture, for models without a built-in table; see `use_family`.
+        command: The command line that is named in the model card. Default: none.
+
+    Returns:
+        The rotations of least KL divergence, with the scores of all candidates in their record.
+
+    Raises:
+        LearningError: There is nothing to learn, or a loss is not finite.
+        SchemeError: The scheme does not fit the model.
+        TextError: The text cannot be read, or is too short to learn from one part and score on another.
+        CheckpointError: The model cannot be read, or `out` exists.
+
+    Example:
+        >>> import pathlib, spinquant, tempfile
+        >>> from spinquant.entrypoints.request import LearnText
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> temporary = tempfile.TemporaryDirectory()
+        >>> folder = pathlib.Path(temporary.name)
+        >>> AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+        >>> scheme, spec = spinquant.parse_scheme("W4A4"), spinquant.RotationSpec("R1,R2")
+        >>> options = spinquant.LearnOptions("local", baselines=2, local=spinquant.LocalOptions(steps=4))
+        >>> text = LearnText(spinquant.CalibrationText("generated", samples=8, length=16), windows=2)
+        >>> learned = spinquant.learn_folder(folder / "model", folder / "learned", scheme, spec, options, text=text)
+        >>> sorted(learned.record["scores"])
+        ['16-bit', 'local', 'random 0', 'random 1', ...]
+        >>> spinquant.read_learned(folder / "learned").kept == learned.kept
+        True
+        >>> temporary.cleanup()
     """
     text, watch, options = text or LearnText(), watch or Watch(), options or LearnOptions()
     with joined(device, timeout=LONGEST) as processes, processes.together():
@@ -202,7 +244,36 @@ def _draw(learned: LearnedRotations, folder: Path) -> None:
 
 
 def read_learned(folder: str | Path) -> LearnedRotations:
-    """The rotations of a folder that `learn_folder` wrote. Raises CheckpointError for one that is not whole."""
+    """Read learned rotations from a folder that `learn_folder` (or `spinquant learn`) wrote.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The rotations with their spec and the record of how they were learned, for `quantize_folder` and `rotate_folder`
+        to take.
+
+    Raises:
+        CheckpointError: The folder has no learned rotations, or is incomplete.
+
+    Example:
+        >>> import pathlib, spinquant, tempfile
+        >>> from spinquant.entrypoints.request import LearnText
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> temporary = tempfile.TemporaryDirectory()
+        >>> folder = pathlib.Path(temporary.name)
+        >>> AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+        >>> scheme, options = spinquant.parse_scheme("W4A4"), spinquant.LearnOptions("random", baselines=2)
+        >>> text = LearnText(spinquant.CalibrationText("generated", samples=8, length=16), windows=2)
+        >>> written = spinquant.learn_folder(
+        ...     folder / "model", folder / "learned", scheme, spinquant.RotationSpec(), options, text=text
+        ... )
+        >>> learned = spinquant.read_learned(folder / "learned")
+        >>> learned.spec.rotations, sorted(learned.rotations)
+        (('R1', 'R2'), ['layers.0.value', 'layers.1.value', 'residual'])
+        >>> temporary.cleanup()
+    """
     folder = Path(folder)
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Options"""
+"""Options and result of rotating and quantizing a model, and the JSON record (record.json) of a result."""
 
 import platform
 from collections.abc import Callable, Mapping
@@ -23,15 +23,31 @@ Stage = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Options:
-    """How a run goes about it, apart from what it computes.
+    """Options of rotating and quantizing that do not choose rotations or a scheme: checks, precision, memory, progress.
 
-    prove: try the rotations on a small model of the same architecture first. allow_inexact: save even when the
-    logits of real tokens moved by more than rounding. precision: dtype of fusing (see `fuse.transform`) and of online
-    rotations, by default the wider of the tensor's own and float32. drop_mtp: of a checkpoint, leave out layers for
-    multi-token prediction, which R1 cannot take along. memory: bytes that the hidden states of a calibration from disk
-    may take before they go to a file, by default a quarter of what is available; and that a block may take which a
-    stream loads to compare it, where that is more than it takes anyway.
-    progress(stage, done, total): called as the work goes on.
+    Attributes:
+        prove: First check the rotations on a tiny model of the same architecture, see `spinquant.prove`. Default: True.
+        allow_inexact: Accept a model whose logits on real tokens moved by more than rounding. Default: False, raise
+            ProofError.
+        precision: Dtype in which weights are fused and online rotations are computed. Default: the wider of float32
+            and the tensor's own dtype.
+        drop_mtp: Leave out the layers for multi-token prediction of a checkpoint, which R1 cannot rotate. Default:
+            False.
+        memory: Bytes. Hidden states of a calibration from disk that take more are kept in a file (default: a quarter
+            of the available memory), and a decoder block that takes more is not loaded to compare logits (default:
+            twice the largest tensor in float32, plus 256 MiB; a smaller number does not lower it).
+        progress: Called with (stage, done, total) as work proceeds. Default: none.
+
+    Example:
+        >>> import spinquant
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = AutoModelForCausalLM.from_config(config)
+        >>> stages = []
+        >>> options = spinquant.Options(prove=False, progress=lambda stage, done, total: stages.append(stage))
+        >>> result = spinquant.rotate(model, options=options)
+        >>> sorted(set(stages)), result.twin
+        (['rotate'], None)
     """
 
     prove: bool = True
@@ -53,11 +69,32 @@ class Options:
 
 @dataclass(frozen=True)
 class Result:
-    """A model that was rotated, and quantized where a scheme says so, with all that is needed to repeat it.
+    """A rotated, and possibly quantized, model with everything that is needed to repeat the run.
 
-    twin and real are how far logits moved by rotating: in the small model, and on real tokens (None: not tried).
-    model is None where it was never loaded; seconds then says how long each phase took.
-    learned: the rotations, where they were learned, with their scores.
+    Attributes:
+        model: The model; None if it was written to a folder without being loaded.
+        plan: Where the model can be rotated.
+        spec: Which rotations were applied, of which type, block size and seed.
+        rotations: The rotations by the name of their space.
+        scheme: What was quantized; None for rotations alone.
+        method: How weights were quantized: `rtn`, `gptq` or `gptaq`; None for rotations alone.
+        calibration: Options of the calibration; None if nothing was calibrated.
+        clips: Clip ratios and static ranges found by calibration.
+        twin: How far the logits of a tiny model of the same architecture moved; None if that was not measured.
+        real: How far the logits of this model moved on real tokens, before quantization; None if that was not measured.
+        notes: Further entries of the record, such as the source and the calibration text.
+        seconds: Duration of each phase of a streamed run; None for a model in memory.
+        learned: The learned rotations with their scores; None if the rotations were not learned.
+
+    Example:
+        >>> import spinquant
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> result = spinquant.quantize(AutoModelForCausalLM.from_config(config), "W4A8", spinquant.RotationSpec())
+        >>> str(result.scheme), result.method, sorted(result.rotations)
+        ('W4A8', 'rtn', ['layers.0.value', 'layers.1.value', 'residual'])
+        >>> result.twin.relative < 1e-9
+        True
     """
 
     model: Any
@@ -75,7 +112,7 @@ class Result:
     learned: LearnedRotations | None = None
 
     def record(self) -> dict[str, Any]:
-        """Everything but the tensors, as JSON: seeds, scheme, plan, proofs, versions."""
+        """Everything but the tensors, ready for JSON: seeds, scheme, plan, deviations of logits, versions."""
         return {
             "spinquant": version("spinquant"),
             "versions": {

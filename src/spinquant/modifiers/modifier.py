@@ -38,6 +38,17 @@ class SpinQuantModifier(BaseModel):
     R1 and R2 are offline rotations, fused into the weights; R3 and R4 are online rotations, applied at inference.
 
     Attributes:
+        requires_calibration_data: False, rotations need no calibration data. This field and those up to `ended_` are
+            those of every modifier of llm-compressor.
+        index: Position in the recipe.
+        group: Name of the modifier's group in the recipe.
+        start: Training step at which the modifier starts; at 0 or less it starts when it is initialized. Default: none.
+        end: Training step at which the modifier ends. Default: none.
+        update: Training steps between updates; it has no effect here.
+        initialized_: Whether `initialize` has succeeded.
+        finalized_: Whether `finalize` has succeeded.
+        started_: Whether `on_start` was called.
+        ended_: Whether `on_end` was called.
         rotations: Any of R1, R2, R3, R4, in any case. Default: R1 and R2.
         transform_type: `hadamard` (the default), `random-hadamard` or `random-matrix` (Haar orthogonal). The orders
             that have a Hadamard matrix are in `docs/reference/hadamard-orders.md`.
@@ -50,8 +61,6 @@ class SpinQuantModifier(BaseModel):
         norm_mappings: The linears that read each norm; inferred if left out.
         transform_config: Replaces the fields above that describe rotations. Set by `on_initialize` if None.
         seed: Of everything random. Default: 0.
-
-    The other fields (`start`, `end`, `index`, ...) are those of every modifier of llm-compressor.
 
     Raises:
         pydantic.ValidationError: A field has an invalid value. The methods raise subclasses of SpinquantError.
