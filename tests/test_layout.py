@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -192,3 +193,15 @@ def test_hooks_and_registrations_are_where_they_belong():
         if name not in HOOKS:
             assert "register_forward" not in text, name
         assert "import *" not in text, name
+
+
+def test_files_that_are_named_exist():
+    """A file named in backticks is a neighbour, or its path starts at the package or the repository."""
+    root = SOURCE.parents[1]
+    named = 0
+    for path in (*SOURCE.rglob("*.py"), *(root / "docs").rglob("*.md"), *(root / "benchmarks").glob("*.py")):
+        for span in re.findall(r"`([^`\n]+)`", path.read_text(encoding="utf-8")):
+            for name in re.findall(r"(?<![\w./-])[\w./-]+\.py\b", span):
+                named += 1
+                assert any((folder / name).is_file() for folder in (path.parent, SOURCE, root)), f"{path}: {name}"
+    assert named > 50
