@@ -18,8 +18,8 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test holds it against
     from spinquant.calibration.blockwise import Calibration
     from spinquant.calibration.data import CalibrationText, calibration_tokens, load_text, token_windows
     from spinquant.checkpoint.folder import load_tokenizer, read_headers
-    from spinquant.entrypoints.folders import quantize_folder, rotate_folder, save
-    from spinquant.entrypoints.in_memory import quantize, rotate
+    from spinquant.entrypoints.folders import quantize_folder, rotate_folder
+    from spinquant.entrypoints.in_memory import quantize, rotate, save
     from spinquant.entrypoints.learn import learn_folder, read_learned
     from spinquant.entrypoints.result import Options, Result
     from spinquant.errors import (
@@ -202,7 +202,7 @@ _MODULES = {
     "rotate": "entrypoints.in_memory",
     "rotate_adapter": "adapters.folder",
     "rotate_folder": "entrypoints.folders",
-    "save": "entrypoints.folders",
+    "save": "entrypoints.in_memory",
     "token_windows": "calibration.data",
     "use_family": "architectures",
 }

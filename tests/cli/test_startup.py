@@ -123,7 +123,7 @@ def test_the_script_of_bash_completion_is_shown(run):
 
 def test_a_repository_that_the_hub_refuses_is_refused_before_any_work(run, tmp_path):
     code, _, errors = run("rotate", tmp_path / "nowhere", tmp_path / "out", "--push-to-hub", "a/b/c")
-    assert code == 1 and "'a/b/c' is no id of a repository" in errors
+    assert code == 1 and "'a/b/c' is not a valid repository id" in errors
 
 
 def test_what_silences_other_libraries_is_gone_afterwards(run):

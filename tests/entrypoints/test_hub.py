@@ -70,7 +70,7 @@ def test_hidden_files_stay_behind(hub, out):
     "repo", ["", "a/b/c", "../x", "me/mo del", "me/", "/model", "me/model.git", "/root/out", "a--b"]
 )
 def test_an_id_that_is_not_valid_is_refused_before_work(repo, hub):
-    with pytest.raises(CheckpointError, match="no id of a repository"):
+    with pytest.raises(CheckpointError, match="not a valid repository id"):
         check_repo(repo)
 
 
@@ -116,6 +116,6 @@ def test_a_failure_says_why_and_how_to_push_the_folder_that_is_there(error, says
 
 def test_a_folder_that_is_not_finished_is_refused(hub, tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(CheckpointError, match="no finished folder"):
+        with pytest.raises(CheckpointError, match="not a finished folder"):
             push_folder(folder, "me/model")
     assert not hub

@@ -14,8 +14,10 @@ from huggingface_hub.utils import validate_repo_id
 from checkpoints import saved
 from models import logits, tiny_model, tokens
 from spinquant import LearnOptions, RotationSpec, learn, load, parse_scheme, quantize_folder, rotate_folder
-from spinquant.entrypoints.model_card import LOADING, ORIGINAL, learned_card, model_card, runtimes_of
-from spinquant.entrypoints.source_card import CARD, LARGEST_CARD, public_command, read_card, split_card
+from spinquant.entrypoints.loading import LOADING, runtimes_of
+from spinquant.entrypoints.local_paths import public_command
+from spinquant.entrypoints.model_card import ORIGINAL, learned_card, model_card
+from spinquant.entrypoints.source_card import CARD, LARGEST_CARD, read_card, split_card
 from spinquant.formats.runtimes import RUNTIMES, format_for, runtime_rows
 from spinquant.quantization.scheme import Scheme
 
@@ -164,7 +166,7 @@ def test_a_card_names_the_runtimes_that_run_the_folder_and_no_other(name, made):
     for runtime in named:
         rows = runtime_rows(runtime, result.spec, scheme, result.plan)
         about = card_of(made, name).split(f"(`{runtime}`)")[1].split("###")[0]
-        assert ("Not tried" in about) == any(not row["why"].startswith("test: ") for row in rows), runtime
+        assert ("Not tested" in about) == any(not row["why"].startswith("test: ") for row in rows), runtime
     assert not [title for title in titles if f"### {title} (" in card_of(made, name)]
 
 

@@ -155,7 +155,7 @@ def test_plan_tells_what_a_runtime_runs(run, folder):
         (["--scheme", "W8A8", "--runtime", "vllm", "--format", "native", "--rotations", "R1"], "leave --format out"),
         (["--scheme", "W8A8", "--format", "gguf"], "unknown format"),
         (["--scheme", "W8A8", "--format", "hf", "--rotations", "R1"], "16-bit"),
-        (["--scheme", "none", "--format", "hf"], "R3, R4 run at run time"),
+        (["--scheme", "none", "--format", "hf"], "R3, R4 are online rotations"),
     ],
 )
 def test_refusals_come_before_work(run, folder, tmp_path, arguments, word):

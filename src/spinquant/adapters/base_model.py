@@ -1,6 +1,7 @@
 """Load the base model of an adapter or draft head: the original checkpoint, and the rotations applied to it."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from spinquant.architectures import family_of, make_plan, module_names
 from spinquant.architectures.family import Family
-from spinquant.checkpoint.folder import BESIDE, RECORD, ROTATIONS, folder_of, load_config, read_headers
+from spinquant.checkpoint.folder import BESIDE, ORIGIN, RECORD, ROTATIONS, folder_of, load_config, read_headers
 from spinquant.checkpoint.reader import Source, read_gains
 from spinquant.errors import CheckpointError, RotationError
 from spinquant.plan import Plan
@@ -77,9 +78,7 @@ def open_base_model(rotated: str | Path, model: str | Path | None = None) -> Ite
     """
     folder = folder_of(rotated)
     record = read_record(folder)
-    origin = model or record.get("source")
-    if origin is None:
-        raise CheckpointError(f"the record of {folder} does not name the original model: pass it with --model")
+    origin = model or _origin(folder, record)
     config = load_config(origin)
     with closing(Source(folder_of(origin), config)) as source:
         plan = make_plan(config, source.shapes)
@@ -91,6 +90,18 @@ def open_base_model(rotated: str | Path, model: str | Path | None = None) -> Ite
                 f"{str(origin)!r} is not the model that {folder} was made from: pass the original with --model"
             )
         yield base
+
+
+def _origin(folder: Path, record: Mapping[str, Any]) -> str | Path:
+    """The original of a rotated folder: a local folder that is noted beside the record, or the record's Hub id."""
+    noted, source = folder / BESIDE / ORIGIN, record.get("source")
+    if noted.is_file() and (path := Path(os.fsdecode(noted.read_bytes()))).is_dir():
+        return path
+    if source is None:
+        raise CheckpointError(f"the record of {folder} does not name the original model: pass it with --model")
+    if source == Path(source).name:
+        raise CheckpointError(f"the original model {source!r} of {folder} is not where it was: pass it with --model")
+    return source
 
 
 @torch.no_grad()

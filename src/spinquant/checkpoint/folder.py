@@ -25,6 +25,7 @@ SINGLE = "model.safetensors"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 # Folder beside the weights that records how they were made.
 BESIDE, RECORD, ROTATIONS = "spinquant", "record.json", "rotations.safetensors"
+ORIGIN = ".source"  # in that folder, the path of a local source; hidden files are not pushed to the hub
 # Suffixes of weight files.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".tflite")
 _SAMPLES = 64  # pieces of a weight file that `weights_sample` hashes

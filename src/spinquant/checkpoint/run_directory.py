@@ -37,7 +37,7 @@ from spinquant.checkpoint.atomic import (
     write_file,
 )
 from spinquant.checkpoint.checksums import CHECKSUMS, Prefix
-from spinquant.checkpoint.folder import BESIDE
+from spinquant.checkpoint.folder import BESIDE, ORIGIN
 from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.checkpoint.safetensors_io import file_hash
 from spinquant.compute.distributed import Processes
@@ -131,7 +131,7 @@ class RunDirectory:
             lines = []
             for path in sorted(path for path in self.data.rglob("*") if path.is_file()):
                 name = path.relative_to(self.data).as_posix()
-                if name == f"{BESIDE}/{CHECKSUMS}":
+                if name in (f"{BESIDE}/{CHECKSUMS}", f"{BESIDE}/{ORIGIN}"):  # the latter stays on this machine
                     continue
                 if name.endswith(UNFINISHED):  # left by a previous run that was killed
                     path.unlink()

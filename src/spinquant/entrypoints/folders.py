@@ -13,96 +13,23 @@ from spinquant.architectures.mtp import COUNTS
 from spinquant.calibration.blockwise import Calibration, Method
 from spinquant.calibration.data import CalibrationText, calibration_tokens
 from spinquant.checkpoint.folder import check_device, check_finite, load_tokenizer
-from spinquant.checkpoint.run_directory import LEARNING, RunDirectory, atomic_folder, opened_run
+from spinquant.checkpoint.run_directory import LEARNING, RunDirectory, opened_run
 from spinquant.compute.distributed import LONGEST, Processes, check_same, joined
-from spinquant.entrypoints.in_memory import quantize, rotate
+from spinquant.entrypoints.in_memory import quantize, rotate, write_model
 from spinquant.entrypoints.learn import learn_from
-from spinquant.entrypoints.output_folder import write_record
+from spinquant.entrypoints.output_folder import copy_files, write_record
 from spinquant.entrypoints.request import LearnText, Request
 from spinquant.entrypoints.result import Options, Result
 from spinquant.entrypoints.stream import stream_folder
 from spinquant.entrypoints.stream_run import block_store, sample_tokens
-from spinquant.entrypoints.validation import Job, check_format, validate
+from spinquant.entrypoints.validation import Job, validate
 from spinquant.errors import CheckpointError, RotationError
-from spinquant.formats.compressed_config import check_plan
-from spinquant.formats.compressed_tensors import write_compressed
 from spinquant.formats.load import load_model
-from spinquant.formats.native import is_marked
 from spinquant.learning.options import LearnOptions, Watch
 from spinquant.plan import MERGEABLE
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.learned import LearnedRotations
-from spinquant.rotations.wrappers import online_part
-
-
-def save(
-    result: Result, out: str | Path, tokenizer: Any = None, *, force: bool = False, format: str = "native"
-) -> None:
-    """Write a model from `rotate` or `quantize`, with its rotations and a record of how it was made.
-
-    The folder is written atomically. A model without online rotations and quantization is written as a plain Hugging
-    Face checkpoint in any format.
-
-    Args:
-        result: The model in memory and what was done to it.
-        out: Folder to write.
-        tokenizer: A tokenizer of transformers to write beside the model. Default: none.
-        force: Replace `out` if it exists. Default: False.
-        format: `native` (the default; see `formats/native.py`), `compressed-tensors`, or `hf`, which refuses what a
-            plain checkpoint cannot store.
-
-    Raises:
-        CheckpointError: `out` exists, the disk is full, a weight is not finite, or the online rotations were removed
-            from the model.
-        SchemeError: The format cannot store the scheme.
-        RotationError: The format cannot store the rotations.
-
-    Example:
-        >>> import pathlib, spinquant, tempfile
-        >>> from transformers import AutoModelForCausalLM, LlamaConfig
-        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
-        >>> model = AutoModelForCausalLM.from_config(config)
-        >>> result = spinquant.quantize(model, "W4A8", spinquant.RotationSpec())
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     spinquant.save(result, pathlib.Path(folder) / "W4A8")
-        ...     type(spinquant.load(pathlib.Path(folder) / "W4A8")).__name__
-        'LlamaForCausalLM'
-    """
-    searched = result.calibration is not None and result.calibration.clips
-    check_format(format, result.scheme or Scheme(), result.spec, clips=searched)
-    online = online_part(result.plan, result.rotations)
-    if format == "compressed-tensors":
-        check_plan(result.plan, result.scheme or Scheme(), result.spec)
-    if online and not is_marked(result.model):
-        raise CheckpointError(
-            "the online rotations were removed from this model: what is left is not what the result describes. Save "
-            "the model with its own save_pretrained, or rotate it again"
-        )
-    check_finite(result.model, "the model to be saved")
-    with atomic_folder(out, force=force) as folder:
-        _write(result, folder, tokenizer, format)
-
-
-def _write(
-    result: Result,
-    folder: Path,
-    tokenizer: Any,
-    format: str,
-    *,
-    source: Path | None = None,
-    command: str | None = None,
-) -> None:
-    """Write the files of a model in memory, its rotations and its record."""
-    if format == "compressed-tensors":
-        online = online_part(result.plan, result.rotations)
-        write_compressed(result.model, result.plan, online, result.scheme or Scheme(), result.clips, folder)
-    else:
-        result.model.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    # In a folder of their own: runtimes load every safetensors file that lies beside the weights.
-    write_record(result, folder, format=format, source=source, command=command)
 
 
 def rotate_folder(
@@ -140,8 +67,8 @@ def rotate_folder(
         allow_pickle: Accept pickled weights (`.bin`), which can run code when they are loaded. Default: False.
         device: Device to compute on. Default: "cpu".
         max_shard_size: Largest shard in bytes. Default: the shards of the source.
-        also: Folders of LoRA adapters (peft) and draft heads (EAGLE-3) of the model, which are rotated to match it, into
-            `adapters/NAME` of `out`.
+        also: Folders of LoRA adapters (peft) and draft heads (EAGLE-3) of the model, which are rotated to match it and
+            written to `adapters/NAME` in `out`.
         checksums: A file of SHA-256 checksums, as sha256sum writes it, which the source's files must have. Default:
             none.
         options: Checks, precision, memory and progress. Default: `Options()`.
@@ -324,7 +251,7 @@ def quantize_folder(
 
 
 def run_request(request: Request) -> Result:
-    """Carry out a request: validate it, learn rotations where that is asked, then stream or load the model as a whole.
+    """Carry out a request: validate it, learn rotations if asked, then stream the model or load it as a whole.
 
     Several processes under torchrun work on it together; each returns the result.
     """
@@ -362,11 +289,11 @@ def _learn(job: Job, run: RunDirectory, processes: Processes) -> LearnedRotation
 
 
 def _in_memory(job: Job, run: RunDirectory) -> Result:
-    """Carry out a job on the model as a whole: pickles, and calibrated classes that keep weights in another form."""
+    """Carry out a job that cannot be streamed (`Job.streamed`) on a model that is loaded as a whole."""
     request = job.request
     if run.published:
         run.publish()
-        raise CheckpointError(f"{request.out} exists and is complete: the run that wrote it was only not tidied up")
+        raise CheckpointError(f"{request.out} exists and is complete: only the run directory had not been removed")
     loaded, tokenizer, sample, notes = _open(job)
     rotations = request.learned.rotations if request.learned else None
     given: dict[str, Any] = {"rotations": rotations, "options": request.options}
@@ -387,20 +314,22 @@ def _in_memory(job: Job, run: RunDirectory) -> Result:
     learned = {"learned": request.learned.note()} if request.learned else {}
     result = replace(result, notes={**notes, **learned})
     check_finite(result.model, "the model to be saved")
-    _write(result, run.data, tokenizer, job.format, source=job.folder, command=request.command)
+    write_model(result, run.data, job.format)
+    copy_files(job.folder, run.data)  # as a stream does: after the model, whose generation_config.json is the source's
+    write_record(result, run.data, format=job.format, source=job.folder, command=request.command)
     run.publish(checksums=False)
     return result
 
 
 def _open(job: Job) -> tuple[Any, Any, Tensor, dict[str, Any]]:
-    """The model, its tokenizer where it has one, real tokens to compare logits on, and notes for the record."""
+    """The model, its tokenizer if it has one, real tokens to compare logits on, and notes for the record."""
     request = job.request
     loaded = load_model(job.folder, allow_pickle=request.allow_pickle, device=request.device, family=request.family)
     if request.options.drop_mtp:
         for name in (name for name in COUNTS if hasattr(loaded.config, name)):
             setattr(loaded.config, name, 0)
     if request.dtype is not None and request.dtype.itemsize > loaded.dtype.itemsize:
-        _cast(loaded, request.dtype)  # widened before anything is rounded
+        _cast(loaded, request.dtype)  # before anything is rounded
     name, sample = sample_tokens(job.folder, loaded.config, request.text or "auto")
     try:
         tokenizer = load_tokenizer(job.folder)
@@ -410,7 +339,7 @@ def _open(job: Job) -> tuple[Any, Any, Tensor, dict[str, Any]]:
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:
-    # Parameters alone: a narrowed rotary frequency would spoil long contexts, and is wide again after loading.
+    # Parameters only: rotary frequencies in half precision would spoil long contexts; loading makes them float32.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype

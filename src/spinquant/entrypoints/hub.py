@@ -1,9 +1,8 @@
 """Push a finished folder to the Hugging Face Hub.
 
-What can be refused early is refused early: `check_repo` needs no network and runs before hours of work. A failed
-upload leaves the folder as it is, and the error names the command that repeats it. `HfApi.upload_folder` commits large
-folders in several parts and skips what is there already (huggingface_hub 1.31 and later, which transformers requires),
-so a repeated upload resumes.
+`check_repo` needs no network and runs before hours of work. A failed upload leaves the folder as it is, and the error
+names the command that repeats it. `HfApi.upload_folder` commits large folders in several parts and skips what is
+uploaded already (huggingface_hub 1.31 and later, which transformers requires), so a repeated upload resumes.
 """
 
 from pathlib import Path
@@ -12,9 +11,9 @@ from shlex import quote
 from spinquant.checkpoint.atomic import first_line
 from spinquant.errors import CheckpointError
 
-# One of them is in every folder that spinquant finishes.
+# Every finished folder of spinquant has one of them.
 MARKS = ("config.json", "adapter_config.json", "learned.json")
-HIDDEN = (".*", "*/.*")  # dotfiles, and all that lies in folders whose names begin with a dot
+HIDDEN = (".*", "*/.*")  # dotfiles (one has the path of a local source), and everything in hidden folders
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
 
 
@@ -33,7 +32,7 @@ def check_repo(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise CheckpointError(f"{repo!r} is no id of a repository on the Hub: {first_line(error)}") from None
+        raise CheckpointError(f"{repo!r} is not a valid repository id on the Hub: {first_line(error)}") from None
     if constants.HF_HUB_OFFLINE:
         raise CheckpointError(f"cannot push to {repo!r}: offline mode is on. Unset HF_HUB_OFFLINE, or push later")
     try:
@@ -45,28 +44,28 @@ def check_repo(repo: str) -> None:
 
 
 def push_folder(folder: str | Path, repo: str, *, private: bool = True, message: str | None = None) -> str:
-    """Upload a folder that spinquant wrote to a model repository of the Hub, which is created where it does not exist.
+    """Upload a folder that spinquant wrote to a model repository of the Hub, which is created if it does not exist.
 
-    Dotfiles stay behind. Files that the repository has and the folder does not are left there.
+    Dotfiles are not uploaded. Files that only the repository has are kept.
 
     Args:
         folder: The finished folder.
         repo: Id on the Hub, see `check_repo`.
-        private: Visibility of a repository that is created; one that exists keeps its own. Private is the default,
-            because a repository can be opened later, and what was public once cannot be taken back.
+        private: Visibility of a repository that is created; an existing one keeps its own. Default: True, because
+            what was public once cannot be taken back.
         message: Title of the commit.
 
     Returns:
         The address of the repository.
 
     Raises:
-        CheckpointError: The folder is not one that spinquant wrote, what `check_repo` refuses, or the upload failed.
+        CheckpointError: The folder was not written by spinquant, `check_repo` refuses the id, or the upload failed.
     """
     from huggingface_hub import HfApi
 
     folder = Path(folder)
     if not any((folder / name).is_file() for name in MARKS):
-        raise CheckpointError(f"{str(folder)!r} is no finished folder: expected one of {', '.join(MARKS)} in it")
+        raise CheckpointError(f"{str(folder)!r} is not a finished folder: expected one of {', '.join(MARKS)} in it")
     check_repo(repo)
     api = HfApi()
     try:
@@ -88,7 +87,7 @@ def push_folder(folder: str | Path, repo: str, *, private: bool = True, message:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, and what to do about it where that is known."""
+    """The reason of a failure, with a remedy if one is known."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     known = {
         401: f"the Hub does not accept the token; {LOG_IN}",

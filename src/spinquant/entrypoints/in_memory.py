@@ -1,10 +1,11 @@
-"""Rotate and quantize a model in memory, and check that rotating did not change its logits.
+"""Rotate, quantize and save a model in memory, and check that rotating did not change its logits.
 
 From folder to folder: `entrypoints/folders.py`.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -12,11 +13,16 @@ from torch import Tensor
 from spinquant.architectures import FamilyLike, use_family
 from spinquant.calibration.block_store import BlockStore
 from spinquant.calibration.blockwise import Calibration, Method, quantize_blocks
+from spinquant.checkpoint.folder import check_finite
+from spinquant.checkpoint.run_directory import atomic_folder
+from spinquant.entrypoints.output_folder import write_record
 from spinquant.entrypoints.result import Options, Result
-from spinquant.entrypoints.validation import check_calibration
-from spinquant.errors import CalibrationError
+from spinquant.entrypoints.validation import check_calibration, check_format
+from spinquant.errors import CalibrationError, CheckpointError
 from spinquant.evaluation.equivalence import check, compare, prove, snapshot
-from spinquant.formats.native import check_fresh, mark, unmark
+from spinquant.formats.compressed_config import check_plan
+from spinquant.formats.compressed_tensors import write_compressed
+from spinquant.formats.native import check_fresh, is_marked, mark, unmark
 from spinquant.models.modules import largest, tensor_shapes
 from spinquant.online.hooks import attach
 from spinquant.plan import Plan
@@ -194,3 +200,63 @@ def quantize(
         attach(model, rotated.plan, online, scheme, clips)
         mark(model, rotated.plan, online, rotated.spec, scheme, clips)
     return replace(rotated, scheme=scheme, method=method, calibration=calibration, clips=clips)
+
+
+def save(
+    result: Result, out: str | Path, tokenizer: Any = None, *, force: bool = False, format: str = "native"
+) -> None:
+    """Write a model from `rotate` or `quantize`, with its rotations and a record of how it was made.
+
+    The folder is written atomically. A model without online rotations and quantization is written as a plain Hugging
+    Face checkpoint in any format.
+
+    Args:
+        result: The model in memory and what was done to it.
+        out: Folder to write.
+        tokenizer: A tokenizer of transformers to write beside the model. Default: none.
+        force: Replace `out` if it exists. Default: False.
+        format: `native` (the default; see `formats/native.py`), `compressed-tensors`, or `hf`, which refuses what a
+            plain checkpoint cannot store.
+
+    Raises:
+        CheckpointError: `out` exists, the disk is full, a weight is not finite, or the online rotations were removed
+            from the model.
+        SchemeError: The format cannot store the scheme.
+        RotationError: The format cannot store the rotations.
+
+    Example:
+        >>> import pathlib, spinquant, tempfile
+        >>> from transformers import AutoModelForCausalLM, LlamaConfig
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = AutoModelForCausalLM.from_config(config)
+        >>> result = spinquant.quantize(model, "W4A8", spinquant.RotationSpec())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     spinquant.save(result, pathlib.Path(folder) / "W4A8")
+        ...     type(spinquant.load(pathlib.Path(folder) / "W4A8")).__name__
+        'LlamaForCausalLM'
+    """
+    searched = result.calibration is not None and result.calibration.clips
+    check_format(format, result.scheme or Scheme(), result.spec, clips=searched)
+    online = online_part(result.plan, result.rotations)
+    if format == "compressed-tensors":
+        check_plan(result.plan, result.scheme or Scheme(), result.spec)
+    if online and not is_marked(result.model):
+        raise CheckpointError(
+            "the online rotations were removed from this model: what is left is not what the result describes. Save "
+            "the model with its own save_pretrained, or rotate it again"
+        )
+    check_finite(result.model, "the model to be saved")
+    with atomic_folder(out, force=force) as folder:
+        write_model(result, folder, format)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        write_record(result, folder, format=format)
+
+
+def write_model(result: Result, folder: Path, format: str) -> None:
+    """Write weights and config of a model in memory."""
+    if format == "compressed-tensors":
+        online = online_part(result.plan, result.rotations)
+        write_compressed(result.model, result.plan, online, result.scheme or Scheme(), result.clips, folder)
+    else:
+        result.model.save_pretrained(folder)

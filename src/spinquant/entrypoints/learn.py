@@ -1,4 +1,7 @@
-"""Learned rotations on disk: rotations.safetensors and learned.json, a folder that `rotate` and `quantize` take."""
+"""Learn rotations into a folder (rotations.safetensors, learned.json, README.md), and read such a folder.
+
+`rotate` and `quantize` take the folder as `--learned`.
+"""
 
 import json
 from dataclasses import asdict, replace
@@ -12,9 +15,10 @@ from torch import Tensor
 
 from spinquant.architectures import FamilyLike, recorded_family
 from spinquant.calibration.data import CalibrationText, calibration_tokens
-from spinquant.checkpoint.folder import folder_of, is_local, load_config, load_tokenizer, weights_digest, weights_sample
+from spinquant.checkpoint.folder import folder_of, load_config, load_tokenizer, weights_digest, weights_sample
 from spinquant.checkpoint.run_directory import LEARNING, atomic_folder, opened_run
 from spinquant.compute.distributed import LONGEST, check_same, is_first, joined
+from spinquant.entrypoints.local_paths import public_source, source_name
 from spinquant.entrypoints.model_card import learned_card
 from spinquant.entrypoints.request import LearnText
 from spinquant.entrypoints.source_card import CARD, read_card
@@ -32,7 +36,7 @@ from spinquant.rotations.learned import LearnedRotations
 from spinquant.rotations.serialization import saved, to_save
 
 TENSORS, ABOUT = "rotations.safetensors", "learned.json"
-DONE = "learned"  # where a run keeps them until OUT is written
+DONE = "learned"  # subfolder of a run that has finished learning and has not written OUT yet
 
 
 def learn_folder(
@@ -131,7 +135,7 @@ def learn_folder(
             )
             if processes.first:
                 if not run.published:
-                    write_files(learned, run.data, command=command)
+                    write_files(learned, run.data, source=model, command=command)
                 run.publish(checksums=False)
     return learned
 
@@ -151,14 +155,14 @@ def learn_from(
     watch: Watch | None = None,
     family: FamilyLike | None = None,
 ) -> LearnedRotations:
-    """Learned rotations of a model folder or hub id. store: where the run is saved, and resumed from."""
+    """Learn rotations of a model folder or hub id. store: where the run is saved, and resumed from."""
     watch, done = watch or Watch(), store / DONE
     if (done / ABOUT).exists():
         return read_learned(done)
     given = None if start is None else read_learned(start)
     loaded = load_model(model, dtype=dtype, device=device, allow_pickle=allow_pickle, family=family)
     check_fits(plan_of(loaded), tensor_shapes(loaded), scheme)
-    name, tokens, held_out = _texts(loaded, model, text, watch)
+    (name, tokens), (held_out_name, held_out) = _texts(loaded, model, text, watch)
     settings = [weights_digest(model), str(loaded.dtype), recorded_family(loaded.config)]
     learned = learn(
         loaded, scheme, spec, tokens, held_out, options, start=given, store=store, settings=settings, watch=watch
@@ -166,20 +170,22 @@ def learn_from(
     about = {
         "text": name,
         "samples": list(tokens.shape),
-        "held_out": text.held_out or name,
+        "held_out": held_out_name,
         "judged": list(held_out.shape),
     }
-    begun = {} if start is None else {"given": str(start)}
-    named = {"model": str(model), "weights": weights_sample(model)}
+    begun = {} if start is None else {"given": source_name(str(start))}
+    named = {"model": public_source(str(model)), "weights": weights_sample(model)}
     learned = replace(learned, record={**learned.record, **named, "tokens": about, **begun})
     if is_first():
         with atomic_folder(done, force=True) as folder:
-            write_files(learned, folder, whole=False)
+            write_files(learned, folder)
     return learned
 
 
-def _texts(loaded: Any, model: str | Path, text: LearnText, watch: Watch) -> tuple[str, Tensor, Tensor]:
-    """(name, tokens to learn from, tokens to judge on)."""
+def _texts(
+    loaded: Any, model: str | Path, text: LearnText, watch: Watch
+) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
+    """(name, tokens) of the text to learn from, and of the text to score candidates on."""
     try:
         tokenizer = load_tokenizer(model)
     except CheckpointError:
@@ -190,37 +196,34 @@ def _texts(loaded: Any, model: str | Path, text: LearnText, watch: Watch) -> tup
 
     wanted = text.calibration
     if text.held_out is not None:
-        name, tokens = tokens_of(wanted)
-        return name, tokens, tokens_of(replace(wanted, text=text.held_out, samples=text.windows))[1]
+        return tokens_of(wanted), tokens_of(replace(wanted, text=text.held_out, samples=text.windows))
     name, tokens = tokens_of(replace(wanted, samples=wanted.samples + text.windows))
-    # The end of the text, and a window between as a distance.
+    # The end of the text, with a window as a gap before it.
     if len(tokens) < text.windows + 2:
         raise TextError(
             f"there are {len(tokens)} windows of {wanted.length} tokens ({wanted.samples} samples and {text.windows} "
-            "windows were asked for): too few to learn from some and to judge on others, with one between. Give more "
-            "--samples, a longer text, a shorter --sample-length, or another text to judge on (--held-out)"
+            "windows were asked for): too few to learn from some and to score on others, with one between them. Give "
+            "more --samples, a longer text, a shorter --sample-length, or another text to score on (--held-out)"
         )
-    return name, tokens[: -text.windows - 1], tokens[-text.windows :]
+    return (name, tokens[: -text.windows - 1]), (name, tokens[-text.windows :])
 
 
-def write_learned(learned: LearnedRotations, out: str | Path, *, force: bool = False) -> None:
-    """Write a folder of learned rotations atomically, with pictures where matplotlib is installed."""
-    with atomic_folder(out, force=force) as folder:
-        write_files(learned, folder)
+def write_files(
+    learned: LearnedRotations, folder: Path, *, source: str | Path | None = None, command: str | None = None
+) -> None:
+    """Write the files of a folder of learned rotations; pictures and a model card only if there is a source.
 
-
-def write_files(learned: LearnedRotations, folder: Path, *, whole: bool = True, command: str | None = None) -> None:
-    """Write the files of a folder of learned rotations; `whole` with pictures and a model card."""
+    source: the model that they were learned for, a folder or hub id.
+    """
     about, tensors = to_save(learned.rotations)
     save_file(tensors, folder / TENSORS)
     data = {**about, "spec": learned.spec.to_dict(), **learned.record}
     (folder / ABOUT).write_text(json.dumps(data, indent=1, default=dict) + "\n", encoding="utf-8")
-    if whole:
+    if source is not None:
         _draw(learned, folder)
         drawn = sorted(path.name for path in folder.glob("*.png"))
-        source = learned.record["model"]
-        original = read_card(Path(source)) if is_local(source) else read_card(folder_of(source))
-        card = learned_card(learned, source=source, source_card=original, command=command, pictures=drawn)
+        original = read_card(folder_of(source))
+        card = learned_card(learned, source=str(source), source_card=original, command=command, pictures=drawn)
         (folder / CARD).write_text(card, encoding="utf-8", newline="\n")
 
 

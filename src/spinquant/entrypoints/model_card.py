@@ -1,31 +1,24 @@
-"""The model card (README.md) of a folder: what was done, what was measured, how to load it, and the source's own card.
+"""Write the model card (README.md) of a folder: what was done and measured, how to load it, and the source's card.
 
-The front matter is YAML of the Hub, written and read by huggingface_hub (`source_card.py`). A card holds nothing that
-changes from one run of the same request to the next: no times, and no options that do not decide what is written.
+The front matter is the Hub's YAML, written and read by huggingface_hub (`source_card.py`). The same request gives the
+same card: no times, no paths (`local_paths.py`), and no options that do not affect what is written.
 """
 
 import platform
-import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from spinquant.checkpoint.checksums import CHECKSUMS
 from spinquant.checkpoint.folder import BESIDE, RECORD, ROTATIONS
+from spinquant.entrypoints.loading import loading_lines
+from spinquant.entrypoints.local_paths import hub_id, public, public_command, source_name
 from spinquant.entrypoints.markdown import code, fence, listed, plain, row
 from spinquant.entrypoints.result import Result
-from spinquant.entrypoints.source_card import (
-    front_matter,
-    hub_id,
-    linked,
-    public,
-    public_command,
-    source_name,
-    split_card,
-)
-from spinquant.formats.runtimes import RUNTIMES, runtime_rows, scheme_names
+from spinquant.entrypoints.source_card import front_matter, linked, split_card
+from spinquant.formats.runtimes import scheme_names
 from spinquant.plan import MERGEABLE, Plan
 from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.rotations.factory import RotationSpec
@@ -51,20 +44,6 @@ MATRICES = {
     "centred-hadamard": "{}",
     "centred-random-hadamard": "{}",
 }
-_TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")"""
-# How to load a folder where `Runtime.how` is no command line.
-LOADING = {
-    "spinquant": """import spinquant
-
-model = spinquant.load("FOLDER")
-tokenizer = spinquant.load_tokenizer("FOLDER")""",
-    "transformers": _TRANSFORMERS,
-    "transformers-ct": f"# needs the package compressed-tensors\n{_TRANSFORMERS}",
-    "vllm-plugin": "# with spinquant installed in vLLM's environment\nvllm serve FOLDER",
-}
 
 
 def model_card(
@@ -80,11 +59,11 @@ def model_card(
 
     Args:
         result: What was done and measured.
-        format: Of the folder: native, compressed-tensors or hf. A folder with nothing online or quantized is hf.
-        source: Folder or Hub id of the model that it was made of.
+        format: `native`, `compressed-tensors` or `hf`. Without online rotations and quantization it is always `hf`.
+        source: Folder or Hub id of the model that it was made from.
         source_card: The source's README.md, see `read_card`.
         command: The command line that was run.
-        learned: Record of learned rotations; by default what the result notes.
+        learned: Record of learned rotations. Default: the one in the notes of the result.
 
     Returns:
         Markdown with front matter; the same for the same arguments.
@@ -112,7 +91,7 @@ def model_card(
         *_adapters(result.notes.get("adapters", {})),
         "## How to load it",
         "`FOLDER` is this folder, or the id of its repository on the Hub. These runtimes run it:",
-        *_loading(kind, spec, scheme, plan),
+        *loading_lines(kind, spec, scheme, plan),
         "## What was measured",
         *_measured(result, quantized, source),
         *(_scores(learned) if learned else []),
@@ -137,7 +116,7 @@ def learned_card(
         learned: The rotations and their record.
         source: Folder or Hub id of the model that they were learned for.
         command: The command line that was run.
-        source_card: The source's README.md; its license and language are taken over, its text is not.
+        source_card: The source's README.md; its license and language are inherited, its text is not repeated.
         pictures: Names of the pictures in the folder.
 
     Returns:
@@ -172,17 +151,6 @@ def learned_card(
     return _encodable(front + "\n\n".join(lines) + "\n")
 
 
-def runtimes_of(format: str, spec: RotationSpec, scheme: Scheme, plan: Plan | None) -> list[str]:
-    """Names of the runtimes that load a folder of a format, and run its rotations and its scheme."""
-    return [
-        name
-        for name, runtime in RUNTIMES.items()
-        if runtime.format is not None
-        and format in ("hf", runtime.format)
-        and all(row["runs"] for row in runtime_rows(name, spec, scheme, plan))
-    ]
-
-
 # What was done
 
 
@@ -201,7 +169,7 @@ def _tags(result: Result, scheme: Scheme | None, format: str) -> list[str]:
 
 
 def _story(result: Result, online: Sequence[str], quantized: bool) -> str:
-    """What goes on behind the source's name in the first sentence."""
+    """The rest of the first sentence, after the name of the source."""
     fused = [name for name in result.spec.rotations if name not in online]
     parts = [f"with {listed(fused)} fused into its weights"] if fused and result.rotations else []
     parts += [f"with {listed(online)} applied at run time"] if online else []
@@ -211,7 +179,7 @@ def _story(result: Result, online: Sequence[str], quantized: bool) -> str:
 
 
 def _by_name(plan: Plan, spec: RotationSpec, rotations: Mapping[str, Rotation]) -> dict[str, dict[str, Rotation]]:
-    """Rotations by space, by which of R1 to R4 each is."""
+    """Rotations by space, grouped by R1 to R4."""
     return {
         name: {space.name: rotations[space.name] for space in plan.spaces_of(name) if space.name in rotations}
         for name in spec.rotations
@@ -224,7 +192,7 @@ def _rotations(
     plan: Plan | None,
     learned: Mapping[str, Any] | None,
 ) -> list[str]:
-    """What each rotation is. plan: for the sizes of spaces, where there is one. learned: the record of learning."""
+    """A table of the rotations. plan: for the sizes of spaces, if there is one. learned: the record of learning."""
     sizes = {space.name: space.size for space in plan.spaces} if plan else {}
     rows, scaled = [], []
     for name, group in groups.items():
@@ -243,7 +211,7 @@ def _rotations(
     if learned:
         told.append(f"- `{learned.get('kept')}` was kept of the candidates that `spinquant learn` scored, see below")
     elif spec.randomize:
-        told.append("- randomized: every layer has rotations of its own")
+        told.append("- randomized: a different rotation for every layer")
     if scaled:
         told.append(f"- channels of {listed(scaled)} are scaled before they are rotated; the scales are in the weights")
     return ["## Rotations", "\n".join([*head, *rows]), "\n".join(told)]
@@ -302,18 +270,6 @@ def _adapters(adapters: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return ["## Adapters", "Rotated with the model:", "\n".join(told)]
 
 
-# How to load it
-
-
-def _loading(format: str, spec: RotationSpec, scheme: Scheme, plan: Plan) -> Iterable[str]:
-    for name in runtimes_of(format, spec, scheme, plan):
-        lines = LOADING.get(name) or re.sub(r"\bfolder\b", "FOLDER", RUNTIMES[name].how)
-        yield f"### {RUNTIMES[name].title} (`{name}`)"
-        yield fence("python" if "import " in lines else "sh", lines)
-        tried = all(row["why"].startswith("test: ") for row in runtime_rows(name, spec, scheme, plan))
-        yield "Tried in the tests of spinquant." if tried else "Not tried: this is what its sources say."
-
-
 # What was measured
 
 
@@ -352,7 +308,7 @@ def _measured(result: Result, quantized: bool, source: str) -> list[str]:
 
 
 def _scores(record: Mapping[str, Any]) -> list[str]:
-    """Scores of learned rotations and of those that they had to beat."""
+    """Scores of learned rotations and of the baselines."""
     scores, kept, options = record.get("scores"), record.get("kept"), record.get("options", {})
     if not scores:
         return []
@@ -403,5 +359,5 @@ def _original(text: str, note: str | None) -> list[str]:
 
 
 def _encodable(text: str) -> str:
-    """Without what UTF-8 cannot hold: names of files may be any bytes."""
+    """The text without what UTF-8 cannot encode: file names may be any bytes."""
     return text.encode("utf-8", "replace").decode("utf-8")

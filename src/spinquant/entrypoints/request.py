@@ -1,4 +1,4 @@
-"""What `rotate_folder`, `quantize_folder` and the command line ask for: one frozen value, built by keyword."""
+"""All arguments of `rotate_folder`, `quantize_folder` and the command line as one frozen value (`Request`)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,12 +19,13 @@ from spinquant.rotations.learned import LearnedRotations
 
 @dataclass(frozen=True)
 class LearnText:
-    """What rotations are learned from, and scored on.
+    """Text to learn rotations from, and to score candidates on.
 
     Attributes:
         calibration: samples to learn from.
-        held_out: another text to score candidates on; None takes the last windows of the same text away from learning.
-        windows: how many windows candidates are scored on.
+        held_out: another text to score candidates on. Default: the last windows of the same text, which are then not
+            learned from.
+        windows: number of windows to score candidates on.
     """
 
     calibration: CalibrationText = field(default_factory=CalibrationText)
@@ -38,35 +39,35 @@ class LearnText:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A folder or hub id to rotate, and to quantize where there is a scheme, into another folder.
+    """A request to rotate, and with a scheme to quantize, a folder or hub id into another folder.
 
-    `validate` settles what is left open here, once, and refuses what cannot be done.
+    `validate` fills in what is left open and refuses what is not possible.
 
     Attributes:
         model: a folder, or the id of a model on the hub.
         out: the folder to write.
-        spec: rotations, their types, block sizes and seed; not used where `learned` is given.
+        spec: rotations, their types, block sizes and seed; not used with `learned`.
         scheme: what is quantized; None for rotations alone.
-        format: of the folder; None for what `runtime` reads, and our own format without a runtime.
-        method: how weights are rounded.
-        calibration: how, where method or clips need calibration.
-        calibration_text: what to calibrate on; refused where nothing is calibrated.
-        learned: rotations in the place of random ones.
+        format: format of the folder; None for the one that `runtime` reads, or native without a runtime.
+        method: how weights are quantized.
+        calibration: options of calibration, if the method or a clip search needs it.
+        calibration_text: what to calibrate on; refused if nothing is calibrated.
+        learned: rotations to use instead of random ones.
         learn: learn rotations first, with these options.
-        learn_text: what they are learned from.
-        dtype: of what is not quantized, and of the arithmetic; None for the source's.
-        device: to work on.
-        text: of the real tokens on which logits are compared, see `load_text`; None for no comparison.
+        learn_text: text to learn from and to score candidates on.
+        dtype: dtype of what is not quantized, and of the computation; None for the source's.
+        device: device to compute on.
+        text: source of the real tokens on which logits are compared, see `load_text`; None for no comparison.
         max_shard_size: bytes; None for the shards of the source.
-        checksums: a list of SHA-256 that the files of the source have to have, as sha256sum writes it.
-        also: folders of LoRA adapters and draft heads that are rotated with the model.
-        runtime: refuse what it does not run.
-        family: a file that explains the model where no table does.
-        force: replace `out`.
-        command: the command line that asked for it, for the model card; it decides nothing.
-        allow_pickle: load pickle weights, which can run code.
-        options: how the run goes about it.
-        watch: what learning reports to.
+        checksums: a file of SHA-256 checksums, as sha256sum writes it, which the source's files must have.
+        also: folders of LoRA adapters and draft heads to rotate with the model.
+        runtime: refuse what this runtime does not run.
+        family: a family file, for models without a built-in table.
+        force: replace `out` if it exists.
+        command: the command line, for the model card; it has no other effect.
+        allow_pickle: accept pickled weights, which can run code when they are loaded.
+        options: checks, precision, memory and progress.
+        watch: progress callbacks of learning.
     """
 
     model: str | Path

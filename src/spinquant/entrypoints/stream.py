@@ -22,13 +22,13 @@ STREAMED = "stream"  # the stage of a run that counts bytes
 
 
 def stream_folder(job: Job, run: RunDirectory, processes: Processes) -> Result:
-    """Carry out a job tensor by tensor: a stream of shards, after a calibration block by block where there is one.
+    """Carry out a job tensor by tensor: calibrate block by block if needed, then write a stream of shards.
 
-    The result is a plain folder, or one in the job's format where something is quantized or rotated at run time. It
-    has no model in it. All processes of a job call this.
+    The folder is a plain checkpoint, or in the job's format if something is quantized or rotated online. The result has
+    no model. All processes of a job call this.
 
     Raises:
-        CheckpointError: a tensor of the source is damaged or overflows.
+        CheckpointError: a tensor of the source is corrupted, or a rotated one overflows its dtype.
         ProofError: rotating moved the logits by more than rounding.
     """
     clock = Clock()
@@ -52,11 +52,11 @@ def stream_folder(job: Job, run: RunDirectory, processes: Processes) -> Result:
 
 
 def _write(work: StreamRun, run: RunDirectory, processes: Processes, clock: Clock, known: Mapping[str, Known]) -> None:
-    """Write the folder; the first process does all that is no tensor."""
+    """Write the folder; the first process writes everything but tensors."""
     first, calibrated = processes.first, work.job.calibration is not None
     if first:
-        work.write_adapters(run.data)  # what cannot be rotated should be refused before gigabytes are
-    # What is quantized cannot be compared any more; a calibration has compared before it began.
+        work.write_adapters(run.data)  # first, so that an adapter that cannot be rotated is refused before any shard
+    # Logits are compared before quantization; a calibration has done that already.
     if first and not work.is_plain and not calibrated:
         with clock.phase("compare"):
             work.compare(Rotated(work.source, work.change, work.untied))
@@ -83,9 +83,10 @@ def _write(work: StreamRun, run: RunDirectory, processes: Processes, clock: Cloc
 def _checked_source(
     work: StreamRun, run: RunDirectory, processes: Processes, known: Mapping[str, Known]
 ) -> SourceHash | None:
-    """Hold the source against what a run before has read; what takes the rest while it is read, by one process.
+    """Check that the source is the one that an interrupted run read, by its hashes.
 
-    None of several processes reads a whole file, so they hash the files first, each some of them.
+    A single process hashes the rest while it reads the source, with the returned object. Of several processes none
+    reads a whole file, so each hashes some of the files first, and None is returned.
     """
     source, journal = work.source, run.journal()
     hashes = SourceHash(source.folder, source.files)

@@ -1,4 +1,4 @@
-"""State of one streamed job: rotations, shards and how they are stored, calibration, and the comparison of logits."""
+"""State of one streamed job: rotations, shards and their packing, calibration, and the comparison of logits."""
 
 import copy
 import json
@@ -24,6 +24,7 @@ from spinquant.checkpoint.reader import Source, read_gains
 from spinquant.checkpoint.run_directory import CALIBRATION, RunDirectory
 from spinquant.compute.distributed import Processes
 from spinquant.compute.hashing import digest
+from spinquant.entrypoints.local_paths import source_name
 from spinquant.entrypoints.output_folder import dtype_of, model_dtype
 from spinquant.entrypoints.result import Result, Stage
 from spinquant.entrypoints.validation import Job
@@ -47,12 +48,13 @@ from spinquant.streaming.rounding_noise import rounding_on_disk
 from spinquant.streaming.shards import Change, Packing, Plain, make_shards
 
 SAMPLE_TOKENS = 128  # real tokens on which the fused model is compared with the original
-# A decoder block is loaded for that where it takes at most so many times the largest tensor in float32, or bytes.
+# A decoder block is loaded for that if it takes at most BLOCK_SHARE times the largest tensor in float32, plus so many
+# bytes.
 BLOCK_SHARE, BLOCK_FREE = 2, 1 << 28
 
 
 class Clock:
-    """Seconds by phase; reading, computing and writing overlap."""
+    """Seconds per phase; reading, computing and writing overlap."""
 
     def __init__(self):
         self._start = time.perf_counter()
@@ -72,7 +74,7 @@ class Clock:
         self._bytes += timing.nbytes
 
     def seconds(self, processes: Processes) -> dict[str, float]:
-        """By phase (summed over processes), in total, and the megabytes that were read."""
+        """Seconds per phase (summed over processes) and in total, and the megabytes that were read."""
         total = time.perf_counter() - self._start
         found = processes.gather({**self._phases, "megabytes": self._bytes / 1e6})
         summed = {name: sum(one[name] for one in found) for name in found[0]}
@@ -80,7 +82,7 @@ class Clock:
 
 
 class StreamRun:
-    """What follows from a job and its open source: rotations, shards and how they are stored, changes of the config."""
+    """Rotations, shards, packing and changes of the config that follow from a job and its open source."""
 
     def __init__(self, source: Source, job: Job, device: str):
         self.source, self.job, self.device = source, job, device
@@ -111,7 +113,7 @@ class StreamRun:
         self.changes: dict[str, Any] = {"tie_word_embeddings": False} if unties else {}
         if request.options.drop_mtp:
             self.changes |= dict.fromkeys((name for name in COUNTS if hasattr(job.config, name)), 0)
-        if recorded_family(job.config) is not None:  # so that what is written needs no family file
+        if recorded_family(job.config) is not None:  # the written folder then needs no family file
             self.changes[RECORDED] = recorded_family(job.config)
         if request.dtype is not None:
             self.changes["dtype"] = str(request.dtype).removeprefix("torch.")
@@ -123,7 +125,7 @@ class StreamRun:
         self._store_as(None)
 
     def _store_as(self, finished: Finished | None) -> None:
-        """Fix what is written, once all clip ratios are known. finished: weights that a calibration has rounded."""
+        """Set shards and packing once all clip ratios are known. finished: weights that calibration has quantized."""
         job = self.job
         if not self.is_plain:
             packing, described = FORMATS[job.format](self, job.scheme or Scheme(), finished)
@@ -138,9 +140,9 @@ class StreamRun:
         self.result = replace(self.result, notes={**self.result.notes, "source_files": dict(found)})
 
     def calibrate(self, run: RunDirectory, clock: Clock, processes: Processes) -> None:
-        """Quantize block by block into pieces of the run, from which the stream takes the weights.
+        """Calibrate and quantize block by block into the run directory, from which the stream takes the weights.
 
-        The first process does that while the others wait, for as long as it takes; then all know what it found.
+        The first process does that while the others wait; then it shares the clip ratios with them.
         """
         config = _unquantized(self.job.config)
         dtype = self.job.request.dtype or model_dtype(config, self.source)
@@ -163,7 +165,7 @@ class StreamRun:
         clock: Clock,
         processes: Processes,
     ) -> dict[str, Any]:
-        """What a calibration finds beside the pieces, as JSON."""
+        """Calibrate; the clip ratios and the text that was used, ready for JSON."""
         job, request = self.job, self.job.request
         assert job.calibration is not None and job.scheme is not None
         with clock.phase("compare"):
@@ -191,15 +193,15 @@ class StreamRun:
 
     def write_adapters(self, data: Path) -> None:
         """Write the LoRA adapters and draft heads, rotated, into a folder `adapters` of `data`."""
-        change, found = self.change, {}
-        base = BaseModel(str(self.job.request.out), self.job.config, self.source, change.plan, change.rotations)
+        change, found, name = self.change, {}, source_name(str(self.job.request.out))
+        base = BaseModel(name, self.job.config, self.source, change.plan, change.rotations)
         for name, folder in self.job.adapters.items():
             found[name] = write_adapter(folder, base, data / ADAPTERS / name)
         if found:
             self.result = replace(self.result, notes={**self.result.notes, "adapters": found})
 
     def compare(self, after: Weights) -> None:
-        """Compare the logits of real tokens before and after, where the blocks of the model can be filled from disk."""
+        """Compare logits on real tokens before and after rotating, if blocks can be loaded one by one from disk."""
         request, result, source = self.job.request, self.result, self.source
         if request.text is None or not result.rotations:
             return
@@ -225,7 +227,7 @@ class StreamRun:
             progress=request.options.stage("compare"),
         )
         notes = {**result.notes, "sample_text": name}
-        if not real.relative <= allowed(narrowest):  # an ill conditioned model, or a wrong one
+        if not real.relative <= allowed(narrowest):  # an ill-conditioned model, or a wrong one
             rounding = rounding_on_disk(config, result.plan, source, tokens, dtype=dtype, written=narrowest)
             notes["rounding_alone"] = rounding
             if not request.options.allow_inexact:
@@ -236,7 +238,7 @@ class StreamRun:
     def _why_not_compared(self, model: Any) -> str | None:
         plan, source, options = self.result.plan, self.source, self.job.request.options
         reason = unfillable(model, source, plan)
-        if reason is not None or self.job.calibration is not None:  # a calibration loads every block anyway
+        if reason is not None or self.job.calibration is not None:  # a calibration loads every block in any case
             return reason
         room = max(BLOCK_SHARE * source.largest + BLOCK_FREE, options.memory or 0)
         state = model.state_dict()
@@ -244,19 +246,19 @@ class StreamRun:
             size = sum(tensor.nbytes for name, tensor in state.items() if name.startswith(f"{block}."))
             if size > room:
                 needed = math.ceil(size / 1e8) / 10
-                return f"{block} takes more than the {room} bytes of a stream; --memory {needed:.1f}GB allows it"
+                return f"{block} takes more than {room} bytes; --memory {needed:.1f}GB allows it"
         return None
 
 
 def _native(run: StreamRun, scheme: Scheme, finished: Finished | None) -> tuple[Packing, dict[str, Any]]:
-    """How tensors are stored in our own format, and its `quantization_config`."""
+    """Packing and `quantization_config` of the native format."""
     plan = run.result.plan
     described = make_config(plan, run.online, run.job.spec, scheme, run.result.clips)
     return NativePacking(plan, scheme, run.online, finished), described.to_dict()
 
 
 def _compressed(run: StreamRun, scheme: Scheme, finished: Finished | None) -> tuple[Packing, dict[str, Any]]:
-    """How tensors are stored for compressed-tensors, and its `quantization_config`."""
+    """Packing and `quantization_config` of compressed-tensors."""
     plan, config = run.result.plan, _unquantized(run.job.config)
     dtype = run.job.request.dtype or model_dtype(config, run.source)
     packing = CompressedPacking(plan, scheme, run.online, dtype, finished, run.result.clips)
@@ -270,7 +272,7 @@ FORMATS = {"native": _native, "compressed-tensors": _compressed}
 
 
 def _looking(progress: Stage | None, processes: Processes) -> Stage:
-    """Progress that ends when another process has ended."""
+    """A progress function that also raises an error when another process has ended."""
 
     def report(stage: str, done: int, total: int) -> None:
         processes.look()
@@ -281,7 +283,7 @@ def _looking(progress: Stage | None, processes: Processes) -> Stage:
 
 
 def _unquantized(config: Any) -> Any:
-    """A copy of a config that says nothing of FP8, which is read as the numbers that it stands for."""
+    """A copy of a config without `quantization_config`: an FP8 checkpoint is dequantized when it is read."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -289,16 +291,15 @@ def _unquantized(config: Any) -> Any:
 
 
 def _width(dtype: torch.dtype) -> tuple[bool, int, int]:
-    # bfloat16 is the coarser of the two half types.
+    # bfloat16 is coarser than float16.
     return dtype.is_floating_point, dtype.itemsize, dtype != torch.bfloat16
 
 
 def sample_tokens(folder: Path, config: Any, text: str) -> tuple[str, torch.Tensor]:
-    """(name, tokens) of real text, int64 (1, length); random tokens for a folder that has no tokenizer."""
+    """(name, tokens) of real text, int64, (1, length); random tokens for a folder without a tokenizer."""
     try:
         tokenizer = load_tokenizer(folder)
     except CheckpointError:
-        # A folder of weights alone can be rotated too; random tokens then stand in for text.
         generator = torch.Generator().manual_seed(0)
         vocabulary = config.get_text_config().vocab_size
         return "random tokens (no tokenizer)", torch.randint(0, vocabulary, (1, SAMPLE_TOKENS), generator=generator)
@@ -307,7 +308,7 @@ def sample_tokens(folder: Path, config: Any, text: str) -> tuple[str, torch.Tens
 
 
 def tokens_for(job: Job, *, progress: Callable[[int, int], None]) -> tuple[str, Tensor]:
-    """(name, tokens) of the calibration text. To generate it, the model is in memory as a whole meanwhile."""
+    """(name, tokens) of the calibration text. Generating it takes the whole model in memory."""
     request = job.request
     try:
         tokenizer = load_tokenizer(job.folder)
@@ -320,5 +321,5 @@ def tokens_for(job: Job, *, progress: Callable[[int, int], None]) -> tuple[str, 
 
 
 def block_store(run: RunDirectory, tokens: Tensor, dtype: torch.dtype) -> BlockStore:
-    """Where calibrated blocks of a run are kept. Other tokens than those of the run before start anew."""
+    """The store of a run's calibrated blocks. With other tokens than those of an interrupted run it starts empty."""
     return BlockStore(run.pieces(CALIBRATION, [digest(tokens), dtype]))

@@ -1,7 +1,7 @@
-"""Validate a request before any work: settle config, plan, scheme and format once, and refuse the rest.
+"""Validate a request before any work: resolve config, plan, scheme, format and calibration, and refuse the impossible.
 
-`validate` turns a `Request` into a frozen `Job`, which is passed on. Found out now an error costs nothing; found out at
-the end, hours.
+`validate` turns a `Request` into a frozen `Job`, which is passed on and never computed again. An error is raised here
+rather than after hours of work.
 """
 
 from collections.abc import Mapping
@@ -42,21 +42,21 @@ from spinquant.streaming.offloaded_model import hollow_model, unfillable
 
 
 def check_format(format: str, scheme: Scheme, spec: RotationSpec, *, clips: bool = False) -> None:
-    """Raise SchemeError or RotationError, saying what would work, for what a format of folders cannot hold.
+    """Raise SchemeError or RotationError, with an alternative, for what a checkpoint format cannot store.
 
-    clips: clip ratios of activations and cache are searched.
+    clips: whether clip ratios of activations and KV cache are searched.
     """
     online = [name for name in spec.rotations if name not in MERGEABLE]
     if format == "hf":
         if scheme != Scheme(lm_head=scheme.lm_head):
             raise SchemeError(
-                f"format hf is a plain 16-bit folder, which cannot hold {scheme}: use --scheme none, or --format "
+                f"format hf is a plain 16-bit checkpoint, which cannot store {scheme}: use --scheme none, or --format "
                 "compressed-tensors or native"
             )
         if online:
             raise RotationError(
-                f"{', '.join(online)} run at run time, which a plain folder cannot say. Leave them out, or write a "
-                "folder with online parts: spinquant quantize MODEL OUT --scheme none --rotations "
+                f"{', '.join(online)} are online rotations, which a plain checkpoint cannot store. Leave them out, or "
+                "write the native format: spinquant quantize MODEL OUT --scheme none --rotations "
                 + ",".join(spec.rotations)
             )
     elif format == "compressed-tensors":
@@ -69,8 +69,8 @@ def check_format(format: str, scheme: Scheme, spec: RotationSpec, *, clips: bool
         quantization_scheme(scheme)  # raises where the library is missing
         if scheme.weights is None and scheme.kv is None and not online:
             raise SchemeError(
-                "nothing is quantized and nothing rotated online, so compressed-tensors has nothing to say: use "
-                "--format hf"
+                "nothing is quantized and nothing is rotated online, so there is nothing to store as "
+                "compressed-tensors: use --format hf"
             )
     elif format != "native":
         raise SchemeError(f"unknown format {format!r}: expected native, compressed-tensors or hf")
@@ -78,22 +78,23 @@ def check_format(format: str, scheme: Scheme, spec: RotationSpec, *, clips: bool
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A request that can be carried out, with everything that follows from it; nothing of it is decided again.
+    """A validated request, with everything that follows from it.
 
     Attributes:
-        request: what was asked for.
-        folder: of the model, downloaded where it was on the hub.
-        config: the model's, which knows its family file.
-        plan: what each rotation touches; None for pickles, which are known only when they are loaded.
-        spec: of the rotations; theirs where learned ones were given.
+        request: the request.
+        folder: folder of the model, in the hub's cache if it was downloaded.
+        config: the model's config, with its family file.
+        plan: where the model can be rotated; None for pickled weights, whose tensors are unknown until they are loaded.
+        spec: specification of the rotations; that of the learned ones if there are any.
         scheme: what is quantized, as the format stores it; None for rotations alone.
-        format: of the folder.
-        calibration: how weights are calibrated; None where nothing is.
-        text: what they are calibrated on.
-        streamed: written tensor by tensor; else the model is loaded as a whole.
-        adapters: folders of LoRA adapters and draft heads to rotate, by the name that they get.
+        format: format of the folder.
+        calibration: options of calibration; None if nothing is calibrated.
+        text: what to calibrate on.
+        streamed: whether the model is written tensor by tensor, rather than loaded as a whole.
+        adapters: folders of LoRA adapters and draft heads to rotate, by the name of their folder in the output.
         dropped: tensors that are left out.
-        settings: all that decides the bytes of the result, as JSON. A run is resumed by the same settings only.
+        settings: everything that determines the bytes of the result, ready for JSON. A run is resumed only with the
+            same settings.
     """
 
     request: Request
@@ -111,12 +112,12 @@ class Job:
     settings: Mapping[str, Any]
 
     def with_learned(self, learned: LearnedRotations) -> "Job":
-        """The same job with the rotations that its learning has found."""
+        """The same job with learned rotations."""
         return replace(self, spec=learned.spec, request=replace(self.request, learned=learned))
 
 
 def settle_format(format: str | None, runtime: str | None, scheme: Scheme | None, spec: RotationSpec) -> str:
-    """The format of the folder that is written: as asked for, else what the runtime reads, else our own.
+    """The format to write: the given one, else the one that the runtime reads, else native.
 
     Raises SchemeError for a format that the runtime does not read.
     """
@@ -126,26 +127,26 @@ def settle_format(format: str | None, runtime: str | None, scheme: Scheme | None
     if format is None:
         return format_for(runtime, scheme or Scheme(), spec)
     if format not in ("hf", reads):
-        raise SchemeError(f"{runtime} reads {reads or 'no'} folders of ours, not {format}: leave --format out")
+        raise SchemeError(f"{runtime} reads format {reads or 'hf'}, not {format}: leave --format out")
     return format
 
 
 def validate(request: Request) -> Job:
-    """Settle a request, and refuse what cannot be done before any work is.
+    """Turn a request into a job, or raise an error before any work is done.
 
     Raises:
-        SchemeError, RotationError: schemes, formats, runtimes and rotations that do not go together.
-        CalibrationError: a calibration that does not fit the method.
-        ArchitectureError: a model that no table explains.
-        CheckpointError: a model that cannot be read; options that need a stream where there is none; a model with
-            layers for multi-token prediction that loading as a whole would lose.
+        SchemeError, RotationError: scheme, format, runtime and rotations do not fit each other or the model.
+        CalibrationError: options of calibration do not fit the method.
+        ArchitectureError: no table supports the architecture.
+        CheckpointError: the model cannot be read; an option needs streaming and the model cannot be streamed; or the
+            model has layers for multi-token prediction, which would be lost when it is loaded as a whole.
     """
     spec = request.learned.spec if request.learned else request.spec
     scheme = request.scheme
     format = settle_format(request.format, request.runtime, scheme, spec)
     if format == "compressed-tensors" and scheme is not None:
         scheme = as_stored(scheme)
-    if request.runtime is not None:  # before the model is looked at, which may be on the hub
+    if request.runtime is not None:  # before the model is read, which may be on the hub
         check_runtime(request.runtime, scheme or Scheme(), spec)
     calibration = None if scheme is None else check_calibration(request.method, scheme, request.calibration)
     if calibration is None and request.calibration_text is not None:
@@ -194,13 +195,14 @@ def from_disk(config: Any, source: Source, plan: Plan) -> bool:
 
 
 def _check_way(request: Request, scheme: Scheme | None, format: str, plan: Plan | None, streamed: bool) -> None:
-    """Refuse what the way that a model takes, streamed or loaded as a whole, cannot do."""
+    """Refuse what is not possible for a model that is loaded as a whole."""
     if streamed:
         return
     if request.max_shard_size is not None or request.checksums is not None or request.also:
         raise CheckpointError(
-            "pickles are loaded as a whole, and so are models for calibration whose weights cannot be made of the "
-            "checkpoint's block by block: leave --max-shard-size, --checksums and --also out, or convert them first"
+            "this model has to be loaded as a whole (pickled weights, or a calibration whose blocks cannot be filled "
+            "from the checkpoint one by one), which does not support --max-shard-size, --checksums and --also: leave "
+            "them out, or convert the weights to safetensors first"
         )
     if not is_alone():
         raise CheckpointError("this model is loaded as a whole, by one process: rerun the command without torchrun")
@@ -208,8 +210,8 @@ def _check_way(request: Request, scheme: Scheme | None, format: str, plan: Plan 
         check_plan(plan, scheme or Scheme(), request.spec)
     if plan is not None and plan.predictors and not request.options.drop_mtp:
         raise CheckpointError(
-            f"{str(request.model)!r} holds layers for multi-token prediction ({plan.predictors[0]}, ...), and "
-            "transformers loads the model without them: they would be missing from the result. Say so with --drop-mtp"
+            f"{str(request.model)!r} has layers for multi-token prediction ({plan.predictors[0]}, ...), and "
+            "transformers loads the model without them, so the result would lack them. Confirm that with --drop-mtp"
         )
 
 
@@ -225,7 +227,7 @@ def _settings(
     calibration: Calibration | None,
     text: CalibrationText,
 ) -> dict[str, Any]:
-    """Everything that decides the bytes of the result, as JSON."""
+    """Everything that determines the bytes of the result, ready for JSON."""
     with kernels_for(largest) as compiled:
         kernels = compiled
     learning: dict[str, Any] = {}
@@ -257,7 +259,7 @@ def _settings(
 def run_identity(
     model: str | Path, folder: Path, spec: RotationSpec, scheme: Scheme | None, config: Any
 ) -> dict[str, Any]:
-    """What identifies every run on a model, as JSON: versions, the model's files, rotations, scheme and family."""
+    """The settings that every run has, ready for JSON: versions, model files, rotations, scheme and family."""
     return {
         "spinquant": version("spinquant"),
         "torch": torch.__version__,
@@ -270,17 +272,17 @@ def run_identity(
 
 
 def text_files(*names: str | None) -> dict[str, str]:
-    """SHA-256 of those of the texts that are files."""
+    """SHA-256 by name of the texts that are files."""
     return {name: file_hash(Path(name)) for name in names if name and Path(name).is_file()}
 
 
-ASYMMETRY = 0.25  # of method gptaq where nothing else is said; measured in quantization/gptq.py
+ASYMMETRY = 0.25  # default of method gptaq; measured, see `quantization/gptq.py`
 
 
 def check_calibration(method: str, scheme: Scheme, calibration: Calibration | None) -> Calibration | None:
-    """The calibration that a method needs, None for plain rounding.
+    """The options of calibration that a method needs; None for round-to-nearest (RTN) without calibration.
 
-    Raises SchemeError and CalibrationError for a method that is not known, and for options that would do nothing.
+    Raises SchemeError for an unknown method, and SchemeError or CalibrationError for options that would have no effect.
     """
     if method not in METHODS:
         raise SchemeError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
@@ -289,21 +291,22 @@ def check_calibration(method: str, scheme: Scheme, calibration: Calibration | No
     static = static_parts(scheme)
     if calibration.clips and all(ranges[part] is None for part in ranges if part not in static):
         raise SchemeError(
-            f"scheme {scheme} rounds neither activations nor the KV cache in ranges of their own: there is no clip "
-            "ratio to search"
+            f"scheme {scheme} has no activations or KV cache with dynamic ranges, so there is no clip ratio to search: "
+            "leave clips out"
         )
     if method == "rtn" and (calibration.gptq != GPTQOptions() or calibration.sequential):
         raise CalibrationError(
-            "damping, act-order, asymmetry and sequential are options of gptq and gptaq, and the method is rtn"
+            "damping, act-order, asymmetry and sequential are options of gptq and gptaq, and the method is rtn: leave "
+            "them out"
         )
     if method == "rtn" and not calibration.clips and not static:
         if not calibration.round_inputs:
-            raise CalibrationError("exact inputs are an option of calibration, and plain rtn is not calibrated")
+            raise CalibrationError("exact inputs are an option of calibration, and rtn needs none: leave them out")
         return None
     if method != "rtn" and scheme.weights is None:
-        raise SchemeError(f"method {method} rounds weights, and scheme {scheme} leaves them at 16 bits: use method rtn")
+        raise SchemeError(f"method {method} quantizes weights; scheme {scheme} keeps them at 16 bits: use method rtn")
     if method == "gptaq" and calibration.gptq.asymmetry is None:
         return replace(calibration, gptq=replace(calibration.gptq, asymmetry=ASYMMETRY))
     if method != "gptaq" and calibration.gptq.asymmetry:
-        raise CalibrationError(f"asymmetry belongs to method gptaq, and the method is {method}")
+        raise CalibrationError(f"asymmetry is an option of method gptaq, and the method is {method}")
     return calibration

@@ -126,7 +126,7 @@ def _take_ranges(ranges: Mapping[str, Tensor], stored: dict[str, Tensor], folder
         found = stored.pop(name, None)
         if found is None or not torch.equal(found, expected):
             raise CheckpointError(
-                f"{folder}: tensor {name!r} is {'missing' if found is None else found.tolist()}, and its record says "
+                f"{folder}: tensor {name!r} is {'missing' if found is None else found.tolist()}, and its record has "
                 f"{expected.tolist()}"
             )
 

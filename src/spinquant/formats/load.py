@@ -85,7 +85,7 @@ def load_model(
         raise CheckpointError(f"cannot load {str(model)!r}: {first_line(error)}") from error
     for name, found, expected in sorted(info.get("mismatched_keys", ())):
         raise CheckpointError(
-            f"tensor {name!r} of {str(model)!r} has shape {tuple(found)}, and the config says {tuple(expected)}"
+            f"tensor {name!r} of {str(model)!r} has shape {tuple(found)}, and the config requires {tuple(expected)}"
         )
     missing = sorted(info.get("missing_keys", ()))
     if missing:

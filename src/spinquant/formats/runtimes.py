@@ -1,8 +1,8 @@
 """Table of the formats, rotations and schemes that each runtime supports, with the evidence for every claim.
 
 The evidence is a test of this project or a source. A model with a rotation that the runtime does not apply gives wrong
-outputs, and one with a scheme without a kernel does not load; `check_runtime` refuses both before work starts and says
-what would work. R1 and R2 are in the weights, so any runtime that loads the folder supports them.
+outputs, and one with a scheme without a kernel does not load; `check_runtime` refuses both before work starts and names
+an alternative. R1 and R2 are in the weights, so any runtime that loads the folder supports them.
 """
 
 from collections.abc import Mapping
