@@ -122,7 +122,7 @@ def test_a_rotated_adapter_gives_the_same_logits(name, tmp_path):
     late, along = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "later", made))
     assert late.keys() == along.keys() and all(torch.equal(late[n], along[n]) for n in late)
     config, before = (json.loads((folder / "adapter_config.json").read_text()) for folder in (made, lora))
-    assert config.pop("base_model_name_or_path") == str(tmp_path / "out")
+    assert config.pop("base_model_name_or_path") == "out"  # it may be published, so no path
     assert config == {k: v for k, v in before.items() if k != "base_model_name_or_path"}
 
 

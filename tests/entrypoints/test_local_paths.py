@@ -125,7 +125,7 @@ def test_a_local_original_is_found_until_it_is_gone(source, tmp_path, monkeypatc
     assert check_checksums(out) == []
     (out / BESIDE / ORIGIN).unlink()  # as in a folder that was downloaded from the Hub
     assert check_checksums(out) == []
-    with pytest.raises(CheckpointError, match=r"'model' .* is not where it was: give it with --model"):
+    with pytest.raises(CheckpointError, match=r"'model' .* is not where it was: pass it with --model"):
         rotate_adapter(out, adapter, tmp_path / "two")
     rotate_adapter(out, adapter, tmp_path / "two", model=source)
 
