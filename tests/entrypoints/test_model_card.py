@@ -341,7 +341,7 @@ def test_a_card_of_ours_can_be_the_source_s(made):
     [
         ({"real": None}, "not compared, as asked"),
         ({"real": None, "notes": {"real_tokens": "not compared: blocks are too large"}}, "blocks are too large"),
-        ({"twin": None}, "not tried"),
+        ({"twin": None}, "architecture: not measured"),
         ({"notes": {"rounding_alone": 0.25}}, "relative error of logits 2.5e-01"),
         ({"notes": {"calibration_text": {"text": "manual", "samples": 7, "length": 99}}}, "7 samples of 99 tokens"),
     ],

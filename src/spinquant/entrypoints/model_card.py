@@ -136,7 +136,7 @@ def learned_card(
         f"# Rotations for {plain(source_name(source))}, learned for {scheme}",
         f"{linked(source)}: rotations to apply to it before it is quantized to {scheme}. Of several candidates, those "
         "with the least KL to the 16-bit model on held-out text. Written by spinquant "
-        f"{version('spinquant')}, after [SpinQuant](https://arxiv.org/abs/2405.16406). The folder holds no model.",
+        f"{version('spinquant')}, after [SpinQuant](https://arxiv.org/abs/2405.16406). The folder contains no model.",
         *_rotations(learned.spec, groups, None, record),
         "## How to use it",
         "With the model that it was learned for; `FOLDER` is this folder:",
@@ -207,14 +207,16 @@ def _rotations(
     if not rows:
         return []
     head = [row("", "acts on", "spaces", "matrices", "order", "construction", "where"), row(*["---"] * 7)]
-    told = [f"- seed: {spec.seed}"]
+    items = [f"- seed: {spec.seed}"]
     if learned:
-        told.append(f"- `{learned.get('kept')}` was kept of the candidates that `spinquant learn` scored, see below")
+        items.append(f"- `{learned.get('kept')}` was kept of the candidates that `spinquant learn` scored, see below")
     elif spec.randomize:
-        told.append("- randomized: a different rotation for every layer")
+        items.append("- randomized: a different rotation for every layer")
     if scaled:
-        told.append(f"- channels of {listed(scaled)} are scaled before they are rotated; the scales are in the weights")
-    return ["## Rotations", "\n".join([*head, *rows]), "\n".join(told)]
+        items.append(
+            f"- channels of {listed(scaled)} are scaled before they are rotated; the scales are in the weights"
+        )
+    return ["## Rotations", "\n".join([*head, *rows]), "\n".join(items)]
 
 
 def _order(order: int, size: int | None) -> str:
@@ -227,22 +229,24 @@ def _quantization(result: Result, scheme: Scheme) -> list[str]:
     rows.append(row("activations", _numbers(scheme.activations, "token")))
     rows.append(row("KV cache", _numbers(scheme.kv, "head and token")))
     rows.append(row("output head", "quantized too" if scheme.lm_head else "not quantized"))
-    told = [f"- method: {METHODS.get(result.method or 'rtn', result.method)}"]
+    items = [f"- method: {METHODS.get(result.method or 'rtn', result.method)}"]
     how, text = result.calibration, result.notes.get("calibration_text")
     if text:
-        told.append(
+        items.append(
             f"- calibration text: {text['samples']} samples of {text['length']} tokens from {code(text['text'])}"
         )
     if how is not None:
         if result.method != "rtn":
-            told.append(f"- damping: {how.gptq.damping}; act-order: {'yes' if how.gptq.act_order else 'no'}")
+            items.append(f"- damping: {how.gptq.damping}; act-order: {'yes' if how.gptq.act_order else 'no'}")
         if how.clips:
-            told.append("- clip ratios of activations and KV cache: searched per layer")
+            items.append("- clip ratios of activations and KV cache: searched per layer")
         if how.sequential:
-            told.append("- sequential: linears of a block are calibrated one after the other")
+            items.append(
+                "- sequential: each linear is calibrated on the outputs of the quantized linears before it in its block"
+            )
         if not how.round_inputs:
-            told.append("- calibrated on activations and KV cache that are not rounded")
-    return ["## Quantization", "\n".join(rows), "\n".join(told)]
+            items.append("- calibrated on activations and KV cache that are not quantized")
+    return ["## Quantization", "\n".join(rows), "\n".join(items)]
 
 
 def _numbers(quantizer: Quantizer | None, unit: str) -> str:
@@ -263,42 +267,42 @@ def _numbers(quantizer: Quantizer | None, unit: str) -> str:
 def _adapters(adapters: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if not adapters:
         return []
-    told = [
+    items = [
         f"- {code(f'adapters/{name}')}: {done['kind']} of {code(source_name(done['source']))}"
         for name, done in adapters.items()
     ]
-    return ["## Adapters", "Rotated with the model:", "\n".join(told)]
+    return ["## Adapters", "Rotated with the model:", "\n".join(items)]
 
 
 # What was measured
 
 
 def _measured(result: Result, quantized: bool, source: str) -> list[str]:
-    told = []
+    items = []
     if not result.rotations:
-        told.append("- nothing was rotated, so there is no difference to measure")
+        items.append("- nothing was rotated, so there is no difference to measure")
     else:
         before = " (rotated, before quantization)" if quantized else " (rotated)"
         if result.twin:
-            told.append(
+            items.append(
                 "- tiny model of the same architecture, random weights, float64, rotations of the same spec: logits "
                 f"differ by at most {result.twin.max_abs:.1e} (relative error {result.twin.relative:.1e})"
             )
         else:
-            told.append("- tiny model of the same architecture: not tried")
+            items.append("- tiny model of the same architecture: not measured")
         if result.real:
             text = result.notes.get("sample_text")
-            told.append(
+            items.append(
                 f"- this model{before}, real tokens{f' of {code(text)}' if text else ''}: logits differ by at most "
                 f"{result.real.max_abs:.1e}, {result.real.mean_abs:.1e} on average (relative error "
                 f"{result.real.relative:.1e})"
             )
         else:
-            told.append(f"- this model, real tokens: {result.notes.get('real_tokens', 'not compared, as asked')}")
+            items.append(f"- this model, real tokens: {result.notes.get('real_tokens', 'not compared, as asked')}")
         if "rounding_alone" in result.notes:
             alone = result.notes["rounding_alone"]
-            told.append(f"- rounding the original's numbers alone: relative error of logits {alone:.1e}")
-    lines = ["\n".join(told)]
+            items.append(f"- rounding the original's numbers alone: relative error of logits {alone:.1e}")
+    lines = ["\n".join(items)]
     if quantized:
         reference = hub_id(source) or "ORIGINAL"
         note = "" if hub_id(source) else " (`ORIGINAL`: the model before it was quantized)"
@@ -316,18 +320,18 @@ def _scores(record: Mapping[str, Any]) -> list[str]:
     weights = scheme.weights is not None and options.get("end_to_end", {}).get("weights", False)
     rounded = {"weights": weights, "activations": scheme.activations is not None, "KV cache": scheme.kv is not None}
     tokens = record.get("tokens")
-    text = f"Candidates were scored with {listed(n for n, yes in rounded.items() if yes)} rounded as in {scheme}"
+    text = f"Candidates were scored with {listed(n for n, yes in rounded.items() if yes)} quantized as in {scheme}"
     text += "" if weights or scheme.weights is None else ", weights at 16 bits"
     if tokens:
         (samples, length), (windows, _) = tokens["samples"], tokens["judged"]
-        text += f", on {windows} windows of {code(public(tokens['held_out']))} that nothing was learned from"
+        text += f", on {windows} windows of held-out text from {code(public(tokens['held_out']))}"
         text += f" (learned from {samples} samples of {length} tokens of {code(public(tokens['text']))})"
     rows = [row("rotations", "KL to 16 bits, nats per token", "perplexity", ""), row("---", "---:", "---:", "---")]
     for name, score in sorted(scores.items(), key=lambda item: item[1]["kl"]):
         rows.append(row(name, f"{score['kl']:#.4g}", f"{score['perplexity']:.2f}", "kept" if name == kept else ""))
     lines = [f"### Scores of the rotations\n\n{text}. Least KL is kept.", "\n".join(rows)]
     if options.get("method") != "random" and record.get("learned") is False:
-        lines.append("What was learned is no better than random rotations, so it was not kept.")
+        lines.append("The learned rotations are no better than random ones, so they were not kept.")
     return lines
 
 
@@ -335,22 +339,22 @@ def _scores(record: Mapping[str, Any]) -> list[str]:
 
 
 def _origin(command: str | None, versions: Mapping[str, str]) -> list[str]:
-    told = {"spinquant": version("spinquant"), **versions}
+    numbers = {"spinquant": version("spinquant"), **versions}
     lines = ["## How it was made"]
     if command:
         lines.append(fence("sh", public_command(command)))
-    lines.append("Versions: " + ", ".join(f"{name} {number}" for name, number in told.items()) + ".")
+    lines.append("Versions: " + ", ".join(f"{name} {number}" for name, number in numbers.items()) + ".")
     return lines
 
 
 def _files(streamed: bool) -> list[str]:
-    told = [
+    items = [
         f"- `{BESIDE}/{RECORD}`: what was done and measured, as JSON, with the plan of the rotations",
         f"- `{BESIDE}/{ROTATIONS}`: the rotations",
     ]
     if streamed:
-        told.append(f"- `{BESIDE}/{CHECKSUMS}`: SHA-256 of all files (`spinquant verify --checksums FOLDER`)")
-    return ["## Files", "Beside the weights:", "\n".join(told)]
+        items.append(f"- `{BESIDE}/{CHECKSUMS}`: SHA-256 of all files (`spinquant verify --checksums FOLDER`)")
+    return ["## Files", "Beside the weights:", "\n".join(items)]
 
 
 def _original(text: str, note: str | None) -> list[str]:
