@@ -162,12 +162,13 @@ def quantize(
     Example:
         >>> import spinquant, torch
         >>> from transformers import AutoModelForCausalLM, LlamaConfig
-        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        ...                      num_attention_heads=2)
         >>> model = AutoModelForCausalLM.from_config(config)
         >>> tokens = torch.randint(64, (8, 16))
-        >>> result = spinquant.quantize(model, "W4A8", spinquant.RotationSpec(), method="gptq", tokens=tokens)
+        >>> result = spinquant.quantize(model, "W4A8KV8", spinquant.RotationSpec(), method="gptq", tokens=tokens)
         >>> str(result.scheme), result.method, model(input_ids=tokens).logits.shape
-        ('W4A8', 'gptq', torch.Size([8, 16, 64]))
+        ('W4A8KV8', 'gptq', torch.Size([8, 16, 64]))
     """
     scheme, options = parse_scheme(scheme), options or Options()
     calibration = check_calibration(method, scheme, calibration)

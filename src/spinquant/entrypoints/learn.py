@@ -92,7 +92,8 @@ def learn_folder(
         >>> import pathlib, spinquant, tempfile
         >>> from spinquant.entrypoints.request import LearnText
         >>> from transformers import AutoModelForCausalLM, LlamaConfig
-        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        ...                      num_attention_heads=2)
         >>> temporary = tempfile.TemporaryDirectory()
         >>> folder = pathlib.Path(temporary.name)
         >>> AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
@@ -101,7 +102,7 @@ def learn_folder(
         >>> text = LearnText(spinquant.CalibrationText("generated", samples=8, length=16), windows=2)
         >>> learned = spinquant.learn_folder(folder / "model", folder / "learned", scheme, spec, options, text=text)
         >>> sorted(learned.record["scores"])
-        ['16-bit', 'local', 'random 0', 'random 1', ...]
+        ['16-bit', 'local', 'random 0', 'random 1']
         >>> spinquant.read_learned(folder / "learned").kept == learned.kept
         True
         >>> temporary.cleanup()

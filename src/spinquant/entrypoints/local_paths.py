@@ -33,7 +33,7 @@ def source_name(source: str) -> str:
 
 def public_source(source: str) -> str:
     """A source as it is recorded: its Hub id, or the name of its folder."""
-    return hub_id(source) or source_name(source)
+    return hub_id(source) or public(source_name(source))
 
 
 def public_command(command: str) -> str:

@@ -90,9 +90,10 @@ class Result:
         >>> import spinquant
         >>> from transformers import AutoModelForCausalLM, LlamaConfig
         >>> config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
-        >>> result = spinquant.quantize(AutoModelForCausalLM.from_config(config), "W4A8", spinquant.RotationSpec())
+        >>> model = AutoModelForCausalLM.from_config(config)
+        >>> result = spinquant.quantize(model, "W4A8KV4", spinquant.RotationSpec())
         >>> str(result.scheme), result.method, sorted(result.rotations)
-        ('W4A8', 'rtn', ['layers.0.value', 'layers.1.value', 'residual'])
+        ('W4A8KV4', 'rtn', ['layers.0.value', 'layers.1.value', 'residual'])
         >>> result.twin.relative < 1e-9
         True
     """
