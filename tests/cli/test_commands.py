@@ -390,7 +390,7 @@ def test_quantize_learns_in_one_go(run, learned, tmp_path):
     ("more", "word"),
     [
         (["--damping", "0.1"], "damping"),
-        (["--format", "hf"], "plain 16-bit folder"),
+        (["--format", "hf"], "plain 16-bit checkpoint"),
         (["--method", "gptq", "--scheme", "A4"], "method rtn"),
         (["--runtime", "vllm"], "vllm"),
         (["--learned", "elsewhere"], "Give one of them"),
