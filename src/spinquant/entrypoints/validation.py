@@ -127,7 +127,8 @@ def settle_format(format: str | None, runtime: str | None, scheme: Scheme | None
     if format is None:
         return format_for(runtime, scheme or Scheme(), spec)
     if format not in ("hf", reads):
-        raise SchemeError(f"{runtime} reads format {reads or 'hf'}, not {format}: leave --format out")
+        known = f"format {reads}" if reads else "no format that spinquant writes"
+        raise SchemeError(f"{runtime} reads {known}, not {format}: leave --format out")
     return format
 
 
