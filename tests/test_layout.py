@@ -200,8 +200,9 @@ def test_files_that_are_named_exist():
     root = SOURCE.parents[1]
     named = 0
     for path in (*SOURCE.rglob("*.py"), *(root / "docs").rglob("*.md"), *(root / "benchmarks").glob("*.py")):
+        places = (path.parent, SOURCE, SOURCE.parent, root)
         for span in re.findall(r"`([^`\n]+)`", path.read_text(encoding="utf-8")):
             for name in re.findall(r"(?<![\w./-])[\w./-]+\.py\b", span):
                 named += 1
-                assert any((folder / name).is_file() for folder in (path.parent, SOURCE, root)), f"{path}: {name}"
+                assert any((folder / name).is_file() for folder in places), f"{path}: {name}"
     assert named > 50

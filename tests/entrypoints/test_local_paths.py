@@ -22,8 +22,8 @@ from spinquant import (
     rotate_adapter,
     rotate_folder,
 )
+from spinquant.checkpoint.checksums import check_checksums
 from spinquant.checkpoint.folder import BESIDE, ORIGIN, RECORD
-from spinquant.checkpoint.run_directory import check_checksums
 from spinquant.entrypoints.hub import HIDDEN
 from spinquant.entrypoints.local_paths import public_record
 from spinquant.entrypoints.request import LearnText
