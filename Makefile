@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(BIN)/spinquant demo demo --force
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 # SpinQuantModifier beside llm-compressor's own modifiers, in an environment with the versions that it pins.
 test-llmcompressor: $(VENV)-llmcompressor/.installed
