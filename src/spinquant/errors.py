@@ -21,6 +21,10 @@ class ArchitectureError(SpinquantError):
     """The architecture is not supported, or a tensor is not explained by its family table."""
 
 
+class OnlineError(SpinquantError):
+    """An online rotation or quantizer cannot be attached to a model, or did not run in a forward pass."""
+
+
 class SchemeError(SpinquantError):
     """A quantization scheme cannot be parsed, or does not fit the tensors that it is applied to."""
 

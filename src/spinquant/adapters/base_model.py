@@ -1,6 +1,5 @@
 """Load the base model of an adapter or draft head: the original checkpoint, and the rotations applied to it."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -18,6 +17,7 @@ from spinquant.architectures import family_of, make_plan, module_names
 from spinquant.architectures.family import Family
 from spinquant.checkpoint.folder import BESIDE, ORIGIN, RECORD, ROTATIONS, folder_of, load_config, read_headers
 from spinquant.checkpoint.reader import Source, read_gains
+from spinquant.checkpoint.untrusted import read_json
 from spinquant.errors import CheckpointError, RotationError
 from spinquant.plan import Plan
 from spinquant.rotations.fuse import transform
@@ -124,7 +124,4 @@ def read_record(folder: Path) -> dict[str, Any]:
     for name in (RECORD, ROTATIONS):
         if not (folder / BESIDE / name).is_file():
             raise CheckpointError(f"{folder} has no {BESIDE}/{name}: it was not rotated by spinquant")
-    try:
-        return json.loads((folder / BESIDE / RECORD).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{folder / BESIDE / RECORD} is not valid JSON: {error}") from None
+    return read_json(folder / BESIDE / RECORD)

@@ -15,6 +15,7 @@ from spinquant.adapters.lora import rotate_lora
 from spinquant.checkpoint.atomic import check_replaceable, write_file
 from spinquant.checkpoint.folder import SINGLE, copied_files, folder_of, weights_digest
 from spinquant.checkpoint.run_directory import atomic_folder
+from spinquant.checkpoint.untrusted import file_in, read_json
 from spinquant.errors import CheckpointError
 
 ADAPTERS = "adapters"  # subfolder of a rotated model's folder
@@ -124,10 +125,7 @@ def adapter_digests(folders: Mapping[str, Path]) -> dict[str, str]:
 
 def _read(folder: Path, config: str, weights: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
     """A folder's config, its tensors, and the metadata of their safetensors file."""
-    try:
-        about = json.loads((folder / config).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{folder / config} is not valid JSON: {error}") from None
+    about = read_json(file_in(folder, config))
     if not (folder / weights).is_file():
         raise CheckpointError(
             f"{folder} has no {weights}. Pickled weights can run code when they are loaded, and are not read: convert "

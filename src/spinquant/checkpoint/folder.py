@@ -18,6 +18,7 @@ from transformers import AutoConfig
 
 from spinquant.architectures import FamilyLike, use_family
 from spinquant.checkpoint.atomic import first_line
+from spinquant.checkpoint.untrusted import check_inside, file_in, read_json
 from spinquant.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -73,14 +74,11 @@ def load_config(model: str | Path, *, family: FamilyLike | None = None) -> Any:
     Raises CheckpointError if config.json is missing, is not JSON, or names no architecture that transformers knows.
     """
     if is_local(model):
-        path = folder_of(model) / "config.json"
-        if not path.is_file():
+        folder = folder_of(model)
+        path = file_in(folder, "config.json")
+        if not path.exists():
             raise CheckpointError(f"{str(model)!r} has no config.json: expected a Hugging Face model folder")
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-        if not isinstance(data, dict) or "model_type" not in data:
+        if not isinstance(read_json(path).get("model_type"), str):
             raise CheckpointError(
                 f"{path} names no architecture (no model_type): expected the config of a transformers causal LM"
             )
@@ -125,16 +123,20 @@ def read_headers(model: str | Path) -> dict[str, TensorInfo]:
     for file in weight_files(folder):
         path = folder / file
         try:
+            with path.open("rb"):  # safetensors has one word for every reason
+                pass
             with safe_open(path, framework="pt") as shard:
                 for name in shard.keys():
                     part = shard.get_slice(name)
                     found[name] = TensorInfo(tuple(part.get_shape()), part.get_dtype(), file)
+        except PermissionError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}. Change its permissions") from None
         except (SafetensorError, OSError) as error:
             reason = first_line(error)
             raise CheckpointError(f"{path} is corrupted or unreadable: {reason}. Download it again.") from None
     index = folder / INDEX
     if index.is_file():
-        promised = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        promised = _weight_map(folder)
         lost = sorted(name for name in promised if name not in found)
         if lost:
             raise CheckpointError(f"{index} lists tensor {lost[0]!r}, which {promised[lost[0]]} does not contain")
@@ -143,19 +145,15 @@ def read_headers(model: str | Path) -> dict[str, TensorInfo]:
 
 def weight_files(folder: Path) -> list[str]:
     """Names of the safetensors shards of a folder. Raises CheckpointError when one is missing."""
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index} is not a safetensors index: {error}") from None
-        missing = [file for file in files if not (folder / file).is_file()]
+    if (folder / INDEX).is_file():
+        files = sorted(set(_weight_map(folder).values()))
+        missing = [file for file in files if not file_in(folder, file).is_file()]
         if missing:
             raise CheckpointError(
                 f"{folder} lacks {len(missing)} of {len(files)} weight shards, the first is {missing[0]}"
             )
         return files
-    if (folder / SINGLE).is_file():
+    if file_in(folder, SINGLE).is_file():
         return [SINGLE]
     if has_pickles_only(folder):
         raise CheckpointError(
@@ -163,6 +161,19 @@ def weight_files(folder: Path) -> list[str]:
             "safetensors, or, where a command has the option, pass --allow-pickle if you trust their origin."
         )
     raise CheckpointError(f"{folder} holds no weights: expected {SINGLE} or {INDEX}")
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The shard of every tensor, by the index of a folder."""
+    index = file_in(folder, INDEX)
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise CheckpointError(f"{index} is not a safetensors index: expected an object weight_map")
+    for name, file in found.items():
+        file_in(folder, file)
+        if not file.endswith(".safetensors"):
+            raise CheckpointError(f"{index} names {file!r} as the shard of {name!r}: expected a .safetensors file")
+    return found
 
 
 def has_pickles_only(folder: Path) -> bool:
@@ -269,6 +280,7 @@ def copied_files(folder: Path) -> list[Path]:
             continue
         if made.intersection(path.parents):
             continue
+        check_inside(folder, path)
         written = inside in (Path("config.json"), Path("adapter_config.json"))
         if not written and path.suffix not in WEIGHTS and not path.name.endswith(".index.json"):
             found.append(inside)

@@ -4,7 +4,6 @@ FP8 checkpoints with block scales (DeepSeek's format: `X.weight` in 8 bits, `X.w
 are dequantized to float32 as they are read:  w[i, j] = q[i, j] scale_inv[i // rows, j // columns].
 """
 
-import json
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor
 from spinquant.checkpoint.direct_io import DirectReader
 from spinquant.checkpoint.folder import INDEX, read_headers, weight_files
 from spinquant.checkpoint.safetensors_io import Entry, place_of, read_entries, rows_in
+from spinquant.checkpoint.untrusted import read_json
 from spinquant.errors import CheckpointError
 from spinquant.plan import Plan
 
@@ -91,7 +91,8 @@ class Source:
     def index_metadata(self) -> Mapping[str, Any]:
         """The `metadata` of the safetensors index; empty without an index."""
         path = self.folder / INDEX
-        return json.loads(path.read_text(encoding="utf-8")).get("metadata", {}) if path.is_file() else {}
+        found = read_json(path).get("metadata") if path.is_file() else {}
+        return found if isinstance(found, dict) else {}
 
     def read(self, name: str, first: int, last: int, buffer: Tensor) -> Tensor:
         """Rows first .. last of a tensor, as a view of `buffer` unless they are FP8. Raises as `piece`."""

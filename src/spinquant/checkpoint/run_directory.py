@@ -40,6 +40,7 @@ from spinquant.checkpoint.checksums import CHECKSUMS, Prefix
 from spinquant.checkpoint.folder import BESIDE, ORIGIN
 from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.checkpoint.safetensors_io import file_hash
+from spinquant.checkpoint.untrusted import read_json
 from spinquant.compute.distributed import Processes
 from spinquant.errors import (
     CalibrationError,
@@ -79,10 +80,10 @@ class RunDirectory:
     def entry(self, name: str) -> tuple[str, int] | None:
         """SHA-256 and size in bytes of a finished file."""
         try:
-            about = json.loads((self._finished / f"{name}.json").read_text(encoding="utf-8"))
-        except OSError:
+            about = read_json(self._finished / f"{name}.json")
+            return str(about["sha256"]), int(about["bytes"])
+        except (CheckpointError, KeyError, TypeError, ValueError):
             return None
-        return about["sha256"], about["bytes"]
 
     def unfinished(self, name: str) -> Path:
         """The temporary path of a file until `finish`."""
@@ -101,11 +102,15 @@ class RunDirectory:
 
     def journal(self) -> list[dict[str, Prefix]]:
         """Prefixes of the source files that the finished files were computed from."""
-        entries = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self._finished.glob("*.json"))]
-        found = [about.get("source", {}) for about in entries]
+        found = [read_json(path).get("source", {}) for path in sorted(self._finished.glob("*.json"))]
         if self._sources.is_file():
-            found.append(json.loads(self._sources.read_text(encoding="utf-8")))
-        return [{name: (length, sha256) for name, (length, sha256) in one.items()} for one in found]
+            found.append(read_json(self._sources))
+        try:
+            return [{name: (int(length), str(sha256)) for name, (length, sha256) in one.items()} for one in found]
+        except (AttributeError, TypeError, ValueError):
+            raise CheckpointError(
+                f"the journal in {self.home} is corrupted: delete {self.home} to start anew"
+            ) from None
 
     def enter_source(self, files: Mapping[str, Prefix]) -> None:
         """Journal the hashes of the whole source, if they were taken before the run."""
@@ -114,8 +119,8 @@ class RunDirectory:
     def settings(self) -> Any:
         """Settings of the interrupted run in this folder; None if there is none."""
         try:
-            return json.loads((self.home / SETTINGS).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return read_json(self.home / SETTINGS)
+        except CheckpointError:
             return None
 
     def publish(self, *, checksums: bool = True) -> None:
@@ -170,6 +175,7 @@ class RunDirectory:
             CheckpointError: `out` may not be replaced, another run is active, or an interrupted run had other settings.
         """
         self.force = force
+        self._check_links()
         settings = None if settings is None else json.loads(json.dumps(settings, default=str))
         begun = self.settings() is not None
         check_replaceable(self.out, force=force or begun, source=source)
@@ -179,6 +185,16 @@ class RunDirectory:
         except BaseException:
             self.release()
             raise
+
+    def _check_links(self) -> None:
+        """Refuse state that leads elsewhere: what it leads to would be written, or deleted."""
+        places = (self.home, self.data, self._finished, self._old, self._sources.parent)
+        for path in (*places, self.home / CALIBRATION, self.home / LEARNING):
+            if path.is_symlink():
+                raise CheckpointError(
+                    f"{path} is a link, and the state of a run is never kept behind one: delete it, or choose another "
+                    "output folder"
+                )
 
     def _take_lock(self) -> None:
         lock = FileLock(self.home / "lock")

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from spinquant.checkpoint.direct_io import DirectWriter, put
 from spinquant.checkpoint.positional_io import BINARY, read_at
+from spinquant.checkpoint.untrusted import json_object
 from spinquant.errors import CheckpointError
 
 # In the order of the library's layout: wide dtypes first, so that all tensors are aligned.
@@ -77,13 +78,9 @@ def read_entries(path: Path) -> dict[str, Entry]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _LONGEST_HEADER):
                 raise CheckpointError(f"{path} is corrupted: {size} bytes cannot hold its header. Download it again.")
-            header = json.loads(file.read(length))
+            header = json_object(file.read(length), f"the header of {path}")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} is corrupted: its header is not JSON. Download it again.") from None
     found: dict[str, Entry] = {}
     for name, about in header.items():
         if name == "__metadata__":

@@ -17,13 +17,14 @@ from spinquant.architectures import FamilyLike, recorded_family
 from spinquant.calibration.data import CalibrationText, calibration_tokens
 from spinquant.checkpoint.folder import folder_of, load_config, load_tokenizer, weights_digest, weights_sample
 from spinquant.checkpoint.run_directory import LEARNING, atomic_folder, opened_run
+from spinquant.checkpoint.untrusted import read_json
 from spinquant.compute.distributed import LONGEST, check_same, is_first, joined
 from spinquant.entrypoints.local_paths import public_source, source_name
 from spinquant.entrypoints.model_card import learned_card
 from spinquant.entrypoints.request import LearnText
 from spinquant.entrypoints.source_card import CARD, read_card
 from spinquant.entrypoints.validation import run_identity, text_files
-from spinquant.errors import CheckpointError, SpinquantError, TextError
+from spinquant.errors import CheckpointError, TextError
 from spinquant.formats.load import load_model
 from spinquant.learning.learn import learn
 from spinquant.learning.options import LearnOptions, Watch
@@ -280,10 +281,10 @@ def read_learned(folder: str | Path) -> LearnedRotations:
     """
     folder = Path(folder)
     try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        about = read_json(folder / ABOUT)
         rotations = saved(about, load_file(folder / TENSORS))
         spec = RotationSpec(**about.pop("spec"))
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError, SpinquantError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} holds no learned rotations ({error}): expected a folder that `spinquant learn` wrote"
         ) from None

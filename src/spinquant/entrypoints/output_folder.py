@@ -18,6 +18,7 @@ from spinquant.architectures import RECORDED
 from spinquant.checkpoint.atomic import write_file
 from spinquant.checkpoint.folder import BESIDE, INDEX, ORIGIN, RECORD, ROTATIONS, SINGLE, copied_files, is_local
 from spinquant.checkpoint.reader import Source, fp8_block
+from spinquant.checkpoint.untrusted import read_json
 from spinquant.entrypoints.local_paths import public_record
 from spinquant.entrypoints.model_card import model_card
 from spinquant.entrypoints.result import Result
@@ -37,7 +38,7 @@ def write_config_and_copies(source: Source, shards: Sequence[Shard], folder: Pat
             "weight_map": dict(sorted(weight_map.items())),
         }
         write_file(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
-    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(source.folder / "config.json")
     if fp8_block(config) is not None:
         del config["quantization_config"]
         changes = {"dtype": str(dtype_of(config)).removeprefix("torch."), **changes}

@@ -6,7 +6,6 @@ with them. A folder without such a record, or with a config other than this libr
 something at inference that is not known here.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from spinquant.checkpoint.folder import BESIDE, RECORD, ROTATIONS, weight_files
+from spinquant.checkpoint.untrusted import read_json
 from spinquant.errors import CheckpointError, SpinquantError
 from spinquant.formats.compressed_config import format_of, quantization_config, quantization_scheme, stored_ranges
 from spinquant.formats.compressed_tensors import stored_transforms, transform_matrix
@@ -85,7 +85,7 @@ def load_compressed(folder: Path, *, dtype: torch.dtype | str = "auto") -> Any:
 def _read_record(folder: Path) -> tuple[dict[str, Any], dict[str, Rotation]]:
     """The record of a folder, and its rotations by space."""
     try:
-        record = json.loads((folder / BESIDE / RECORD).read_text(encoding="utf-8"))
+        record = read_json(folder / BESIDE / RECORD)
         tensors = load_file(folder / BESIDE / ROTATIONS)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(

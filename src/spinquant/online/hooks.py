@@ -8,7 +8,8 @@
 
 `attach` returns an `Attachment`; its `remove()` (or leaving its `with` block) restores the model. The hooks are on the
 modules, so that a decoder block that runs alone, as in calibration, behaves as it does inside the whole model. The
-computation at each place is in `sites.py`, the packed cache in `kv_cache.py`.
+computation at each place is in `sites.py`, the packed cache in `kv_cache.py`; `firing.py` checks after every forward
+pass that all of them ran.
 """
 
 import sys
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from spinquant.errors import RotationError
+from spinquant.online.firing import AttentionCheck, FiringCheck, cache_argument
 from spinquant.online.sites import (
     GATE,
     InputSite,
@@ -36,7 +38,7 @@ from spinquant.rotations.rotation import Rotation
 
 PREFIX = "spinquant_"
 ATTENTIONS = ("sdpa", "eager", "flex_attention")
-QUERY_ROTATION = "_spinquant_query_rotation"
+QUERIES = "_spinquant_queries"
 ATTACHMENT = "_spinquant_attachment"
 
 
@@ -167,6 +169,7 @@ def attach(
         attaching.inputs()
         attaching.experts()
         attaching.attention()
+        attaching.checks()
     except BaseException:
         attachment.remove()
         raise
@@ -239,16 +242,34 @@ class _Attaching:
         spaces = {online.module: plan.space[online.space] for online in plan.onlines if online.site == "query_key"}
         found = {name: self._rotation_of(spaces.get(name)) for name in plan.attentions}
         rotated = {} if self.around else {name: rotation for name, rotation in found.items() if rotation is not None}
-        implementation = _rotate_queries(self.model, rotated, attachment) if rotated else None
+        implementation = _rotate_queries(self.model, attachment) if rotated else None
         if not rotated and self.scheme.kv is None:
             return
         for name in plan.attentions:
+            module = self.model.get_submodule(name)
             ratios = (self.clips.keys.get(name), self.clips.values.get(name))
             keys, values = (with_clip(self.scheme.kv, ratio) for ratio in ratios)
             both = (found[name], self._rotation_of(plan.values_of(name))) if self.around else None
-            site = KeyValueSite(rotated.get(name), keys, values, implementation, around=both)
+            parameter = cache_argument(module, name)
+            site = KeyValueSite(rotated.get(name), keys, values, implementation, parameter, around=both)
             attachment.keys_values[name] = site
-            attachment.hook(self.model.get_submodule(name).register_forward_pre_hook(site, with_kwargs=True))
+            attachment.hook(module.register_forward_pre_hook(site, with_kwargs=True))
+            attachment.hook(module.register_forward_hook(AttentionCheck(name, site).finish))
+            if site.rotation is not None:
+                attachment.set(module, QUERIES, site)
+
+    def checks(self) -> None:
+        """Have every site of an activation checked after each pass of the decoder block, or of the model, around it."""
+        readers = {group[0]: group for group in self.plan.linears}
+        inside: dict[str, dict[str, InputSite]] = {}
+        for name, site in self.attachment.inputs.items():
+            block = next((block for block in self.plan.blocks if name.startswith(f"{block}.")), "")
+            inside.setdefault(block, {})[name] = site
+        for block, sites in inside.items():
+            check = FiringCheck(block, sites, {name: readers.get(name, (name,)) for name in sites})
+            module = self.model.get_submodule(block)
+            self.attachment.hook(module.register_forward_pre_hook(check.begin))
+            self.attachment.hook(module.register_forward_hook(check.finish))
 
     def _rotation_of(self, space: Space | None) -> Rotation | None:
         return None if space is None else self.rotations.get(space.name)
@@ -280,7 +301,7 @@ def text_config(model: Any) -> Any:
     return model.config.get_text_config()
 
 
-def _rotate_queries(model: nn.Module, rotated: Mapping[str, Rotation], attachment: Attachment) -> str:
+def _rotate_queries(model: nn.Module, attachment: Attachment) -> str:
     config: Any = text_config(model)  # a vision encoder has an attention implementation of its own
     base = config._attn_implementation
     check_implementation(base)
@@ -288,8 +309,6 @@ def _rotate_queries(model: nn.Module, rotated: Mapping[str, Rotation], attachmen
     AttentionInterface.register(implementation, _attention_with_rotated_queries(base))
     AttentionMaskInterface.register(implementation, AttentionMaskInterface()[base])
     attachment.set(config, "_attn_implementation", implementation)
-    for name, rotation in rotated.items():
-        attachment.set(model.get_submodule(name), QUERY_ROTATION, rotation)
     return implementation
 
 
@@ -300,7 +319,7 @@ def _attention_with_rotated_queries(base: str) -> Callable[..., Any]:
         # Every modeling file has an eager function of its own, which the interface does not list.
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         function = interface.get_interface(base, eager)  # pyright: ignore[reportArgumentType]
-        rotation = getattr(module, QUERY_ROTATION, None)
-        return function(module, query if rotation is None else rotation.apply(query), *args, **kwargs)
+        site: KeyValueSite | None = getattr(module, QUERIES, None)
+        return function(module, query if site is None else site.rotate_queries(query), *args, **kwargs)
 
     return attention

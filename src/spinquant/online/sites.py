@@ -37,6 +37,7 @@ class InputSite:
         around: Rotate before quantizing and back after it; for a model that is not rotated.
         rounds: Whether the quantizer is on.
         watch: Observer, called with the activation before it is quantized.
+        calls: Number of linears that read the activation since the block around them was entered (`firing.py`).
     """
 
     def __init__(self, rotation: Rotation | None, quantizer: Quantizer | None, *, readers: int, around: bool = False):
@@ -46,6 +47,7 @@ class InputSite:
         self.rounds = True
         self.watch: Callable[[Tensor], object] | None = None
         self.readers = readers
+        self.calls = 0
         self._forget()
 
     def _forget(self) -> None:
@@ -57,6 +59,9 @@ class InputSite:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]
+        self.calls += 1
+        if torch.compiler.is_compiling():  # the compiler shares equal results by itself
+            return (self._treated(x, self.quantizer if self.rounds else None), *args[1:])
         version = -1 if x.is_inference() else x._version  # inference tensors have no version counter
         known = (
             self._source is not None
@@ -80,6 +85,7 @@ class InputSite:
 
     def treat(self, x: Tensor) -> Tensor:
         """The activation as the linears receive it: rotated, and quantized while the quantizer is on."""
+        self.calls += 1
         return self._treated(x, self.quantizer if self.rounds else None)
 
     def _treated(self, x: Tensor, quantizer: Quantizer | None) -> Tensor:
@@ -158,8 +164,11 @@ class KeyValueSite:
         implementation: Name of the attention implementation that rotates queries, None without R3.
         around: Rotations of keys and of values, applied before quantizing and undone after it; None if the model
             itself is rotated.
+        parameter: Name and position of the parameter of the module's forward that takes the KV cache.
         rounds: Whether the quantizers are on.
         watch: Observer, called with keys and values before they are quantized.
+        stored: Whether keys and values passed since the module was entered (`firing.py`).
+        queried: Whether queries were rotated since then.
     """
 
     def __init__(
@@ -168,6 +177,7 @@ class KeyValueSite:
         keys: Quantizer | None,
         values: Quantizer | None,
         implementation: str | None,
+        parameter: tuple[str, int],
         *,
         around: tuple[Rotation | None, Rotation | None] | None = None,
     ):
@@ -178,8 +188,11 @@ class KeyValueSite:
         self.rounds = True
         self.watch: Callable[[Tensor, Tensor], object] | None = None
         self.implementation = implementation
+        self.parameter = parameter
+        self.stored = self.queried = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        self.stored = self.queried = False
         config: Any = getattr(module, "config", None)
         if self.rotation is not None and config._attn_implementation != self.implementation:
             # Keys would be rotated and queries would not: wrong results without an error.
@@ -187,8 +200,17 @@ class KeyValueSite:
                 f"the attention implementation was changed to {config._attn_implementation!r} while R3 is attached: "
                 "remove() the attachment, change the implementation, and attach again"
             )
-        name = "layer_past" if "layer_past" in kwargs else "past_key_values"  # GPT-NeoX and other old models
+        name, position = self.parameter
+        if position < len(args):
+            cache = _RotatingCache(args[position], self, config)
+            return (*args[:position], cache, *args[position + 1 :]), kwargs
         return args, {**kwargs, name: _RotatingCache(kwargs.get(name), self, config)}
+
+    def rotate_queries(self, queries: Tensor) -> Tensor:
+        """R3 of the queries, inside the attention interface."""
+        assert self.rotation is not None
+        self.queried = True
+        return self.rotation.apply(queries)
 
 
 class _RotatingCache:
@@ -205,6 +227,7 @@ class _RotatingCache:
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         cache, site = self._cache, self._site
+        site.stored = True
         if site.rotation is not None:
             keys = site.rotation.apply(keys)
         if site.watch is not None:

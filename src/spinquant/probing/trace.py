@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spinquant.evaluation.equivalence import Float64Arithmetic
+from spinquant.models.cache_names import cache_of
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def silent_parts(model: Any, calls: Mapping[str, TracedCall]) -> list[str]:
 def cached_layers(model: Any, tokens: Tensor, count: int) -> list[bool]:
     """Whether each layer's keys are in the KV cache; all True if the cache has no such record."""
     with Float64Arithmetic():
-        cache = getattr(model(input_ids=tokens, use_cache=True), "past_key_values", None)
+        cache = cache_of(model(input_ids=tokens, use_cache=True))
     found = [getattr(layer, "keys", None) is not None for layer in getattr(cache, "layers", ())]
     return found if len(found) == count and any(found) else [True] * count
 

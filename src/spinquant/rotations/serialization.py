@@ -11,6 +11,9 @@ from spinquant.rotations.mean_preserving import CentredHadamard, CentredRandomHa
 from spinquant.rotations.rotation import Hadamard, Kronecker, Orthogonal, Rotation
 from spinquant.rotations.wrappers import InPrecision, Scaled, bare
 
+ORTHOGONAL = 1e-6  # how far R^T R may be from the identity; learned rotations are off by some 1e-15
+PRECISIONS = ("float16", "bfloat16", "float32", "float64")
+
 
 def to_save(rotations: Mapping[str, Rotation]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(JSON description, tensors) of rotations by space; `saved` is the inverse.
@@ -43,9 +46,12 @@ def saved(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, 
             for i, described in enumerate(about["rotations"])
         ]
         scaled = {space: tensors[f"scale.{space}"] for space in about.get("scaled", ())}
+        for space, scale in scaled.items():
+            if scale.ndim != 1 or not bool((scale > 0).all() & scale.isfinite().all()):
+                raise RotationError(f"the channel scales of {space} are not a row of positive, finite numbers")
         found = {space: kinds[i] for space, i in about["spaces"].items()}
         return {s: Scaled(rotation, scaled[s]) if s in scaled else rotation for s, rotation in found.items()}
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise RotationError(f"the description of saved rotations is incomplete: {error!r}") from None
 
 
@@ -53,11 +59,20 @@ def restore(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Ro
     """The rotation whose `describe()` and `tensors()` these are.
 
     Raises:
-        RotationError: the kind is unknown or a tensor is missing.
+        RotationError: the kind is unknown, a tensor is missing, or the tensors are not those of a rotation.
     """
     if "precision" in description:
         rest = {key: value for key, value in description.items() if key != "precision"}
-        return InPrecision(restore(rest, tensors), getattr(torch, description["precision"]))
+        precision = description["precision"]
+        if precision not in PRECISIONS:
+            raise RotationError(f"a saved rotation has precision {precision!r}: expected {', '.join(PRECISIONS)}")
+        return InPrecision(restore(rest, tensors), getattr(torch, precision))
+    rotation = _restored(description, tensors)
+    _check(description, rotation)
+    return rotation
+
+
+def _restored(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Rotation:
     kind = description.get("kind")
     try:
         if kind == "hadamard":
@@ -75,6 +90,29 @@ def restore(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Ro
     except KeyError as missing:
         raise RotationError(f"a saved rotation of kind {kind!r} lacks {missing}: incomplete checkpoint") from None
     raise RotationError(f"a saved rotation has the unknown kind {kind!r}: upgrade spinquant")
+
+
+def _check(description: Mapping[str, Any], rotation: Rotation) -> None:
+    """Raise RotationError for tensors that make no rotation: a model would be spoilt without a word."""
+    kind, order, tensors = description["kind"], description.get("order"), rotation.tensors()
+    signs, weight = tensors.get("signs"), tensors.get("weight")
+    if signs is not None and (signs.ndim != 1 or signs.is_floating_point() or not bool((signs.abs() == 1).all())):
+        raise RotationError(f"the signs of a saved rotation of kind {kind!r} are not a row of integers 1 and -1")
+    if weight is not None:
+        if weight.ndim != 2 or weight.shape[0] != weight.shape[1] or not weight.is_floating_point():
+            raise RotationError(
+                f"the matrix of a saved rotation of kind {kind!r} has shape {tuple(weight.shape)} and dtype "
+                f"{weight.dtype}: expected a square of floating-point numbers"
+            )
+        error = float((weight.T @ weight - torch.eye(len(weight), dtype=weight.dtype)).abs().max())
+        if not error < ORTHOGONAL:
+            raise RotationError(
+                f"the matrix of a saved rotation of kind {kind!r} is not orthogonal: off by {error:.1e}"
+            )
+    if isinstance(order, bool) or not isinstance(order, int) or order < 1 or order != rotation.order:
+        raise RotationError(f"a saved rotation of kind {kind!r} has order {order!r}, and its tensors {rotation.order}")
+    if kind in ("random-hadamard", "kronecker") and signs is not None and len(signs) != order:
+        raise RotationError(f"a saved rotation of kind {kind!r} has order {order} and {len(signs)} signs")
 
 
 def empty_tensors(description: Mapping[str, Any]) -> dict[str, Tensor]:
