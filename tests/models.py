@@ -5,6 +5,7 @@ from transformers import (
     AutoModelForCausalLM,
     GraniteConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -13,10 +14,12 @@ from transformers import (
 )
 
 from spinquant.evaluation.equivalence import Float64Arithmetic
+from spinquant.models.cache_names import cache_parameter
 from spinquant.rotations.rotation import Hadamard
 from spinquant.rotations.wrappers import Scaled
 
 VOCABULARY = 256
+CACHE = (cache_parameter(LlamaForCausalLM.forward) or ("", 0))[0]  # how this transformers calls the KV cache
 
 
 # hidden_size != heads * head_dim everywhere, grouped-query heads, sliding and full layers where the class has them.

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, DynamicCache
 
 from families import FAMILIES, IMAGE, prepared, tiny
-from models import close, logits, tokens
+from models import CACHE, close, logits, tokens
 from spinquant import (
     RotationSpec,
     attach,
@@ -146,7 +146,7 @@ def test_inputs_of_r4_and_cached_keys_and_values_are_rotated(name):
     for when in ("before", "after"):
         with captured(model, spaces, inputs=True) as inputs, Float64Arithmetic(), torch.no_grad():
             cache = DynamicCache(config=model.config)
-            model(ids, **({"past_key_values": cache, "use_cache": True} if plan.attentions else {}))
+            model(ids, **({CACHE: cache, "use_cache": True} if plan.attentions else {}))
             states[when] = dict(inputs), cached(cache)
         if when == "before":
             fuse_module(model, plan, rotations)

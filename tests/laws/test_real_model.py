@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import spinquant
+from models import CACHE
 from spinquant import RotationSpec, load, load_tokenizer, parse_scheme, rotate, token_windows
 from spinquant.cli import main as cli
 from spinquant.evaluation.metrics import compare_models, evaluate
@@ -45,7 +46,7 @@ def test_a_four_bit_cache_takes_a_quarter_and_generates(real_folder, windows):
     spinquant.quantize(model, scheme, RotationSpec("R3"))
     cache = spinquant.QuantizedCache(model.config, scheme.kv)
     with torch.no_grad():
-        model(input_ids=windows[:1], past_key_values=cache)
+        model(input_ids=windows[:1], **{CACHE: cache})
     config = model.config
     sixteen_bit = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * windows.shape[1]
     assert cache.nbytes / sixteen_bit < 0.28

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
-from models import CONFIGS, logits, tiny_model, tokens
+from models import CACHE, CONFIGS, logits, tiny_model, tokens
 from spinquant import RotationError, RotationSpec, attach, fuse_module, make_rotations, parse_scheme, plan_of
 from spinquant.evaluation.equivalence import Float64Arithmetic, greedy_logits
 from spinquant.models.capture import captured
@@ -174,10 +174,10 @@ def test_all_kinds_of_kv_cache_give_the_same_logits(name):
     assert torch.allclose(logits(model, ids, use_cache=True), whole, atol=1e-9)
     cache = DynamicCache(config=model.config)
     with Float64Arithmetic(), torch.no_grad():
-        parts = [model(input_ids=part, past_key_values=cache).logits for part in ids.split([7, 1, 1, 3], dim=1)]
+        parts = [model(input_ids=part, **{CACHE: cache}).logits for part in ids.split([7, 1, 1, 3], dim=1)]
     assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-9)
     static = StaticCache(config=model.config, max_cache_len=16)
-    assert torch.allclose(logits(model, ids, past_key_values=static), whole, atol=1e-9)
+    assert torch.allclose(logits(model, ids, **{CACHE: static}), whole, atol=1e-9)
 
 
 def test_generation_with_a_quantized_cache_equals_decoding_without_one():

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from spinquant.checkpoint.folder import BESIDE, RECORD, ROTATIONS, weight_files
 from spinquant.checkpoint.untrusted import read_json
@@ -22,6 +22,7 @@ from spinquant.errors import CheckpointError, SpinquantError
 from spinquant.formats.compressed_config import format_of, quantization_config, quantization_scheme, stored_ranges
 from spinquant.formats.compressed_tensors import stored_transforms, transform_matrix
 from spinquant.formats.native import mark
+from spinquant.models.modules import model_class
 from spinquant.online.hooks import attach
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme
@@ -55,7 +56,7 @@ def load_compressed(folder: Path, *, dtype: torch.dtype | str = "auto") -> Any:
     record, rotations = _read_record(folder)
     scheme = Scheme.from_dict(record["scheme"])
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+        skeleton = model_class(config).from_config(config)
     plan = plan_of(skeleton)
     online = online_part(plan, rotations)
     _check_config(described, quantization_config(plan, online, scheme, ignore=described.get("ignore", ())), folder)

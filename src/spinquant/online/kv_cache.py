@@ -172,7 +172,7 @@ class QuantizedCache(DynamicCache):
         >>> config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
         >>> model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         >>> cache = spinquant.QuantizedCache(config, spinquant.Quantizer(bits=4))
-        >>> output = model(input_ids=torch.tensor([[1, 2, 3]]), past_key_values=cache)
+        >>> output = model(torch.tensor([[1, 2, 3]]), None, None, cache)
         >>> cache.get_seq_length(), cache.nbytes < 2 * 2 * 3 * 32 * 2  # less than layers x (K, V) x tokens x width x 2
         (3, True)
     """

@@ -131,6 +131,8 @@ def kronecker_transform(
     if not x.dtype.is_floating_point:
         raise RotationError(f"only floating-point tensors can be rotated, not {x.dtype}: convert it first")
     differentiated = torch.is_grad_enabled() and x.requires_grad
+    if torch.compiler.is_compiling() and out is None:
+        return _traced(x, factors, transpose, dim)
     if out is not None and (differentiated or out.shape != x.shape or out.dtype != x.dtype or not out.is_contiguous()):
         raise RotationError(
             f"`out` must be contiguous, of shape {tuple(x.shape)} and {x.dtype}, and x must not require gradients; "
@@ -139,6 +141,22 @@ def kronecker_transform(
     if differentiated:
         return _Transform.apply(x, tuple(factors), transpose, dim)  # pyright: ignore[reportReturnType]
     return _apply(x, factors, transpose, dim, out)
+
+
+def _traced(x: Tensor, factors: Sequence[Factor], transpose: bool, dim: int) -> Tensor:
+    """The same product in operations that torch.compile and torch.export can trace, without buffers of its own.
+
+    Nothing is decided from the values of a factor, which a traced graph may not read.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = x.to(wide).movedim(dim, -1)
+    shape = y.shape
+    y = y.reshape(-1, *(factor.shape[0] for factor in factors))
+    for axis, factor in enumerate(factors, 1):
+        assert isinstance(factor, Tensor)  # compiled kernels are never traced
+        matrix = factor.to(x.device, wide)
+        y = (y.movedim(axis, -1) @ (matrix.T if transpose else matrix)).movedim(-1, axis)
+    return y.reshape(shape).movedim(-1, dim).to(x.dtype)
 
 
 class _Transform(torch.autograd.Function):

@@ -223,6 +223,8 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def _like(x: Tensor, stored: tuple[Tensor, ...], dtype: torch.dtype, memo: Memo) -> tuple[Tensor, ...]:
     """The stored tensors on the device of x; cached, since an online rotation is applied at every step."""
+    if torch.compiler.is_compiling():
+        return tuple(tensor.to(x.device, dtype) for tensor in stored)
     key = (x.device, dtype)
     found = memo.get(key)
     if found is None:
