@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-llmcompressor test-clients check docs bench clean
+.PHONY: demo test test-llmcompressor test-clients test-versions check docs bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/spinquant demo demo --force
@@ -45,6 +45,11 @@ bench: $(VENV)/.installed
 # CLIENTS="vllm ctranslate2" runs some of them.
 test-clients: $(VENV)/.installed
 	$(BIN)/python clients/run.py $(CLIENTS)
+
+# The contracts with transformers and the laws of online parts, under the oldest supported release of transformers, the
+# locked one and the newest, each in an environment of its own under .versions/. VERSIONS="newest" runs one of them.
+test-versions: $(VENV)/.installed
+	$(BIN)/python versions/run.py $(VERSIONS)
 
 $(VENV)/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
