@@ -22,29 +22,34 @@ from spinquant import (
     plan_of,
 )
 from spinquant.models.cache_names import CACHE_NAMES, cache_parameter
-from spinquant.online.hooks import attachment_of
+from spinquant.online.hooks import PREFIX, attachment_of, text_config
 from spinquant.online.sites import GATE
 
 
-class ByWeight(nn.Module):
-    """A linear in whose place the weight alone is used, as by a class that calls it in another way."""
+class WithoutCall(nn.Module):
+    """A linear that is used without a call of its module, so that its hooks do not run."""
 
     def __init__(self, linear):
         super().__init__()
-        self.weight, self.bias, self.nf = linear.weight, linear.bias, getattr(linear, "nf", None)
+        self.linear = linear
 
     def forward(self, x):
-        weight = self.weight if self.nf is None else self.weight.T  # of a Conv1D
-        return nn.functional.linear(x, weight, self.bias)
+        return self.linear.forward(x)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.linear, name)
 
 
-def attached(model, scheme="A8KV8"):
+def attached(model, allowed=("R3", "R4"), scheme="A8KV8"):
     """A model with every online rotation that it allows, and quantizers."""
     plan = plan_of(model)
     scheme = parse_scheme(scheme if plan.attentions else scheme.replace("KV8", ""))
     if plan.uncalled:
         scheme = parse_scheme("KV8" if plan.attentions else "none")
-    rotations = make_rotations(plan, RotationSpec([r for r in ("R3", "R4") if plan.spaces_of(r)], "auto"))
+    rotations = make_rotations(plan, RotationSpec([r for r in ("R3", "R4") if r in allowed], "auto"))
     fuse_module(model, plan, rotations)
     attach(model, plan, rotations, scheme)
     return plan
@@ -62,7 +67,7 @@ def replaced(model, name, make):
 def test_every_site_of_every_family_fires(name, monkeypatch):
     """And where one is kept from firing, by each thing that it relies on, the forward pass fails and names it."""
     model, ids = tiny(name), tokens(1, 6)
-    plan = attached(model)
+    plan = attached(model, FAMILIES[name].allowed)
     attachment = attachment_of(model)
     logits(model, ids)
     tried = 0
@@ -70,7 +75,7 @@ def test_every_site_of_every_family_fires(name, monkeypatch):
         if group[0] not in attachment.inputs or tried >= 6:
             continue
         tried += 1
-        undo = replaced(model, group[-1], ByWeight)
+        undo = replaced(model, group[-1], WithoutCall)
         with pytest.raises(OnlineError, match=rf"{group[-1]}.*transformers \d"):
             logits(model, ids)
         undo()
@@ -81,8 +86,9 @@ def test_every_site_of_every_family_fires(name, monkeypatch):
                 logits(model, ids)
     if any(site.rotation is not None for site in attachment.keys_values.values()):
         with monkeypatch.context() as patch:
-            plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
-            patch.setattr(type(ALL_ATTENTION_FUNCTIONS), "get_interface", lambda *arguments: plain)
+            kind = type(ALL_ATTENTION_FUNCTIONS)
+            right, base = kind.get_interface, text_config(model)._attn_implementation.removeprefix(PREFIX)
+            patch.setattr(kind, "get_interface", lambda self, name, eager: right(self, base, eager))
             with pytest.raises(OnlineError, match="queries"):
                 logits(model, ids)
     for experts in plan.experts:
@@ -160,7 +166,7 @@ def test_it_is_checked_in_every_pass_and_under_every_cache():
     model, ids = tiny_model("llama"), tokens(1, 6)
     attached(model)
     logits(model, ids)
-    undo = replaced(model, "model.layers.2.mlp.down_proj", ByWeight)
+    undo = replaced(model, "model.layers.2.mlp.down_proj", WithoutCall)
     name = cache_parameter(type(model).forward)[0]
     for options in ({}, {"use_cache": False}, {name: StaticCache(config=model.config, max_cache_len=16)}):
         with pytest.raises(OnlineError, match=r"layers\.2\.mlp\.down_proj"):
@@ -175,7 +181,7 @@ def test_copies_of_a_model_are_checked_by_themselves():
     model, ids = tiny_model("llama"), tokens(1, 6)
     attached(model)
     other = copy.deepcopy(model)
-    replaced(other, "model.layers.0.self_attn.q_proj", ByWeight)
+    replaced(other, "model.layers.0.self_attn.q_proj", WithoutCall)
     with pytest.raises(OnlineError, match="q_proj"):
         logits(other, ids)
     logits(model, ids)
@@ -187,7 +193,7 @@ def test_a_block_alone_is_checked_too():
     """As calibration runs it."""
     model = tiny_model("llama")
     attached(model)
-    replaced(model, "model.layers.1.mlp.up_proj", ByWeight)
+    replaced(model, "model.layers.1.mlp.up_proj", WithoutCall)
     block, seen = model.model.layers[1], {}
     handle = block.register_forward_pre_hook(
         lambda _, args, kwargs: seen.update(args=args, kwargs=kwargs), with_kwargs=True
