@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from spinquant.calibration.hidden_states import HiddenStates
 from spinquant.errors import CalibrationError
 from spinquant.models.capture import captured, device_of
+from spinquant.online.hooks import unchecked
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def block_calls(model: Any, blocks: Sequence[str], tokens: Tensor, hidden: Hidde
         arguments.setdefault(name, dict(others))
         return states
 
-    with _replaced(model, blocks, keep):
+    with unchecked(model), _replaced(model, blocks, keep):
         for row in tokens.split(1):
             body_of(model)(row.to(device_of(model)), use_cache=False)
     return BlockCalls(hidden, arguments)
@@ -117,7 +118,7 @@ def run_block(block: nn.Module, states: Tensor, arguments: Mapping[str, Any]) ->
 @torch.no_grad()
 def after_blocks(model: Any, blocks: Sequence[str], states: Tensor) -> Tensor:
     """The head's input, from the last block's output, (batch, length, width): usually the final norm."""
-    with _replaced(model, blocks, lambda name, hidden, others: states):
+    with unchecked(model), _replaced(model, blocks, lambda name, hidden, others: states):
         placeholder = torch.zeros(states.shape[:2], dtype=torch.int64, device=device_of(model))
         return body_of(model)(placeholder, use_cache=False).last_hidden_state
 

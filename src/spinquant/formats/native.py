@@ -100,6 +100,15 @@ class RotationBank(nn.Module):
             self.add_module(str(i), slot)
 
 
+def _restored(bank: nn.Module, i: int, description: dict[str, Any]) -> Rotation:
+    tensors = {name: tensor.cpu() for name, tensor in bank.get_submodule(str(i)).named_buffers()}
+    try:
+        return restore(description, tensors)
+    except RotationError as error:
+        names = ", ".join(f"{BANK}.{i}.{name}" for name in tensors)
+        raise CheckpointError(f"an online rotation ({names}) is missing or damaged: {error}") from None
+
+
 class SpinQuantizer(HfQuantizer):
     """The quantizer that transformers calls when it loads or saves a native checkpoint."""
 
@@ -122,10 +131,7 @@ class SpinQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config, bank = self.quantization_config, model.get_submodule(BANK)
-        found = [
-            restore(description, {k: v.cpu() for k, v in bank.get_submodule(str(i)).named_buffers()})
-            for i, description in enumerate(config.rotations)
-        ]
+        found = [_restored(bank, i, description) for i, description in enumerate(config.rotations)]
         delattr(model, BANK)
         self.rotations = {space: found[i] for space, i in config.spaces.items()}
         for weight in self._weights():

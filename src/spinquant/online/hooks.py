@@ -52,6 +52,7 @@ class Attachment:
         inputs: Sites of activations. The key is the first of the linears that read the activation, or the first of
             the tensors of stacked experts.
         keys_values: Sites of keys and values, by the name of the attention module.
+        checks: What compares the sites of activations with their calls, one for each decoder block.
 
     Example:
         >>> import spinquant
@@ -67,6 +68,7 @@ class Attachment:
     def __init__(self) -> None:
         self.inputs: dict[str, InputSite] = {}
         self.keys_values: dict[str, KeyValueSite] = {}
+        self.checks: list[FiringCheck] = []
         self._handles: list[Any] = []
         self._attributes: list[tuple[Any, str, bool, Any]] = []
 
@@ -185,6 +187,20 @@ def before_forward(model: nn.Module, action: Callable[[], object]) -> Any:
     return model.register_forward_pre_hook(hook)
 
 
+@contextmanager
+def unchecked(model: nn.Module) -> Iterator[None]:
+    """Within the `with` block, decoder blocks may be run without the linears inside them."""
+    attachment = attachment_of(model)
+    checks = attachment.checks if attachment is not None else []
+    for check in checks:
+        check.active = False
+    try:
+        yield
+    finally:
+        for check in checks:
+            check.active = True
+
+
 def attachment_of(model: nn.Module) -> Attachment | None:
     """The attachment on a model, or None."""
     return getattr(model, ATTACHMENT, None)
@@ -268,6 +284,7 @@ class _Attaching:
         for block, sites in inside.items():
             check = FiringCheck(block, sites, {name: readers.get(name, (name,)) for name in sites})
             module = self.model.get_submodule(block)
+            self.attachment.checks.append(check)
             self.attachment.hook(module.register_forward_pre_hook(check.begin))
             self.attachment.hook(module.register_forward_hook(check.finish))
 
