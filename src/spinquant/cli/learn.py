@@ -64,7 +64,7 @@ def learn(
         ),
     ] = None,
     samples: Annotated[int, opt.SAMPLES] = 128,
-    sample_length: Annotated[int, opt.SAMPLE_LENGTH] = 512,
+    sample_length: Annotated[int | None, opt.SAMPLE_LENGTH] = None,
     force: opt.Force = False,
     push: opt.PushToHub = None,
     device: opt.Device = "cpu",

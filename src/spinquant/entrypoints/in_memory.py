@@ -23,6 +23,7 @@ from spinquant.evaluation.equivalence import check, compare, prove, snapshot
 from spinquant.formats.compressed_config import check_plan
 from spinquant.formats.compressed_tensors import write_compressed
 from spinquant.formats.native import check_fresh, is_marked, mark, unmark
+from spinquant.models.context import check_context
 from spinquant.models.modules import largest, tensor_shapes
 from spinquant.online.hooks import attach
 from spinquant.plan import Plan
@@ -64,6 +65,7 @@ def rotate(
     Raises:
         ArchitectureError: The architecture is unknown.
         RotationError: A rotation is not possible in this model, or the model is rotated online or quantized already.
+        TextError: The sample is longer than the model's context.
         ProofError: The logits moved by more than rounding; the first deviating module is named. If that was found on
             `sample`, the model is changed already and must not be used.
 
@@ -83,6 +85,8 @@ def rotate(
     if rotations is None:
         rotations = make_rotations(plan, spec)
     check_given(plan, spec, rotations)
+    if sample is not None:
+        check_context(model.config, sample.shape[-1], "give a shorter sample")
     tiny = prove(model.config, spec) if options.prove and rotations else None
     before = None if sample is None or not rotations else snapshot(model, plan, sample)
     install(model, plan, rotations, spec, options=options)
@@ -156,6 +160,7 @@ def quantize(
     Raises:
         SchemeError: The scheme cannot be parsed, or does not fit the model.
         CalibrationError: Calibration tokens are missing or cannot be used, or an option would have no effect.
+        TextError: Tokens are longer than the model's context.
         RotationError: A rotation is not possible in this model, or the model is rotated online or quantized already.
         ProofError: Rotating moved the logits by more than rounding, see `rotate`.
 
@@ -174,6 +179,8 @@ def quantize(
     calibration = check_calibration(method, scheme, calibration)
     if calibration is not None and (tokens is None or tokens.numel() == 0):
         raise CalibrationError(f"{method} works on calibration tokens, int64 (samples, length), and none were given")
+    if tokens is not None:
+        check_context(model.config, tokens.shape[-1], "give shorter samples")
     check_fresh(model)
     use_family(model.config, family)
     check_fits(plan_of(model), tensor_shapes(model), scheme)

@@ -203,7 +203,7 @@ def _texts(
     # The end of the text, with a window as a gap before it.
     if len(tokens) < text.windows + 2:
         raise TextError(
-            f"there are {len(tokens)} windows of {wanted.length} tokens ({wanted.samples} samples and {text.windows} "
+            f"there are {len(tokens)} windows of {tokens.shape[1]} tokens ({wanted.samples} samples and {text.windows} "
             "windows were asked for): too few to learn from some and to score on others, with one between them. Give "
             "more --samples, a longer text, a shorter --sample-length, or another text to score on (--held-out)"
         )
