@@ -133,7 +133,7 @@ def learn(
             "--scales/--no-scales",
         ),
     ] = None,
-    type: opt.Type = "random-hadamard",
+    type: opt.Type = "auto",
     block_size: opt.BlockSize = None,
     seed: opt.Seed = 0,
     dtype: opt.Dtype = None,

@@ -84,8 +84,9 @@ Type = Annotated[
     str,
     option(
         ADVANCED,
-        "Type of rotation: hadamard, random-hadamard, random-matrix or auto; or one per rotation, as in "
-        "R1=random-matrix,R4=hadamard.",
+        "Type of rotation: auto (random-hadamard where a Hadamard matrix of the order is known, else its Kronecker "
+        "product with a random orthogonal matrix), hadamard, random-hadamard or random-matrix; or one per rotation, as "
+        "in R1=random-matrix,R4=hadamard.",
         "--type",
     ),
 ]

@@ -105,7 +105,7 @@ def quantize(
     exact_inputs: Annotated[
         bool, opt.option(opt.ADVANCED, "Calibrate on unquantized activations and KV cache.", "--exact-inputs")
     ] = False,
-    type: opt.Type = "random-hadamard",
+    type: opt.Type = "auto",
     block_size: opt.BlockSize = None,
     randomize: opt.Randomize = False,
     seed: opt.Seed = 0,
