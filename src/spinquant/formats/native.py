@@ -38,6 +38,11 @@ from spinquant.rotations.wrappers import online_part
 
 FORMAT_VERSION = 2  # 2 added clip ratios per site
 BANK = "spinquant_rotations"
+NO_OFFLOADING = (
+    "weights of the native format are unpacked when they are loaded, so none can be offloaded. Put the whole model on "
+    "one device or on several GPUs (device_map without 'disk', and 'cpu' alone), or write --format compressed-tensors "
+    "and serve that with vLLM"
+)
 
 
 class SpinQuantConfig(QuantizationConfigMixin):
@@ -111,6 +116,14 @@ class SpinQuantizer(HfQuantizer):
         self.scheme = Scheme.from_dict(quantization_config.scheme)
         self.rotations: dict[str, Rotation] = {}
 
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse a device map that offloads, before anything is read."""
+        devices = {str(device) for device in device_map.values()} if isinstance(device_map, dict) else set()
+        if "disk" in devices or ("cpu" in devices and len(devices) > 1):
+            offloaded = ("disk", "cpu")["disk" not in devices]
+            part = next(name for name, device in device_map.items() if str(device) == offloaded)
+            raise CheckpointError(f"the device map puts {part!r} on {offloaded!r}: {NO_OFFLOADING}")
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.plan = plan_of(model)
         self.kept = {weight.tensor: named_tensor(model, weight.tensor).shape for weight in self._weights()}
@@ -129,6 +142,8 @@ class SpinQuantizer(HfQuantizer):
         delattr(model, BANK)
         self.rotations = {space: found[i] for space, i in config.spaces.items()}
         for weight in self._weights():
+            if named_tensor(model, weight.tensor).is_meta:  # a device map that transformers made
+                raise CheckpointError(f"{weight.tensor} does not fit in memory and was offloaded: {NO_OFFLOADING}")
             _unpack(model, weight, self.scheme.weights, self.kept[weight.tensor])
         attach(model, self.plan, self.rotations, self.scheme, Clips.from_dict(config.clips))
         return model
@@ -302,6 +317,8 @@ def _expect_packed(model: Any, weight: Weight, quantizer: Quantizer | None) -> N
         placeholder = torch.empty(shape, dtype=dtype, device="meta")
         if part == name:
             setattr(owner, name, nn.Parameter(placeholder, requires_grad=False))
+            # transformers initializes what it offloads, and integers have no normal distribution.
+            getattr(owner, name)._is_hf_initialized = True
         else:
             owner.register_buffer(part, placeholder)
 
