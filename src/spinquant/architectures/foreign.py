@@ -34,8 +34,8 @@ def layers_beyond(family: Family, config: Any, names: Iterable[str]) -> str | No
         return None
     last = max(found.values())
     return (
-        f"tensor {beyond!r} belongs to layer {found[beyond]}, and the config has num_hidden_layers: {layers}, while the "
-        f"checkpoint has layers 0 to {last}. The config was cut, or is of another model. Set num_hidden_layers to "
+        f"tensor {beyond!r} belongs to layer {found[beyond]}, and the config has num_hidden_layers: {layers}, while "
+        f"the checkpoint has layers 0 to {last}. The config was cut, or is of another model. Set num_hidden_layers to "
         f"{last + 1} in config.json; or, to drop the other layers, {SAVED_AGAIN}"
     )
 
