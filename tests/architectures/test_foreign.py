@@ -79,14 +79,10 @@ def test_weight_files_without_an_index(tmp_path, folder):
     model = load(folder)
     model.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
     (tmp_path / "shards" / "model.safetensors.index.json").unlink()
-    with pytest.raises(
-        CheckpointError, match=r"weight files \(model-00001-of.*no index.*Download model\.safetensors\.i"
-    ):
+    with pytest.raises(CheckpointError, match=r"weight files \(model-00001-of.*no index.*Download model"):
         rotated(tmp_path / "shards", tmp_path / "out")
     (folder / "model.safetensors").rename(folder / "weights.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"one weight file, weights\.safetensors.*rename it to model\.safetensors"
-    ):
+    with pytest.raises(CheckpointError, match=r"one weight file, weights\.safetensors.*rename it to model"):
         rotated(folder, tmp_path / "out")
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="is an adapter"):
