@@ -97,6 +97,20 @@ def test_vision_language_models_load_to_the_last_bit(name, tmp_path):
     assert torch.equal(logits(again, tokens()), logits(result.model, tokens()))
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_neox", "mimo_v2_flash"])
+def test_models_whose_checkpoints_have_other_names_load_to_the_last_bit(name, tmp_path):
+    """Experts that a checkpoint stores one by one are stacked when it is loaded."""
+    config, folder = FAMILIES[name].config(), tmp_path / "model"
+    random_weights(model_class(config).from_config(config, dtype=torch.float32)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    given = {"format": "compressed-tensors", "options": UNPROVED}
+    quantize_folder(folder, tmp_path / "out", "KVFP8", RotationSpec("R2"), text=None, calibration_text=TEXT, **given)
+    model = load(folder)
+    _, ids = calibration_tokens(model, load_tokenizer(folder), TEXT)
+    result = quantize(model, "KVFP8", RotationSpec("R2"), tokens=ids, **given)
+    assert torch.equal(logits(load(tmp_path / "out"), tokens()), logits(result.model, tokens()))
+
+
 @pytest.mark.parametrize("words", ["W8A8KVFP8", "NVFP4KVFP8"])
 def test_words_mean_the_same_in_python_and_on_the_command_line(words, run, tmp_path):
     folder = saved(tmp_path / "model", torch.float32)
