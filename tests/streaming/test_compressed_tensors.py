@@ -84,14 +84,15 @@ def test_vision_language_models_load_to_the_last_bit(name, tmp_path):
     rotations = [rotation for rotation in ("R1", "R2", "R4") if rotation in FAMILIES[name].allowed]
     spec = RotationSpec(rotations, "hadamard", block_size={"R4": 16}, randomize=False)
     given = {"format": "compressed-tensors", "options": UNPROVED}
-    quantize_folder(folder, tmp_path / "out", "W8A8", spec, text=None, **given)
-    result = quantize(load(folder), "W8A8", spec, **given)
+    scheme = symmetric("W8A8", lm_head=True)
+    quantize_folder(folder, tmp_path / "out", scheme, spec, text=None, **given)
+    result = quantize(load(folder), scheme, spec, **given)
     save(result, tmp_path / "expected", format="compressed-tensors")
     assert_same(tmp_path / "out", tmp_path / "expected")
     assert described(tmp_path / "out") == described(tmp_path / "expected")
     ignored = described(tmp_path / "out")["ignore"]
     assert any("vision" in linear or "visual" in linear for linear in ignored)
-    assert not any("down_proj" in linear for linear in ignored if "vis" not in linear)
+    assert not any("down_proj" in linear or "lm_head" in linear for linear in ignored if "vis" not in linear)
     again = load(tmp_path / "out")
     assert type(again) is type(result.model)
     assert torch.equal(logits(again, tokens()), logits(result.model, tokens()))

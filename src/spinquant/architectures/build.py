@@ -76,7 +76,7 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
         transposed=family.transposed,
         renamed=tuple(
             (weight, origin(weight))
-            for weight in (f"{name}.weight" for group in build.linears() for name in group)
+            for weight in (*(f"{name}.weight" for group in build.linears() for name in group), family.head)
             if origin(weight) != weight
         ),
         scalings=tuple(
