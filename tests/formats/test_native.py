@@ -247,7 +247,7 @@ def test_offloading_is_refused(scheme, tmp_path):
         AutoModelForCausalLM.from_pretrained(out, device_map=mapped, **folder)
     with pytest.raises(CheckpointError, match=r"'model\.embed_tokens' on 'cpu'.*one device"):
         AutoModelForCausalLM.from_pretrained(out, device_map={**mapped, "model.layers.1": "meta"})
-    with pytest.raises(CheckpointError, match="does not fit in memory"):
+    with pytest.raises(CheckpointError, match=r"on 'disk'.*one device"):
         AutoModelForCausalLM.from_pretrained(out, device_map="auto", max_memory={"cpu": 120_000}, **folder)
     for allowed in ("cpu", "auto", dict.fromkeys(PARTS, "cpu")):
         again = AutoModelForCausalLM.from_pretrained(out, device_map=allowed, dtype="auto")

@@ -117,7 +117,7 @@ class SpinQuantizer(HfQuantizer):
         self.rotations: dict[str, Rotation] = {}
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuse a device map that offloads, before anything is read."""
+        """Refuse a device map that offloads; transformers calls this for a given map, and for one that it made."""
         devices = {str(device) for device in device_map.values()} if isinstance(device_map, dict) else set()
         if "disk" in devices or ("cpu" in devices and len(devices) > 1):
             offloaded = ("disk", "cpu")["disk" not in devices]
@@ -142,8 +142,6 @@ class SpinQuantizer(HfQuantizer):
         delattr(model, BANK)
         self.rotations = {space: found[i] for space, i in config.spaces.items()}
         for weight in self._weights():
-            if named_tensor(model, weight.tensor).is_meta:  # a device map that transformers made
-                raise CheckpointError(f"{weight.tensor} does not fit in memory and was offloaded: {NO_OFFLOADING}")
             _unpack(model, weight, self.scheme.weights, self.kept[weight.tensor])
         attach(model, self.plan, self.rotations, self.scheme, Clips.from_dict(config.clips))
         return model
@@ -317,8 +315,6 @@ def _expect_packed(model: Any, weight: Weight, quantizer: Quantizer | None) -> N
         placeholder = torch.empty(shape, dtype=dtype, device="meta")
         if part == name:
             setattr(owner, name, nn.Parameter(placeholder, requires_grad=False))
-            # transformers initializes what it offloads, and integers have no normal distribution.
-            getattr(owner, name)._is_hf_initialized = True
         else:
             owner.register_buffer(part, placeholder)
 
