@@ -163,7 +163,7 @@ class Plan:
         refused: (rotation, mathematical reason) for rotations that the architecture rules out.
         experts: expert weights that are not modules of their own.
         transposed: weights of `linears` are (in, out), as in Conv1D; the head's never is.
-        renamed: (name by the module, name in the checkpoint) for weights of linears where the two differ.
+        renamed: (name by the module, name in the checkpoint) for weights of linears and the head, where the two differ.
         predictors: tensors of multi-token prediction layers, which belong to no space and exist in checkpoints only.
         scalings: spaces that may be scaled channel by channel, which costs nothing at run time.
         uncalled: linears whose weights the model class uses without calling the module, so that their inputs cannot
@@ -257,10 +257,18 @@ class Plan:
         """The name of a linear module's weight among the tensors that the plan was made from."""
         return self._renamed.get(f"{linear}.weight", f"{linear}.weight")
 
+    def stored_as(self, module: str) -> str:
+        """The name of a linear or attention module in the checkpoint, without that of its tensors."""
+        for linear in (module, *(name for group in self.linears for name in group if name.startswith(f"{module}."))):
+            stored, inside = self.weight_of(linear).removesuffix(".weight"), linear.removeprefix(module)
+            if stored.endswith(inside):
+                return stored.removesuffix(inside)
+        return module
+
     def read_by(self, linear: str) -> Space | None:
         """The space that the whole input of a linear module belongs to; None if there is none."""
         weight = self.weight_of(linear)
-        reading = 0 if self.transposed and weight != self.head else 1
+        reading = 0 if self.transposed and linear != self.head.removesuffix(".weight") else 1
         axes = (axis for axis in self.axes_of.get(weight, ()) if axis.dim == reading and axis.span is None)
         return next((self.space[axis.space] for axis in axes), None)
 

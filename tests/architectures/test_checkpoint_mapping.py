@@ -11,8 +11,18 @@ from safetensors.torch import save_file
 
 from checkpoints import assert_same, from_disk, quantize_to_fp8, weights
 from families import FAMILIES
-from models import byte_tokenizer, random_weights
-from spinquant import Options, ProofError, RotationSpec, load, parse_scheme, quantize_folder, rotate_folder
+from models import byte_tokenizer, logits, random_weights, tokens
+from spinquant import (
+    Options,
+    ProofError,
+    RotationSpec,
+    load,
+    parse_scheme,
+    quantize,
+    quantize_folder,
+    read_headers,
+    rotate_folder,
+)
 from spinquant.architectures import FAMILIES as TABLES
 from spinquant.architectures import make_plan
 from spinquant.architectures.checkpoint_mapping import form_of
@@ -160,3 +170,16 @@ def test_experts_in_fp8_blocks_are_calibrated_on_their_dequantized_values(tmp_pa
     assert_same(tmp_path / "model-out", tmp_path / "plain-out")
     configs = [json.loads((tmp_path / f"{n}-out" / "config.json").read_text()) for n in ("model", "plain")]
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+
+
+@pytest.mark.parametrize("name", ["llava", "gpt_neox"])
+def test_a_head_of_another_name_is_quantized_too(name, tmp_path):
+    config = FAMILIES[name].config()
+    folder, scheme = saved(tmp_path / "model", config), parse_scheme("W4", lm_head=True)
+    stored = set(read_headers(folder))
+    assert "lm_head.weight" not in stored
+    quantize_folder(folder, tmp_path / "out", scheme, RotationSpec("R2"), text=None, options=UNPROVED)
+    heads = {key for key in read_headers(tmp_path / "out") if key.endswith("_scale")} - {f"{n}_scale" for n in stored}
+    assert not heads and stored <= set(read_headers(tmp_path / "out"))
+    result = quantize(load(folder), scheme, RotationSpec("R2"), options=UNPROVED)
+    assert torch.equal(logits(load(tmp_path / "out"), tokens()), logits(result.model, tokens()))

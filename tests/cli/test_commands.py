@@ -152,7 +152,10 @@ MISTAKES = {
     "unknown type": (["rotate", "{model}", "{out}", "--type", "fourier"], "fourier"),
     "block that does not divide": (["rotate", "{model}", "{out}", "--block-size", "7"], "does not divide"),
     "block that is no number": (["rotate", "{model}", "{out}", "--block-size", "big"], "big"),
-    "order without Hadamard": (["rotate", "{model}", "{out}", "--block-size", "R1=6", "--rotations", "R1"], "6"),
+    "order without Hadamard": (
+        ["rotate", "{model}", "{out}", "--block-size", "R1=6", "--rotations", "R1", "--type", "random-hadamard"],
+        "order 6",
+    ),
     "unknown scheme": (["quantize", "{model}", "{out}", "--scheme", "INT4"], "INT4"),
     "unknown method": (["quantize", "{model}", "{out}", "--scheme", "W4A4", "--method", "magic"], "magic"),
     "group that does not divide": (["quantize", "{model}", "{out}", "--scheme", "W4g7A16"], "q_proj"),

@@ -231,3 +231,24 @@ def test_quantizing_twice_is_refused(tmp_path):
     _, out = saved(tmp_path)
     with pytest.raises(CheckpointError, match="quantized already"):
         spinquant.quantize_folder(out, tmp_path / "twice", parse_scheme("W4A16"), RotationSpec(()), text="manual")
+
+
+PARTS = ("model.embed_tokens", *(f"model.layers.{i}" for i in range(3)), "model.norm", "model.rotary_emb", "lm_head")
+
+
+@pytest.mark.parametrize("scheme", ["W4A4KV4", "none"])
+def test_offloading_is_refused(scheme, tmp_path):
+    """Packed weights cannot be read from disk module by module, as transformers would."""
+    pytest.importorskip("accelerate")
+    result, out = saved(tmp_path, scheme=scheme)
+    folder = {"offload_folder": str(tmp_path / "offloaded")}
+    mapped = {**dict.fromkeys(PARTS, "cpu"), "model.layers.1": "disk"}
+    with pytest.raises(CheckpointError, match=r"'model\.layers\.1' on 'disk'.*one device"):
+        AutoModelForCausalLM.from_pretrained(out, device_map=mapped, **folder)
+    with pytest.raises(CheckpointError, match=r"'model\.embed_tokens' on 'cpu'.*one device"):
+        AutoModelForCausalLM.from_pretrained(out, device_map={**mapped, "model.layers.1": "meta"})
+    with pytest.raises(CheckpointError, match=r"on 'disk'.*one device"):
+        AutoModelForCausalLM.from_pretrained(out, device_map="auto", max_memory={"cpu": 120_000}, **folder)
+    for allowed in ("cpu", "auto", dict.fromkeys(PARTS, "cpu")):
+        again = AutoModelForCausalLM.from_pretrained(out, device_map=allowed, dtype="auto")
+        assert torch.equal(logits(again, tokens()), logits(result.model, tokens()))

@@ -4,7 +4,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models import tiny_model
 from spinquant import HadamardOrderError, RotationError, RotationSpec, make_rotations, plan_of
-from spinquant.rotations.factory import random_orthogonal, random_signs
+from spinquant.plan import Space
+from spinquant.rotations.factory import choose, random_orthogonal, random_signs
 from spinquant.rotations.rotation import Hadamard, Kronecker, Orthogonal, matrix
 from spinquant.rotations.serialization import empty_tensors, restore
 
@@ -113,12 +114,19 @@ def test_a_block_size_that_does_not_divide_names_the_space_and_the_divisors():
 
 def test_an_order_without_hadamard_matrix_names_alternatives_and_auto_uses_one():
     plan = plan_of(tiny_model("llama"))
-    odd = RotationSpec("R4", block_size={"R4": 10})
+    odd = RotationSpec("R4", "random-hadamard", block_size={"R4": 10})
     with pytest.raises(HadamardOrderError, match=r"hidden.*10.*(?s:.*)random-matrix"):
         make_rotations(plan, odd)
     made = make_rotations(plan, RotationSpec("R4", "auto", block_size={"R4": 10}))
     assert isinstance(made["layers.0.hidden"], Kronecker)
     assert made["layers.0.hidden"].order == 10
+
+
+@pytest.mark.parametrize(("order", "odd"), [(13696, 107), (27392, 107), (11008, None)])
+def test_by_default_every_dimension_of_a_released_model_has_a_rotation(order, odd):
+    chosen = choose(Space("layers.0.hidden", "R4", order), RotationSpec("R4"))
+    assert chosen["kind"] == ("random-hadamard" if odd is None else "kronecker")
+    assert chosen["order"] == order and (odd is None or chosen["hadamard_order"] * odd == order)
 
 
 def test_bad_options_are_refused():

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from spinquant.architectures.family import INSIDE, AxisPart, AxisSpace, Family, Named, Norm, holds, size_of
+from spinquant.architectures.foreign import layers_beyond, missing_head, scales_among
 from spinquant.architectures.shared_blocks import owners, with_shared_blocks
 from spinquant.errors import ArchitectureError
 from spinquant.plan import Axis, Experts, Gain, Online, Plan, Scaling, Space, Span, Tie
@@ -35,10 +36,7 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
     shapes = {name: shapes[origin] for name, origin in stored.items()}
     tie = bool(getattr(config, "tie_word_embeddings", False))
     if family.head not in shapes and not tie:
-        raise ArchitectureError(
-            f"{family.name}: tensor {family.head!r} is missing and the config does not tie it to the embedding; "
-            "the checkpoint is incomplete"
-        )
+        raise ArchitectureError(f"{family.name}: {scales_among(shapes) or missing_head(family.head)}")
     # A module has a tied head under both names, a checkpoint under one: the plan is the same for both.
     shapes = {**shapes, family.head: shapes.get(family.head, shapes.get(family.embedding, ()))}
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -78,7 +76,7 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
         transposed=family.transposed,
         renamed=tuple(
             (weight, origin(weight))
-            for weight in (f"{name}.weight" for group in build.linears() for name in group)
+            for weight in (*(f"{name}.weight" for group in build.linears() for name in group), family.head)
             if origin(weight) != weight
         ),
         scalings=tuple(
@@ -190,12 +188,16 @@ class _Build:
                 if name in self.shapes:
                     found[name] = tuple(self.in_layer(space, i) for space in spaces)
                 elif not optional and self._is_needed(name, i):
+                    if reason := scales_among(self.shapes):
+                        raise ArchitectureError(f"{self.family.name}: {reason}")
                     raise ArchitectureError(
                         f"{self.family.name}: tensor {name!r} is missing; the config has {len(self.layers)} layers of "
                         f"model_type {self.config.model_type!r}. The checkpoint is incomplete or not of this family."
                     )
         for name, shape in self.shapes.items():
             if name not in found and not any(re.fullmatch(pattern, name) for pattern in self.family.ignored):
+                if reason := layers_beyond(self.family, self.config, self.shapes) or scales_among([name]):
+                    raise ArchitectureError(f"{self.family.name}: {reason}")
                 raise ArchitectureError(
                     f"tensor {name!r} (shape {tuple(shape)}) is not described by the table of {self.family.name!r}: "
                     "rotating the model without it could change its outputs. A table covers one model class; a class "

@@ -2,13 +2,14 @@
 
 A text is named by a string: a file, `manual` (the Python manual that comes with every Python, for work without a
 network), `wikitext`, or `dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]]` from the Hugging Face hub. The default, `auto`,
-takes wikitext when the `datasets` extra is installed and the hub answers, else the manual.
+takes wikitext when the `datasets` extra is installed and the hub answers, else the manual. Files of JSON Lines and
+datasets may hold chats (`chats.py`).
 """
 
 import os
 import urllib.request
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,27 +17,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spinquant.calibration.chats import CHATS, EXPECTED, SUFFIXES, read_rows, taken, text_of
 from spinquant.errors import TextError
 from spinquant.models.capture import device_of
+from spinquant.models.context import fitting_length
 
 WIKITEXT = "dataset:Salesforce/wikitext:wikitext-2-raw-v1:test:text"
+LENGTH = 512  # tokens of a window of calibration text
 HUB_TIMEOUT = 3.0  # seconds
 GENERATED_AT_ONCE = 16  # samples
 
 
-def load_text(source: str = "auto") -> tuple[str, str]:
+def load_text(source: str = "auto", tokenizer: Any = None) -> tuple[str, str]:
     """Load a text from a file, from a dataset on the Hugging Face hub, or from the Python manual.
 
     Args:
-        source: A path to a UTF-8 file; `manual`, the Python manual, which needs no network; `wikitext`, the test split
-            of wikitext-2-raw-v1; `dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]]`, with split `test` and column `text` by
-            default; or `auto` (the default), wikitext if `datasets` is installed and the hub answers, else the manual.
+        source: A path to a UTF-8 file, whose suffix .jsonl, .ndjson or .json says that it holds rows; `manual`, the
+            Python manual, which needs no network; `wikitext`, the test split of wikitext-2-raw-v1;
+            `dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]]`, with split `test` by default, and without a column the one that
+            holds texts or chats; or `auto` (the default), wikitext if `datasets` is installed and the hub answers, else
+            the manual. Rows are texts ({"text": ...}) or chats (`messages`, `conversations`, or `prompt` and
+            `completion`).
+        tokenizer: The model's tokenizer of transformers, whose chat template writes out chats. Default: none, chats are
+            refused.
 
     Returns:
         (name, text); the name records which source was read.
 
     Raises:
-        TextError: The file or dataset cannot be read, or holds no text.
+        TextError: The file or dataset cannot be read, holds no text, or holds something else; what was found is named.
 
     Example:
         >>> import spinquant
@@ -51,8 +60,10 @@ def load_text(source: str = "auto") -> tuple[str, str]:
 
         return "manual", "\n\n".join(topics[name] for name in sorted(topics))
     if source == "wikitext" or source.startswith("dataset:"):
-        return _load_dataset(WIKITEXT if source == "wikitext" else source)
+        return _load_dataset(WIKITEXT if source == "wikitext" else source, tokenizer)
     path = Path(source)
+    if path.suffix.lower() in SUFFIXES:
+        return path.name, text_of(read_rows(path), tokenizer, f"text file {source!r}")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -64,7 +75,7 @@ def load_text(source: str = "auto") -> tuple[str, str]:
     return path.name, text
 
 
-def _load_dataset(source: str) -> tuple[str, str]:
+def _load_dataset(source: str, tokenizer: Any) -> tuple[str, str]:
     name, config, split, column = [*source.split(":")[1:], "", "", "", ""][:4]
     try:
         from datasets import load_dataset
@@ -73,12 +84,38 @@ def _load_dataset(source: str) -> tuple[str, str]:
             f"text {source!r} needs the datasets extra (pip install 'spinquant[datasets]'), or use --text manual"
         ) from None
     try:
-        rows = load_dataset(name, config or None, split=split or "test")
-        text = "\n\n".join(rows[column or "text"])  # pyright: ignore
+        rows: Any = load_dataset(name, config or None, split=split or "test")
     except Exception as error:  # the library raises many kinds, from network to parsing
         reason = f"{type(error).__name__}: {error}"
         raise TextError(f"cannot load {source!r}: {reason}. Offline, use --text manual") from error
-    return source, text
+    wanted = _columns(source, rows.column_names, column)
+    if len(rows) == 0:
+        raise TextError(f"text {source!r} holds no rows")
+
+    def row_of(i: int) -> Any:
+        found = rows[i]
+        return found[wanted[0]] if len(wanted) == 1 else {key: found[key] for key in wanted}
+
+    if len(wanted) == 1 and isinstance(row_of(0), str):
+        values: Any = enumerate(rows[wanted[0]])  # far faster than row by row
+    else:
+        values = ((i, row_of(i)) for i in taken(len(rows), row_of(0)))
+    return source, text_of([(f"row {i + 1} of {source!r}", v) for i, v in values], tokenizer, f"text {source!r}")
+
+
+def _columns(source: str, names: Sequence[str], column: str) -> tuple[str, ...]:
+    """The columns of a dataset that hold its texts or chats."""
+    if column and column not in names:
+        raise TextError(f"{source!r} names column {column!r}, and the dataset has {', '.join(names)}")
+    if column:
+        return (column,)
+    for choice in (("text",), *((key,) for key in CHATS), ("prompt", "completion")):
+        if set(choice) <= set(names):
+            return choice
+    raise TextError(
+        f"the dataset of {source!r} has the columns {', '.join(names)}: {EXPECTED}. Name the column of a text or chat, "
+        "as in dataset:NAME:CONFIG:SPLIT:COLUMN"
+    )
 
 
 def hub_reachable() -> bool:
@@ -146,7 +183,7 @@ class CalibrationText:
         text: A source of text as in `load_text`, or `generated`: sampled from the model itself. `auto` (the default)
             is `generated` if there is no tokenizer.
         samples: Largest number of windows. Default: 128.
-        length: Tokens of a window. Default: 512.
+        length: Tokens of a window. Default: 512, or the model's context if that is shorter.
         seed: Of generated text.
 
     Raises:
@@ -155,27 +192,27 @@ class CalibrationText:
     Example:
         >>> import spinquant
         >>> spinquant.CalibrationText("manual", samples=16)
-        CalibrationText(text='manual', samples=16, length=512, seed=0)
+        CalibrationText(text='manual', samples=16, length=None, seed=0)
     """
 
     text: str = "auto"
     samples: int = 128
-    length: int = 512
+    length: int | None = None
     seed: int = 0
 
     def __post_init__(self):
-        if self.samples < 1 or self.length < 2:
+        if self.samples < 1 or (self.length is not None and self.length < 2):
             raise TextError(f"{self.samples} samples of {self.length} tokens: expected at least 1 sample of 2 tokens")
 
 
-def check_length(config: Any, source: CalibrationText) -> None:
-    """Raise TextError for samples that are longer than the model's context (`max_position_embeddings`)."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(context, int) and source.length > context > 0:
-        raise TextError(
-            f"samples of {source.length} tokens are longer than the model's context of {context} "
-            "(max_position_embeddings): give a shorter --sample-length"
-        )
+def fitted(source: CalibrationText, config: Any) -> CalibrationText:
+    """The text with the length of its windows settled; config: of the model, None if it is unknown.
+
+    Raises TextError for windows that are longer than the model's context.
+    """
+    if config is None:
+        return replace(source, length=source.length or LENGTH)
+    return replace(source, length=fitting_length(config, source.length, LENGTH, "give a shorter --sample-length"))
 
 
 def calibration_tokens(
@@ -206,8 +243,8 @@ def calibration_tokens(
         >>> name, tuple(tokens.shape)
         ('generated', (2, 8))
     """
-    if model is not None:
-        check_length(model.config, source)
+    source = fitted(source, None if model is None else model.config)
+    assert source.length is not None
     if source.text == "generated" or (tokenizer is None and source.text == "auto"):
         return "generated", generate_tokens(model, source, progress=progress)
     if tokenizer is None:
@@ -215,7 +252,7 @@ def calibration_tokens(
             f"the model has no tokenizer, so text {source.text!r} cannot be tokenized: use generated text, which the "
             "model samples itself"
         )
-    name, text = load_text(source.text)
+    name, text = load_text(source.text, tokenizer)
     return name, token_windows(tokenizer, text, length=source.length, count=source.samples)
 
 
@@ -228,6 +265,7 @@ def generate_tokens(
     Every sample starts with a random token, behind the beginning-of-sequence token if the config has one. The same seed
     gives the same text.
     """
+    source = fitted(source, model.config)
     config = model.config.get_text_config()
     device = device_of(model)
     with torch.random.fork_rng():

@@ -160,7 +160,26 @@ def weight_files(folder: Path) -> list[str]:
             f"{folder} holds pickle weights only (pytorch_model.bin), which can run code when loaded. Convert them to "
             "safetensors, or, where a command has the option, pass --allow-pickle if you trust their origin."
         )
-    raise CheckpointError(f"{folder} holds no weights: expected {SINGLE} or {INDEX}")
+    raise CheckpointError(_without_weights(folder))
+
+
+def _without_weights(folder: Path) -> str:
+    """Why a folder without the usual weight files is refused, and the way out."""
+    expected = f"expected {SINGLE}, or {INDEX} and the shards that it names"
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not shards:
+        return f"{folder} holds no weights: {expected}"
+    if (folder / "adapter_config.json").is_file():
+        return f"{folder} is an adapter, without the weights of its base model ({shards[0]} alone): {expected}"
+    if len(shards) == 1:
+        return (
+            f"{folder} has one weight file, {shards[0]}: {expected}. If it holds the whole model in the format of "
+            f"transformers, rename it to {SINGLE}; otherwise download the folder again"
+        )
+    return (
+        f"{folder} has {len(shards)} weight files ({shards[0]}, ...) and no index, which says which tensors belong to "
+        f"the model: {expected}. Download {INDEX} from where the shards are from"
+    )
 
 
 def _weight_map(folder: Path) -> dict[str, str]:

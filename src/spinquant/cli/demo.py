@@ -23,7 +23,7 @@ def demo(
     ] = None,
     scheme: opt.SchemeName = "W4A4KV4",
     text: opt.Text = "manual",
-    length: opt.Length = 512,
+    length: opt.Length = None,
     windows: opt.Windows = 8,
     seed: opt.Seed = 0,
     force: opt.Force = False,

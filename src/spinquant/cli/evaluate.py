@@ -39,7 +39,7 @@ def evaluate(
     quiet: opt.Quiet = False,
     json_: opt.Json = False,
     text: opt.Text = "auto",
-    length: opt.Length = 1024,
+    length: opt.Length = None,
     windows: opt.Windows = 32,
     dtype: opt.Dtype = None,
     task_path: Annotated[
@@ -63,12 +63,12 @@ def evaluate(
         results = evaluate_tasks(loaded, load_tokenizer(model), tasks.split(","), task_path=task_path, limit=limit)
         print_result(json_, {"model": model, "results": results}, tasks_table(results))
         return
-    tokens, name = _windows(model, text, length, windows, allow_pickle)
+    tokens, name = _windows(model, text, length, windows, allow_pickle, default=1024)
     loaded = load_model(model, dtype=wanted, device=device, allow_pickle=allow_pickle)
     other = load_model(reference, dtype=wanted, device=device, allow_pickle=allow_pickle) if reference else None
     with stages(quiet=quiet) as progress:
         result = evaluate_model(loaded, tokens, reference=other, progress=lambda *n: progress("evaluate", *n))
-    setup = {"model": model, "reference": reference, "text": name, "length": length, "windows": len(tokens)}
+    setup = {"model": model, "reference": reference, "text": name, "length": tokens.shape[1], "windows": len(tokens)}
     print_result(json_, {**setup, **result.to_dict()}, evaluation_table(model, name, result))
 
 
@@ -91,7 +91,7 @@ def verify(
     quiet: opt.Quiet = False,
     json_: opt.Json = False,
     text: opt.Text = "auto",
-    length: opt.Length = 256,
+    length: opt.Length = None,
     windows: opt.Windows = 4,
     dtype: opt.Dtype = None,
     allow_pickle: opt.AllowPickle = False,
@@ -116,7 +116,7 @@ def verify(
             raise typer.Exit(1)
         return
     wanted = opt.parse_dtype(dtype) or "auto"
-    tokens, name = _windows(reference, text, length, windows, allow_pickle)
+    tokens, name = _windows(reference, text, length, windows, allow_pickle, default=256)
     first = load_model(reference, dtype=wanted, device=device, allow_pickle=allow_pickle)
     second = load_model(other, dtype=wanted, device=device, allow_pickle=allow_pickle)
     with stages(quiet=quiet) as progress:
@@ -128,12 +128,16 @@ def verify(
         raise typer.Exit(1)
 
 
-def _windows(model: str, text: str, length: int, windows: int, allow_pickle: bool) -> "tuple[Tensor, str]":
+def _windows(
+    model: str, text: str, length: int | None, windows: int, allow_pickle: bool, *, default: int
+) -> "tuple[Tensor, str]":
     from spinquant.calibration.data import load_text, token_windows
-    from spinquant.checkpoint.folder import is_local, load_tokenizer, read_headers
+    from spinquant.checkpoint.folder import is_local, load_config, load_tokenizer, read_headers
+    from spinquant.models.context import fitting_length
 
     if is_local(model) and not allow_pickle:
         read_headers(model)  # a broken folder is an error before the text is read
+    length = fitting_length(load_config(model), length, default, "give a shorter --length")
     tokenizer = load_tokenizer(model)
-    name, content = load_text(text)
+    name, content = load_text(text, tokenizer)
     return token_windows(tokenizer, content, length=length, count=windows or None), name

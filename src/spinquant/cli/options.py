@@ -84,8 +84,9 @@ Type = Annotated[
     str,
     option(
         ADVANCED,
-        "Type of rotation: hadamard, random-hadamard, random-matrix or auto; or one per rotation, as in "
-        "R1=random-matrix,R4=hadamard.",
+        "Type of rotation: auto (random-hadamard where a Hadamard matrix of the order is known, else its Kronecker "
+        "product with a random orthogonal matrix), hadamard, random-hadamard or random-matrix; or one per rotation, as "
+        "in R1=random-matrix,R4=hadamard.",
         "--type",
     ),
 ]
@@ -127,23 +128,31 @@ Compare = Annotated[
     bool, option(ADVANCED, "Compare logits on real tokens before and after rotating.", "--compare/--no-compare")
 ]
 CALIBRATION_TEXT = (
-    "Calibration text: a file, manual, wikitext, dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]], generated (by the model "
-    "itself), or auto (the default)."
+    "Calibration text: a file (text, or .jsonl of texts or chats), manual, wikitext, "
+    "dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]], generated (by the model itself), or auto (the default)."
 )
 Calibration = Annotated[str | None, option(CALIBRATION, CALIBRATION_TEXT, "--calibration")]
 # `learn` accepts --text for the calibration text too.
 LearningText = Annotated[str, option_without_default(CALIBRATION, CALIBRATION_TEXT, "--calibration", "--text")]
 SAMPLES = option_without_default(CALIBRATION, "Calibration samples; 128 by default.")
-SAMPLE_LENGTH = option_without_default(CALIBRATION, "Tokens per calibration sample; 512 by default.")
+SAMPLE_LENGTH = option_without_default(
+    CALIBRATION, "Tokens per calibration sample; 512 by default, or the model's context if that is shorter."
+)
 Text = Annotated[
     str,
     option(
         ADVANCED,
-        "Text to measure on: a file, manual (the Python manual), wikitext, dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]], or "
-        "auto.",
+        "Text to measure on: a file (text, or .jsonl of texts or chats), manual (the Python manual), wikitext, "
+        "dataset:NAME[:CONFIG[:SPLIT[:COLUMN]]], or auto.",
     ),
 ]
-Length = Annotated[int, option(ADVANCED, "Tokens per window of text.")]
+Length = Annotated[
+    int | None,
+    option_without_default(
+        ADVANCED,
+        "Tokens per window of text; by default 1024 (verify 256, demo 512), or the model's context if that is shorter.",
+    ),
+]
 Windows = Annotated[
     int, option(ADVANCED, "Windows of text to measure on, spread evenly over it (evaluate and verify: 0 for all).")
 ]

@@ -26,7 +26,7 @@ def plan(
     scheme: opt.OptionalScheme = None,
     runtime: opt.Runtime = None,
     json_: opt.Json = False,
-    type: opt.Type = "random-hadamard",
+    type: opt.Type = "auto",
     block_size: opt.BlockSize = None,
     randomize: opt.Randomize = False,
     family: opt.Family = None,

@@ -105,7 +105,7 @@ def quantize(
     exact_inputs: Annotated[
         bool, opt.option(opt.ADVANCED, "Calibrate on unquantized activations and KV cache.", "--exact-inputs")
     ] = False,
-    type: opt.Type = "random-hadamard",
+    type: opt.Type = "auto",
     block_size: opt.BlockSize = None,
     randomize: opt.Randomize = False,
     seed: opt.Seed = 0,
@@ -134,7 +134,7 @@ def quantize(
     from spinquant.entrypoints.result import Options
     from spinquant.entrypoints.validation import settle_format
     from spinquant.errors import LearningError
-    from spinquant.formats.compressed_config import as_stored
+    from spinquant.formats.compressed_config import scheme_for
     from spinquant.learning.options import LearnOptions, Watch
     from spinquant.quantization.gptq import GPTQOptions
     from spinquant.quantization.scheme import parse_scheme, static_parts
@@ -147,18 +147,18 @@ def quantize(
     # What to write: rotations, format, scheme.
     spec = opt.parse_spec(rotations, type, block_size, randomize, seed)
     settled = settle_format(format, runtime, parse_scheme(scheme), spec)
-    compressed = settled == "compressed-tensors"
-    parsed = parse_scheme(
+    parsed = scheme_for(
         scheme,
+        settled,
         group_size=group_size,
         weight_clip=opt.parse_ratio(weight_clip),
         activation_clip=activation_clip,
-        activation_symmetric=compressed if symmetric_activations is None else symmetric_activations,
+        activation_symmetric=symmetric_activations,
         kv_clip=kv_clip,
         lm_head=lm_head,
     )
     # Calibration: how, and on which text. Text options given for --learn alone are not for calibration.
-    calibrated = method != "rtn" or clips or bool(static_parts(as_stored(parsed) if compressed else parsed))
+    calibrated = method != "rtn" or clips or bool(static_parts(parsed))
     how = Calibration(
         GPTQOptions(damping, act_order, asymmetry), clips=clips, round_inputs=not exact_inputs, sequential=sequential
     )

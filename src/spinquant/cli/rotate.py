@@ -25,7 +25,7 @@ def rotate(
     device: opt.Device = "cpu",
     quiet: opt.Quiet = False,
     json_: opt.Json = False,
-    type: opt.Type = "random-hadamard",
+    type: opt.Type = "auto",
     block_size: opt.BlockSize = None,
     randomize: opt.Randomize = False,
     seed: opt.Seed = 0,

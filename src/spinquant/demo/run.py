@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from spinquant.calibration.data import load_text, token_windows
 from spinquant.checkpoint.atomic import check_free
-from spinquant.checkpoint.folder import is_local, load_tokenizer
+from spinquant.checkpoint.folder import is_local, load_config, load_tokenizer
 from spinquant.checkpoint.run_directory import atomic_folder
 from spinquant.demo.model import demo_model
 from spinquant.demo.page import Activation, DemoResult, page
@@ -42,6 +42,7 @@ from spinquant.evaluation.plots import (
 from spinquant.formats.load import load_model
 from spinquant.formats.native import unmark
 from spinquant.models.capture import captured, device_of
+from spinquant.models.context import fitting_length
 from spinquant.models.modules import tensor_shapes
 from spinquant.online.hooks import attach
 from spinquant.plan import ROTATION_NAMES, Plan
@@ -74,7 +75,7 @@ def run_demo(
     model: str | Path | None = None,
     text: str = "manual",
     windows: int = 8,
-    length: int = 512,
+    length: int | None = None,
     seed: int = 0,
     scheme: str | Scheme = "W4A4KV4",
     force: bool = False,
@@ -92,7 +93,8 @@ def run_demo(
     variants = variants_of(parse_scheme(scheme))
     source = demo_model() if model is None else model
     tokenizer = load_tokenizer(source)
-    text_name, content = load_text(text)
+    text_name, content = load_text(text, tokenizer)
+    length = fitting_length(load_config(source), length, 512, "give a shorter --length")
     tokens = token_windows(tokenizer, content, length=length, count=windows)
     loaded = load_model(source)
     plan = plan_of(loaded)

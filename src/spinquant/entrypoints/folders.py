@@ -22,12 +22,13 @@ from spinquant.entrypoints.request import LearnText, Request
 from spinquant.entrypoints.result import Options, Result
 from spinquant.entrypoints.stream import stream_folder
 from spinquant.entrypoints.stream_run import block_store, sample_tokens
-from spinquant.entrypoints.validation import Job, validate
+from spinquant.entrypoints.validation import Job, settle_format, validate
 from spinquant.errors import CheckpointError, RotationError
+from spinquant.formats.compressed_config import scheme_for
 from spinquant.formats.load import load_model
 from spinquant.learning.options import LearnOptions, Watch
 from spinquant.plan import MERGEABLE
-from spinquant.quantization.scheme import Scheme
+from spinquant.quantization.scheme import Scheme, parse_scheme
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.learned import LearnedRotations
 
@@ -134,7 +135,7 @@ def rotate_folder(
 def quantize_folder(
     model: str | Path,
     out: str | Path,
-    scheme: Scheme,
+    scheme: Scheme | str,
     spec: RotationSpec,
     *,
     learned: LearnedRotations | None = None,
@@ -167,7 +168,8 @@ def quantize_folder(
     Args:
         model: A folder, or the id of a model on the Hugging Face hub.
         out: Folder to write.
-        scheme: What is quantized, and to how many bits, see `parse_scheme`.
+        scheme: What is quantized, and to how many bits, such as "W4A8KV4"; see `parse_scheme`. Words mean what they
+            mean on the command line: for compressed-tensors, activations are symmetric.
         spec: Which rotations, of which type, block size and seed. Not used with `learned`.
         learned: Learned rotations, instead of those that `spec` describes.
         method: How weights are quantized: `rtn` (round-to-nearest, the default), `gptq`, or `gptaq` (GPTQ with the
@@ -213,14 +215,17 @@ def quantize_folder(
         >>> temporary = tempfile.TemporaryDirectory()
         >>> folder = pathlib.Path(temporary.name)
         >>> AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
-        >>> scheme, spec = spinquant.parse_scheme("W4A8KV4"), spinquant.RotationSpec("R1,R2,R3,R4", "auto")
-        >>> result = spinquant.quantize_folder(folder / "model", folder / "quantized", scheme, spec)
+        >>> spec = spinquant.RotationSpec("R1,R2,R3,R4")
+        >>> result = spinquant.quantize_folder(folder / "model", folder / "quantized", "W4A8KV4", spec)
         >>> str(result.scheme), result.method, result.model
         ('W4A8KV4', 'rtn', None)
         >>> type(spinquant.load(folder / "quantized")).__name__
         'LlamaForCausalLM'
         >>> temporary.cleanup()
     """
+    if isinstance(scheme, str):
+        rotations = learned.spec if learned else spec
+        scheme = scheme_for(scheme, settle_format(format, runtime, parse_scheme(scheme), rotations))
     return run_request(
         Request(
             model=model,

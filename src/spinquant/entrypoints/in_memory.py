@@ -20,14 +20,15 @@ from spinquant.entrypoints.result import Options, Result
 from spinquant.entrypoints.validation import check_calibration, check_format
 from spinquant.errors import CalibrationError, CheckpointError
 from spinquant.evaluation.equivalence import check, compare, prove, snapshot
-from spinquant.formats.compressed_config import check_plan
+from spinquant.formats.compressed_config import check_plan, scheme_for
 from spinquant.formats.compressed_tensors import write_compressed
 from spinquant.formats.native import check_fresh, is_marked, mark, unmark
+from spinquant.models.context import check_context
 from spinquant.models.modules import largest, tensor_shapes
 from spinquant.online.hooks import attach
 from spinquant.plan import Plan
 from spinquant.quantization.rtn import round_weights
-from spinquant.quantization.scheme import Clips, Scheme, parse_scheme
+from spinquant.quantization.scheme import Clips, Scheme
 from spinquant.quantization.targets import check_fits
 from spinquant.rotations.factory import RotationSpec, make_rotations
 from spinquant.rotations.fast_transform import kernels_for
@@ -64,6 +65,7 @@ def rotate(
     Raises:
         ArchitectureError: The architecture is unknown.
         RotationError: A rotation is not possible in this model, or the model is rotated online or quantized already.
+        TextError: The sample is longer than the model's context.
         ProofError: The logits moved by more than rounding; the first deviating module is named. If that was found on
             `sample`, the model is changed already and must not be used.
 
@@ -83,6 +85,8 @@ def rotate(
     if rotations is None:
         rotations = make_rotations(plan, spec)
     check_given(plan, spec, rotations)
+    if sample is not None:
+        check_context(model.config, sample.shape[-1], "give a shorter sample")
     tiny = prove(model.config, spec) if options.prove and rotations else None
     before = None if sample is None or not rotations else snapshot(model, plan, sample)
     install(model, plan, rotations, spec, options=options)
@@ -121,6 +125,7 @@ def quantize(
     spec: RotationSpec | None = None,
     *,
     method: Method = "rtn",
+    format: str = "native",
     rotations: Mapping[str, Rotation] | None = None,
     tokens: Tensor | None = None,
     calibration: Calibration | None = None,
@@ -140,6 +145,9 @@ def quantize(
         spec: Which rotations, of which type, block size and seed. Default: none.
         method: How weights are quantized: `rtn` (round-to-nearest, the default), `gptq`, or `gptaq` (GPTQ with the
             asymmetric target).
+        format: The format that the model will be saved in. For `compressed-tensors`, activations are symmetric unless
+            the scheme says otherwise, and the ranges that its runtimes need static (KVFP8, NVFP4) are calibrated; what
+            the format cannot store is refused at once. Default: `native`.
         rotations: Rotations by the name of their space, such as learned ones, instead of those that `spec` describes.
         tokens: Calibration tokens, int64, (samples, length). Needed unless the method is `rtn` without clip search and
             without static ranges.
@@ -154,8 +162,9 @@ def quantize(
         The model with its plan, rotations, scheme and clip ratios, and how far the logits moved by rotating it.
 
     Raises:
-        SchemeError: The scheme cannot be parsed, or does not fit the model.
+        SchemeError: The scheme cannot be parsed, or does not fit the model or the format.
         CalibrationError: Calibration tokens are missing or cannot be used, or an option would have no effect.
+        TextError: Tokens are longer than the model's context.
         RotationError: A rotation is not possible in this model, or the model is rotated online or quantized already.
         ProofError: Rotating moved the logits by more than rounding, see `rotate`.
 
@@ -170,10 +179,13 @@ def quantize(
         >>> str(result.scheme), result.method, model(input_ids=tokens).logits.shape
         ('W4A8KV8', 'gptq', torch.Size([8, 16, 64]))
     """
-    scheme, options = parse_scheme(scheme), options or Options()
+    scheme, options = scheme_for(scheme, format), options or Options()
+    check_format(format, scheme, spec or RotationSpec(()), clips=calibration is not None and calibration.clips)
     calibration = check_calibration(method, scheme, calibration)
     if calibration is not None and (tokens is None or tokens.numel() == 0):
         raise CalibrationError(f"{method} works on calibration tokens, int64 (samples, length), and none were given")
+    if tokens is not None:
+        check_context(model.config, tokens.shape[-1], "give shorter samples")
     check_fresh(model)
     use_family(model.config, family)
     check_fits(plan_of(model), tensor_shapes(model), scheme)

@@ -29,7 +29,7 @@ from spinquant.formats.load import load_model
 from spinquant.learning.learn import learn
 from spinquant.learning.options import LearnOptions, Watch
 from spinquant.models.modules import tensor_shapes
-from spinquant.quantization.scheme import Scheme
+from spinquant.quantization.scheme import Scheme, parse_scheme
 from spinquant.quantization.targets import check_fits
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.fuse_module import plan_of
@@ -43,7 +43,7 @@ DONE = "learned"  # subfolder of a run that has finished learning and has not wr
 def learn_folder(
     model: str | Path,
     out: str | Path,
-    scheme: Scheme,
+    scheme: Scheme | str,
     spec: RotationSpec,
     options: LearnOptions | None = None,
     *,
@@ -66,7 +66,8 @@ def learn_folder(
     Args:
         model: A folder, or the id of a model on the Hugging Face hub.
         out: Folder to write.
-        scheme: What the rotations are learned for; its activations and KV cache are quantized while learning.
+        scheme: What the rotations are learned for, such as "W4A4KV4"; its activations and KV cache are quantized while
+            learning.
         spec: Which rotations, of which type and block size. Its seed draws the random rotations to beat.
         options: Method of learning and its settings. Default: `LearnOptions()`.
         text: Text to learn from and to score candidates on. Default: `LearnText()`.
@@ -109,6 +110,7 @@ def learn_folder(
         >>> temporary.cleanup()
     """
     text, watch, options = text or LearnText(), watch or Watch(), options or LearnOptions()
+    scheme = parse_scheme(scheme)
     with joined(device, timeout=LONGEST) as processes, processes.together():
         config, folder = load_config(model, family=family), folder_of(model, allow_pickle=allow_pickle)
         asked = {
@@ -203,7 +205,7 @@ def _texts(
     # The end of the text, with a window as a gap before it.
     if len(tokens) < text.windows + 2:
         raise TextError(
-            f"there are {len(tokens)} windows of {wanted.length} tokens ({wanted.samples} samples and {text.windows} "
+            f"there are {len(tokens)} windows of {tokens.shape[1]} tokens ({wanted.samples} samples and {text.windows} "
             "windows were asked for): too few to learn from some and to score on others, with one between them. Give "
             "more --samples, a longer text, a shorter --sample-length, or another text to score on (--held-out)"
         )

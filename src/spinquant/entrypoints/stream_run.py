@@ -18,7 +18,7 @@ from spinquant.adapters.folder import ADAPTERS, write_adapter
 from spinquant.architectures import RECORDED, recorded_family
 from spinquant.architectures.mtp import COUNTS
 from spinquant.calibration.block_store import BlockStore
-from spinquant.calibration.data import calibration_tokens, check_length, load_text, token_windows
+from spinquant.calibration.data import calibration_tokens, fitted, load_text, token_windows
 from spinquant.checkpoint.folder import load_tokenizer
 from spinquant.checkpoint.reader import Source, read_gains
 from spinquant.checkpoint.run_directory import CALIBRATION, RunDirectory
@@ -35,9 +35,11 @@ from spinquant.formats.compressed_packing import CompressedPacking
 from spinquant.formats.load import load_model
 from spinquant.formats.native import make_config
 from spinquant.formats.native_packing import Finished, NativePacking
+from spinquant.models.context import context_of
 from spinquant.quantization.scheme import Clips, Scheme
-from spinquant.quantization.targets import check_fits, parts_tied
+from spinquant.quantization.targets import check_fits, linears_of, parts_tied
 from spinquant.rotations.factory import make_rotations
+from spinquant.rotations.fuse_module import plan_of
 from spinquant.rotations.mean_preserving import check_mean_preserving
 from spinquant.rotations.wrappers import check_given, in_precision, online_part
 from spinquant.streaming.calibrate import calibrate_on_disk
@@ -47,7 +49,7 @@ from spinquant.streaming.pipeline import Rotated, Timing
 from spinquant.streaming.rounding_noise import rounding_on_disk
 from spinquant.streaming.shards import Change, Packing, Plain, make_shards
 
-SAMPLE_TOKENS = 128  # real tokens on which the fused model is compared with the original
+SAMPLE_TOKENS = 128  # real tokens on which the fused model is compared with the original, if its context allows
 # A decoder block is loaded for that if it takes at most BLOCK_SHARE times the largest tensor in float32, plus so many
 # bytes.
 BLOCK_SHARE, BLOCK_FREE = 2, 1 << 28
@@ -258,13 +260,14 @@ def _native(run: StreamRun, scheme: Scheme, finished: Finished | None) -> tuple[
 
 
 def _compressed(run: StreamRun, scheme: Scheme, finished: Finished | None) -> tuple[Packing, dict[str, Any]]:
-    """Packing and `quantization_config` of compressed-tensors."""
+    """Packing and `quantization_config` of compressed-tensors, which names modules; tensors keep their stored names."""
     plan, config = run.result.plan, _unquantized(run.job.config)
     dtype = run.job.request.dtype or model_dtype(config, run.source)
     packing = CompressedPacking(plan, scheme, run.online, dtype, finished, run.result.clips)
-    linears = [n for n, m in hollow_model(config, dtype).named_modules() if isinstance(m, torch.nn.Linear)]
-    covered = set(packing.covered.values())
-    ignore = [name for name in linears if name not in covered]
+    model = hollow_model(config, dtype)
+    plan = plan_of(model)
+    covered = set(linears_of(plan, scheme)) if scheme.weights is not None else set()
+    ignore = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name not in covered]
     return packing, quantization_config(plan, run.online, scheme, ignore=ignore)
 
 
@@ -297,14 +300,15 @@ def _width(dtype: torch.dtype) -> tuple[bool, int, int]:
 
 def sample_tokens(folder: Path, config: Any, text: str) -> tuple[str, torch.Tensor]:
     """(name, tokens) of real text, int64, (1, length); random tokens for a folder without a tokenizer."""
+    length = min(SAMPLE_TOKENS, context_of(config) or SAMPLE_TOKENS)
     try:
         tokenizer = load_tokenizer(folder)
     except CheckpointError:
         generator = torch.Generator().manual_seed(0)
         vocabulary = config.get_text_config().vocab_size
-        return "random tokens (no tokenizer)", torch.randint(0, vocabulary, (1, SAMPLE_TOKENS), generator=generator)
-    name, content = load_text(text)
-    return name, token_windows(tokenizer, content[:20_000], length=SAMPLE_TOKENS, count=1)
+        return "random tokens (no tokenizer)", torch.randint(0, vocabulary, (1, length), generator=generator)
+    name, content = load_text(text, tokenizer)
+    return name, token_windows(tokenizer, content[:20_000], length=length, count=1)
 
 
 def tokens_for(job: Job, *, progress: Callable[[int, int], None]) -> tuple[str, Tensor]:
@@ -314,10 +318,10 @@ def tokens_for(job: Job, *, progress: Callable[[int, int], None]) -> tuple[str, 
         tokenizer = load_tokenizer(job.folder)
     except CheckpointError:
         tokenizer = None
-    check_length(job.config, job.text)
-    generated = job.text.text == "generated" or (tokenizer is None and job.text.text == "auto")
+    text = fitted(job.text, job.config)
+    generated = text.text == "generated" or (tokenizer is None and text.text == "auto")
     loaded = load_model(job.folder, dtype=request.dtype or "auto", family=request.family) if generated else None
-    return calibration_tokens(loaded, tokenizer, job.text, progress=progress)
+    return calibration_tokens(loaded, tokenizer, text, progress=progress)
 
 
 def block_store(run: RunDirectory, tokens: Tensor, dtype: torch.dtype) -> BlockStore:

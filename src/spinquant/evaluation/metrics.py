@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from spinquant.errors import TextError
 from spinquant.models.capture import device_of
+from spinquant.models.context import check_context
 
 # Tokens whose log-probabilities are held in float32 at once; 128 x 150k vocabulary is 77 MB.
 SLICE = 128
@@ -102,8 +103,8 @@ def evaluate(
         Perplexity, and KL and top-1 agreement if there is a reference.
 
     Raises:
-        TextError: Windows of fewer than two tokens, a token outside a model's vocabulary, or vocabularies of different
-            sizes.
+        TextError: Windows of fewer than two tokens or longer than a model's context, a token outside a model's
+            vocabulary, or vocabularies of different sizes.
 
     Example:
         >>> import spinquant, torch
@@ -114,7 +115,7 @@ def evaluate(
         >>> evaluation.tokens, evaluation.kl, evaluation.top1
         (30, 0.0, 1.0)
     """
-    _check_windows(windows)
+    _check_windows(windows, model, reference)
     start = time.perf_counter()
     total = kl = agree = reference_nll = 0.0
     for done, window in enumerate(windows):
@@ -157,8 +158,8 @@ def compare_models(
         Differences over all tokens.
 
     Raises:
-        TextError: Windows of fewer than two tokens, a token outside a model's vocabulary, or vocabularies of different
-            sizes.
+        TextError: Windows of fewer than two tokens or longer than a model's context, a token outside a model's
+            vocabulary, or vocabularies of different sizes.
 
     Example:
         >>> import copy, spinquant, torch
@@ -169,7 +170,7 @@ def compare_models(
         >>> spinquant.compare_models(model, rotated, torch.randint(64, (2, 16))).relative < 1e-4
         True
     """
-    _check_windows(windows)
+    _check_windows(windows, reference, other)
     largest = total = squared = norm = kl = agree = 0.0
     count = 0
     for done, window in enumerate(windows):
@@ -259,6 +260,9 @@ def _logits(model: nn.Module, window: Tensor) -> Tensor:
     return model(input_ids=window.unsqueeze(0).to(device_of(model)), use_cache=False).logits[0]
 
 
-def _check_windows(windows: Tensor) -> None:
+def _check_windows(windows: Tensor, *models: nn.Module | None) -> None:
     if windows.ndim != 2 or windows.shape[0] == 0 or windows.shape[1] < 2:
         raise TextError(f"windows of shape {tuple(windows.shape)}: expected (windows, length) with length >= 2")
+    for model in models:
+        if (config := getattr(model, "config", None)) is not None:
+            check_context(config, windows.shape[1], "give shorter windows")

@@ -15,10 +15,12 @@ from torch import nn
 
 from spinquant.architectures import family_of
 from spinquant.architectures.family import Named, size_of
+from spinquant.models.context import CONTEXT
 from spinquant.models.modules import model_class
 from spinquant.rotations.factory import RotationSpec
 
 TINY_HIDDEN, TINY_INTERMEDIATE, TINY_VOCABULARY, TINY_BLOCK = 48, 80, 96, 16
+TINY_CONTEXT = 64
 INTERMEDIATES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 # Upper limits of further sizes; a config with less keeps its own.
 TINY_SIZES = {
@@ -121,6 +123,9 @@ def _tiny(config: Any, sizing: Sizing) -> Any:
     if getattr(config, "attention_types", None):  # GPT-Neo's kinds of layers, and how often they are repeated
         small["attention_types"] = [[[config.attention_layers[i] for i in kept], 1]]
         small["window_size"] = 6
+    for name in CONTEXT:  # long enough for a proof
+        if 0 < (getattr(config, name, None) or 0) < TINY_CONTEXT:
+            small[name] = TINY_CONTEXT
     if getattr(config, "sliding_window", None):
         small["sliding_window"] = 6  # shorter than the tokens of the proof, so that the window matters
     # Some classes have their own names for these fields.

@@ -19,7 +19,7 @@ import torch
 from spinquant.errors import RotationError, SchemeError
 from spinquant.plan import Plan
 from spinquant.quantization.floating import LARGEST, tensor_factor
-from spinquant.quantization.scheme import Clips, Quantizer, Scheme, static_parts
+from spinquant.quantization.scheme import Clips, Quantizer, Scheme, parse_scheme, static_parts
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.rotation import Hadamard, Rotation
 from spinquant.rotations.wrappers import online_part
@@ -28,15 +28,20 @@ INSTALL = "compressed-tensors is not installed: pip install 'spinquant[compresse
 # The quantization_status of folders with online rotations, in place of "compressed": transformers would silently skip
 # the rotations, so this makes it refuse the folder and show this text. vLLM does not read it.
 REFUSAL = "online rotations: serve it with vLLM"
+AGAIN = 'Calibrate it by quantizing for this format: spinquant.quantize(..., tokens=..., format="compressed-tensors")'
 
 
 def check_scheme(scheme: Scheme, spec: RotationSpec) -> None:
     """Raise SchemeError or RotationError, with a remedy, for what compressed-tensors cannot store."""
     weights, activations = scheme.weights, scheme.activations
-    if scheme.kv is not None and not (scheme.kv.kind == "fp8" and scheme.kv.static):
+    if scheme.kv is not None and scheme.kv.kind != "fp8":
         raise SchemeError(
             f"{scheme}: compressed-tensors supports only a KV cache of FP8 with a static scale per attention. Use "
             "KVFP8, leave KV out, or use --format native"
+        )
+    if scheme.kv is not None and not scheme.kv.static:
+        raise SchemeError(
+            f"{scheme}: compressed-tensors needs a static scale per attention of an FP8 KV cache. {AGAIN}"
         )
     if activations is not None and weights is None:
         raise SchemeError(
@@ -49,7 +54,9 @@ def check_scheme(scheme: Scheme, spec: RotationSpec) -> None:
             f"{scheme}: compressed-tensors quantizes integer activations per token: leave out their group size"
         )
     elif activations.kind == "nvfp4" and not activations.static:
-        raise SchemeError(f"{scheme}: compressed-tensors needs a static global scale per linear for NVFP4 activations")
+        raise SchemeError(
+            f"{scheme}: compressed-tensors needs a static global scale per linear for NVFP4 activations. {AGAIN}"
+        )
     elif activations.kind == "fp8" and activations.static:
         raise SchemeError(
             f"{scheme}: FP8 activations are stored with a dynamic scale per token: make them dynamic, not static"
@@ -90,6 +97,18 @@ def check_plan(plan: Plan, scheme: Scheme, spec: RotationSpec) -> None:
             f"{plan.linears[0][0]} stores its weight as (in, out), and compressed-tensors quantizes linears only: use "
             "--format native, or --format hf with --scheme none"
         )
+
+
+def scheme_for(words: str | Scheme, format: str, *, activation_symmetric: bool | None = None, **options: Any) -> Scheme:
+    """The scheme that words such as W8A8KVFP8 mean in a folder format; a Scheme gets only the ranges that it requires.
+
+    In compressed-tensors activations are symmetric unless it is said otherwise, and ranges are static where runtimes
+    require it. options: those of `parse_scheme`, whose errors are raised.
+    """
+    compressed = format == "compressed-tensors"
+    symmetric = compressed if activation_symmetric is None else activation_symmetric
+    scheme = parse_scheme(words, activation_symmetric=symmetric, **options)
+    return as_stored(scheme) if compressed else scheme
 
 
 def as_stored(scheme: Scheme) -> Scheme:

@@ -4,7 +4,7 @@ Linears are quantized, and packed as wholes by the library's own compressors (ze
 `compressed_tensors.py` packs models in memory with the same code.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -18,6 +18,12 @@ from spinquant.quantization.integer import Packed, dequantize, quantize
 from spinquant.quantization.scheme import Clips, Scheme
 from spinquant.quantization.targets import linears_of
 from spinquant.rotations.rotation import Rotation
+
+
+def _stored_name(plan: Plan, name: str, modules: Collection[str]) -> str:
+    """The name in the checkpoint of a tensor that is added beside those of a module."""
+    module = max((m for m in modules if name.startswith(f"{m}.")), key=len, default="")
+    return plan.stored_as(module) + name.removeprefix(module) if module else name
 
 
 class CompressedPacking:
@@ -38,9 +44,11 @@ class CompressedPacking:
     ):
         self.scheme, self.finished = scheme, finished
         names = linears_of(plan, scheme) if scheme.weights is not None else []
-        self.covered = {plan.weight_of(name): name for name in names}
+        self.covered = {plan.weight_of(name): plan.stored_as(name) for name in names}
         matrices = {name: transform_matrix(made, dtype) for name, made in stored_transforms(plan, online)}
-        self.extras: Mapping[str, Tensor] = matrices | (stored_ranges(plan, scheme, clips) if clips else {})
+        extras = matrices | (stored_ranges(plan, scheme, clips) if clips else {})
+        modules = {*names, *plan.attentions, *(name for group in plan.linears for name in group)}
+        self.extras: Mapping[str, Tensor] = {_stored_name(plan, name, modules): t for name, t in extras.items()}
         self._layouts: dict[tuple[torch.dtype, tuple[int, ...]], dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
 
     def is_whole(self, name: str) -> bool:

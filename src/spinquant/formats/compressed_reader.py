@@ -6,7 +6,7 @@ with them. A folder without such a record, or with a config other than this libr
 something at inference that is not known here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig
 
+from spinquant.architectures import family_of, module_names
 from spinquant.checkpoint.folder import BESIDE, RECORD, ROTATIONS, weight_files
 from spinquant.checkpoint.untrusted import read_json
 from spinquant.errors import CheckpointError, SpinquantError
@@ -60,9 +61,7 @@ def load_compressed(folder: Path, *, dtype: torch.dtype | str = "auto") -> Any:
     plan = plan_of(skeleton)
     online = online_part(plan, rotations)
     _check_config(described, quantization_config(plan, online, scheme, ignore=described.get("ignore", ())), folder)
-    stored: dict[str, Tensor] = {}
-    for file in weight_files(folder):
-        stored |= load_file(folder / file)
+    stored = _read_tensors(folder, skeleton, [name for name, _ in stored_transforms(plan, online)])
     _take_transforms(plan, online, stored, config.dtype, folder)
     clips = Clips.from_dict(record.get("clips") or {})
     _take_ranges(stored_ranges(plan, scheme, clips), stored, folder)
@@ -97,6 +96,22 @@ def _read_record(folder: Path) -> tuple[dict[str, Any], dict[str, Rotation]]:
         return record, saved(record, tensors)
     except SpinquantError as error:
         raise CheckpointError(f"{folder / BESIDE / RECORD}: {error}") from None
+
+
+def _read_tensors(folder: Path, model: Any, transforms: Collection[str]) -> dict[str, Tensor]:
+    """All tensors of a folder, by the names of the model where a module holds them.
+
+    Others (experts that a checkpoint stores one by one) keep their names, by which transformers converts them.
+    """
+    found: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        found |= load_file(folder / file)
+    family = family_of(model.config)
+    assert family is not None  # or there would be no plan
+    modules = {name for name, _ in model.named_modules()}
+    names = module_names(family, found).items()
+    kept = {inside for inside, _ in names if inside in transforms or inside.rpartition(".")[0] in modules}
+    return {inside if inside in kept else name: found[name] for inside, name in names}
 
 
 def _check_config(found: Mapping[str, Any], expected: Mapping[str, Any], folder: Path) -> None:

@@ -1,12 +1,14 @@
 """Load a model from a local folder or the Hugging Face hub, with its online rotations and quantizers attached."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from spinquant.architectures import FamilyLike, use_family
+from spinquant.architectures import FamilyLike, family_of, module_names, prediction_tensors, use_family
+from spinquant.architectures.foreign import layers_beyond, missing_head
 from spinquant.checkpoint.atomic import first_line
 from spinquant.checkpoint.folder import check_device, check_finite, folder_of, load_config, read_headers
 from spinquant.errors import CheckpointError
@@ -59,7 +61,7 @@ def load_model(
     config = load_config(model)
     folder = folder_of(model, allow_pickle=allow_pickle)
     if not allow_pickle:
-        read_headers(folder)
+        _check_layers(config, read_headers(folder), str(model))
     if is_compressed(config):
         loaded = load_compressed(folder, dtype=dtype)
         if check_values:
@@ -89,8 +91,22 @@ def load_model(
         )
     missing = sorted(info.get("missing_keys", ()))
     if missing:
+        table = family_of(config)
+        if table is not None and missing == [table.head]:
+            raise CheckpointError(f"{str(model)!r}: {missing_head(table.head)}")
         raise CheckpointError(f"{str(model)!r} lacks tensor {missing[0]!r} (and {len(missing) - 1} others)")
     use_family(loaded.config, family)
     if check_values:
         check_finite(loaded, str(model))
     return loaded.eval().to(device)
+
+
+def _check_layers(config: Any, names: Iterable[str], origin: str) -> None:
+    """Raise CheckpointError for layers that the config leaves out: transformers would drop them in silence."""
+    family = family_of(config)
+    if family is not None:
+        names = list(names)
+        apart = set(prediction_tensors(config, names))
+        reason = layers_beyond(family, config, module_names(family, (name for name in names if name not in apart)))
+        if reason is not None:
+            raise CheckpointError(f"{origin!r}: {reason}")

@@ -38,6 +38,11 @@ from spinquant.rotations.wrappers import online_part
 
 FORMAT_VERSION = 2  # 2 added clip ratios per site
 BANK = "spinquant_rotations"
+NO_OFFLOADING = (
+    "weights of the native format are unpacked when they are loaded, so none can be offloaded. Put the whole model on "
+    "one device or on several GPUs (device_map without 'disk', and 'cpu' alone), or write --format compressed-tensors "
+    "and serve that with vLLM"
+)
 
 
 class SpinQuantConfig(QuantizationConfigMixin):
@@ -119,6 +124,14 @@ class SpinQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.scheme = Scheme.from_dict(quantization_config.scheme)
         self.rotations: dict[str, Rotation] = {}
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse a device map that offloads; transformers calls this for a given map, and for one that it made."""
+        devices = {str(device) for device in device_map.values()} if isinstance(device_map, dict) else set()
+        if "disk" in devices or ("cpu" in devices and len(devices) > 1):
+            offloaded = ("disk", "cpu")["disk" not in devices]
+            part = next(name for name, device in device_map.items() if str(device) == offloaded)
+            raise CheckpointError(f"the device map puts {part!r} on {offloaded!r}: {NO_OFFLOADING}")
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.plan = plan_of(model)

@@ -32,8 +32,9 @@ from spinquant.learning.options import LearnOptions, Watch, check_used, learned_
 from spinquant.learning.selection import Selection
 from spinquant.learning.sensitivity import collect_by_weight, predicted_kl
 from spinquant.models.capture import device_of
+from spinquant.models.context import check_context
 from spinquant.plan import Plan
-from spinquant.quantization.scheme import Scheme
+from spinquant.quantization.scheme import Scheme, parse_scheme
 from spinquant.rotations.factory import RotationSpec, generator_for, make_rotations, random_signs
 from spinquant.rotations.fuse_module import plan_of
 from spinquant.rotations.learned import LearnedRotations
@@ -50,7 +51,7 @@ SCALE_SAMPLES = 32  # samples for channel scales, where they need a pass of thei
 
 def learn(
     model: Any,
-    scheme: Scheme,
+    scheme: Scheme | str,
     spec: RotationSpec,
     tokens: Tensor,
     held_out: Tensor,
@@ -70,8 +71,8 @@ def learn(
 
     Args:
         model: A causal language model of transformers.
-        scheme: The quantization scheme to learn for. Its activations and KV cache are quantized during learning,
-            weights only if the options ask for it.
+        scheme: The quantization scheme to learn for, such as "W4A4KV4". Its activations and KV cache are quantized
+            during learning, weights only if the options ask for it.
         spec: Which rotations, of which type and block size; its seed is that of the random baselines.
         tokens: Training tokens, int64 (samples, length).
         held_out: Tokens to score candidates on, int64 (windows, length).
@@ -89,6 +90,7 @@ def learn(
 
     Raises:
         LearningError: There is nothing to learn, an option would have no effect, or a loss is not finite.
+        TextError: Tokens are longer than the model's context.
 
     Example:
         >>> import torch
@@ -104,6 +106,8 @@ def learn(
         ['layers.0.value', 'residual']
     """
     options, watch = options or LearnOptions(), watch or Watch()
+    scheme = parse_scheme(scheme)
+    check_context(model.config, max(tokens.shape[-1], held_out.shape[-1]), "give shorter samples")
     plan = plan_of(model, family=family)
     names = learned_spaces(plan, spec, scheme, options)
     check_used(plan, spec, scheme, names, options)

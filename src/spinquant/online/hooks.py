@@ -33,7 +33,7 @@ from spinquant.online.sites import (
     is_gated,
 )
 from spinquant.plan import Plan, Space
-from spinquant.quantization.scheme import Clips, Quantizer, Scheme, with_clip
+from spinquant.quantization.scheme import Clips, Quantizer, Scheme, parse_scheme, with_clip
 from spinquant.rotations.rotation import Rotation
 
 PREFIX = "spinquant_"
@@ -120,7 +120,7 @@ def attach(
     model: nn.Module,
     plan: Plan,
     rotations: Mapping[str, Rotation],
-    scheme: Scheme | None = None,
+    scheme: Scheme | str | None = None,
     clips: Clips | None = None,
     *,
     around: bool = False,
@@ -134,7 +134,8 @@ def attach(
         plan: Where the model can be rotated, from `plan_of`.
         rotations: Rotations by the name of their space, from `make_rotations`. Those of online spaces must already be
             fused into the weights that read them (`fuse_module`). Others are ignored; `{}` attaches quantizers alone.
-        scheme: What is quantized online. Only its activations and KV cache count here. Default: nothing.
+        scheme: What is quantized online, such as "A8KV4". Only its activations and KV cache count here. Default:
+            nothing.
         clips: Clip ratios found by calibration; where they name a place, they replace the scheme's clip ratio.
         around: The model is not rotated; every quantizer rotates its input, quantizes it and rotates it back, so that
             the model quantizes like a rotated one (`quantization/rotated_rounding.py`). Used in learning. Default:
@@ -155,7 +156,7 @@ def attach(
         >>> plan = spinquant.plan_of(model)
         >>> rotations = spinquant.make_rotations(plan, spinquant.RotationSpec(("R3", "R4"), "auto"))
         >>> spinquant.fuse_module(model, plan, rotations)
-        >>> with spinquant.attach(model, plan, rotations, spinquant.parse_scheme("A8KV4")):
+        >>> with spinquant.attach(model, plan, rotations, "A8KV4"):
         ...     model(input_ids=torch.tensor([[1, 2, 3]])).logits.shape
         torch.Size([1, 3, 64])
     """
@@ -164,9 +165,10 @@ def attach(
             "this model already has online rotations or quantizers attached: call remove() on its attachment (or "
             "spinquant.detach(model)) before attaching others"
         )
+    scheme = parse_scheme(scheme or "none")
     attachment = Attachment()
     attachment.set(model, ATTACHMENT, attachment)
-    attaching = _Attaching(model, plan, rotations, scheme or Scheme(), clips or Clips(), around, attachment)
+    attaching = _Attaching(model, plan, rotations, scheme, clips or Clips(), around, attachment)
     try:
         attaching.inputs()
         attaching.experts()

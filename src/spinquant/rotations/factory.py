@@ -16,6 +16,7 @@ from spinquant.rotations.mean_preserving import describe as describe_centred
 from spinquant.rotations.rotation import Hadamard, Kronecker, Orthogonal, Rotation, _description
 
 TRANSFORM_TYPES = ("hadamard", "random-hadamard", "random-matrix", "auto")
+DEFAULT_TYPE = "auto"
 
 
 def generator_for(seed: int, label: str) -> torch.Generator:
@@ -45,10 +46,10 @@ class RotationSpec:
     Attributes:
         rotations: some of R1 to R4, as a tuple or as text such as "R1,R2". R1 and R2 are offline rotations, fused into
             the weights; R3 and R4 run online.
-        transform_type: "hadamard"; "random-hadamard" (default; random signs times a Hadamard matrix);
-            "random-matrix" (Haar-distributed orthogonal); or "auto" (random-hadamard if a Hadamard matrix of the order
-            is known, else the Kronecker product of an orthogonal matrix of odd order and a Hadamard matrix whose order
-            is a power of two). One type for all rotations, or one per rotation, such as {"R4": "hadamard"}.
+        transform_type: "auto" (default; random-hadamard if a Hadamard matrix of the order is known, else random signs
+            times the Kronecker product of an orthogonal matrix of odd order and a Hadamard matrix whose order is a
+            power of two); "hadamard"; "random-hadamard" (random signs times a Hadamard matrix); or "random-matrix"
+            (Haar-distributed orthogonal). One type for all rotations, or one per rotation, such as {"R4": "hadamard"}.
         block_size: order of the blocks of a block-diagonal rotation; None for one block per space. One for all
             rotations, or one per rotation.
         randomize: draw a rotation of its own for every layer, instead of one for all spaces of the same kind.
@@ -62,11 +63,11 @@ class RotationSpec:
         >>> from spinquant import RotationSpec
         >>> spec = RotationSpec("R1,R4", {"R4": "hadamard"}, block_size={"R4": 32})
         >>> spec.rotations, spec.type_of("R1"), spec.type_of("R4"), spec.block_of("R1")
-        (('R1', 'R4'), 'random-hadamard', 'hadamard', None)
+        (('R1', 'R4'), 'auto', 'hadamard', None)
     """
 
     rotations: tuple[str, ...] = ("R1", "R2")
-    transform_type: str | Mapping[str, str] = "random-hadamard"
+    transform_type: str | Mapping[str, str] = DEFAULT_TYPE
     block_size: int | Mapping[str, int] | None = None
     randomize: bool = False
     seed: int = 0
@@ -95,7 +96,7 @@ class RotationSpec:
     def type_of(self, rotation: str) -> str:
         """Transform type of a rotation such as "R4"."""
         if isinstance(self.transform_type, Mapping):
-            return self.transform_type.get(rotation, "random-hadamard")
+            return self.transform_type.get(rotation, DEFAULT_TYPE)
         return self.transform_type
 
     def block_of(self, rotation: str) -> int | None:
