@@ -34,6 +34,13 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
     stored = module_names(family, shapes)
     shapes = {name: shapes[origin] for name, origin in stored.items()}
     tie = bool(getattr(config, "tie_word_embeddings", False))
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    named = Named(text, family.names)
+    if (layers := size_of(named, "num_hidden_layers")) > len(shapes):
+        raise ArchitectureError(
+            f"{family.name}: the config has {layers} layers and the checkpoint {len(shapes)} tensors; "
+            "the checkpoint is incomplete"
+        )
     if family.head not in shapes and not tie:
         raise ArchitectureError(
             f"{family.name}: tensor {family.head!r} is missing and the config does not tie it to the embedding; "
@@ -41,8 +48,6 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
         )
     # A module has a tied head under both names, a checkpoint under one: the plan is the same for both.
     shapes = {**shapes, family.head: shapes.get(family.head, shapes.get(family.embedding, ()))}
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    named = Named(text, family.names)
     shapes, shared = with_shared_blocks(family.shared, named, shapes, tied=tie)
     tied = {family.head: family.embedding, **shared} if tie else {}
     build = _Build(family, named, shapes)

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from spinquant.compute.values import validated
 from spinquant.errors import ArchitectureError
 from spinquant.plan import OnlineSite
 
@@ -253,11 +254,4 @@ def read_family(path: str | Path) -> FamilyFile:
 
 def family_from(data: Mapping[str, Any], origin: str) -> FamilyFile:
     """Validate a family given as data. Raises ArchitectureError that names the origin of the data and the key."""
-    try:
-        return FamilyFile.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        found = "" if first["type"] in ("missing", "value_error") else f", found {first['input']!r}"
-        what = first["msg"].removeprefix("Value error, ")
-        raise ArchitectureError(f"{origin}: {f'key {key}: ' if key else ''}{what}{found}") from None
+    return validated(FamilyFile, data, origin, ArchitectureError)

@@ -18,12 +18,13 @@ from spinquant.checkpoint.run_directory import atomic_folder
 from spinquant.entrypoints.output_folder import write_record
 from spinquant.entrypoints.result import Options, Result
 from spinquant.entrypoints.validation import check_calibration, check_format
-from spinquant.errors import CalibrationError, CheckpointError
+from spinquant.errors import CalibrationError, CheckpointError, TextError
 from spinquant.evaluation.equivalence import check, compare, prove, snapshot
 from spinquant.formats.compressed_config import check_plan
 from spinquant.formats.compressed_tensors import write_compressed
 from spinquant.formats.native import check_fresh, is_marked, mark, unmark
 from spinquant.models.modules import largest, tensor_shapes
+from spinquant.models.tokens import check_model, check_tokens
 from spinquant.online.hooks import attach
 from spinquant.plan import Plan
 from spinquant.quantization.rtn import round_weights
@@ -77,7 +78,10 @@ def rotate(
         (['layers.0.value', 'layers.1.value', 'residual'], True)
     """
     spec, options = spec or RotationSpec(), options or Options()
+    check_model(model)
     check_fresh(model)
+    if sample is not None:
+        check_tokens(sample, model, "the sample's tokens", TextError)
     use_family(model.config, family)
     plan = plan_of(model)
     if rotations is None:
@@ -172,9 +176,14 @@ def quantize(
     """
     scheme, options = parse_scheme(scheme), options or Options()
     calibration = check_calibration(method, scheme, calibration)
-    if calibration is not None and (tokens is None or tokens.numel() == 0):
+    if calibration is not None and tokens is None:
         raise CalibrationError(f"{method} works on calibration tokens, int64 (samples, length), and none were given")
+    check_model(model)
     check_fresh(model)
+    if tokens is not None:
+        check_tokens(tokens, model, "calibration tokens", CalibrationError)
+    if sample is not None:
+        check_tokens(sample, model, "the sample's tokens", TextError)
     use_family(model.config, family)
     check_fits(plan_of(model), tensor_shapes(model), scheme)
     rotated = rotate(model, spec or RotationSpec(()), rotations=rotations, sample=sample, options=options)

@@ -38,7 +38,7 @@ from spinquant.quantization.scheme import Scheme, static_parts
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.fast_transform import kernels_for
 from spinquant.rotations.learned import LearnedRotations
-from spinquant.streaming.offloaded_model import hollow_model, unfillable
+from spinquant.streaming.offloaded_model import check_stored, hollow_model, unfillable
 
 
 def check_format(format: str, scheme: Scheme, spec: RotationSpec, *, clips: bool = False) -> None:
@@ -166,6 +166,7 @@ def validate(request: Request) -> Job:
         with closing(Source(folder, config, without=dropped)) as source:
             largest = source.largest
             plan = make_plan(config, source.shapes)
+            check_stored(hollow_model(config, torch.float32), source, plan)
             streamed = calibration is None or from_disk(config, source, plan)
     if request.runtime is not None and plan is not None:
         check_runtime(request.runtime, scheme or Scheme(), spec, plan)

@@ -22,6 +22,7 @@ from spinquant.architectures import FamilyLike
 from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.compute.distributed import is_first
 from spinquant.compute.hashing import digest
+from spinquant.errors import LearningError
 from spinquant.learning.activations import ActivationSite, collect
 from spinquant.learning.channel_scaling import Sums, accumulate, observers_of, scale_sums
 from spinquant.learning.end_to_end import FROM_LOCAL, Step, learn_end_to_end
@@ -32,6 +33,7 @@ from spinquant.learning.options import LearnOptions, Watch, check_used, learned_
 from spinquant.learning.selection import Selection
 from spinquant.learning.sensitivity import collect_by_weight, predicted_kl
 from spinquant.models.capture import device_of
+from spinquant.models.tokens import check_model, check_tokens
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotations.factory import RotationSpec, generator_for, make_rotations, random_signs
@@ -104,6 +106,9 @@ def learn(
         ['layers.0.value', 'residual']
     """
     options, watch = options or LearnOptions(), watch or Watch()
+    check_model(model)
+    check_tokens(tokens, model, "training tokens", LearningError, least=2)
+    check_tokens(held_out, model, "held-out tokens", LearningError, least=2)
     plan = plan_of(model, family=family)
     names = learned_spaces(plan, spec, scheme, options)
     check_used(plan, spec, scheme, names, options)
