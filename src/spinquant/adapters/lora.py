@@ -16,14 +16,18 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel as PydanticModel
+from pydantic import Field
 from torch import Tensor
 
 from spinquant.adapters.base_model import BaseModel
 from spinquant.adapters.moe import stacked_counterpart
 from spinquant.adapters.plan import Counterpart, adapter_plan
+from spinquant.compute.patterns import check_name, check_pattern
+from spinquant.compute.values import validated
 from spinquant.errors import RotationError
 from spinquant.rotations.fuse import scales_of, transform
 
@@ -53,6 +57,19 @@ REASONS = {
 }
 
 
+_Rank = Annotated[int, Field(ge=1)]
+
+
+class _Config(PydanticModel):
+    """The values of an adapter's config that are used here."""
+
+    r: _Rank = 8  # peft's defaults
+    lora_alpha: float = 8
+    rank_pattern: dict[str, _Rank] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool = False
+
+
 @dataclass(frozen=True)
 class Magnitude:
     """DoRA magnitudes of one linear: its tensor in the plan, its module in the adapter, and the scaling s."""
@@ -69,6 +86,12 @@ def rotate_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: 
     config: from adapter_config.json. Raises RotationError, with the reason, for what cannot be rotated.
     """
     check_config(config, base)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.ndim > 3:
+            raise RotationError(
+                f"tensor {name!r} of the adapter has dtype {tensor.dtype} and shape {tuple(tensor.shape)}: expected "
+                "floating-point numbers along at most three axes"
+            )
     counterparts: dict[str, Counterpart] = {}
     magnitudes: dict[str, Magnitude] = {}
     for name in tensors:
@@ -86,6 +109,9 @@ def rotate_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: 
 
 def check_config(config: Mapping[str, Any], base: BaseModel) -> None:
     """Raise RotationError for an adapter that is not LoRA, or has an option that no rotation preserves."""
+    about: _Config = validated(_Config, config, "the adapter's config", RotationError)
+    for pattern in (*(about.rank_pattern or ()), *(about.alpha_pattern or ())):
+        check_pattern(pattern, "the adapter's config", RotationError)
     kind = config.get("peft_type")
     if kind != "LORA":
         raise RotationError(
@@ -192,8 +218,9 @@ def _scaling(module: str, config: Mapping[str, Any]) -> float:
                 return value
         return otherwise
 
-    rank = chosen(config.get("rank_pattern"), config["r"])
-    alpha = chosen(config.get("alpha_pattern"), config["lora_alpha"])
+    check_name(module, "the adapter", RotationError)
+    rank = chosen(config.get("rank_pattern"), config.get("r", 8))
+    alpha = chosen(config.get("alpha_pattern"), config.get("lora_alpha", 8))
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from spinquant.compute.patterns import check_pattern
 from spinquant.compute.values import validated
 from spinquant.errors import ArchitectureError
 from spinquant.plan import OnlineSite
@@ -245,6 +246,8 @@ def read_family(path: str | Path) -> FamilyFile:
     path = Path(path)
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ArchitectureError(f"the family file {path} is nested too deeply") from None
     except OSError as error:
         raise ArchitectureError(f"cannot read the family file {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -254,4 +257,7 @@ def read_family(path: str | Path) -> FamilyFile:
 
 def family_from(data: Mapping[str, Any], origin: str) -> FamilyFile:
     """Validate a family given as data. Raises ArchitectureError that names the origin of the data and the key."""
-    return validated(FamilyFile, data, origin, ArchitectureError)
+    found: FamilyFile = validated(FamilyFile, data, origin, ArchitectureError)
+    for pattern in (*(found.ignored or ()), *(pattern for pattern, _ in found.stored or ())):
+        check_pattern(pattern, origin, ArchitectureError)
+    return found

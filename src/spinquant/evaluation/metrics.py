@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spinquant.errors import TextError
 from spinquant.models.capture import device_of
-from spinquant.models.tokens import check_model, check_tokens
+from spinquant.models.tokens import check_reader, check_tokens
 
 # Tokens whose log-probabilities are held in float32 at once; 128 x 150k vocabulary is 77 MB.
 SLICE = 128
@@ -105,7 +105,7 @@ def evaluate(
     Raises:
         TextError: Windows that are no integers or of fewer than two tokens, a token outside a model's vocabulary, or
             vocabularies of different sizes.
-        ArchitectureError: What is passed as a model is none of transformers.
+        ArchitectureError: What is passed as a model does not read `input_ids`.
 
     Example:
         >>> import spinquant, torch
@@ -161,7 +161,7 @@ def compare_models(
     Raises:
         TextError: Windows that are no integers or of fewer than two tokens, a token outside a model's vocabulary, or
             vocabularies of different sizes.
-        ArchitectureError: What is passed as a model is none of transformers.
+        ArchitectureError: What is passed as a model does not read `input_ids`.
 
     Example:
         >>> import copy, spinquant, torch
@@ -259,5 +259,5 @@ def _logits(model: nn.Module, window: Tensor) -> Tensor:
 
 def _check(windows: Tensor, *models: Any) -> None:
     for model in models:
-        check_model(model)
+        check_reader(model)
         check_tokens(windows, model, "windows", TextError, least=2)

@@ -1,5 +1,6 @@
 """Check the model and the tokens that a caller passes from Python, before torch meets them."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -14,6 +15,15 @@ def check_model(model: Any) -> None:
         raise ArchitectureError(
             f"the model is a {type(model).__name__}: expected a causal language model of transformers, as "
             "AutoModelForCausalLM.from_pretrained or spinquant.load returns it"
+        )
+
+
+def check_reader(model: Any) -> None:
+    """Raise ArchitectureError for what is not a module that reads `input_ids`."""
+    named = inspect.signature(model.forward).parameters if isinstance(model, nn.Module) else {}
+    if "input_ids" not in named and all(one.kind != one.VAR_KEYWORD for one in named.values()):
+        raise ArchitectureError(
+            f"the model is a {type(model).__name__}: expected a causal language model, which reads input_ids"
         )
 
 

@@ -272,8 +272,8 @@ def parse_scheme(
         return Scheme(lm_head=lm_head)
     if not compact or match is None or not any(match.group(k) for k in ("w", "a", "kv")):
         raise SchemeError(
-            f"cannot parse scheme {str(text)[:LONGEST]!r}: expected W<bits>[g<group>]A<bits>KV<bits> with optional parts, such as "
-            f"W4A4KV4, W4A16, W4g128A16, W8A8, KV4 or WFP8AFP8, or one of {', '.join(PRESETS)}"
+            f"cannot parse scheme {str(text)[:LONGEST]!r}: expected W<bits>[g<group>]A<bits>KV<bits> with optional "
+            f"parts, such as W4A4KV4, W4A16, W4g128A16, W8A8, KV4 or WFP8AFP8, or one of {', '.join(PRESETS)}"
         )
     weights = _quantizer(match.group("w"), symmetric=True, clip=weight_clip)
     groups = {int(g) for g in (match.group("wg"), match.group("group"), group_size) if g is not None}
