@@ -109,10 +109,8 @@ def _by_space(distinct: list[Rotation], config: SpinQuantConfig, plan: Plan) -> 
     wanted = {space.name: space for space in plan.spaces if space.name in plan.rotated(spec.rotations) & online}
     odd = sorted(set(wanted) ^ set(config.spaces))
     if odd:
-        there = "is missing" if odd[0] in wanted else f"is there, and {', '.join(spec.rotations)} has none"
-        raise CheckpointError(
-            f"the quantization_config of this folder contradicts itself: a rotation of {odd[0]} {there}"
-        )
+        there = "lacks" if odd[0] in wanted else f"has, beside those of {', '.join(spec.rotations)},"
+        raise CheckpointError(f"the quantization_config of this folder {there} a rotation of {odd[0]}")
     found = {}
     for space, i in config.spaces.items():
         order = spec.block_of(wanted[space].rotation) or wanted[space].size
