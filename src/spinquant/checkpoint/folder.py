@@ -260,7 +260,7 @@ def load_tokenizer(model: str | Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # the tokenizers library raises plain Exceptions
         raise CheckpointError(f"{str(model)!r} has no usable tokenizer: {first_line(error)}") from None
 
 

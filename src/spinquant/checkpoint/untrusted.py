@@ -51,6 +51,8 @@ def json_object(data: bytes, origin: str) -> dict[str, Any]:
     """The JSON object in some bytes; origin: what an error names. Raises CheckpointError, as `read_json`."""
     try:
         found = json.loads(data)
+        if b"\\u" in data or b"\xed" in data:  # half a surrogate pair, which no file can be written with
+            json.dumps(found, ensure_ascii=False).encode()
     except (ValueError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{origin} is not valid JSON: {error}") from None
     except RecursionError:

@@ -19,6 +19,7 @@ from spinquant.calibration.blockwise import METHODS, Calibration
 from spinquant.calibration.data import CalibrationText
 from spinquant.checkpoint.folder import (
     check_unquantized,
+    copied_files,
     folder_of,
     has_pickles_only,
     load_config,
@@ -173,6 +174,8 @@ def validate(request: Request) -> Job:
     _check_way(request, scheme, format, plan, streamed)
     text = request.calibration_text or CalibrationText(seed=spec.seed)
     adapters = read_adapters(request.also)
+    for place in (folder, *adapters.values()):
+        copied_files(place)  # a link out of it is refused
     settings = _settings(request, folder, config, spec, scheme, format, largest, adapters, calibration, text)
     return Job(
         request=request,
