@@ -36,6 +36,7 @@ _NAME = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.(?:weight|bias))?"
 )
+_STACKED = re.compile(r"\.experts(\.base_layer)?\.lora_[AB]\b")
 # Trained embeddings of single tokens, under peft's two names for them.
 _TOKENS = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_(?:delta|original)")
 
@@ -97,6 +98,8 @@ def rotate_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: 
     for name in tensors:
         found = _counterpart(name, config, tensors, base)
         if isinstance(found, Counterpart):
+            if not _STACKED.search(name):  # those are matched by their shapes
+                _check_fits(name, tensors[name], found, base)
             counterparts[name] = found
         else:
             magnitudes[name] = found
@@ -105,6 +108,19 @@ def rotate_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: 
     for name, scaled in magnitudes.items():
         rotated[name] = _magnitude(name, scaled, tensors, base)
     return rotated
+
+
+def _check_fits(name: str, tensor: Tensor, counterpart: Counterpart, base: BaseModel) -> None:
+    """Raise RotationError for a tensor whose axis is not as long as the rotated one of the model's that it shares."""
+    held = counterpart.tensor in base.source.tensors
+    shape = base.source.tensors[counterpart.tensor if held else base.plan.tied[counterpart.tensor]].entry.shape
+    for axis in base.plan.axes_of.get(counterpart.tensor, ()):
+        own = {**counterpart.dims, **counterpart.before}.get(axis.dim)
+        if own is not None and (own >= tensor.ndim or tensor.shape[own] != shape[axis.dim]):
+            raise RotationError(
+                f"tensor {name!r} of the adapter has shape {tuple(tensor.shape)}, and axis {own} of it belongs to axis "
+                f"{axis.dim} of {counterpart.tensor!r}, {tuple(shape)}: the adapter belongs to another model"
+            )
 
 
 def check_config(config: Mapping[str, Any], base: BaseModel) -> None:
@@ -232,9 +248,14 @@ def _magnitude(name: str, scaled: Magnitude, tensors: Mapping[str, Tensor], base
     if not gains and not channels:
         return magnitude
     wide = torch.promote_types(magnitude.dtype, torch.float32)
-    a, b = (tensors[f"{scaled.module}.lora_{part}.weight"].to(wide) for part in "AB")
+    a, b = (tensors.get(f"{scaled.module}.lora_{part}.weight") for part in "AB")
     weight = base.original(scaled.tensor).to(wide)
-    updated = (weight.T if base.family.transposed else weight) + scaled.scaling * (b @ a)
+    weight = weight.T if base.family.transposed else weight
+    if a is None or b is None or (len(b), *b.shape[1:], *a.shape[1:]) != (len(weight), len(a), weight.shape[1]):
+        raise RotationError(f"the adapter has {name!r} without an A and B that fit the model's {scaled.tensor!r}")
+    if magnitude.shape != (len(weight),):
+        raise RotationError(f"{name!r} of the adapter has shape {tuple(magnitude.shape)}: expected {len(weight)}")
+    updated = weight + scaled.scaling * (b.to(wide) @ a.to(wide))
     scale = torch.ones((), dtype=wide)
     for gain in gains:
         scale = scale * (base.gains[gain.norm].to(wide) + gain.offset)
