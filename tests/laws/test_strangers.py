@@ -96,7 +96,7 @@ def change_tensors(path, function):
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
 
 
-def refused(place, action, word=""):
+def refused(place, action, word=None):
     """The action raises a SpinquantError, and leaves every file as it was and no new one."""
     before = everything(place)
     with pytest.raises(SpinquantError, match=word) as caught:
@@ -111,7 +111,7 @@ def test_what_is_not_spoilt_is_accepted(place):
     assert check_checksums(place / "native") == []
     rotate_adapter(place / "rotated", place / "lora", place / "out-lora")
     options = {**QUICK, "options": Options()}
-    rotate_folder(place / "model", place / "out", learned=read_learned(place / "learned"), **options)
+    rotate_folder(place / "model", place / "out", None, learned=read_learned(place / "learned"), **options)
 
 
 CONFIGS = {
