@@ -9,7 +9,7 @@ else. Whatever else a model computes at creation (rotary frequencies, scales of 
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.initialization import no_init_weights
 
+from spinquant.architectures import family_of, module_names
 from spinquant.architectures.checkpoint_mapping import Form, Piece, form_of
 from spinquant.calibration.sequential import body_of
 from spinquant.checkpoint.reader import Stored
@@ -91,6 +92,8 @@ def check_stored(model: Any, source: Weights, plan: Plan) -> None:
             f"tensor {stored!r} of {source.folder} has shape {source.tensors[stored].entry.shape}, and by its config "
             f"(config.json) it has {tuple(expected[tensor].shape)}: one of the two is not of this model"
         )
+    if form.missing is None:
+        _check_placed(model, source, plan, {piece.stored for pieces in form.pieces.values() for piece in pieces})
     for tensor, pieces in form.pieces.items():
         for piece in pieces if expected[tensor].is_floating_point() else ():
             found = source.tensors[piece.stored].dtype
@@ -98,6 +101,20 @@ def check_stored(model: Any, source: Weights, plan: Plan) -> None:
                 raise CheckpointError(
                     f"tensor {piece.stored!r} of {source.folder} has dtype {found}: expected floating-point numbers"
                 )
+
+
+def _check_placed(model: Any, source: Weights, plan: Plan, placed: Collection[str]) -> None:
+    """Raise CheckpointError for a tensor of a checkpoint that the model of its config would not read."""
+    family = family_of(model.config)
+    assert family is not None  # or there would be no plan
+    state = model.state_dict()
+    for inside, name in module_names(family, source.tensors).items():
+        known = name in placed or name in plan.predictors or inside in state
+        if not known and not any(re.fullmatch(pattern, inside) for pattern in family.ignored):
+            raise CheckpointError(
+                f"tensor {name!r} of {source.folder} has no place in a model of its config (config.json), which would "
+                "not read it: one of the two is not of this model"
+            )
 
 
 def form_in(model: Any, source: Weights, plan: Plan) -> Form:
