@@ -316,6 +316,12 @@ def parse_rotation_names(rotations: str | Iterable[str]) -> tuple[str, ...]:
         RotationError: a name is not R1, R2, R3 or R4.
     """
     items = rotations.split(",") if isinstance(rotations, str) else rotations
+    if not isinstance(items, Iterable):
+        raise RotationError(f"rotations are {rotations!r}: expected names, some of {', '.join(ROTATION_NAMES)}")
+    items = list(items)
+    for item in items:
+        if not isinstance(item, str):
+            raise RotationError(f"unknown rotation {item!r}: expected some of {', '.join(ROTATION_NAMES)}, or none")
     names = [item.strip().upper() for item in items]
     names = [name for name in names if name and name != "NONE"]
     for name in names:

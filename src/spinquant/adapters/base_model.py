@@ -8,16 +8,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from spinquant.architectures import family_of, make_plan, module_names
 from spinquant.architectures.family import Family
 from spinquant.checkpoint.folder import BESIDE, ORIGIN, RECORD, ROTATIONS, folder_of, load_config, read_headers
 from spinquant.checkpoint.reader import Source, read_gains
-from spinquant.checkpoint.untrusted import read_json
+from spinquant.checkpoint.safetensors_io import read_tensors
+from spinquant.checkpoint.untrusted import beside, read_file, read_json
+from spinquant.compute.values import validated
 from spinquant.errors import CheckpointError, RotationError
 from spinquant.plan import Plan
 from spinquant.rotations.fuse import transform
@@ -26,6 +28,16 @@ from spinquant.rotations.serialization import saved
 
 # Rows of the embedding that are compared to identify the original, and the tolerance for rounding to half types.
 ROWS, SAME = 64, 0.02
+LONGEST_PATH = 1 << 16  # bytes
+
+
+class _Plan(pydantic.BaseModel):
+    spaces: list[dict[str, Any]]
+
+
+class _Record(pydantic.BaseModel):
+    plan: _Plan
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,7 @@ def open_base_model(rotated: str | Path, model: str | Path | None = None) -> Ite
     config = load_config(origin)
     with closing(Source(folder_of(origin), config)) as source:
         plan = make_plan(config, source.shapes)
-        rotations = saved(record, load_file(folder / BESIDE / ROTATIONS))
+        rotations = saved(record, read_tensors(beside(folder, ROTATIONS))[0])
         base = BaseModel(str(rotated), config, source, plan, rotations)
         spaces = [asdict(space) for space in plan.spaces]
         if spaces != record["plan"]["spaces"] or not _is_original(base, folder):
@@ -94,8 +106,8 @@ def open_base_model(rotated: str | Path, model: str | Path | None = None) -> Ite
 
 def _origin(folder: Path, record: Mapping[str, Any]) -> str | Path:
     """The original of a rotated folder: a local folder that is noted beside the record, or the record's Hub id."""
-    noted, source = folder / BESIDE / ORIGIN, record.get("source")
-    if noted.is_file() and (path := Path(os.fsdecode(noted.read_bytes()))).is_dir():
+    noted, source = beside(folder, ORIGIN), record.get("source")
+    if noted.is_file() and (path := Path(os.fsdecode(read_file(noted, LONGEST_PATH)))).is_dir():
         return path
     if source is None:
         raise CheckpointError(f"the record of {folder} does not name the original model: pass it with --model")
@@ -124,4 +136,6 @@ def read_record(folder: Path) -> dict[str, Any]:
     for name in (RECORD, ROTATIONS):
         if not (folder / BESIDE / name).is_file():
             raise CheckpointError(f"{folder} has no {BESIDE}/{name}: it was not rotated by spinquant")
-    return read_json(folder / BESIDE / RECORD)
+    found = read_json(beside(folder, RECORD))
+    validated(_Record, found, str(folder / BESIDE / RECORD), CheckpointError)
+    return found

@@ -96,6 +96,8 @@ def eagle3_plan(
     Raises RotationError for an unknown tensor, and for a draft head that uses the model's `lm_head`.
     """
     about = config.get("eagle_config") or {}
+    if not isinstance(about, Mapping):
+        raise RotationError(f"the draft head has eagle_config {about!r}: expected an object")
     if not about.get("use_aux_hidden_state", True):
         raise RotationError(
             f"R1 is impossible with this draft head (use_aux_hidden_state is off): {_IMPOSSIBLE['eagle']}."
@@ -109,6 +111,7 @@ def eagle3_plan(
             "model's lm_head to it"
         )
     fc = tensors[by_own["fc.weight"]]
+    _expect(by_own["fc.weight"], fc, (None, None))
     if fc.shape[1] % hidden:
         raise RotationError(
             f"fc has {fc.shape[1]} inputs, which is not a multiple of the model's hidden size {hidden}: the draft head "
@@ -124,11 +127,14 @@ def eagle3_plan(
         if own == "fc.weight" or _INSIDE.fullmatch(own):
             continue
         if own == "input_norm.weight":
+            _expect(name, tensors[name], (fc.shape[1],))
             gains.append(Gain(name, residual, ((by_own["fc.weight"], 1),)))
             weights[name] = tensors[name]
         elif own == "embed_tokens.weight":
+            _expect(name, tensors[name], (None, fc.shape[0]))
             axes += [Axis(name, 1, residual)] if shares else []
         elif _READERS.fullmatch(own):
+            _expect(name, tensors[name], (None, 2 * fc.shape[0]))
             readers.append(name)
         elif not _EMBEDDING_NORM.fullmatch(own):
             raise RotationError(
@@ -136,7 +142,10 @@ def eagle3_plan(
                 "others could change what the head computes"
             )
     if shares:
-        norm = next(name for own, name in by_own.items() if _EMBEDDING_NORM.fullmatch(own))
+        norm = next((name for own, name in by_own.items() if _EMBEDDING_NORM.fullmatch(own)), None)
+        if norm is None:
+            raise RotationError("the draft head has no norm of the embeddings (input_layernorm): it is incomplete")
+        _expect(norm, tensors[norm], (hidden,))
         span = Span(0, hidden, 2 * hidden)
         axes += [Axis(name, 1, residual, span) for name in readers]
         gains.append(Gain(norm, residual, tuple((name, 1) for name in readers)))
@@ -155,6 +164,17 @@ def eagle3_plan(
         head=by_own["lm_head.weight"],
     )
     return plan, weights
+
+
+def _expect(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
+    """Raise RotationError for a tensor that is not floating-point or has another shape (None: any length)."""
+    fits = len(shape) == tensor.ndim and all(want in (None, is_) for want, is_ in zip(shape, tensor.shape, strict=True))
+    if not fits or not tensor.is_floating_point():
+        expected = ", ".join("any" if one is None else str(one) for one in shape)
+        raise RotationError(
+            f"tensor {name!r} of the draft head has dtype {tensor.dtype} and shape {tuple(tensor.shape)}: expected "
+            f"floating-point numbers of shape ({expected})"
+        )
 
 
 def _own(name: str) -> str:

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from spinquant.adapters.lora import rotate_lora
 from spinquant.checkpoint.atomic import check_replaceable, write_file
 from spinquant.checkpoint.folder import SINGLE, copied_files, folder_of, weights_digest
 from spinquant.checkpoint.run_directory import atomic_folder
+from spinquant.checkpoint.safetensors_io import read_tensors
 from spinquant.checkpoint.untrusted import file_in, read_json
 from spinquant.errors import CheckpointError
 
@@ -131,12 +131,7 @@ def _read(folder: Path, config: str, weights: str) -> tuple[dict[str, Any], dict
             f"{folder} has no {weights}. Pickled weights can run code when they are loaded, and are not read: convert "
             "them with safetensors.torch.save_file(torch.load(FILE, weights_only=True), ...)"
         )
-    try:
-        with safe_open(folder / weights, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{folder / weights} is corrupted or unreadable: {error}. Download it again.") from None
+    tensors, metadata = read_tensors(file_in(folder, weights))
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise CheckpointError(f"tensor {name!r} of {folder / weights} holds values that are NaN or infinite")

@@ -16,14 +16,18 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel as PydanticModel
+from pydantic import Field
 from torch import Tensor
 
 from spinquant.adapters.base_model import BaseModel
 from spinquant.adapters.moe import stacked_counterpart
 from spinquant.adapters.plan import Counterpart, adapter_plan
+from spinquant.compute.patterns import check_name, check_pattern
+from spinquant.compute.values import validated
 from spinquant.errors import RotationError
 from spinquant.rotations.fuse import scales_of, transform
 
@@ -32,6 +36,7 @@ _NAME = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.(?:weight|bias))?"
 )
+_STACKED = re.compile(r"\.experts(\.base_layer)?\.lora_[AB]\b")
 # Trained embeddings of single tokens, under peft's two names for them.
 _TOKENS = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_(?:delta|original)")
 
@@ -53,6 +58,19 @@ REASONS = {
 }
 
 
+_Rank = Annotated[int, Field(ge=1)]
+
+
+class _Config(PydanticModel):
+    """The values of an adapter's config that are used here."""
+
+    r: _Rank = 8  # peft's defaults
+    lora_alpha: float = 8
+    rank_pattern: dict[str, _Rank] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool = False
+
+
 @dataclass(frozen=True)
 class Magnitude:
     """DoRA magnitudes of one linear: its tensor in the plan, its module in the adapter, and the scaling s."""
@@ -69,11 +87,19 @@ def rotate_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: 
     config: from adapter_config.json. Raises RotationError, with the reason, for what cannot be rotated.
     """
     check_config(config, base)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.ndim > 3:
+            raise RotationError(
+                f"tensor {name!r} of the adapter has dtype {tensor.dtype} and shape {tuple(tensor.shape)}: expected "
+                "floating-point numbers along at most three axes"
+            )
     counterparts: dict[str, Counterpart] = {}
     magnitudes: dict[str, Magnitude] = {}
     for name in tensors:
         found = _counterpart(name, config, tensors, base)
         if isinstance(found, Counterpart):
+            if not _STACKED.search(name):  # those are matched by their shapes
+                _check_fits(name, tensors[name], found, base)
             counterparts[name] = found
         else:
             magnitudes[name] = found
@@ -84,8 +110,24 @@ def rotate_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: 
     return rotated
 
 
+def _check_fits(name: str, tensor: Tensor, counterpart: Counterpart, base: BaseModel) -> None:
+    """Raise RotationError for a tensor whose axis is not as long as the rotated one of the model's that it shares."""
+    held = counterpart.tensor in base.source.tensors
+    shape = base.source.tensors[counterpart.tensor if held else base.plan.tied[counterpart.tensor]].entry.shape
+    for axis in base.plan.axes_of.get(counterpart.tensor, ()):
+        own = {**counterpart.dims, **counterpart.before}.get(axis.dim)
+        if own is not None and (own >= tensor.ndim or tensor.shape[own] != shape[axis.dim]):
+            raise RotationError(
+                f"tensor {name!r} of the adapter has shape {tuple(tensor.shape)}, and axis {own} of it belongs to axis "
+                f"{axis.dim} of {counterpart.tensor!r}, {tuple(shape)}: the adapter belongs to another model"
+            )
+
+
 def check_config(config: Mapping[str, Any], base: BaseModel) -> None:
     """Raise RotationError for an adapter that is not LoRA, or has an option that no rotation preserves."""
+    about: _Config = validated(_Config, config, "the adapter's config", RotationError)
+    for pattern in (*(about.rank_pattern or ()), *(about.alpha_pattern or ())):
+        check_pattern(pattern, "the adapter's config", RotationError)
     kind = config.get("peft_type")
     if kind != "LORA":
         raise RotationError(
@@ -192,8 +234,9 @@ def _scaling(module: str, config: Mapping[str, Any]) -> float:
                 return value
         return otherwise
 
-    rank = chosen(config.get("rank_pattern"), config["r"])
-    alpha = chosen(config.get("alpha_pattern"), config["lora_alpha"])
+    check_name(module, "the adapter", RotationError)
+    rank = chosen(config.get("rank_pattern"), config.get("r", 8))
+    alpha = chosen(config.get("alpha_pattern"), config.get("lora_alpha", 8))
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -205,9 +248,14 @@ def _magnitude(name: str, scaled: Magnitude, tensors: Mapping[str, Tensor], base
     if not gains and not channels:
         return magnitude
     wide = torch.promote_types(magnitude.dtype, torch.float32)
-    a, b = (tensors[f"{scaled.module}.lora_{part}.weight"].to(wide) for part in "AB")
+    a, b = (tensors.get(f"{scaled.module}.lora_{part}.weight") for part in "AB")
     weight = base.original(scaled.tensor).to(wide)
-    updated = (weight.T if base.family.transposed else weight) + scaled.scaling * (b @ a)
+    weight = weight.T if base.family.transposed else weight
+    if a is None or b is None or (len(b), *b.shape[1:], *a.shape[1:]) != (len(weight), len(a), weight.shape[1]):
+        raise RotationError(f"the adapter has {name!r} without an A and B that fit the model's {scaled.tensor!r}")
+    if magnitude.shape != (len(weight),):
+        raise RotationError(f"{name!r} of the adapter has shape {tuple(magnitude.shape)}: expected {len(weight)}")
+    updated = weight + scaled.scaling * (b.to(wide) @ a.to(wide))
     scale = torch.ones((), dtype=wide)
     for gain in gains:
         scale = scale * (base.gains[gain.norm].to(wide) + gain.offset)

@@ -33,6 +33,8 @@ def stacked_counterpart(name: str, module: str, tensors: Mapping[str, Tensor], b
     which = "A" if ".lora_A." in name else "B"
     first = name.replace(f".lora_{which}.", ".lora_A.")
     second = name.replace(f".lora_{which}.", ".lora_B.")
+    if any(one not in tensors or tensors[one].ndim != 2 for one in (first, second)):
+        raise RotationError(f"the adapter has {name!r} without an A and B, each of two axes: it is incomplete")
     shape = (tensors[second].shape[0], tensors[first].shape[1])
     found = [expert for expert in _experts(module, base) if expert.shape == shape]
     if len(found) != 1:

@@ -139,6 +139,8 @@ def make_plan(config: Any, shapes: Shapes, *, family: FamilyLike | None = None) 
             "the config names no architecture (model_type is missing): expected the config.json of a transformers "
             "causal LM"
         )
+    if not isinstance(classes, list | tuple) or not all(isinstance(name, str) for name in classes):
+        raise ArchitectureError(f"the config has architectures = {classes!r}: expected a list of names of classes")
     multimodal = any(model_type in vision.model_types for vision in VISIONS)
     for name in classes if recorded_family(config) is None else ():
         if not name.endswith("ForConditionalGeneration" if multimodal else ("ForCausalLM", "LMHeadModel")):

@@ -6,6 +6,7 @@ uses the tensor names that it was given, and always the module's names for modul
 """
 
 import re
+import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,10 +16,12 @@ from typing import Any
 from spinquant.architectures.family import INSIDE, AxisPart, AxisSpace, Family, Named, Norm, holds, size_of
 from spinquant.architectures.foreign import layers_beyond, missing_head, scales_among
 from spinquant.architectures.shared_blocks import owners, with_shared_blocks
+from spinquant.compute.patterns import check_name
 from spinquant.errors import ArchitectureError
 from spinquant.plan import Axis, Experts, Gain, Online, Plan, Scaling, Space, Span, Tie
 
 Shapes = Mapping[str, Sequence[int]]
+PATIENCE = 30.0  # seconds
 
 
 def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
@@ -35,12 +38,17 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
     stored = module_names(family, shapes)
     shapes = {name: shapes[origin] for name, origin in stored.items()}
     tie = bool(getattr(config, "tie_word_embeddings", False))
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    named = Named(text, family.names)
+    if (layers := size_of(named, "num_hidden_layers")) > len(shapes):
+        raise ArchitectureError(
+            f"{family.name}: the config has {layers} layers and the checkpoint {len(shapes)} tensors; "
+            "the checkpoint is incomplete"
+        )
     if family.head not in shapes and not tie:
         raise ArchitectureError(f"{family.name}: {scales_among(shapes) or missing_head(family.head)}")
     # A module has a tied head under both names, a checkpoint under one: the plan is the same for both.
     shapes = {**shapes, family.head: shapes.get(family.head, shapes.get(family.embedding, ()))}
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    named = Named(text, family.names)
     shapes, shared = with_shared_blocks(family.shared, named, shapes, tied=tie)
     tied = {family.head: family.embedding, **shared} if tie else {}
     build = _Build(family, named, shapes)
@@ -98,13 +106,29 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
 
 
 def module_names(family: Family, names: Iterable[str]) -> dict[str, str]:
-    """Map names in the module to names in the checkpoint, for the tensors of a checkpoint."""
-    return {_in_module(name, family.stored): name for name in names}
+    """Map names in the module to names in the checkpoint, for the tensors of a checkpoint.
+
+    Raises ArchitectureError for patterns of a family file that cannot be applied, or take more than `PATIENCE`.
+    """
+    start, found = time.monotonic(), {}
+    for name in names:
+        found[_in_module(name, family)] = name
+        if time.monotonic() - start > PATIENCE:
+            raise ArchitectureError(
+                f"the patterns in `stored` of {family.name!r} take too long to match: simplify them"
+            )
+    return found
 
 
-def _in_module(name: str, stored: Sequence[tuple[str, str]]) -> str:
-    for pattern, replacement in stored:
-        name = re.sub(pattern, replacement, name)
+def _in_module(name: str, family: Family) -> str:
+    for pattern, replacement in family.stored:
+        check_name(name, family.name, ArchitectureError)
+        try:
+            name = re.sub(pattern, replacement, name)
+        except (re.error, IndexError) as error:
+            raise ArchitectureError(
+                f"{family.name}: cannot replace {pattern!r} by {replacement!r} in {name!r}: {error}"
+            ) from None
     return name
 
 

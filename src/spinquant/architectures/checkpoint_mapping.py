@@ -51,10 +51,17 @@ class Piece:
 
 @dataclass(frozen=True)
 class Form:
-    """The pieces of each model tensor. `missing` is the first tensor that the checkpoint cannot provide."""
+    """The pieces of each model tensor.
+
+    Attributes:
+        pieces: by the model's tensors; none for one that the checkpoint cannot provide.
+        missing: the first such tensor.
+        misfit: (name in the model, name in the checkpoint) of the first one whose shape differs.
+    """
 
     pieces: Mapping[str, tuple[Piece, ...]]
     missing: str | None = None
+    misfit: tuple[str, str] | None = None
 
     @cached_property
     def of_stored(self) -> Mapping[str, Piece]:
@@ -83,6 +90,7 @@ def form_of(config: Any, plan: Plan, tensors: Mapping[str, Sequence[int]], store
         names.setdefault(next(iter(module_names(family, [tie.tensor]))), tie.source)
     pieces: dict[str, tuple[Piece, ...]] = {}
     missing: str | None = None
+    misfit: tuple[str, str] | None = None
     for tensor, shape in tensors.items():
         origin = names.get(tensor)
         if origin is not None and tuple(stored.get(origin, ())) == tuple(shape):
@@ -91,8 +99,9 @@ def form_of(config: Any, plan: Plan, tensors: Mapping[str, Sequence[int]], store
         found = tuple(_of_experts(tensor, shape, names, stored) or _of_parts(tensor, shape, names, stored))
         if not found:
             missing = missing or tensor
+            misfit = misfit or (None if origin is None else (tensor, origin))
         pieces[tensor] = found
-    return Form(pieces, missing)
+    return Form(pieces, missing, misfit)
 
 
 def _of_experts(

@@ -239,15 +239,16 @@ def _number(config: Any, name: str) -> int | None:
     if "/" in name:
         above, below = (_number(config, part) for part in name.split("/"))
         return above // below if above and below else None
-    if name.isdigit():
+    if name.isdecimal() and name.isascii():
         return int(name)
     value = getattr(config, name, None)
     if value is None and name == "head_dim":
-        return config.hidden_size // config.num_attention_heads
+        hidden, heads = (_number(config, part) for part in ("hidden_size", "num_attention_heads"))
+        return hidden // heads if hidden and heads else None
     if value is None and name == "num_key_value_heads":
         return config.num_attention_heads
     if value is None:
         return None
-    if not isinstance(value, int) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise ArchitectureError(f"the config has {name} = {value!r}: expected a positive integer")
     return value

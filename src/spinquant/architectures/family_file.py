@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from spinquant.compute.patterns import check_pattern
+from spinquant.compute.values import validated
 from spinquant.errors import ArchitectureError
 from spinquant.plan import OnlineSite
 
@@ -244,6 +246,8 @@ def read_family(path: str | Path) -> FamilyFile:
     path = Path(path)
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ArchitectureError(f"the family file {path} is nested too deeply") from None
     except OSError as error:
         raise ArchitectureError(f"cannot read the family file {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -253,11 +257,7 @@ def read_family(path: str | Path) -> FamilyFile:
 
 def family_from(data: Mapping[str, Any], origin: str) -> FamilyFile:
     """Validate a family given as data. Raises ArchitectureError that names the origin of the data and the key."""
-    try:
-        return FamilyFile.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        found = "" if first["type"] in ("missing", "value_error") else f", found {first['input']!r}"
-        what = first["msg"].removeprefix("Value error, ")
-        raise ArchitectureError(f"{origin}: {f'key {key}: ' if key else ''}{what}{found}") from None
+    found: FamilyFile = validated(FamilyFile, data, origin, ArchitectureError)
+    for pattern in (*(found.ignored or ()), *(pattern for pattern, _ in found.stored or ())):
+        check_pattern(pattern, origin, ArchitectureError)
+    return found

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from spinquant.calibration.chats import CHATS, EXPECTED, SUFFIXES, read_rows, taken, text_of
+from spinquant.checkpoint.untrusted import check_regular
+from spinquant.compute.values import check_integer, check_seed
 from spinquant.errors import TextError
 from spinquant.models.capture import device_of
 from spinquant.models.context import fitting_length
@@ -26,6 +28,8 @@ WIKITEXT = "dataset:Salesforce/wikitext:wikitext-2-raw-v1:test:text"
 LENGTH = 512  # tokens of a window of calibration text
 HUB_TIMEOUT = 3.0  # seconds
 GENERATED_AT_ONCE = 16  # samples
+MOST_TOKENS = 1 << 28  # of a calibration; published ones take some 10^6
+LONGEST_TEXT = 1 << 31  # bytes of a text file
 
 
 def load_text(source: str = "auto", tokenizer: Any = None) -> tuple[str, str]:
@@ -65,8 +69,9 @@ def load_text(source: str = "auto", tokenizer: Any = None) -> tuple[str, str]:
     if path.suffix.lower() in SUFFIXES:
         return path.name, text_of(read_rows(path), tokenizer, f"text file {source!r}")
     try:
+        check_regular(path, LONGEST_TEXT, TextError)
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (TextError, OSError, UnicodeDecodeError) as error:
         raise TextError(
             f"cannot read text {source!r}: {error}. Expected a UTF-8 file, manual, wikitext, or dataset:NAME"
         ) from None
@@ -158,8 +163,9 @@ def token_windows(tokenizer: Any, text: str, *, length: int, count: int | None =
     first = tokenizer("x")["input_ids"][0]
     bos = first if first == tokenizer.bos_token_id else None
     room = length if bos is None else length - 1
-    if count is not None and count < 1:
-        raise TextError(f"{count} windows: expected at least one, or none given for all")
+    if count is not None:
+        check_integer(count, "windows", TextError)
+    check_integer(length, "the length of a window", TextError)
     if room < 1:
         raise TextError(f"a window of {length} tokens has no room for text")
     # verbose=False: no warning about a text that is longer than the model's context.
@@ -187,7 +193,8 @@ class CalibrationText:
         seed: Of generated text.
 
     Raises:
-        TextError: Fewer than one sample, or than two tokens.
+        TextError: Fewer than one sample, or than two tokens; more than `MOST_TOKENS` tokens; or a seed that is no
+            integer from 0 to 2^63 - 1.
 
     Example:
         >>> import spinquant
@@ -201,8 +208,15 @@ class CalibrationText:
     seed: int = 0
 
     def __post_init__(self):
-        if self.samples < 1 or (self.length is not None and self.length < 2):
-            raise TextError(f"{self.samples} samples of {self.length} tokens: expected at least 1 sample of 2 tokens")
+        check_integer(self.samples, "samples", TextError)
+        if self.length is not None:
+            check_integer(self.length, "length", TextError, least=2)
+        check_seed(self.seed, TextError)
+        if self.samples * (self.length or LENGTH) > MOST_TOKENS:
+            raise TextError(
+                f"{self.samples} samples of {self.length or LENGTH} tokens: expected at most {MOST_TOKENS} tokens, "
+                "which are in memory at once"
+            )
 
 
 def fitted(source: CalibrationText, config: Any) -> CalibrationText:

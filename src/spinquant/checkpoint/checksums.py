@@ -21,8 +21,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from spinquant.checkpoint.folder import BESIDE
+from spinquant.checkpoint.folder import BESIDE, WEIGHTS
 from spinquant.checkpoint.safetensors_io import file_hash
+from spinquant.checkpoint.untrusted import file_in, read_file
 from spinquant.errors import CheckpointError, SourceChangedError
 
 CHECKSUMS = "checksums.sha256"
@@ -157,8 +158,8 @@ def _noted(folder: Path, name: str) -> Known | None:
 
 def _read_list(listed: Path) -> dict[str, str]:
     try:
-        lines = listed.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_file(listed).decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
         raise CheckpointError(f"cannot read checksums {str(listed)!r}: {error}") from None
     found = {}
     for line in lines:
@@ -174,7 +175,7 @@ def check_checksums(folder: str | Path) -> list[str]:
     """Verify a folder that spinquant wrote: names of the files that differ from its checksums, empty if none does.
 
     Raises:
-        CheckpointError: the folder has no checksums.
+        CheckpointError: the folder has no checksums, or its list names files outside of it, or lacks a file of weights.
     """
     if not Path(folder).is_dir():
         raise CheckpointError(f"folder {str(folder)!r} does not exist (or is not a folder)")
@@ -183,10 +184,15 @@ def check_checksums(folder: str | Path) -> list[str]:
         raise CheckpointError(
             f"{folder} has no {BESIDE}/{CHECKSUMS}: only folders that spinquant wrote by streaming have checksums"
         )
+    known = _read_list(listed)
+    for path in (path for path in Path(folder).iterdir() if path.suffix in WEIGHTS or path.name == "config.json"):
+        if path.name not in known:
+            raise CheckpointError(f"{listed} has no checksum of {path.name}: it is not the list of this folder")
     bad = []
-    for line in listed.read_text(encoding="utf-8").splitlines():
-        expected, _, name = line.partition("  ")
-        path = Path(folder) / name
+    for name, expected in known.items():
+        path = Path(folder)
+        for part in name.split("/"):
+            path = file_in(path, part)
         if not path.is_file() or file_hash(path) != expected:
             bad.append(name)
     return bad

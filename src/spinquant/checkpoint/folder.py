@@ -18,18 +18,18 @@ from transformers import AutoConfig
 
 from spinquant.architectures import FamilyLike, use_family
 from spinquant.checkpoint.atomic import first_line
-from spinquant.checkpoint.untrusted import check_inside, file_in, read_json
+from spinquant.checkpoint.untrusted import BESIDE, check_inside, file_in, read_json
 from spinquant.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-# Folder beside the weights that records how they were made.
-BESIDE, RECORD, ROTATIONS = "spinquant", "record.json", "rotations.safetensors"
+RECORD, ROTATIONS = "record.json", "rotations.safetensors"  # in the folder `spinquant` beside the weights
 ORIGIN = ".source"  # in that folder, the path of a local source; hidden files are not pushed to the hub
 # Suffixes of weight files.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".tflite")
 _SAMPLES = 64  # pieces of a weight file that `weights_sample` hashes
+MOST_LAYERS = 10_000
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -78,18 +78,29 @@ def load_config(model: str | Path, *, family: FamilyLike | None = None) -> Any:
         path = file_in(folder, "config.json")
         if not path.exists():
             raise CheckpointError(f"{str(model)!r} has no config.json: expected a Hugging Face model folder")
-        if not isinstance(read_json(path).get("model_type"), str):
+        about = read_json(path)
+        if not isinstance(about.get("model_type"), str):
             raise CheckpointError(
                 f"{path} names no architecture (no model_type): expected the config of a transformers causal LM"
             )
+        _check_sizes(about, path)
     try:
         place = folder_of(model) if is_local(model) else model
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
+    except Exception as error:  # config classes raise what a wrong value leads to
         here = "" if is_local(model) else ", which is not a local folder"
         raise CheckpointError(f"cannot read the config of {str(model)!r}{here}: {first_line(error)}") from None
     use_family(config, family)
     return config
+
+
+def _check_sizes(about: Any, path: Path) -> None:
+    """Refuse numbers of layers for which a config class would fill the memory with lists."""
+    for key, value in about.items():
+        if isinstance(value, dict):
+            _check_sizes(value, path)
+        if "layer" in key and isinstance(value, int) and value > MOST_LAYERS:
+            raise CheckpointError(f"{path} has {key} = {value}: expected at most {MOST_LAYERS}")
 
 
 def read_headers(model: str | Path) -> dict[str, TensorInfo]:
@@ -268,7 +279,7 @@ def load_tokenizer(model: str | Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # the tokenizers library raises plain Exceptions
         raise CheckpointError(f"{str(model)!r} has no usable tokenizer: {first_line(error)}") from None
 
 

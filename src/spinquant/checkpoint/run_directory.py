@@ -82,7 +82,7 @@ class RunDirectory:
         try:
             about = read_json(self._finished / f"{name}.json")
             return str(about["sha256"]), int(about["bytes"])
-        except (CheckpointError, KeyError, TypeError, ValueError):
+        except (CheckpointError, KeyError, TypeError, ValueError, OverflowError):
             return None
 
     def unfinished(self, name: str) -> Path:
@@ -107,7 +107,7 @@ class RunDirectory:
             found.append(read_json(self._sources))
         try:
             return [{name: (int(length), str(sha256)) for name, (length, sha256) in one.items()} for one in found]
-        except (AttributeError, TypeError, ValueError):
+        except (AttributeError, TypeError, ValueError, OverflowError):
             raise CheckpointError(
                 f"the journal in {self.home} is corrupted: delete {self.home} to start anew"
             ) from None

@@ -1,8 +1,8 @@
 """Finished pieces of a run (calibrated blocks, states of learning): safetensors files that a rerun resumes from."""
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spinquant.checkpoint.atomic import UNFINISHED, is_full, sync_file, why_full, write_file
+from spinquant.checkpoint.untrusted import json_object
 from spinquant.errors import CheckpointError
 
 
@@ -61,13 +62,13 @@ class Pieces:
         """Tensors and JSON metadata of a piece; None if it is not finished, or has other settings."""
         if not self.path(name).exists() or not self._is_ours():
             return None
-        with safe_open(self.path(name), framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["about"])
+        with self._opened(name) as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, self._about(file)
 
     def about(self, name: str) -> dict[str, Any]:
         """The JSON metadata of a finished piece."""
-        with safe_open(self.path(name), framework="pt") as file:
-            return json.loads(file.metadata()["about"])
+        with self._opened(name) as file:
+            return self._about(file)
 
     def remove(self, name: str) -> None:
         """Delete a piece."""
@@ -76,6 +77,21 @@ class Pieces:
     def path(self, name: str) -> Path:
         """The file of a piece, which exists once the piece is finished."""
         return self.folder / f"{name}.safetensors"
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[Any]:
+        """An open piece. Raises CheckpointError, with the way out, for one that is damaged."""
+        try:
+            with safe_open(self.path(name), framework="pt") as file:
+                yield file
+        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.path(name)}, which a previous run has left, cannot be read ({error}): delete {self.folder} to "
+                "start anew"
+            ) from None
+
+    def _about(self, file: Any) -> dict[str, Any]:
+        return json_object(file.metadata()["about"].encode(), str(self.folder))
 
     def _is_ours(self) -> bool:
         marker = self.folder / "fingerprint"

@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from spinquant.checkpoint.atomic import first_line
 from spinquant.checkpoint.direct_io import DirectWriter, put
 from spinquant.checkpoint.positional_io import BINARY, read_at
-from spinquant.checkpoint.untrusted import json_object
+from spinquant.checkpoint.untrusted import check_regular, json_object
 from spinquant.errors import CheckpointError
 
 # In the order of the library's layout: wide dtypes first, so that all tensors are aligned.
@@ -221,6 +223,21 @@ class TensorFile:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, and its metadata.
+
+    Raises CheckpointError, naming the file, if it is missing, is not a regular file, or is corrupted.
+    """
+    check_regular(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is corrupted or unreadable: {first_line(error)}. Download or write it again."
+        ) from None
 
 
 def file_hash(path: Path) -> str:

@@ -10,9 +10,10 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from spinquant.errors import CheckpointError
+from spinquant.errors import CheckpointError, SpinquantError
 
 LARGEST = 1 << 27  # bytes of a JSON file; the index of the largest public checkpoints has some 10 MB
+BESIDE = "spinquant"  # folder beside the weights that records how they were made
 DEEPEST = 64  # lists and objects inside each other
 
 
@@ -25,23 +26,33 @@ def read_json(path: Path) -> dict[str, Any]:
     return json_object(read_file(path), str(path))
 
 
-def read_file(path: Path, largest: int = LARGEST) -> bytes:
-    """The bytes of a regular file of at most `largest` bytes; otherwise CheckpointError."""
+def read_file(path: Path, largest: int = LARGEST, error: type[SpinquantError] = CheckpointError) -> bytes:
+    """The bytes of a regular file of at most `largest` bytes; otherwise `error`, naming the file."""
+    check_regular(path, largest, error)
+    try:
+        return path.read_bytes()
+    except OSError as wrong:
+        raise error(f"{path} cannot be read: {wrong.strerror or wrong}") from None
+
+
+def check_regular(path: Path, largest: int | None = None, error: type[SpinquantError] = CheckpointError) -> None:
+    """Raise `error` for what is not a regular file of at most `largest` bytes: a pipe would be waited for."""
     try:
         about = path.stat()
-        if not stat.S_ISREG(about.st_mode):
-            raise CheckpointError(f"{path} is not a regular file: expected one that can be read from start to end")
-        if about.st_size > largest:
-            raise CheckpointError(f"{path} has {about.st_size} bytes: expected at most {largest}")
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (OSError, ValueError) as wrong:  # ValueError: a NUL in the name
+        raise error(f"{str(path)!r} cannot be read: {getattr(wrong, 'strerror', None) or wrong}") from None
+    if not stat.S_ISREG(about.st_mode):
+        raise error(f"{path} is not a regular file: expected one that can be read from start to end")
+    if largest is not None and about.st_size > largest:
+        raise error(f"{path} has {about.st_size} bytes: expected at most {largest}")
 
 
 def json_object(data: bytes, origin: str) -> dict[str, Any]:
     """The JSON object in some bytes; origin: what an error names. Raises CheckpointError, as `read_json`."""
     try:
         found = json.loads(data)
+        if b"\\u" in data or b"\xed" in data:  # half a surrogate pair, which no file can be written with
+            json.dumps(found, ensure_ascii=False).encode()
     except (ValueError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{origin} is not valid JSON: {error}") from None
     except RecursionError:
@@ -68,6 +79,13 @@ def file_in(folder: Path, name: Any) -> Path:
     if wrong or Path(name).is_absolute() or Path(name).drive:
         raise CheckpointError(f"{folder} names {name!r} as a file: expected the name of a file in that folder")
     path = folder / name
+    check_inside(folder, path)
+    return path
+
+
+def beside(folder: Path, name: str) -> Path:
+    """The path of a file of the folder `spinquant` beside the weights; CheckpointError if it leads out of `folder`."""
+    path = folder / BESIDE / name
     check_inside(folder, path)
     return path
 

@@ -277,7 +277,8 @@ def note_another_model(folder: Path, learned: "LearnedRotations", model: str, *,
     known = learned.record.get("weights")
     if known is not None and is_local(model) and Path(model).is_dir() and known != weights_sample(model):
         note(
-            f"note: the rotations of {folder} were learned for {learned.record['model']}; {model} has other weights",
+            f"note: the rotations of {folder} were learned for {learned.record.get('model')}, and {model} has other "
+            "weights",
             quiet=quiet,
         )
 

@@ -2,12 +2,16 @@
 
 import json
 import math
+import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spinquant.compute.torchrun import is_first
+from spinquant.errors import CheckpointError
 
 if TYPE_CHECKING:  # rich takes a third of the time of `--version`
     from rich.console import Console
@@ -47,12 +51,34 @@ def print_result(as_json: bool, data: dict[str, Any], table: Any) -> None:
     if as_json:
         print_json(data)
     else:
-        out_console().print(table)
+        with written():
+            out_console().print(table)
 
 
 def print_json(data: dict[str, Any]) -> None:
     """Print data as JSON, with null for numbers that are not finite."""
-    print(json.dumps(_finite(data), indent=1, default=dict))
+    with written():
+        print(json.dumps(_finite(data), indent=1, default=dict), flush=True)
+
+
+@contextmanager
+def written() -> Iterator[None]:
+    """Within the block, standard output may be closed (the reader, such as `head`, has ended) or full.
+
+    Ends the command with exit code 1, without an error message for a reader that has ended.
+
+    Raises:
+        CheckpointError: nothing can be written to it.
+    """
+    try:
+        yield
+    except OSError as error:
+        # Python flushes standard output once more at exit, and would fail again.
+        with suppress(AttributeError, OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(1) from None
+        raise CheckpointError(f"cannot write the result to standard output: {error.strerror or error}") from None
 
 
 def command_line() -> str:

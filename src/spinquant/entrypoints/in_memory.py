@@ -18,13 +18,14 @@ from spinquant.checkpoint.run_directory import atomic_folder
 from spinquant.entrypoints.output_folder import write_record
 from spinquant.entrypoints.result import Options, Result
 from spinquant.entrypoints.validation import check_calibration, check_format
-from spinquant.errors import CalibrationError, CheckpointError
+from spinquant.errors import CalibrationError, CheckpointError, TextError
 from spinquant.evaluation.equivalence import check, compare, prove, snapshot
 from spinquant.formats.compressed_config import check_plan, scheme_for
 from spinquant.formats.compressed_tensors import write_compressed
 from spinquant.formats.native import check_fresh, is_marked, mark, unmark
 from spinquant.models.context import check_context
 from spinquant.models.modules import largest, tensor_shapes
+from spinquant.models.tokens import check_model, check_tokens
 from spinquant.online.hooks import attach
 from spinquant.plan import Plan
 from spinquant.quantization.rtn import round_weights
@@ -79,7 +80,10 @@ def rotate(
         (['layers.0.value', 'layers.1.value', 'residual'], True)
     """
     spec, options = spec or RotationSpec(), options or Options()
+    check_model(model)
     check_fresh(model)
+    if sample is not None:
+        check_tokens(sample, model, "the sample's tokens", TextError)
     use_family(model.config, family)
     plan = plan_of(model)
     if rotations is None:
@@ -182,11 +186,15 @@ def quantize(
     scheme, options = scheme_for(scheme, format), options or Options()
     check_format(format, scheme, spec or RotationSpec(()), clips=calibration is not None and calibration.clips)
     calibration = check_calibration(method, scheme, calibration)
-    if calibration is not None and (tokens is None or tokens.numel() == 0):
+    if calibration is not None and tokens is None:
         raise CalibrationError(f"{method} works on calibration tokens, int64 (samples, length), and none were given")
-    if tokens is not None:
-        check_context(model.config, tokens.shape[-1], "give shorter samples")
+    check_model(model)
     check_fresh(model)
+    if tokens is not None:
+        check_tokens(tokens, model, "calibration tokens", CalibrationError)
+        check_context(model.config, tokens.shape[-1], "give shorter samples")
+    if sample is not None:
+        check_tokens(sample, model, "the sample's tokens", TextError)
     use_family(model.config, family)
     check_fits(plan_of(model), tensor_shapes(model), scheme)
     rotated = rotate(model, spec or RotationSpec(()), rotations=rotations, sample=sample, options=options)

@@ -9,22 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from spinquant.architectures import FamilyLike, recorded_family
 from spinquant.calibration.data import CalibrationText, calibration_tokens
 from spinquant.checkpoint.folder import folder_of, load_config, load_tokenizer, weights_digest, weights_sample
 from spinquant.checkpoint.run_directory import LEARNING, atomic_folder, opened_run
-from spinquant.checkpoint.untrusted import read_json
+from spinquant.checkpoint.safetensors_io import read_tensors
+from spinquant.checkpoint.untrusted import file_in, read_json
 from spinquant.compute.distributed import LONGEST, check_same, is_first, joined
+from spinquant.compute.values import validated
 from spinquant.entrypoints.local_paths import public_source, source_name
 from spinquant.entrypoints.model_card import learned_card
 from spinquant.entrypoints.request import LearnText
 from spinquant.entrypoints.source_card import CARD, read_card
 from spinquant.entrypoints.validation import run_identity, text_files
-from spinquant.errors import CheckpointError, TextError
+from spinquant.errors import CheckpointError, SpinquantError, TextError
 from spinquant.formats.load import load_model
 from spinquant.learning.learn import learn
 from spinquant.learning.options import LearnOptions, Watch
@@ -33,7 +34,7 @@ from spinquant.quantization.scheme import Scheme, parse_scheme
 from spinquant.quantization.targets import check_fits
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.fuse_module import plan_of
-from spinquant.rotations.learned import LearnedRotations
+from spinquant.rotations.learned import LearnedRecord, LearnedRotations
 from spinquant.rotations.serialization import saved, to_save
 
 TENSORS, ABOUT = "rotations.safetensors", "learned.json"
@@ -283,10 +284,12 @@ def read_learned(folder: str | Path) -> LearnedRotations:
     """
     folder = Path(folder)
     try:
-        about = read_json(folder / ABOUT)
-        rotations = saved(about, load_file(folder / TENSORS))
-        spec = RotationSpec(**about.pop("spec"))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        about = read_json(file_in(folder, ABOUT))
+        record: LearnedRecord = validated(LearnedRecord, about, ABOUT, CheckpointError)
+        rotations = saved(about, read_tensors(file_in(folder, TENSORS))[0])
+        spec = RotationSpec.from_dict(about.pop("spec"))
+        Scheme.from_dict(record.scheme or {})
+    except SpinquantError as error:
         raise CheckpointError(
             f"{folder} holds no learned rotations ({error}): expected a folder that `spinquant learn` wrote"
         ) from None

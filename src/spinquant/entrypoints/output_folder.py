@@ -93,7 +93,7 @@ def dtype_of(config: Any) -> torch.dtype:
     """The dtype in which an FP8 checkpoint computes, by its config."""
     values = config if isinstance(config, dict) else {"dtype": getattr(config, "dtype", None)}
     found = values.get("dtype") or values.get("torch_dtype")
-    found = getattr(torch, found) if isinstance(found, str) else found
+    found = getattr(torch, found, None) if isinstance(found, str) else found
     return found if found in (torch.float32, torch.float16, torch.bfloat16) else torch.bfloat16
 
 

@@ -9,6 +9,7 @@ import torch
 from spinquant.architectures import FamilyLike
 from spinquant.calibration.blockwise import Calibration, Method
 from spinquant.calibration.data import CalibrationText
+from spinquant.compute.values import check_integer
 from spinquant.entrypoints.result import Options
 from spinquant.errors import TextError
 from spinquant.learning.options import LearnOptions, Watch
@@ -33,8 +34,7 @@ class LearnText:
     windows: int = 8
 
     def __post_init__(self):
-        if self.windows < 1:
-            raise TextError(f"windows is {self.windows}: expected a number from 1 on (--windows)")
+        check_integer(self.windows, "windows (--windows)", TextError)
 
 
 @dataclass(frozen=True, kw_only=True)

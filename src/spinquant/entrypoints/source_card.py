@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spinquant.checkpoint.untrusted import leads_out
 from spinquant.entrypoints.local_paths import hub_id, source_name
 from spinquant.entrypoints.markdown import code, fence
 
@@ -22,6 +23,8 @@ def read_card(folder: str | Path) -> str | None:
     path = Path(folder) / CARD
     if not path.is_file():
         return None
+    if leads_out(Path(folder), path):
+        return f"*The source's {CARD} is a link out of its folder, so it is not repeated here.*\n"
     try:
         size = path.stat().st_size
         if size > LARGEST_CARD:

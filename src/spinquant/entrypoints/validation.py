@@ -19,6 +19,7 @@ from spinquant.calibration.blockwise import METHODS, Calibration
 from spinquant.calibration.data import CalibrationText
 from spinquant.checkpoint.folder import (
     check_unquantized,
+    copied_files,
     folder_of,
     has_pickles_only,
     load_config,
@@ -38,7 +39,7 @@ from spinquant.quantization.scheme import Scheme, static_parts
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.fast_transform import kernels_for
 from spinquant.rotations.learned import LearnedRotations
-from spinquant.streaming.offloaded_model import hollow_model, unfillable
+from spinquant.streaming.offloaded_model import check_stored, hollow_model, unfillable
 
 
 def check_format(format: str, scheme: Scheme, spec: RotationSpec, *, clips: bool = False) -> None:
@@ -166,12 +167,15 @@ def validate(request: Request) -> Job:
         with closing(Source(folder, config, without=dropped)) as source:
             largest = source.largest
             plan = make_plan(config, source.shapes)
+            check_stored(hollow_model(config, torch.float32), source, plan)
             streamed = calibration is None or from_disk(config, source, plan)
     if request.runtime is not None and plan is not None:
         check_runtime(request.runtime, scheme or Scheme(), spec, plan)
     _check_way(request, scheme, format, plan, streamed)
     text = request.calibration_text or CalibrationText(seed=spec.seed)
     adapters = read_adapters(request.also)
+    for place in (folder, *adapters.values()):
+        copied_files(place)  # a link out of it is refused
     settings = _settings(request, folder, config, spec, scheme, format, largest, adapters, calibration, text)
     return Job(
         request=request,

@@ -21,6 +21,7 @@ from spinquant.architectures import FamilyLike, use_family
 from spinquant.errors import ProofError
 from spinquant.evaluation.tiny_model import TINY_VOCABULARY, make_tiny_model, tiny_spec
 from spinquant.models.capture import captured, device_of
+from spinquant.models.modules import config_errors
 from spinquant.online.hooks import attach
 from spinquant.plan import Axis, Plan
 from spinquant.rotations.factory import RotationSpec, make_rotations
@@ -234,7 +235,8 @@ def prove(
             plan, rotations = planner(tiny)
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(0, TINY_VOCABULARY - 1, (2, 12), generator=generator)
-        before, generated = snapshot(tiny, plan, tokens), greedy_logits(tiny, tokens)
+        with config_errors(config):
+            before, generated = snapshot(tiny, plan, tokens), greedy_logits(tiny, tokens)
         fuse_module(tiny, plan, rotations)
         with attach(tiny, plan, rotations):
             deviation = compare(before, tiny, plan, rotations)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from spinquant.errors import TextError
 from spinquant.models.capture import device_of
 from spinquant.models.context import check_context
+from spinquant.models.tokens import check_model, check_tokens
 
 # Tokens whose log-probabilities are held in float32 at once; 128 x 150k vocabulary is 77 MB.
 SLICE = 128
@@ -103,8 +104,9 @@ def evaluate(
         Perplexity, and KL and top-1 agreement if there is a reference.
 
     Raises:
-        TextError: Windows of fewer than two tokens or longer than a model's context, a token outside a model's
-            vocabulary, or vocabularies of different sizes.
+        TextError: Windows that are no integers, of fewer than two tokens or longer than a model's context, a token
+            outside a model's vocabulary, or vocabularies of different sizes.
+        ArchitectureError: What is passed as a model is none of transformers.
 
     Example:
         >>> import spinquant, torch
@@ -115,7 +117,7 @@ def evaluate(
         >>> evaluation.tokens, evaluation.kl, evaluation.top1
         (30, 0.0, 1.0)
     """
-    _check_windows(windows, model, reference)
+    _check(windows, model, *([] if reference is None else [reference]))
     start = time.perf_counter()
     total = kl = agree = reference_nll = 0.0
     for done, window in enumerate(windows):
@@ -158,8 +160,9 @@ def compare_models(
         Differences over all tokens.
 
     Raises:
-        TextError: Windows of fewer than two tokens or longer than a model's context, a token outside a model's
-            vocabulary, or vocabularies of different sizes.
+        TextError: Windows that are no integers, of fewer than two tokens or longer than a model's context, a token
+            outside a model's vocabulary, or vocabularies of different sizes.
+        ArchitectureError: What is passed as a model is none of transformers.
 
     Example:
         >>> import copy, spinquant, torch
@@ -170,7 +173,7 @@ def compare_models(
         >>> spinquant.compare_models(model, rotated, torch.randint(64, (2, 16))).relative < 1e-4
         True
     """
-    _check_windows(windows, reference, other)
+    _check(windows, reference, other)
     largest = total = squared = norm = kl = agree = 0.0
     count = 0
     for done, window in enumerate(windows):
@@ -252,17 +255,11 @@ def _check_vocabularies(first: Tensor, second: Tensor) -> None:
 
 
 def _logits(model: nn.Module, window: Tensor) -> Tensor:
-    size = getattr(getattr(model, "config", None), "vocab_size", None)
-    if size is not None and int(window.max()) >= size:
-        raise TextError(
-            f"token {int(window.max())} is outside the model's vocabulary of {size} tokens: wrong tokenizer or model"
-        )
     return model(input_ids=window.unsqueeze(0).to(device_of(model)), use_cache=False).logits[0]
 
 
-def _check_windows(windows: Tensor, *models: nn.Module | None) -> None:
-    if windows.ndim != 2 or windows.shape[0] == 0 or windows.shape[1] < 2:
-        raise TextError(f"windows of shape {tuple(windows.shape)}: expected (windows, length) with length >= 2")
+def _check(windows: Tensor, *models: Any) -> None:
     for model in models:
-        if (config := getattr(model, "config", None)) is not None:
-            check_context(config, windows.shape[1], "give shorter windows")
+        check_model(model)
+        check_tokens(windows, model, "windows", TextError, least=2)
+        check_context(model.config, windows.shape[1], "give shorter windows")

@@ -16,7 +16,7 @@ from torch import nn
 from spinquant.architectures import family_of
 from spinquant.architectures.family import Named, size_of
 from spinquant.models.context import CONTEXT
-from spinquant.models.modules import model_class
+from spinquant.models.modules import config_errors, new_model
 from spinquant.rotations.factory import RotationSpec
 
 TINY_HIDDEN, TINY_INTERMEDIATE, TINY_VOCABULARY, TINY_BLOCK = 48, 80, 96, 16
@@ -185,9 +185,9 @@ def make_tiny_model(
     config: Any, *, seed: int = 0, attn_implementation: str | None = None, sizing: Sizing | None = None
 ) -> nn.Module:
     """Make a float64 model of `tiny_config` with random weights, non-zero biases and non-unit gains."""
-    model = model_class(config).from_config(
-        tiny_config(config, sizing), dtype=torch.float64, attn_implementation=attn_implementation
-    )
+    with config_errors(config):
+        small = tiny_config(config, sizing)
+    model = new_model(small, dtype=torch.float64, attn_implementation=attn_implementation)
     exact_experts(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -7,23 +7,22 @@ something at inference that is not known here.
 """
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig
 
 from spinquant.architectures import family_of, module_names
-from spinquant.checkpoint.folder import BESIDE, RECORD, ROTATIONS, weight_files
-from spinquant.checkpoint.untrusted import read_json
+from spinquant.checkpoint.folder import BESIDE, RECORD, ROTATIONS, load_config, weight_files
+from spinquant.checkpoint.safetensors_io import read_tensors
+from spinquant.checkpoint.untrusted import beside, read_json
 from spinquant.errors import CheckpointError, SpinquantError
 from spinquant.formats.compressed_config import format_of, quantization_config, quantization_scheme, stored_ranges
 from spinquant.formats.compressed_tensors import stored_transforms, transform_matrix
 from spinquant.formats.native import mark
-from spinquant.models.modules import model_class
+from spinquant.models.modules import new_model
 from spinquant.online.hooks import attach
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme
@@ -49,21 +48,20 @@ def load_compressed(folder: Path, *, dtype: torch.dtype | str = "auto") -> Any:
     Raises CheckpointError for a folder of another origin, for a config or tensors that contradict its record, and for a
     dtype other than the one it was quantized in.
     """
-    config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = load_config(folder)
     described = config.quantization_config
     del config.quantization_config
     if dtype not in ("auto", config.dtype):
         raise CheckpointError(f"{folder} was quantized in {config.dtype}: load it in that dtype, not in {dtype}")
-    record, rotations = _read_record(folder)
-    scheme = Scheme.from_dict(record["scheme"])
+    record = _read_record(folder)
+    scheme, clips = record.scheme, record.clips
     with torch.device("meta"):
-        skeleton = model_class(config).from_config(config)
+        skeleton = new_model(config)
     plan = plan_of(skeleton)
-    online = online_part(plan, rotations)
+    online = online_part(plan, record.rotations)
     _check_config(described, quantization_config(plan, online, scheme, ignore=described.get("ignore", ())), folder)
     stored = _read_tensors(folder, skeleton, [name for name, _ in stored_transforms(plan, online)])
     _take_transforms(plan, online, stored, config.dtype, folder)
-    clips = Clips.from_dict(record.get("clips") or {})
     _take_ranges(stored_ranges(plan, scheme, clips), stored, folder)
     grids = _decompress(plan, scheme, stored, config.dtype) if scheme.weights else {}
     model, info = type(skeleton).from_pretrained(
@@ -78,22 +76,36 @@ def load_compressed(folder: Path, *, dtype: torch.dtype | str = "auto") -> Any:
         for key, tensor in buffers.items():
             model.get_submodule(name).register_buffer(key, tensor, persistent=False)
     attach(model, plan, online, scheme, clips)
-    mark(model, plan, online, RotationSpec(**record["spec"]), scheme, clips)
+    mark(model, plan, online, record.spec, scheme, clips)
     return model.eval()
 
 
-def _read_record(folder: Path) -> tuple[dict[str, Any], dict[str, Rotation]]:
-    """The record of a folder, and its rotations by space."""
+@dataclass(frozen=True)
+class _Record:
+    """What is used of the record of a folder."""
+
+    scheme: Scheme
+    spec: RotationSpec
+    clips: Clips
+    rotations: Mapping[str, Rotation]
+
+
+def _read_record(folder: Path) -> _Record:
     try:
-        record = read_json(folder / BESIDE / RECORD)
-        tensors = load_file(folder / BESIDE / ROTATIONS)
-    except (OSError, ValueError, SafetensorError) as error:
+        record = read_json(beside(folder, RECORD))
+        tensors, _ = read_tensors(beside(folder, ROTATIONS))
+    except SpinquantError as error:
         raise CheckpointError(
             f"{folder} is a compressed-tensors folder without spinquant's record ({BESIDE}/{RECORD}: {error}), so its "
             "online rotations and quantizers are unknown: load it with vLLM or transformers"
         ) from None
     try:
-        return record, saved(record, tensors)
+        return _Record(
+            Scheme.from_dict(record.get("scheme")),
+            RotationSpec.from_dict(record.get("spec")),
+            Clips.from_dict(record.get("clips") or {}),
+            saved(record, tensors),
+        )
     except SpinquantError as error:
         raise CheckpointError(f"{folder / BESIDE / RECORD}: {error}") from None
 
@@ -105,7 +117,7 @@ def _read_tensors(folder: Path, model: Any, transforms: Collection[str]) -> dict
     """
     found: dict[str, Tensor] = {}
     for file in weight_files(folder):
-        found |= load_file(folder / file)
+        found |= read_tensors(folder / file)[0]
     family = family_of(model.config)
     assert family is not None  # or there would be no plan
     modules = {name for name, _ in model.named_modules()}

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from spinquant.architectures import FamilyLike, family_of, module_names, prediction_tensors, use_family
 from spinquant.architectures.foreign import layers_beyond, missing_head
 from spinquant.checkpoint.atomic import first_line
 from spinquant.checkpoint.folder import check_device, check_finite, folder_of, load_config, read_headers
-from spinquant.errors import CheckpointError
-from spinquant.models.modules import model_class
+from spinquant.errors import CheckpointError, SpinquantError
+from spinquant.formats.register import METHOD
+from spinquant.models.modules import config_errors, model_class
 
 
 def load_model(
@@ -63,7 +63,8 @@ def load_model(
     if not allow_pickle:
         _check_layers(config, read_headers(folder), str(model))
     if is_compressed(config):
-        loaded = load_compressed(folder, dtype=dtype)
+        with config_errors(config):
+            loaded = load_compressed(folder, dtype=dtype)
         if check_values:
             check_finite(loaded, str(model))
         return loaded.to(device)
@@ -77,7 +78,9 @@ def load_model(
             output_loading_info=True,
         )
         loaded, info = result
-    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except SpinquantError:
+        raise
+    except Exception as error:  # the code of some hundred classes, which raise what a wrong value leads to
         about = getattr(config, "quantization_config", None) or {}
         if isinstance(about, dict) and about.get("quant_method") == "fp8":  # e.g. blocks that do not divide a weight
             raise CheckpointError(
@@ -95,6 +98,9 @@ def load_model(
         if table is not None and missing == [table.head]:
             raise CheckpointError(f"{str(model)!r}: {missing_head(table.head)}")
         raise CheckpointError(f"{str(model)!r} lacks tensor {missing[0]!r} (and {len(missing) - 1} others)")
+    about = getattr(config, "quantization_config", None) or {}
+    if isinstance(about, dict) and about.get("quant_method") == METHOD:
+        _check_expected(info.get("unexpected_keys", ()), config, str(model))
     use_family(loaded.config, family)
     if check_values:
         check_finite(loaded, str(model))
@@ -110,3 +116,14 @@ def _check_layers(config: Any, names: Iterable[str], origin: str) -> None:
         reason = layers_beyond(family, config, module_names(family, (name for name in names if name not in apart)))
         if reason is not None:
             raise CheckpointError(f"{origin!r}: {reason}")
+
+
+def _check_expected(unexpected: Iterable[str], config: Any, model: str) -> None:
+    """Raise CheckpointError for a tensor of a native folder that the model has no place for: layers would be lost."""
+    unexpected = sorted(unexpected)
+    lost = sorted(set(unexpected) - set(prediction_tensors(config, unexpected)))
+    if lost:
+        raise CheckpointError(
+            f"{model!r} has the tensor {lost[0]!r} (and {len(lost) - 1} others), for which a model of its config "
+            "(config.json) has no place: the config is not the one that the folder was written with"
+        )

@@ -15,12 +15,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from spinquant.compute.values import validated
 from spinquant.errors import CheckpointError, RotationError
 from spinquant.formats.register import METHOD
 from spinquant.models.modules import module_and_attribute, named_tensor
@@ -45,6 +47,15 @@ NO_OFFLOADING = (
 )
 
 
+class _Stored(BaseModel):
+    scheme: dict[str, Any]
+    spec: dict[str, Any]
+    rotations: list[dict[str, Any]]
+    spaces: dict[str, int]
+    clips: dict[str, dict[str, float]] | None
+    format_version: int
+
+
 class SpinQuantConfig(QuantizationConfigMixin):
     """The `quantization_config` of a native checkpoint.
 
@@ -62,6 +73,9 @@ class SpinQuantConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
     ):
+        given = {"scheme": scheme, "spec": spec, "rotations": rotations, "spaces": spaces, "clips": clips}
+        given["format_version"] = format_version
+        validated(_Stored, given, "the quantization_config of a native folder", CheckpointError)
         if format_version > FORMAT_VERSION:
             raise CheckpointError(
                 f"this folder has format version {format_version}, and this version of spinquant reads up to "
@@ -91,6 +105,24 @@ def make_config(
 def distinct_rotations(rotations: Mapping[str, Rotation]) -> list[Rotation]:
     """The distinct rotations, in order of first use."""
     return list({id(r): r for r in rotations.values()}.values())
+
+
+def _by_space(distinct: list[Rotation], config: SpinQuantConfig, plan: Plan) -> dict[str, Rotation]:
+    """The online rotations by space. Raises CheckpointError if they are not those that the folder's spec asks for."""
+    spec = RotationSpec.from_dict(config.spec)
+    online = {one.space for one in plan.onlines}
+    wanted = {space.name: space for space in plan.spaces if space.name in plan.rotated(spec.rotations) & online}
+    odd = sorted(set(wanted) ^ set(config.spaces))
+    if odd:
+        there = "lacks" if odd[0] in wanted else f"has, beside those of {', '.join(spec.rotations)},"
+        raise CheckpointError(f"the quantization_config of this folder {there} a rotation of {odd[0]}")
+    found = {}
+    for space, i in config.spaces.items():
+        order = spec.block_of(wanted[space].rotation) or wanted[space].size
+        if not 0 <= i < len(distinct) or distinct[i].order != order:
+            raise CheckpointError(f"the rotation of {space} in this folder is not of order {order}, as its spec asks")
+        found[space] = distinct[i]
+    return found
 
 
 class RotationBank(nn.Module):
@@ -146,7 +178,7 @@ class SpinQuantizer(HfQuantizer):
         config, bank = self.quantization_config, model.get_submodule(BANK)
         found = [_restored(bank, i, description) for i, description in enumerate(config.rotations)]
         delattr(model, BANK)
-        self.rotations = {space: found[i] for space, i in config.spaces.items()}
+        self.rotations = _by_space(found, config, self.plan)
         for weight in self._weights():
             _unpack(model, weight, self.scheme.weights, self.kept[weight.tensor])
         attach(model, self.plan, self.rotations, self.scheme, Clips.from_dict(config.clips))
@@ -333,6 +365,11 @@ def _unpack(model: Any, weight: Weight, quantizer: Quantizer | None, shape: torc
         return
     scale, zero = weight.grid(model)
     assert scale is not None
+    if not bool((scale > 0).all() & scale.isfinite().all()) or (zero is not None and int(zero.max()) > quantizer.top):
+        raise CheckpointError(
+            f"the scales or zero points of {weight.tensor} are not positive, finite numbers and codes up to "
+            f"{quantizer.top}: the checkpoint is broken, download it again"
+        )
     length = shape[-2 if weight.transposed else -1]
     plain = weight.turned(dequantize(Packed(stored, scale, zero, length, quantizer))).contiguous()
     setattr(owner, name, nn.Parameter(plain, requires_grad=False))

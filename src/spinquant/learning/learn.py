@@ -22,6 +22,7 @@ from spinquant.architectures import FamilyLike
 from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.compute.distributed import is_first
 from spinquant.compute.hashing import digest
+from spinquant.errors import LearningError
 from spinquant.learning.activations import ActivationSite, collect
 from spinquant.learning.channel_scaling import Sums, accumulate, observers_of, scale_sums
 from spinquant.learning.end_to_end import FROM_LOCAL, Step, learn_end_to_end
@@ -33,6 +34,7 @@ from spinquant.learning.selection import Selection
 from spinquant.learning.sensitivity import collect_by_weight, predicted_kl
 from spinquant.models.capture import device_of
 from spinquant.models.context import check_context
+from spinquant.models.tokens import check_model, check_tokens
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Scheme, parse_scheme
 from spinquant.rotations.factory import RotationSpec, generator_for, make_rotations, random_signs
@@ -107,6 +109,9 @@ def learn(
     """
     options, watch = options or LearnOptions(), watch or Watch()
     scheme = parse_scheme(scheme)
+    check_model(model)
+    check_tokens(tokens, model, "training tokens", LearningError, least=2)
+    check_tokens(held_out, model, "held-out tokens", LearningError, least=2)
     check_context(model.config, max(tokens.shape[-1], held_out.shape[-1]), "give shorter samples")
     plan = plan_of(model, family=family)
     names = learned_spaces(plan, spec, scheme, options)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from spinquant.compute.values import check_seed
 from spinquant.errors import LearningError
 from spinquant.learning.end_to_end import EndToEndOptions, Step
 from spinquant.learning.layerwise import LocalOptions
@@ -62,6 +63,7 @@ class LearnOptions:
     def __post_init__(self):
         check_choices(self, {"method": METHODS})
         check_numbers(self, counts=("baselines",), positive=())
+        check_seed(self.seed, LearningError)
         if self.signs < 0:
             raise LearningError(f"signs is {self.signs}: expected the number of random signs to try, or 0 (--signs)")
         if self.shard and (self.method != "end-to-end" or self.signs or self.scales or self.end_to_end.weights):

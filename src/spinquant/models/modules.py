@@ -1,11 +1,13 @@
 """Names, shapes and classes of a model's modules and tensors."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from spinquant.errors import CheckpointError
+from spinquant.errors import ArchitectureError, CheckpointError, SpinquantError
 
 
 def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -25,6 +27,30 @@ def model_class(config: Any) -> Any:
     # a config that has several.
     seeing = AutoModelForImageTextToText._model_mapping  # pyright: ignore[reportAttributeAccessIssue]
     return AutoModelForCausalLM if seeing.get(type(config), None) is None else AutoModelForImageTextToText
+
+
+def new_model(config: Any, **options: Any) -> Any:
+    """A model of a config, with random weights; options: of `from_config`.
+
+    Raises ArchitectureError for a config from which transformers makes no model, such as one with an activation
+    function, a type of RoPE or a size that its class does not know.
+    """
+    with config_errors(config):
+        return model_class(config).from_config(config, **options)
+
+
+@contextmanager
+def config_errors(config: Any) -> Iterator[None]:
+    """Within the block, what the code of a model class raises for its config is an ArchitectureError."""
+    try:
+        yield
+    except SpinquantError:
+        raise
+    except Exception as error:  # the code of some hundred classes, which raise what a wrong value leads to
+        raise ArchitectureError(
+            f"transformers makes and runs no model of this config (model_type {getattr(config, 'model_type', None)!r}):"
+            f" {type(error).__name__}: {error}. A value in config.json is not one that the class knows"
+        ) from error
 
 
 def check_in_memory(model: nn.Module) -> None:

@@ -6,19 +6,23 @@ Floating-point formats take the place of bits: `WFP8AFP8`, `WMXFP4A16`. Preset n
 (`FP8_DYNAMIC`, `NVFP4A16`, ...) are read too, optionally followed by a KV cache part (`NVFP4KVFP8`).
 """
 
+import math
 import re
+import reprlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
+from spinquant.compute.values import check_integer, validated
 from spinquant.errors import SchemeError
 
 _BITS = r"\d+|FP8|NVFP4|MXFP4"
 NOTATION = re.compile(
     rf"(?:W(?P<w>{_BITS})(?:G(?P<wg>\d+))?)?(?:A(?P<a>{_BITS})(?:G(?P<ag>\d+))?)?(?:KV(?P<kv>\d+|FP8))?"
     r"(?:[-_]G(?P<group>\d+))?",
-    re.IGNORECASE,
+    re.IGNORECASE | re.ASCII,
 )
+LONGEST = 100  # characters of a scheme
 Clip = float | Literal["mse"]
 Kind = Literal["int", "fp8", "nvfp4", "mxfp4"]
 # Bits, and the group size that the format prescribes (None: any).
@@ -71,6 +75,7 @@ class Quantizer:
     peak: float | None = None
 
     def __post_init__(self):
+        self._check_types()
         if self.static and (self.kind not in ("fp8", "nvfp4") or (self.kind == "fp8" and self.group_size is not None)):
             raise SchemeError(f"a static range needs fp8 without groups, or nvfp4: found {self.kind}")
         if self.peak is not None and not (self.static and 0 < self.peak < float("inf")):
@@ -87,10 +92,20 @@ class Quantizer:
             raise SchemeError(f"unknown kind of numbers {self.kind!r}: expected int, {', '.join(FLOATING)}")
         if not 2 <= self.bits <= 8:
             raise SchemeError(f"cannot quantize to {self.bits} bits: expected 2 to 8, or 16 for none")
-        if self.group_size is not None and self.group_size < 1:
-            raise SchemeError(f"group size {self.group_size} is not a positive integer")
         if self.clip != "mse" and not 0 < self.clip <= 1:
             raise SchemeError(f"clip ratio {self.clip!r} is outside (0, 1]")
+
+    def _check_types(self) -> None:
+        check_integer(self.bits, "bits", SchemeError, least=0)
+        if self.group_size is not None:
+            check_integer(self.group_size, "group size", SchemeError)
+        for name in ("symmetric", "static"):
+            if not isinstance(getattr(self, name), bool):
+                raise SchemeError(f"{name} is {getattr(self, name)!r}: expected True or False")
+        numbers = {"peak": self.peak} | ({} if self.clip == "mse" else {"clip ratio": self.clip})
+        for name, value in numbers.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise SchemeError(f"{name} is {value!r}: expected a number")
 
     @property
     def top(self) -> int:
@@ -140,10 +155,18 @@ class Scheme:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Scheme":
-        """The scheme from its `to_dict()` form."""
-        parts = {k: Quantizer(**data[k]) if data.get(k) else None for k in ("weights", "activations", "kv")}
+    def from_dict(cls, data: Any) -> "Scheme":
+        """The scheme from its `to_dict()` form. Raises SchemeError for other data."""
+        if not isinstance(data, Mapping) or set(data) - {field.name for field in fields(cls)}:
+            raise SchemeError(f"a saved scheme is {reprlib.repr(data)}: expected the parts of one")
+        parts = {k: _from_dict(data[k]) if data.get(k) else None for k in ("weights", "activations", "kv")}
         return cls(**parts, lm_head=bool(data.get("lm_head", False)))
+
+
+def _from_dict(data: Any) -> Quantizer:
+    if not isinstance(data, Mapping) or "bits" not in data or set(data) - {field.name for field in fields(Quantizer)}:
+        raise SchemeError(f"a saved quantizer is {reprlib.repr(data)}: expected bits, and what goes with them")
+    return Quantizer(**data)
 
 
 @dataclass(frozen=True)
@@ -177,8 +200,13 @@ class Clips:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Mapping[str, float]]) -> "Clips":
-        """The clips from their `to_dict()` form."""
-        return cls(**{name: dict(data.get(name, {})) for name in ("inputs", "keys", "values")})
+        """The clips from their `to_dict()` form. Raises SchemeError for other data."""
+        found = validated(dict[str, dict[str, float]], data, "saved clip ratios", SchemeError)
+        names = [field.name for field in fields(cls)]
+        wrong = [value for part in found.values() for value in part.values() if not 0 < value < math.inf]
+        if set(found) - set(names) or wrong:
+            raise SchemeError(f"saved clip ratios are {reprlib.repr(data)}: expected positive numbers by site")
+        return cls(**{name: found.get(name, {}) for name in names})
 
 
 def with_clip(quantizer: Quantizer | None, found: float | None) -> Quantizer | None:
@@ -235,7 +263,8 @@ def parse_scheme(
     """
     if isinstance(text, Scheme):
         return text
-    compact = re.sub(r"\s", "", text)
+    readable = isinstance(text, str) and text.isascii() and len(text) <= LONGEST
+    compact = re.sub(r"\s", "", text) if readable else ""
     name, *cache = re.split(r"(?=KV)", compact, maxsplit=1, flags=re.IGNORECASE)
     compact = "".join((PRESETS.get(name.upper(), name), *cache))
     match = NOTATION.fullmatch(compact)
@@ -243,8 +272,8 @@ def parse_scheme(
         return Scheme(lm_head=lm_head)
     if not compact or match is None or not any(match.group(k) for k in ("w", "a", "kv")):
         raise SchemeError(
-            f"cannot parse scheme {text!r}: expected W<bits>[g<group>]A<bits>KV<bits> with optional parts, such as "
-            f"W4A4KV4, W4A16, W4g128A16, W8A8, KV4 or WFP8AFP8, or one of {', '.join(PRESETS)}"
+            f"cannot parse scheme {str(text)[:LONGEST]!r}: expected W<bits>[g<group>]A<bits>KV<bits> with optional "
+            f"parts, such as W4A4KV4, W4A16, W4g128A16, W8A8, KV4 or WFP8AFP8, or one of {', '.join(PRESETS)}"
         )
     weights = _quantizer(match.group("w"), symmetric=True, clip=weight_clip)
     groups = {int(g) for g in (match.group("wg"), match.group("group"), group_size) if g is not None}

@@ -1,13 +1,15 @@
 """Make rotations for the spaces of a plan: Hadamard, randomized Hadamard, random orthogonal, or Kronecker products."""
 
 import hashlib
+import reprlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from spinquant.compute.values import check_integer, check_seed
 from spinquant.errors import HadamardOrderError, RotationError
 from spinquant.plan import Plan, Space, parse_rotation_names
 from spinquant.rotations.hadamard import construct
@@ -56,8 +58,8 @@ class RotationSpec:
         seed: seed of everything random.
 
     Raises:
-        RotationError: an unknown rotation or type, a block size below 1, an option for a rotation that is not asked
-            for, or `randomize` where nothing is random.
+        RotationError: an unknown rotation or type, a block size or seed that is no integer in its range, an option for
+            a rotation that is not asked for, or `randomize` where nothing is random.
 
     Example:
         >>> from spinquant import RotationSpec
@@ -76,12 +78,15 @@ class RotationSpec:
         object.__setattr__(self, "rotations", parse_rotation_names(self.rotations))
         chosen = self.transform_type.values() if isinstance(self.transform_type, Mapping) else [self.transform_type]
         for name in chosen:
-            if name not in TRANSFORM_TYPES:
+            if not isinstance(name, str) or name not in TRANSFORM_TYPES:
                 raise RotationError(f"unknown transform type {name!r}: expected one of {', '.join(TRANSFORM_TYPES)}")
         sizes = self.block_size.values() if isinstance(self.block_size, Mapping) else [self.block_size]
         for size in sizes:
-            if size is not None and size < 1:
-                raise RotationError(f"block size {size} is not a positive integer")
+            if size is not None:
+                check_integer(size, "block size", RotationError)
+        if not isinstance(self.randomize, bool):
+            raise RotationError(f"randomize is {self.randomize!r}: expected True or False")
+        check_seed(self.seed, RotationError)
         for field_name in ("transform_type", "block_size"):
             option = getattr(self, field_name)
             if isinstance(option, Mapping):
@@ -92,6 +97,14 @@ class RotationSpec:
         per_layer = [name for name in self.rotations if name != "R1"]
         if self.randomize and per_layer and all(self.type_of(name) == "hadamard" for name in per_layer):
             raise RotationError("randomize does nothing to type hadamard, which is not random: use random-hadamard")
+
+    @classmethod
+    def from_dict(cls, data: Any) -> "RotationSpec":
+        """The spec from its `to_dict()` form. Raises RotationError for other data."""
+        known = [field.name for field in fields(cls)]
+        if not isinstance(data, Mapping) or set(data) - set(known):
+            raise RotationError(f"a saved rotation spec is {reprlib.repr(data)}: expected some of {', '.join(known)}")
+        return cls(**data)
 
     def type_of(self, rotation: str) -> str:
         """Transform type of a rotation such as "R4"."""

@@ -9,6 +9,7 @@ from torch import nn
 from spinquant.architectures import FamilyLike, make_plan
 from spinquant.compute.workspace import kept_whole
 from spinquant.models.modules import check_in_memory, largest, module_and_attribute, named_tensor, tensor_shapes
+from spinquant.models.tokens import check_model
 from spinquant.plan import Plan
 from spinquant.rotations.fast_transform import kernels_for
 from spinquant.rotations.fuse import fuse_in_place
@@ -37,6 +38,7 @@ def plan_of(model: Any, *, family: FamilyLike | None = None) -> Plan:
         >>> plan.family, plan.blocks, plan.attentions[0]
         ('llama', ('model.layers.0', 'model.layers.1'), 'model.layers.0.self_attn')
     """
+    check_model(model)
     return make_plan(model.config, tensor_shapes(model), family=family)
 
 

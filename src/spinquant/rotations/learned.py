@@ -5,11 +5,50 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pydantic import BaseModel
+
 from spinquant.compute.hashing import digest
 from spinquant.errors import LearningError
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.rotation import Rotation
 from spinquant.rotations.serialization import to_save
+
+
+class _Scored(BaseModel):
+    kl: float
+    perplexity: float
+
+
+class _Tokens(BaseModel):
+    text: str
+    samples: tuple[int, int]
+    held_out: str
+    judged: tuple[int, int]
+
+
+class _EndToEnd(BaseModel):
+    weights: bool = False
+
+
+class _Options(BaseModel):
+    method: str = ""
+    end_to_end: _EndToEnd = _EndToEnd()
+
+
+class LearnedRecord(BaseModel):
+    """The entries of a record that are used when it is read again; further ones are for readers."""
+
+    kept: str
+    learned: bool = False
+    rotation_of: dict[str, str] = {}
+    scores: dict[str, _Scored] = {}
+    clips: dict[str, dict[str, float]] = {}
+    options: _Options = _Options()
+    scheme: dict[str, Any] | None = None
+    tokens: _Tokens | None = None
+    steps: list[dict[str, Any]] = []
+    weights: str | None = None
+    model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +91,7 @@ class LearnedRotations:
         if missing:
             raise LearningError(f"{', '.join(missing)} is asked for, but {', '.join(self.spec.rotations)} was learned")
         of = self.record.get("rotation_of", {})
-        if set(of) < set(self.rotations):
+        if not set(self.rotations) <= set(of):
             raise LearningError(
                 "the record does not state which of R1 to R4 each rotation is: use all of them, or learn again"
             )

@@ -20,6 +20,8 @@ from torch import Tensor
 from spinquant.errors import RotationError
 from spinquant.rotations.hadamard import construct, hadamard_factors, hadamard_transform, kronecker_transform
 
+ORTHOGONAL = 1e-6  # how far R^T R may be from the identity; learned rotations are off by some 1e-15
+
 Memo = dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]]
 
 
@@ -195,6 +197,12 @@ def nearest_orthogonal(square: Tensor) -> Tensor:
     """The orthogonal matrix nearest to a square one (orthogonal Procrustes): U V^T of its SVD."""
     u, _, v = torch.linalg.svd(square)
     return u @ v
+
+
+def off_orthogonal(square: Tensor) -> float:
+    """How far a square matrix is from an orthogonal one: the largest entry of |R^T R - I|; NaN if an entry is."""
+    wide = square.to(torch.promote_types(square.dtype, torch.float32))
+    return float((wide.T @ wide - torch.eye(len(wide), dtype=wide.dtype, device=wide.device)).abs().max())
 
 
 def _description(kind: str, order: int, **more: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from spinquant.errors import RotationError
 from spinquant.plan import Plan, Space
 from spinquant.rotations.factory import RotationSpec
-from spinquant.rotations.rotation import Orthogonal, Rotation
+from spinquant.rotations.rotation import ORTHOGONAL, Orthogonal, Rotation, off_orthogonal
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,11 +110,9 @@ def check_given(plan: Plan, spec: RotationSpec, rotations: Mapping[str, Rotation
                 "rotations that were made for this model, or pass their block size"
             )
         if isinstance(rotation, Orthogonal):
-            error = rotation.weight.T @ rotation.weight - torch.eye(rotation.order, dtype=rotation.weight.dtype)
-            if not float(error.abs().max()) < 1e-6:
-                raise RotationError(
-                    f"the matrix of {space.name} is not orthogonal: off by {float(error.abs().max()):.1e}"
-                )
+            error = off_orthogonal(rotation.weight)
+            if not error < ORTHOGONAL:
+                raise RotationError(f"the matrix of {space.name} is not orthogonal: off by {error:.1e}")
 
 
 def _check_scale(plan: Plan, space: Space, rotation: Rotation) -> None:

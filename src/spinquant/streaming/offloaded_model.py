@@ -9,7 +9,7 @@ else. Whatever else a model computes at creation (rotary frequencies, scales of 
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.initialization import no_init_weights
 
+from spinquant.architectures import family_of, module_names
 from spinquant.architectures.checkpoint_mapping import Form, Piece, form_of
 from spinquant.calibration.sequential import body_of
 from spinquant.checkpoint.reader import Stored
 from spinquant.compute.workspace import give_back
 from spinquant.errors import CheckpointError
-from spinquant.models.modules import model_class, module_and_attribute
+from spinquant.models.modules import module_and_attribute, new_model
 from spinquant.plan import Plan
 from spinquant.rotations.fuse_module import plan_of
 
@@ -60,8 +61,7 @@ class _EmptyOnMeta(TorchFunctionMode):
 def hollow_model(config: Any, dtype: torch.dtype) -> Any:
     """The model of a config, in evaluation mode, with its weights on the meta device."""
     with _EmptyOnMeta(), no_init_weights(), torch.random.fork_rng(devices=[]):
-        # A copy: transformers writes the dtype into the config.
-        return model_class(config).from_config(copy.deepcopy(config), dtype=dtype).eval()
+        return new_model(copy.deepcopy(config), dtype=dtype).eval()  # a copy: transformers writes the dtype into it
 
 
 def unfillable(model: Any, source: Weights, plan: Plan) -> str | None:
@@ -72,6 +72,49 @@ def unfillable(model: Any, source: Weights, plan: Plan) -> str | None:
     return (
         missing and f"the model's class has a tensor {missing!r} that cannot be computed from the checkpoint's tensors"
     )
+
+
+def check_stored(model: Any, source: Weights, plan: Plan) -> None:
+    """Check that a checkpoint holds the weights that its config describes.
+
+    Args:
+        model: the model of the config, whose weights may be on the meta device.
+        source: the checkpoint.
+        plan: its plan.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape than the config implies, or holds integers.
+    """
+    form, expected = form_in(model, source, plan), model.state_dict()
+    if form.misfit is not None:
+        tensor, stored = form.misfit
+        raise CheckpointError(
+            f"tensor {stored!r} of {source.folder} has shape {source.tensors[stored].entry.shape}, and by its config "
+            f"(config.json) it has {tuple(expected[tensor].shape)}: one of the two is not of this model"
+        )
+    if form.missing is None:
+        _check_placed(model, source, plan, {piece.stored for pieces in form.pieces.values() for piece in pieces})
+    for tensor, pieces in form.pieces.items():
+        for piece in pieces if expected[tensor].is_floating_point() else ():
+            found = source.tensors[piece.stored].dtype
+            if not found.is_floating_point:
+                raise CheckpointError(
+                    f"tensor {piece.stored!r} of {source.folder} has dtype {found}: expected floating-point numbers"
+                )
+
+
+def _check_placed(model: Any, source: Weights, plan: Plan, placed: Collection[str]) -> None:
+    """Raise CheckpointError for a tensor of a checkpoint that the model of its config would not read."""
+    family = family_of(model.config)
+    assert family is not None  # or there would be no plan
+    state = model.state_dict()
+    for inside, name in module_names(family, source.tensors).items():
+        known = name in placed or name in plan.predictors or inside in state
+        if not known and not any(re.fullmatch(pattern, inside) for pattern in family.ignored):
+            raise CheckpointError(
+                f"tensor {name!r} of {source.folder} has no place in a model of its config (config.json), which would "
+                "not read it: one of the two is not of this model"
+            )
 
 
 def form_in(model: Any, source: Weights, plan: Plan) -> Form:
