@@ -34,17 +34,24 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
     stored = module_names(family, shapes)
     shapes = {name: shapes[origin] for name, origin in stored.items()}
     tie = bool(getattr(config, "tie_word_embeddings", False))
-    if family.head not in shapes and not tie:
+    if family.head and family.head not in shapes and not tie:
         raise ArchitectureError(
             f"{family.name}: tensor {family.head!r} is missing and the config does not tie it to the embedding; "
             "the checkpoint is incomplete"
         )
-    # A module has a tied head under both names, a checkpoint under one: the plan is the same for both.
-    shapes = {**shapes, family.head: shapes.get(family.head, shapes.get(family.embedding, ()))}
+    if family.head:
+        # A module has a tied head under both names, a checkpoint under one: the plan is the same for both.
+        shapes = {**shapes, family.head: shapes.get(family.head, shapes.get(family.embedding, ()))}
+    head = family.head or next((name for name in family.heads_instead if name in shapes), "")
+    if family.heads_instead and not head:
+        raise ArchitectureError(
+            f"{family.name}: the head of {config.architectures[0]} is missing (expected "
+            f"{' or '.join(map(repr, family.heads_instead))}); the checkpoint is incomplete, or that of another class"
+        )
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     named = Named(text, family.names)
     shapes, shared = with_shared_blocks(family.shared, named, shapes, tied=tie)
-    tied = {family.head: family.embedding, **shared} if tie else {}
+    tied = {**({family.head: family.embedding} if family.head else {}), **shared} if tie else {}
     build = _Build(family, named, shapes)
     axes, onlines = build.axes(), build.onlines()
     used = {axis.space for axis in axes} | {online.space for online in onlines}
@@ -70,7 +77,7 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
         linears=build.linears(),
         attentions=tuple(name for name in build.each_layer(family.attention) if build.has(name)),
         blocks=tuple(build.each_layer(family.block)),
-        head=family.head,
+        head=head,
         experts=tuple(
             replace(stack, first=tuple(map(origin, stack.first)), second=tuple(map(origin, stack.second)))
             for stack in build.experts()
@@ -101,13 +108,14 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
 
 def module_names(family: Family, names: Iterable[str]) -> dict[str, str]:
     """Map names in the module to names in the checkpoint, for the tensors of a checkpoint."""
-    return {_in_module(name, family.stored): name for name in names}
+    return {_in_module(name, family): name for name in names}
 
 
-def _in_module(name: str, stored: Sequence[tuple[str, str]]) -> str:
-    for pattern, replacement in stored:
+def _in_module(name: str, family: Family) -> str:
+    name = f"{family.prefix}{name}"  # patterns are those of the causal LM
+    for pattern, replacement in family.stored:
         name = re.sub(pattern, replacement, name)
-    return name
+    return name.removeprefix(family.prefix)
 
 
 @dataclass(frozen=True)
@@ -195,7 +203,8 @@ class _Build:
                         f"model_type {self.config.model_type!r}. The checkpoint is incomplete or not of this family."
                     )
         for name, shape in self.shapes.items():
-            if name not in found and not any(re.fullmatch(pattern, name) for pattern in self.family.ignored):
+            whole = f"{self.family.prefix}{name}"  # patterns are those of the causal LM
+            if name not in found and not any(re.fullmatch(pattern, whole) for pattern in self.family.ignored):
                 raise ArchitectureError(
                     f"tensor {name!r} (shape {tuple(shape)}) is not described by the table of {self.family.name!r}: "
                     "rotating the model without it could change its outputs. A table covers one model class; a class "
@@ -215,7 +224,8 @@ class _Build:
         for module in (module for group in family.linears for module in group):
             weight = family.tensors.get(f"{module}.weight") or family.tensors[f"{module}.weight?"]
             implied[f"{module}.bias?"] = (weight[-1 if family.transposed else 0],)
-        implied[f"{family.head.removesuffix('weight')}bias?"] = (None,)
+        if family.head:
+            implied[f"{family.head.removesuffix('weight')}bias?"] = (None,)
         return {**family.tensors, **{k: v for k, v in implied.items() if k.removesuffix("?") not in stated}}
 
     def _is_needed(self, name: str, i: int | None) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from spinquant.errors import TextError
 from spinquant.models.capture import device_of
+from spinquant.models.modules import check_causal
 
 WIKITEXT = "dataset:Salesforce/wikitext:wikitext-2-raw-v1:test:text"
 HUB_TIMEOUT = 3.0  # seconds
@@ -228,6 +229,7 @@ def generate_tokens(
     Every sample starts with a random token, behind the beginning-of-sequence token if the config has one. The same seed
     gives the same text.
     """
+    check_causal(model, "generated text")
     config = model.config.get_text_config()
     device = device_of(model)
     with torch.random.fork_rng():

@@ -23,7 +23,7 @@ from spinquant.evaluation.equivalence import check, compare, prove, snapshot
 from spinquant.formats.compressed_config import check_plan
 from spinquant.formats.compressed_tensors import write_compressed
 from spinquant.formats.native import check_fresh, is_marked, mark, unmark
-from spinquant.models.modules import largest, tensor_shapes
+from spinquant.models.modules import config_of, largest, tensor_shapes
 from spinquant.online.hooks import attach
 from spinquant.plan import Plan
 from spinquant.quantization.rtn import round_weights
@@ -83,7 +83,7 @@ def rotate(
     if rotations is None:
         rotations = make_rotations(plan, spec)
     check_given(plan, spec, rotations)
-    tiny = prove(model.config, spec) if options.prove and rotations else None
+    tiny = prove(config_of(model), spec) if options.prove and rotations else None
     before = None if sample is None or not rotations else snapshot(model, plan, sample)
     install(model, plan, rotations, spec, options=options)
     real = None

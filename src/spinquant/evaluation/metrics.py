@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from spinquant.errors import TextError
 from spinquant.models.capture import device_of
+from spinquant.models.modules import check_causal
 
 # Tokens whose log-probabilities are held in float32 at once; 128 x 150k vocabulary is 77 MB.
 SLICE = 128
@@ -115,6 +116,7 @@ def evaluate(
         (30, 0.0, 1.0)
     """
     _check_windows(windows)
+    check_causal(model, "perplexity")
     start = time.perf_counter()
     total = kl = agree = reference_nll = 0.0
     for done, window in enumerate(windows):
@@ -170,6 +172,7 @@ def compare_models(
         True
     """
     _check_windows(windows)
+    check_causal(other, "a comparison of predictions")
     largest = total = squared = norm = kl = agree = 0.0
     count = 0
     for done, window in enumerate(windows):

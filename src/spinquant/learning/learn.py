@@ -32,6 +32,7 @@ from spinquant.learning.options import LearnOptions, Watch, check_used, learned_
 from spinquant.learning.selection import Selection
 from spinquant.learning.sensitivity import collect_by_weight, predicted_kl
 from spinquant.models.capture import device_of
+from spinquant.models.modules import check_causal
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotations.factory import RotationSpec, generator_for, make_rotations, random_signs
@@ -104,6 +105,7 @@ def learn(
         ['layers.0.value', 'residual']
     """
     options, watch = options or LearnOptions(), watch or Watch()
+    check_causal(model, "learning rotations, which are scored by the tokens that they predict,")
     plan = plan_of(model, family=family)
     names = learned_spaces(plan, spec, scheme, options)
     check_used(plan, spec, scheme, names, options)
