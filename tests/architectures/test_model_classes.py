@@ -39,7 +39,7 @@ from spinquant import (
 from spinquant.architectures import make_plan
 from spinquant.architectures.model_classes import HEADS, is_body
 from spinquant.calibration.data import CalibrationText
-from spinquant.errors import ArchitectureError, ProofError, RotationError, SchemeError
+from spinquant.errors import ArchitectureError, CheckpointError, ProofError, RotationError, SchemeError
 from spinquant.evaluation.equivalence import Float64Arithmetic
 from spinquant.models.modules import output_of, tensor_shapes
 from spinquant.rotations.factory import make_rotations
@@ -231,6 +231,17 @@ def test_a_body_is_told_by_its_class_and_not_by_the_config_that_it_keeps(tmp_pat
     model = AutoModel.from_pretrained(tmp_path)
     assert model.config.architectures == ["Qwen3ForCausalLM"]
     assert plan_of(model).heads == () and plan_of(AutoModelForCausalLM.from_pretrained(tmp_path)).heads == ("lm_head",)
+
+
+def test_a_native_causal_lm_with_r1_is_not_loaded_as_a_body(tmp_path):
+    for rotations in ("R1,R4", "R2,R4"):
+        model = random_weights(Qwen3ForCausalLM._from_config(config("qwen3"), dtype=torch.float32))
+        save(quantize(model, "W4A8", RotationSpec(rotations), options=Options(prove=False)), tmp_path / rotations)
+        with torch.no_grad():
+            expected = model.model(input_ids=tokens()).last_hidden_state
+    with pytest.raises(CheckpointError, match="cannot be loaded as Qwen3Model: it was rotated by R1"):
+        AutoModel.from_pretrained(tmp_path / "R1,R4")
+    assert torch.equal(outputs(AutoModel.from_pretrained(tmp_path / "R2,R4"), tokens()), expected)
 
 
 def test_a_missing_head_and_a_class_without_a_table_are_named(tmp_path):

@@ -43,7 +43,7 @@ def trained(model, folder, steps=4):
     trainer = Trainer(model=model, args=arguments, train_dataset=ROWS)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0], losses
+    assert sum(losses[-2:]) < sum(losses[:2]), losses
     return trainer
 
 
@@ -75,7 +75,7 @@ def test_gradients_are_those_of_the_rounded_weights(kind):
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
     weight = model.model.layers[0].self_attn.k_proj.weight
     with torch.no_grad():
-        shifted = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * 1e-6
+        shifted = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * 1e-3
         weight.add_(shifted)  # off its grid, by less than half a step
     before = plain(input_ids=ids, labels=ids).loss
     after = model(input_ids=ids, labels=ids).loss

@@ -50,7 +50,7 @@ def rotate(
     The model is changed in place. `spinquant.save` writes it, and `spinquant.detach` removes the online rotations.
 
     Args:
-        model: A causal language model of transformers.
+        model: A causal language model of transformers, or a classifier or embedding model made from one.
         spec: Which rotations, of which type, block size and seed. Default: random Hadamard R1 and R2.
         rotations: Rotations by the name of their space, such as learned ones, instead of those that `spec` describes.
         sample: Real tokens to compare logits on, int64, (batch, length). Default: none, only a tiny model of the same
@@ -135,7 +135,7 @@ def quantize(
     `spinquant.detach` removes. `spinquant.save` writes the model.
 
     Args:
-        model: A causal language model of transformers.
+        model: A causal language model of transformers, or a classifier or embedding model made from one.
         scheme: What is quantized, and to how many bits, such as "W4A8KV4".
         spec: Which rotations, of which type, block size and seed. Default: none.
         method: How weights are quantized: `rtn` (round-to-nearest, the default), `gptq`, or `gptaq` (GPTQ with the
