@@ -1,7 +1,7 @@
 """Classes of a family other than its causal LM: with another head on the residual stream, or with none.
 
-A family table describes `...ForCausalLM`. Sequence and token classification, reward models and question answering put
-another linear in the head's place; it reads the last norm like the head, so R1 is fused into it in the same way. The
+A family table describes `...ForCausalLM`. Sequence classification, reward models and token classification put another
+linear in the head's place; it reads the last norm like the head, so R1 is fused into it in the same way. The
 body alone (`...Model`, which embedding models are) stores its tensors without the causal LM's prefix and returns the
 output of the last norm, diag(g) x. Nothing after it could take R back out, so R1 is refused; R2, R3 and R4 change
 nothing outside a layer.
@@ -18,7 +18,6 @@ CAUSAL = ("ForCausalLM", "LMHeadModel")
 HEADS = {
     "ForSequenceClassification": ("score",),
     "ForTokenClassification": ("score", "classifier"),
-    "ForQuestionAnswering": ("qa_outputs",),
 }
 NO_HEAD = (
     "the model class {name} has no output head: it returns the output of its last norm, and a scale per channel is not "

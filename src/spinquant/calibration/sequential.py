@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from spinquant.calibration.hidden_states import HiddenStates
 from spinquant.errors import CalibrationError
 from spinquant.models.capture import captured, device_of
+from spinquant.online.firing import STANDS_IN
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ def _replaced(
             found = function(name, hidden_states, {**dict(zip(called, args, strict=False)), **kwargs})
             return found if not values else (found, *[None] * (values - 1))
 
+        setattr(forward, STANDS_IN, True)
         return forward
 
     modules = {name: model.get_submodule(name) for name in blocks}

@@ -274,8 +274,8 @@ def greedy_logits(model: Any, tokens: Tensor, *, steps: int = 6) -> Tensor:
 
 def _cached_outputs(model: Any, tokens: Tensor, steps: int) -> Tensor:
     name, _ = cache_parameter(type(model).forward) or ("", 0)
-    if not name:  # such as question answering, whose head is given a whole text
-        return torch.stack([output_of(model(input_ids=tokens))])
+    if not name:
+        return output_of(model(input_ids=tokens))[None]
     cache, found = DynamicCache(config=model.config), []
     for part in (tokens[:, :-steps], *tokens[:, -steps:].split(1, dim=1)):
         output = model(input_ids=part, use_cache=True, **{name: cache})

@@ -118,8 +118,8 @@ class SpinQuantizer(HfQuantizer):
         for rotation, reason in self.plan.refused:
             if rotation in self.quantization_config.spec["rotations"]:
                 raise CheckpointError(
-                    f"this folder cannot be loaded as {type(model).__name__}: it was rotated by {rotation}, and {reason}. "
-                    f"Load it with the class that its config names, or make it again without {rotation}"
+                    f"this folder cannot be loaded as {type(model).__name__}: it was rotated by {rotation}, and "
+                    f"{reason}. Load it with the class that its config names, or make it again without {rotation}"
                 )
         self.kept = {weight.tensor: named_tensor(model, weight.tensor).shape for weight in self._weights()}
         for weight in self._weights():

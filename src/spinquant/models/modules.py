@@ -3,13 +3,11 @@
 import copy
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
@@ -32,7 +30,6 @@ def largest(model: nn.Module) -> int:
 _WITH_HEADS = {
     "ForSequenceClassification": AutoModelForSequenceClassification,
     "ForTokenClassification": AutoModelForTokenClassification,
-    "ForQuestionAnswering": AutoModelForQuestionAnswering,
 }
 
 
@@ -77,9 +74,7 @@ def check_causal(model: Any, what: str) -> None:
 
 
 def output_of(output: Any) -> Tensor:
-    """What a forward pass computes: logits, start and end logits (.., 2), or hidden states if there is no head."""
-    if hasattr(output, "start_logits"):
-        return torch.stack((output.start_logits, output.end_logits), dim=-1)
+    """What a forward pass computes: logits, or hidden states if there is no head."""
     found = getattr(output, "logits", None)
     return output.last_hidden_state if found is None else found
 

@@ -19,6 +19,9 @@ from spinquant.errors import OnlineError
 from spinquant.models.cache_names import CACHE_NAMES, cache_parameter
 from spinquant.online.sites import InputSite, KeyValueSite
 
+# Attribute of a function that takes the place of a block's forward, so that nothing in the block runs.
+STANDS_IN = "stands_in"
+
 
 def versions() -> str:
     """The versions that an error names."""
@@ -61,6 +64,8 @@ class FiringCheck:
 
     def finish(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook: raise OnlineError for a site that not all of its linears called."""
+        if getattr(module.forward, STANDS_IN, False):
+            return
         for name, site in self.sites.items():
             if site.calls < site.readers:
                 self._fail(module, name, site)
