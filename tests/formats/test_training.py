@@ -27,11 +27,11 @@ def native(tmp_path, kind, spec=ALL):
     return load(tmp_path / "native")
 
 
-def trained(model, folder, steps=4):
+def trained(model, folder, steps=4, rate=5e-3):
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        learning_rate=5e-3,
+        learning_rate=rate,
         per_device_train_batch_size=4,
         report_to=[],
         save_strategy="no",
@@ -53,15 +53,14 @@ def test_a_model_is_trained_saved_and_loaded(kind, source, tmp_path):
     """Online rotations and quantizers stay; what is saved is what was computed, to the last bit."""
     model = native(tmp_path, kind) if source == "folder" else made(kind).model
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    trainer = trained(model, tmp_path / "run")
+    trainer = trained(model, tmp_path / "run", rate=3e-2)
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved == set(before)
     trainer.save_model(str(tmp_path / "trained"))
     found = load(tmp_path / "trained")
     assert torch.equal(logits(found, tokens()), logits(model.eval(), tokens()))
-    if kind != "rotated":
-        codes = [load(tmp_path / name).model.layers[0].self_attn.q_proj.weight for name in ("native", "trained")]
-        assert source == "memory" or not torch.equal(*codes)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(found.get_parameter(name), before[name])
 
 
 @pytest.mark.parametrize("kind", KINDS)

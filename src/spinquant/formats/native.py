@@ -149,10 +149,10 @@ class SpinQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state dict with packed weights and the online rotations, for `save_pretrained`."""
+        if getattr(model, "_hf_peft_config_loaded", False):  # transformers takes the adapter's tensors from it
+            return model.state_dict(), {}
         self._check_known(model)
         state = model.state_dict()
-        if getattr(model, "_hf_peft_config_loaded", False):  # transformers takes the adapter's tensors from it
-            return state, {}
         if self.watch is not None:
             self.watch.check()
         for weight in self._weights():
