@@ -151,7 +151,13 @@ def test_adapters_are_trained_saved_and_loaded(kind, tmp_path):
 
 def test_transformers_own_adapters_are_saved(tmp_path):
     from peft import LoraConfig
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+    from transformers.utils.peft_utils import check_peft_version
 
+    try:
+        check_peft_version(MIN_PEFT_VERSION)
+    except ValueError as error:
+        pytest.skip(str(error))
     model = native(tmp_path, "W4A4KV4")
     model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     expected = logits(model, tokens())
@@ -170,7 +176,7 @@ def test_a_merged_adapter_is_refused_at_the_next_forward_pass_and_on_saving(kind
     merged = model.merge_and_unload()
     with pytest.raises(RotationError, match=r"merge_and_unload of peft.*unload\(\).*or merge it into the original"):
         logits(merged, tokens())
-    with pytest.raises((RotationError, CheckpointError), match="merge_and_unload"):
+    with pytest.raises(CheckpointError, match="merge_and_unload"):
         merged.save_pretrained(tmp_path / "merged")
 
 

@@ -154,7 +154,7 @@ class SpinQuantizer(HfQuantizer):
         self._check_known(model)
         state = model.state_dict()
         if self.watch is not None:
-            self.watch.check()
+            self.watch.check(CheckpointError)
         for weight in self._weights():
             tensor = weight.tensor
             if self.scheme.weights is None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spinquant.errors import OnlineError, RotationError
+from spinquant.errors import OnlineError, RotationError, SpinquantError
 from spinquant.models.modules import module_and_attribute
 from spinquant.plan import Plan
 from spinquant.quantization.integer import dequantize, quantize_on_grid
@@ -65,12 +65,12 @@ class WeightWatch:
             self._seen = found
             self.check()
 
-    def check(self) -> None:
-        """Raise RotationError, naming the tensor, if a weight was changed otherwise than by training it."""
+    def check(self, error: type[SpinquantError] = RotationError) -> None:
+        """Raise an error, naming the tensor, if a weight was changed otherwise than by training it."""
         for row in self._rows:
             row.note_training(training=False)
             if not row.trained and row.is_changed():
-                raise RotationError(changed_message(row.tensor, row.why))
+                raise error(changed_message(row.tensor, row.why))
 
     def _adapters(self, model: nn.Module) -> tuple[bool, bool]:
         """What peft changes in a model: it freezes all weights and leaves its configs until it is unloaded."""
