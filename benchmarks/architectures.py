@@ -65,6 +65,12 @@ takes a family file, which `spinquant plan --probe` drafts ([A model of your own
 vision-language model the language part is rotated, and the projector, which writes to its residual stream; the tiny
 model that is tried before the real one is changed gets text only (the tests use images too).
 
+Other classes of a text-only family have the same table. Sequence classification, reward models
+(`score`) and token classification have another head in the language model's place, into which R1 is fused.
+Embedding models are the body alone (`...Model`, tensors without the prefix `model.`) and return the output of the last
+norm, which R1 would change: it is refused, and R2, R3 and R4 are exact. So it is for a causal LM in a folder of
+sentence-transformers (with `modules.json`).
+
 Stacked experts and Conv1D are quantized like linears, each expert on the tokens that it gets; the format
 `compressed-tensors` cannot store them. Adapters, draft heads, and layers for multi-token prediction:
 [LoRA adapters and draft heads](../how-to/adapters.md).

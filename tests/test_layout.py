@@ -45,7 +45,7 @@ PACKAGES = [
 FUNCTIONS = {"rotate", "quantize", "learn", "evaluate", "probe", "prove", "attach", "detach", "load", "save", "gptq"}
 # Modules that need an extra; none is imported before that extra is known to be there.
 OPTIONAL = ("modifiers.llmcompressor", "modifiers.compressed_transforms", "moved.llmcompressor")
-HOOKS = ("online.hooks", "models.capture", "probing.trace", "integrations.vllm")
+HOOKS = ("online.hooks", "formats.training", "models.capture", "probing.trace", "integrations.vllm")
 
 
 def modules() -> dict[str, Path]:

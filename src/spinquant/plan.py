@@ -159,7 +159,7 @@ class Plan:
             `experts` these are the places where weights and activations are quantized.
         attentions: modules whose keys and values are cached.
         blocks: the decoder layers; each reads the output of the one before.
-        head: name of the output head's weight.
+        head: name of the output head's weight; "" for a model without one.
         refused: (rotation, mathematical reason) for rotations that the architecture rules out.
         experts: expert weights that are not modules of their own.
         transposed: weights of `linears` are (in, out), as in Conv1D; the head's never is.
@@ -248,6 +248,11 @@ class Plan:
     def tied(self) -> Mapping[str, str]:
         """The name of the source by the name of a tied tensor, which a checkpoint may lack."""
         return {tie.tensor: tie.source for tie in self.ties}
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The head's module, as a group of linears; empty for a model without a head."""
+        return (self.head.removesuffix(".weight"),) if self.head else ()
 
     @cached_property
     def _renamed(self) -> Mapping[str, str]:

@@ -138,3 +138,24 @@ def test_the_hub_is_asked_by_these_names():
     assert "ignore_patterns" in inspect.signature(snapshot_download).parameters
     assert "repo_id" in inspect.signature(get_safetensors_metadata).parameters
     assert {"folder_path", "repo_id"} <= set(inspect.signature(HfApi.upload_folder).parameters)
+
+
+@needs("peft")
+@pytest.mark.filterwarnings("ignore")
+def test_peft_freezes_a_model_and_leaves_its_configs_until_it_is_unloaded():
+    """How a merged adapter is noticed (`formats/training.py`); hooks stay on the linear inside the adapter's layer."""
+    import peft
+
+    from models import tiny_model, tokens
+
+    model, calls = tiny_model("llama"), []
+    linear, embedding = model.model.layers[0].self_attn.q_proj, model.get_input_embeddings().weight
+    linear.register_forward_pre_hook(lambda *_: calls.append(1))
+    before = linear.weight.detach().clone()
+    options = {"target_modules": ["q_proj"], "init_lora_weights": False}
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, task_type="CAUSAL_LM", **options))
+    assert "peft_config" in vars(model) and not embedding.requires_grad and not linear.weight.requires_grad
+    wrapped(tokens(1, 3))
+    assert calls == [1]
+    assert wrapped.merge_and_unload() is model and model.model.layers[0].self_attn.q_proj is linear
+    assert "peft_config" not in vars(model) and not torch.equal(linear.weight[0], before[0])

@@ -13,8 +13,11 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     DynamicCache,
     MixtralConfig,
     Qwen2VLConfig,
@@ -23,6 +26,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from models import CONFIGS, tiny_model, tokens
 from spinquant.models.cache_names import CACHE_NAMES, cache_of, cache_parameter
+from spinquant.online.hooks import CONTINUOUS
 from spinquant.online.sites import EXPERTS, GATE
 
 
@@ -221,6 +225,31 @@ def test_generation_returns_its_logits():
         return_dict_in_generate=True,
     )
     assert len(found.logits) == 3 and found.logits[0].shape == (1, 256)
+
+
+def test_continuous_batching_starts_from_known_methods():
+    model = tiny_model("llama")
+    assert all(callable(getattr(model, name)) for name in CONTINUOUS)
+    assert any(method in inspect.getsource(type(model).generate_batch) for method in CONTINUOUS[1:])
+
+
+# Classes and training
+
+
+def test_classes_are_found_by_their_config():
+    config = CONFIGS["llama"]()
+    for auto in (AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification):
+        assert auto._model_mapping.get(type(config), None) is not None
+    model = AutoModelForSequenceClassification.from_config(config)
+    assert "score.weight" in dict(model.named_parameters()) and not model.can_generate()
+    assert "embed_tokens.weight" in dict(AutoModel.from_config(config).named_parameters())
+
+
+def test_a_trainer_asks_the_quantizer_whether_it_trains():
+    from transformers import trainer, trainer_utils
+
+    source = inspect.getsource(trainer) + inspect.getsource(trainer_utils)
+    assert "hf_quantizer.is_trainable" in source and "is_qat_trainable" in source
 
 
 def test_the_version_is_a_version():

@@ -11,7 +11,7 @@ from models import CACHE, CONFIGS, logits, tiny_model, tokens
 from spinquant import RotationError, RotationSpec, attach, fuse_module, make_rotations, parse_scheme, plan_of
 from spinquant.evaluation.equivalence import Float64Arithmetic, greedy_logits
 from spinquant.models.capture import captured
-from spinquant.online.hooks import attachment_of
+from spinquant.online.hooks import CONTINUOUS, attachment_of
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.scheme import Quantizer, Scheme
 
@@ -134,6 +134,26 @@ def test_r3_under_flash_attention_is_refused():
     with pytest.raises(RotationError, match="flash_attention_2"):
         attach(model, plan, made)
     assert hooks_of(model) == 0
+
+
+@pytest.mark.parametrize(("spec", "scheme"), [("R3", "none"), ("", "KV4")])
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_continuous_batching_is_refused_with_the_way_out(spec, scheme, name):
+    """Its paged cache is written inside the attention function: keys would be neither rotated nor quantized."""
+    model = tiny_model("llama")
+    plan = plan_of(model)
+    with attach(model, plan, make_rotations(plan, RotationSpec(spec)), parse_scheme(scheme)):
+        with pytest.raises(RotationError, match=r"generate_batch.*Call generate with a padded batch"):
+            getattr(model, name)([[1, 2, 3]])
+    assert name not in vars(model)
+
+
+def test_generating_with_a_paged_cache_is_refused():
+    model = tiny_model("llama")
+    plan = plan_of(model)
+    with attach(model, plan, make_rotations(plan, RotationSpec("R3"))):
+        with pytest.raises(RotationError, match="continuous batching"):
+            model.generate(tokens(1, 4), max_new_tokens=2, cache_implementation="paged")
 
 
 def test_the_input_of_down_proj_is_rotated_then_quantized():

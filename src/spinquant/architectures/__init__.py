@@ -19,6 +19,7 @@ from spinquant.architectures.build import Shapes, build_plan, module_names
 from spinquant.architectures.family import Family, holds
 from spinquant.architectures.family_file import FamilyFile, family_from, read_family
 from spinquant.architectures.family_file_conversion import to_family
+from spinquant.architectures.model_classes import CAUSAL, HEADS, class_name, for_class, is_known, settle_class
 from spinquant.architectures.mtp import REASON, prediction_tensors
 from spinquant.architectures.unsupported import reason_unsupported
 from spinquant.architectures.vision import VISIONS
@@ -79,7 +80,7 @@ def use_family(config: Any, family: FamilyLike | None) -> None:
 
 
 def family_of(config: Any) -> Family | None:
-    """The family table for the models of a config; None if the architecture is not supported."""
+    """The family table for the models of a config, of the class that it names; None if it is not supported."""
     recorded = recorded_family(config)
     if recorded is not None:
         return to_family(family_from(recorded, f"{RECORDED} in the config"), FAMILIES)
@@ -87,6 +88,12 @@ def family_of(config: Any) -> Family | None:
     if vision is not None:
         text = vision.text or family_of(config.get_text_config())
         return text and vision.family(text)
+    table = _causal_family(config)
+    return table and for_class(table, class_name(config))
+
+
+def _causal_family(config: Any) -> Family | None:
+    """The built-in table of a text-only model's causal LM."""
     for family in FAMILIES:
         if config.model_type in family.model_types and all(holds(condition, config) for condition in family.when):
             return family
@@ -143,8 +150,14 @@ def make_plan(config: Any, shapes: Shapes, *, family: FamilyLike | None = None) 
         raise ArchitectureError(f"the config has architectures = {classes!r}: expected a list of names of classes")
     multimodal = any(model_type in vision.model_types for vision in VISIONS)
     for name in classes if recorded_family(config) is None else ():
-        if not name.endswith("ForConditionalGeneration" if multimodal else ("ForCausalLM", "LMHeadModel")):
-            raise ArchitectureError(f"architecture {name!r} is not a causal LM: expected a ...ForCausalLM class")
+        if not (name.endswith("ForConditionalGeneration") if multimodal else is_known(name)):
+            expected = "...ForConditionalGeneration" if multimodal else ", ".join(f"...{e}" for e in (*CAUSAL, *HEADS))
+            raise ArchitectureError(
+                f"architecture {name!r} is not supported: expected {expected}{'' if multimodal else ' or ...Model'}"
+            )
+    causal = None if multimodal or recorded_family(config) is not None else _causal_family(config)
+    if causal is not None:
+        settle_class(config, causal, module_names(causal, shapes))
     table = family_of(config)
     if table is None:  # a guess could give a model that loads and writes nonsense
         inside = f" (language model {config.get_text_config().model_type!r})" if multimodal else ""

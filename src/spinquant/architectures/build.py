@@ -45,12 +45,19 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
             f"{family.name}: the config has {layers} layers and the checkpoint {len(shapes)} tensors; "
             "the checkpoint is incomplete"
         )
-    if family.head not in shapes and not tie:
+    if family.head and family.head not in shapes and not tie:
         raise ArchitectureError(f"{family.name}: {scales_among(shapes) or missing_head(family.head)}")
-    # A module has a tied head under both names, a checkpoint under one: the plan is the same for both.
-    shapes = {**shapes, family.head: shapes.get(family.head, shapes.get(family.embedding, ()))}
+    if family.head:
+        # A module has a tied head under both names, a checkpoint under one: the plan is the same for both.
+        shapes = {**shapes, family.head: shapes.get(family.head, shapes.get(family.embedding, ()))}
+    head = family.head or next((name for name in family.heads_instead if name in shapes), "")
+    if family.heads_instead and not head:
+        raise ArchitectureError(
+            f"{family.name}: the head of {config.architectures[0]} is missing (expected "
+            f"{' or '.join(map(repr, family.heads_instead))}); the checkpoint is incomplete, or that of another class"
+        )
     shapes, shared = with_shared_blocks(family.shared, named, shapes, tied=tie)
-    tied = {family.head: family.embedding, **shared} if tie else {}
+    tied = {**({family.head: family.embedding} if family.head else {}), **shared} if tie else {}
     build = _Build(family, named, shapes)
     axes, onlines = build.axes(), build.onlines()
     used = {axis.space for axis in axes} | {online.space for online in onlines}
@@ -76,7 +83,7 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
         linears=build.linears(),
         attentions=tuple(name for name in build.each_layer(family.attention) if build.has(name)),
         blocks=tuple(build.each_layer(family.block)),
-        head=family.head,
+        head=head,
         experts=tuple(
             replace(stack, first=tuple(map(origin, stack.first)), second=tuple(map(origin, stack.second)))
             for stack in build.experts()
@@ -121,6 +128,7 @@ def module_names(family: Family, names: Iterable[str]) -> dict[str, str]:
 
 
 def _in_module(name: str, family: Family) -> str:
+    name = f"{family.prefix}{name}"  # patterns are those of the causal LM
     for pattern, replacement in family.stored:
         check_name(name, family.name, ArchitectureError)
         try:
@@ -129,7 +137,7 @@ def _in_module(name: str, family: Family) -> str:
             raise ArchitectureError(
                 f"{family.name}: cannot replace {pattern!r} by {replacement!r} in {name!r}: {error}"
             ) from None
-    return name
+    return name.removeprefix(family.prefix)
 
 
 @dataclass(frozen=True)
@@ -219,7 +227,8 @@ class _Build:
                         f"model_type {self.config.model_type!r}. The checkpoint is incomplete or not of this family."
                     )
         for name, shape in self.shapes.items():
-            if name not in found and not any(re.fullmatch(pattern, name) for pattern in self.family.ignored):
+            whole = f"{self.family.prefix}{name}"  # patterns are those of the causal LM
+            if name not in found and not any(re.fullmatch(pattern, whole) for pattern in self.family.ignored):
                 if reason := layers_beyond(self.family, self.config, self.shapes) or scales_among([name]):
                     raise ArchitectureError(f"{self.family.name}: {reason}")
                 raise ArchitectureError(
@@ -241,7 +250,8 @@ class _Build:
         for module in (module for group in family.linears for module in group):
             weight = family.tensors.get(f"{module}.weight") or family.tensors[f"{module}.weight?"]
             implied[f"{module}.bias?"] = (weight[-1 if family.transposed else 0],)
-        implied[f"{family.head.removesuffix('weight')}bias?"] = (None,)
+        if family.head:
+            implied[f"{family.head.removesuffix('weight')}bias?"] = (None,)
         return {**family.tensors, **{k: v for k, v in implied.items() if k.removesuffix("?") not in stated}}
 
     def _is_needed(self, name: str, i: int | None) -> bool:

@@ -81,7 +81,9 @@ class Family:
         attention: pattern of the attention modules.
         block: pattern of the decoder layers.
         embedding: the embedding's weight.
-        head: the output head's weight.
+        head: the output head's weight; "" for a class without that head (`model_classes.py`).
+        heads_instead: weights of which such a class has one in the head's place; none for a body alone.
+        prefix: prefix of the causal LM's tensor names that the class's own lack.
         attention_part: prefix of the attention's tensors within its module, if other modules have the same name.
         when: conditions on the config under which the table holds, see `holds`.
         refused: rotations that are impossible.
@@ -115,6 +117,8 @@ class Family:
     block: str
     embedding: str
     head: str
+    heads_instead: tuple[str, ...] = ()
+    prefix: str = ""
     attention_part: str = ""
     when: tuple[str, ...] = ()
     refused: tuple[Refusal, ...] = ()
@@ -163,22 +167,23 @@ class Family:
         def kept(text: str) -> bool:
             return not any(part in text for part in without)
 
-        found = {f.name: _mapped(getattr(self, f.name), renamed, kept) for f in fields(self)}
+        found = {f.name: mapped(getattr(self, f.name), renamed, kept) for f in fields(self)}
         for key, change in changes.items():
             found[key] = _merged(found[key], change) if isinstance(change, Mapping) else change
         return replace(self, **{**found, "name": name, "model_types": model_types})
 
 
-def _mapped(value: Any, renamed: Callable[[str], str], kept: Callable[[str], bool]) -> Any:
+def mapped(value: Any, renamed: Callable[[str], str], kept: Callable[[str], bool] = lambda text: True) -> Any:
+    """A value of a table with all names in it renamed, without those that are not kept."""
     if isinstance(value, str):
         return renamed(value)
     if isinstance(value, Mapping):
-        return {renamed(k): _mapped(v, renamed, kept) for k, v in value.items() if kept(k)}
+        return {renamed(k): mapped(v, renamed, kept) for k, v in value.items() if kept(k)}
     if isinstance(value, tuple):
-        items = tuple(_mapped(item, renamed, kept) for item in value if not isinstance(item, str) or kept(item))
+        items = tuple(mapped(item, renamed, kept) for item in value if not isinstance(item, str) or kept(item))
         return tuple(item for item in items if item != ())  # drop groups without members
     if isinstance(value, AxisPart | Norm | Shared):
-        return replace(value, **{f.name: _mapped(getattr(value, f.name), renamed, kept) for f in fields(value)})
+        return replace(value, **{f.name: mapped(getattr(value, f.name), renamed, kept) for f in fields(value)})
     return value
 
 

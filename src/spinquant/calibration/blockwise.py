@@ -121,7 +121,7 @@ def quantize_blocks(
             if progress:
                 progress(done + 1, total)
         if scheme.lm_head and scheme.weights is not None:
-            name = plan.head.removesuffix(".weight")
+            (name,) = plan.heads
             finished = store.load(name) if store else None
             walk.head(name, finished)
             if store and finished is None:

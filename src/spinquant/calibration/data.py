@@ -23,6 +23,7 @@ from spinquant.compute.values import check_integer, check_seed
 from spinquant.errors import TextError
 from spinquant.models.capture import device_of
 from spinquant.models.context import fitting_length
+from spinquant.models.modules import check_causal
 
 WIKITEXT = "dataset:Salesforce/wikitext:wikitext-2-raw-v1:test:text"
 LENGTH = 512  # tokens of a window of calibration text
@@ -279,6 +280,7 @@ def generate_tokens(
     Every sample starts with a random token, behind the beginning-of-sequence token if the config has one. The same seed
     gives the same text.
     """
+    check_causal(model, "generated text")
     source = fitted(source, model.config)
     config = model.config.get_text_config()
     device = device_of(model)

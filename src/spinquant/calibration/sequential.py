@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from spinquant.calibration.hidden_states import HiddenStates
 from spinquant.errors import CalibrationError
 from spinquant.models.capture import captured, device_of
-from spinquant.online.hooks import unchecked
+from spinquant.online.firing import STANDS_IN
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def block_calls(model: Any, blocks: Sequence[str], tokens: Tensor, hidden: Hidde
         arguments.setdefault(name, dict(others))
         return states
 
-    with unchecked(model), _replaced(model, blocks, keep):
+    with _replaced(model, blocks, keep):
         for row in tokens.split(1):
             body_of(model)(row.to(device_of(model)), use_cache=False)
     return BlockCalls(hidden, arguments)
@@ -118,7 +118,7 @@ def run_block(block: nn.Module, states: Tensor, arguments: Mapping[str, Any]) ->
 @torch.no_grad()
 def after_blocks(model: Any, blocks: Sequence[str], states: Tensor) -> Tensor:
     """The head's input, from the last block's output, (batch, length, width): usually the final norm."""
-    with unchecked(model), _replaced(model, blocks, lambda name, hidden, others: states):
+    with _replaced(model, blocks, lambda name, hidden, others: states):
         placeholder = torch.zeros(states.shape[:2], dtype=torch.int64, device=device_of(model))
         return body_of(model)(placeholder, use_cache=False).last_hidden_state
 
@@ -142,6 +142,7 @@ def _replaced(
             found = function(name, hidden_states, {**dict(zip(called, args, strict=False)), **kwargs})
             return found if not values else (found, *[None] * (values - 1))
 
+        setattr(forward, STANDS_IN, True)
         return forward
 
     modules = {name: model.get_submodule(name) for name in blocks}

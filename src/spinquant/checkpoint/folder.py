@@ -7,7 +7,7 @@ they are asked for, and `trust_remote_code` stays off. Weights are read by `read
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,13 @@ from torch import nn
 from transformers import AutoConfig
 
 from spinquant.architectures import FamilyLike, use_family
+from spinquant.architectures.model_classes import is_causal
 from spinquant.checkpoint.atomic import first_line
 from spinquant.checkpoint.untrusted import BESIDE, check_inside, file_in, read_json
 from spinquant.errors import CheckpointError
+from spinquant.plan import Plan
 
+MODULES = "modules.json"  # of sentence-transformers
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -281,6 +284,17 @@ def load_tokenizer(model: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exceptions
         raise CheckpointError(f"{str(model)!r} has no usable tokenizer: {first_line(error)}") from None
+
+
+def plan_in(folder: Path, config: Any, plan: Plan) -> Plan:
+    """The plan of a folder's model; R1 is refused for a causal LM that sentence-transformers uses without its head."""
+    if not (folder / MODULES).is_file() or not is_causal(config):
+        return plan
+    reason = (
+        f"the folder has {MODULES}, so sentence-transformers uses the output of the last norm, which R1 would change, "
+        f"instead of the logits. R2, R3 and R4 leave it as it is; remove {MODULES} if only the logits are used"
+    )
+    return replace(plan, refused=(*plan.refused, ("R1", reason)))
 
 
 def check_unquantized(config: Any, model: str | Path) -> None:

@@ -56,7 +56,7 @@ def plan(
     wanted = parse_scheme(scheme) if scheme is not None else None
 
     from spinquant.architectures import make_plan, recorded_family
-    from spinquant.checkpoint.folder import check_unquantized, load_config, read_headers
+    from spinquant.checkpoint.folder import check_unquantized, folder_of, is_local, load_config, plan_in, read_headers
     from spinquant.cli.tables import plan_notes, plan_rows, plan_table, runtime_table
     from spinquant.formats.runtimes import runtime_rows
 
@@ -67,6 +67,7 @@ def plan(
     if probe:
         return _probe(config, shapes, draft, json_)
     made = make_plan(config, shapes)
+    made = plan_in(folder_of(model), config, made) if is_local(model) else made
     rows = plan_rows(made, spec)
     notes = plan_notes(made, spec)
     if recorded_family(config) is not None:

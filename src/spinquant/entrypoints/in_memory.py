@@ -24,7 +24,7 @@ from spinquant.formats.compressed_config import check_plan, scheme_for
 from spinquant.formats.compressed_tensors import write_compressed
 from spinquant.formats.native import check_fresh, is_marked, mark, unmark
 from spinquant.models.context import check_context
-from spinquant.models.modules import largest, tensor_shapes
+from spinquant.models.modules import config_of, largest, tensor_shapes
 from spinquant.models.tokens import check_model, check_tokens
 from spinquant.online.hooks import attach
 from spinquant.plan import Plan
@@ -52,7 +52,7 @@ def rotate(
     The model is changed in place. `spinquant.save` writes it, and `spinquant.detach` removes the online rotations.
 
     Args:
-        model: A causal language model of transformers.
+        model: A causal language model of transformers, or a classifier or embedding model made from one.
         spec: Which rotations, of which type, block size and seed. Default: random Hadamard R1 and R2.
         rotations: Rotations by the name of their space, such as learned ones, instead of those that `spec` describes.
         sample: Real tokens to compare logits on, int64, (batch, length). Default: none, only a tiny model of the same
@@ -91,7 +91,7 @@ def rotate(
     check_given(plan, spec, rotations)
     if sample is not None:
         check_context(model.config, sample.shape[-1], "give a shorter sample")
-    tiny = prove(model.config, spec) if options.prove and rotations else None
+    tiny = prove(config_of(model), spec) if options.prove and rotations else None
     before = None if sample is None or not rotations else snapshot(model, plan, sample)
     install(model, plan, rotations, spec, options=options)
     real = None
@@ -144,7 +144,7 @@ def quantize(
     `spinquant.detach` removes. `spinquant.save` writes the model.
 
     Args:
-        model: A causal language model of transformers.
+        model: A causal language model of transformers, or a classifier or embedding model made from one.
         scheme: What is quantized, and to how many bits, such as "W4A8KV4".
         spec: Which rotations, of which type, block size and seed. Default: none.
         method: How weights are quantized: `rtn` (round-to-nearest, the default), `gptq`, or `gptaq` (GPTQ with the

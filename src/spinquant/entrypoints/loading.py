@@ -1,8 +1,10 @@
 """The section of a model card that shows how to load a folder in each runtime that runs it."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+from spinquant.architectures.model_classes import head_of_class, is_body
 from spinquant.entrypoints.markdown import fence
 from spinquant.formats.runtimes import RUNTIMES, runtime_rows
 from spinquant.plan import Plan
@@ -36,10 +38,25 @@ def runtimes_of(format: str, spec: RotationSpec, scheme: Scheme, plan: Plan | No
     ]
 
 
-def loading_lines(format: str, spec: RotationSpec, scheme: Scheme, plan: Plan) -> Iterable[str]:
-    """Paragraphs of Markdown: for each runtime that runs the folder a heading, the code, and whether it is tested."""
+def auto_class(config: Mapping[str, Any]) -> str:
+    """The auto class of transformers that loads the model of a config.json."""
+    name = str((config.get("architectures") or [""])[0])
+    if name.endswith("ForConditionalGeneration"):
+        return "AutoModelForImageTextToText"
+    return "AutoModel" if is_body(name) else f"AutoModel{head_of_class(name) or 'ForCausalLM'}"
+
+
+def loading_lines(
+    format: str, spec: RotationSpec, scheme: Scheme, plan: Plan, *, loads_with: str = "AutoModelForCausalLM"
+) -> Iterable[str]:
+    """Paragraphs of Markdown: for each runtime that runs the folder a heading, the code, and whether it is tested.
+
+    loads_with: the auto class of transformers, see `auto_class`.
+    """
     for name in runtimes_of(format, spec, scheme, plan):
-        lines = LOADING.get(name) or re.sub(r"\bfolder\b", "FOLDER", RUNTIMES[name].how)
+        lines = LOADING.get(name, "").replace("AutoModelForCausalLM", loads_with) or re.sub(
+            r"\bfolder\b", "FOLDER", RUNTIMES[name].how
+        )
         yield f"### {RUNTIMES[name].title} (`{name}`)"
         yield fence("python" if "import " in lines else "sh", lines)
         tried = all(row["why"].startswith("test: ") for row in runtime_rows(name, spec, scheme, plan))

@@ -54,6 +54,7 @@ def model_card(
     source_card: str | None,
     command: str | None = None,
     learned: Mapping[str, Any] | None = None,
+    loads_with: str = "AutoModelForCausalLM",
 ) -> str:
     """The text of README.md for a folder that holds a rotated or quantized model.
 
@@ -64,6 +65,7 @@ def model_card(
         source_card: The source's README.md, see `read_card`.
         command: The command line that was run.
         learned: Record of learned rotations. Default: the one in the notes of the result.
+        loads_with: The auto class of transformers that loads the folder.
 
     Returns:
         Markdown with front matter; the same for the same arguments.
@@ -91,7 +93,7 @@ def model_card(
         *_adapters(result.notes.get("adapters", {})),
         "## How to load it",
         "`FOLDER` is this folder, or the id of its repository on the Hub. These runtimes run it:",
-        *loading_lines(kind, spec, scheme, plan),
+        *loading_lines(kind, spec, scheme, plan, loads_with=loads_with),
         "## What was measured",
         *_measured(result, quantized, source),
         *(_scores(learned) if learned else []),

@@ -19,6 +19,7 @@ from spinquant.checkpoint.atomic import write_file
 from spinquant.checkpoint.folder import BESIDE, INDEX, ORIGIN, RECORD, ROTATIONS, SINGLE, copied_files, is_local
 from spinquant.checkpoint.reader import Source, fp8_block
 from spinquant.checkpoint.untrusted import read_json
+from spinquant.entrypoints.loading import auto_class
 from spinquant.entrypoints.local_paths import public_record
 from spinquant.entrypoints.model_card import model_card
 from spinquant.entrypoints.result import Result
@@ -67,7 +68,9 @@ def write_record(
     """
     if source is not None:
         name, original = str(result.notes["source"]), read_card(source)
-        card = model_card(result, format=format, source=name, source_card=original, command=command)
+        loads = auto_class(read_json(folder / "config.json"))
+        about = {"source": name, "source_card": original, "command": command, "loads_with": loads}
+        card = model_card(result, format=format, **about)
         write_file(folder / CARD, card.encode())
         if is_local(name):
             write_file(folder / BESIDE / ORIGIN, os.fsencode(Path(name).expanduser().absolute()))

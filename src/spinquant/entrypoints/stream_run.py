@@ -16,6 +16,7 @@ from torch import Tensor
 from spinquant.adapters.base_model import BaseModel
 from spinquant.adapters.folder import ADAPTERS, write_adapter
 from spinquant.architectures import RECORDED, recorded_family
+from spinquant.architectures.model_classes import class_name, is_body
 from spinquant.architectures.mtp import COUNTS
 from spinquant.calibration.block_store import BlockStore
 from spinquant.calibration.data import calibration_tokens, fitted, load_text, token_windows
@@ -113,6 +114,8 @@ class StreamRun:
         unties = bool(plan.ties) and ("residual" in rotations or parts)
         self.untied = [(tie.tensor, tie.source) for tie in plan.ties] if unties else []
         self.changes: dict[str, Any] = {"tie_word_embeddings": False} if unties else {}
+        if is_body(class_name(job.config)):  # which the source may name by its causal LM
+            self.changes["architectures"] = job.config.architectures
         if request.options.drop_mtp:
             self.changes |= dict.fromkeys((name for name in COUNTS if hasattr(job.config, name)), 0)
         if recorded_family(job.config) is not None:  # the written folder then needs no family file
@@ -156,7 +159,7 @@ class StreamRun:
         self.result = replace(self.result, calibration=self.job.calibration, clips=clips, notes=notes, **how)
         plan, store = self.result.plan, BlockStore(run.pieces(CALIBRATION, writes=False))
         form = form_in(hollow_model(config, dtype), rotated, plan)
-        self._store_as(Finished(store, (*plan.blocks, plan.head.removesuffix(".weight")), dtype, form))
+        self._store_as(Finished(store, (*plan.blocks, *plan.heads), dtype, form))
 
     def _calibrated(
         self,

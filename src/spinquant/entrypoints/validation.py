@@ -23,6 +23,7 @@ from spinquant.checkpoint.folder import (
     folder_of,
     has_pickles_only,
     load_config,
+    plan_in,
     read_headers,
     weights_digest,
 )
@@ -166,7 +167,7 @@ def validate(request: Request) -> Job:
         dropped = frozenset(prediction_tensors(config, read_headers(folder))) if request.options.drop_mtp else dropped
         with closing(Source(folder, config, without=dropped)) as source:
             largest = source.largest
-            plan = make_plan(config, source.shapes)
+            plan = plan_in(folder, config, make_plan(config, source.shapes))
             check_stored(hollow_model(config, torch.float32), source, plan)
             streamed = calibration is None or from_disk(config, source, plan)
     if request.runtime is not None and plan is not None:

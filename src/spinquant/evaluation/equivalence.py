@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers.cache_utils import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from spinquant.architectures import FamilyLike, use_family
 from spinquant.errors import ProofError
 from spinquant.evaluation.tiny_model import TINY_VOCABULARY, make_tiny_model, tiny_spec
+from spinquant.models.cache_names import cache_parameter
 from spinquant.models.capture import captured, device_of
-from spinquant.models.modules import config_errors
+from spinquant.models.modules import config_errors, output_of
 from spinquant.online.hooks import attach
 from spinquant.plan import Axis, Plan
 from spinquant.rotations.factory import RotationSpec, make_rotations
@@ -54,7 +56,7 @@ class Deviation:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Logits of a model on some tokens, and the outputs of the modules in its plan."""
+    """Logits (without a head, hidden states) of a model on some tokens, and the outputs of the modules in its plan."""
 
     tokens: Tensor
     logits: Tensor
@@ -89,7 +91,7 @@ def snapshot(model: nn.Module, plan: Plan, tokens: Tensor) -> Snapshot:
     arithmetic = Float64Arithmetic() if model.dtype == torch.float64 else nullcontext()
     try:
         with arithmetic, captured(model, [name for name in modules if name in present]) as outputs:
-            logits = model(input_ids=tokens.to(device_of(model)), use_cache=False).logits
+            logits = output_of(model(input_ids=tokens.to(device_of(model)), use_cache=False))
     finally:
         model.train(training)
     return Snapshot(tokens, logits, dict(outputs))
@@ -111,7 +113,12 @@ def compare(before: Snapshot, model: nn.Module, plan: Plan, rotations: Mapping[s
         expected = expected_output(model, plan, rotations, name, output)
         if not difference(expected, after.outputs[name]).relative <= tolerance:
             return replace(deviation, module=name)
-    return replace(deviation, module=plan.head.removesuffix(".weight"))
+    return replace(deviation, module=last_module(plan))
+
+
+def last_module(plan: Plan) -> str:
+    """What computes a model's output, as an error names it: the head, or without one the last norm."""
+    return plan.heads[0] if plan.heads else "the last norm"
 
 
 def expected_output(
@@ -248,7 +255,12 @@ def prove(
 
 @torch.no_grad()
 def greedy_logits(model: Any, tokens: Tensor, *, steps: int = 6) -> Tensor:
-    """Logits of greedy generation through the model's KV cache, (steps, batch, vocabulary)."""
+    """Logits of greedy generation through the model's KV cache, (steps, batch, vocabulary).
+
+    A class that cannot generate is given the last `steps` tokens one by one: its outputs, (steps, batch, ..).
+    """
+    if not model.can_generate():
+        return _cached_outputs(model, tokens, steps)
     result = model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
@@ -259,3 +271,14 @@ def greedy_logits(model: Any, tokens: Tensor, *, steps: int = 6) -> Tensor:
         return_dict_in_generate=True,
     )
     return torch.stack(result.logits)
+
+
+def _cached_outputs(model: Any, tokens: Tensor, steps: int) -> Tensor:
+    name, _ = cache_parameter(type(model).forward) or ("", 0)
+    if not name:
+        return output_of(model(input_ids=tokens))[None]
+    cache, found = DynamicCache(config=model.config), []
+    for part in (tokens[:, :-steps], *tokens[:, -steps:].split(1, dim=1)):
+        output = model(input_ids=part, use_cache=True, **{name: cache})
+        found.append(output_of(output)[:, -1:] if output_of(output).ndim > 2 else output_of(output))
+    return torch.stack(found[1:])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from spinquant.errors import TextError
 from spinquant.models.capture import device_of
 from spinquant.models.context import check_context
+from spinquant.models.modules import check_causal
 from spinquant.models.tokens import check_model, check_tokens
 
 # Tokens whose log-probabilities are held in float32 at once; 128 x 150k vocabulary is 77 MB.
@@ -118,6 +119,7 @@ def evaluate(
         (30, 0.0, 1.0)
     """
     _check(windows, model, *([] if reference is None else [reference]))
+    check_causal(model, "perplexity")
     start = time.perf_counter()
     total = kl = agree = reference_nll = 0.0
     for done, window in enumerate(windows):
@@ -174,6 +176,7 @@ def compare_models(
         True
     """
     _check(windows, reference, other)
+    check_causal(other, "a comparison of predictions")
     largest = total = squared = norm = kl = agree = 0.0
     count = 0
     for done, window in enumerate(windows):

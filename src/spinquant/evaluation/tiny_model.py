@@ -15,6 +15,7 @@ from torch import nn
 
 from spinquant.architectures import family_of
 from spinquant.architectures.family import Named, size_of
+from spinquant.architectures.model_classes import class_name, head_of_class
 from spinquant.models.context import CONTEXT
 from spinquant.models.modules import config_errors, new_model
 from spinquant.rotations.factory import RotationSpec
@@ -154,10 +155,12 @@ def _made(config: Any, data: dict[str, Any]) -> Any:
     for key in ("quantization_config", "dtype", "torch_dtype"):
         data.pop(key, None)
     tokens = ("pad_token_id", "bos_token_id", "eos_token_id")
+    # A classifier of several texts has to tell where each ends; the tokens of a proof are smaller.
+    ends = {"pad_token_id": TINY_VOCABULARY - 1} if head_of_class(class_name(config)) else {}
     try:
-        return type(config).from_dict({**data, **dict.fromkeys(tokens)})
+        return type(config).from_dict({**data, **dict.fromkeys(tokens), **ends})
     except StrictDataclassError:  # a class that insists on numbers
-        return type(config).from_dict({**data, **dict.fromkeys(tokens, 0)})
+        return type(config).from_dict({**data, **dict.fromkeys(tokens, 0), **ends})
 
 
 def _small_heads(config: Any, sizing: Sizing) -> dict[str, int]:

@@ -189,8 +189,7 @@ def stored_ranges(plan: Plan, scheme: Scheme, clips: Clips) -> dict[str, torch.T
         for letter, peaks in (("k", clips.keys), ("v", clips.values)):
             found |= {f"{a}.{letter}_scale": torch.tensor([peaks[a] / LARGEST["fp8"]]) for a in plan.attentions}
     if "activations" in static_parts(scheme):
-        head = (plan.head.removesuffix(".weight"),)
-        for group in (*plan.linears, *([head] if scheme.lm_head else [])):
+        for group in (*plan.linears, *([plan.heads] if scheme.lm_head else [])):
             factor = tensor_factor(torch.tensor([clips.inputs[group[0]] / LARGEST["nvfp4"]]))
             found |= {f"{name}.input_global_scale": (1 / factor).reshape(1) for name in group}
     return found

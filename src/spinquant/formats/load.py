@@ -24,7 +24,7 @@ def load_model(
     check_values: bool = True,
     family: FamilyLike | None = None,
 ) -> Any:
-    """Load a causal language model; one that spinquant wrote comes with its online rotations and quantizers attached.
+    """Load a language model; one that spinquant wrote comes with its online rotations and quantizers attached.
 
     Public as `spinquant.load`. Reads plain, native and compressed-tensors checkpoints. Unlike `from_pretrained` it
     raises for tensors that are missing, of the wrong shape or not finite, and never runs code of the checkpoint.

@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from spinquant.compute.values import validated
 from spinquant.errors import CheckpointError, RotationError
 from spinquant.formats.register import METHOD
+from spinquant.formats.training import WeightWatch, changed_message
 from spinquant.models.modules import module_and_attribute, named_tensor
 from spinquant.online.hooks import attach, attachment_of
 from spinquant.plan import Plan
@@ -156,6 +157,7 @@ class SpinQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.scheme = Scheme.from_dict(quantization_config.scheme)
         self.rotations: dict[str, Rotation] = {}
+        self.watch: WeightWatch | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse a device map that offloads; transformers calls this for a given map, and for one that it made."""
@@ -167,6 +169,12 @@ class SpinQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.plan = plan_of(model)
+        for rotation, reason in self.plan.refused:
+            if rotation in self.quantization_config.spec["rotations"]:
+                raise CheckpointError(
+                    f"this folder cannot be loaded as {type(model).__name__}: it was rotated by {rotation}, and "
+                    f"{reason}. Load it with the class that its config names, or make it again without {rotation}"
+                )
         self.kept = {weight.tensor: named_tensor(model, weight.tensor).shape for weight in self._weights()}
         for weight in self._weights():
             _expect_packed(model, weight, self.scheme.weights)
@@ -182,18 +190,30 @@ class SpinQuantizer(HfQuantizer):
         for weight in self._weights():
             _unpack(model, weight, self.scheme.weights, self.kept[weight.tensor])
         attach(model, self.plan, self.rotations, self.scheme, Clips.from_dict(config.clips))
+        self.watch_weights(model)
         return model
+
+    def watch_weights(self, model: Any) -> None:
+        """Round quantized weights while they are trained, and notice adapters that are merged into weights."""
+        fused = dict.fromkeys(axis.tensor for axis in self.plan.axes if axis.space in self.rotations)
+        self.watch = WeightWatch(model, self.plan, self.scheme, list(fused))
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state dict with packed weights and the online rotations, for `save_pretrained`."""
+        if getattr(model, "_hf_peft_config_loaded", False):  # transformers takes the adapter's tensors from it
+            return model.state_dict(), {}
         self._check_known(model)
         state = model.state_dict()
+        if self.watch is not None:
+            self.watch.check(CheckpointError)
         for weight in self._weights():
             tensor = weight.tensor
             if self.scheme.weights is None:
                 state[tensor] = state[tensor].flatten()
                 continue
-            packed = _packed_again(model, weight, weight.turned(state[tensor]), self.scheme.weights)
+            trained = self.watch is not None and self.watch.trains
+            matrices = weight.turned(state[tensor])
+            packed = _packed_again(model, weight, matrices, self.scheme.weights, trained=trained)
             state[tensor] = packed.words
             for part, values in zip(PARTS, packed.tensors()[1:], strict=False):
                 state[f"{tensor}_{part}"] = values
@@ -259,7 +279,13 @@ class SpinQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters can be trained on the model, see `formats/training.py`."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Its own weights can be trained."""
+        return True
 
 
 def mark(
@@ -277,6 +303,7 @@ def mark(
     quantizer.plan = plan
     quantizer.rotations = online_part(plan, rotations)
     quantizer.convert_grids(model)
+    quantizer.watch_weights(model)
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = METHOD
@@ -292,6 +319,8 @@ def unmark(model: Any) -> None:
     if quantizer is not None:
         if isinstance(quantizer, SpinQuantizer):
             quantizer.convert_no_grids(model)
+            if quantizer.watch is not None:
+                quantizer.watch.remove()
         quantizer.remove_quantization_config(model)
 
 
@@ -361,7 +390,7 @@ def _unpack(model: Any, weight: Weight, quantizer: Quantizer | None, shape: torc
     owner, name = module_and_attribute(model, weight.tensor)
     stored: Tensor = getattr(owner, name).detach()
     if quantizer is None:
-        setattr(owner, name, nn.Parameter(stored.view(shape), requires_grad=False))
+        setattr(owner, name, nn.Parameter(stored.view(shape)))
         return
     scale, zero = weight.grid(model)
     assert scale is not None
@@ -372,17 +401,17 @@ def _unpack(model: Any, weight: Weight, quantizer: Quantizer | None, shape: torc
         )
     length = shape[-2 if weight.transposed else -1]
     plain = weight.turned(dequantize(Packed(stored, scale, zero, length, quantizer))).contiguous()
-    setattr(owner, name, nn.Parameter(plain, requires_grad=False))
+    setattr(owner, name, nn.Parameter(plain))
     weight.keep_grid(model, scale, zero)
 
 
-def _packed_again(model: Any, weight: Weight, matrices: Tensor, quantizer: Quantizer) -> Packed:
+def _packed_again(model: Any, weight: Weight, matrices: Tensor, quantizer: Quantizer, *, trained: bool) -> Packed:
     scale, zero = weight.grid(model)
     if scale is None:
         raise CheckpointError(f"{weight.tensor} was not quantized: its scale ({weight.tensor}_scale) is missing")
     packed = quantize_on_grid(matrices, scale, zero, quantizer)
-    if not torch.equal(dequantize(packed), matrices):
-        raise CheckpointError(f"{weight.tensor} is not on its quantization grid: it was changed after quantization")
+    if not trained and not torch.equal(dequantize(packed), matrices):  # a trained weight is used rounded
+        raise CheckpointError(changed_message(weight.tensor, "quantized"))
     return packed
 
 

@@ -96,9 +96,9 @@ def collect(
                     block.to(home)
                 if progress:
                     progress(done + 1, len(plan.blocks))
-            head = plan.head.removesuffix(".weight")
-            for state in states if head in wanted else ():
-                sampling.add(head, after_blocks(model, plan.blocks, state))
+            for head in plan.heads:
+                for state in states if head in wanted else ():
+                    sampling.add(head, after_blocks(model, plan.blocks, state))
     finally:
         attachment.remove()
     return [
@@ -111,8 +111,7 @@ def collect(
 def quantized_spaces(plan: Plan, spaces: Sequence[str], scheme: Scheme) -> dict[str, tuple[Space, Quantizer]]:
     """Space and quantizer of every site in the given spaces, by name: the first linear of a group, keys or values."""
     found: dict[str, tuple[Space, Quantizer]] = {}
-    head = (plan.head.removesuffix(".weight"),)
-    for group in (*plan.linears, *([head] if scheme.lm_head else [])):
+    for group in (*plan.linears, *([plan.heads] if scheme.lm_head else [])):
         space = plan.read_by(group[0])
         if scheme.activations is not None and space is not None and space.name in spaces:
             found[group[0]] = space, scheme.activations

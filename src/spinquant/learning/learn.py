@@ -34,6 +34,7 @@ from spinquant.learning.selection import Selection
 from spinquant.learning.sensitivity import collect_by_weight, predicted_kl
 from spinquant.models.capture import device_of
 from spinquant.models.context import check_context
+from spinquant.models.modules import check_causal
 from spinquant.models.tokens import check_model, check_tokens
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Scheme, parse_scheme
@@ -110,6 +111,7 @@ def learn(
     options, watch = options or LearnOptions(), watch or Watch()
     scheme = parse_scheme(scheme)
     check_model(model)
+    check_causal(model, "learning rotations, which are scored by the tokens that they predict,")
     check_tokens(tokens, model, "training tokens", LearningError, least=2)
     check_tokens(held_out, model, "held-out tokens", LearningError, least=2)
     check_context(model.config, max(tokens.shape[-1], held_out.shape[-1]), "give shorter samples")

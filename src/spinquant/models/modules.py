@@ -1,12 +1,20 @@
 """Names, shapes and classes of a model's modules and tensors."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
+from spinquant.architectures.model_classes import class_name, head_of_class, is_body, is_causal, is_known
 from spinquant.errors import ArchitectureError, CheckpointError, SpinquantError
 
 
@@ -20,13 +28,57 @@ def largest(model: nn.Module) -> int:
     return max((4 * parameter.numel() for parameter in model.parameters()), default=0)
 
 
+# By the end of the class's name (`architectures/model_classes.py`).
+_WITH_HEADS = {
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForTokenClassification": AutoModelForTokenClassification,
+}
+
+
 def model_class(config: Any) -> Any:
-    """The transformers auto class that loads the model of a config: causal LM or vision-language model."""
+    """The transformers auto class that loads the model of a config, by the class that it names.
+
+    That of causal LMs, unless the config names a class with another head or none, or is a vision-language model's.
+    """
     # For some vision-language configs AutoModelForCausalLM gives only the language model, without the vision tower.
     # `_model_mapping.keys()` would import all models of transformers, and `in` looks up only one of the model types of
     # a config that has several.
     seeing = AutoModelForImageTextToText._model_mapping  # pyright: ignore[reportAttributeAccessIssue]
-    return AutoModelForCausalLM if seeing.get(type(config), None) is None else AutoModelForImageTextToText
+    if seeing.get(type(config), None) is not None:
+        return AutoModelForImageTextToText
+    name = class_name(config)
+    if is_body(name):
+        return AutoModel
+    return _WITH_HEADS.get(head_of_class(name) or "", AutoModelForCausalLM)
+
+
+def config_of(model: Any) -> Any:
+    """The config of a model, naming the model's own class; a copy if it names none or another.
+
+    A class is loaded from the checkpoint of another one (`AutoModel` from a causal LM's), and keeps its config.
+    """
+    name = type(model).__name__
+    if class_name(model.config) == name or not is_known(name):
+        return model.config
+    found = copy.copy(model.config)
+    found.architectures = [name]
+    return found
+
+
+def check_causal(model: Any, what: str) -> None:
+    """Raise ArchitectureError, naming what needs it, for a model that predicts no tokens."""
+    config = getattr(model, "config", None)
+    if config is not None and not is_causal(config_of(model)):
+        raise ArchitectureError(
+            f"{what} needs a model that predicts tokens, and {class_name(config_of(model))} has no head over the "
+            "vocabulary: use the causal LM that it was made from"
+        )
+
+
+def output_of(output: Any) -> Tensor:
+    """What a forward pass computes: logits, or hidden states if there is no head."""
+    found = getattr(output, "logits", None)
+    return output.last_hidden_state if found is None else found
 
 
 def new_model(config: Any, **options: Any) -> Any:

@@ -123,7 +123,6 @@ def infer_mapping(plan: Plan) -> SpinQuantMapping:
     side = {(axis.tensor, axis.dim): plan.space[axis.space].rotation for axis in plan.axes}
     roles: dict[str, list[str]] = {role: [] for role in ROLES}
     linears = {name for group in plan.linears for name in group}
-    head = plan.head.removesuffix(".weight")
     for group in plan.linears:
         values = [name for name in group if side.get((f"{name}.weight", 0)) == "R2"]
         if values:
@@ -136,9 +135,9 @@ def infer_mapping(plan: Plan) -> SpinQuantMapping:
             role = {("R1", "R2"): "attn_o", ("R1", "R4"): "mlp_out", (None, "R1"): "mlp_in"}.get(sides)
             if role:
                 roles[role].append(name)
-    roles["attn"], roles["lm_head"] = list(plan.attentions), [head]
+    roles["attn"], roles["lm_head"] = list(plan.attentions), list(plan.heads)
     residual = [axis.tensor.removesuffix(".weight") for axis in plan.axes if axis.tensor.endswith(".weight")]
-    roles["embedding"] = [name for name in residual if name not in linears and name != head]
+    roles["embedding"] = [name for name in residual if name not in linears and name not in plan.heads]
     for role, names in roles.items():
         if not names:
             raise ArchitectureError(

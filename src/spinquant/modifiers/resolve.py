@@ -14,7 +14,7 @@ from spinquant.errors import ArchitectureError
 from spinquant.evaluation.equivalence import Deviation, prove
 from spinquant.evaluation.tiny_model import TINY_BLOCK, tiny_spec
 from spinquant.formats.native import check_fresh
-from spinquant.models.modules import check_in_memory
+from spinquant.models.modules import check_in_memory, config_of
 from spinquant.modifiers.mapping_plan import check_against_table, plan_from_mappings
 from spinquant.modifiers.mappings import (
     NormMapping,
@@ -144,9 +144,9 @@ def resolve(model: Any, wanted: ModifierRequest) -> Resolved:
     touched = {plan.space[space].rotation for space in rotations}
     proved = RotationSpec(tuple(name for name in ROTATION_NAMES if name in touched), "auto", seed=spec.seed)
     if table is not None:  # the mappings have been checked against the table, which is what has to be verified
-        deviation = prove(model.config, proved) if proved.rotations else None
+        deviation = prove(config_of(model), proved) if proved.rotations else None
     else:
-        deviation = prove(model.config, proved, planner=planner) if rotations else None
+        deviation = prove(config_of(model), proved, planner=planner) if rotations else None
     return Resolved(plan, rotations, config, group_of, mapping, norms, deviation)
 
 

@@ -39,6 +39,7 @@ from spinquant.rotations.rotation import Rotation
 PREFIX = "spinquant_"
 ATTENTIONS = ("sdpa", "eager", "flex_attention")
 QUERIES = "_spinquant_queries"
+CONTINUOUS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 ATTACHMENT = "_spinquant_attachment"
 
 
@@ -52,7 +53,6 @@ class Attachment:
         inputs: Sites of activations. The key is the first of the linears that read the activation, or the first of
             the tensors of stacked experts.
         keys_values: Sites of keys and values, by the name of the attention module.
-        checks: What compares the sites of activations with their calls, one for each decoder block.
 
     Example:
         >>> import spinquant
@@ -68,7 +68,6 @@ class Attachment:
     def __init__(self) -> None:
         self.inputs: dict[str, InputSite] = {}
         self.keys_values: dict[str, KeyValueSite] = {}
-        self.checks: list[FiringCheck] = []
         self._handles: list[Any] = []
         self._attributes: list[tuple[Any, str, bool, Any]] = []
 
@@ -189,20 +188,6 @@ def before_forward(model: nn.Module, action: Callable[[], object]) -> Any:
     return model.register_forward_pre_hook(hook)
 
 
-@contextmanager
-def unchecked(model: nn.Module) -> Iterator[None]:
-    """Within the `with` block, decoder blocks may be run without the linears inside them."""
-    attachment = attachment_of(model)
-    checks = attachment.checks if attachment is not None else []
-    for check in checks:
-        check.active = False
-    try:
-        yield
-    finally:
-        for check in checks:
-            check.active = True
-
-
 def attachment_of(model: nn.Module) -> Attachment | None:
     """The attachment on a model, or None."""
     return getattr(model, ATTACHMENT, None)
@@ -225,11 +210,11 @@ class _Attaching:
         spaces = {
             online.module: self.plan.space[online.space] for online in self.plan.onlines if online.site == "input"
         }
-        head = (self.plan.head.removesuffix(".weight"),)
+        heads = (self.plan.heads,) if self.plan.heads else ()
         # The head is not among the plan's linears: the scheme decides if its input is quantized, the plan if rotated.
-        for group in (*self.plan.linears, head):
+        for group in (*self.plan.linears, *heads):
             rotation = self._rotation_of(self.plan.read_by(group[0]) if self.around else spaces.get(group[0]))
-            quantizer = self.scheme.activations if group != head or self.scheme.lm_head else None
+            quantizer = self.scheme.activations if group not in heads or self.scheme.lm_head else None
             site = self._input_site(group[0], rotation, quantizer, readers=len(group))
             if site is None:
                 continue
@@ -263,6 +248,9 @@ class _Attaching:
         implementation = _rotate_queries(self.model, attachment) if rotated else None
         if not rotated and self.scheme.kv is None:
             return
+        for name in CONTINUOUS:
+            if hasattr(self.model, name):
+                attachment.cover(self.model, name, refuse_continuous)
         for name in plan.attentions:
             module = self.model.get_submodule(name)
             ratios = (self.clips.keys.get(name), self.clips.values.get(name))
@@ -286,7 +274,6 @@ class _Attaching:
         for block, sites in inside.items():
             check = FiringCheck(block, sites, {name: readers.get(name, (name,)) for name in sites})
             module = self.model.get_submodule(block)
-            self.attachment.checks.append(check)
             self.attachment.hook(module.register_forward_pre_hook(check.begin))
             self.attachment.hook(module.register_forward_hook(check.finish))
 
@@ -303,6 +290,16 @@ class _Attaching:
         site = InputSite(rotation, quantizer, readers=readers, around=self.around)
         self.attachment.inputs[name] = site
         return site
+
+
+def refuse_continuous(*args: Any, **kwargs: Any) -> None:
+    """Raise RotationError: stands for the methods of a model that generate with continuous batching."""
+    # Its paged cache is written inside the attention function, past the rotation and quantizer of keys and values.
+    raise RotationError(
+        "continuous batching (generate_batch) has a paged KV cache, whose keys and values can be neither rotated (R3) "
+        "nor quantized. Call generate with a padded batch, leave R3 out and the KV cache at 16 bits, or serve the "
+        "model with a runtime that runs it (`spinquant plan MODEL --runtime NAME`)"
+    )
 
 
 def check_implementation(found: str, supported: Sequence[str] = ATTENTIONS) -> None:

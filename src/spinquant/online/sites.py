@@ -169,6 +169,7 @@ class KeyValueSite:
         watch: Observer, called with keys and values before they are quantized.
         stored: Whether keys and values passed since the module was entered (`firing.py`).
         queried: Whether queries were rotated since then.
+        trains: Whether gradients are needed, so that keys and values are rounded without being packed.
     """
 
     def __init__(
@@ -190,9 +191,11 @@ class KeyValueSite:
         self.implementation = implementation
         self.parameter = parameter
         self.stored = self.queried = False
+        self.trains = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
         self.stored = self.queried = False
+        self.trains = module.training and torch.is_grad_enabled()
         config: Any = getattr(module, "config", None)
         if self.rotation is not None and config._attn_implementation != self.implementation:
             # Keys would be rotated and queries would not: wrong results without an error.
@@ -235,7 +238,8 @@ class _RotatingCache:
         if site.keys is not None and site.values is not None and site.rounds:
             if site.around is not None:
                 keys, values = _rounded(keys, site.around[0], site.keys), _rounded(values, site.around[1], site.values)
-            elif cache is None or not pack_layer(cache, layer_idx, site.keys, site.values):
+            # Packed integers have no gradient.
+            elif cache is None or site.trains or not pack_layer(cache, layer_idx, site.keys, site.values):
                 keys, values = fake_quantize(keys, site.keys), fake_quantize(values, site.values)
         return (keys, values) if cache is None else cache.update(keys, values, layer_idx, *args, **kwargs)
 

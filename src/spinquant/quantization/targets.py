@@ -100,7 +100,7 @@ def linear_weights(plan: Plan, scheme: Scheme) -> list[Weight]:
 def linears_of(plan: Plan, scheme: Scheme) -> list[str]:
     """Names of the linear modules that a scheme covers, in order of execution; experts are not among them."""
     names = [name for group in plan.linears for name in group]
-    return [*names, plan.head.removesuffix(".weight")] if scheme.lm_head else names
+    return [*names, *plan.heads] if scheme.lm_head else names
 
 
 def check_fits(plan: Plan, shapes: Mapping[str, Sequence[int]], scheme: Scheme) -> None:
@@ -112,8 +112,13 @@ def check_fits(plan: Plan, shapes: Mapping[str, Sequence[int]], scheme: Scheme) 
         scheme: the scheme.
 
     Raises:
-        SchemeError: inputs of a linear cannot be quantized, or a group size does not divide the inputs of a weight.
+        SchemeError: inputs of a linear cannot be quantized, there is no head to quantize, or a group size does not
+            divide the inputs of a weight.
     """
+    if scheme.lm_head and not plan.heads:
+        raise SchemeError(
+            f"scheme {scheme} quantizes the output head, and this class of {plan.family} has none: leave the head out"
+        )
     if scheme.activations is not None and plan.uncalled:
         raise SchemeError(
             f"scheme {scheme} quantizes the inputs of linears, but {plan.family}, as configured, multiplies by the "

@@ -6,9 +6,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from spinquant.architectures import FamilyLike, make_plan
+from spinquant.architectures import FamilyLike, make_plan, use_family
 from spinquant.compute.workspace import kept_whole
-from spinquant.models.modules import check_in_memory, largest, module_and_attribute, named_tensor, tensor_shapes
+from spinquant.models.modules import (
+    check_in_memory,
+    config_of,
+    largest,
+    module_and_attribute,
+    named_tensor,
+    tensor_shapes,
+)
 from spinquant.models.tokens import check_model
 from spinquant.plan import Plan
 from spinquant.rotations.fast_transform import kernels_for
@@ -21,7 +28,8 @@ def plan_of(model: Any, *, family: FamilyLike | None = None) -> Plan:
     """Make the rotation plan of a transformers model in memory.
 
     Args:
-        model: a transformers causal LM, or a vision-language model whose language part is one; the meta device will do.
+        model: a transformers causal LM, its body or a classifier made from it, or a vision-language model; the meta
+            device will do.
         family: a family file (path, or from `read_family`) that is used instead of the built-in tables.
 
     Returns:
@@ -39,7 +47,8 @@ def plan_of(model: Any, *, family: FamilyLike | None = None) -> Plan:
         ('llama', ('model.layers.0', 'model.layers.1'), 'model.layers.0.self_attn')
     """
     check_model(model)
-    return make_plan(model.config, tensor_shapes(model), family=family)
+    use_family(model.config, family)
+    return make_plan(config_of(model), tensor_shapes(model))
 
 
 @torch.no_grad()

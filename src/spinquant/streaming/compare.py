@@ -20,6 +20,7 @@ from spinquant.evaluation.equivalence import (
     computing_modules,
     difference,
     expected_output,
+    last_module,
 )
 from spinquant.evaluation.tiny_model import exact_experts
 from spinquant.models.capture import captured
@@ -82,7 +83,7 @@ def compare_on_disk(
         progress(total, total)
     if deviation.relative <= tolerance:
         return deviation
-    return replace(deviation, module=deviating or plan.head.removesuffix(".weight"))
+    return replace(deviation, module=deviating or last_module(plan))
 
 
 class _Walk:
@@ -109,12 +110,14 @@ class _Walk:
         return outputs
 
     def logits(self) -> Tensor:
-        """The logits of the states."""
+        """The logits of the states; without a head, the states after the last norm."""
         model = self.home.model
         with self.home.outside(torch.zeros(1, 1, dtype=torch.int64)), self._arithmetic():
             states = after_blocks(model, self.plan.blocks, self.states)
+        if not self.plan.heads:
+            return states
         with self.home.head(), self._arithmetic():
-            head = model.get_submodule(self.plan.head.removesuffix(".weight"))
+            head = model.get_submodule(self.plan.heads[0])
             return head(states.to(head.weight.dtype))  # Mamba's residual stream is wider than its weights
 
     def _arithmetic(self) -> AbstractContextManager[object]:

@@ -66,7 +66,7 @@ def hollow_model(config: Any, dtype: torch.dtype) -> Any:
 
 def unfillable(model: Any, source: Weights, plan: Plan) -> str | None:
     """Why the blocks of a model cannot be loaded from a checkpoint and run one by one; None if they can."""
-    if body_of(model) is model:
+    if body_of(model) is model and plan.heads:
         return "the model's class has no base model without the head, so its blocks cannot be run one by one"
     missing = form_in(model, source, plan).missing
     return (
@@ -149,7 +149,7 @@ class OnDisk:
     @contextmanager
     def outside(self, tokens: Tensor) -> Iterator[None]:
         """All weights but those of the decoder blocks and the head; of the embedding only the rows of these tokens."""
-        elsewhere = (*(f"{block}." for block in self.plan.blocks), self.plan.head.removesuffix("weight"))
+        elsewhere = tuple(f"{module}." for module in (*self.plan.blocks, *self.plan.heads))
         names = [n for n in self.model.state_dict() if not n.startswith(elsewhere)]
         table = self.model.get_input_embeddings().weight
         looked_up = next((name for name in names if _get(self.model, name) is table), None)
@@ -179,8 +179,8 @@ class OnDisk:
     @contextmanager
     def head(self) -> Iterator[None]:
         """The weight and bias of the head."""
-        head = self.plan.head.removesuffix("weight")
-        with self._filled([name for name in self.model.state_dict() if name.startswith(head)]):
+        heads = tuple(f"{head}." for head in self.plan.heads)
+        with self._filled([name for name in self.model.state_dict() if name.startswith(heads)]):
             yield
 
     @contextmanager
