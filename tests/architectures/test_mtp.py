@@ -180,7 +180,7 @@ def test_an_extra_layer_without_eh_proj_is_not_an_mtp_layer(source):
     config = FAMILIES["glm4_moe"].config()
     assert make_plan(config, shapes).predictors
     without = {name: shape for name, shape in shapes.items() if "eh_proj" not in name}
-    with pytest.raises(ArchitectureError, match=r"model\.layers\.2\..*not described"):
+    with pytest.raises(ArchitectureError, match=r"model\.layers\.2\..*num_hidden_layers: 2"):
         make_plan(config, without)
 
 
