@@ -81,6 +81,16 @@ def test_gradients_are_those_of_the_rounded_weights(kind):
     assert torch.equal(before, after) == (kind != "rotated")
 
 
+def test_a_kv_cache_changes_no_gradient():
+    """Packed integers have none: in training, keys and values are rounded without being packed."""
+    found = []
+    for cached in (False, True):
+        model = made("W4A4KV4").model.train()
+        model(input_ids=tokens(), labels=tokens(), use_cache=cached).loss.backward()
+        found.append([layer.self_attn.k_proj.weight.grad for layer in model.model.layers])
+    assert all(torch.allclose(*pair, atol=1e-7) for pair in zip(*found, strict=True))
+
+
 def test_the_gradient_of_a_rotated_model_is_exact():
     """R3 and R4 at run time: loss and gradients of embedding and norms equal those of the original, rotated back."""
     model = tiny_model("llama").train()
