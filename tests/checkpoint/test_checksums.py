@@ -86,8 +86,12 @@ def test_a_checksum_in_the_hubs_download_metadata_is_checked(model, tmp_path):
 
 
 def test_a_blob_of_the_hubs_cache_is_checked_against_its_name(model, tmp_path):
-    blobs, shard = tmp_path / "blobs", max(model.glob("*.safetensors"))
-    blobs.mkdir()
+    home = tmp_path / "models--o--n"
+    blobs = home / "blobs"
+    blobs.mkdir(parents=True)
+    (home / "snapshots").mkdir()
+    model = model.rename(home / "snapshots" / "0a1b")
+    shard = max(model.glob("*.safetensors"))
     blob = blobs / file_hash(shard)
     shard.rename(blob)
     shard.symlink_to(blob)

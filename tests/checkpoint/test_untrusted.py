@@ -221,5 +221,5 @@ def test_a_spoilt_native_folder_does_not_load(model, tmp_path):
     name = next(name for name in tensors if name.endswith("signs"))
     tensors[name] = tensors[name] * 3
     save_file(tensors, shard, metadata={"format": "pt"})
-    with pytest.raises(SpinquantError, match="signs"):
+    with pytest.raises(CheckpointError, match="signs"):
         load(tmp_path / "out")

@@ -109,7 +109,7 @@ def test_windows_tile_the_text():
     text = "abcdefghij" * 10
     windows = token_windows(tokenizer, text, length=20)
     assert tokenizer.decode(windows.flatten()) == text
-    with pytest.raises(TextError, match="-1 windows"):
+    with pytest.raises(TextError, match="windows is -1"):
         token_windows(tokenizer, text, length=20, count=-1)
     few = token_windows(tokenizer, text, length=20, count=3)
     assert [row.tolist() for row in few] == [windows[i].tolist() for i in (0, 2, 4)]

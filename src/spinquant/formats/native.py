@@ -108,6 +108,16 @@ def distinct_rotations(rotations: Mapping[str, Rotation]) -> list[Rotation]:
     return list({id(r): r for r in rotations.values()}.values())
 
 
+def _restored(bank: nn.Module, i: int, description: Mapping[str, Any]) -> Rotation:
+    """An online rotation from the tensors that were loaded. Raises CheckpointError, naming them, if they make none."""
+    tensors = {name: tensor.cpu() for name, tensor in bank.get_submodule(str(i)).named_buffers()}
+    try:
+        return restore(description, tensors)
+    except RotationError as error:
+        names = ", ".join(f"{BANK}.{i}.{name}" for name in tensors) or f"rotation {i}"
+        raise CheckpointError(f"{names} of this folder is missing or damaged: {error}") from None
+
+
 def _by_space(distinct: list[Rotation], config: SpinQuantConfig, plan: Plan) -> dict[str, Rotation]:
     """The online rotations by space. Raises CheckpointError if they are not those that the folder's spec asks for."""
     spec = RotationSpec.from_dict(config.spec)
