@@ -148,15 +148,6 @@ class RotationBank(nn.Module):
             self.add_module(str(i), slot)
 
 
-def _restored(bank: nn.Module, i: int, description: dict[str, Any]) -> Rotation:
-    tensors = {name: tensor.cpu() for name, tensor in bank.get_submodule(str(i)).named_buffers()}
-    try:
-        return restore(description, tensors)
-    except RotationError as error:
-        names = ", ".join(f"{BANK}.{i}.{name}" for name in tensors)
-        raise CheckpointError(f"an online rotation ({names}) is missing or damaged: {error}") from None
-
-
 class SpinQuantizer(HfQuantizer):
     """The quantizer that transformers calls when it loads or saves a native checkpoint."""
 
