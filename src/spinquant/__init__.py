@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from spinquant.formats.register import register_with_transformers
+from spinquant.models.tested_versions import warn_untested
 
 if TYPE_CHECKING:  # what type checkers and editors see; a test holds it against the table below
     from spinquant.adapters.folder import rotate_adapter
@@ -217,6 +218,7 @@ def __getattr__(name: str) -> Any:
 
         value = version("spinquant")
     elif name in _MODULES:
+        warn_untested()
         module = import_module(f"spinquant.{_MODULES[name]}")
         value = getattr(module, "load_model" if name == "load" else name)
     else:
