@@ -1,4 +1,4 @@
-"""Releases of transformers that were not tested are warned of, once, and those of pyproject.toml are the tested ones."""
+"""Untested releases of transformers are warned of, once, and pyproject.toml allows the tested ones."""
 
 import tomllib
 import warnings
