@@ -143,7 +143,8 @@ def test_a_user_defined_class_is_probed_and_its_obstacle_is_named(trap, rotation
     forced = replace(plan, refused=())
     rotations = make_rotations(forced, RotationSpec(rotation, "auto"))
     fuse_module(model, forced, rotations)
-    with attach(model, forced, rotations):
+    with attach(model, forced, rotations) as attachment:
+        attachment.stop_checking()
         assert not torch.allclose(logits(model, ids), before, atol=1e-3)
 
 

@@ -63,7 +63,7 @@ def test_options_without_effect_are_refused():
         parse_scheme("W4g64A16", group_size=128)
     with pytest.raises(SchemeError, match="does not quantize weights"):
         parse_scheme("A8", group_size=64)
-    with pytest.raises(SchemeError, match="group size 0"):
+    with pytest.raises(SchemeError, match="group size is 0"):
         parse_scheme("W4A16", group_size=0)
 
 

@@ -40,7 +40,8 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
     tie = bool(getattr(config, "tie_word_embeddings", False))
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     named = Named(text, family.names)
-    if (layers := size_of(named, "num_hidden_layers")) > len(shapes):
+    layers = getattr(text, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > len(shapes):
         raise ArchitectureError(
             f"{family.name}: the config has {layers} layers and the checkpoint {len(shapes)} tensors; "
             "the checkpoint is incomplete"

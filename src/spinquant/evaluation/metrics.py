@@ -17,7 +17,7 @@ from spinquant.errors import TextError
 from spinquant.models.capture import device_of
 from spinquant.models.context import check_context
 from spinquant.models.modules import check_causal
-from spinquant.models.tokens import check_model, check_tokens
+from spinquant.models.tokens import check_reader, check_tokens
 
 # Tokens whose log-probabilities are held in float32 at once; 128 x 150k vocabulary is 77 MB.
 SLICE = 128
@@ -107,7 +107,7 @@ def evaluate(
     Raises:
         TextError: Windows that are no integers, of fewer than two tokens or longer than a model's context, a token
             outside a model's vocabulary, or vocabularies of different sizes.
-        ArchitectureError: What is passed as a model is none of transformers.
+        ArchitectureError: What is passed as a model reads no `input_ids`.
 
     Example:
         >>> import spinquant, torch
@@ -164,7 +164,7 @@ def compare_models(
     Raises:
         TextError: Windows that are no integers, of fewer than two tokens or longer than a model's context, a token
             outside a model's vocabulary, or vocabularies of different sizes.
-        ArchitectureError: What is passed as a model is none of transformers.
+        ArchitectureError: What is passed as a model reads no `input_ids`.
 
     Example:
         >>> import copy, spinquant, torch
@@ -263,6 +263,7 @@ def _logits(model: nn.Module, window: Tensor) -> Tensor:
 
 def _check(windows: Tensor, *models: Any) -> None:
     for model in models:
-        check_model(model)
+        check_reader(model)
         check_tokens(windows, model, "windows", TextError, least=2)
-        check_context(model.config, windows.shape[1], "give shorter windows")
+        if (config := getattr(model, "config", None)) is not None:
+            check_context(config, windows.shape[1], "give shorter windows")

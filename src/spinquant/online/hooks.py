@@ -69,11 +69,21 @@ class Attachment:
         self.inputs: dict[str, InputSite] = {}
         self.keys_values: dict[str, KeyValueSite] = {}
         self._handles: list[Any] = []
+        self._checks: list[Any] = []
         self._attributes: list[tuple[Any, str, bool, Any]] = []
 
     def hook(self, handle: Any) -> None:
         """Register a hook's handle; `remove` removes the hook."""
         self._handles.append(handle)
+
+    def check(self, handle: Any) -> None:
+        """Register the handle of a hook that checks whether sites run."""
+        self._checks.append(handle)
+
+    def stop_checking(self) -> None:
+        """End the checks of `firing.py`: probing tries what may not run, and measures what that does."""
+        while self._checks:
+            self._checks.pop().remove()
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute; `remove` restores its previous value."""
@@ -87,6 +97,7 @@ class Attachment:
 
     def remove(self) -> None:
         """Restore the model as it was before `attach`. A second call does nothing."""
+        self.stop_checking()
         while self._handles:
             self._handles.pop().remove()
         while self._attributes:
@@ -260,7 +271,7 @@ class _Attaching:
             site = KeyValueSite(rotated.get(name), keys, values, implementation, parameter, around=both)
             attachment.keys_values[name] = site
             attachment.hook(module.register_forward_pre_hook(site, with_kwargs=True))
-            attachment.hook(module.register_forward_hook(AttentionCheck(name, site).finish))
+            attachment.check(module.register_forward_hook(AttentionCheck(name, site).finish))
             if site.rotation is not None:
                 attachment.set(module, QUERIES, site)
 
@@ -274,8 +285,8 @@ class _Attaching:
         for block, sites in inside.items():
             check = FiringCheck(block, sites, {name: readers.get(name, (name,)) for name in sites})
             module = self.model.get_submodule(block)
-            self.attachment.hook(module.register_forward_pre_hook(check.begin))
-            self.attachment.hook(module.register_forward_hook(check.finish))
+            self.attachment.check(module.register_forward_pre_hook(check.begin))
+            self.attachment.check(module.register_forward_hook(check.finish))
 
     def _rotation_of(self, space: Space | None) -> Rotation | None:
         return None if space is None else self.rotations.get(space.name)

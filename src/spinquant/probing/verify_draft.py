@@ -245,6 +245,7 @@ class _Trial:
         try:
             fuse_module(model, plan, rotations)
             with attach(model, plan, rotations) as attachment:
+                attachment.stop_checking()
                 for site in attachment.keys_values.values():
                     site.watch = lambda keys, values: seen(True) if seen else None
                 moved = difference(self.before, run(model, self.tokens)).relative
