@@ -8,7 +8,8 @@ inputs are widened chunk by chunk and rounded once, at the end. A factor that co
 runs of indices is split into sums and differences of the runs, which halves its arithmetic.
 
 A factor is a matrix, or `Sylvester`: a Hadamard matrix that `numba_kernels.py` applies by butterflies if numba is
-installed. `_apply` is the only place that does the arithmetic.
+installed. `_apply` is the only place that does the arithmetic, except under torch.compile and torch.export. They cannot
+trace its buffers, so `_traced` takes plain matrix products there.
 """
 
 import math
@@ -144,7 +145,7 @@ def kronecker_transform(
 
 
 def _traced(x: Tensor, factors: Sequence[Factor], transpose: bool, dim: int) -> Tensor:
-    """The same product in operations that torch.compile and torch.export can trace, without buffers of its own.
+    """The same product in operations that torch.compile and torch.export can trace, without buffers.
 
     Nothing is decided from the values of a factor, which a traced graph may not read.
     """
