@@ -38,7 +38,7 @@ class SourceChangedError(CheckpointError):
 
 
 class ProofError(SpinquantError):
-    """Rotating changed the outputs of the model: the equivalence check failed."""
+    """Rotating changed the outputs of the model, or quantizers round something else than they should."""
 
 
 class TextError(SpinquantError):

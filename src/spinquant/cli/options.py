@@ -108,7 +108,7 @@ Proof = Annotated[
     option(
         ADVANCED,
         "Check first, on a tiny random model of the same architecture in float64, that the rotations leave its logits "
-        "unchanged.",
+        "unchanged and that quantizers of activations and KV cache round what they should.",
         "--proof/--no-proof",
     ),
 ]

@@ -166,6 +166,8 @@ def result_table(result: "Result", out: str) -> Table:
         table.add_row("scheme", f"{result.scheme} by {result.method}")
     if result.twin:
         table.add_row("tiny model, float64", f"logits moved by {result.twin.max_abs:.1e} at most")
+    if result.quantizers:
+        table.add_row("tiny model, quantized", f"{result.quantizers.relative:.1e} from a computation without hooks")
     if result.real:
         moved = f"logits moved by {result.real.max_abs:.1e} at most, {result.real.mean_abs:.1e} on average"
         table.add_row("this model, real tokens", f"{moved}, before quantization" if result.scheme else moved)

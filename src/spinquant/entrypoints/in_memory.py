@@ -20,6 +20,7 @@ from spinquant.entrypoints.result import Options, Result
 from spinquant.entrypoints.validation import check_calibration, check_format
 from spinquant.errors import CalibrationError, CheckpointError, TextError
 from spinquant.evaluation.equivalence import check, compare, prove, snapshot
+from spinquant.evaluation.scheme_proof import prove_scheme
 from spinquant.formats.compressed_config import check_plan, scheme_for
 from spinquant.formats.compressed_tensors import write_compressed
 from spinquant.formats.native import check_fresh, is_marked, mark, unmark
@@ -170,7 +171,8 @@ def quantize(
         CalibrationError: Calibration tokens are missing or cannot be used, or an option would have no effect.
         TextError: Tokens are longer than the model's context.
         RotationError: A rotation is not possible in this model, or the model is rotated online or quantized already.
-        ProofError: Rotating moved the logits by more than rounding, see `rotate`.
+        ProofError: Rotating moved the logits by more than rounding, see `rotate`; or quantizers of activations or KV
+            cache do not round what they should in a tiny model of the same architecture.
 
     Example:
         >>> import spinquant, torch
@@ -197,7 +199,9 @@ def quantize(
         check_tokens(sample, model, "the sample's tokens", TextError)
     use_family(model.config, family)
     check_fits(plan_of(model), tensor_shapes(model), scheme)
-    rotated = rotate(model, spec or RotationSpec(()), rotations=rotations, sample=sample, options=options)
+    spec = spec or RotationSpec(())
+    quantizers = prove_scheme(config_of(model), scheme, spec) if options.prove else None
+    rotated = rotate(model, spec, rotations=rotations, sample=sample, options=options)
     unmark(model)
     online = in_precision(rotated.rotations, options.precision)
     clips = Clips()
@@ -220,7 +224,7 @@ def quantize(
     if scheme.weights or scheme.activations or scheme.kv or online_part(rotated.plan, online):
         attach(model, rotated.plan, online, scheme, clips)
         mark(model, rotated.plan, online, rotated.spec, scheme, clips)
-    return replace(rotated, scheme=scheme, method=method, calibration=calibration, clips=clips)
+    return replace(rotated, scheme=scheme, method=method, calibration=calibration, clips=clips, quantizers=quantizers)
 
 
 def save(

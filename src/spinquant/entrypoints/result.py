@@ -11,6 +11,7 @@ import transformers
 
 from spinquant.calibration.blockwise import Calibration
 from spinquant.evaluation.equivalence import Deviation
+from spinquant.evaluation.scheme_proof import SchemeProof
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Clips, Scheme
 from spinquant.rotations.factory import RotationSpec
@@ -26,7 +27,8 @@ class Options:
     """Options of rotating and quantizing that do not choose rotations or a scheme: checks, precision, memory, progress.
 
     Attributes:
-        prove: First check the rotations on a tiny model of the same architecture, see `spinquant.prove`. Default: True.
+        prove: First check the rotations on a tiny model of the same architecture (see `spinquant.prove`), and that
+            quantizers of activations and KV cache round what they should. Default: True.
         allow_inexact: Accept a model whose logits on real tokens moved by more than rounding. Default: False, raise
             ProofError.
         precision: Dtype in which weights are fused and online rotations are computed. Default: the wider of float32
@@ -81,6 +83,8 @@ class Result:
         calibration: Options of the calibration; None if nothing was calibrated.
         clips: Clip ratios and static ranges found by calibration.
         twin: How far the logits of a tiny model of the same architecture moved; None if that was not measured.
+        quantizers: How quantizers of activations and KV cache compare, on a tiny model, with a computation without
+            hooks; None if that was not measured.
         real: How far the logits of this model moved on real tokens, before quantization; None if that was not measured.
         notes: Further entries of the record, such as the source and the calibration text.
         seconds: Duration of each phase of a streamed run; None for a model in memory.
@@ -107,6 +111,7 @@ class Result:
     calibration: Calibration | None = None
     clips: Clips = field(default_factory=Clips)
     twin: Deviation | None = None
+    quantizers: SchemeProof | None = None
     real: Deviation | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] | None = None
@@ -129,6 +134,7 @@ class Result:
             **to_save(self.rotations)[0],
             "proof": {
                 "twin": self.twin.to_dict() if self.twin else None,
+                "quantizers": self.quantizers.to_dict() if self.quantizers else None,
                 "real_tokens": self.real.to_dict() if self.real else None,
             },
             **self.notes,

@@ -15,6 +15,7 @@ from spinquant.entrypoints.result import Result
 from spinquant.entrypoints.stream_run import Clock, StreamRun
 from spinquant.entrypoints.validation import Job
 from spinquant.evaluation.equivalence import prove
+from spinquant.evaluation.scheme_proof import prove_scheme
 from spinquant.rotations.fast_transform import kernels_for
 from spinquant.streaming.pipeline import Rotated, stream
 
@@ -29,7 +30,7 @@ def stream_folder(job: Job, run: RunDirectory, processes: Processes) -> Result:
 
     Raises:
         CheckpointError: a tensor of the source is corrupted, or a rotated one overflows its dtype.
-        ProofError: rotating moved the logits by more than rounding.
+        ProofError: rotating moved the logits by more than rounding, or quantizers do not round what they should.
     """
     clock = Clock()
     with closing(Source(job.folder, job.config, without=job.dropped)) as source, kernels_for(source.largest):
@@ -38,9 +39,11 @@ def stream_folder(job: Job, run: RunDirectory, processes: Processes) -> Result:
         if job.calibration is not None and processes.first:
             with clock.phase("check"):
                 work.note_source(SourceHash(job.folder, source.files).finish(source.files, known))
-        if job.request.options.prove and work.result.rotations and processes.first:
+        if job.request.options.prove and processes.first:
             with clock.phase("prove"):
-                work.result = replace(work.result, twin=prove(job.config, job.spec))
+                twin = prove(job.config, job.spec) if work.result.rotations else None
+                quantizers = prove_scheme(job.config, job.scheme, job.spec) if job.scheme else None
+                work.result = replace(work.result, twin=twin, quantizers=quantizers)
         if job.calibration is not None:
             work.calibrate(run, clock, processes)
         if not run.published:

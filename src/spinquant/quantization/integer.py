@@ -114,17 +114,24 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx, x: Tensor, quantizer: Quantizer) -> Tensor:
         group = group_of(x.shape[-1], quantizer)
         rows = x.reshape(-1, group)
+        if torch.compiler.is_compiling():  # a compiler chooses its own blocks
+            return _rounded(rows, quantizer).to(x.dtype).view(x.shape)
         out = torch.empty_like(rows)
         step = max(1, BLOCK // group)
         for source, target in zip(rows.split(step), out.split(step), strict=True):
-            wide = source.to(_wide(x.dtype))
-            scale, zero = grid(wide, quantizer, x.dtype)
-            target.copy_(decode(encode(wide, scale, zero, quantizer), scale, zero))
+            target.copy_(_rounded(source, quantizer))
         return out.view(x.shape)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         return grad, None
+
+
+def _rounded(rows: Tensor, quantizer: Quantizer) -> Tensor:
+    """The numbers of one group in each row, rounded, in at least float32."""
+    wide = rows.to(_wide(rows.dtype))
+    scale, zero = grid(wide, quantizer, rows.dtype)
+    return decode(encode(wide, scale, zero, quantizer), scale, zero)
 
 
 def group_of(length: int, quantizer: Quantizer) -> int:

@@ -14,11 +14,12 @@ trace its buffers, so `_traced` takes plain matrix products there.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,8 @@ _barred = False
 
 # A step reads one flat buffer and writes another of the same size.
 _Step = Callable[[Tensor, Tensor], object]
+_Result = TypeVar("_Result")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,26 @@ def kernels_for(largest: int) -> Iterator[bool]:
 
 def takes_kernels(x: Tensor) -> bool:
     """Whether `Sylvester` factors can be applied to x: a plain CPU tensor, outside torch.compile, numba installed."""
+    if torch.compiler.is_compiling():
+        return False
     plain = x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter)
-    return plain and not _barred and not torch.compiler.is_compiling() and kernels() is not None
+    return plain and not _barred and kernels() is not None
+
+
+def called_while_tracing(function: _Function) -> _Function:
+    """Decorator: torch.compile calls the function while it traces, instead of tracing it; its result is a constant.
+
+    `torch.compiler.assume_constant_result` sets the same attribute, but imports torch's compiler, which takes longer
+    than importing spinquant.
+    """
+    function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function
+
+
+def outside_modes(make: Callable[[], _Result]) -> _Result:
+    """Call a function where no torch mode is active, such as those of torch.export: modes belong to a thread."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(make).result()
 
 
 def kronecker_transform(
@@ -122,7 +143,9 @@ def kronecker_transform(
     Raises:
         RotationError: R does not divide the axis, x is not floating point, or `out` does not fit.
     """
-    order = math.prod(factor.shape[0] for factor in factors)
+    order = 1
+    for factor in factors:  # torch.compile traces a loop; `math.prod` would split the graph
+        order *= factor.shape[0]
     if x.dim() == 0 or order == 0 or x.shape[dim] % order:
         axis = "last axis" if dim == -1 else f"axis {dim}"
         raise RotationError(
@@ -149,14 +172,14 @@ def _traced(x: Tensor, factors: Sequence[Factor], transpose: bool, dim: int) -> 
 
     Nothing is decided from the values of a factor, which a traced graph may not read.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    y = x.to(wide).movedim(dim, -1)
-    shape = y.shape
-    y = y.reshape(-1, *(factor.shape[0] for factor in factors))
-    for axis, factor in enumerate(factors, 1):
+    y = x.to(torch.promote_types(x.dtype, torch.float32)).movedim(dim, -1)
+    shape, width = y.shape, 1
+    for factor in reversed(factors):
         assert isinstance(factor, Tensor)  # compiled kernels are never traced
-        matrix = factor.to(x.device, wide)
-        y = (y.movedim(axis, -1) @ (matrix.T if transpose else matrix)).movedim(-1, axis)
+        matrix = (factor.T if transpose else factor).to(y.device, y.dtype)
+        order = matrix.shape[0]
+        y = y.reshape(-1, order) @ matrix if width == 1 else matrix.T @ y.reshape(-1, order, width)
+        width *= order
     return y.reshape(shape).movedim(-1, dim).to(x.dtype)
 
 

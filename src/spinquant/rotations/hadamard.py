@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from spinquant.errors import HadamardOrderError
-from spinquant.rotations.fast_transform import Factor, Sylvester, kronecker_transform, takes_kernels
+from spinquant.rotations.fast_transform import (
+    Factor,
+    Sylvester,
+    called_while_tracing,
+    kronecker_transform,
+    outside_modes,
+    takes_kernels,
+)
 from spinquant.rotations.finite_fields import factorize, is_prime_power
 from spinquant.rotations.hadamard_constructions import (
     FOUR_CIRCULANTS,
@@ -227,10 +234,23 @@ def hadamard_transform(
 def factors_for(x: Tensor, order: int, dim: int = -1) -> tuple[Factor, ...]:
     """The factors by which `hadamard_transform` transforms x. Cached and shared: do not modify."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    behind = 0
     if order >= KERNELS_FROM and takes_kernels(x):
-        behind = 64 if math.prod(x.shape[dim:][1:]) >= 32 else 1
-    return _factors(order, dtype, x.device, behind)
+        return _factors(order, dtype, x.device, 64 if math.prod(x.shape[dim:][1:]) >= 32 else 1)
+    return dense_factors(order, x.device, dtype)
+
+
+def dense_factors(order: int, device: torch.device, dtype: torch.dtype) -> tuple[Factor, ...]:
+    """The factors without butterflies. Cached and shared: do not modify."""
+    if torch.compiler.is_compiling():
+        _make_factors(order, device, dtype)
+    return _factors(order, dtype, device, 0)
+
+
+@called_while_tracing
+def _make_factors(order: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Have the factors cached, so that they are not computed in the traced graph."""
+    outside_modes(lambda: _factors(order, dtype, device, 0))
+    return True
 
 
 @lru_cache(maxsize=1024)

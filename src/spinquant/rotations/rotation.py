@@ -18,11 +18,21 @@ import torch
 from torch import Tensor
 
 from spinquant.errors import RotationError
-from spinquant.rotations.hadamard import construct, hadamard_factors, hadamard_transform, kronecker_transform
+from spinquant.rotations.fast_transform import called_while_tracing, outside_modes
+from spinquant.rotations.hadamard import (
+    construct,
+    dense_factors,
+    hadamard_factors,
+    hadamard_transform,
+    kronecker_transform,
+)
 
 ORTHOGONAL = 1e-6  # how far R^T R may be from the identity; learned rotations are off by some 1e-15
 
-Memo = dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]]
+Memo = dict[tuple[str, torch.device, torch.dtype], Tensor]
+# The signs of a rotation, and its other factors: D (F1 kron F2 kron ...)
+Parts = tuple[Tensor | None, tuple[Tensor, ...]]
+PartsMemo = dict[tuple[torch.device, torch.dtype], Parts]
 
 
 class Rotation(Protocol):
@@ -98,15 +108,22 @@ class Hadamard:
     order: int
     signs: Tensor | None = None
     _memo: Memo = field(default_factory=dict, repr=False)
+    _parts: PartsMemo = field(default_factory=dict, repr=False)
 
     def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
         check_blocks(x, self.order, dim)
+        if torch.compiler.is_compiling() and out is None:
+            return _apply_traced(self, x, transpose, dim)
         if self.signs is None:
             return hadamard_transform(x, self.order, transpose=transpose, dim=dim, out=out)
-        (signs,) = _like(x, (self.signs,), x.dtype, self._memo)
+        signs = _like(x, self, "signs", x.dtype)
         if transpose:
             return _flip(hadamard_transform(x, self.order, transpose=True, dim=dim, out=out), signs, dim, out)
         return hadamard_transform(_flip(x, signs, dim, out), self.order, dim=dim, out=out)
+
+    def parts(self) -> Parts:
+        """Its signs, if it has any, and the dense factors of its Kronecker product."""
+        return self.signs, hadamard_factors(self.order)
 
     def tensors(self) -> dict[str, Tensor]:
         return {} if self.signs is None else {"signs": self.signs}
@@ -132,6 +149,7 @@ class Orthogonal:
 
     weight: Tensor
     _memo: Memo = field(default_factory=dict, repr=False)
+    _parts: PartsMemo = field(default_factory=dict, repr=False)
 
     @property
     def order(self) -> int:
@@ -139,8 +157,13 @@ class Orthogonal:
 
     def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
         check_blocks(x, self.order, dim)
-        factors = _like(x, (self.weight,), _wide(x), self._memo)
-        return kronecker_transform(x, factors, transpose=transpose, dim=dim, out=out)
+        if torch.compiler.is_compiling() and out is None:
+            return _apply_traced(self, x, transpose, dim)
+        return kronecker_transform(x, (_like(x, self, "weight", _wide(x)),), transpose=transpose, dim=dim, out=out)
+
+    def parts(self) -> Parts:
+        """Its signs, if it has any, and the dense factors of its Kronecker product."""
+        return None, (self.weight,)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"weight": self.weight}
@@ -172,6 +195,7 @@ class Kronecker:
     hadamard_order: int
     signs: Tensor
     _memo: Memo = field(default_factory=dict, repr=False)
+    _parts: PartsMemo = field(default_factory=dict, repr=False)
 
     @property
     def order(self) -> int:
@@ -179,12 +203,17 @@ class Kronecker:
 
     def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
         check_blocks(x, self.order, dim)
-        stored = (self.signs, self.weight, *hadamard_factors(self.hadamard_order))
-        signs, *factors = _like(x, stored, _wide(x), self._memo)
-        signs = signs.to(x.dtype)
+        if torch.compiler.is_compiling() and out is None:
+            return _apply_traced(self, x, transpose, dim)
+        signs, weight = _like(x, self, "signs", x.dtype), _like(x, self, "weight", _wide(x))
+        factors = (weight, *dense_factors(self.hadamard_order, x.device, _wide(x)))
         if transpose:
             return _flip(kronecker_transform(x, factors, transpose=True, dim=dim, out=out), signs, dim, out)
         return kronecker_transform(_flip(x, signs, dim, out), factors, dim=dim, out=out)
+
+    def parts(self) -> Parts:
+        """Its signs, if it has any, and the dense factors of its Kronecker product."""
+        return self.signs, (self.weight, *hadamard_factors(self.hadamard_order))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"weight": self.weight, "signs": self.signs}
@@ -229,19 +258,43 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _like(x: Tensor, stored: tuple[Tensor, ...], dtype: torch.dtype, memo: Memo) -> tuple[Tensor, ...]:
-    """The stored tensors on the device of x; cached, since an online rotation is applied at every step."""
-    if torch.compiler.is_compiling():
-        return tuple(tensor.to(x.device, dtype) for tensor in stored)
-    key = (x.device, dtype)
+def _like(x: Tensor, rotation: Any, name: str, dtype: torch.dtype) -> Tensor:
+    """A stored tensor on the device of x; cached, since an online rotation is applied at every step."""
+    key, memo = (name, x.device, dtype), rotation._memo
     found = memo.get(key)
     if found is None:
         # Outside inference mode, or a first use in inference mode would break later uses with gradients.
         with torch.inference_mode(False):
-            found = tuple(tensor.to(x.device, dtype) for tensor in stored)
-        if all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in found):  # no tensors of FakeTensorMode
+            found = getattr(rotation, name).to(x.device, dtype)
+        if type(found) in (Tensor, torch.nn.Parameter):  # no tensors of FakeTensorMode
             memo[key] = found
     return found
+
+
+def _apply_traced(rotation: Any, x: Tensor, transpose: bool, dim: int) -> Tensor:
+    """`apply` in a graph that torch.compile or torch.export is tracing; stored tensors become inputs of the graph."""
+    key = x.device, _wide(x)
+    _make_parts(rotation, *key)
+    signs, factors = rotation._parts[key]
+    if signs is None:
+        return kronecker_transform(x, factors, transpose=transpose, dim=dim)
+    signs = signs.to(x.dtype)
+    if transpose:
+        return _flip(kronecker_transform(x, factors, transpose=True, dim=dim), signs, dim, None)
+    return kronecker_transform(_flip(x, signs, dim, None), factors, dim=dim)
+
+
+@called_while_tracing
+def _make_parts(rotation: Any, device: torch.device, dtype: torch.dtype) -> bool:
+    """Have signs and factors of a rotation stored with it, on a device and in a dtype."""
+    if (device, dtype) not in rotation._parts:
+        rotation._parts[device, dtype] = outside_modes(lambda: _moved(rotation.parts(), device, dtype))
+    return True
+
+
+def _moved(parts: Parts, device: torch.device, dtype: torch.dtype) -> Parts:
+    signs, factors = parts
+    return None if signs is None else signs.to(device, dtype), tuple(part.to(device, dtype) for part in factors)
 
 
 def check_blocks(x: Tensor, order: int, dim: int) -> None:
