@@ -260,7 +260,7 @@ def compare_schemes(
 
     def generated(mode: Reference) -> Tensor:
         with mode:
-            return greedy_logits(model, tokens)
+            return greedy_logits(model, tokens, steps=3)
 
     def watching() -> Reference:
         return Reference(model, plan, {}, Scheme())
