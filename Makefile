@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-llmcompressor test-clients test-versions check docs bench clean
+.PHONY: demo test test-long test-llmcompressor test-clients test-versions check docs bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/spinquant demo demo --force
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+# Tests that take longer than a test of the suite may: compiled and exported models.
+test-long: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m long
 
 # SpinQuantModifier beside llm-compressor's own modifiers, in an environment with the versions that it pins.
 test-llmcompressor: $(VENV)-llmcompressor/.installed

@@ -3,7 +3,7 @@ import torch
 
 from models import tiny_model
 from spinquant import SchemeError, parse_scheme, plan_of
-from spinquant.quantization.integer import dequantize, fake_quantize, pack, quantize, quantize_on_grid, unpack
+from spinquant.quantization.integer import _rounded_to, dequantize, fake_quantize, pack, quantize, quantize_on_grid, unpack
 from spinquant.quantization.rtn import CLIP_RATIOS, quantize_weight, round_weights, search_clip
 from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.quantization.targets import linears_of
@@ -190,3 +190,12 @@ def test_the_error_names_the_weight_whose_group_size_does_not_fit():
     model = tiny_model("llama", dtype=torch.float32)
     with pytest.raises(SchemeError, match=r"layers\.0\.self_attn\.q_proj\.weight"):
         round_weights(model, plan_of(model), parse_scheme("W4g32A16"))
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_scales_are_rounded_in_arithmetic_as_by_a_cast(stored):
+    """To the last bit, for numbers of every exponent, midpoints between two numbers of the dtype, and what overflows."""
+    every = torch.arange(2**15, dtype=torch.int16).view(stored).float()
+    bits = torch.randint(2**31 - 1, (100_000,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    numbers = torch.cat([every, (every + every.roll(1)) / 2, bits.view(torch.float32)])
+    assert torch.equal(*(torch.nan_to_num(x, -1.0) for x in (_rounded_to(numbers, stored), numbers.to(stored).float())))
