@@ -3,7 +3,15 @@ import torch
 
 from models import tiny_model
 from spinquant import SchemeError, parse_scheme, plan_of
-from spinquant.quantization.integer import _rounded_to, dequantize, fake_quantize, pack, quantize, quantize_on_grid, unpack
+from spinquant.quantization.integer import (
+    _rounded_to,
+    dequantize,
+    fake_quantize,
+    pack,
+    quantize,
+    quantize_on_grid,
+    unpack,
+)
 from spinquant.quantization.rtn import CLIP_RATIOS, quantize_weight, round_weights, search_clip
 from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.quantization.targets import linears_of
