@@ -202,7 +202,7 @@ def test_the_error_names_the_weight_whose_group_size_does_not_fit():
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 def test_scales_are_rounded_in_arithmetic_as_by_a_cast(stored):
-    """To the last bit, for numbers of every exponent, midpoints between two numbers of the dtype, and what overflows."""
+    """To the last bit, for numbers of every exponent, midpoints of the dtype, and what overflows."""
     every = torch.arange(2**15, dtype=torch.int16).view(stored).float()
     bits = torch.randint(2**31 - 1, (100_000,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     numbers = torch.cat([every, (every + every.roll(1)) / 2, bits.view(torch.float32)])
