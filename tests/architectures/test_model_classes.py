@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     Qwen3ForCausalLM,
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from families import FAMILIES
-from models import CONFIGS, byte_tokenizer, close, random_weights, tokens
+from models import CONFIGS, byte_tokenizer, close, random_weights, tiny_model, tokens
 from spinquant import (
     LearnOptions,
     Options,
@@ -50,6 +51,7 @@ CLASSES = {
     "body": AutoModel,
     "sequence": AutoModelForSequenceClassification,
     "token": AutoModelForTokenClassification,
+    "question": AutoModelForQuestionAnswering,
 }
 # RMSNorm and LayerNorm, tied, with a fused qkv, Conv1D, experts, an embedding of another width (OPT's projections).
 TRIED = ("llama", "qwen3", "gpt2", "gpt_neox", "opt", "phi3", "mixtral", "bloom", "gemma2")
@@ -137,7 +139,7 @@ def test_every_family_has_a_plan_for_its_classes(kind):
             model = CLASSES[kind].from_config(made)
         plan = plan_of(model)
         assert plan.linears and len(plan.blocks) == made.num_hidden_layers, name
-        assert plan.heads == () if kind == "body" else plan.heads[0] in ("score", "classifier"), name
+        assert plan.heads == () if kind == "body" else plan.heads[0] in ("score", "classifier", "qa_outputs"), name
         for module in (*plan.blocks, *plan.attentions, *plan.heads, *(n for group in plan.linears for n in group)):
             model.get_submodule(module)
         assert set(plan.axes_of) <= set(tensor_shapes(model)), name
@@ -157,6 +159,21 @@ def test_folders_are_streamed_and_load_with_transformers(name, kind, tmp_path):
     loaded = CLASSES[kind].from_pretrained(tmp_path / "out")
     assert torch.allclose(outputs(loaded, ids), before, atol=1e-3)
     assert type(load(tmp_path / "out")) is type(model)
+
+
+def test_stacked_experts_under_another_prefix_are_streamed(tmp_path):
+    """Qwen3-MoE for question answering: the body is `transformer`, and the checkpoint has the experts one by one."""
+    model, ids = of_class("qwen3_moe", "question", torch.float32), tokens()
+    model.save_pretrained(tmp_path / "model")
+    names = load_file(tmp_path / "model" / "model.safetensors")
+    assert "transformer.layers.1.mlp.experts.0.down_proj.weight" in names
+    rotate_folder(tmp_path / "model", tmp_path / "out", RotationSpec("R1,R2", seed=3))
+    loaded = CLASSES["question"].from_pretrained(tmp_path / "out")
+    assert torch.allclose(outputs(loaded, ids), outputs(model, ids), atol=1e-3)
+    quantize_folder(tmp_path / "model", tmp_path / "four", "W4A8", RotationSpec("R1,R2", seed=3))
+    found, again = quantize(model, "W4A8", RotationSpec("R1,R2", seed=3)).model, load(tmp_path / "four")
+    exact_experts(again)  # as in the model
+    assert torch.equal(outputs(again, ids), outputs(found, ids))
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -250,9 +267,14 @@ def test_a_missing_head_and_a_class_without_a_table_are_named(tmp_path):
     save_file(stored, tmp_path / "model.safetensors")
     with pytest.raises(ArchitectureError, match=r"head of Qwen3ForSequenceClassification is missing \(expected 'score"):
         rotate_folder(tmp_path, tmp_path / "out", RotationSpec("R1"))
-    made = config("qwen3", architectures=["Qwen3ForMultipleChoice"])
-    with pytest.raises(ArchitectureError, match=r"'Qwen3ForMultipleChoice' is not supported: expected .*\.\.\.Model"):
-        make_plan(made, {name: tensor.shape for name, tensor in stored.items()})
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    for name in ("Qwen3ForMultipleChoice", "Qwen3ForMaskedLM", "Qwen3ForRewardModel", "GPT2DoubleHeadsModel"):
+        with pytest.raises(ArchitectureError, match=rf"'{name}' is not supported: expected .*\.\.\.Model"):
+            make_plan(config("qwen3", architectures=[name]), shapes)
+    model = tiny_model("llama")
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    with pytest.raises(ArchitectureError, match=r"'v_head\.summary\.weight' is a value head of trl.*save_pretrained"):
+        make_plan(model.config, {**shapes, "v_head.summary.weight": (1, 48)})
 
 
 def test_what_needs_predicted_tokens_is_refused():

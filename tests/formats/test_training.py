@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaForSequenceClassification, Trainer, TrainingArguments
 
 from models import logits, tiny_model, tokens
@@ -209,3 +210,55 @@ def test_merging_into_a_model_without_r4_and_grids_is_exact(tmp_path):
     assert torch.allclose(logits(merged, tokens()), expected, atol=1e-4)
     merged.save_pretrained(tmp_path / "merged")
     assert torch.equal(logits(load(tmp_path / "merged"), tokens()), logits(merged, tokens()))
+
+
+def stopped(model, folder, steps, resume=None):
+    """A training of some steps with a checkpoint after every second; resume: a checkpoint to go on from."""
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        learning_rate=3e-2,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=4,
+        report_to=[],
+        save_steps=2,
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    Trainer(model=model, args=arguments, train_dataset=ROWS).train(resume_from_checkpoint=resume)
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_training_that_stops_and_resumes_ends_where_one_that_ran_through_ends(kind, tmp_path):
+    expected = stopped(native(tmp_path, kind), tmp_path / "run", 4)
+    model = load(tmp_path / "native")
+    found = stopped(model, tmp_path / "again", 4, str(tmp_path / "run" / "checkpoint-2"))
+    for name, parameter in found.items():
+        assert torch.equal(parameter, expected[name]), name
+    through = load(tmp_path / "run" / "checkpoint-4")  # with the unrounded numbers, which are not used
+    assert torch.equal(logits(through, tokens()), logits(model.eval(), tokens()))
+    model.save_pretrained(tmp_path / "end")  # in evaluation mode, without them
+    assert torch.equal(logits(load(tmp_path / "end"), tokens()), logits(through, tokens()))
+    names = [{*load_file(tmp_path / end / "model.safetensors")} for end in ("run/checkpoint-4", "end")]
+    latent = {name for name in names[0] if name.endswith("_latent")}
+    assert names[0] - latent == names[1] and bool(latent) == (kind != "rotated")
+
+
+def test_a_resumed_model_computes_with_rounded_weights_before_it_trains(tmp_path):
+    stopped(native(tmp_path, "W4A16"), tmp_path / "run", 2)
+    model = load(tmp_path / "native")
+    model.load_state_dict(load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors"), strict=False)
+    assert torch.equal(logits(model, tokens()), logits(load(tmp_path / "run" / "checkpoint-2"), tokens()))
+    model.save_pretrained(tmp_path / "end")
+
+
+def test_the_checkpoint_of_another_model_is_not_resumed_from(tmp_path):
+    stopped(native(tmp_path, "W4A16"), tmp_path / "run", 2)
+    state = load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
+    for spec, scheme in ((RotationSpec("R1,R2,R3,R4", seed=2), "W4A16"), (ALL, "W3A16")):
+        other = quantize(tiny_model("llama", dtype=torch.float32), scheme, spec).model
+        with pytest.raises(CheckpointError, match=r"resumed: the checkpoint has another (online|grid).*started from"):
+            other.load_state_dict(state, strict=False)
+    plain = tiny_model("llama", dtype=torch.float32).state_dict()
+    made("W4A16").model.load_state_dict(plain)  # nothing to unpack

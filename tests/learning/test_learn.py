@@ -24,7 +24,7 @@ from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.evaluation.equivalence import Float64Arithmetic
 from spinquant.evaluation.metrics import divergence, drawn
 from spinquant.learning.activations import ActivationSite, collect
-from spinquant.learning.cayley import Descent, cayley, newton_step, orthogonality_error
+from spinquant.learning.cayley import Descent, cayley, newton_step
 from spinquant.learning.end_to_end import (
     FROM_LOCAL,
     FROM_RANDOM,
@@ -46,7 +46,7 @@ from spinquant.quantization.rotated_rounding import Moving, Tally, Turn, round_r
 from spinquant.quantization.rtn import round_weights
 from spinquant.quantization.scheme import Quantizer
 from spinquant.rotations.factory import random_orthogonal
-from spinquant.rotations.rotation import Orthogonal, matrix
+from spinquant.rotations.rotation import Orthogonal, matrix, off_orthogonal
 
 ALL = "R1,R2,R3,R4"
 
@@ -66,7 +66,7 @@ def test_a_descent_step_has_length_lr_and_stays_orthogonal():
     r = orthogonal(12)
     skew = random(12, 12, seed=1)
     moved = cayley(r, skew * 0.3)
-    assert orthogonality_error(moved) < 1e-13
+    assert off_orthogonal(moved) < 1e-13
     for length in (1e-4, 0.1, 3.0):
         descent = Descent({"r": r.clone()})
         descent.step({"r": skew}, length)
@@ -74,9 +74,9 @@ def test_a_descent_step_has_length_lr_and_stays_orthogonal():
             torch.eye(12) + r.T @ descent.matrices["r"], torch.eye(12) - r.T @ descent.matrices["r"]
         )
         assert torch.isclose((2 * step).norm(), torch.tensor(length, dtype=torch.float64), rtol=1e-6)
-        assert orthogonality_error(descent.matrices["r"]) < 1e-13
+        assert off_orthogonal(descent.matrices["r"]) < 1e-13
     noisy = r + 1e-4 * random(12, 12, seed=2)
-    assert orthogonality_error(newton_step(noisy)) < 20 * orthogonality_error(noisy) ** 2
+    assert off_orthogonal(newton_step(noisy)) < 20 * off_orthogonal(noisy) ** 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -89,7 +89,7 @@ def test_descent_approaches_a_target_rotation_and_stays_orthogonal(optimizer, mo
     distance = (r - goal).norm()
     for step in range(300):
         descent.step({"r": -r.T @ (r - goal)}, 0.6 * (1 - step / 300))
-        assert orthogonality_error(r) < (1e-5 if dtype == torch.float32 else 1e-12)
+        assert off_orthogonal(r) < (1e-5 if dtype == torch.float32 else 1e-12)
     assert (r - goal).norm() < 0.02 * distance
 
 
@@ -281,7 +281,7 @@ def test_local_learning_lowers_rounding_error_on_held_out_rows(solver, objective
     assert after < 0.93 * before
     assert len(losses) == 150 and sum(losses[-10:]) < sum(losses[:10])
     assert curves["residual"] == pytest.approx(losses, rel=1e-5)
-    assert orthogonality_error(matrix(learned["residual"])) < 1e-12
+    assert off_orthogonal(matrix(learned["residual"])) < 1e-12
     assert torch.equal(
         matrix(learn_locally(sites, start, options)[0]["residual"]),
         matrix(learned["residual"]),

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from spinquant.architectures.family import INSIDE, AxisPart, AxisSpace, Family, Named, Norm, holds, size_of
-from spinquant.architectures.foreign import layers_beyond, missing_head, scales_among
+from spinquant.architectures.foreign import foreign_among, layers_beyond, missing_head
 from spinquant.architectures.shared_blocks import owners, with_shared_blocks
 from spinquant.compute.patterns import check_name
 from spinquant.errors import ArchitectureError
@@ -47,7 +47,7 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
             "the checkpoint is incomplete"
         )
     if family.head and family.head not in shapes and not tie:
-        raise ArchitectureError(f"{family.name}: {scales_among(shapes) or missing_head(family.head)}")
+        raise ArchitectureError(f"{family.name}: {foreign_among(shapes) or missing_head(family.head)}")
     if family.head:
         # A module has a tied head under both names, a checkpoint under one: the plan is the same for both.
         shapes = {**shapes, family.head: shapes.get(family.head, shapes.get(family.embedding, ()))}
@@ -129,7 +129,7 @@ def module_names(family: Family, names: Iterable[str]) -> dict[str, str]:
 
 
 def _in_module(name: str, family: Family) -> str:
-    name = f"{family.prefix}{name}"  # patterns are those of the causal LM
+    name = family.causal_name(name)  # patterns are those of the causal LM
     for pattern, replacement in family.stored:
         check_name(name, family.name, ArchitectureError)
         try:
@@ -138,7 +138,7 @@ def _in_module(name: str, family: Family) -> str:
             raise ArchitectureError(
                 f"{family.name}: cannot replace {pattern!r} by {replacement!r} in {name!r}: {error}"
             ) from None
-    return name.removeprefix(family.prefix)
+    return family.own_name(name)
 
 
 @dataclass(frozen=True)
@@ -221,16 +221,16 @@ class _Build:
                 if name in self.shapes:
                     found[name] = tuple(self.in_layer(space, i) for space in spaces)
                 elif not optional and self._is_needed(name, i):
-                    if reason := scales_among(self.shapes):
+                    if reason := foreign_among(self.shapes):
                         raise ArchitectureError(f"{self.family.name}: {reason}")
                     raise ArchitectureError(
                         f"{self.family.name}: tensor {name!r} is missing; the config has {len(self.layers)} layers of "
                         f"model_type {self.config.model_type!r}. The checkpoint is incomplete or not of this family."
                     )
         for name, shape in self.shapes.items():
-            whole = f"{self.family.prefix}{name}"  # patterns are those of the causal LM
+            whole = self.family.causal_name(name)  # patterns are those of the causal LM
             if name not in found and not any(re.fullmatch(pattern, whole) for pattern in self.family.ignored):
-                if reason := layers_beyond(self.family, self.config, self.shapes) or scales_among([name]):
+                if reason := layers_beyond(self.family, self.config, self.shapes) or foreign_among([name]):
                     raise ArchitectureError(f"{self.family.name}: {reason}")
                 raise ArchitectureError(
                     f"tensor {name!r} (shape {tuple(shape)}) is not described by the table of {self.family.name!r}: "

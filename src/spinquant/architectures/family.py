@@ -83,7 +83,8 @@ class Family:
         embedding: the embedding's weight.
         head: the output head's weight; "" for a class without that head (`model_classes.py`).
         heads_instead: weights of which such a class has one in the head's place; none for a body alone.
-        prefix: prefix of the causal LM's tensor names that the class's own lack.
+        prefix: prefix of the causal LM's tensor names that the class's own lack, or have another one for.
+        own_prefix: that other prefix.
         attention_part: prefix of the attention's tensors within its module, if other modules have the same name.
         when: conditions on the config under which the table holds, see `holds`.
         refused: rotations that are impossible.
@@ -119,6 +120,7 @@ class Family:
     head: str
     heads_instead: tuple[str, ...] = ()
     prefix: str = ""
+    own_prefix: str = ""
     attention_part: str = ""
     when: tuple[str, ...] = ()
     refused: tuple[Refusal, ...] = ()
@@ -140,6 +142,18 @@ class Family:
         """The linears (or tensors) that read a norm."""
         found = self.gains[norm]
         return found.readers if isinstance(found, Norm) else found
+
+    def causal_name(self, name: str) -> str:
+        """The causal LM's name of a tensor, by the class's own."""
+        if not self.own_prefix:
+            return f"{self.prefix}{name}"
+        return self.prefix + name[len(self.own_prefix) :] if name.startswith(self.own_prefix) else name
+
+    def own_name(self, name: str) -> str:
+        """The class's own name of a tensor, by the causal LM's."""
+        if not name.startswith(self.prefix):
+            return name
+        return self.own_prefix + name.removeprefix(self.prefix)
 
     def like(
         self,

@@ -1,4 +1,4 @@
-"""Say why a checkpoint does not fit its config: layers that the config cuts off, scales of quantization, no head.
+"""Say why a checkpoint does not fit its config: layers that the config cuts off, scales, a value head, no head.
 
 No table describes such tensors, so a plan refuses them anyway; here are the reasons, with the way out.
 """
@@ -40,9 +40,14 @@ def layers_beyond(family: Family, config: Any, names: Iterable[str]) -> str | No
     )
 
 
-def scales_among(names: Iterable[str]) -> str | None:
-    """Why tensors of a quantized model are refused, if the config names no quantization; None without such tensors."""
+def foreign_among(names: Iterable[str]) -> str | None:
+    """Why tensors of which the config says nothing are refused: scales, a value head; None without such tensors."""
     for name in names:
+        if name.startswith("v_head."):
+            return (
+                f"tensor {name!r} is a value head of trl, which reads the hidden states that R1 rotates, and which the "
+                f"class of the config does not have. To rotate the model without it, {SAVED_AGAIN}"
+            )
         if _CACHE.search(name):
             return (
                 f"tensor {name!r} is a scale of a quantized KV cache, calibrated for the keys and values of the model "

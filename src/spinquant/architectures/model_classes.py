@@ -1,12 +1,14 @@
 """Classes of a family other than its causal LM: with another head on the residual stream, or with none.
 
-A family table describes `...ForCausalLM`. Sequence classification, reward models and token classification put another
-linear in the head's place; it reads the last norm like the head, so R1 is fused into it in the same way. The
-body alone (`...Model`, which embedding models are) stores its tensors without the causal LM's prefix and returns the
+A family table describes `...ForCausalLM`. Sequence classification, reward models, token classification and question
+answering put another linear in the head's place; it reads the last norm like the head, so R1 is fused into it in the
+same way. Most classes for question answering call the body `transformer`, whatever the causal LM calls it. The body
+alone (`...Model`, which embedding models are) stores its tensors without the causal LM's prefix and returns the
 output of the last norm, diag(g) x. Nothing after it could take R back out, so R1 is refused; R2, R3 and R4 change
 nothing outside a layer.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -18,6 +20,7 @@ CAUSAL = ("ForCausalLM", "LMHeadModel")
 HEADS = {
     "ForSequenceClassification": ("score",),
     "ForTokenClassification": ("score", "classifier"),
+    "ForQuestionAnswering": ("qa_outputs",),
 }
 NO_HEAD = (
     "the model class {name} has no output head: it returns the output of its last norm, and a scale per channel is not "
@@ -33,7 +36,8 @@ def class_name(config: Any) -> str:
 
 def is_body(name: str) -> bool:
     """Whether a class is that of a model without its head, such as `Qwen3Model`."""
-    return name.endswith("Model") and not name.endswith(("LMHeadModel", "HeadsModel"))
+    other = re.search(r"For[A-Z]", name) is not None  # with a head, such as `Qwen2ForRewardModel`
+    return name.endswith("Model") and not other and not name.endswith(("LMHeadModel", "HeadsModel"))
 
 
 def head_of_class(name: str) -> str | None:
@@ -55,19 +59,34 @@ def is_causal(config: Any) -> bool:
 def for_class(family: Family, name: str) -> Family:
     """The table of a class of the family: the causal LM's, or one with another head or none."""
     end = head_of_class(name)
+    prefix = f"{family.block.partition('.')[0]}."
     if end is not None:
-        return _with_heads(family, HEADS[end])
+        found = _with_heads(family, HEADS[end])
+        own = _body_prefix(name) if end == "ForQuestionAnswering" else prefix
+        return found if own in ("", prefix) else _renamed(found, prefix, own)
     if not is_body(name):
         return family
-    found = _with_heads(family, ())
-    prefix = f"{family.block.partition('.')[0]}."
+    found = _renamed(_with_heads(family, ()), prefix, "")
+    refused = (*found.refused, Refusal("R1", NO_HEAD.format(name=name)))
+    return replace(found, refused=refused)
+
+
+def _body_prefix(name: str) -> str:
+    """The prefix of the body's tensors in a class of transformers, "" if it has no such class."""
+    import transformers
+
+    found = getattr(getattr(transformers, name, None), "base_model_prefix", "")
+    return f"{found}." if found else ""
+
+
+def _renamed(family: Family, prefix: str, own: str) -> Family:
+    """A table with another prefix, or none, in the place of the causal LM's."""
     parts = ("tensors", "gains", "onlines", "linears", "attention", "block", "embedding", "choices", "shared")
-    stripped = {
-        part: mapped(getattr(found, part), lambda text: text.removeprefix(prefix))
+    renamed = {
+        part: mapped(getattr(family, part), lambda text: own + text[len(prefix) :] if text.startswith(prefix) else text)
         for part in (*parts, "scaled", "uncalled")
     }
-    refused = (*found.refused, Refusal("R1", NO_HEAD.format(name=name)))
-    return replace(found, prefix=prefix, refused=refused, **stripped)
+    return replace(family, prefix=prefix, own_prefix=own, **renamed)
 
 
 def _with_heads(family: Family, heads: tuple[str, ...]) -> Family:

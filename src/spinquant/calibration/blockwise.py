@@ -26,6 +26,7 @@ from spinquant.calibration.sequential import (
     check_finite_output,
     check_finite_weights,
 )
+from spinquant.compute.dtypes import named
 from spinquant.errors import CalibrationError, SchemeError
 from spinquant.models.capture import device_of
 from spinquant.models.modules import named_tensor
@@ -51,6 +52,8 @@ class Calibration:
         sequential: Calibrate each linear of a block on the outputs of the quantized linears before it, which takes a
             pass per group of linears. Default: False, one pass per block.
         device: Device that the blocks are moved to one at a time, such as "cuda". Default: where the model is.
+        dtype: Dtype that the blocks compute in. Default: that of the model, or float32 where a CPU is faster in it than
+            in half precision and a block in float32 fits into memory. Weights and scales keep their dtype.
 
     Example:
         >>> import spinquant
@@ -64,10 +67,11 @@ class Calibration:
     round_inputs: bool = True
     sequential: bool = False
     device: str | None = None
+    dtype: torch.dtype | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dict, ready for JSON."""
-        return asdict(self)
+        return {**asdict(self), "dtype": None if self.dtype is None else named(self.dtype)}
 
 
 @torch.no_grad()
@@ -80,6 +84,7 @@ def quantize_blocks(
     calibration: Calibration,
     *,
     error_feedback: bool = True,
+    stored: torch.dtype | None = None,
     store: BlockStore | None = None,
     home: Home | None = None,
     hidden: HiddenStates | None = None,
@@ -95,6 +100,8 @@ def quantize_blocks(
         tokens: Calibration tokens, int64, (samples, length).
         calibration: Options.
         error_feedback: GPTQ, else round-to-nearest (RTN).
+        stored: Dtype of scales and of the numbers of weights where blocks compute in another one. Default: that of the
+            model if the options name a dtype, else that of each weight.
         store: Where finished blocks are stored, to resume from.
         home: Where the weights are, by default in the model. If it loads and drops them block by block, only the store
             has the quantized weights.
@@ -105,13 +112,14 @@ def quantize_blocks(
         CalibrationError: Activations are not finite, or a second moment is singular; the module is named.
     """
     if home is None:
-        home = InMemory(model, calibration.device)
+        home = InMemory(model, plan.blocks, calibration.device, calibration.dtype)
+        stored = model.dtype if stored is None and calibration.dtype is not None else stored
         if scheme.weights is not None and parts_tied(plan, scheme):
             untie(model, plan)
     attachment = attach(model, plan, rotations, scheme)
     try:
         hidden = HiddenStates() if hidden is None else hidden
-        walk = _Walk(home, plan, scheme, tokens, calibration, attachment, error_feedback, hidden)
+        walk = _Walk(home, plan, scheme, tokens, calibration, attachment, error_feedback, hidden, stored)
         total = len(plan.blocks)
         for done, name in enumerate(plan.blocks):
             finished = store.load(name) if store else None
@@ -144,9 +152,10 @@ class _Walk:
         attachment: Attachment,
         error_feedback: bool,
         hidden: HiddenStates,
+        stored: torch.dtype | None,
     ):
         self.home, self.model, self.plan, self.scheme = home, home.model, plan, scheme
-        self.calibration, self.attachment = calibration, attachment
+        self.calibration, self.attachment, self.stored = calibration, attachment, stored
         self.options = calibration.gptq if error_feedback and scheme.weights is not None else None
         with home.outside(tokens):
             self.arguments = block_calls(self.model, plan.blocks, tokens, hidden).arguments
@@ -301,6 +310,8 @@ class _Walk:
             self._put(weight, packed.with_tensors(*(t.clone().to(part.device) for t in tensors)))
 
     def _rounded_weight(self, weight: Tensor, moments: Moments | None, name: str) -> Packed:
+        if self.stored is not None:
+            weight = weight.to(self.stored)  # exact for what was read in it; scales have the dtype of the weight
         try:
             if moments is None or self.options is None:
                 return quantize_weight(weight, _present(self.scheme.weights))

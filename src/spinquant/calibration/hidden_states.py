@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from spinquant.checkpoint.positional_io import read_at, write_at
+from spinquant.compute.memory import available_memory
 from spinquant.errors import CalibrationError
 
 # Default share of the available memory that hidden states may take.
 SHARE = 1 / 4
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 class HiddenStates:
@@ -115,16 +115,3 @@ class HiddenStates:
 def room_by_default() -> int:
     """Default limit in bytes: a share of the memory available now to the machine and to the container."""
     return int(SHARE * available_memory())
-
-
-def available_memory() -> int:
-    """Bytes of main memory that are free or reclaimable now, within the container's limit."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-        limit, used = ((_CGROUP / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
-        found += [max(0, int(limit) - int(used))]
-    except (OSError, ValueError):  # not Linux, no container, or no limit
-        pass
-    return min(found)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spinquant.calibration.hidden_states import HiddenStates
+from spinquant.compute.dtypes import HALVES
 from spinquant.errors import CalibrationError
 from spinquant.models.capture import captured, device_of
 from spinquant.online.firing import STANDS_IN
@@ -55,13 +56,21 @@ class Home(Protocol):
 
 @dataclass(frozen=True)
 class InMemory:
-    """A model that is in memory as a whole. device: where a block is moved to for work, by default none."""
+    """A model that is in memory as a whole.
+
+    blocks: names of its decoder blocks. device: where a block is moved to for work, by default none. dtype: what
+    weights in half precision are cast to for work, by default none; numbers written into one have to be exact in its
+    own dtype.
+    """
 
     model: Any
+    blocks: Sequence[str] = ()
     device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
 
     def outside(self, tokens: Tensor) -> AbstractContextManager[object]:
-        return nullcontext()
+        inside = {id(p) for name in self.blocks for p in self.model.get_submodule(name).parameters()}
+        return self._cast([p for p in self.model.parameters() if id(p) not in inside])
 
     @contextmanager
     def block(self, name: str) -> Iterator[None]:
@@ -69,9 +78,22 @@ class InMemory:
         usual = device_of(block)
         block.to(self.device or usual)
         try:
-            yield
+            with self._cast(list(block.parameters())):
+                yield
         finally:
             block.to(usual)
+
+    @contextmanager
+    def _cast(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Within the block, parameters in half precision have the dtype of work."""
+        usual = {p: p.dtype for p in parameters if self.dtype is not None and p.dtype in HALVES}
+        try:
+            for parameter in usual:
+                parameter.data = parameter.data.to(self.dtype)
+            yield
+        finally:
+            for parameter, dtype in usual.items():
+                parameter.data = parameter.data.to(dtype)
 
     def head(self) -> AbstractContextManager[object]:
         return nullcontext()

@@ -202,10 +202,14 @@ def _weight_map(folder: Path) -> dict[str, str]:
     found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not found:
         raise CheckpointError(f"{index} is not a safetensors index: expected an object weight_map")
+    checked: set[str] = set()  # an index may list ten thousands of experts in a few files
     for name, file in found.items():
+        if isinstance(file, str) and file in checked:
+            continue
         file_in(folder, file)
         if not file.endswith(".safetensors"):
             raise CheckpointError(f"{index} names {file!r} as the shard of {name!r}: expected a .safetensors file")
+        checked.add(file)
     return found
 
 

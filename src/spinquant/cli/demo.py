@@ -26,6 +26,7 @@ def demo(
     length: opt.Length = None,
     windows: opt.Windows = 8,
     seed: opt.Seed = 0,
+    dtype: opt.Dtype = None,
     force: opt.Force = False,
     quiet: opt.Quiet = False,
     json_: opt.Json = False,
@@ -43,6 +44,7 @@ def demo(
             length=length,
             seed=seed,
             scheme=scheme,
+            dtype=opt.parse_dtype(dtype),
             force=force,
             progress=progress,
         )

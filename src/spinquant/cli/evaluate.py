@@ -1,7 +1,7 @@
 """The commands `evaluate` and `verify`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -52,24 +52,27 @@ def evaluate(
     """Measure perplexity on text and, with --reference, KL divergence to another model; or run lm-eval tasks."""
     from spinquant.checkpoint.folder import load_tokenizer
     from spinquant.cli.tables import evaluation_table, tasks_table
+    from spinquant.entrypoints.arithmetic import load_to_compute
     from spinquant.evaluation.metrics import evaluate as evaluate_model
-    from spinquant.formats.load import load_model
 
-    wanted = opt.parse_dtype(dtype) or "auto"
+    loading: dict[str, Any] = {"wanted": opt.parse_dtype(dtype), "device": device, "allow_pickle": allow_pickle}
     if tasks:
         from spinquant.integrations.lm_eval import evaluate_tasks
 
-        loaded = load_model(model, dtype=wanted, device=device, allow_pickle=allow_pickle)
+        with stages(quiet=quiet):
+            (loaded,), (computed,) = load_to_compute(model, **loading)
         results = evaluate_tasks(loaded, load_tokenizer(model), tasks.split(","), task_path=task_path, limit=limit)
-        print_result(json_, {"model": model, "results": results}, tasks_table(results))
+        found = {"model": model, "arithmetic": computed.to_dict(), "results": results}
+        print_result(json_, found, tasks_table(results, computed))
         return
     tokens, name = _windows(model, text, length, windows, allow_pickle, default=1024)
-    loaded = load_model(model, dtype=wanted, device=device, allow_pickle=allow_pickle)
-    other = load_model(reference, dtype=wanted, device=device, allow_pickle=allow_pickle) if reference else None
     with stages(quiet=quiet) as progress:
-        result = evaluate_model(loaded, tokens, reference=other, progress=lambda *n: progress("evaluate", *n))
+        (loaded, *other), (computed, *_) = load_to_compute(*filter(None, (model, reference)), **loading)
+        compared = other[0] if other else None
+        result = evaluate_model(loaded, tokens, reference=compared, progress=lambda *n: progress("evaluate", *n))
     setup = {"model": model, "reference": reference, "text": name, "length": tokens.shape[1], "windows": len(tokens)}
-    print_result(json_, {**setup, **result.to_dict()}, evaluation_table(model, name, result))
+    setup["arithmetic"] = computed.to_dict()
+    print_result(json_, {**setup, **result.to_dict()}, evaluation_table(model, name, result, computed))
 
 
 def verify(
@@ -102,8 +105,8 @@ def verify(
     """
     from spinquant.checkpoint.checksums import check_checksums
     from spinquant.cli.tables import checksum_table, comparison_table
+    from spinquant.entrypoints.arithmetic import load_to_compute
     from spinquant.evaluation.metrics import compare_models
-    from spinquant.formats.load import load_model
 
     if checksums == (other is not None):
         raise CheckpointError("verify takes two models to compare, or one folder with --checksums")
@@ -115,14 +118,13 @@ def verify(
         if bad:
             raise typer.Exit(1)
         return
-    wanted = opt.parse_dtype(dtype) or "auto"
     tokens, name = _windows(reference, text, length, windows, allow_pickle, default=256)
-    first = load_model(reference, dtype=wanted, device=device, allow_pickle=allow_pickle)
-    second = load_model(other, dtype=wanted, device=device, allow_pickle=allow_pickle)
+    loading: dict[str, Any] = {"wanted": opt.parse_dtype(dtype), "device": device, "allow_pickle": allow_pickle}
     with stages(quiet=quiet) as progress:
+        (first, second), (computed, _) = load_to_compute(reference, other, **loading)
         result = compare_models(first, second, tokens, progress=lambda *n: progress("compare", *n))
-    setup = {"reference": reference, "other": other, "text": name}
-    print_result(json_, {**setup, **result.to_dict()}, comparison_table(reference, other, result))
+    setup = {"reference": reference, "other": other, "text": name, "arithmetic": computed.to_dict()}
+    print_result(json_, {**setup, **result.to_dict()}, comparison_table(reference, other, result, computed))
     if tolerance is not None and not result.max_abs <= tolerance:
         err_console().print(f"logits differ by {result.max_abs:.3g}, more than {tolerance:.3g}", style="red")
         raise typer.Exit(1)

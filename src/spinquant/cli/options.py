@@ -159,7 +159,11 @@ Windows = Annotated[
 Seed = Annotated[int, option(ADVANCED, "Seed of all random numbers.")]
 Dtype = Annotated[
     str | None,
-    option(ADVANCED, f"Dtype to compute in and to write: {', '.join(DTYPES)}; by default that of the model."),
+    option(
+        ADVANCED,
+        f"Dtype to compute in and to write: {', '.join(DTYPES)}, or auto (the default): that of the model; a CPU that "
+        "is slow in half precision then computes in float32 if memory allows, and still writes the model's dtype.",
+    ),
 ]
 Device = Annotated[str, option(None, "Device to compute on: cpu, cuda, cuda:1, mps, ...")]
 Quiet = Annotated[
@@ -306,13 +310,13 @@ def _per_rotation(text: str) -> str | dict[str, str]:
 
 
 def parse_dtype(name: str | None) -> "torch.dtype | None":
-    """A dtype by name. Raises SchemeError for an unknown one."""
+    """A dtype by name; None for auto. Raises SchemeError for an unknown one."""
     import torch
 
-    if name is None:
+    if name is None or name == "auto":
         return None
     if name not in DTYPES:
-        raise SchemeError(f"unknown dtype {name!r}: expected one of {', '.join(DTYPES)}")
+        raise SchemeError(f"unknown dtype {name!r}: expected auto, {', '.join(DTYPES)}")
     return getattr(torch, name)
 
 

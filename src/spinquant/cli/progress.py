@@ -5,6 +5,7 @@ prints a line when it begins, one when it ends, and one a minute in between with
 the expected end; the line of each minute is printed even if the work has reported nothing since the last.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,18 +32,41 @@ def stages(*, quiet: bool = False, out: Path | None = None) -> Iterator[Report]:
     out: the folder that the command writes atomically; a message names it when the user interrupts the command.
     """
     try:
-        if quiet or not is_first():
-            yield lambda stage, done, total, more="": None
-        elif err_console().is_terminal:
-            with _bars() as report:
-                yield report
-        else:
-            with _lines() as report:
-                yield report
+        with _logged(quiet=quiet):
+            if quiet or not is_first():
+                yield lambda stage, done, total, more="": None
+            elif err_console().is_terminal:
+                with _bars() as report:
+                    yield report
+            else:
+                with _lines() as report:
+                    yield report
     except KeyboardInterrupt:
         if out is not None:
             note(f"interrupted: nothing was written to {out}; rerun the same command to resume")
         raise
+
+
+class _Notes(logging.Handler):
+    """Prints what the library logs as notes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
+
+
+@contextmanager
+def _logged(*, quiet: bool) -> Iterator[None]:
+    """Within the block, the library's log of choices that it has made (level INFO) is printed as notes."""
+    log, handler = logging.getLogger("spinquant"), _Notes(logging.INFO)
+    before = log.level
+    if not quiet:
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
 
 
 @dataclass

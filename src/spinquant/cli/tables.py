@@ -15,6 +15,7 @@ from spinquant.plan import MERGEABLE, Plan
 from spinquant.rotations.factory import RotationSpec, choose
 
 if TYPE_CHECKING:  # a table of a plan needs none of them
+    from spinquant.compute.dtypes import Arithmetic
     from spinquant.entrypoints.result import Result
     from spinquant.evaluation.metrics import Comparison, Evaluation
     from spinquant.rotations.learned import LearnedRotations
@@ -46,6 +47,8 @@ def learning_table(learned: "LearnedRotations", out: str) -> Table:
             f"learned from {samples} samples of {length} tokens ({tokens['text']}), scored on {windows} held-out "
             f"windows ({tokens['held_out']})"
         )
+    if "arithmetic" in record:
+        about.append("arithmetic: {dtype} ({reason})".format(**record["arithmetic"]))
     if record["options"]["method"] == "random" and kept.startswith("random"):
         about.append("method random learns nothing: the best random rotation was written")
     elif kept in ("scaled", "random signs"):
@@ -173,6 +176,8 @@ def result_table(result: "Result", out: str) -> Table:
         table.add_row("this model, real tokens", f"{moved}, before quantization" if result.scheme else moved)
     elif "real_tokens" in result.notes:
         table.add_row("this model, real tokens", escape(result.notes["real_tokens"]))
+    for what, computed in result.notes.get("arithmetic", {}).items():
+        table.add_row(f"arithmetic of {what}", escape(f"{computed['dtype']} ({computed['reason']})"))
     for name, done in result.notes.get("adapters", {}).items():
         table.add_row(*_adapter_row(f"adapters/{name}", done))
     table.add_row("seed", str(spec.seed))
@@ -191,7 +196,7 @@ def _adapter_row(out: str, done: Mapping[str, Any]) -> tuple[str, str]:
     return escape(out), escape(f"{done['kind']} of {done['source']}: {done['rotated']} of {done['tensors']} tensors")
 
 
-def evaluation_table(name: str, text: str, evaluation: "Evaluation") -> Table:
+def evaluation_table(name: str, text: str, evaluation: "Evaluation", computed: "Arithmetic") -> Table:
     """Perplexity, and agreement with the reference model if there is one."""
     table = Table(title=escape(f"{name} on {text}"), title_justify="left", show_header=False)
     table.add_row("perplexity", f"{evaluation.perplexity:.4f}")
@@ -201,10 +206,11 @@ def evaluation_table(name: str, text: str, evaluation: "Evaluation") -> Table:
         table.add_row("same top token", f"{100 * evaluation.top1:.2f} %")
     table.add_row("tokens", f"{evaluation.tokens}")
     table.add_row("speed", f"{evaluation.tokens / evaluation.seconds:.0f} tokens/s")
+    table.add_row("arithmetic", escape(str(computed)))
     return table
 
 
-def comparison_table(reference: str, other: str, comparison: "Comparison") -> Table:
+def comparison_table(reference: str, other: str, comparison: "Comparison", computed: "Arithmetic") -> Table:
     """Differences between the logits of two models."""
     table = Table(title=escape(f"{other} against {reference}"), title_justify="left", show_header=False)
     table.add_row("largest logit difference", f"{comparison.max_abs:.3e}")
@@ -213,6 +219,7 @@ def comparison_table(reference: str, other: str, comparison: "Comparison") -> Ta
     table.add_row("KL", f"{comparison.kl:.3e} nats per token")
     table.add_row("same top token", f"{100 * comparison.top1:.2f} %")
     table.add_row("tokens", f"{comparison.tokens}")
+    table.add_row("arithmetic", escape(str(computed)))
     return table
 
 
@@ -226,9 +233,9 @@ def checksum_table(folder: str, damaged: Sequence[str], missing: Sequence[str]) 
     return table
 
 
-def tasks_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
+def tasks_table(results: Mapping[str, Mapping[str, Any]], computed: "Arithmetic") -> Table:
     """Results of lm-eval: one row per task and metric."""
-    table = Table(title="lm-eval", title_justify="left")
+    table = Table(title="lm-eval", title_justify="left", caption=escape(f"arithmetic: {computed}"))
     for header in ("task", "metric", "value"):
         table.add_column(header)
     for task, metrics in results.items():

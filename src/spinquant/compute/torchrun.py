@@ -11,3 +11,8 @@ def is_first() -> bool:
 def is_alone() -> bool:
     """Whether this is the only process of its job."""
     return int(os.environ.get("WORLD_SIZE", "1")) == 1
+
+
+def processes_here() -> int:
+    """The number of processes of the job on this machine, which share its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

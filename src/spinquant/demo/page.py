@@ -58,6 +58,7 @@ class DemoResult:
 
     model: str
     dtype: str
+    arithmetic: Mapping[str, str]
     text: str
     windows: int
     length: int

@@ -23,8 +23,10 @@ from spinquant.calibration.data import load_text, token_windows
 from spinquant.checkpoint.atomic import check_free
 from spinquant.checkpoint.folder import is_local, load_config, load_tokenizer
 from spinquant.checkpoint.run_directory import atomic_folder
+from spinquant.compute.dtypes import named
 from spinquant.demo.model import demo_model
 from spinquant.demo.page import Activation, DemoResult, page
+from spinquant.entrypoints.arithmetic import load_to_compute
 from spinquant.entrypoints.in_memory import rotate
 from spinquant.entrypoints.result import Options
 from spinquant.entrypoints.stream_run import SAMPLE_TOKENS
@@ -39,7 +41,6 @@ from spinquant.evaluation.plots import (
     relative_magnitude,
     require_matplotlib,
 )
-from spinquant.formats.load import load_model
 from spinquant.formats.native import unmark
 from spinquant.models.capture import captured, device_of
 from spinquant.models.context import fitting_length
@@ -78,14 +79,16 @@ def run_demo(
     length: int | None = None,
     seed: int = 0,
     scheme: str | Scheme = "W4A4KV4",
+    dtype: torch.dtype | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> DemoResult:
     """Measure a model plain and rotated; write a folder with plots, demo.json and a self-contained index.html.
 
     model: a folder or hub id, by default a real 135M model. text, windows, length: the tokens on which perplexity is
-    measured. Raises PlotError without matplotlib, CheckpointError if `out` exists and `force` is off, SchemeError for a
-    scheme that quantizes nothing, and what `load` and `rotate` raise.
+    measured. dtype: to compute in, by default that of the model, or float32 where a CPU is faster in it than in half
+    precision. Raises PlotError without matplotlib, CheckpointError if `out` exists and `force` is off, SchemeError for
+    a scheme that quantizes nothing, and what `load` and `rotate` raise.
     """
     start = time.perf_counter()
     check_free(out, force=force)
@@ -96,7 +99,7 @@ def run_demo(
     text_name, content = load_text(text, tokenizer)
     length = fitting_length(load_config(source), length, 512, "give a shorter --length")
     tokens = token_windows(tokenizer, content, length=length, count=windows)
-    loaded = load_model(source)
+    (loaded,), (computed,) = load_to_compute(source, device="cpu", wanted=dtype)
     plan = plan_of(loaded)
     check_fits(plan, tensor_shapes(loaded), parse_scheme(scheme))
     refused = dict(plan.refused)
@@ -118,7 +121,8 @@ def run_demo(
     pairs = {readers: (before.inputs[name], after.inputs[name]) for readers, name in drawn.items()}
     result = DemoResult(
         model=Path(source).absolute().name if is_local(source) else str(source),
-        dtype=str(loaded.dtype).removeprefix("torch."),
+        dtype=named(computed.dtype),
+        arithmetic=computed.to_dict(),
         text=text_name,
         windows=tokens.shape[0],
         length=tokens.shape[1],

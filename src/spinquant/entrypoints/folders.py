@@ -15,7 +15,7 @@ from spinquant.calibration.data import CalibrationText, calibration_tokens
 from spinquant.checkpoint.folder import check_device, check_finite, load_tokenizer
 from spinquant.checkpoint.run_directory import LEARNING, RunDirectory, opened_run
 from spinquant.compute.distributed import LONGEST, Processes, check_same, joined
-from spinquant.entrypoints.in_memory import quantize, rotate, write_model
+from spinquant.entrypoints.in_memory import calibration_arithmetic, quantize, rotate, write_model
 from spinquant.entrypoints.learn import learn_from
 from spinquant.entrypoints.output_folder import copy_files, write_record
 from spinquant.entrypoints.request import LearnText, Request
@@ -30,6 +30,7 @@ from spinquant.learning.options import LearnOptions, Watch
 from spinquant.plan import MERGEABLE
 from spinquant.quantization.scheme import Scheme, parse_scheme
 from spinquant.rotations.factory import RotationSpec
+from spinquant.rotations.fuse_module import plan_of
 from spinquant.rotations.learned import LearnedRotations
 
 
@@ -61,7 +62,8 @@ def rotate_folder(
         out: Folder to write.
         spec: Which rotations, of which type, block size and seed; only R1 and R2. Not used with `learned`.
         learned: Learned rotations, instead of those that `spec` describes.
-        dtype: Dtype of the weights that are written. Default: that of the source.
+        dtype: Dtype of the weights that are written, and in which logits are compared. Default: that of the source; a
+            CPU that is faster in float32 than in half precision compares in it if memory allows.
         text: Source of the real tokens on which logits are compared, see `load_text`; None for no comparison. Default:
             "auto".
         force: Replace `out` if it exists. Default: False.
@@ -177,7 +179,8 @@ def quantize_folder(
         calibration: Options of calibration. Default: `Calibration()`.
         calibration_text: Which text to calibrate on; refused if nothing is calibrated. Default: `CalibrationText()`
             with the seed of the rotations.
-        dtype: Dtype of what is not quantized, and of the computation. Default: that of the source.
+        dtype: Dtype of what is not quantized, and of the computation. Default: that of the source; a CPU that is faster
+            in float32 than in half precision computes in it if memory allows, and writes the source's.
         text: Source of the real tokens on which the logits of the rotated model are compared, see `load_text`; None
             for no comparison. Default: "auto".
         force: Replace `out` if it exists. Default: False.
@@ -283,7 +286,7 @@ def _learn(job: Job, run: RunDirectory, processes: Processes) -> LearnedRotation
         job.spec,
         request.learn,
         text=request.learn_text,
-        device=processes.device,
+        processes=processes,
         dtype=request.dtype or "auto",
         allow_pickle=request.allow_pickle,
         watch=request.watch,
@@ -314,10 +317,15 @@ def _in_memory(job: Job, run: RunDirectory) -> Result:
             progress = request.options.stage("generate text")
             name, tokens = calibration_tokens(loaded, tokenizer, job.text, progress=progress)
             notes["calibration_text"] = {"text": name, "samples": tokens.shape[0], "length": tokens.shape[1]}
-            given |= {"tokens": tokens, "store": block_store(run, tokens, loaded.dtype)}
-        result = quantize(loaded, job.scheme, job.spec, method=request.method, calibration=request.calibration, **given)
+            asked = replace(job.calibration, dtype=job.calibration.dtype or request.dtype)
+            computed = calibration_arithmetic(loaded, plan_of(loaded), asked)
+            given |= {"tokens": tokens, "store": block_store(run, tokens, computed.dtype)}
+            given |= {"calibration": replace(job.calibration, dtype=computed.dtype)}
+            notes["arithmetic"] = {"calibration": computed.to_dict()}
+        result = quantize(loaded, job.scheme, job.spec, method=request.method, **given)
+        result = replace(result, calibration=job.calibration)
     learned = {"learned": request.learned.note()} if request.learned else {}
-    result = replace(result, notes={**notes, **learned})
+    result = replace(result, notes={**result.notes, **notes, **learned})
     check_finite(result.model, "the model to be saved")
     write_model(result, run.data, job.format)
     copy_files(job.folder, run.data)  # as a stream does: after the model, whose generation_config.json is the source's

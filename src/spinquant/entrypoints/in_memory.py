@@ -15,6 +15,7 @@ from spinquant.calibration.block_store import BlockStore
 from spinquant.calibration.blockwise import Calibration, Method, quantize_blocks
 from spinquant.checkpoint.folder import check_finite
 from spinquant.checkpoint.run_directory import atomic_folder
+from spinquant.compute.dtypes import Arithmetic, arithmetic
 from spinquant.entrypoints.output_folder import write_record
 from spinquant.entrypoints.result import Options, Result
 from spinquant.entrypoints.validation import check_calibration, check_format
@@ -204,11 +205,13 @@ def quantize(
     rotated = rotate(model, spec, rotations=rotations, sample=sample, options=options)
     unmark(model)
     online = in_precision(rotated.rotations, options.precision)
-    clips = Clips()
+    clips, notes = Clips(), {}
     if calibration is None:
         round_weights(model, rotated.plan, scheme, progress=options.stage("quantize"))
     else:
         assert tokens is not None
+        computed = calibration_arithmetic(model, rotated.plan, calibration)
+        notes = {"arithmetic": {"calibration": computed.to_dict()}}
         with kernels_for(largest(model)):  # the same kernels as a calibration from disk
             clips = quantize_blocks(
                 model,
@@ -216,7 +219,7 @@ def quantize(
                 online,
                 scheme,
                 tokens,
-                calibration,
+                replace(calibration, dtype=None if computed.dtype == model.dtype else computed.dtype),
                 error_feedback=method != "rtn",
                 store=store,
                 progress=options.stage("calibrate"),
@@ -224,7 +227,22 @@ def quantize(
     if scheme.weights or scheme.activations or scheme.kv or online_part(rotated.plan, online):
         attach(model, rotated.plan, online, scheme, clips)
         mark(model, rotated.plan, online, rotated.spec, scheme, clips)
-    return replace(rotated, scheme=scheme, method=method, calibration=calibration, clips=clips, quantizers=quantizers)
+    return replace(
+        rotated,
+        scheme=scheme,
+        method=method,
+        calibration=calibration,
+        clips=clips,
+        quantizers=quantizers,
+        notes=notes,
+    )
+
+
+def calibration_arithmetic(model: Any, plan: Plan, calibration: Calibration) -> Arithmetic:
+    """The dtype that a model's blocks are calibrated in, of which one at a time is cast to it."""
+    blocks = (sum(p.numel() for p in model.get_submodule(name).parameters()) for name in plan.blocks)
+    numbers = max(blocks, default=0) + largest(model) // 4
+    return arithmetic("calibration", model.dtype, numbers, calibration.device or model.device, wanted=calibration.dtype)
 
 
 def save(

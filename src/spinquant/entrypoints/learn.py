@@ -18,8 +18,9 @@ from spinquant.checkpoint.folder import folder_of, load_config, load_tokenizer, 
 from spinquant.checkpoint.run_directory import LEARNING, atomic_folder, opened_run
 from spinquant.checkpoint.safetensors_io import read_tensors
 from spinquant.checkpoint.untrusted import file_in, read_json
-from spinquant.compute.distributed import LONGEST, check_same, is_first, joined
+from spinquant.compute.distributed import LONGEST, Processes, check_same, is_first, joined
 from spinquant.compute.values import validated
+from spinquant.entrypoints.arithmetic import arithmetic_of
 from spinquant.entrypoints.local_paths import public_source, source_name
 from spinquant.entrypoints.model_card import learned_card
 from spinquant.entrypoints.request import LearnText
@@ -75,7 +76,8 @@ def learn_folder(
         start: A folder that this function wrote for the same model. Its rotations are scored like the random ones, and
             learning starts from them if they are the best. Default: none.
         device: Device to compute on. Default: "cpu".
-        dtype: Dtype to load the model in. Default: "auto", that of the checkpoint.
+        dtype: Dtype to compute in. Default: "auto", that of the checkpoint, or float32 where a CPU is faster in it than
+            in half precision and memory allows it.
         force: Replace `out` if it exists. Default: False.
         allow_pickle: Accept pickled weights (`.bin`), which can run code when they are loaded. Default: False.
         watch: Progress callbacks.
@@ -132,7 +134,7 @@ def learn_folder(
                 options,
                 text=text,
                 start=start,
-                device=processes.device,
+                processes=processes,
                 dtype=dtype,
                 allow_pickle=allow_pickle,
                 watch=watch,
@@ -154,7 +156,7 @@ def learn_from(
     *,
     text: LearnText,
     start: str | Path | None = None,
-    device: str,
+    processes: Processes,
     dtype: torch.dtype | str = "auto",
     allow_pickle: bool = False,
     watch: Watch | None = None,
@@ -165,7 +167,9 @@ def learn_from(
     if (done / ABOUT).exists():
         return read_learned(done)
     given = None if start is None else read_learned(start)
-    loaded = load_model(model, dtype=dtype, device=device, allow_pickle=allow_pickle, family=family)
+    device = processes.device
+    (computed,) = arithmetic_of(model, device=device, wanted=dtype, allow_pickle=allow_pickle, processes=processes)
+    loaded = load_model(model, dtype=computed.dtype, device=device, allow_pickle=allow_pickle, family=family)
     check_fits(plan_of(loaded), tensor_shapes(loaded), scheme)
     (name, tokens), (held_out_name, held_out) = _texts(loaded, model, text, watch)
     settings = [weights_digest(model), str(loaded.dtype), recorded_family(loaded.config)]
@@ -179,7 +183,7 @@ def learn_from(
         "judged": list(held_out.shape),
     }
     begun = {} if start is None else {"given": source_name(str(start))}
-    named = {"model": public_source(str(model)), "weights": weights_sample(model)}
+    named = {"model": public_source(str(model)), "weights": weights_sample(model), "arithmetic": computed.to_dict()}
     learned = replace(learned, record={**learned.record, **named, "tokens": about, **begun})
     if is_first():
         with atomic_folder(done, force=True) as folder:

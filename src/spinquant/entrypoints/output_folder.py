@@ -7,7 +7,7 @@ still contain the unrotated model.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,5 +105,10 @@ def model_dtype(config: Any, source: Source) -> torch.dtype:
     found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     if isinstance(found, torch.dtype):
         return found
-    floating = [stored.dtype for stored in source.tensors.values() if stored.dtype.is_floating_point]
+    return widest(stored.dtype for stored in source.tensors.values())
+
+
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The widest floating dtype; bfloat16 is coarser than float16."""
+    floating = [dtype for dtype in dtypes if dtype.is_floating_point]
     return max(floating, key=lambda dtype: (dtype.itemsize, dtype != torch.bfloat16))

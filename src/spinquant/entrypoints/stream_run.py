@@ -24,7 +24,9 @@ from spinquant.checkpoint.folder import load_tokenizer
 from spinquant.checkpoint.reader import Source, read_gains
 from spinquant.checkpoint.run_directory import CALIBRATION, RunDirectory
 from spinquant.compute.distributed import Processes
+from spinquant.compute.dtypes import Arithmetic, arithmetic
 from spinquant.compute.hashing import digest
+from spinquant.entrypoints.arithmetic import arithmetic_of
 from spinquant.entrypoints.local_paths import source_name
 from spinquant.entrypoints.output_folder import dtype_of, model_dtype
 from spinquant.entrypoints.result import Result, Stage
@@ -154,7 +156,8 @@ class StreamRun:
         rotated = Rotated(self.source, self.change, self.untied)
         mine = self._calibrated(run, config, dtype, rotated, clock, processes) if processes.first else None
         found = processes.agree(mine)
-        notes = {**self.result.notes, "calibration_text": found["text"]}
+        computed = {**self.result.notes.get("arithmetic", {}), "calibration": found["arithmetic"]}
+        notes = {**self.result.notes, "calibration_text": found["text"], "arithmetic": computed}
         clips, how = Clips.from_dict(found["clips"]), {"method": self.job.request.method}
         self.result = replace(self.result, calibration=self.job.calibration, clips=clips, notes=notes, **how)
         plan, store = self.result.plan, BlockStore(run.pieces(CALIBRATION, writes=False))
@@ -178,6 +181,8 @@ class StreamRun:
         with clock.phase("calibrate"):
             options = replace(request.options, progress=_looking(request.options.progress, processes))
             name, tokens = tokens_for(job, progress=options.stage("generate text"))
+            wanted, device = job.calibration.dtype or request.dtype, job.calibration.device or self.device
+            computed = self._arithmetic("calibration", dtype, device, wanted)
             clips = calibrate_on_disk(
                 config,
                 self.result.plan,
@@ -186,15 +191,25 @@ class StreamRun:
                 job.scheme,
                 tokens,
                 job.calibration,
-                block_store(run, tokens, dtype),
+                block_store(run, tokens, computed.dtype),
                 error_feedback=request.method != "rtn",
-                dtype=dtype,
+                dtype=computed.dtype,
+                stored=dtype,
                 device=self.device,
                 memory=options.memory,
                 progress=options.stage("calibrate"),
             )
         about = {"text": name, "samples": tokens.shape[0], "length": tokens.shape[1]}
-        return {"clips": clips.to_dict(), "text": about}
+        return {"clips": clips.to_dict(), "text": about, "arithmetic": computed.to_dict()}
+
+    def _arithmetic(
+        self, what: str, stored: torch.dtype, device: torch.device | str, wanted: torch.dtype | None
+    ) -> Arithmetic:
+        """The dtype that decoder blocks compute in, of which one is in memory at a time."""
+        sizes = {name: torch.Size(tensor.entry.shape).numel() for name, tensor in self.source.tensors.items()}
+        blocks = (sum(n for name, n in sizes.items() if name.startswith(f"{b}.")) for b in self.result.plan.blocks)
+        numbers = max(blocks, default=0) + max(sizes.values())
+        return arithmetic(what, stored, numbers, device, wanted=wanted)
 
     def write_adapters(self, data: Path) -> None:
         """Write the LoRA adapters and draft heads, rotated, into a folder `adapters` of `data`."""
@@ -218,7 +233,10 @@ class StreamRun:
             self.result = replace(result, notes={**result.notes, "real_tokens": f"not compared: {reason}"})
             return
         name, tokens = sample_tokens(source.folder, config, request.text)
-        narrowest = min(written, key=_width)
+        narrowest, computed = min(written, key=_width), self._arithmetic("comparison", dtype, "cpu", request.dtype)
+        if _width(computed.dtype) < _width(dtype):  # what is compared is not rounded to a narrower dtype first
+            computed = Arithmetic(dtype, "the wider dtype of the source and the result")
+        dtype = computed.dtype
         real = compare_on_disk(
             config,
             result.plan,
@@ -231,7 +249,8 @@ class StreamRun:
             online=self.online,
             progress=request.options.stage("compare"),
         )
-        notes = {**result.notes, "sample_text": name}
+        about = {**result.notes.get("arithmetic", {}), "comparison": computed.to_dict()}
+        notes = {**result.notes, "sample_text": name, "arithmetic": about}
         if not real.relative <= allowed(narrowest):  # an ill-conditioned model, or a wrong one
             rounding = rounding_on_disk(config, result.plan, source, tokens, dtype=dtype, written=narrowest)
             notes["rounding_alone"] = rounding
@@ -323,7 +342,10 @@ def tokens_for(job: Job, *, progress: Callable[[int, int], None]) -> tuple[str, 
         tokenizer = None
     text = fitted(job.text, job.config)
     generated = text.text == "generated" or (tokenizer is None and text.text == "auto")
-    loaded = load_model(job.folder, dtype=request.dtype or "auto", family=request.family) if generated else None
+    loaded = None
+    if generated:
+        (computed,) = arithmetic_of(job.folder, device="cpu", wanted=request.dtype)
+        loaded = load_model(job.folder, dtype=computed.dtype, family=request.family)
     return calibration_tokens(loaded, tokenizer, text, progress=progress)
 
 

@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from spinquant.compute.values import validated
 from spinquant.errors import CheckpointError, RotationError
 from spinquant.formats.register import METHOD
+from spinquant.formats.resuming import LATENT, unpack_state
 from spinquant.formats.training import WeightWatch, changed_message
 from spinquant.models.modules import module_and_attribute, named_tensor
 from spinquant.online.hooks import attach, attachment_of
@@ -179,6 +180,8 @@ class SpinQuantizer(HfQuantizer):
         self.kept = {weight.tensor: named_tensor(model, weight.tensor).shape for weight in self._weights()}
         for weight in self._weights():
             _expect_packed(model, weight, self.scheme.weights)
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        model._keys_to_ignore_on_load_unexpected = {*ignored, rf"_{LATENT}$"}
         with torch.device("meta"):
             model.add_module(BANK, RotationBank(self.quantization_config.rotations))
         return model
@@ -198,6 +201,7 @@ class SpinQuantizer(HfQuantizer):
         """Round quantized weights while they are trained, and notice adapters that are merged into weights."""
         fused = dict.fromkeys(axis.tensor for axis in self.plan.axes if axis.space in self.rotations)
         self.watch = WeightWatch(model, self.plan, self.scheme, list(fused))
+        self.watch.handles.append(model.register_load_state_dict_pre_hook(self._unpack_state))
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state dict with packed weights and the online rotations, for `save_pretrained`."""
@@ -218,10 +222,21 @@ class SpinQuantizer(HfQuantizer):
             state[tensor] = packed.words
             for part, values in zip(PARTS, packed.tensors()[1:], strict=False):
                 state[f"{tensor}_{part}"] = values
-        for space, i in self.quantization_config.spaces.items():
-            for name, tensor in self.rotations[space].tensors().items():
-                state[f"{BANK}.{i}.{name}"] = tensor
-        return state, {}
+            if trained and model.training and matrices.ndim == 2:
+                state[f"{tensor}_{LATENT}"] = weight.turned(matrices).contiguous()
+        return {**state, **self._rotation_tensors()}, {}
+
+    def _rotation_tensors(self) -> dict[str, Tensor]:
+        """The tensors of the online rotations, by their names in the format."""
+        spaces = self.quantization_config.spaces.items()
+        found = ((i, self.rotations[space].tensors()) for space, i in spaces)
+        return {f"{BANK}.{i}.{name}": tensor for i, tensors in found for name, tensor in tensors.items()}
+
+    def _unpack_state(self, model: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Before `load_state_dict`: a checkpoint of a training in this format."""
+        scheme, rotations = self.scheme, self._rotation_tensors()
+        if unpack_state(state, prefix, model, self._weights(), scheme.weights, rotations) and self.watch is not None:
+            self.watch.resume()
 
     def _weights(self) -> list[Weight]:
         # At 16 bits only linears are flattened: enough for a plain model to refuse the folder.

@@ -29,6 +29,7 @@ class WeightWatch:
 
     Attributes:
         trains: Whether quantized weights are trained, and rounded in every forward pass.
+        handles: Of all hooks that `remove` removes.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, scheme: Scheme, rotated: Sequence[str]):
@@ -43,12 +44,12 @@ class WeightWatch:
         watched = {id(row.parameter) for row in self._rows}
         self._other = next((p for p in model.parameters() if id(p) not in watched), None)
         self._seen = self._adapters(model)
-        self._handles: list[Any] = [model.register_forward_pre_hook(self.begin)]
+        self.handles: list[Any] = [model.register_forward_pre_hook(self.begin)]
 
     def remove(self) -> None:
         """Remove the hooks."""
-        while self._handles:
-            self._handles.pop().remove()
+        while self.handles:
+            self.handles.pop().remove()
 
     def begin(self, model: nn.Module, args: Any) -> None:
         """Forward pre-hook of the model. Raises RotationError if an adapter was merged into a weight."""
@@ -72,6 +73,13 @@ class WeightWatch:
             if not row.trained and row.is_changed():
                 raise error(changed_message(row.tensor, row.why))
 
+    def resume(self) -> None:
+        """Go on with a training: the weights have got the unrounded numbers of another run."""
+        for row in self._rows:
+            row.trained = True
+        if not self.trains:
+            self._train()
+
     def _adapters(self, model: nn.Module) -> tuple[bool, bool]:
         """What peft changes in a model: it freezes all weights and leaves its configs until it is unloaded."""
         return "peft_config" in vars(model), self._other is not None and self._other.requires_grad
@@ -84,8 +92,8 @@ class WeightWatch:
             )
         self.trains = True
         for weight in self._quantized:
-            self._handles.append(weight.owner.register_forward_pre_hook(weight.round))
-            self._handles.append(weight.owner.register_forward_hook(weight.restore, always_call=True))
+            self.handles.append(weight.owner.register_forward_pre_hook(weight.round))
+            self.handles.append(weight.owner.register_forward_hook(weight.restore, always_call=True))
 
 
 def changed_message(tensor: str, why: str) -> str:

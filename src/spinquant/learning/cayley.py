@@ -40,12 +40,6 @@ def mean_preserving(skew: Tensor) -> Tensor:
     return skew - skew.mean(0, keepdim=True) - skew.mean(1, keepdim=True) + skew.mean()
 
 
-def orthogonality_error(r: Tensor) -> float:
-    """The largest entry of |R^T R - I|."""
-    one = torch.eye(len(r), dtype=r.dtype, device=r.device)
-    return float((r.T @ r - one).abs().max())
-
-
 def newton_step(r: Tensor) -> Tensor:
     """One Newton step towards the nearest orthogonal matrix; it squares the error."""
     return 1.5 * r - 0.5 * r @ (r.T @ r)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.errors import LearningError
 from spinquant.evaluation.metrics import wide
-from spinquant.learning.cayley import OPTIMIZERS, Descent, Optimizer, orthogonality_error
+from spinquant.learning.cayley import OPTIMIZERS, Descent, Optimizer
 from spinquant.learning.fake_quant import checkpointed, learning_scheme, rounding
 from spinquant.learning.layerwise import cosine
 from spinquant.learning.option_checks import check_choices, check_numbers, check_unused
@@ -30,14 +30,13 @@ from spinquant.plan import Plan
 from spinquant.quantization.rotated_rounding import Moving, Tally
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotations.factory import generator_for
-from spinquant.rotations.rotation import Rotation, matrix
+from spinquant.rotations.rotation import ORTHOGONAL, Rotation, matrix, off_orthogonal
 
 Loss = Literal["fisher", "kl", "cross-entropy"]
 Schedule = Literal["cosine", "linear", "constant"]
 LOSSES, SCHEDULES = get_args(Loss), get_args(Schedule)
 FROM_RANDOM, FROM_LOCAL = 0.5, 0.15  # default step lengths, from random and from locally learned rotations
 STATE = "end-to-end"  # name of the saved optimizer state (`Pieces`)
-ORTHOGONAL = 1e-5  # tolerance of |R^T R - I| at any step
 
 
 @dataclass(frozen=True)
@@ -237,7 +236,7 @@ class _Training:
         self.descent.step(gradients, self.options.length_of(number))
         for m in self.moving.values():
             m.skew.grad = None
-        error = max(orthogonality_error(m.weight) for m in self.moving.values())
+        error = max(off_orthogonal(m.weight) for m in self.moving.values())
         if not error < ORTHOGONAL:
             raise LearningError(f"after step {number + 1} a rotation is not orthogonal: |R^T R - I| is {error:.1e}")
         seconds = time.perf_counter() - start

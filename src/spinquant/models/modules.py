@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
@@ -32,6 +34,7 @@ def largest(model: nn.Module) -> int:
 _WITH_HEADS = {
     "ForSequenceClassification": AutoModelForSequenceClassification,
     "ForTokenClassification": AutoModelForTokenClassification,
+    "ForQuestionAnswering": AutoModelForQuestionAnswering,
 }
 
 
@@ -76,7 +79,9 @@ def check_causal(model: Any, what: str) -> None:
 
 
 def output_of(output: Any) -> Tensor:
-    """What a forward pass computes: logits, or hidden states if there is no head."""
+    """What a forward pass computes: logits (for question answering of starts and ends), or hidden states if no head."""
+    if hasattr(output, "start_logits"):
+        return torch.stack((output.start_logits, output.end_logits), dim=-1)
     found = getattr(output, "logits", None)
     return output.last_hidden_state if found is None else found
 

@@ -33,6 +33,7 @@ def calibrate_on_disk(
     *,
     error_feedback: bool,
     dtype: torch.dtype,
+    stored: torch.dtype,
     device: str,
     memory: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -50,6 +51,7 @@ def calibrate_on_disk(
         store: receives the packed weights of every block.
         error_feedback: GPTQ, else round-to-nearest (RTN).
         dtype: dtype of the model's arithmetic.
+        stored: dtype of the checkpoint that is written, and so of the scales.
         device: where blocks are calibrated, unless the options name another device.
         memory: bytes of hidden states to keep in memory before they spill to a file; by default a quarter of what is
             available.
@@ -69,6 +71,7 @@ def calibrate_on_disk(
             tokens,
             calibration,
             error_feedback=error_feedback,
+            stored=stored,
             store=store,
             home=home,
             hidden=hidden,
