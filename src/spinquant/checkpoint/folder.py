@@ -8,6 +8,7 @@ they are asked for, and `trust_remote_code` stays off. Weights are read by `read
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -326,7 +327,8 @@ def copied_files(folder: Path) -> list[Path]:
             continue
         check_inside(folder, path)
         written = inside in (Path("config.json"), Path("adapter_config.json"))
-        if not written and path.suffix not in WEIGHTS and not path.name.endswith(".index.json"):
+        # The index of a variant has its name inside: model.safetensors.index.fp16.json.
+        if not written and path.suffix not in WEIGHTS and not fnmatch(path.name, "*.index*.json"):
             found.append(inside)
     return found
 
