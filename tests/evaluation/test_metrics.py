@@ -42,7 +42,7 @@ def test_perplexity_is_exp_of_the_mean_nll():
 
 def test_dropout_is_off_and_every_mode_is_restored():
     """`from_config` gives a model in training mode, and GPT-2 has dropout by default."""
-    config = GPT2Config(vocab_size=256, n_embd=48, n_layer=2, n_head=6, n_positions=64)
+    config = GPT2Config(vocab_size=256, n_embd=48, n_layer=2, n_head=6, n_positions=64)  # its BOS token is 50256
     trained = AutoModelForCausalLM.from_config(config)
     model, ids = copy.deepcopy(trained).eval(), tokens(2, 32)
     assert trained.training

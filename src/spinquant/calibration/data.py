@@ -301,7 +301,7 @@ def generate_tokens(
     with torch.random.fork_rng(), in_eval_mode(model):
         torch.manual_seed(source.seed)
         first = torch.randint(0, config.vocab_size, (source.samples, 1))
-        if isinstance(config.bos_token_id, int):
+        if isinstance(config.bos_token_id, int) and config.bos_token_id < config.vocab_size:
             first = torch.cat([torch.full_like(first, config.bos_token_id), first], dim=1)
         found = []
         for start in range(0, source.samples, GENERATED_AT_ONCE):
