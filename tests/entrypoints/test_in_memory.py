@@ -226,3 +226,14 @@ def test_a_model_with_an_adapter_is_refused_with_the_way_out(own):
         model = peft.get_peft_model(model, config)
     with pytest.raises(ArchitectureError, match=r"has an adapter on .*q_proj: merge it first \(merge_and_unload"):
         quantize(model, "W4A16")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused_before_it_spreads(value):
+    model = tiny_model("llama", dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = value
+    for change in (lambda: rotate(model), lambda: quantize(model, "W4A16")):
+        with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.down_proj\.weight' .* holds 1 values"):
+            change()
+    assert sum(int((~parameter.isfinite()).sum()) for parameter in model.parameters()) == 1

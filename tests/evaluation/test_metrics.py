@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from models import byte_tokenizer, tiny_model, tokens
-from spinquant import CalibrationText, TextError, compare_models, evaluate, load_text, token_windows
+from spinquant import CalibrationText, CheckpointError, TextError, compare_models, evaluate, load_text, token_windows
 from spinquant.calibration.data import generate_tokens
 from spinquant.evaluation.metrics import divergence, drawn
 from spinquant.models.capture import captured
@@ -52,6 +52,16 @@ def test_dropout_is_off_and_every_mode_is_restored():
     assert trained.training and not model.training
     text = CalibrationText("generated", samples=2, length=8)
     assert torch.equal(generate_tokens(trained, text), generate_tokens(model, text))
+
+
+def test_logits_that_overflow_are_no_infinite_perplexity():
+    model = tiny_model("llama", dtype=torch.float16)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(6e4)
+    with pytest.raises(CheckpointError, match=r"LlamaForCausalLM are not finite .* overflows torch\.float16"):
+        evaluate(model, tokens())
+    with pytest.raises(CheckpointError, match="are not finite"):
+        evaluate(tiny_model("llama", dtype=torch.float16), tokens(), reference=model)
 
 
 def test_tokens_are_sampled_with_their_probabilities():

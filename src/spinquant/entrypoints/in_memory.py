@@ -66,7 +66,7 @@ def rotate(
     Raises:
         ArchitectureError: The architecture is unknown, the model is wrapped or has an adapter, or two of its tensors
             share a weight that the config does not tie.
-        CheckpointError: Weights are not in memory.
+        CheckpointError: Weights are not in memory, or not finite.
         RotationError: A rotation is not possible in this model, or the model is rotated online or quantized already.
         TextError: The sample is longer than the model's context.
         ProofError: The logits moved by more than rounding; the first deviating module is named. If that was found on
@@ -89,6 +89,7 @@ def rotate(
     use_family(model.config, family)
     plan = plan_of(model)
     check_changeable(model, plan)
+    check_finite(model, "the model")
     if rotations is None:
         rotations = make_rotations(plan, spec)
     check_given(plan, spec, rotations)
@@ -171,7 +172,7 @@ def quantize(
     Raises:
         SchemeError: The scheme cannot be parsed, or does not fit the model or the format.
         ArchitectureError: As in `rotate`.
-        CheckpointError: Weights are not in memory.
+        CheckpointError: Weights are not in memory, or not finite.
         CalibrationError: Calibration tokens are missing or cannot be used, or an option would have no effect.
         TextError: Tokens are longer than the model's context.
         RotationError: A rotation is not possible in this model, or the model is rotated online or quantized already.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spinquant.errors import TextError
+from spinquant.errors import CheckpointError, TextError
 from spinquant.models.capture import device_of
 from spinquant.models.context import check_context
 from spinquant.models.modules import check_causal, in_eval_mode
@@ -110,6 +110,7 @@ def evaluate(
         TextError: Windows that are no integers, of fewer than two tokens or longer than a model's context, a token
             outside a model's vocabulary, or vocabularies of different sizes.
         ArchitectureError: What is passed as a model reads no `input_ids`.
+        CheckpointError: A model's logits are not numbers (NaN).
 
     Example:
         >>> import spinquant, torch
@@ -132,9 +133,9 @@ def evaluate(
             others = None if reference is None else _logits(reference, window)[:-1].to(logits.device)
             if others is not None:
                 _check_vocabularies(others, logits)
-            total += nll(logits, targets)
+            total += _checked(nll(logits, targets), model)
             if others is not None:
-                reference_nll += nll(others, targets)
+                reference_nll += _checked(nll(others, targets), reference)
                 kl += divergence(others, logits)
                 agree += (others.argmax(-1) == logits.argmax(-1)).sum().item()
             if progress:
@@ -216,6 +217,17 @@ def nll(logits: Tensor, targets: Tensor) -> float:
     """Summed negative log-likelihood of targets, (tokens,), in nats; logits are (tokens, vocabulary)."""
     parts = zip(logits.split(SLICE), targets.split(SLICE), strict=True)
     return -sum(wide(x).log_softmax(-1).gather(-1, t.unsqueeze(-1)).sum().item() for x, t in parts)
+
+
+def _checked(found: float, model: Any) -> float:
+    """A negative log-likelihood. Raises CheckpointError for NaN, which as a perplexity would be taken for infinity."""
+    if math.isnan(found):
+        dtype = next(model.parameters()).dtype
+        raise CheckpointError(
+            f"the logits of the {type(model).__name__} are not finite (NaN) on the text: its weights are damaged, or "
+            f"it overflows {dtype}; try --dtype bfloat16 or float32"
+        )
+    return found
 
 
 def divergence(reference: Tensor, logits: Tensor) -> float:
