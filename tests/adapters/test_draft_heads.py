@@ -170,6 +170,8 @@ def test_a_rotated_eagle3_head_gives_the_same_drafts(model, norm_before_fc, tmp_
     rotate_adapter(tmp_path / "out", source, tmp_path / "later")
     late, along = (load_file(p / "model.safetensors") for p in (tmp_path / "later", tmp_path / "out/adapters/head"))
     assert all(torch.equal(late[name], along[name]) for name in along)
+    with pytest.raises(RotationError, match="has been rotated already"):
+        rotate_adapter(tmp_path / "out", tmp_path / "later", tmp_path / "twice")
 
 
 @pytest.mark.parametrize("lost", ["embedding norm", "embedding half"])

@@ -269,6 +269,26 @@ def test_another_base_model_is_refused(tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_an_adapter_of_the_rotated_model_is_not_rotated(tmp_path):
+    """It was trained on that model, or rotated for it: rotated once more it would be another adapter."""
+    model = source("llama", tmp_path / "model")
+    lora = adapter(model, tmp_path / "lora", target_modules=["q_proj"])
+    rotate_folder(model, tmp_path / "out", RotationSpec("R1"), text=None, options=QUICK, also=[lora])
+    trained = adapter(tmp_path / "out", tmp_path / "trained", target_modules=["q_proj"])
+    rotate_adapter(tmp_path / "out", lora, tmp_path / "rotated")
+    with pytest.raises(RotationError, match=r"was trained on '.*out', the rotated model itself, .*: use it as it is"):
+        rotate_adapter(tmp_path / "out", trained, tmp_path / "no")
+    for rotated in (tmp_path / "rotated", tmp_path / "out/adapters/lora"):
+        config = json.loads((rotated / "adapter_config.json").read_text())
+        (rotated / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "moved"}))
+        with pytest.raises(RotationError, match="has been rotated already"):
+            rotate_adapter(tmp_path / "out", rotated, tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+    rotate_folder(tmp_path / "out", tmp_path / "again", RotationSpec("R1", seed=1), text=None, options=QUICK)
+    rotate_adapter(tmp_path / "again", tmp_path / "rotated", tmp_path / "twice")
+    assert torch.allclose(answer(tmp_path / "again", tmp_path / "twice"), answer(model, lora), atol=1e-9)
+
+
 def test_adapters_on_the_command_line(tmp_path):
     model = source("llama", tmp_path / "model")
     loras = [adapter(model, tmp_path / name, target_modules=[name]) for name in ("q_proj", "v_proj")]

@@ -113,6 +113,38 @@ def test_a_damaged_folder_raises_an_error_that_names_the_damage(folder, kind):
         load(folder)
 
 
+GPTQ = {"quant_method": "gptq", "bits": 4}
+
+
+@pytest.mark.parametrize("place", ["quantization_config", "compression_config", "text_config"])
+def test_a_config_that_describes_a_quantization_is_refused(folder, tmp_path, place):
+    """Runtimes read each of these, and would take the rotated weights for quantized ones."""
+    path = folder / "config.json"
+    found = {"quantization_config": GPTQ} if place == "text_config" else GPTQ
+    path.write_text(json.dumps({**json.loads(path.read_text()), place: found}))
+    with pytest.raises(CheckpointError, match=r"is quantized already \(gptq\)"):
+        rotate_folder(folder, tmp_path / "out", RotationSpec("R1"), text=None)
+
+
+@pytest.mark.parametrize("file", ["hf_quant_config.json", "quantize_config.json", "quant_config.json"])
+def test_a_file_that_describes_a_quantization_is_refused(folder, tmp_path, file):
+    """ModelOpt, AutoGPTQ and AutoAWQ describe it beside the config."""
+    (folder / file).write_text("{}")
+    with pytest.raises(CheckpointError, match=f"is described as quantized by {file}, .* or remove {file} if"):
+        rotate_folder(folder, tmp_path / "out", RotationSpec("R1"), text=None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_index_of_a_variant_is_not_copied(tmp_path):
+    """Its shards are not copied either: they hold the unrotated weights."""
+    model = tiny_model("llama", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "model", variant="fp16", max_shard_size="60KB")
+    assert (tmp_path / "model/model.safetensors.index.fp16.json").exists()
+    rotate_folder(tmp_path / "model", tmp_path / "out", RotationSpec("R1"), text=None)
+    assert not list((tmp_path / "out").glob("*fp16*"))
+
+
 def test_allow_pickle_loads_pickles(folder):
     model = load(folder)
     (folder / "model.safetensors").unlink()

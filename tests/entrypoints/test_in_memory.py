@@ -1,10 +1,16 @@
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config
 
-from models import CONFIGS, logits, tiny_model, tokens
+from models import CONFIGS, logits, random_weights, tiny_model, tokens
 from spinquant import (
+    ArchitectureError,
+    Calibration,
+    CheckpointError,
     Options,
     ProofError,
     RotationError,
@@ -125,3 +131,109 @@ def test_progress_names_its_stages():
     stages = list(dict.fromkeys(stage for stage, _, _ in seen))
     assert stages == ["rotate", "quantize"]
     assert all(any(s == stage and done == total for s, done, total in seen) for stage in stages)
+
+
+def test_dropout_is_off_in_calibration_and_every_mode_is_restored():
+    """`from_config` gives a model in training mode, and GPT-2 has dropout by default."""
+    config = GPT2Config(vocab_size=256, n_embd=48, n_layer=2, n_head=6, n_positions=64, attn_pdrop=0.5, embd_pdrop=0.5)
+    model = random_weights(AutoModelForCausalLM.from_config(config))
+    trained = copy.deepcopy(model).train()
+    trained.transformer.h[1].eval()
+    modes = [module.training for module in trained.modules()]
+    options = {"method": "gptq", "tokens": tokens(), "calibration": Calibration(clips=True), "sample": tokens()}
+    found, expected = (quantize(m, "W4A4", RotationSpec("R1"), **options) for m in (trained, model))
+    assert found.clips == expected.clips
+    assert [module.training for module in trained.modules()] == modes
+    assert torch.equal(logits(trained.eval(), tokens()), logits(model, tokens()))
+
+
+def share_head(model):
+    model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def share_memory(model):
+    model.lm_head.weight.data = model.model.embed_tokens.weight.data
+
+
+def share_mlp(model):
+    model.model.layers[2].mlp = model.model.layers[1].mlp
+
+
+@pytest.mark.parametrize("share", [share_head, share_memory, share_mlp])
+def test_a_weight_of_two_names_is_refused_unless_the_config_ties_it(share):
+    """Its rotation would be fused into it twice, or the embedding quantized with the head."""
+    model, ids = tiny_model("llama", dtype=torch.float32), tokens()
+    share(model)
+    before = logits(model, ids)
+    for change in (
+        lambda: rotate(model, RotationSpec("R1,R2"), options=Options(prove=False)),
+        lambda: quantize(model, parse_scheme("W4A16", lm_head=True)),
+    ):
+        with pytest.raises(ArchitectureError, match=r"'model.*' and '.*' are one weight"):
+            change()
+    assert torch.equal(logits(model, ids), before)
+
+
+def test_a_head_that_is_tied_by_hand_is_rotated_once_the_config_says_so(tmp_path):
+    model, ids = tiny_model("llama", dtype=torch.float32), tokens()
+    share_head(model)
+    before = logits(model, ids)
+    model.config.tie_word_embeddings = True
+    rotate(model, RotationSpec("R1,R2"), options=Options(prove=False))
+    assert torch.allclose(logits(model, ids), before, atol=1e-3)
+    model.save_pretrained(tmp_path)
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids), before, atol=1e-3)
+
+
+def test_weights_that_are_not_in_memory_are_refused_before_anything_is_changed(tmp_path):
+    """Rounding a weight on the meta device does nothing, and a model that looks quantized would not be."""
+    tiny_model("llama", dtype=torch.float32).save_pretrained(tmp_path / "model")
+    places = {"model.layers.2": "disk", **dict.fromkeys(("model.embed_tokens", "model.norm", "lm_head"), "cpu")}
+    places |= {"model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "cpu"}
+    options = {"device_map": places, "offload_folder": tmp_path / "offload"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **options)
+    before = logits(model, tokens())
+    for scheme in ("W4A16", "A8", "KV4"):
+        with pytest.raises(CheckpointError, match=r"layers\.2.* is not in memory .* offloading"):
+            quantize(model, scheme)
+    assert torch.equal(logits(model, tokens()), before)
+
+
+class Wrapper(nn.Module):
+    """A module of the user's own around a model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner, self.config = model, model.config
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_a_model_inside_another_module_is_named(wrap):
+    wrapped = wrap(tiny_model("llama", dtype=torch.float32))
+    with pytest.raises(ArchitectureError, match=r"is a .* around a LlamaForCausalLM: give the model inside, its attr"):
+        rotate(wrapped)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # which peft reads
+@pytest.mark.parametrize("own", [True, False])
+def test_a_model_with_an_adapter_is_refused_with_the_way_out(own):
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llama", dtype=torch.float32)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    if own:
+        peft.inject_adapter_in_model(config, model)  # as `add_adapter` of transformers does
+    else:
+        model = peft.get_peft_model(model, config)
+    with pytest.raises(ArchitectureError, match=r"has an adapter on .*q_proj: merge it first \(merge_and_unload"):
+        quantize(model, "W4A16")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused_before_it_spreads(value):
+    model = tiny_model("llama", dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = value
+    for change in (lambda: rotate(model), lambda: quantize(model, "W4A16")):
+        with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.down_proj\.weight' .* holds 1 values"):
+            change()
+    assert sum(int((~parameter.isfinite()).sum()) for parameter in model.parameters()) == 1

@@ -1,3 +1,4 @@
+import copy
 import math
 from types import SimpleNamespace
 
@@ -5,9 +6,11 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from models import byte_tokenizer, tiny_model, tokens
-from spinquant import TextError, compare_models, evaluate, load_text, token_windows
+from spinquant import CalibrationText, CheckpointError, TextError, compare_models, evaluate, load_text, token_windows
+from spinquant.calibration.data import generate_tokens
 from spinquant.evaluation.metrics import divergence, drawn
 from spinquant.models.capture import captured
 
@@ -35,6 +38,30 @@ def test_perplexity_is_exp_of_the_mean_nll():
     assert found.perplexity == pytest.approx(expected.item(), rel=1e-4)
     assert found.tokens == 3 * 299
     assert found.kl is None
+
+
+def test_dropout_is_off_and_every_mode_is_restored():
+    """`from_config` gives a model in training mode, and GPT-2 has dropout by default."""
+    config = GPT2Config(vocab_size=256, n_embd=48, n_layer=2, n_head=6, n_positions=64)  # its BOS token is 50256
+    trained = AutoModelForCausalLM.from_config(config)
+    model, ids = copy.deepcopy(trained).eval(), tokens(2, 32)
+    assert trained.training
+    assert evaluate(trained, ids, reference=model).kl == 0
+    assert evaluate(trained, ids).perplexity == evaluate(model, ids).perplexity
+    assert compare_models(trained, model, ids).max_abs == 0
+    assert trained.training and not model.training
+    text = CalibrationText("generated", samples=2, length=8)
+    assert torch.equal(generate_tokens(trained, text), generate_tokens(model, text))
+
+
+def test_logits_that_overflow_are_no_infinite_perplexity():
+    model = tiny_model("llama", dtype=torch.float16)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(6e4)
+    with pytest.raises(CheckpointError, match=r"LlamaForCausalLM are not finite .* overflows torch\.float16"):
+        evaluate(model, tokens())
+    with pytest.raises(CheckpointError, match="are not finite"):
+        evaluate(tiny_model("llama", dtype=torch.float16), tokens(), reference=model)
 
 
 def test_tokens_are_sampled_with_their_probabilities():
@@ -128,6 +155,18 @@ def test_windows_start_with_the_bos_token():
     assert windows.shape == (10, 7)
     assert (windows[:, 0] == tokenizer.bos_token_id).all()
     assert all(tokenizer.decode(row[1:]) == "abcdef" for row in windows)
+
+
+def test_a_bos_token_that_the_text_has_is_not_doubled():
+    """Chat templates write it themselves, and the tokenizer would add another."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    begin = [("<s>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=begin)
+    windows = token_windows(tokenizer, "<s>abcdefghij" * 3, length=7)
+    texts = ["<s>abcdef", "<s>ghij<s>a", "<s>bcdefg", "<s>hij<s>ab", "<s>cdefgh"]
+    assert [tokenizer.decode(row) for row in windows] == texts
+    assert (windows[:, 0] == tokenizer.bos_token_id).all() and (windows[:, 1] != tokenizer.bos_token_id).all()
 
 
 def test_the_error_for_a_short_text_states_its_length():

@@ -1,6 +1,7 @@
 """An online rotation or quantizer that does not run in a forward pass is an error, whatever keeps it from running."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 
 import pytest
@@ -13,6 +14,7 @@ from families import FAMILIES, tiny
 from models import logits, tiny_model, tokens
 from spinquant import (
     OnlineError,
+    Options,
     RotationError,
     RotationSpec,
     attach,
@@ -20,6 +22,7 @@ from spinquant import (
     make_rotations,
     parse_scheme,
     plan_of,
+    quantize,
 )
 from spinquant.models.cache_names import CACHE_NAMES, cache_parameter
 from spinquant.online.hooks import PREFIX, attachment_of, text_config
@@ -211,3 +214,23 @@ def test_a_change_of_the_attention_implementation_is_refused():
     model.set_attn_implementation("eager")
     with pytest.raises(RotationError, match="was changed to 'eager'"):
         logits(model, ids)
+
+
+def test_threads_share_a_model():
+    """A server runs several forward passes at once; each has the results that it has alone."""
+    model = tiny_model("llama", dtype=torch.float32)
+    quantize(model, "A4KV4", RotationSpec("R1,R3,R4"), options=Options(prove=False))
+    rows = [tokens(1, 40, seed=seed) for seed in range(16)]
+    expected = [logits(model, row) for row in rows]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda row: logits(model, row), rows))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of torch, while it traces
+def test_a_linear_that_is_compiled_alone_counts():
+    model, ids = tiny_model("llama", dtype=torch.float32), tokens()
+    quantize(model, "A8", options=Options(prove=False))
+    expected = logits(model, ids)
+    model.model.layers[1].mlp.up_proj.compile(backend="eager")
+    assert torch.allclose(logits(model, ids), expected, atol=1e-5)

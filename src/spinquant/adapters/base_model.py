@@ -94,14 +94,18 @@ def open_base_model(rotated: str | Path, model: str | Path | None = None) -> Ite
     config = load_config(origin)
     with closing(Source(folder_of(origin), config)) as source:
         plan = make_plan(config, source.shapes)
-        rotations = saved(record, read_tensors(beside(folder, ROTATIONS))[0])
-        base = BaseModel(str(rotated), config, source, plan, rotations)
+        base = BaseModel(str(rotated), config, source, plan, rotations_of(folder))
         spaces = [asdict(space) for space in plan.spaces]
         if spaces != record["plan"]["spaces"] or not _is_original(base, folder):
             raise RotationError(
                 f"{str(origin)!r} is not the model that {folder} was made from: pass the original with --model"
             )
         yield base
+
+
+def rotations_of(folder: Path) -> dict[str, Rotation]:
+    """The rotations of a rotated folder, by space. Raises CheckpointError or RotationError if they cannot be read."""
+    return saved(read_record(folder), read_tensors(beside(folder, ROTATIONS))[0])
 
 
 def _origin(folder: Path, record: Mapping[str, Any]) -> str | Path:

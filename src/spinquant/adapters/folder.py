@@ -1,5 +1,6 @@
 """Rotate folders of LoRA adapters and draft heads into new folders of the same layout."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,17 +9,21 @@ from typing import Any
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
-from spinquant.adapters.base_model import BaseModel, open_base_model
+from spinquant.adapters.base_model import BaseModel, open_base_model, rotations_of
 from spinquant.adapters.draft_heads import head_kind, rotate_head
 from spinquant.adapters.lora import rotate_lora
 from spinquant.checkpoint.atomic import check_replaceable, write_file
-from spinquant.checkpoint.folder import SINGLE, copied_files, folder_of, weights_digest
+from spinquant.checkpoint.folder import BESIDE, RECORD, SINGLE, copied_files, folder_of, weights_digest
 from spinquant.checkpoint.run_directory import atomic_folder
 from spinquant.checkpoint.safetensors_io import read_tensors
 from spinquant.checkpoint.untrusted import file_in, read_json
-from spinquant.errors import CheckpointError
+from spinquant.compute.hashing import digest
+from spinquant.errors import CheckpointError, RotationError
+from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.serialization import to_save
 
 ADAPTERS = "adapters"  # subfolder of a rotated model's folder
+ROTATED_FOR = "spinquant_rotated_for"  # in the metadata of the weights, the fingerprint of the rotations
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -82,6 +87,7 @@ def write_adapter(folder: Path, base: BaseModel, out: Path) -> dict[str, Any]:
     """Rotate an adapter or draft head for its base model into `out`, an empty folder; see `rotate_adapter`."""
     if (folder / ADAPTER_CONFIG).is_file():
         kind, about, tensors, metadata = "lora", *_read(folder, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+        _check_base(about, metadata, base)
         rotated = rotate_lora(about, tensors, base)
         # The revision is one of the original model, which the config no longer names.
         stale = {"base_model_name_or_path": base.name, "revision": None}
@@ -89,6 +95,7 @@ def write_adapter(folder: Path, base: BaseModel, out: Path) -> dict[str, Any]:
         config, weights = ADAPTER_CONFIG, ADAPTER_WEIGHTS
     elif (folder / "config.json").is_file():
         about, tensors, metadata = _read(folder, "config.json", SINGLE)
+        _check_base({}, metadata, base)
         kind, changed, config, weights = head_kind(about, tensors), about, "config.json", SINGLE
         rotated = rotate_head(kind, about, tensors, base)
     else:
@@ -96,11 +103,45 @@ def write_adapter(folder: Path, base: BaseModel, out: Path) -> dict[str, Any]:
             f"{folder} is neither a LoRA adapter of peft (no {ADAPTER_CONFIG}) nor a draft head (no config.json)"
         )
     moved = [name for name, tensor in tensors.items() if rotated[name] is not tensor]
-    write_file(out / weights, save_bytes({n: t.contiguous() for n, t in rotated.items()}, metadata or None))
+    marked = {**metadata, ROTATED_FOR: _fingerprint(base.rotations)}
+    write_file(out / weights, save_bytes({n: t.contiguous() for n, t in rotated.items()}, marked))
     write_file(out / config, (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode())
     for path in copied_files(folder):
         write_file(out / path, folder / path)
     return {"kind": kind, "source": str(folder), "tensors": len(tensors), "rotated": len(moved)}
+
+
+def _check_base(about: Mapping[str, Any], metadata: Mapping[str, str], base: BaseModel) -> None:
+    """Raise RotationError for what was trained on the rotated model, or was rotated before: it would be rotated twice.
+
+    about: the config of a LoRA adapter.
+    """
+    named = about.get("base_model_name_or_path")
+    if isinstance(named, str) and named and _same_model(named, base.name):
+        raise RotationError(
+            f"the adapter was trained on {named!r}, the rotated model itself, or was rotated for it (as its "
+            "base_model_name_or_path says): use it as it is. Only adapters of the original model are rotated"
+        )
+    mark, folder = metadata.get(ROTATED_FOR), base.source.folder
+    if mark is not None and (not (folder / BESIDE / RECORD).is_file() or mark != _fingerprint(rotations_of(folder))):
+        raise RotationError(
+            "the adapter has been rotated already: use it as it is with the model that it was rotated for, or rotate "
+            "the adapter that it was made from"
+        )
+
+
+def _same_model(name: str, other: str) -> bool:
+    """Whether two names of models, hub ids or paths, are those of one."""
+    return name == other or Path(name).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
+def _fingerprint(rotations: Mapping[str, Rotation]) -> str:
+    """A hash of rotations: 16 hexadecimal digits."""
+    about, tensors = to_save(rotations)
+    found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(tensors):
+        found.update(f"{name} {digest(tensors[name])}".encode())
+    return found.hexdigest()[:16]
 
 
 def read_adapters(folders: Iterable[str | Path]) -> dict[str, Path]:

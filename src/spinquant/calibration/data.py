@@ -23,7 +23,7 @@ from spinquant.compute.values import check_integer, check_seed
 from spinquant.errors import TextError
 from spinquant.models.capture import device_of
 from spinquant.models.context import fitting_length
-from spinquant.models.modules import check_causal
+from spinquant.models.modules import check_causal, in_eval_mode
 
 WIKITEXT = "dataset:Salesforce/wikitext:wikitext-2-raw-v1:test:text"
 LENGTH = 512  # tokens of a window of calibration text
@@ -140,7 +140,8 @@ def token_windows(tokenizer: Any, text: str, *, length: int, count: int | None =
     """Tokenize a text and cut it into windows that do not overlap.
 
     The windows are spread evenly over the text, so that a few of them still cover all of it. Every window starts with
-    the beginning-of-sequence token if the tokenizer starts every text with it.
+    the beginning-of-sequence token if the tokenizer starts every text with it; where the text itself has it, as chats
+    do, it is not doubled.
 
     Args:
         tokenizer: A tokenizer of transformers.
@@ -170,16 +171,29 @@ def token_windows(tokenizer: Any, text: str, *, length: int, count: int | None =
     if room < 1:
         raise TextError(f"a window of {length} tokens has no room for text")
     # verbose=False: no warning about a text that is longer than the model's context.
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
-    whole = len(ids) // room
-    if whole == 0:
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    starts = _starts(ids, length, bos)
+    if not starts:
         raise TextError(f"the text has {len(ids)} tokens: too short for one window of {length}. Give a longer text.")
-    windows = ids[: whole * room].view(whole, room)
-    if count is not None and count < whole:
-        windows = windows[torch.linspace(0, whole - 1, count).round().long()]
-    if bos is None:
-        return windows
-    return torch.cat([torch.full((len(windows), 1), bos), windows], dim=1)
+    if count is not None and count < len(starts):
+        starts = [starts[i] for i in torch.linspace(0, len(starts) - 1, count).round().long()]
+    rows = [ids[at : at + length] if bos in (None, ids[at]) else [bos, *ids[at : at + room]] for at in starts]
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def _starts(ids: Sequence[int], length: int, bos: int | None) -> list[int]:
+    """Where the windows of a text begin: each has `length` tokens, with `bos` put before those that lack it.
+
+    A chat template writes the token itself, and a model has never seen two of them.
+    """
+    found, at = [], 0
+    while at < len(ids):
+        end = at + (length if bos in (None, ids[at]) else length - 1)
+        if end > len(ids):
+            break
+        found.append(at)
+        at = end
+    return found
 
 
 @dataclass(frozen=True)
@@ -284,10 +298,10 @@ def generate_tokens(
     source = fitted(source, model.config)
     config = model.config.get_text_config()
     device = device_of(model)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), in_eval_mode(model):
         torch.manual_seed(source.seed)
         first = torch.randint(0, config.vocab_size, (source.samples, 1))
-        if isinstance(config.bos_token_id, int):
+        if isinstance(config.bos_token_id, int) and config.bos_token_id < config.vocab_size:
             first = torch.cat([torch.full_like(first, config.bos_token_id), first], dim=1)
         found = []
         for start in range(0, source.samples, GENERATED_AT_ONCE):

@@ -7,7 +7,9 @@ they are asked for, and `trust_remote_code` stays off. Weights are read by `read
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ ORIGIN = ".source"  # in that folder, the path of a local source; hidden files a
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".tflite")
 _SAMPLES = 64  # pieces of a weight file that `weights_sample` hashes
 MOST_LAYERS = 10_000
+# Files beside a config in which ModelOpt, AutoGPTQ and AutoAWQ describe how its weights are quantized.
+DESCRIBED = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -301,14 +305,34 @@ def plan_in(folder: Path, config: Any, plan: Plan) -> Plan:
     return replace(plan, refused=(*plan.refused, ("R1", reason)))
 
 
-def check_unquantized(config: Any, model: str | Path) -> None:
-    """Raise CheckpointError if a config has a quantization_config."""
-    found = getattr(config, "quantization_config", None)
+def check_unquantized(config: Any, model: str | Path, folder: Path | None = None) -> None:
+    """Raise CheckpointError if a model is described as quantized: in its config, at any depth, or in a file beside it.
+
+    folder: where the model's files are, for a hub id.
+    """
+    found = _quantization_in(config.to_dict())
     if found:
-        method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
         raise CheckpointError(
-            f"{str(model)!r} is quantized already ({method}): rotate and quantize the 16-bit model it came from"
+            f"{str(model)!r} is quantized already ({found}): rotate and quantize the 16-bit model it came from"
         )
+    place = folder or (folder_of(model) if is_local(model) else None)
+    beside = next((name for name in DESCRIBED if place is not None and (place / name).is_file()), None)
+    if beside:
+        raise CheckpointError(
+            f"{str(model)!r} is described as quantized by {beside}, which runtimes read: rotate and quantize the "
+            f"16-bit model it came from, or remove {beside} if its weights are 16-bit"
+        )
+
+
+def _quantization_in(values: Mapping[str, Any]) -> str | None:
+    """The method of the first quantization that a config or a part of it describes; None without one."""
+    for key, value in values.items():
+        if key in ("quantization_config", "compression_config") and value:
+            about = value if isinstance(value, Mapping) else value.to_dict()
+            return str(about.get("quant_method", key))
+        if isinstance(value, Mapping) and (inside := _quantization_in(value)):
+            return inside
+    return None
 
 
 def copied_files(folder: Path) -> list[Path]:
@@ -330,7 +354,8 @@ def copied_files(folder: Path) -> list[Path]:
             continue
         check_inside(folder, path)
         written = inside in (Path("config.json"), Path("adapter_config.json"))
-        if not written and path.suffix not in WEIGHTS and not path.name.endswith(".index.json"):
+        # The index of a variant has its name inside: model.safetensors.index.fp16.json.
+        if not written and path.suffix not in WEIGHTS and not fnmatch(path.name, "*.index*.json"):
             found.append(inside)
     return found
 

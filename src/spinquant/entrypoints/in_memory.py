@@ -26,7 +26,7 @@ from spinquant.formats.compressed_config import check_plan, scheme_for
 from spinquant.formats.compressed_tensors import write_compressed
 from spinquant.formats.native import check_fresh, is_marked, mark, unmark
 from spinquant.models.context import check_context
-from spinquant.models.modules import config_of, largest, tensor_shapes
+from spinquant.models.modules import check_changeable, config_of, in_eval_mode, largest, tensor_shapes
 from spinquant.models.tokens import check_model, check_tokens
 from spinquant.online.hooks import attach
 from spinquant.plan import Plan
@@ -66,7 +66,9 @@ def rotate(
         The model with its plan, its rotations, and how far the logits moved.
 
     Raises:
-        ArchitectureError: The architecture is unknown.
+        ArchitectureError: The architecture is unknown, the model is wrapped or has an adapter, or two of its tensors
+            share a weight that the config does not tie.
+        CheckpointError: Weights are not in memory, or not finite.
         RotationError: A rotation is not possible in this model, or the model is rotated online or quantized already.
         TextError: The sample is longer than the model's context.
         ProofError: The logits moved by more than rounding; the first deviating module is named. If that was found on
@@ -88,6 +90,8 @@ def rotate(
         check_tokens(sample, model, "the sample's tokens", TextError)
     use_family(model.config, family)
     plan = plan_of(model)
+    check_changeable(model, plan)
+    check_finite(model, "the model")
     if rotations is None:
         rotations = make_rotations(plan, spec)
     check_given(plan, spec, rotations)
@@ -169,6 +173,8 @@ def quantize(
 
     Raises:
         SchemeError: The scheme cannot be parsed, or does not fit the model or the format.
+        ArchitectureError: As in `rotate`.
+        CheckpointError: Weights are not in memory, or not finite.
         CalibrationError: Calibration tokens are missing or cannot be used, or an option would have no effect.
         TextError: Tokens are longer than the model's context.
         RotationError: A rotation is not possible in this model, or the model is rotated online or quantized already.
@@ -199,20 +205,24 @@ def quantize(
     if sample is not None:
         check_tokens(sample, model, "the sample's tokens", TextError)
     use_family(model.config, family)
-    check_fits(plan_of(model), tensor_shapes(model), scheme)
+    plan = plan_of(model)
+    check_changeable(model, plan)
+    check_fits(plan, tensor_shapes(model), scheme)
     spec = spec or RotationSpec(())
     quantizers = prove_scheme(config_of(model), scheme, spec) if options.prove else None
     rotated = rotate(model, spec, rotations=rotations, sample=sample, options=options)
     unmark(model)
     online = in_precision(rotated.rotations, options.precision)
-    clips, notes = Clips(), {}
+    clips = Clips()
+    notes: dict[str, Any] = {}
     if calibration is None:
         round_weights(model, rotated.plan, scheme, progress=options.stage("quantize"))
     else:
         assert tokens is not None
         computed = calibration_arithmetic(model, rotated.plan, calibration)
         notes = {"arithmetic": {"calibration": computed.to_dict()}}
-        with kernels_for(largest(model)):  # the same kernels as a calibration from disk
+        # The same kernels as a calibration from disk, and the same inputs: without dropout.
+        with kernels_for(largest(model)), in_eval_mode(model):
             clips = quantize_blocks(
                 model,
                 rotated.plan,
@@ -234,7 +244,7 @@ def quantize(
         calibration=calibration,
         clips=clips,
         quantizers=quantizers,
-        notes=notes,
+        notes={**rotated.notes, **notes},
     )
 
 

@@ -161,7 +161,7 @@ def validate(request: Request) -> Job:
     folder = folder_of(request.model, allow_pickle=request.allow_pickle)
     config = load_config(request.model, family=request.family)
     if pickles or fp8_block(config) is None:
-        check_unquantized(config, request.model)
+        check_unquantized(config, request.model, folder)
     plan, streamed, dropped, largest = None, False, frozenset(), 0
     if not pickles:
         dropped = frozenset(prediction_tensors(config, read_headers(folder))) if request.options.drop_mtp else dropped

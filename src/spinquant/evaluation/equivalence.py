@@ -23,7 +23,7 @@ from spinquant.errors import ProofError
 from spinquant.evaluation.tiny_model import TINY_VOCABULARY, make_tiny_model, tiny_spec
 from spinquant.models.cache_names import cache_parameter
 from spinquant.models.capture import captured, device_of
-from spinquant.models.modules import config_errors, output_of
+from spinquant.models.modules import config_errors, in_eval_mode, output_of
 from spinquant.online.hooks import attach
 from spinquant.plan import Axis, Plan
 from spinquant.rotations.factory import RotationSpec, make_rotations
@@ -86,14 +86,9 @@ def snapshot(model: nn.Module, plan: Plan, tokens: Tensor) -> Snapshot:
     embeddings = sorted({axis.tensor.removesuffix(".weight") for axis in plan.axes if axis.space == "residual"})
     modules = dict.fromkeys([*names, *embeddings])
     present = {name for name, _ in model.named_modules()}
-    training = model.training
-    model.eval()  # dropout would look like a deviation
     arithmetic = Float64Arithmetic() if model.dtype == torch.float64 else nullcontext()
-    try:
-        with arithmetic, captured(model, [name for name in modules if name in present]) as outputs:
-            logits = output_of(model(input_ids=tokens.to(device_of(model)), use_cache=False))
-    finally:
-        model.train(training)
+    with in_eval_mode(model), arithmetic, captured(model, [name for name in modules if name in present]) as outputs:
+        logits = output_of(model(input_ids=tokens.to(device_of(model)), use_cache=False))
     return Snapshot(tokens, logits, dict(outputs))
 
 

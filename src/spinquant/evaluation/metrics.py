@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spinquant.errors import TextError
+from spinquant.errors import CheckpointError, TextError
 from spinquant.models.capture import device_of
 from spinquant.models.context import check_context
-from spinquant.models.modules import check_causal
+from spinquant.models.modules import check_causal, in_eval_mode
 from spinquant.models.tokens import check_reader, check_tokens
 
 # Tokens whose log-probabilities are held in float32 at once; 128 x 150k vocabulary is 77 MB.
@@ -94,6 +94,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure a model's perplexity, and its KL divergence and top-1 agreement with a reference model.
 
+    Dropout is off meanwhile, whatever mode the models are in.
+
     Args:
         model: A causal language model.
         windows: Tokens, int64, (windows, length), as from `token_windows`. All tokens of a window but the first are
@@ -108,6 +110,7 @@ def evaluate(
         TextError: Windows that are no integers, of fewer than two tokens or longer than a model's context, a token
             outside a model's vocabulary, or vocabularies of different sizes.
         ArchitectureError: What is passed as a model reads no `input_ids`.
+        CheckpointError: A model's logits are not numbers (NaN).
 
     Example:
         >>> import spinquant, torch
@@ -118,23 +121,25 @@ def evaluate(
         >>> evaluation.tokens, evaluation.kl, evaluation.top1
         (30, 0.0, 1.0)
     """
-    _check(windows, model, *([] if reference is None else [reference]))
+    models = (model,) if reference is None else (model, reference)
+    _check(windows, *models)
     check_causal(model, "perplexity")
     start = time.perf_counter()
     total = kl = agree = reference_nll = 0.0
-    for done, window in enumerate(windows):
-        logits = _logits(model, window)[:-1]
-        targets = window[1:].to(logits.device)
-        others = None if reference is None else _logits(reference, window)[:-1].to(logits.device)
-        if others is not None:
-            _check_vocabularies(others, logits)
-        total += nll(logits, targets)
-        if others is not None:
-            reference_nll += nll(others, targets)
-            kl += divergence(others, logits)
-            agree += (others.argmax(-1) == logits.argmax(-1)).sum().item()
-        if progress:
-            progress(done + 1, len(windows))
+    with in_eval_mode(*models):
+        for done, window in enumerate(windows):
+            logits = _logits(model, window)[:-1]
+            targets = window[1:].to(logits.device)
+            others = None if reference is None else _logits(reference, window)[:-1].to(logits.device)
+            if others is not None:
+                _check_vocabularies(others, logits)
+            total += _checked(nll(logits, targets), model)
+            if others is not None:
+                reference_nll += _checked(nll(others, targets), reference)
+                kl += divergence(others, logits)
+                agree += (others.argmax(-1) == logits.argmax(-1)).sum().item()
+            if progress:
+                progress(done + 1, len(windows))
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     return Evaluation(
         perplexity=perplexity_of(total / tokens),
@@ -179,23 +184,24 @@ def compare_models(
     check_causal(other, "a comparison of predictions")
     largest = total = squared = norm = kl = agree = 0.0
     count = 0
-    for done, window in enumerate(windows):
-        expected, found = _logits(reference, window), _logits(other, window)
-        _check_vocabularies(expected, found)
-        found = found.to(expected.device)
-        for i in range(0, len(window), SLICE):
-            e, f = wide(expected[i : i + SLICE]), wide(found[i : i + SLICE])
-            delta = (f - e).abs()
-            # A NaN must not vanish in max(): it would make a broken model look equal.
-            largest = max(largest, delta.max().item()) if not delta.isnan().any() else math.nan
-            total += delta.sum().item()
-            squared += delta.square().sum().item()
-            norm += e.square().sum().item()
-            count += delta.numel()
-        kl += divergence(expected, found)
-        agree += (expected.argmax(-1) == found.argmax(-1)).sum().item()
-        if progress:
-            progress(done + 1, len(windows))
+    with in_eval_mode(reference, other):
+        for done, window in enumerate(windows):
+            expected, found = _logits(reference, window), _logits(other, window)
+            _check_vocabularies(expected, found)
+            found = found.to(expected.device)
+            for i in range(0, len(window), SLICE):
+                e, f = wide(expected[i : i + SLICE]), wide(found[i : i + SLICE])
+                delta = (f - e).abs()
+                # A NaN must not vanish in max(): it would make a broken model look equal.
+                largest = max(largest, delta.max().item()) if not delta.isnan().any() else math.nan
+                total += delta.sum().item()
+                squared += delta.square().sum().item()
+                norm += e.square().sum().item()
+                count += delta.numel()
+            kl += divergence(expected, found)
+            agree += (expected.argmax(-1) == found.argmax(-1)).sum().item()
+            if progress:
+                progress(done + 1, len(windows))
     tokens = windows.numel()
     return Comparison(
         max_abs=largest,
@@ -211,6 +217,17 @@ def nll(logits: Tensor, targets: Tensor) -> float:
     """Summed negative log-likelihood of targets, (tokens,), in nats; logits are (tokens, vocabulary)."""
     parts = zip(logits.split(SLICE), targets.split(SLICE), strict=True)
     return -sum(wide(x).log_softmax(-1).gather(-1, t.unsqueeze(-1)).sum().item() for x, t in parts)
+
+
+def _checked(found: float, model: Any) -> float:
+    """A negative log-likelihood. Raises CheckpointError for NaN, which as a perplexity would be taken for infinity."""
+    if math.isnan(found):
+        dtype = next(model.parameters()).dtype
+        raise CheckpointError(
+            f"the logits of the {type(model).__name__} are not finite (NaN) on the text: its weights are damaged, or "
+            f"it overflows {dtype}; try --dtype bfloat16 or float32"
+        )
+    return found
 
 
 def divergence(reference: Tensor, logits: Tensor) -> float:

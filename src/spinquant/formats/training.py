@@ -101,7 +101,8 @@ def changed_message(tensor: str, why: str) -> str:
     return (
         f"{tensor} is {why}, and was changed afterwards, as merge_and_unload of peft does: the sum is not on the "
         "quantization grid, or (R4) mixes rotated and unrotated inputs. Keep the adapter beside the model (unload(), "
-        "and PeftModel.from_pretrained to load both), or merge it into the original model and rotate and quantize that"
+        "and PeftModel.from_pretrained to load both), or merge it into the original model and rotate and quantize "
+        "that. If it was the dtype that was changed (.to(torch.bfloat16)), load with it: spinquant.load(..., dtype=...)"
     )
 
 

@@ -34,7 +34,7 @@ from spinquant.learning.selection import Selection
 from spinquant.learning.sensitivity import collect_by_weight, predicted_kl
 from spinquant.models.capture import device_of
 from spinquant.models.context import check_context
-from spinquant.models.modules import check_causal
+from spinquant.models.modules import check_causal, check_changeable, in_eval_mode
 from spinquant.models.tokens import check_model, check_tokens
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Scheme, parse_scheme
@@ -93,6 +93,8 @@ def learn(
 
     Raises:
         LearningError: There is nothing to learn, an option would have no effect, or a loss is not finite.
+        ArchitectureError: As in `rotate`.
+        CheckpointError: Weights are not in memory.
         TextError: Tokens are longer than the model's context.
 
     Example:
@@ -116,6 +118,7 @@ def learn(
     check_tokens(held_out, model, "held-out tokens", LearningError, least=2)
     check_context(model.config, max(tokens.shape[-1], held_out.shape[-1]), "give shorter samples")
     plan = plan_of(model, family=family)
+    check_changeable(model, plan)
     names = learned_spaces(plan, spec, scheme, options)
     check_used(plan, spec, scheme, names, options)
     settings = [*settings, scheme, spec, options, digest(tokens), digest(held_out)]
@@ -129,17 +132,18 @@ def learn(
     if options.shard:
         shard_blocks(model, plan)
     learning = learning_scheme(scheme, weights=options.end_to_end.weights)
-    candidates = Selection(model, plan, learning, tokens[:CLIP_WINDOWS], held_out, watch.stage, pieces)
-    run = _Run(model, plan, scheme, learning, spec, names, tokens, options, candidates, pieces, watch)
-    run.score_baselines(random, given)
-    sites = run.scale_channels()
-    initial, sites = run.draw_signs(sites)
-    if run.is_local:
-        assert sites is not None
-        run.learn_layerwise(initial, sites)
-    if run.is_end_to_end:
-        run.learn_end_to_end()
-    return run.result()
+    with in_eval_mode(model):
+        candidates = Selection(model, plan, learning, tokens[:CLIP_WINDOWS], held_out, watch.stage, pieces)
+        run = _Run(model, plan, scheme, learning, spec, names, tokens, options, candidates, pieces, watch)
+        run.score_baselines(random, given)
+        sites = run.scale_channels()
+        initial, sites = run.draw_signs(sites)
+        if run.is_local:
+            assert sites is not None
+            run.learn_layerwise(initial, sites)
+        if run.is_end_to_end:
+            run.learn_end_to_end()
+        return run.result()
 
 
 @dataclass

@@ -18,6 +18,7 @@ from transformers import (
 
 from spinquant.architectures.model_classes import class_name, head_of_class, is_body, is_causal, is_known
 from spinquant.errors import ArchitectureError, CheckpointError, SpinquantError
+from spinquant.plan import Plan
 
 
 def tensor_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -110,12 +111,50 @@ def config_errors(config: Any) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def in_eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Within the block, dropout is off, which would make every forward pass another; then every mode is restored."""
+    before = {module: module.training for model in models for module in model.modules()}
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+def check_changeable(model: nn.Module, plan: Plan) -> None:
+    """Check that the weights of a model can be changed in place, one by one.
+
+    Raises:
+        CheckpointError: a weight is not in memory.
+        ArchitectureError: two names of the plan share a weight that is not tied by the config.
+    """
+    check_in_memory(model)
+    sources = {tie.tensor: tie.source for tie in plan.ties}
+    weights = (f"{name}.weight" for group in plan.linears for name in group)
+    changed = {*(axis.tensor for axis in plan.axes), *(gain.norm for gain in plan.gains), *weights, plan.head}
+    seen: dict[tuple[Any, int], str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in changed or parameter.numel() == 0:
+            continue
+        other = seen.setdefault((parameter.device, parameter.data_ptr()), name)
+        if sources.get(name, name) != sources.get(other, other):
+            raise ArchitectureError(
+                f"{other!r} and {name!r} are one weight, which would be changed twice, and the config does not tie "
+                "them. Give each its own before (module.weight = torch.nn.Parameter(module.weight.detach().clone())); "
+                "if they are embedding and head, model.config.tie_word_embeddings = True will do"
+            )
+
+
 def check_in_memory(model: nn.Module) -> None:
     """Raise CheckpointError if a weight is on the meta device."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise CheckpointError(
-                f"tensor {name!r} is not in memory (meta device): load the model without offloading before rotating it"
+                f"tensor {name!r} is not in memory (meta device), so it cannot be changed: load the model without "
+                "offloading (device_map), or rotate and quantize its folder, which is streamed"
             )
 
 

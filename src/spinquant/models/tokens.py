@@ -5,16 +5,38 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from spinquant.errors import ArchitectureError, SpinquantError
 
 
 def check_model(model: Any) -> None:
-    """Raise ArchitectureError for what is not a module with a transformers config."""
+    """Raise ArchitectureError for what is not a module with a transformers config, or is wrapped around one."""
+    if isinstance(model, nn.Module):
+        _check_bare(model)
     if not isinstance(model, nn.Module) or not hasattr(getattr(model, "config", None), "model_type"):
         raise ArchitectureError(
             f"the model is a {type(model).__name__}: expected a causal language model of transformers, as "
             "AutoModelForCausalLM.from_pretrained or spinquant.load returns it"
+        )
+
+
+def _check_bare(model: nn.Module) -> None:
+    """Raise ArchitectureError for a wrapper of a model (peft, torch.compile, DataParallel), and for adapters in it."""
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if isinstance(getattr(module, "base_layer", None), nn.Module):
+            raise ArchitectureError(
+                f"the model has an adapter on {name}: merge it first (merge_and_unload of peft), or give the model "
+                "without it and rotate the adapter's folder beside it (spinquant.rotate_adapter)"
+            )
+    if isinstance(model, PreTrainedModel):
+        return
+    inside = next((name for name, module in modules.items() if isinstance(module, PreTrainedModel)), None)
+    if inside is not None:
+        raise ArchitectureError(
+            f"the model is a {type(model).__name__} around a {type(modules[inside]).__name__}: give the model inside, "
+            f"its attribute {inside}, and wrap that again afterwards"
         )
 
 

@@ -14,7 +14,7 @@ from spinquant.errors import ArchitectureError
 from spinquant.evaluation.equivalence import Deviation, prove
 from spinquant.evaluation.tiny_model import TINY_BLOCK, tiny_spec
 from spinquant.formats.native import check_fresh
-from spinquant.models.modules import check_in_memory, config_of
+from spinquant.models.modules import check_changeable, config_of
 from spinquant.modifiers.mapping_plan import check_against_table, plan_from_mappings
 from spinquant.modifiers.mappings import (
     NormMapping,
@@ -114,7 +114,6 @@ def resolve(model: Any, wanted: ModifierRequest) -> Resolved:
         ProofError: They would change the model's function.
     """
     check_fresh(model)
-    check_in_memory(model)
     table, reason = _table_of(model)
     if table is not None and wanted.mappings is None and wanted.norm_mappings is None:
         mapping, norms, base = infer_mapping(table), infer_norm_mappings(table), table
@@ -133,6 +132,7 @@ def resolve(model: Any, wanted: ModifierRequest) -> Resolved:
         precision=wanted.precision,
         head_dim=spec.block_size,
     )
+    check_changeable(model, base)
     plan, rotations, group_of = _rotations(model, base, wanted.config, spec)
     if any(online.site == "query_key" and online.space in rotations for online in plan.onlines):
         check_implementation(model.config._attn_implementation, wanted.attentions)

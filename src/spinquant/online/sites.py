@@ -3,6 +3,7 @@
 `hooks.py` attaches them to a model and removes them again.
 """
 
+import threading
 import weakref
 from collections.abc import Callable
 from functools import cached_property
@@ -27,7 +28,71 @@ def _rounded(x: Tensor, rotation: Rotation | None, quantizer: Quantizer) -> Tens
     return round_rotated(x, () if rotation is None else (Turn(rotation),), quantizer)
 
 
-class InputSite:
+class _Pass:
+    """What a site knows of the forward pass in progress."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.stored = self.queried = self.trains = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Free the activation that linears share."""
+        self.source: weakref.ref[Tensor] | None = None
+        self.version = -1
+        self.setting: tuple[bool, bool, Quantizer | None] | None = None
+        self.result: Tensor | None = None
+        self.read_by: set[int] = set()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()  # a copy of a model is in no forward pass
+
+
+class _PassInThread(_Pass, threading.local):
+    """Of each thread its own: a server runs several passes at once."""
+
+
+class _Site:
+    """The state of a site in its forward pass, by thread.
+
+    What torch.compile and torch.export trace has a state of its own, since they know no attributes of threads; a part
+    of a model may be compiled alone, so both count.
+    """
+
+    def __init__(self) -> None:
+        self._in_thread, self._traced = _PassInThread(), _Pass()
+
+    @property
+    def now(self) -> _Pass:
+        """The state of this thread, or of what is traced."""
+        return self._traced if torch.compiler.is_compiling() else self._in_thread
+
+    def passes(self) -> tuple[_Pass, ...]:
+        """The states that the pass in progress may change."""
+        return (self._traced,) if torch.compiler.is_compiling() else (self._in_thread, self._traced)
+
+    @property
+    def calls(self) -> int:
+        """Number of linears that read the activation since the block around them was entered (`firing.py`)."""
+        return sum(one.calls for one in self.passes())
+
+    @calls.setter
+    def calls(self, value: int) -> None:
+        for one in self.passes():
+            one.calls = value
+
+    @property
+    def stored(self) -> bool:
+        """Whether keys and values passed since the attention module was entered."""
+        return any(one.stored for one in self.passes())
+
+    @property
+    def queried(self) -> bool:
+        """Whether queries were rotated since the attention module was entered."""
+        return any(one.queried for one in self.passes())
+
+
+class InputSite(_Site):
     """Forward pre-hook that rotates and quantizes one activation, once for all linears that read it.
 
     Attributes:
@@ -37,55 +102,46 @@ class InputSite:
         around: Rotate before quantizing and back after it; for a model that is not rotated.
         rounds: Whether the quantizer is on.
         watch: Observer, called with the activation before it is quantized.
-        calls: Number of linears that read the activation since the block around them was entered (`firing.py`).
+        now: Of each thread: the activation that linears share, and how many read it.
     """
 
     def __init__(self, rotation: Rotation | None, quantizer: Quantizer | None, *, readers: int, around: bool = False):
+        super().__init__()
         self.around = around
         self.rotation = rotation
         self.quantizer = quantizer
         self.rounds = True
         self.watch: Callable[[Tensor], object] | None = None
         self.readers = readers
-        self.calls = 0
-        self._forget()
-
-    def _forget(self) -> None:
-        self._source: weakref.ref[Tensor] | None = None
-        self._version = -1
-        self._setting: tuple[bool, bool, Quantizer | None] | None = None
-        self._result: Tensor | None = None
-        self._read_by: set[int] = set()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = args[0]
-        self.calls += 1
+        x, now = args[0], self.now
+        now.calls += 1
         if torch.compiler.is_compiling():  # the compiler shares equal results by itself
             return (self._treated(x, self.quantizer if self.rounds else None), *args[1:])
         version = -1 if x.is_inference() else x._version  # inference tensors have no version counter
         known = (
-            self._source is not None
-            and self._source() is x
-            and version == self._version
-            and (torch.is_grad_enabled(), self.rounds, self.quantizer) == self._setting
-            and id(module)
-            not in self._read_by  # a module's second read is a new pass, perhaps after an in-place change
+            now.source is not None
+            and now.source() is x
+            and version == now.version
+            and (torch.is_grad_enabled(), self.rounds, self.quantizer) == now.setting
+            and id(module) not in now.read_by  # a module's second read is a new pass, perhaps after an in-place change
         )
         if not known:
-            self._forget()
+            now.forget()
             quantizer = self.quantizer if self.rounds else None
-            self._result = self._treated(x, quantizer)
-            self._source, self._version = weakref.ref(x), version
-            self._setting = (torch.is_grad_enabled(), self.rounds, self.quantizer)
-        result = self._result
-        self._read_by.add(id(module))
-        if len(self._read_by) >= self.readers:
-            self._forget()  # free the activation after its last reader
+            now.result = self._treated(x, quantizer)
+            now.source, now.version = weakref.ref(x), version
+            now.setting = (torch.is_grad_enabled(), self.rounds, self.quantizer)
+        result = now.result
+        now.read_by.add(id(module))
+        if len(now.read_by) >= self.readers:
+            now.forget()  # free the activation after its last reader
         return (result, *args[1:])
 
     def treat(self, x: Tensor) -> Tensor:
         """The activation as the linears receive it: rotated, and quantized while the quantizer is on."""
-        self.calls += 1
+        self.now.calls += 1
         return self._treated(x, self.quantizer if self.rounds else None)
 
     def _treated(self, x: Tensor, quantizer: Quantizer | None) -> Tensor:
@@ -154,7 +210,7 @@ def check_batched(module: nn.Module, args: tuple[Any, ...]) -> None:
         )
 
 
-class KeyValueSite:
+class KeyValueSite(_Site):
     """Forward pre-hook of an attention module that replaces its KV cache by one that rotates and quantizes.
 
     Attributes:
@@ -167,9 +223,8 @@ class KeyValueSite:
         parameter: Name and position of the parameter of the module's forward that takes the KV cache.
         rounds: Whether the quantizers are on.
         watch: Observer, called with keys and values before they are quantized.
-        stored: Whether keys and values passed since the module was entered (`firing.py`).
-        queried: Whether queries were rotated since then.
-        trains: Whether gradients are needed, so that keys and values are rounded without being packed.
+        now: Of each thread: whether keys and values passed since the module was entered, whether queries were rotated,
+            and whether gradients are needed (`trains`), so that keys and values are rounded without being packed.
     """
 
     def __init__(
@@ -182,6 +237,7 @@ class KeyValueSite:
         *,
         around: tuple[Rotation | None, Rotation | None] | None = None,
     ):
+        super().__init__()
         self.around = around
         self.rotation = rotation
         self.keys = keys
@@ -190,12 +246,11 @@ class KeyValueSite:
         self.watch: Callable[[Tensor, Tensor], object] | None = None
         self.implementation = implementation
         self.parameter = parameter
-        self.stored = self.queried = False
-        self.trains = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
-        self.stored = self.queried = False
-        self.trains = module.training and torch.is_grad_enabled()
+        for one in self.passes():
+            one.stored = one.queried = False
+            one.trains = module.training and torch.is_grad_enabled()
         config: Any = getattr(module, "config", None)
         if self.rotation is not None and config._attn_implementation != self.implementation:
             # Keys would be rotated and queries would not: wrong results without an error.
@@ -212,7 +267,7 @@ class KeyValueSite:
     def rotate_queries(self, queries: Tensor) -> Tensor:
         """R3 of the queries, inside the attention interface."""
         assert self.rotation is not None
-        self.queried = True
+        self.now.queried = True
         return self.rotation.apply(queries)
 
 
@@ -230,7 +285,7 @@ class _RotatingCache:
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         cache, site = self._cache, self._site
-        site.stored = True
+        site.now.stored = True
         if site.rotation is not None:
             keys = site.rotation.apply(keys)
         if site.watch is not None:
@@ -239,7 +294,7 @@ class _RotatingCache:
             if site.around is not None:
                 keys, values = _rounded(keys, site.around[0], site.keys), _rounded(values, site.around[1], site.values)
             # Packed integers have no gradient.
-            elif cache is None or site.trains or not pack_layer(cache, layer_idx, site.keys, site.values):
+            elif cache is None or site.now.trains or not pack_layer(cache, layer_idx, site.keys, site.values):
                 keys, values = fake_quantize(keys, site.keys), fake_quantize(values, site.values)
         return (keys, values) if cache is None else cache.update(keys, values, layer_idx, *args, **kwargs)
 

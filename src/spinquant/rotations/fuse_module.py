@@ -9,7 +9,7 @@ from torch import nn
 from spinquant.architectures import FamilyLike, make_plan, use_family
 from spinquant.compute.workspace import kept_whole
 from spinquant.models.modules import (
-    check_in_memory,
+    check_changeable,
     config_of,
     largest,
     module_and_attribute,
@@ -75,6 +75,7 @@ def fuse_module(
 
     Raises:
         CheckpointError: weights are not in memory (meta device). Nothing has been changed then.
+        ArchitectureError: two tensors share a weight that the config does not tie. Nothing has been changed then.
         RotationError: a rotation is not mean-preserving where norms subtract the mean (nothing has been changed then),
             does not fit a tensor, or a norm's gain is zero where its bias is not.
 
@@ -92,7 +93,7 @@ def fuse_module(
     """
     if not rotations:
         return
-    check_in_memory(model)
+    check_changeable(model, plan)
     check_mean_preserving(plan, rotations)
     if "residual" in rotations:
         untie(model, plan)
