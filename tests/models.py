@@ -60,9 +60,19 @@ CONFIGS = {
 }
 
 
-def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float64, attention: str = "sdpa"):
+def tiny_model(
+    name: str,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    attention: str = "sdpa",
+    layers: int | None = None,
+):
     """A random model of one of CONFIGS."""
-    model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=dtype, attn_implementation=attention)
+    config = CONFIGS[name]()
+    if layers is not None:
+        config.num_hidden_layers, config.layer_types = layers, None
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     return random_weights(model, seed=seed)
 
 
