@@ -43,6 +43,7 @@ $(VENV)-docs/.installed: requirements-docs.lock
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/hadamard_transform.py
 	$(BIN)/python benchmarks/evaluate_overhead.py
+	$(BIN)/python benchmarks/generate_overhead.py
 	$(BIN)/python benchmarks/fuse.py
 
 # vLLM (3.4 GB), transformers with compressed-tensors, and CTranslate2, each in an environment of its own under .clients/.

@@ -60,9 +60,19 @@ CONFIGS = {
 }
 
 
-def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float64, attention: str = "sdpa"):
+def tiny_model(
+    name: str,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    attention: str = "sdpa",
+    layers: int | None = None,
+):
     """A random model of one of CONFIGS."""
-    model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=dtype, attn_implementation=attention)
+    config = CONFIGS[name]()
+    if layers is not None:
+        config.num_hidden_layers, config.layer_types = layers, None
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     return random_weights(model, seed=seed)
 
 
@@ -84,9 +94,22 @@ def tokens(batch: int = 2, length: int = 14, *, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def aligned(model):
+    """The model with every weight where torch allocates one.
+
+    Weights of a safetensors file stay where the file has them. Products of the same numbers have other last bits there,
+    on some processors.
+    """
+    for parameter in model.parameters():
+        if parameter.data_ptr() % 64:
+            parameter.data = parameter.data.clone()
+    return model
+
+
 @torch.no_grad()
 def logits(model, ids: torch.Tensor, **options) -> torch.Tensor:
-    """Logits in exact float64 arithmetic for float64 models."""
+    """Logits in exact float64 arithmetic for float64 models, bit for bit the same for the same weights."""
+    aligned(model)
     if model.dtype != torch.float64:
         return model(input_ids=ids, **options).logits
     with Float64Arithmetic():

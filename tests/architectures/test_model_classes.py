@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from families import FAMILIES
-from models import CONFIGS, byte_tokenizer, close, random_weights, tiny_model, tokens
+from models import CONFIGS, aligned, byte_tokenizer, close, random_weights, tiny_model, tokens
 from spinquant import (
     LearnOptions,
     Options,
@@ -82,7 +82,7 @@ def of_class(name, kind, dtype=torch.float64):
 @torch.no_grad()
 def outputs(model, ids):
     with Float64Arithmetic() if model.dtype == torch.float64 else nullcontext():
-        return output_of(model(input_ids=ids, use_cache=False))
+        return output_of(aligned(model)(input_ids=ids, use_cache=False))
 
 
 def possible(plan):

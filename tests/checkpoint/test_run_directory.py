@@ -293,11 +293,14 @@ def test_a_truncated_source_shard_is_named_before_the_output_is_replaced(small, 
 
 RUN = """
 import sys, time
+from pathlib import Path
 from spinquant import Options, RotationSpec, rotate_folder
 from spinquant.streaming import pipeline as stream
-checked = stream._checked
+checked, finished = stream._checked, Path(sys.argv[3])
 def slow(*args):
-    time.sleep(float(sys.argv[3]))
+    while len(list(finished.glob("*.json"))) >= 2:
+        time.sleep(0.1)  # until it is killed
+    time.sleep(0.1)  # for the writer to finish what it has been given
     return checked(*args)
 stream._checked = slow
 rotate_folder(sys.argv[1], sys.argv[2], RotationSpec("R1,R2"), text=None, options=Options(prove=False))
@@ -306,7 +309,7 @@ rotate_folder(sys.argv[1], sys.argv[2], RotationSpec("R1,R2"), text=None, option
 
 def test_a_run_resumes_after_sigkill(small, undisturbed, tmp_path):
     out, finished = tmp_path / "out", tmp_path / ".out.run" / "finished"
-    process = start_source(RUN, [small, out, 0.1], {}, small.parent)
+    process = start_source(RUN, [small, out, finished], {}, small.parent)
     while len(list(finished.glob("*.json"))) < 2:
         assert process.is_alive()
         time.sleep(0.01)

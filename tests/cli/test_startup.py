@@ -9,6 +9,7 @@ import pytest
 import torch
 import typer
 
+from spinquant.calibration.data import LENGTH, CalibrationText
 from spinquant.cli.main import app
 from spinquant.cli.options import (
     ACTIVATIONS,
@@ -97,6 +98,11 @@ def test_names_in_the_help_are_those_of_the_library(run):
     assert [parse_dtype(name) for name in DTYPES] == [getattr(torch, name) for name in DTYPES]
     (method,) = [option for option in COMMANDS["learn"].params if option.name == "method"]
     assert all(f"{name}:" in method.help for name in get_args(Method))
+    options = {command: {o.name: o for o in COMMANDS[command].params} for command in ("learn", "quantize")}
+    assert options["learn"]["samples"].default == CalibrationText("auto").samples
+    for found in options.values():
+        assert f"; {CalibrationText('auto').samples} by default" in found["samples"].help
+        assert f"; {LENGTH} by default" in found["sample_length"].help
 
 
 @pytest.mark.parametrize(

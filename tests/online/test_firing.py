@@ -2,27 +2,41 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import wraps
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers.cache_utils import Cache, QuantizedLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from families import FAMILIES, tiny
-from models import logits, tiny_model, tokens
+from models import CACHE, byte_tokenizer, logits, tiny_model, tokens
 from spinquant import (
+    Calibration,
+    CalibrationText,
+    LearnOptions,
+    LocalOptions,
     OnlineError,
     Options,
+    QuantizedCache,
     RotationError,
     RotationSpec,
     attach,
+    evaluate,
     fuse_module,
+    learn,
+    load,
     make_rotations,
     parse_scheme,
     plan_of,
     quantize,
+    quantize_folder,
+    save,
 )
 from spinquant.models.cache_names import CACHE_NAMES, cache_parameter
 from spinquant.online.hooks import PREFIX, attachment_of, text_config
@@ -83,10 +97,16 @@ def test_every_site_of_every_family_fires(name, monkeypatch):
             logits(model, ids)
         undo()
     for module in {type(model.get_submodule(name)) for name in plan.attentions if attachment.keys_values}:
+        for change in (dropped, renamed):
+            with monkeypatch.context() as patch:
+                patch.setattr(Cache, "store", Cache.update, raising=False)
+                patch.setattr(module, "forward", with_cache(change)(module.forward))
+                with pytest.raises(OnlineError, match="keys and values"):
+                    logits(model, ids)
         with monkeypatch.context() as patch:
-            patch.setattr(module, "forward", without_cache(module.forward))
-            with pytest.raises(OnlineError, match="keys and values"):
-                logits(model, ids)
+            patch.setattr(module, "forward", without_keyword(module.forward))
+            with pytest.raises(OnlineError, match=rf"{module.__name__}\.forward takes no KV cache under a known name"):
+                attached(tiny(name), FAMILIES[name].allowed)
     if any(site.rotation is not None for site in attachment.keys_values.values()):
         with monkeypatch.context() as patch:
             kind = type(ALL_ATTENTION_FUNCTIONS)
@@ -105,17 +125,51 @@ def test_every_site_of_every_family_fires(name, monkeypatch):
     logits(model, ids)
 
 
-def without_cache(forward):
-    """The forward of an attention module that does not use the cache that it is given."""
-    name, position = cache_parameter(forward)
+@dataclass(frozen=True)
+class Renaming:
+    """A KV cache whose method `update` has another name, as an attention module of another release would call it."""
 
-    @wraps(forward)
-    def changed(self, *args, **kwargs):
-        if position < len(args):
-            args = (*args[:position], None, *args[position + 1 :])
-        return forward(self, *args, **{**kwargs, **({name: None} if name in kwargs else {})})
+    cache: Any
+
+    def __getattr__(self, name):
+        return getattr(self.cache, name)
+
+    def update(self, *args, **kwargs):
+        return self.cache.store(*args, **kwargs)
+
+
+def renamed(cache):
+    return None if cache is None else Renaming(cache)
+
+
+def dropped(cache):
+    return None
+
+
+def with_cache(change):
+    """The forward of an attention module whose cache is first changed."""
+
+    def changed(forward):
+        name, position = cache_parameter(forward)
+
+        @wraps(forward)
+        def other(self, *args, **kwargs):
+            if position < len(args):
+                args = (*args[:position], change(args[position]), *args[position + 1 :])
+            return forward(self, *args, **{**kwargs, **({name: change(kwargs[name])} if name in kwargs else {})})
+
+        return other
 
     return changed
+
+
+def without_keyword(forward):
+    """The forward of an attention module that calls its cache by a name that nobody knows."""
+
+    def other(self, *args, kv_store=None, **kwargs):
+        raise AssertionError
+
+    return other
 
 
 def test_an_attention_whose_cache_has_another_name_is_refused(monkeypatch):
@@ -151,7 +205,7 @@ def test_the_cache_is_found_under_every_name_and_in_every_place(monkeypatch, nam
     exec(source, namespace)
     monkeypatch.setattr(attention, "forward", namespace["forward"])
 
-    def renamed(module, args, kwargs):
+    def called(module, args, kwargs):
         kwargs = dict(kwargs)
         cache = kwargs.pop(own, None)
         if not positional:
@@ -160,7 +214,7 @@ def test_the_cache_is_found_under_every_name_and_in_every_place(monkeypatch, nam
         return (*args, *given, cache), kwargs
 
     for layer in model.model.layers:  # as another version of the layer would call it
-        layer.self_attn.register_forward_pre_hook(renamed, with_kwargs=True)
+        layer.self_attn.register_forward_pre_hook(called, with_kwargs=True)
     with attach(model, plan, {}, parse_scheme("KV2")):
         assert torch.equal(logits(model, ids), expected)
 
@@ -208,6 +262,46 @@ def test_a_block_alone_is_checked_too():
         block(*seen["args"], **seen["kwargs"])
 
 
+def made_anew(module):
+    """A module of the same class with the same weights, and without hooks."""
+    other = copy.deepcopy(module)
+    for inner in other.modules():
+        inner._forward_pre_hooks.clear(), inner._forward_hooks.clear()
+    return other
+
+
+@pytest.mark.parametrize("scheme", ["KV8", "A8"])
+@pytest.mark.parametrize("name", ["model", "model.layers", "model.layers.1", "model.layers.1.self_attn"])
+def test_a_module_that_is_replaced_afterwards_is_refused(name, scheme):
+    """Its hooks are gone with it, and with them the checks of what it holds."""
+    model, ids = tiny_model("llama"), tokens(1, 6)
+    attached(model, allowed=(), scheme=scheme)
+    expected = logits(model, ids)
+    undo = replaced(model, name, made_anew)
+    with pytest.raises(OnlineError, match=rf"'{name}'.*transformers \d.*those of model\.layers.*attach \(or load\)"):
+        logits(model, ids)
+    undo()
+    assert torch.equal(logits(model, ids), expected)
+
+
+def test_a_module_that_wraps_another_is_not_refused():
+    """As compiled blocks and adapters do; what it leaves out is then missed by the other checks."""
+    model, ids = tiny_model("llama"), tokens(1, 6)
+    attached(model)
+    expected = logits(model, ids)
+    replaced(model, "model.layers.1", Wrapper)
+    assert torch.equal(logits(model, ids), expected)
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
 def test_a_change_of_the_attention_implementation_is_refused():
     model, ids = tiny_model("llama"), tokens(1, 6)
     attached(model)
@@ -234,3 +328,203 @@ def test_a_linear_that_is_compiled_alone_counts():
     expected = logits(model, ids)
     model.model.layers[1].mlp.up_proj.compile(backend="eager")
     assert torch.allclose(logits(model, ids), expected, atol=1e-5)
+
+
+# Each thing that online parts rely on, taken away from a class of transformers: what is then named, and how to do it.
+
+
+def attention_of(model):
+    return type(model.model.layers[0].self_attn)
+
+
+def ignored_keyword(model, patch):
+    attention = attention_of(model)
+    patch.setattr(attention, "forward", with_cache(dropped)(attention.forward))
+
+
+def renamed_update(model, patch):
+    attention = attention_of(model)
+    patch.setattr(Cache, "store", Cache.update, raising=False)
+    patch.setattr(attention, "forward", with_cache(renamed)(attention.forward))
+
+
+def other_interface(model, patch):
+    kind = type(ALL_ATTENTION_FUNCTIONS)
+    right = kind.get_interface
+    patch.setattr(kind, "get_interface", lambda self, name, eager: right(self, name.removeprefix(PREFIX), eager))
+
+
+def linear_by_its_weight(model, patch):
+    mlp = type(model.model.layers[0].mlp)
+
+    def forward(self, x):
+        return nn.functional.linear(self.act_fn(self.gate_proj(x)) * self.up_proj(x), self.down_proj.weight)
+
+    patch.setattr(mlp, "forward", forward)
+
+
+BROKEN = {
+    "the keyword": (ignored_keyword, r"keys and values.*layers\.0\.self_attn"),
+    "the cache's update": (renamed_update, r"keys and values.*layers\.0\.self_attn"),
+    "the attention interface": (other_interface, r"queries.*layers\.0\.self_attn"),
+    "a linear called by its weight": (linear_by_its_weight, r"layers\.0\.mlp\.down_proj"),
+}
+
+
+def refused(part):
+    """pytest.raises with what every message has to name: module, site, library, version, and what to do."""
+    return pytest.raises(OnlineError, match=rf"{BROKEN[part][1]}.*transformers \d.*torch \d.*use the versions that")
+
+
+class Stored(QuantizedLayer):
+    """A layer of transformers' quantized cache, without the libraries that round: it keeps what it is given."""
+
+    def _quantize(self, tensor, axis):
+        return tensor
+
+    def _dequantize(self, tensor):
+        return tensor
+
+
+class NoStream(nullcontext):
+    """Stands for the streams of a GPU, which transformers asks for to offload a KV cache."""
+
+    def wait_stream(self, other):
+        pass
+
+
+def offloaded(config):
+    cache = DynamicCache(config=config, offloading=True)
+    cache.prefetch_stream = NoStream()
+    return {CACHE: cache}
+
+
+# By the class of model, whose layers have a sliding window or not.
+CACHES = {
+    "none": ("llama", lambda config: {"use_cache": False}),
+    "dynamic": ("llama", lambda config: {CACHE: DynamicCache(config=config)}),
+    "lazy": ("llama", lambda config: {CACHE: DynamicCache()}),
+    "sliding": ("mistral", lambda config: {CACHE: DynamicCache(config=config)}),
+    "static": ("llama", lambda config: {CACHE: StaticCache(config=config, max_cache_len=16)}),
+    "static sliding": ("mistral", lambda config: {CACHE: StaticCache(config=config, max_cache_len=16)}),
+    "quantized": ("llama", lambda config: {CACHE: Cache(layers=[Stored() for _ in range(config.num_hidden_layers)])}),
+    "packed": ("llama", lambda config: {CACHE: QuantizedCache(config, parse_scheme("KV8").kv)}),
+    "offloaded": ("llama", offloaded),
+}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_generation_is_checked_with_every_kind_of_cache(kind, monkeypatch):
+    """Whole, it generates what it generates without a cache; without any of the parts it is refused."""
+    name, cache = CACHES[kind]
+    model, ids = tiny_model(name), tokens(1, 6)
+    attached(model)
+    options = {"max_new_tokens": 3, "do_sample": False}
+    monkeypatch.setattr(torch.cuda, "default_stream", NoStream)
+    expected = model.generate(ids, use_cache=False, **options)
+    assert torch.equal(model.generate(ids, **cache(model.config), **options), expected)
+    for part, (remove, _) in BROKEN.items():
+        with monkeypatch.context() as patch:
+            remove(model, patch)
+            with refused(part):
+                model.generate(ids, **cache(model.config), **options)
+
+
+# What runs a model with online parts: prepared while nothing is broken, and then run.
+
+
+def traced(trace):
+    def prepare(model, place):
+        model = tiny_model("llama", layers=1)
+        attached(model, scheme="none")  # tracing quantizers takes most of the time, and hooks are hooks
+        return lambda: trace(model, tokens(1, 6))
+
+    return prepare
+
+
+@torch.no_grad()
+def compiled(model, ids):
+    torch._dynamo.reset()
+    model.model.layers[0].compile(backend="eager")
+    model(ids, use_cache=False)
+
+
+def exported(model, ids):
+    torch.export.export(model, (ids,), {"use_cache": False})
+
+
+def calibrated(model, place):
+    plain, options = tiny_model("llama"), Options(prove=False)
+    return lambda: quantize(
+        plain, SCHEME, ONLINE, method="gptq", tokens=tokens(2, 8), calibration=Calibration(), options=options
+    )
+
+
+def calibrated_from_disk(model, place):
+    plain = tiny_model("llama", dtype=torch.float32)
+    plain.save_pretrained(place / "plain")
+    byte_tokenizer().save_pretrained(place / "plain")
+    (place / "text").write_text("a quick brown fox " * 40)
+    text = CalibrationText(str(place / "text"), 2, 8)
+    given = {"method": "gptq", "calibration_text": text, "text": None, "options": Options(prove=False)}
+    return lambda: quantize_folder(place / "plain", place / "out", SCHEME, ONLINE, **given)
+
+
+def learned(method):
+    def prepare(model, place):
+        plain = tiny_model("llama", dtype=torch.float32)
+        options = LearnOptions(method=method, baselines=1, local=LocalOptions(steps=1, rows=8, batch=8))
+        return lambda: learn(plain, parse_scheme("A8KV8"), ONLINE, tokens(2, 8), tokens(2, 8), options)
+
+    return prepare
+
+
+def read(reader):
+    def prepare(model, place):
+        save(
+            quantize(tiny_model("llama", dtype=torch.float32), SCHEME, ONLINE, options=Options(prove=False)),
+            place / "n",
+        )
+        return lambda: reader(place / "n")(tokens(1, 6))
+
+    return prepare
+
+
+SCHEME, ONLINE = parse_scheme("W4A8KV8"), RotationSpec(("R3", "R4"), "auto")
+MOMENTS = {
+    "a forward pass": lambda model, place: lambda: logits(model, tokens(1, 6)),
+    "evaluating": lambda model, place: lambda: evaluate(model, tokens()),
+    "proving": lambda model, place: lambda: quantize(tiny_model("llama"), SCHEME, ONLINE),
+    "compiling": traced(compiled),
+    "exporting": traced(exported),
+    "calibrating": calibrated,
+    "calibrating from disk": calibrated_from_disk,
+    "learning locally": learned("local"),
+    "learning end to end": learned("end-to-end"),
+    "load": read(load),
+    "from_pretrained": read(AutoModelForCausalLM.from_pretrained),
+}
+
+# Learning undoes R3 after rounding and rotates no queries. Tracing takes seconds, and finds what an eager pass finds.
+NOT_TRIED = {
+    "learning locally": ["the attention interface"],
+    "learning end to end": ["the attention interface"],
+    "exporting": ["the cache's update", "the attention interface"],
+    "compiling": ["the keyword", "the cache's update", "the attention interface"],
+}
+
+
+# torch warns of itself: it instantiates every autograd function that it traces.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_whatever_runs_a_model_is_checked(moment, tmp_path, monkeypatch):
+    model = tiny_model("llama")
+    attached(model)
+    run = MOMENTS[moment](model, tmp_path)
+    for part, (remove, _) in BROKEN.items():
+        if part in NOT_TRIED.get(moment, ()):
+            continue
+        with monkeypatch.context() as patch:
+            remove(model, patch)
+            with refused(part):
+                run()

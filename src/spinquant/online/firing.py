@@ -4,10 +4,12 @@ Rotations and quantizers are attached by names that belong to a model's class or
 called as a module, the keyword of the KV cache, the attention interface, a method of stacked experts. A release that
 changes such a name gives no sign of it: queries would be rotated and keys not, or a 4-bit cache would hold 16 bits. So
 every site counts the calls that went through it, and the decoder block around it compares the counts with what was
-attached. That costs some comparisons per block and forward pass.
+attached. A module that is replaced afterwards takes its hooks with it, so the model looks before each pass whether
+decoder blocks, attention and experts are still the ones that rotations and quantizers were attached to. All of it costs
+some comparisons per block and forward pass (`benchmarks/generate_overhead.py`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +82,51 @@ class FiringCheck:
             ": the result would be wrong. A linear was replaced after rotations and quantizers were attached, or the "
             "class does not call it as a module. Replace modules first and attach (or load) afterwards, or use the "
             "versions that spinquant was tested with"
+        )
+
+
+@dataclass(frozen=True)
+class ModulesCheck:
+    """The modules that rotations and quantizers are attached to, looked for before each forward pass of the model.
+
+    Attributes:
+        places: Of each module: the module that holds it, its name there, and its name in the model.
+        present: The module at each place, by its name in the model.
+        sites: Names of the linears, experts and attention modules that have a rotation or quantizer.
+    """
+
+    places: Sequence[tuple[nn.Module, str, str]]
+    present: dict[str, nn.Module]
+    sites: Sequence[str]
+
+    @classmethod
+    def of(cls, model: nn.Module, names: Iterable[str], sites: Iterable[str]) -> "ModulesCheck":
+        """Check modules by their names, with all modules that hold them."""
+        parts = [name.split(".") for name in names]
+        prefixes = dict.fromkeys(".".join(part[:end]) for part in parts for end in range(1, len(part) + 1))
+        places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], name) for name in prefixes]
+        return cls(places, {name: model.get_submodule(name) for name in prefixes}, list(sites))
+
+    def begin(self, module: nn.Module, args: Any) -> None:
+        """Forward pre-hook: raise OnlineError for a module that another one has taken the place of."""
+        present = self.present
+        for owner, attribute, name in self.places:
+            found = owner._modules.get(attribute)
+            if found is present[name]:
+                continue
+            # One that wraps it, as adapters and compiled blocks do, runs it with its hooks.
+            if found is not None and any(inner is present[name] for inner in found.modules()):
+                present[name] = found
+            else:
+                self._fail(name, found)
+
+    def _fail(self, name: str, found: nn.Module | None) -> None:
+        lost = [site for site in self.sites if site == name or site.startswith(f"{name}.")]
+        shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} others" if len(lost) > 3 else "")
+        raise OnlineError(
+            f"{name!r} ({type(found).__name__ if found is not None else 'missing'}, {versions()}) is not the module "
+            f"that rotations and quantizers were attached to: those of {shown} would not run, and the result would be "
+            "wrong. Replace modules first and attach (or load) afterwards"
         )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from spinquant.errors import RotationError
-from spinquant.online.firing import AttentionCheck, FiringCheck, cache_argument
+from spinquant.online.firing import AttentionCheck, FiringCheck, ModulesCheck, cache_argument
 from spinquant.online.sites import (
     GATE,
     InputSite,
@@ -276,7 +276,11 @@ class _Attaching:
                 attachment.set(module, QUERIES, site)
 
     def checks(self) -> None:
-        """Have every site of an activation checked after each pass of the decoder block, or of the model, around it."""
+        """Have every site of an activation checked after each pass of the decoder block, or of the model, around it.
+
+        Modules that may have been replaced are looked for before each pass of the model, and of the decoder inside it,
+        which peft calls past the model's hooks.
+        """
         readers = {group[0]: group for group in self.plan.linears}
         inside: dict[str, dict[str, InputSite]] = {}
         for name, site in self.attachment.inputs.items():
@@ -287,6 +291,15 @@ class _Attaching:
             module = self.model.get_submodule(block)
             self.attachment.check(module.register_forward_pre_hook(check.begin))
             self.attachment.check(module.register_forward_hook(check.finish))
+        sites = [*self.attachment.inputs, *self.attachment.keys_values]
+        experts = [experts.module for experts in self.plan.experts]
+        names = [name for name in (*self.plan.blocks, *self.plan.attentions, *experts) if _holds(name, sites)]
+        if names:
+            present = ModulesCheck.of(self.model, names, sites)
+            decoders = {block.rpartition(".")[0].rpartition(".")[0] for block in self.plan.blocks}
+            for decoder in {"", *decoders}:
+                module = self.model.get_submodule(decoder)
+                self.attachment.check(module.register_forward_pre_hook(present.begin))
 
     def _rotation_of(self, space: Space | None) -> Rotation | None:
         return None if space is None else self.rotations.get(space.name)
@@ -301,6 +314,10 @@ class _Attaching:
         site = InputSite(rotation, quantizer, readers=readers, around=self.around)
         self.attachment.inputs[name] = site
         return site
+
+
+def _holds(name: str, sites: Sequence[str]) -> bool:
+    return any(site == name or site.startswith(f"{name}.") for site in sites)
 
 
 def refuse_continuous(*args: Any, **kwargs: Any) -> None:
