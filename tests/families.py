@@ -24,6 +24,8 @@ SMALL = {**SIZES, "num_hidden_layers": 2}
 FULL = {k: v for k, v in {**SMALL, "num_attention_heads": 4, "hidden_size": 64}.items() if k != "head_dim"}
 # GPT-J and CodeGen compute attention in their own code before transformers 5.24.
 OWN_ATTENTION = "R3" if release_of("transformers") < (5, 24) else ""
+# So do Aria's experts before 5.18.
+OWN_EXPERTS = "R4" if release_of("transformers") < (5, 18) else ""
 LAYERS = ["full_attention", "sliding_attention"]
 CHUNKED = ["chunked_attention", "full_attention"]
 MOE = {
@@ -358,7 +360,7 @@ FAMILIES: dict[str, Instance] = {
     "flex_olmo": of("flex_olmo", MOE, refused="R1"),
     "afmoe": of("afmoe", MOE, refused="R1 R2", num_dense_layers=1, num_shared_experts=1, layer_types=LAYERS),
     "axk1": of("axk1", MLA, refused="R1 R3", q_lora_rank=24),
-    "aria_text": of("aria_text", MOE, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=2),
+    "aria_text": of("aria_text", MOE, refused=OWN_EXPERTS, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=2),
     "llama4_text": of("llama4_text", MOE, intermediate_size_mlp=48, moe_layers=[1], layer_types=CHUNKED),
     "lfm2_moe": of(
         "lfm2_moe", MOE, head_dim=None, hidden_size=96, num_dense_layers=1, layer_types=["conv", "full_attention"]

@@ -277,7 +277,8 @@ def test_a_refused_rotation_would_change_the_logits(name, rotation):
             attachment.stop_checking()
             assert not torch.allclose(logits(model, ids), before, atol=1e-3)
     except (AttributeError, KeyError, TypeError, RotationError):
-        assert rotation == "R3"  # the attention has no queries or keys that could be rotated
+        # The attention has no queries or keys that could be rotated, or the experts no gate.
+        assert rotation == "R3" or (name, rotation) == ("aria_text", "R4")
 
 
 def test_every_refusal_in_the_tables_is_tested():
