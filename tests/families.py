@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import transformers
 from transformers import (
     AutoConfig,
 )

@@ -4,10 +4,10 @@ python versions/run.py                    the oldest supported releases, the loc
 python versions/run.py newest             one of them
 python versions/run.py newest -- -k kv    what follows is for pytest, in place of the usual tests
 
-`oldest` installs the lower bounds of pyproject.toml, and `newest` what pip installs today beside the newest transformers
-5, whatever the upper bound says. torch is the locked one in all of them, because every other is a download of gigabytes.
-Environments are kept in .versions/ and made anew when a release or the project's dependencies change. Exit code 1 if a
-test fails under any release.
+`oldest` installs the lower bounds of pyproject.toml, and `newest` what pip installs today beside the newest release of
+transformers 5, whatever the upper bound says. torch is the locked one in all of them: any other is a download of
+gigabytes. Environments are kept in .versions/ and made anew when a release or the project's dependencies change. Exit
+code 1 if a test fails under any release.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""`make test-isa` limits the instructions of torch and oneDNN: the limits are in force, or its laws would say nothing."""
+"""The limits that `make test-isa` puts on the instructions of torch and oneDNN are in force."""
 
 import os
 import platform

@@ -74,10 +74,14 @@ class Refusal:
     when: str | None = None
     before: tuple[int, int] | None = None
 
+    @property
+    def is_past(self) -> bool:
+        """Whether the transformers that is installed allows the rotation."""
+        return self.before is not None and (release_of("transformers") or self.before) >= self.before
+
     def applies(self, config: Any) -> bool:
         """Whether the rotation is impossible for this config, under the transformers that is installed."""
-        changed = self.before is not None and (release_of("transformers") or self.before) >= self.before
-        return not changed and (self.when is None or holds(self.when, config))
+        return not self.is_past and (self.when is None or holds(self.when, config))
 
 
 @dataclass(frozen=True)

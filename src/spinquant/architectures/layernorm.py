@@ -21,9 +21,7 @@ OWN_ATTENTION = Refusal(
     "the attention module computes q k^T in its own code, not through transformers' attention interface, so queries "
     "cannot be rotated after their position embedding",
 )
-OWN_UNTIL_5_24 = replace(
-    OWN_ATTENTION, reason=f"{OWN_ATTENTION.reason}; in transformers 5.24 they can", before=(5, 24)
-)
+OWN_UNTIL_5_24 = replace(OWN_ATTENTION, reason=f"{OWN_ATTENTION.reason}; in transformers 5.24 they can", before=(5, 24))
 CLIPPED = (
     "the output of {} is clipped element by element (clip_qkv) before {} reads it, and clipping does not commute "
     "with a rotation"
