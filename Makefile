@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-long test-llmcompressor test-clients test-versions check docs bench clean
+.PHONY: demo test test-long test-llmcompressor test-clients test-versions test-isa check docs bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/spinquant demo demo --force
@@ -51,10 +51,20 @@ bench: $(VENV)/.installed
 test-clients: $(VENV)/.installed
 	$(BIN)/python clients/run.py $(CLIENTS)
 
-# The contracts with transformers and the laws of online parts, under the oldest supported release of transformers, the
-# locked one and the newest, each in an environment of its own under .versions/. VERSIONS="newest" runs one of them.
+# The contracts with libraries and the laws of online parts, under the oldest supported releases of transformers and of the
+# other libraries, the locked ones and the newest, each in an environment of its own under .versions/. VERSIONS="newest"
+# runs one of them.
 test-versions: $(VENV)/.installed
 	$(BIN)/python versions/run.py $(VERSIONS)
+
+# The numerical laws with the kernels of lesser processors: of torch, oneDNN and MKL without AVX, then with AVX2 alone.
+LAWS := tests/compute tests/rotations tests/quantization tests/streaming/test_rounding_noise.py \
+	tests/evaluation/test_equivalence.py tests/laws/test_families.py -k "(not test_families or -all) and not test_peak_memory"
+test-isa: $(VENV)/.installed
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -q -n auto --dist worksteal $(LAWS)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -q -n auto --dist worksteal $(LAWS)
 
 $(VENV)/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'

@@ -152,7 +152,7 @@ def page(
         plan = spinquant.plan_of(tiny(instances[names[0]].config()))
         cells = []
         for rotation in ROTATION_NAMES:
-            refusals = [refusal for refusal in table.refused if refusal.rotation == rotation]
+            refusals = [refusal for refusal in table.refused if refusal.rotation == rotation and not refusal.is_past]
             if not refusals:
                 cells.append("yes" if plan.spaces_of(rotation) else NOTHING)
             for refusal in refusals:

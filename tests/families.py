@@ -14,12 +14,17 @@ from transformers import (
 )
 
 from models import CONFIGS, SIZES, VOCABULARY, random_weights
+from spinquant.compute.releases import release_of
 from spinquant.evaluation.tiny_model import exact_experts
 from spinquant.models.modules import model_class, tensor_shapes
 
 SMALL = {**SIZES, "num_hidden_layers": 2}
 # Families whose heads fill the hidden size.
 FULL = {k: v for k, v in {**SMALL, "num_attention_heads": 4, "hidden_size": 64}.items() if k != "head_dim"}
+# GPT-J and CodeGen compute attention in their own code before transformers 5.24.
+OWN_ATTENTION = "R3" if release_of("transformers") < (5, 24) else ""
+# So do Aria's experts before 5.18.
+OWN_EXPERTS = "R4" if release_of("transformers") < (5, 18) else ""
 LAYERS = ["full_attention", "sliding_attention"]
 CHUNKED = ["chunked_attention", "full_attention"]
 MOE = {
@@ -186,12 +191,12 @@ FAMILIES: dict[str, Instance] = {
     "stablelm": of("stablelm", FULL, use_qkv_bias=True, qk_layernorm=True),
     "stablelm-parallel": of("stablelm", FULL, use_parallel_residual=True),
     "phi": of("phi", FULL, qk_layernorm=True),
-    "gptj": of("gptj", FULL, refused="R3", rotary_dim=8, intermediate_size=None),
+    "gptj": of("gptj", FULL, refused=OWN_ATTENTION, rotary_dim=8, intermediate_size=None),
     "opt": of("opt", FULL, ffn_dim=80, word_embed_proj_dim=64),
     "opt-post": of("opt", FULL, refused="R1", ffn_dim=80, word_embed_proj_dim=64, do_layer_norm_before=False),
     "xglm": of("xglm", FULL, refused="R1 R3", ffn_dim=80),
     "biogpt": of("biogpt", FULL, tie_word_embeddings=True),
-    "codegen": of("codegen", FULL, refused="R3", rotary_dim=8, intermediate_size=None, n_ctx=64),
+    "codegen": of("codegen", FULL, refused=OWN_ATTENTION, rotary_dim=8, intermediate_size=None, n_ctx=64),
     "gpt_neo": of("gpt_neo", FULL, refused="R3", attention_types=[[["global", "local"], 1]], window_size=5),
     "gpt_neox": of("gpt_neox", FULL),
     "gpt_neox-sequential": of("gpt_neox", FULL, use_parallel_residual=False, attention_bias=False),
@@ -354,7 +359,7 @@ FAMILIES: dict[str, Instance] = {
     "flex_olmo": of("flex_olmo", MOE, refused="R1"),
     "afmoe": of("afmoe", MOE, refused="R1 R2", num_dense_layers=1, num_shared_experts=1, layer_types=LAYERS),
     "axk1": of("axk1", MLA, refused="R1 R3", q_lora_rank=24),
-    "aria_text": of("aria_text", MOE, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=2),
+    "aria_text": of("aria_text", MOE, refused=OWN_EXPERTS, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=2),
     "llama4_text": of("llama4_text", MOE, intermediate_size_mlp=48, moe_layers=[1], layer_types=CHUNKED),
     "lfm2_moe": of(
         "lfm2_moe", MOE, head_dim=None, hidden_size=96, num_dense_layers=1, layer_types=["conv", "full_attention"]
@@ -392,6 +397,20 @@ FAMILIES: dict[str, Instance] = {
     "qwen3_5-vision": seeing("qwen3_5", {**ROPE, **DELTA}, DEEP_TOWER, refused="R2"),
     "phi3-mha": of("phi3", FULL, num_key_value_heads=4, partial_rotary_factor=0.5),
 }
+
+
+def known(instance: Instance) -> bool:
+    """Whether the installed transformers has the class; 5.17 lacks six of the model types."""
+    try:
+        instance.config()
+    except ValueError as error:
+        if "Unrecognized model identifier" in str(error):
+            return False
+        raise
+    return True
+
+
+FAMILIES = {name: instance for name, instance in FAMILIES.items() if known(instance)}
 assert VOCABULARY == SMALL["vocab_size"]
 
 

@@ -166,6 +166,24 @@ def test_the_registry_of_quantizers():
         assert hasattr(HfQuantizer, name), name
 
 
+def test_the_methods_of_a_quantizer_take_what_they_are_called_with():
+    """transformers calls those of `formats.native.SpinQuantizer` as it calls those of its own base class."""
+    from transformers.quantizers.base import HfQuantizer
+
+    from spinquant.formats.native import SpinQuantizer
+
+    overridden = [name for name, value in vars(SpinQuantizer).items() if callable(value) and hasattr(HfQuantizer, name)]
+    assert "update_weight_conversions" in overridden
+    for name in set(overridden) - {"__init__"}:
+        positional, keywords = [], {}
+        for parameter in inspect.signature(getattr(HfQuantizer, name)).parameters.values():
+            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+                positional.append(None)
+            elif parameter.kind is parameter.KEYWORD_ONLY:
+                keywords[parameter.name] = None
+        inspect.signature(getattr(SpinQuantizer, name)).bind(*positional, **keywords)
+
+
 def test_weight_conversions_have_patterns_and_operations():
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming

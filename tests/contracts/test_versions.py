@@ -25,6 +25,14 @@ def test_releases_outside_of_the_tested_ones_are_warned_of_once(monkeypatch, rel
     assert [release in str(warning.message) for warning in found] == [True] * warned
 
 
+def test_the_command_line_warns_too(monkeypatch, run):
+    monkeypatch.setattr(tested_versions, "version", lambda name: "5.25.0")
+    warn_untested.cache_clear()
+    with pytest.warns(UserWarning, match=r"transformers 5\.25\.0 is not among"):
+        assert run("--help")[0] == 0
+    warn_untested.cache_clear()
+
+
 def test_the_bounds_of_the_package_are_the_tested_releases():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     bound = next(line for line in project["dependencies"] if line.startswith("transformers"))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, DynamicCache
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from families import FAMILIES, IMAGE, prepared, tiny
 from models import CACHE, close, logits, tokens
@@ -31,6 +32,7 @@ from spinquant import (
 from spinquant.architectures import FAMILIES as TABLES
 from spinquant.architectures import known_model_types
 from spinquant.architectures.unsupported import UNSUPPORTED
+from spinquant.compute.releases import release_of
 from spinquant.entrypoints.result import Options
 from spinquant.errors import ArchitectureError, RotationError, SchemeError
 from spinquant.evaluation.equivalence import Float64Arithmetic, greedy_logits, output_axis
@@ -54,7 +56,9 @@ def test_every_supported_model_type_has_a_tiny_config():
 
     tried = {instance.config().model_type for instance in FAMILIES.values()}
     tried |= {config().model_type for config in CONFIGS.values()}
-    assert set(known_model_types()) == tried
+    lacked = {name for name in known_model_types() if name not in CONFIG_MAPPING}
+    assert set(known_model_types()) - lacked == tried
+    assert not lacked or release_of("transformers") < (5, 23)
 
 
 @pytest.mark.parametrize(("name", "rotation"), CASES)
@@ -273,7 +277,8 @@ def test_a_refused_rotation_would_change_the_logits(name, rotation):
             attachment.stop_checking()
             assert not torch.allclose(logits(model, ids), before, atol=1e-3)
     except (AttributeError, KeyError, TypeError, RotationError):
-        assert rotation == "R3"  # the attention has no queries or keys that could be rotated
+        # The attention has no queries or keys that could be rotated, or the experts no gate.
+        assert rotation == "R3" or (name, rotation) == ("aria_text", "R4")
 
 
 def test_every_refusal_in_the_tables_is_tested():
@@ -281,7 +286,9 @@ def test_every_refusal_in_the_tables_is_tested():
     tried = set()
     for name, rotation in REFUSED:
         tried.add((plan_of(tiny(name)).family, rotation))
-    assert {(table.name, r.rotation) for table in TABLES for r in table.refused} <= tried
+    here = [table for table in TABLES if set(table.model_types) & set(CONFIG_MAPPING)]
+    refused = {(t.name, r.rotation) for t in here for r in t.refused if not r.is_past}
+    assert refused <= tried
     assert {r.rotation for table in TABLES for r in table.refused} <= set(ROTATION_NAMES)
 
 

@@ -75,7 +75,6 @@ def test_packed_sliding_layers_return_the_same_window_as_plain_ones(window, leng
         lambda layer: layer.reorder_cache(torch.tensor([1, 0])),
         lambda layer: layer.batch_repeat_interleave(3),
         lambda layer: layer.batch_select_indices(torch.tensor([1])),
-        lambda layer: layer.reset(),
         lambda layer: (layer.offload(), layer.prefetch()),
     ],
 )
@@ -93,6 +92,15 @@ def test_cache_operations_act_as_on_a_plain_layer(change):
     expected = plain.update(fake_quantize(more[0], QUANTIZER), fake_quantize(more[1], QUANTIZER))
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
+
+
+def test_a_layer_that_was_reset_is_as_new():
+    used, new = PackedLayer(QUANTIZER), PackedLayer(QUANTIZER)
+    used.update(*states(6))
+    used.reset()
+    assert used.get_seq_length() == 0
+    for found, expected in zip(used.update(*states(2)), new.update(*states(2)), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_a_sliding_layer_that_records_the_past_can_be_cropped():

@@ -109,7 +109,7 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
             if holds(condition, build.config)
             for name in build.each_layer(pattern)
         ),
-        refused=tuple((r.rotation, r.reason) for r in family.refused if r.when is None or holds(r.when, build.config)),
+        refused=tuple((r.rotation, r.reason) for r in family.refused if r.applies(build.config)),
     )
 
 

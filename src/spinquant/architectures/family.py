@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from spinquant.compute.releases import release_of
 from spinquant.errors import ArchitectureError
 from spinquant.plan import OnlineSite
 
@@ -59,11 +60,28 @@ class Shared:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A rotation that is impossible for the architecture, with the reason; `when` is a condition on the config."""
+    """A rotation that is impossible for the architecture, with the reason.
+
+    Attributes:
+        rotation: R1 to R4.
+        reason: for the error.
+        when: condition on the config; None: always.
+        before: release of transformers (major, minor) whose class allows the rotation; None: no release does.
+    """
 
     rotation: str
     reason: str
     when: str | None = None
+    before: tuple[int, int] | None = None
+
+    @property
+    def is_past(self) -> bool:
+        """Whether the transformers that is installed allows the rotation."""
+        return self.before is not None and (release_of("transformers") or self.before) >= self.before
+
+    def applies(self, config: Any) -> bool:
+        """Whether the rotation is impossible for this config, under the transformers that is installed."""
+        return not self.is_past and (self.when is None or holds(self.when, config))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ older than transformers' attention interface compute attention in their own code
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from spinquant.architectures.family import AxisPart, Family, Refusal
 from spinquant.architectures.llama import ARCEE, ATTENTION, HIDDEN, LAYER, LLAMA, MLP, VALUE
@@ -20,6 +21,7 @@ OWN_ATTENTION = Refusal(
     "the attention module computes q k^T in its own code, not through transformers' attention interface, so queries "
     "cannot be rotated after their position embedding",
 )
+OWN_UNTIL_5_24 = replace(OWN_ATTENTION, reason=f"{OWN_ATTENTION.reason}; in transformers 5.24 they can", before=(5, 24))
 CLIPPED = (
     "the output of {} is clipped element by element (clip_qkv) before {} reads it, and clipping does not commute "
     "with a rotation"
@@ -98,7 +100,7 @@ GPTJ = PARALLEL.like(
     without=("gate_proj", "q_norm", "k_norm"),
     scaled={"transformer.h.{i}.mlp.fc_in": None},
     spaces={HIDDEN: ("R4", "n_inner|4*hidden_size")},
-    refused=(OWN_ATTENTION,),
+    refused=(OWN_UNTIL_5_24,),
 )
 
 # Learned positions are added to the embedding: they write to the residual space too.

@@ -216,6 +216,14 @@ ARIA = with_shared(
             (r"\.mlp\.experts\.fc1\.weight$", ".mlp.experts.gate_up_proj"),
             (r"\.mlp\.experts\.fc2\.weight$", ".mlp.experts.down_proj"),
         ),
+        refused=(
+            Refusal(
+                "R4",
+                "its experts multiply in their own code, not through transformers' experts interface, so what "
+                "down_proj reads cannot be rotated; in transformers 5.18 it can",
+                before=(5, 18),
+            ),
+        ),
     ),
     "mlp.shared_experts",
     "intermediate_size*moe_num_shared_experts",

@@ -18,6 +18,7 @@ from spinquant.cli import demo, evaluate, learn, plan, quantize, rotate, rotate_
 from spinquant.cli.output import print_error
 from spinquant.compute.torchrun import is_first
 from spinquant.errors import ProcessError, SpinquantError
+from spinquant.models.tested_versions import warn_untested
 
 
 class _Group(typer.core.TyperGroup):
@@ -81,6 +82,7 @@ def main() -> None:
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
         with _silent(debug=debug):
+            warn_untested()
             app(prog_name="spinquant")
     except SpinquantError as error:
         if debug:

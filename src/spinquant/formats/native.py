@@ -242,8 +242,11 @@ class SpinQuantizer(HfQuantizer):
         # At 16 bits only linears are flattened: enough for a plain model to refuse the folder.
         return (linear_weights if self.scheme.weights is None else weights_of)(self.plan, self.scheme)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Add conversions for scales and zero points to those that stack the experts of a checkpoint."""
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Add conversions for scales and zero points to those that stack the experts of a checkpoint.
+
+        transformers 5.17 does not pass the model.
+        """
         if self.scheme.weights is None:
             return weight_conversions
         parts = PARTS[:1] if self.scheme.weights.symmetric else PARTS

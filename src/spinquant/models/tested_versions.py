@@ -8,6 +8,8 @@ import warnings
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
+from spinquant.compute.releases import numbers
+
 TESTED = ("5.17", "5.24")  # the bounds in pyproject.toml, both included
 
 
@@ -18,16 +20,10 @@ def warn_untested() -> None:
         found = version("transformers")
     except PackageNotFoundError:
         return
-    oldest, newest = (_numbers(release) for release in TESTED)
-    if not oldest <= _numbers(found) <= newest:
+    oldest, newest = (numbers(release) for release in TESTED)
+    if not oldest <= numbers(found) <= newest:
         warnings.warn(
             f"transformers {found} is not among the releases that spinquant was tested with ({' to '.join(TESTED)})."
             " Results are still checked, and what does not work is an error; install a tested release if you meet one",
             stacklevel=3,
         )
-
-
-def _numbers(release: str) -> tuple[int, int]:
-    """Major and minor number: "5.24.0.dev0" -> (5, 24)."""
-    major, minor, *_ = [*release.split("."), "0", "0"]
-    return int(major), int("".join(c for c in minor if c.isdigit()) or 0)

@@ -98,7 +98,8 @@ class PackedLayer(DynamicLayer):
         self._map(lambda t: t.to(self.device, non_blocking=True))
 
     def reset(self) -> None:
-        self.packed = None
+        # transformers 5.17 would zero the tensors of an initialized layer, and keep its length.
+        self.packed, self.is_initialized = None, False
         super().reset()
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
