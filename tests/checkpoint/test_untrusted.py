@@ -17,7 +17,7 @@ from spinquant.rotations.rotation import Hadamard, Kronecker, Orthogonal
 from spinquant.rotations.serialization import restore, saved, to_save
 
 QUICK = {"text": None, "options": Options(prove=False)}
-NAMES = ["", ".", "..", "../x", "a/b", "/etc/passwd", "a\\b", "a\0b", 3, None, ["x"], "C:\\x"]
+NAMES = ["", ".", "..", "../x", "a/b", "/etc/passwd", "a\\b", "a\0b", 3, None, ["x"], "C:\\x", "x" * 256]
 
 
 @pytest.fixture
