@@ -1,4 +1,4 @@
-"""Mutations of the files of a model folder, as hypothesis strategies: what a stranger or a broken disk makes of them."""
+"""Mutations of the files of a model folder, as hypothesis strategies: what strangers and broken disks make of them."""
 
 import copy
 import json
@@ -112,7 +112,8 @@ def damaged(draw, content):
         if kind == "cut":
             content = content[:at]
         elif kind == "flip":
-            content = content[:at] + bytes(one ^ draw(st.integers(1, 255)) for one in content[at : at + 1]) + content[at + 1 :]
+            flipped = bytes(one ^ draw(st.integers(1, 255)) for one in content[at : at + 1])
+            content = content[:at] + flipped + content[at + 1 :]
         elif kind == "insert":
             content = content[:at] + draw(st.binary(min_size=1, max_size=16)) + content[at:]
         elif kind == "drop":
