@@ -194,20 +194,20 @@ class RunDirectory:
             self.release()
             raise
 
-    def explained(self, error: OSError) -> CheckpointError | None:
+    def explained(self, error: Exception) -> CheckpointError | None:
         """What a full disk, or an error about a file of this run, means to the user; None for any other error."""
         if is_full(error):
+            kept = f" to resume: finished files are kept in {self.home}" if self.has_progress() else ""
             return CheckpointError(
-                f"{why_full(error)}, while writing {self.out}. Free space or raise the limit, and rerun to resume: "
-                f"finished files are kept in {self.home}"
+                f"{why_full(error)}, while writing {self.out}. Free space or raise the limit, and rerun{kept}"
             )
-        name = error.filename and os.fsdecode(error.filename)
-        if name and Path(name).is_relative_to(self.home):
-            return CheckpointError(
-                f"{name}, a file of the run that writes {self.out}, cannot be used: {error.strerror}. Delete "
-                f"{self.home} to start anew"
-            )
-        return None
+        name = os.fsdecode(error.filename) if isinstance(error, OSError) and error.filename is not None else None
+        if name is None or not Path(name).is_relative_to(self.home):
+            return None
+        return CheckpointError(
+            f"{name}, a file of the run that writes {self.out}, cannot be used: {first_line(error)}. Delete "
+            f"{self.home} to start anew"
+        )
 
     def _check_links(self) -> None:
         """Refuse state that is no file or folder: what a link leads to would be written, or deleted."""
@@ -363,7 +363,7 @@ def opened_run(
             if isinstance(error, CalibrationError):  # a rerun from these blocks would fail in the same way
                 shutil.rmtree(run.home / CALIBRATION, ignore_errors=True)
         raise
-    except OSError as error:
+    except Exception as error:  # a full disk is an OSError, a SafetensorError, or the tokenizer's plain Exception
         if (reason := run.explained(error)) is None:
             raise
         raise reason from error
