@@ -93,8 +93,8 @@ def check_stored(model: Any, source: Weights, plan: Plan) -> None:
     if form.missing:
         first = form.missing[0]
         raise CheckpointError(
-            f"{source.folder} has no tensor {first!r} (and {len(form.missing) - 1} others), nor tensors that it is made "
-            f"of, and a model of its config (config.json) has it, of shape {tuple(expected[first].shape)}: the "
+            f"{source.folder} has no tensor {first!r} (and {len(form.missing) - 1} others), nor tensors that it is "
+            f"made of, and a model of its config (config.json) has it, of shape {tuple(expected[first].shape)}: the "
             "checkpoint is incomplete, or the config is of another model. Download both again"
         )
     _check_placed(model, source, plan, {piece.stored for pieces in form.pieces.values() for piece in pieces})
