@@ -162,13 +162,17 @@ def attempt(home, action, right, *, out="out"):
     return result
 
 
+def readable(folder):
+    """A folder with `metadata` in its index: transformers reads none that lacks it, though it means nothing."""
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({**json.loads(index.read_bytes()), "metadata": {}}))
+    return folder
+
+
 @torch.no_grad()
 def logits(folder, adapter=None):
     """What transformers computes from a plain folder, and peft from an adapter for it."""
-    index = folder / "model.safetensors.index.json"
-    about = json.loads(index.read_bytes())
-    index.write_text(json.dumps({**about, "metadata": {}}))  # transformers reads none that lacks it
-    loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    loaded, info = AutoModelForCausalLM.from_pretrained(readable(folder), output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "mismatched_keys", "unexpected_keys")), info
     if adapter is not None:
         loaded = peft.PeftModel.from_pretrained(loaded, adapter)
@@ -177,10 +181,17 @@ def logits(folder, adapter=None):
 
 @torch.no_grad()
 def computed(model):
-    return model.eval()(input_ids=IDS % model.config.vocab_size).logits
+    """Logits of a model; the type of the error if it loads and does not run, as with more chosen experts than it has."""
+    try:
+        return model.eval()(input_ids=IDS % model.config.vocab_size).logits
+    except Exception as error:
+        return type(error)
 
 
 def assert_close(found, expected, tolerance=CLOSE):
+    if isinstance(expected, type):
+        assert found is expected
+        return
     assert found.shape == expected.shape
     if not expected.isfinite().all():  # as from a norm whose epsilon is negative: there is nothing to preserve
         return
@@ -220,7 +231,7 @@ def test_quantizing_a_mutated_model(made, file, data):
     """The stream makes what the same calls make of the model that transformers loads."""
 
     def right(_):
-        plain = AutoModelForCausalLM.from_pretrained(model)
+        plain = AutoModelForCausalLM.from_pretrained(readable(model))
         spinquant.quantize(plain, "W4A8", SPEC, options=Options(prove=False))
         assert_close(computed(load(home / "out")), computed(plain))
 
