@@ -3,13 +3,20 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-llmcompressor test-clients test-versions check docs bench clean
+EXAMPLES ?= 1000
+
+.PHONY: demo test fuzz test-llmcompressor test-clients test-versions check docs bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/spinquant demo demo --force
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+# The fuzzer of tests/laws/test_fuzzing.py, with new mutations of model folders: an hour on two cores. EXAMPLES=100 takes
+# minutes. A failure prints what was mutated, and how.
+fuzz: $(VENV)/.installed
+	SPINQUANT_FUZZ_EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/laws/test_fuzzing.py
 
 # SpinQuantModifier beside llm-compressor's own modifiers, in an environment with the versions that it pins.
 test-llmcompressor: $(VENV)-llmcompressor/.installed

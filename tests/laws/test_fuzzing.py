@@ -47,7 +47,7 @@ from spinquant.checkpoint.run_directory import RunDirectory
 from spinquant.entrypoints.learn import write_files
 
 EXAMPLES = int(os.environ.get("SPINQUANT_FUZZ_EXAMPLES", "0"))  # for each test; 0: few, the same ones each time
-FEW = 12
+FEW = 5
 LONGEST = 120  # seconds of one example
 MEMORY = 4 << 30  # bytes of address space that one example may add
 CLOSE = 1e-3  # relative difference of logits in float32
@@ -181,7 +181,7 @@ def logits(folder, adapter=None):
 
 @torch.no_grad()
 def computed(model):
-    """Logits of a model; the type of the error if it loads and does not run, as with more chosen experts than it has."""
+    """Logits of a model; the type of the error if it loads and does not run, as with fewer experts than it chooses."""
     try:
         return model.eval()(input_ids=IDS % model.config.vocab_size).logits
     except Exception as error:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import spinquant
+from families import FAMILIES
 from models import SIZES
 from spinquant import (
     ArchitectureError,
@@ -126,6 +127,9 @@ CONFIGS = {
     "activation of another type": {"hidden_act": 3},
     "rope": {"rope_parameters": {"rope_type": "nonsense", "rope_theta": 1e4}},
     "dtype": {"dtype": "float7"},
+    "a dtype of another type": {"dtype": False},
+    "a dtype that is a number": {"dtype": 2},
+    "a text part of another type": {"text_config": 0.5},
     "no layers": {"num_hidden_layers": 0},
     "more layers": {"num_hidden_layers": 3},
     "10^7 layers": {"num_hidden_layers": 10**7},
@@ -179,6 +183,19 @@ WEIGHTS = {
 def test_weights_that_contradict_the_config_are_refused(place, name):
     change_tensors(place / "model/model.safetensors", WEIGHTS[name])
     refused(place, lambda: rotate_folder(place / "model", place / "out", RotationSpec("R1"), **QUICK))
+
+
+def test_a_config_that_asks_for_tensors_that_the_checkpoint_lacks_is_refused(tmp_path):
+    """It was written with the note that logits are not compared; which layers have experts is in the config alone."""
+    AutoModelForCausalLM.from_config(FAMILIES["qwen3_moe"].config()).save_pretrained(tmp_path / "model")
+    rotate_folder(tmp_path / "model", tmp_path / "whole", RotationSpec("R1"), **QUICK)
+    for layers in ([], [0, 1]):
+        change(tmp_path / "model/config.json", mlp_only_layers=layers)
+        refused(
+            tmp_path,
+            lambda: rotate_folder(tmp_path / "model", tmp_path / "out", RotationSpec("R1"), **QUICK),
+            r"has no tensor 'model\.layers",
+        )
 
 
 LEARNED = {
@@ -235,12 +252,17 @@ def test_a_record_of_other_types_is_refused(place, key, value):
 
 
 ADAPTERS = {
-    "r": ["x", 0, -1, None, [2]],
+    "r": ["x", 0, -1, None, [2], 3],
     "lora_alpha": ["x", None, []],
     "rank_pattern": [3, {"q_proj": "x"}, {"q_proj": 0}, {"(a+)+$": 2}, {"(": 2}, []],
     "alpha_pattern": [{"(a|a)*b": 2}, {".*.*.*.*.*.*x": 1}],
     "peft_type": [3, None, "IA3"],
     "use_rslora": [[]],
+    "task_type": [[], 3],
+    "target_modules": [3, True, [3]],
+    "modules_to_save": [3, "embed_tokens"],
+    "layers_to_transform": ["x"],
+    "bias": ["x", 3],
     "init_lora_weights": ["pissa"],
 }
 
@@ -264,6 +286,11 @@ Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
         lambda t: t.update({f"{Q_PROJ}.lora_A.weight": torch.ones(2, 96)}),
         lambda t: t.update({f"{Q_PROJ}.lora_A.weight": torch.ones(2, 0)}),
         lambda t: t.update({f"{Q_PROJ}.lora_A.weight": torch.ones(2, 2, 2, 48)}),
+        lambda t: t.update({f"{Q_PROJ}.lora_A.weight": torch.ones(2, 48, 1)}),
+        lambda t: t.update({f"{Q_PROJ}.lora_A.weight": torch.ones(3, 48)}),
+        lambda t: t.update({f"{Q_PROJ}.lora_B.weight": torch.ones(96, 3)}),
+        lambda t: t.update({f"{Q_PROJ}.lora_B.weight": torch.ones(95, 2)}),
+        lambda t: t.update({f"{Q_PROJ}.lora_B.weight": torch.ones(1, 96, 2)}),
         lambda t: t.update({"model.layers.0.self_attn.q_proj.lora_A.default.weight.x": torch.ones(2, 48)}),
     ],
 )
