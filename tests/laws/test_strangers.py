@@ -39,8 +39,10 @@ from spinquant import (
 )
 from spinquant.architectures.family_file import family_from
 from spinquant.checkpoint.checksums import check_checksums
+from spinquant.checkpoint.folder import load_config
 from spinquant.compute.patterns import LONGEST_NAME, check_pattern
 from spinquant.entrypoints.learn import write_files
+from spinquant.formats.native import SpinQuantConfig
 from spinquant.quantization.scheme import Clips, Scheme
 
 QUICK = {"text": None, "options": Options(prove=False)}
@@ -164,6 +166,13 @@ def test_a_config_that_contradicts_the_weights_is_refused(place, name):
             ),
         )
     assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("given", [{"num_hidden_layers": 10**5}, {"text_config": {"num_mtp_layers": 10**5}}])
+def test_a_number_of_layers_for_which_lists_would_fill_the_memory_is_refused(place, given):
+    """Config classes make a list of layer types as long as that."""
+    change(place / "model/config.json", **given)
+    refused(place, lambda: load_config(place / "model"), "= 100000: expected at most 10000")
 
 
 WEIGHTS = {
@@ -325,6 +334,15 @@ NATIVE = {
 def test_a_native_folder_whose_config_is_wrong_does_not_load(place, name):
     change(place / "native/config.json", **NATIVE[name])
     refused(place, lambda: load(place / "native"))
+
+
+@pytest.mark.parametrize("key", ["scheme", "spec", "rotations", "spaces", "clips", "format_version"])
+def test_settings_of_a_native_folder_have_their_types(key):
+    """`from_pretrained` of transformers reads them too, and wraps no error."""
+    right = {"scheme": {}, "spec": {}, "rotations": [], "spaces": {}, "clips": {}, "format_version": 1}
+    SpinQuantConfig(**right)
+    with pytest.raises(CheckpointError, match=f"the quantization_config of a native folder: key {key}"):
+        SpinQuantConfig(**{**right, key: "x"})
 
 
 @pytest.mark.parametrize(

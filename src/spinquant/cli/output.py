@@ -70,7 +70,7 @@ class Output:
     """
 
     def __init__(self, file: Any):
-        self._file = file
+        self._file: Any = file
 
     def write(self, text: str) -> int:
         return self._checked(lambda file: file.write(text))
@@ -83,14 +83,15 @@ class Output:
         return getattr(self.__dict__["_file"] or sys.__stderr__, name)
 
     def _checked(self, action: Callable[[Any], Any]) -> Any:
+        file: Any = self._file
         try:
-            if self._file is None:
+            if file is None:
                 raise OSError(errno.EBADF, "it is closed")
-            return action(self._file)
+            return action(file)
         except OSError as error:
             # Python flushes standard output once more at exit, and would fail again.
-            with suppress(AttributeError, OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
+            with suppress(AttributeError, OSError, ValueError):  # no file, or one of Python alone
+                os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
             if isinstance(error, BrokenPipeError):
                 raise SystemExit(1) from None
             raise CheckpointError(f"cannot write the result to standard output: {error.strerror or error}") from None
