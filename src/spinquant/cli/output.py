@@ -89,9 +89,10 @@ class Output:
                 raise OSError(errno.EBADF, "it is closed")
             return action(file)
         except OSError as error:
-            # Python flushes standard output once more at exit, and would fail again.
-            with suppress(AttributeError, OSError, ValueError):  # no file, or one of Python alone
-                os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+            if file is not None:
+                # Python flushes standard output once more at exit, and would fail again.
+                with suppress(AttributeError, OSError, ValueError):  # a file of Python alone
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
             if isinstance(error, BrokenPipeError):
                 raise SystemExit(1) from None
             raise CheckpointError(f"cannot write the result to standard output: {error.strerror or error}") from None
