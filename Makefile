@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-long test-llmcompressor test-clients test-versions test-isa check docs bench clean
+EXAMPLES ?= 1000
+
+.PHONY: demo test test-long fuzz test-llmcompressor test-clients test-versions test-isa check docs bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/spinquant demo demo --force
@@ -14,6 +16,11 @@ test: $(VENV)/.installed
 # Tests that take longer than a test of the suite may: compiled and exported models.
 test-long: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m long
+
+# The fuzzer of tests/laws/test_fuzzing.py, with new mutations of model folders: an hour on two cores. EXAMPLES=100 takes
+# minutes. A failure prints what was mutated, and how.
+fuzz: $(VENV)/.installed
+	SPINQUANT_FUZZ_EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/laws/test_fuzzing.py
 
 # SpinQuantModifier beside llm-compressor's own modifiers, in an environment with the versions that it pins.
 test-llmcompressor: $(VENV)-llmcompressor/.installed

@@ -78,4 +78,4 @@ def from_disk(folder) -> bool:
     """Whether the blocks of a folder can be calibrated one by one."""
     config = load_config(folder)
     with closing(Source(folder, config)) as source:
-        return validation.from_disk(config, source, make_plan(config, source.shapes))
+        return validation.from_disk(config, make_plan(config, source.shapes))

@@ -13,6 +13,7 @@ from checkpoints import assert_same, from_disk, quantize_to_fp8, weights
 from families import FAMILIES
 from models import byte_tokenizer, logits, random_weights, tokens
 from spinquant import (
+    CheckpointError,
     Options,
     ProofError,
     RotationSpec,
@@ -30,7 +31,7 @@ from spinquant.calibration.data import CalibrationText
 from spinquant.checkpoint.folder import load_config
 from spinquant.checkpoint.reader import Source
 from spinquant.models.modules import model_class
-from spinquant.streaming.offloaded_model import OnDisk, form_in, hollow_model, unfillable
+from spinquant.streaming.offloaded_model import OnDisk, check_stored, form_in, hollow_model
 from spinquant.streaming.pipeline import Rotated
 
 # MoE families, and families whose checkpoints have other names than their modules.
@@ -99,7 +100,7 @@ def test_pieces_cover_every_tensor_exactly_once(name, tmp_path):
             assert (covered == 1).all(), tensor
 
 
-def test_a_checkpoint_that_lacks_a_piece_cannot_be_filled(tmp_path):
+def test_a_checkpoint_that_lacks_a_piece_is_refused(tmp_path):
     config = FAMILIES["qwen3_moe"].config()
     folder = saved(tmp_path, config)
     assert from_disk(folder)
@@ -111,10 +112,10 @@ def test_a_checkpoint_that_lacks_a_piece_cannot_be_filled(tmp_path):
             stored = {name: shape for name, shape in source.shapes.items() if name != part}
             stored |= {} if wrong is None else {part: wrong}
             form = form_of(config, plan, shapes, stored)
-            assert form.missing == stack and form.pieces[stack] == ()
+            assert form.missing == [stack] and form.pieces[stack] == ()
         del source.tensors[part]
-        reason = unfillable(model, source, plan)
-        assert reason is not None and stack in reason
+        with pytest.raises(CheckpointError, match=f"has no tensor '{stack}'"):
+            check_stored(model, source, plan)
 
 
 DAMAGED = {

@@ -17,7 +17,7 @@ from spinquant.rotations.rotation import Hadamard, Kronecker, Orthogonal
 from spinquant.rotations.serialization import restore, saved, to_save
 
 QUICK = {"text": None, "options": Options(prove=False)}
-NAMES = ["", ".", "..", "../x", "a/b", "/etc/passwd", "a\\b", "a\0b", 3, None, ["x"], "C:\\x"]
+NAMES = ["", ".", "..", "../x", "a/b", "/etc/passwd", "a\\b", "a\0b", 3, None, ["x"], "C:\\x", "x" * 256]
 
 
 @pytest.fixture
@@ -106,17 +106,27 @@ def test_links_of_the_hub_cache_and_inside_the_folder_are_followed(model, tmp_pa
         check_inside(snapshot, snapshot / "leak")
 
 
-@pytest.mark.parametrize("place", [".out.run", ".out.run/data", ".out.run/calibration"])
+STATE = ["", "/lock", "/data", "/calibration", "/finished/x.json", "/data/model.safetensors.spinquant-writing"]
+
+
+@pytest.mark.parametrize("place", [f".out.run{path}" for path in STATE])
 def test_the_state_of_a_run_is_never_behind_a_link(model, tmp_path, place):
     victim = tmp_path / "victim"
     victim.mkdir()
     (victim / "precious").write_text("1")
     path = tmp_path / place
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True, parents=True)
     path.symlink_to(victim)
     with pytest.raises(CheckpointError, match="is a link, and the state of a run"):
         rotate_folder(model, tmp_path / "out", RotationSpec("R1"), force=True, **QUICK)
     assert (victim / "precious").read_text() == "1"
+
+
+def test_a_folder_in_the_place_of_a_file_of_a_run_is_an_error(model, tmp_path):
+    (tmp_path / ".out.run/settings.json").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"settings\.json, a file of the run .* cannot be used: .*directory"):
+        rotate_folder(model, tmp_path / "out", RotationSpec("R1"), **QUICK)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import spinquant
+from families import FAMILIES
 from models import SIZES
 from spinquant import (
     ArchitectureError,
@@ -38,8 +39,10 @@ from spinquant import (
 )
 from spinquant.architectures.family_file import family_from
 from spinquant.checkpoint.checksums import check_checksums
+from spinquant.checkpoint.folder import load_config
 from spinquant.compute.patterns import LONGEST_NAME, check_pattern
 from spinquant.entrypoints.learn import write_files
+from spinquant.formats.native import SpinQuantConfig
 from spinquant.quantization.scheme import Clips, Scheme
 
 QUICK = {"text": None, "options": Options(prove=False)}
@@ -126,6 +129,9 @@ CONFIGS = {
     "activation of another type": {"hidden_act": 3},
     "rope": {"rope_parameters": {"rope_type": "nonsense", "rope_theta": 1e4}},
     "dtype": {"dtype": "float7"},
+    "a dtype of another type": {"dtype": False},
+    "a dtype that is a number": {"dtype": 2},
+    "a text part of another type": {"text_config": 0.5},
     "no layers": {"num_hidden_layers": 0},
     "more layers": {"num_hidden_layers": 3},
     "10^7 layers": {"num_hidden_layers": 10**7},
@@ -174,6 +180,13 @@ def test_a_config_that_contradicts_the_weights_is_refused(place, name, usual):
         assert processor_time(lambda attempt=attempt: refused(place, attempt)) < 10 * usual
 
 
+@pytest.mark.parametrize("given", [{"num_hidden_layers": 10**5}, {"text_config": {"num_mtp_layers": 10**5}}])
+def test_a_number_of_layers_for_which_lists_would_fill_the_memory_is_refused(place, given):
+    """Config classes make a list of layer types as long as that."""
+    change(place / "model/config.json", **given)
+    refused(place, lambda: load_config(place / "model"), "= 100000: expected at most 10000")
+
+
 WEIGHTS = {
     "integer weights": lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.ones(80, 48, dtype=torch.int8)}),
     "an integer norm": lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int64)}),
@@ -191,6 +204,19 @@ WEIGHTS = {
 def test_weights_that_contradict_the_config_are_refused(place, name):
     change_tensors(place / "model/model.safetensors", WEIGHTS[name])
     refused(place, lambda: rotate_folder(place / "model", place / "out", RotationSpec("R1"), **QUICK))
+
+
+def test_a_config_that_asks_for_tensors_that_the_checkpoint_lacks_is_refused(tmp_path):
+    """It was written with the note that logits are not compared; which layers have experts is in the config alone."""
+    AutoModelForCausalLM.from_config(FAMILIES["qwen3_moe"].config()).save_pretrained(tmp_path / "model")
+    rotate_folder(tmp_path / "model", tmp_path / "whole", RotationSpec("R1"), **QUICK)
+    for layers in ([], [0, 1]):
+        change(tmp_path / "model/config.json", mlp_only_layers=layers)
+        refused(
+            tmp_path,
+            lambda: rotate_folder(tmp_path / "model", tmp_path / "out", RotationSpec("R1"), **QUICK),
+            r"has no tensor 'model\.layers",
+        )
 
 
 LEARNED = {
@@ -247,12 +273,17 @@ def test_a_record_of_other_types_is_refused(place, key, value):
 
 
 ADAPTERS = {
-    "r": ["x", 0, -1, None, [2]],
+    "r": ["x", 0, -1, None, [2], 3],
     "lora_alpha": ["x", None, []],
     "rank_pattern": [3, {"q_proj": "x"}, {"q_proj": 0}, {"(a+)+$": 2}, {"(": 2}, []],
     "alpha_pattern": [{"(a|a)*b": 2}, {".*.*.*.*.*.*x": 1}],
     "peft_type": [3, None, "IA3"],
     "use_rslora": [[]],
+    "task_type": [[], 3],
+    "target_modules": [3, True, [3]],
+    "modules_to_save": [3, "embed_tokens"],
+    "layers_to_transform": ["x"],
+    "bias": ["x", 3],
     "init_lora_weights": ["pissa"],
 }
 
@@ -276,6 +307,11 @@ Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
         lambda t: t.update({f"{Q_PROJ}.lora_A.weight": torch.ones(2, 96)}),
         lambda t: t.update({f"{Q_PROJ}.lora_A.weight": torch.ones(2, 0)}),
         lambda t: t.update({f"{Q_PROJ}.lora_A.weight": torch.ones(2, 2, 2, 48)}),
+        lambda t: t.update({f"{Q_PROJ}.lora_A.weight": torch.ones(2, 48, 1)}),
+        lambda t: t.update({f"{Q_PROJ}.lora_A.weight": torch.ones(3, 48)}),
+        lambda t: t.update({f"{Q_PROJ}.lora_B.weight": torch.ones(96, 3)}),
+        lambda t: t.update({f"{Q_PROJ}.lora_B.weight": torch.ones(95, 2)}),
+        lambda t: t.update({f"{Q_PROJ}.lora_B.weight": torch.ones(1, 96, 2)}),
         lambda t: t.update({"model.layers.0.self_attn.q_proj.lora_A.default.weight.x": torch.ones(2, 48)}),
     ],
 )
@@ -310,6 +346,15 @@ NATIVE = {
 def test_a_native_folder_whose_config_is_wrong_does_not_load(place, name):
     change(place / "native/config.json", **NATIVE[name])
     refused(place, lambda: load(place / "native"))
+
+
+@pytest.mark.parametrize("key", ["scheme", "spec", "rotations", "spaces", "clips", "format_version"])
+def test_settings_of_a_native_folder_have_their_types(key):
+    """`from_pretrained` of transformers reads them too, and wraps no error."""
+    right = {"scheme": {}, "spec": {}, "rotations": [], "spaces": {}, "clips": {}, "format_version": 1}
+    SpinQuantConfig(**right)
+    with pytest.raises(CheckpointError, match=f"the quantization_config of a native folder: key {key}"):
+        SpinQuantConfig(**{**right, key: "x"})
 
 
 @pytest.mark.parametrize(

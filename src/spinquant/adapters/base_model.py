@@ -79,7 +79,14 @@ class BaseModel:
 
     def original(self, name: str) -> Tensor:
         """A tensor of the plan before rotation."""
-        return self.source.whole(name if name in self.source.tensors else self.plan.tied[name])
+        return self.source.whole(self._held(name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor of the plan."""
+        return self.source.tensors[self._held(name)].entry.shape
+
+    def _held(self, name: str) -> str:
+        return name if name in self.source.tensors else self.plan.tied[name]
 
 
 @contextmanager

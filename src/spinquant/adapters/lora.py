@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel as PydanticModel
@@ -62,13 +62,25 @@ _Rank = Annotated[int, Field(ge=1)]
 
 
 class _Config(PydanticModel):
-    """The values of an adapter's config that are used here."""
+    """The values of an adapter's config that are used here, or by peft to find the adapter's modules."""
 
     r: _Rank = 8  # peft's defaults
     lora_alpha: float = 8
     rank_pattern: dict[str, _Rank] | None = None
     alpha_pattern: dict[str, float] | None = None
     use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    fan_in_fan_out: bool = False
+    inference_mode: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    task_type: str | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    lora_dropout: float | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,7 @@ def rotate_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: 
         if isinstance(found, Counterpart):
             if not _STACKED.search(name):  # those are matched by their shapes
                 _check_fits(name, tensors[name], found, base)
+                _check_rank(name, tensors[name], found, config, base)
             counterparts[name] = found
         else:
             magnitudes[name] = found
@@ -112,8 +125,7 @@ def rotate_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: 
 
 def _check_fits(name: str, tensor: Tensor, counterpart: Counterpart, base: BaseModel) -> None:
     """Raise RotationError for a tensor whose axis is not as long as the rotated one of the model's that it shares."""
-    held = counterpart.tensor in base.source.tensors
-    shape = base.source.tensors[counterpart.tensor if held else base.plan.tied[counterpart.tensor]].entry.shape
+    shape = base.shape(counterpart.tensor)
     for axis in base.plan.axes_of.get(counterpart.tensor, ()):
         own = {**counterpart.dims, **counterpart.before}.get(axis.dim)
         if own is not None and (own >= tensor.ndim or tensor.shape[own] != shape[axis.dim]):
@@ -121,6 +133,24 @@ def _check_fits(name: str, tensor: Tensor, counterpart: Counterpart, base: BaseM
                 f"tensor {name!r} of the adapter has shape {tuple(tensor.shape)}, and axis {own} of it belongs to axis "
                 f"{axis.dim} of {counterpart.tensor!r}, {tuple(shape)}: the adapter belongs to another model"
             )
+
+
+def _check_rank(
+    name: str, tensor: Tensor, counterpart: Counterpart, config: Mapping[str, Any], base: BaseModel
+) -> None:
+    """Raise RotationError for an A or B that does not have the shape that the model and the config's rank give it."""
+    match, shape = _NAME.fullmatch(name.removeprefix(PREFIX)), base.shape(counterpart.tensor)
+    if match is None or match["part"] == "lora_magnitude_vector" or name.endswith(".bias") or len(shape) != 2:
+        return
+    rank = _rank(match["module"], config)
+    embedding = match["part"].startswith("lora_embedding")
+    outputs, inputs = shape[::-1] if embedding or base.family.transposed else shape
+    expected = (rank, inputs) if match["part"].endswith("_A") else (outputs, rank)
+    if tuple(tensor.shape) != expected:
+        raise RotationError(
+            f"tensor {name!r} of the adapter has shape {tuple(tensor.shape)}, and the model and the rank in the "
+            f"adapter's config give {expected}: one of the three is not of this adapter"
+        )
 
 
 def check_config(config: Mapping[str, Any], base: BaseModel) -> None:
@@ -226,18 +256,22 @@ def _is_rotated(tensor: str, dim: int, base: BaseModel) -> bool:
 
 
 def _scaling(module: str, config: Mapping[str, Any]) -> float:
-    """s of s B A, as in peft: patterns match the end of a module's name."""
-
-    def chosen(patterns: Any, otherwise: Any) -> Any:
-        for pattern, value in (patterns or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        return otherwise
-
-    check_name(module, "the adapter", RotationError)
-    rank = chosen(config.get("rank_pattern"), config.get("r", 8))
-    alpha = chosen(config.get("alpha_pattern"), config.get("lora_alpha", 8))
+    """s of s B A, as in peft."""
+    rank, alpha = _rank(module, config), _chosen(module, config.get("alpha_pattern"), config.get("lora_alpha", 8))
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _rank(module: str, config: Mapping[str, Any]) -> int:
+    return _chosen(module, config.get("rank_pattern"), config.get("r", 8))
+
+
+def _chosen(module: str, patterns: Mapping[str, Any] | None, otherwise: Any) -> Any:
+    """The value of the first pattern that matches the end of a module's name, as in peft."""
+    check_name(module, "the adapter", RotationError)
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return otherwise
 
 
 def _magnitude(name: str, scaled: Magnitude, tensors: Mapping[str, Tensor], base: BaseModel) -> Tensor:

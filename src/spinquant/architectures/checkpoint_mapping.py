@@ -55,13 +55,16 @@ class Form:
 
     Attributes:
         pieces: by the model's tensors; none for one that the checkpoint cannot provide.
-        missing: the first such tensor.
         misfit: (name in the model, name in the checkpoint) of the first one whose shape differs.
     """
 
     pieces: Mapping[str, tuple[Piece, ...]]
-    missing: str | None = None
     misfit: tuple[str, str] | None = None
+
+    @property
+    def missing(self) -> list[str]:
+        """The tensors that the checkpoint cannot provide."""
+        return [tensor for tensor, pieces in self.pieces.items() if not pieces]
 
     @cached_property
     def of_stored(self) -> Mapping[str, Piece]:
@@ -89,7 +92,6 @@ def form_of(config: Any, plan: Plan, tensors: Mapping[str, Sequence[int]], store
     for tie in plan.ties:
         names.setdefault(next(iter(module_names(family, [tie.tensor]))), tie.source)
     pieces: dict[str, tuple[Piece, ...]] = {}
-    missing: str | None = None
     misfit: tuple[str, str] | None = None
     for tensor, shape in tensors.items():
         origin = names.get(tensor)
@@ -98,10 +100,9 @@ def form_of(config: Any, plan: Plan, tensors: Mapping[str, Sequence[int]], store
             continue
         found = tuple(_of_experts(tensor, shape, names, stored) or _of_parts(tensor, shape, names, stored))
         if not found:
-            missing = missing or tensor
             misfit = misfit or (None if origin is None else (tensor, origin))
         pieces[tensor] = found
-    return Form(pieces, missing, misfit)
+    return Form(pieces, misfit)
 
 
 def _of_experts(

@@ -7,6 +7,7 @@ they are asked for, and `trust_remote_code` stays off. Weights are read by `read
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from spinquant.architectures import FamilyLike, use_family
 from spinquant.architectures.model_classes import is_causal
@@ -97,8 +98,24 @@ def load_config(model: str | Path, *, family: FamilyLike | None = None) -> Any:
     except Exception as error:  # config classes raise what a wrong value leads to
         here = "" if is_local(model) else ", which is not a local folder"
         raise CheckpointError(f"cannot read the config of {str(model)!r}{here}: {first_line(error)}") from None
+    _check_parts(config, str(model))
     use_family(config, family)
     return config
+
+
+def _check_parts(config: Any, model: str) -> None:
+    """Refuse a part of a config that is no config, and a dtype that is none."""
+    parts = {"text_config": config.get_text_config()}
+    parts |= {name: getattr(config, name, None) for name in config.sub_configs}
+    for name, part in parts.items():
+        if part is not None and not isinstance(part, PretrainedConfig):
+            raise CheckpointError(f"config.json of {model!r} has {name} = {reprlib.repr(part)}: expected an object")
+        for one in (config, part):
+            dtype = getattr(one, "dtype", None)
+            if dtype is not None and not isinstance(dtype, torch.dtype):
+                raise CheckpointError(
+                    f"config.json of {model!r} has dtype = {reprlib.repr(dtype)}: expected a name such as 'bfloat16'"
+                )
 
 
 def _check_sizes(about: Any, path: Path) -> None:

@@ -17,9 +17,12 @@ the form that `sha256sum -c` reads.
 """
 
 import json
+import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -182,17 +185,42 @@ class RunDirectory:
         self._take_lock()
         try:
             self._start(settings)
+        except OSError as error:
+            self.release()
+            if (reason := self.explained(error)) is None:
+                raise
+            raise reason from error
         except BaseException:
             self.release()
             raise
 
+    def explained(self, error: Exception) -> CheckpointError | None:
+        """What a full disk, or an error about a file of this run, means to the user; None for any other error."""
+        if is_full(error):
+            kept = f" to resume: finished files are kept in {self.home}" if self.has_progress() else ""
+            return CheckpointError(
+                f"{why_full(error)}, while writing {self.out}. Free space or raise the limit, and rerun{kept}"
+            )
+        name = os.fsdecode(error.filename) if isinstance(error, OSError) and error.filename is not None else None
+        if name is None or not Path(name).is_relative_to(self.home):
+            return None
+        return CheckpointError(
+            f"{name}, a file of the run that writes {self.out}, cannot be used: {first_line(error)}. Delete "
+            f"{self.home} to start anew"
+        )
+
     def _check_links(self) -> None:
-        """Refuse state that leads elsewhere: what it leads to would be written, or deleted."""
-        places = (self.home, self.data, self._finished, self._old, self._sources.parent)
-        for path in (*places, self.home / CALIBRATION, self.home / LEARNING):
-            if path.is_symlink():
+        """Refuse state that is no file or folder: what a link leads to would be written, or deleted."""
+        inside = (Path(folder) / name for folder, *names in os.walk(self.home) for name in chain(*names))
+        for path in (self.home, *inside):
+            try:
+                mode = path.lstat().st_mode
+            except FileNotFoundError:  # another run is active, or there is no state
+                continue
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                kind = "a link" if stat.S_ISLNK(mode) else "no file"
                 raise CheckpointError(
-                    f"{path} is a link, and the state of a run is never kept behind one: delete it, or choose another "
+                    f"{path} is {kind}, and the state of a run is never kept behind one: delete it, or choose another "
                     "output folder"
                 )
 
@@ -335,13 +363,10 @@ def opened_run(
             if isinstance(error, CalibrationError):  # a rerun from these blocks would fail in the same way
                 shutil.rmtree(run.home / CALIBRATION, ignore_errors=True)
         raise
-    except OSError as error:
-        if not is_full(error):
+    except Exception as error:  # a full disk is an OSError, a SafetensorError, or the tokenizer's plain Exception
+        if (reason := run.explained(error)) is None:
             raise
-        raise CheckpointError(
-            f"{why_full(error)}, while writing {out}. Free space or raise the limit, and rerun to resume: finished "
-            f"files are kept in {run.home}"
-        ) from error
+        raise reason from error
     finally:
         if processes.first:
             run.release()

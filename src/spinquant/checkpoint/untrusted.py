@@ -14,6 +14,7 @@ from spinquant.errors import CheckpointError, SpinquantError
 
 LARGEST = 1 << 27  # bytes of a JSON file; the index of the largest public checkpoints has some 10 MB
 BESIDE = "spinquant"  # folder beside the weights that records how they were made
+LONGEST_NAME = 255  # bytes of a file's name, in all usual file systems
 DEEPEST = 64  # lists and objects inside each other
 
 
@@ -73,10 +74,10 @@ def file_in(folder: Path, name: Any) -> Path:
     """The path of a file that an index or a record of a folder names.
 
     Raises CheckpointError for anything but the name of a file in that folder: absolute paths, separators, `..`, NUL,
-    and links that lead out.
+    names that no file system has, and links that lead out.
     """
     wrong = not isinstance(name, str) or name in ("", ".", "..") or any(sign in name for sign in ("/", "\\", "\0"))
-    if wrong or Path(name).is_absolute() or Path(name).drive:
+    if wrong or Path(name).is_absolute() or Path(name).drive or len(name.encode(errors="surrogatepass")) > LONGEST_NAME:
         raise CheckpointError(f"{folder} names {name!r} as a file: expected the name of a file in that folder")
     path = folder / name
     check_inside(folder, path)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from spinquant.cli import options as opt
-from spinquant.cli.output import out_console, print_result, written
+from spinquant.cli.output import out_console, print_result
 from spinquant.cli.progress import stages
 
 EXAMPLES = (
@@ -50,5 +50,4 @@ def demo(
         )
     print_result(json_, result.to_dict(), rows_table(f"perplexity, {scheme}", result.rows))
     if not json_:
-        with written():
-            out_console().print(f"page: {out / 'index.html'}", highlight=False)
+        out_console().print(f"page: {out / 'index.html'}", highlight=False)

@@ -15,7 +15,7 @@ import typer
 import typer.core
 
 from spinquant.cli import demo, evaluate, learn, plan, quantize, rotate, rotate_adapter
-from spinquant.cli.output import print_error
+from spinquant.cli.output import checked_output, print_error
 from spinquant.compute.torchrun import is_first
 from spinquant.errors import ProcessError, SpinquantError
 from spinquant.models.tested_versions import warn_untested
@@ -81,7 +81,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
-        with _silent(debug=debug):
+        with _silent(debug=debug), checked_output():
             warn_untested()
             app(prog_name="spinquant")
     except SpinquantError as error:

@@ -1,11 +1,12 @@
 """Results, notes and errors: tables and JSON on standard output, everything else on standard error."""
 
+import errno
 import json
 import math
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,34 +52,73 @@ def print_result(as_json: bool, data: dict[str, Any], table: Any) -> None:
     if as_json:
         print_json(data)
     else:
-        with written():
-            out_console().print(table)
+        out_console().print(table)
 
 
 def print_json(data: dict[str, Any]) -> None:
     """Print data as JSON, with null for numbers that are not finite."""
-    with written():
-        print(json.dumps(_finite(data), indent=1, default=dict), flush=True)
+    print(json.dumps(_finite(data), indent=1, default=dict), flush=True)
+
+
+class Output:
+    """Standard output that may be closed, or full, or read by a process that has ended (such as `head`).
+
+    `print`, typer and rich write to it. `write` and `flush` end the command with exit code 1 for a reader that has
+    ended, and otherwise raise CheckpointError if nothing can be written.
+
+    file: None if standard output is closed.
+    """
+
+    def __init__(self, file: Any):
+        self._file: Any = file
+
+    def write(self, text: str) -> int:
+        return self._checked(lambda file: file.write(text))
+
+    def flush(self) -> None:
+        if self._file is not None:
+            self._checked(lambda file: file.flush())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_file"] or sys.__stderr__, name)
+
+    def _checked(self, action: Callable[[Any], Any]) -> Any:
+        file: Any = self._file
+        try:
+            if file is None:
+                raise OSError(errno.EBADF, "it is closed")
+            return action(file)
+        except OSError as error:
+            if file is not None:
+                # Python flushes standard output once more at exit, and would fail again.
+                with suppress(AttributeError, OSError, ValueError):  # a file of Python alone
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+            if isinstance(error, BrokenPipeError):
+                raise SystemExit(1) from None
+            raise CheckpointError(f"cannot write the result to standard output: {error.strerror or error}") from None
 
 
 @contextmanager
-def written() -> Iterator[None]:
-    """Within the block, standard output may be closed (the reader, such as `head`, has ended) or full.
+def checked_output() -> Iterator[None]:
+    """Within the block, standard output is an `Output`, and all that was printed is written at the end.
 
-    Ends the command with exit code 1, without an error message for a reader that has ended.
-
-    Raises:
-        CheckpointError: nothing can be written to it.
+    Closed standard streams get the null device as their file: the next file that is opened, such as a file of weights,
+    would take their number, and with it what libraries print.
     """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    before, sys.stdout = sys.stdout, Output(sys.stdout)
     try:
         yield
-    except OSError as error:
-        # Python flushes standard output once more at exit, and would fail again.
-        with suppress(AttributeError, OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            raise SystemExit(1) from None
-        raise CheckpointError(f"cannot write the result to standard output: {error.strerror or error}") from None
+        sys.stdout.flush()
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+    finally:
+        sys.stdout = before
 
 
 def command_line() -> str:

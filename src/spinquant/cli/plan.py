@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from spinquant.cli import options as opt
-from spinquant.cli.output import note, out_console, print_json, written
+from spinquant.cli.output import note, out_console, print_json
 from spinquant.errors import ArchitectureError, SchemeError
 from spinquant.quantization.scheme import parse_scheme
 
@@ -79,12 +79,11 @@ def plan(
         print_json({**data, "runtime": claims or None, "plan": made.to_dict()})
     else:
         console = out_console()
-        with written():
-            console.print(plan_table(made, rows, spec))
-            if runtime:
-                console.print(runtime_table(runtime, claims))
-            for line in notes:
-                console.print(f"- {line}", highlight=False)
+        console.print(plan_table(made, rows, spec))
+        if runtime:
+            console.print(runtime_table(runtime, claims))
+        for line in notes:
+            console.print(f"- {line}", highlight=False)
     if any(row["error"] for row in rows) or not all(claim["runs"] for claim in claims):
         raise typer.Exit(1)
 
@@ -102,8 +101,7 @@ def _probe(config: Any, shapes: Mapping[str, Sequence[int]], draft: Path | None,
         findings = [{**asdict(finding), "holds": finding.holds} for finding in found.findings]
         print_json({"model_type": found.model_type, "family": family, "findings": findings, "left": found.left})
     elif draft is None or found.family is None:
-        with written():
-            typer.echo(draft_text(found), nl=False)
+        typer.echo(draft_text(found), nl=False)
     else:
         note(f"wrote the draft {draft}: read and correct it, then use it with --family {draft}")
     if found.family is None:

@@ -261,7 +261,7 @@ class StreamRun:
 
     def _why_not_compared(self, model: Any) -> str | None:
         plan, source, options = self.result.plan, self.source, self.job.request.options
-        reason = unfillable(model, source, plan)
+        reason = unfillable(model, plan)
         if reason is not None or self.job.calibration is not None:  # a calibration loads every block in any case
             return reason
         room = max(BLOCK_SHARE * source.largest + BLOCK_FREE, options.memory or 0)

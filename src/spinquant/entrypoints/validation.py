@@ -169,7 +169,7 @@ def validate(request: Request) -> Job:
             largest = source.largest
             plan = plan_in(folder, config, make_plan(config, source.shapes))
             check_stored(hollow_model(config, torch.float32), source, plan)
-            streamed = calibration is None or from_disk(config, source, plan)
+            streamed = calibration is None or from_disk(config, plan)
     if request.runtime is not None and plan is not None:
         check_runtime(request.runtime, scheme or Scheme(), spec, plan)
     _check_way(request, scheme, format, plan, streamed)
@@ -195,9 +195,9 @@ def validate(request: Request) -> Job:
     )
 
 
-def from_disk(config: Any, source: Source, plan: Plan) -> bool:
+def from_disk(config: Any, plan: Plan) -> bool:
     """Whether the decoder blocks of a checkpoint can be calibrated one by one from disk."""
-    return unfillable(hollow_model(config, torch.float32), source, plan) is None
+    return unfillable(hollow_model(config, torch.float32), plan) is None
 
 
 def _check_way(request: Request, scheme: Scheme | None, format: str, plan: Plan | None, streamed: bool) -> None:

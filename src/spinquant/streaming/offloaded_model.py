@@ -64,14 +64,11 @@ def hollow_model(config: Any, dtype: torch.dtype) -> Any:
         return new_model(copy.deepcopy(config), dtype=dtype).eval()  # a copy: transformers writes the dtype into it
 
 
-def unfillable(model: Any, source: Weights, plan: Plan) -> str | None:
-    """Why the blocks of a model cannot be loaded from a checkpoint and run one by one; None if they can."""
+def unfillable(model: Any, plan: Plan) -> str | None:
+    """Why the blocks of a model cannot be run one by one; None if they can."""
     if body_of(model) is model and plan.heads:
         return "the model's class has no base model without the head, so its blocks cannot be run one by one"
-    missing = form_in(model, source, plan).missing
-    return (
-        missing and f"the model's class has a tensor {missing!r} that cannot be computed from the checkpoint's tensors"
-    )
+    return None
 
 
 def check_stored(model: Any, source: Weights, plan: Plan) -> None:
@@ -83,7 +80,8 @@ def check_stored(model: Any, source: Weights, plan: Plan) -> None:
         plan: its plan.
 
     Raises:
-        CheckpointError: a tensor is missing, has another shape than the config implies, or holds integers.
+        CheckpointError: a tensor is missing, has another shape than the config implies, has no place in the model, or
+            holds integers.
     """
     form, expected = form_in(model, source, plan), model.state_dict()
     if form.misfit is not None:
@@ -92,8 +90,14 @@ def check_stored(model: Any, source: Weights, plan: Plan) -> None:
             f"tensor {stored!r} of {source.folder} has shape {source.tensors[stored].entry.shape}, and by its config "
             f"(config.json) it has {tuple(expected[tensor].shape)}: one of the two is not of this model"
         )
-    if form.missing is None:
-        _check_placed(model, source, plan, {piece.stored for pieces in form.pieces.values() for piece in pieces})
+    if form.missing:
+        first = form.missing[0]
+        raise CheckpointError(
+            f"{source.folder} has no tensor {first!r} (and {len(form.missing) - 1} others), nor tensors that it is "
+            f"made of, and a model of its config (config.json) has it, of shape {tuple(expected[first].shape)}: the "
+            "checkpoint is incomplete, or the config is of another model. Download both again"
+        )
+    _check_placed(model, source, plan, {piece.stored for pieces in form.pieces.values() for piece in pieces})
     for tensor, pieces in form.pieces.items():
         for piece in pieces if expected[tensor].is_floating_point() else ():
             found = source.tensors[piece.stored].dtype
