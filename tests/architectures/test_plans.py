@@ -75,8 +75,8 @@ def test_unknown_architectures_are_refused_by_name():
         make_plan(CTRLConfig(), {})
     with pytest.raises(ArchitectureError, match="no architecture"):
         make_plan(object(), {})
-    config = LlamaConfig(architectures=["LlamaForQuestionAnswering"])
-    with pytest.raises(ArchitectureError, match="LlamaForQuestionAnswering"):
+    config = LlamaConfig(architectures=["LlamaForMultipleChoice"])
+    with pytest.raises(ArchitectureError, match="LlamaForMultipleChoice"):
         make_plan(config, {})
 
 

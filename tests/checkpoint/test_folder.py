@@ -116,11 +116,11 @@ def test_a_damaged_folder_raises_an_error_that_names_the_damage(folder, kind):
 GPTQ = {"quant_method": "gptq", "bits": 4}
 
 
-@pytest.mark.parametrize("place", ["quantization_config", "compression_config", "text_config"])
+@pytest.mark.parametrize("place", ["quantization_config", "compression_config", "a_part"])
 def test_a_config_that_describes_a_quantization_is_refused(folder, tmp_path, place):
     """Runtimes read each of these, and would take the rotated weights for quantized ones."""
     path = folder / "config.json"
-    found = {"quantization_config": GPTQ} if place == "text_config" else GPTQ
+    found = {"quantization_config": GPTQ} if place == "a_part" else GPTQ
     path.write_text(json.dumps({**json.loads(path.read_text()), place: found}))
     with pytest.raises(CheckpointError, match=r"is quantized already \(gptq\)"):
         rotate_folder(folder, tmp_path / "out", RotationSpec("R1"), text=None)

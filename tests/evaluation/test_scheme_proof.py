@@ -34,6 +34,14 @@ def test_quantizers_of_every_family_equal_a_computation_without_hooks(name):
     assert proof.moved > 0.01
 
 
+@pytest.mark.parametrize("rotations", ["none", "R2,R4", "R1"])
+@pytest.mark.parametrize("name", ["zamba2", "qwen2", "phi", "gpt2"])
+def test_quantizers_are_proved_with_any_rotations(name, rotations):
+    """Blocks that share weights are untied by R1 alone."""
+    config = config_of(name)
+    assert prove_scheme(config, parse_scheme("A8KV8"), RotationSpec(rotations, "auto")).relative < 1e-11
+
+
 @pytest.mark.parametrize("options", [{"activation_symmetric": True}, {"lm_head": True}, {}])
 @pytest.mark.parametrize("scheme", ["A4g16", "KV4", "A4", "AFP8KVFP8"])
 def test_parts_groups_and_the_head_are_proved(scheme, options):

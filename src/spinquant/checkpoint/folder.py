@@ -109,7 +109,7 @@ def _check_parts(config: Any, model: str) -> None:
     parts |= {name: getattr(config, name, None) for name in config.sub_configs}
     for name, part in parts.items():
         if part is not None and not isinstance(part, PretrainedConfig):
-            raise CheckpointError(f"config.json of {model!r} has {name} = {reprlib.repr(part)}: expected an object")
+            raise CheckpointError(f"config.json of {model!r} has {name} = {reprlib.repr(part)}: expected a config")
         for one in (config, part):
             dtype = getattr(one, "dtype", None)
             if dtype is not None and not isinstance(dtype, torch.dtype):
