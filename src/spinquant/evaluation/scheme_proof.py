@@ -221,14 +221,19 @@ def prove_scheme(
         untie(tiny, plan)  # the reference knows a linear by its weight; fusing unties with R1 alone
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(0, TINY_VOCABULARY - 1, (2, 12), generator=generator)
-        return compare_schemes(tiny, plan, rotations, coarse(scheme, tiny, plan), tokens)
+        rounded = coarse(scheme, tiny, plan)
+        if rounded.activations is None and rounded.kv is None:
+            return None  # a KV cache alone, and a class without attention
+        return compare_schemes(tiny, plan, rotations, rounded, tokens)
 
 
 def coarse(scheme: Scheme, model: nn.Module, plan: Plan) -> Scheme:
-    """The scheme of the proof: the same parts, symmetric where they are, in groups that fit the tiny model."""
+    """The scheme of the proof: the same parts and symmetry, in groups that fit the tiny model."""
     lengths = [
         model.get_parameter(f"{name}.weight").shape[not plan.transposed] for group in plan.linears for name in group
     ]
+    stacks = (model.get_parameter(name) for experts in plan.experts for name in (*experts.first, *experts.second))
+    lengths += [length for stack in stacks for length in stack.shape[-2:]]
 
     def part(name: str) -> Quantizer | None:
         asked: Quantizer | None = getattr(scheme, name)
@@ -236,7 +241,9 @@ def coarse(scheme: Scheme, model: nn.Module, plan: Plan) -> Scheme:
             return None
         bits, clip = COARSE[name]
         group = math.gcd(asked.group_size, 16, *lengths) if asked.group_size else None
-        return Quantizer(bits, symmetric=asked.symmetric, group_size=group, clip=clip)
+        # Keys and values always have a zero point. Without one, values take the codes -1, 0 and 1 only, and the zero
+        # point of activations that are made of them lies between two codes.
+        return Quantizer(bits, symmetric=asked.symmetric and name != "kv", group_size=group, clip=clip)
 
     return Scheme(activations=part("activations"), kv=part("kv"), lm_head=scheme.lm_head)
 

@@ -5,8 +5,9 @@ outputs, and one with a scheme without a kernel does not load; `check_runtime` r
 an alternative. R1 and R2 are in the weights, so any runtime that loads the folder supports them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from spinquant.errors import RotationError, SchemeError
@@ -241,16 +242,34 @@ def runtime_rows(
         )
     for listed in scheme_names(scheme) if scheme is not None else ():
         claim = runtime.schemes.get(listed) or runtime.schemes.get("any") or Claim(False, cites=runtime.otherwise)
-        known = ", ".join(runtime.schemes) or "nothing"
+        instead = None if claim.runs else f"{name} runs {', '.join(runtime.schemes) or 'nothing'}"
+        ignored = ignored_cache() if claim.runs and listed.startswith("KV") and name == "transformers-ct" else None
+        if ignored:
+            instead = "transformers 5.23, or --runtime vllm or spinquant"
         rows.append(
-            {
-                "what": listed,
-                "runs": claim.runs,
-                "why": claim.backing,
-                "instead": None if claim.runs else f"{name} runs {known}",
-            }
+            {"what": listed, "runs": claim.runs and not ignored, "why": ignored or claim.backing, "instead": instead}
         )
     return rows
+
+
+def ignored_cache() -> str | None:
+    """Why the installed compressed-tensors leaves a KV cache of the installed transformers at 16 bits; else None."""
+    # Imported here: the command line reads the names of the runtimes without torch.
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    try:
+        from compressed_tensors.quantization.lifecycle import initialize
+    except ImportError:
+        return None
+    sees: Callable[[Any], bool] | None = getattr(initialize, "is_cached_attention_module", None)
+    attention = LlamaAttention(LlamaConfig(hidden_size=8, num_attention_heads=1, num_key_value_heads=1), layer_idx=0)
+    if sees is None or sees(attention):
+        return None
+    return (
+        f"compressed-tensors {version('compressed-tensors')} does not find the KV cache of transformers "
+        f"{version('transformers')}, and leaves it at 16 bits without a word"
+    )
 
 
 def _without(rotation: str, spec: "RotationSpec", runtime: Runtime) -> str:
