@@ -63,9 +63,10 @@ def source(name, folder):
 
 
 def opened(folder):
-    kind = model_class(AutoConfig.from_pretrained(folder))
     # DeepSeek's router, in transformers 5.24, would be rounded to float32 in loading.
-    with patch.object(kind, "_keep_in_fp32_modules_strict", None):
+    kept = "_keep_in_fp32_modules_strict"
+    kinds = model_class(AutoConfig.from_pretrained(folder)).__mro__
+    with patch.object(next((kind for kind in kinds if kept in vars(kind)), kinds[0]), kept, None, create=True):
         return prepared(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval())
 
 
