@@ -55,7 +55,7 @@ def source(name, folder):
     """A tiny model in float64, saved."""
     if name in FAMILIES:
         config = FAMILIES[name].config()
-        model = random_weights(model_class(config).from_config(config, dtype=torch.float64))
+        model = random_weights(model_class(config).from_config(config, dtype=torch.float64)).double()
     else:
         model = tiny_model(name)
     model.save_pretrained(folder)
