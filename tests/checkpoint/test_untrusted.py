@@ -203,8 +203,22 @@ def test_what_is_saved_is_restored(name):
         lambda tensors: {k: v.double() / 0 for k, v in tensors.items()},
         lambda tensors: {k: v.double() * 1.001 for k, v in tensors.items()},
         lambda tensors: {},
+        lambda tensors: {k: v != 0 for k, v in tensors.items()},
+        lambda tensors: {k: v.to(torch.uint16) for k, v in tensors.items()},
+        lambda tensors: {k: v.to(torch.float8_e4m3fn) for k, v in tensors.items()},
     ],
-    ids=["times 3", "zeros", "too short", "another shape", "not finite", "a little longer", "missing"],
+    ids=[
+        "times 3",
+        "zeros",
+        "too short",
+        "another shape",
+        "not finite",
+        "a little longer",
+        "missing",
+        "booleans",
+        "unsigned",
+        "8 bits",
+    ],
 )
 def test_tensors_that_are_no_rotation_are_refused(name, spoil):
     rotation = ROTATIONS[name]

@@ -18,6 +18,8 @@ from spinquant.rotations.wrappers import InPrecision, Scaled, bare
 
 LARGEST = 1 << 22  # order of a rotation; the longest axis of a published model has some 10^5
 _LARGEST_SIDE = 1 << 16  # of a dense matrix, 34 GB
+_SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Kind = Literal["hadamard", "random-hadamard", "orthogonal", "kronecker", "centred-hadamard", "centred-random-hadamard"]
 Order = Annotated[int, Field(strict=True, ge=1, le=LARGEST)]
 _Count = Annotated[int, Field(strict=True, ge=0)]
@@ -141,12 +143,12 @@ def _checked(about: Description, name: str, tensor: Tensor | None) -> Tensor | N
     if tensor is None:
         return None
     if name == "signs":
-        if tensor.ndim != 1 or tensor.is_floating_point() or not bool((tensor.abs() == 1).all()):
+        if tensor.ndim != 1 or tensor.dtype not in _SIGNED or not bool((tensor.abs() == 1).all()):
             raise RotationError(
                 f"the signs of a saved rotation of kind {about.kind!r} are not a row of integers 1 and -1"
             )
         return tensor
-    if tensor.ndim != 2 or tensor.shape[0] != tensor.shape[1] or not tensor.dtype.is_floating_point:
+    if tensor.ndim != 2 or tensor.shape[0] != tensor.shape[1] or tensor.dtype not in _FLOATING:
         raise RotationError(
             f"the matrix of a saved rotation of kind {about.kind!r} has shape {tuple(tensor.shape)} and dtype "
             f"{tensor.dtype}: expected a square of floating-point numbers"
