@@ -48,28 +48,33 @@ class _Pass:
         return type(self), ()  # a copy of a model is in no forward pass
 
 
-class _PassInThread(_Pass, threading.local):
-    """Of each thread its own: a server runs several passes at once."""
-
-
 class _Site:
-    """The state of a site in its forward pass, by thread.
+    """The state of a site in its forward pass, by thread: a server runs several passes at once.
 
-    What torch.compile and torch.export trace has a state of its own, since they know no attributes of threads; a part
-    of a model may be compiled alone, so both count.
+    What torch.compile and torch.export trace has a state of its own, since they know no threads; a part of a model may
+    be compiled alone, so both count.
     """
 
     def __init__(self) -> None:
-        self._in_thread, self._traced = _PassInThread(), _Pass()
+        # By number: an attribute of `threading.local` takes longer to read, and a hook reads several per linear.
+        self._threads: dict[int, _Pass] = {}
+        self._traced = _Pass()
 
     @property
     def now(self) -> _Pass:
         """The state of this thread, or of what is traced."""
-        return self._traced if torch.compiler.is_compiling() else self._in_thread
+        return self._traced if torch.compiler.is_compiling() else self._in_thread()
+
+    def _in_thread(self) -> _Pass:
+        number = threading.get_ident()
+        found = self._threads.get(number)
+        if found is None:
+            found = self._threads[number] = _Pass()
+        return found
 
     def passes(self) -> tuple[_Pass, ...]:
         """The states that the pass in progress may change."""
-        return (self._traced,) if torch.compiler.is_compiling() else (self._in_thread, self._traced)
+        return (self._traced,) if torch.compiler.is_compiling() else (self._in_thread(), self._traced)
 
     @property
     def calls(self) -> int:
