@@ -81,7 +81,8 @@ def grid_of_range(
 
 
 def _storable(scale: Tensor, stored: torch.dtype) -> Tensor:
-    scale = _rounded_to(scale, stored) if torch.compiler.is_compiling() else scale.to(stored).to(scale.dtype)
+    if stored != scale.dtype:
+        scale = _rounded_to(scale, stored) if torch.compiler.is_compiling() else scale.to(stored).to(scale.dtype)
     # For a group of zeros (or of numbers too small for the scale's dtype) any scale will do: its codes are zero.
     return scale.masked_fill_(scale == 0, 1.0)
 
