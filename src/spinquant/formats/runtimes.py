@@ -39,7 +39,8 @@ class Runtime:
     format: folder format to write for it, None if spinquant writes none. how: how to use the folder. rotations,
     schemes: claims by name; what is not named is unsupported, for the reason `otherwise`. r4_bases: orders of R4 are
     one of these times a power of two, () for any order. biased: whether a linear with a bias may be rotated online.
-    types: transform types required of an online rotation.
+    types: transform types required of an online rotation. ignored_cache: reason and alternative if the libraries that
+    are installed would leave a quantized KV cache at 16 bits.
     """
 
     title: str
@@ -51,6 +52,7 @@ class Runtime:
     r4_bases: tuple[int, ...] = ()
     biased: bool = True
     types: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    ignored_cache: Callable[[], tuple[str, str] | None] = lambda: None
 
 
 def _runs(test: str) -> Claim:
@@ -59,6 +61,27 @@ def _runs(test: str) -> Claim:
 
 def _cited(runs: bool, source: str) -> Claim:
     return Claim(runs, cites=source)
+
+
+def ignored_cache() -> tuple[str, str] | None:
+    """(reason, alternative) if the installed compressed-tensors leaves transformers' KV cache at 16 bits, else None."""
+    # Imported here: the command line reads the names of the runtimes without torch.
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    try:
+        from compressed_tensors.quantization.lifecycle import initialize
+    except ImportError:
+        return None
+    sees: Callable[[Any], bool] | None = getattr(initialize, "is_cached_attention_module", None)
+    attention = LlamaAttention(LlamaConfig(hidden_size=8, num_attention_heads=1, num_key_value_heads=1), layer_idx=0)
+    if sees is None or sees(attention):
+        return None
+    return (
+        f"compressed-tensors {version('compressed-tensors')} does not find the KV cache of transformers "
+        f"{version('transformers')}, and leaves it at 16 bits without a word",
+        "transformers 5.23, or --runtime vllm or spinquant",
+    )
 
 
 _VLLM = "vLLM 0.32, model_executor/layers/quantization/compressed_tensors"
@@ -123,6 +146,7 @@ RUNTIMES: Mapping[str, Runtime] = {
             **{name: _runs(_STATIC) for name in ("WNVFP4ANVFP4", "KVFP8")},
         },
         "compressed-tensors cannot store it: use --runtime spinquant",
+        ignored_cache=ignored_cache,
     ),
     "vllm": Runtime(
         "vLLM on a GPU",
@@ -243,33 +267,11 @@ def runtime_rows(
     for listed in scheme_names(scheme) if scheme is not None else ():
         claim = runtime.schemes.get(listed) or runtime.schemes.get("any") or Claim(False, cites=runtime.otherwise)
         instead = None if claim.runs else f"{name} runs {', '.join(runtime.schemes) or 'nothing'}"
-        ignored = ignored_cache() if claim.runs and listed.startswith("KV") and name == "transformers-ct" else None
+        why, ignored = claim.backing, runtime.ignored_cache() if claim.runs and listed.startswith("KV") else None
         if ignored:
-            instead = "transformers 5.23, or --runtime vllm or spinquant"
-        rows.append(
-            {"what": listed, "runs": claim.runs and not ignored, "why": ignored or claim.backing, "instead": instead}
-        )
+            why, instead = ignored
+        rows.append({"what": listed, "runs": claim.runs and not ignored, "why": why, "instead": instead})
     return rows
-
-
-def ignored_cache() -> str | None:
-    """Why the installed compressed-tensors leaves a KV cache of the installed transformers at 16 bits; else None."""
-    # Imported here: the command line reads the names of the runtimes without torch.
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaAttention
-
-    try:
-        from compressed_tensors.quantization.lifecycle import initialize
-    except ImportError:
-        return None
-    sees: Callable[[Any], bool] | None = getattr(initialize, "is_cached_attention_module", None)
-    attention = LlamaAttention(LlamaConfig(hidden_size=8, num_attention_heads=1, num_key_value_heads=1), layer_idx=0)
-    if sees is None or sees(attention):
-        return None
-    return (
-        f"compressed-tensors {version('compressed-tensors')} does not find the KV cache of transformers "
-        f"{version('transformers')}, and leaves it at 16 bits without a word"
-    )
 
 
 def _without(rotation: str, spec: "RotationSpec", runtime: Runtime) -> str:
