@@ -447,11 +447,6 @@ def usable(plan):
         "axes": {axis for axis in plan.axes if axis.space in kept},
         "gains": {replace(gain, readers=tuple(sorted(gain.readers))) for gain in plan.gains if gain.space in kept},
         "onlines": {online for online in plan.onlines if online.space in kept},
-        "scalings": {
-            (scaling.space, frozenset(scaling.writers), frozenset(scaling.readers))
-            for scaling in plan.scalings
-            if scaling.space in kept
-        },
         "refused": refused,
         "linears": tuple(tuple(sorted(group)) for group in plan.linears),  # those of a group read one activation
         **{part: getattr(plan, part) for part in ("ties", "attentions", "blocks", "head")},

@@ -15,8 +15,8 @@ from transformers import (
 
 from spinquant.evaluation.equivalence import Float64Arithmetic
 from spinquant.models.cache_names import cache_parameter
-from spinquant.rotations.rotation import Hadamard
-from spinquant.rotations.wrappers import Scaled
+from spinquant.plan import CHANNELS
+from spinquant.rotations.transforms import Diagonal
 
 VOCABULARY = 256
 CACHE = (cache_parameter(LlamaForCausalLM.forward) or ("", 0))[0]  # how this transformers calls the KV cache
@@ -132,11 +132,11 @@ def close(found, expected):
 
 
 def scaled(plan, rotations, seed=0):
-    """The rotations, with scales between 1/4 and 4 wherever a space can have them."""
+    """The rotations, with scales between 1/4 and 4 for the factor of every product."""
     generator = torch.Generator().manual_seed(seed)
     found = dict(rotations)
-    for scaling in plan.scalings:
-        size = plan.space[scaling.space].size
-        scale = 4 ** (2 * torch.rand(size, generator=generator, dtype=torch.float64) - 1)
-        found[scaling.space] = Scaled(rotations.get(scaling.space, Hadamard(1)), scale)
+    for space in plan.spaces:
+        if space.name.endswith(CHANNELS):
+            logs = torch.rand(space.size, generator=generator, dtype=torch.float64)
+            found[space.name] = Diagonal(4 ** (2 * logs - 1))
     return found

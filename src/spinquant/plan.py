@@ -1,21 +1,23 @@
-"""Rotation plan of a model: which axis of which weight each of R1 to R4 rotates. Plain data, no tensors, no torch.
+"""Plan of a model: which axis of which weight each transform changes. Plain data, no tensors, no torch.
 
-Every axis of every weight tensor belongs to at most one named *space* (the residual stream, the values of a layer,
-...), and each rotation belongs to a space. Rotating a space contracts every axis in it with the same orthogonal
-matrix R, block by block where the axis is longer than R:
+Every axis of every weight tensor belongs to named *spaces* (the residual stream, the values of a layer, ...), or to
+none, and a space carries an invertible matrix T, its transform. What writes a space is contracted with T and what
+reads it with T^-T, block by block where the axis is longer than T:
 
-    T'[.., j, ..] = sum_i T[.., i, ..] R[i, j]
+    W'[.., j, ..] = sum_i W[.., i, ..] T[i, j]        a writer
+    W'[.., j, ..] = sum_i W[.., i, ..] T^-T[i, j]     a reader
 
-The rotations of a space's writers and readers cancel, so the function of the model does not change. Three things
-complete a plan: the *gains* of norms, which do not commute with R and are fused into the linears that read the norm;
-the *spans* of fused tensors (q, k and v in one weight), where only part of an axis belongs to a space; and the
-*online* sites, where a space is rotated at run time because what writes it is not linear.
+The two cancel, so the function of the model does not change. A rotation (R1 to R4) is the case where T = T^-T, channel
+scales the case where T is diagonal. What a space may carry is a fact of the architecture (`Space.allows`). Three things
+complete a plan: the *gains* of norms, which do not commute with a rotation and are fused into the linears that read the
+norm; the *spans* of fused tensors (q, k and v in one weight), where only part of an axis belongs to a space; and the
+*online* sites, where a space is transformed at run time because what writes it is not linear.
 
-A plan describes the whole model. The rotations passed along with it select the spaces that are rotated.
+A plan describes the whole model. The transforms passed along with it select the spaces that are transformed.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Literal
@@ -26,6 +28,8 @@ ROTATION_NAMES = ("R1", "R2", "R3", "R4")
 MERGEABLE = ("R1", "R2")  # fused into weights; R3 and R4 need work at run time
 
 OnlineSite = Literal["input", "query_key", "experts"]
+Allows = Literal["orthogonal", "mean-preserving", "diagonal", "any"]
+CHANNELS = ".channels"  # ends the names of factors of products: "layers.0.hidden.channels" is before "layers.0.hidden"
 
 
 @dataclass(frozen=True)
@@ -33,17 +37,29 @@ class Space:
     """A vector space of the model, such as the residual stream.
 
     Attributes:
-        name: "residual", or a name with the layer's number, such as "layers.0.value".
-        rotation: the one of R1 to R4 that rotates the space.
-        size: number of elements that one rotation mixes; the head size for R2 and R3.
-        centred: norms of the space subtract the mean (LayerNorm), so its rotation has to be mean-preserving, R 1 = 1
-            (see `rotations/mean_preserving.py`).
+        name: "residual", a name with the layer's number, such as "layers.0.value", or, for the output of a norm, the
+            name of the norm's module.
+        rotation: the one of R1 to R4 that rotates the space; "" for a space that only carries channel scales.
+        size: number of elements that one transform mixes; the head size for R2 and R3.
+        allows: the transforms that leave the function of the model unchanged. "orthogonal": a norm divides by the
+            length of the vector. "mean-preserving": it also subtracts the mean (LayerNorm), so that R 1 = 1 as well
+            (see `rotations/mean_preserving.py`). "diagonal": the space is multiplied element by element. "any": it is
+            only read linearly.
+        heads: number of vectors of that size, each of which may have a transform of its own (key-value heads).
+        beside: for a space of channel scales, the rotation in whose coordinates they are; they are left out with it.
     """
 
     name: str
     rotation: str
     size: int
-    centred: bool = False
+    allows: Allows = "orthogonal"
+    heads: int = 1
+    beside: str = ""
+
+    @property
+    def centred(self) -> bool:
+        """Whether norms of the space subtract the mean, so that its rotation has to preserve it."""
+        return self.allows == "mean-preserving"
 
 
 @dataclass(frozen=True)
@@ -57,12 +73,25 @@ class Span:
 
 @dataclass(frozen=True)
 class Axis:
-    """Axis `dim` of a tensor belongs to a space; with a span, only part of the axis does."""
+    """Axis `dim` of a tensor belongs to a space; with a span, only part of the axis does.
+
+    Axes of one dim are transformed one after another, in the order of the plan.
+
+    Attributes:
+        tensor: name of the tensor.
+        dim: the axis.
+        space: name of the space.
+        span: the part of the axis that belongs to it; None for all of it.
+        reads: the tensor reads the space (and is contracted with T^-T) instead of writing it (T).
+        offset: the model uses `offset + tensor`, which is what is transformed: the weight of some norms.
+    """
 
     tensor: str
     dim: int
     space: str
     span: Span | None = None
+    reads: bool = False
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -83,19 +112,6 @@ class Gain:
     readers: tuple[tuple[str, int], ...]
     offset: float = 0.0
     bias: str | None = None
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """A space whose channels may be scaled by any nonzero numbers, because it is one factor of a product.
-
-    An example is the inside of a gated MLP, act(gate) * up. The scales multiply the writers (tensor, dim, span) and
-    divide axis `dim` of each reader.
-    """
-
-    space: str
-    writers: tuple[tuple[str, int, Span | None], ...]
-    readers: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -150,7 +166,8 @@ class Plan:
 
     Attributes:
         family: name of the family table that the plan was made from, such as "llama".
-        spaces: the spaces that can be rotated, in order of execution.
+        spaces: the spaces that can be transformed, in order of execution; after those with a rotation, those that only
+            carry channel scales.
         axes: the tensor axes that belong to them.
         gains: norm scales that are fused into the linears after the norm.
         onlines: places where a space is rotated at run time.
@@ -165,7 +182,6 @@ class Plan:
         transposed: weights of `linears` are (in, out), as in Conv1D; the head's never is.
         renamed: (name by the module, name in the checkpoint) for weights of linears and the head, where the two differ.
         predictors: tensors of multi-token prediction layers, which belong to no space and exist in checkpoints only.
-        scalings: spaces that may be scaled channel by channel, which costs nothing at run time.
         uncalled: linears whose weights the model class uses without calling the module, so that their inputs cannot
             be quantized.
 
@@ -175,10 +191,10 @@ class Plan:
         >>> config = LlamaConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=0, vocab_size=32)
         >>> shapes = {"model.embed_tokens.weight": (32, 8), "model.norm.weight": (8,), "lm_head.weight": (32, 8)}
         >>> plan = make_plan(config, shapes)
-        >>> [(space.name, space.rotation, space.size) for space in plan.spaces]
-        [('residual', 'R1', 8)]
-        >>> [(axis.tensor, axis.dim) for axis in plan.axes]
-        [('model.embed_tokens.weight', 1), ('lm_head.weight', 1)]
+        >>> [(space.name, space.rotation, space.size, space.allows) for space in plan.spaces]
+        [('residual', 'R1', 8, 'orthogonal'), ('model.norm', '', 8, 'diagonal')]
+        >>> [(axis.tensor, axis.dim, axis.reads) for axis in plan.axes if axis.space == "residual"]
+        [('model.embed_tokens.weight', 1, False), ('lm_head.weight', 1, True)]
         >>> [(gain.norm, gain.readers) for gain in plan.gains]
         [('model.norm.weight', (('lm_head.weight', 1),))]
     """
@@ -198,7 +214,6 @@ class Plan:
     transposed: bool = False
     renamed: tuple[tuple[str, str], ...] = ()
     predictors: tuple[str, ...] = ()
-    scalings: tuple[Scaling, ...] = ()
     uncalled: tuple[str, ...] = ()
 
     @cached_property
@@ -234,20 +249,14 @@ class Plan:
         return {gain.bias: gain for gain in self.gains if gain.bias is not None}
 
     @cached_property
-    def scalings_of(self) -> Mapping[str, tuple[tuple[Scaling, int, Span | None, bool], ...]]:
-        """(scaling, dim, span, whether the tensor writes the space) by tensor name."""
-        found: defaultdict[str, list[tuple[Scaling, int, Span | None, bool]]] = defaultdict(list)
-        for scaling in self.scalings:
-            for tensor, dim, span in scaling.writers:
-                found[tensor].append((scaling, dim, span, True))
-            for tensor, dim in scaling.readers:
-                found[tensor].append((scaling, dim, None, False))
-        return {name: tuple(places) for name, places in found.items()}
-
-    @cached_property
     def tied(self) -> Mapping[str, str]:
         """The name of the source by the name of a tied tensor, which a checkpoint may lack."""
         return {tie.tensor: tie.source for tie in self.ties}
+
+    def unties(self, spaces: Container[str]) -> bool:
+        """Whether transforming these spaces changes a tied tensor or its source, so that each needs its own memory."""
+        names = (name for tie in self.ties for name in (tie.tensor, tie.source))
+        return any(axis.space in spaces for name in names for axis in self.axes_of.get(name, ()))
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -271,15 +280,20 @@ class Plan:
         return module
 
     def read_by(self, linear: str) -> Space | None:
-        """The space that the whole input of a linear module belongs to; None if there is none."""
+        """The space with a rotation that the whole input of a linear module belongs to; None if there is none."""
+        return next((space for space in self.spaces_read_by(linear) if space.rotation), None)
+
+    def spaces_read_by(self, linear: str) -> tuple[Space, ...]:
+        """The spaces that the whole input of a linear module belongs to, in the order of their transforms."""
         weight = self.weight_of(linear)
         reading = 0 if self.transposed and linear != self.head.removesuffix(".weight") else 1
         axes = (axis for axis in self.axes_of.get(weight, ()) if axis.dim == reading and axis.span is None)
-        return next((self.space[axis.space] for axis in axes), None)
+        return tuple(self.space[axis.space] for axis in axes)
 
     def read_by_experts(self, experts: Experts) -> tuple[Space | None, Space | None]:
         """The spaces of the inputs of the first and of the second expert weights."""
-        outside = (self.space[axis.space] for axis in self.axes_of.get(experts.first[0], ()))
+        axes = self.axes_of.get(experts.first[0], ())
+        outside = (self.space[axis.space] for axis in axes if self.space[axis.space].rotation)
         inside = (self.space[o.space] for o in self.onlines if o.module == experts.module and o.site == "experts")
         return next(outside, None), next(inside, None)
 

@@ -33,12 +33,14 @@ from spinquant.learning.learn import learn
 from spinquant.learning.options import LearnOptions
 from spinquant.models.capture import captured
 from spinquant.models.modules import named_tensor
+from spinquant.plan import CHANNELS
 from spinquant.quantization.scheme import parse_scheme
 from spinquant.rotations import fuse
 from spinquant.rotations.fuse import fuse_in_place, slices, transform
 from spinquant.rotations.rotation import Hadamard, matrix
 from spinquant.rotations.serialization import saved, to_save
-from spinquant.rotations.wrappers import Scaled, bare, check_given, in_precision, online_part
+from spinquant.rotations.transforms import Diagonal
+from spinquant.rotations.wrappers import check_given, online_part
 from spinquant.streaming import pipeline
 
 SPEC = RotationSpec("R1,R2,R3,R4", "auto")
@@ -54,12 +56,13 @@ def learned_for(model):
 def test_scales_change_only_the_inputs_of_the_scaled_readers(name):
     model, ids = tiny(name), tokens()
     plan = plan_of(model)
-    if not plan.scalings:
+    factors = {space for space in plan.space if space.endswith(CHANNELS)}
+    if not factors:
         pytest.skip("no space of this model is one factor of a product of linears")
     allowed = [r for r in ("R1", "R2", "R4") if r in FAMILIES[name].allowed]
     rotations = scaled(plan, make_rotations(plan, RotationSpec(allowed, "auto", randomize=True)))
-    spaces = {o.module: o.space for o in plan.onlines if o.site == "input" and isinstance(rotations[o.space], Scaled)}
-    assert set(spaces.values()) == {scaling.space for scaling in plan.scalings}
+    spaces = {o.module: o.space for o in plan.onlines if o.site == "input" and o.space + CHANNELS in factors}
+    assert {space + CHANNELS for space in spaces.values()} == factors
     with captured(model, spaces, inputs=True) as before, Float64Arithmetic():
         expected = logits(model, ids)
     fuse_module(model, plan, rotations)
@@ -67,7 +70,7 @@ def test_scales_change_only_the_inputs_of_the_scaled_readers(name):
         assert close(logits(model, ids), expected)
     for module, x in before.items():
         rotation = rotations[spaces[module]]
-        assert close(after[module], rotation.apply(x * rotation.scale)), module
+        assert close(after[module], rotation.apply(x * rotations[spaces[module] + CHANNELS].scale)), module
         assert not torch.allclose(after[module], rotation.apply(x), rtol=1e-2), module
 
 
@@ -76,8 +79,9 @@ def test_gated_mlps_of_every_weight_layout_can_be_scaled():
     found = {}
     for name in ("llama", "phi3", "qwen2_moe", "granitemoeshared", "gemma2", "falcon_h1"):
         plan = plan_of(tiny(name) if name in FAMILIES else tiny_model(name))
-        for scaling in plan.scalings[:1]:
-            found[name] = [(tensor.split("layers.")[1], span) for tensor, _, span in scaling.writers]
+        for space in [space for space in plan.space if space.endswith(CHANNELS)][:1]:
+            writers = [axis for axis in plan.axes if axis.space == space and not axis.reads]
+            found[name] = [(axis.tensor.split("layers.")[1], axis.span) for axis in writers]
     assert [tensor for tensor, _ in found["llama"]] == ["0.mlp.up_proj.weight", "0.mlp.up_proj.bias"]
     span = found["phi3"][0][1]
     assert span is not None and span.start == span.length == span.period // 2
@@ -104,21 +108,30 @@ def test_fusing_slices_applies_the_matching_part_of_the_scales(name, first, monk
     assert torch.allclose(found, expected[first:], atol=1e-12)
 
 
-def test_scales_survive_serialization_and_are_absent_online():
+def test_scales_survive_serialization_and_do_not_run_online():
     plan = plan_of(tiny_model("llama"))
     rotations = scaled(plan, make_rotations(plan, replace(SPEC, transform_type={"R4": "random-matrix"})))
     about, tensors = to_save(rotations)
     found = saved(json.loads(json.dumps(about)), tensors)
     x = torch.randn(2, 3, plan.space["layers.0.hidden"].size, dtype=torch.float64)
     for space, rotation in rotations.items():
-        if isinstance(rotation, Scaled):
+        if isinstance(rotation, Diagonal):
             again = found[space]
-            assert isinstance(again, Scaled) and torch.equal(again.scale, rotation.scale)
+            assert isinstance(again, Diagonal) and torch.equal(again.scale, rotation.scale)
             assert torch.allclose(again.apply(x), rotation.apply(x), atol=1e-12)
-    # Online rotations have no scales.
-    assert not any(isinstance(r, Scaled) for r in online_part(plan, rotations).values())
-    assert not any(isinstance(r, Scaled) for r in in_precision(rotations, None).values())
-    assert "scale" not in json.dumps([r.describe() for r in in_precision(rotations, torch.bfloat16).values()])
+    assert not any(isinstance(r, Diagonal) for r in online_part(plan, rotations).values())
+
+
+def test_scales_of_folders_of_earlier_versions_are_read():
+    """They were stored under the name of the product, beside its rotation."""
+    plan = plan_of(tiny_model("llama"))
+    rotations = make_rotations(plan, SPEC)
+    about, tensors = to_save(rotations)
+    scale = torch.linspace(0.5, 2, plan.space["layers.0.hidden"].size, dtype=torch.float64)
+    found = saved({**about, "scaled": ["layers.0.hidden"]}, {**tensors, "scale.layers.0.hidden": scale})
+    assert set(found) == {*rotations, "layers.0.hidden.channels"}
+    assert torch.equal(found["layers.0.hidden.channels"].scale, scale)
+    check_given(plan, SPEC, found)
 
 
 @pytest.mark.parametrize("of", [{"size": 24}, {"block": 16}])
@@ -133,20 +146,17 @@ def test_rotations_of_another_order_are_refused(of):
         check_given(plan, spec, made)
 
 
-@pytest.mark.parametrize("change", ["space", "shape", "sign"])
+@pytest.mark.parametrize("change", ["space", "shape", "zero", "matrix"])
 def test_invalid_scales_are_refused(change):
     plan = plan_of(tiny_model("llama"))
     rotations = scaled(plan, make_rotations(plan, SPEC))
     check_given(plan, SPEC, rotations)
-    good = rotations["layers.0.hidden"]
+    good, size = rotations["layers.0.hidden.channels"].scale, plan.space["residual"].size
     wrong = {
-        "space": (
-            "layers.0.value",
-            Scaled(rotations["layers.0.value"], torch.ones(8)),
-            "no linear of llama writes one",
-        ),
-        "shape": ("layers.0.hidden", Scaled(good.rotation, good.scale[1:]), "expected .* positive, finite numbers"),
-        "sign": ("layers.0.hidden", Scaled(good.rotation, -good.scale), "expected .* positive, finite numbers"),
+        "space": ("residual", Diagonal(torch.linspace(1, 2, size)), "scales of residual change the model's function"),
+        "shape": ("layers.0.hidden.channels", Diagonal(good[1:]), "has order .* and this model needs"),
+        "zero": ("layers.0.hidden.channels", Diagonal(good * 0), "not all finite and other than zero"),
+        "matrix": ("layers.0.hidden.channels", Hadamard(len(good)), "allows channel scales alone"),
     }[change]
     with pytest.raises(RotationError, match=wrong[2]):
         check_given(plan, SPEC, {**rotations, wrong[0]: wrong[1]})
@@ -276,7 +286,7 @@ def test_fused_scales_keep_the_function_and_can_be_unfused():
     sums = filled(model, plan, rotations, scheme, tokens(2, 12))
     scales = {space: both.scale() for space, both in sums.items()}
     fuse_scales(model, plan, scales, ids[:1])
-    assert set(scales) == {scaling.space for scaling in plan.scalings}
+    assert set(scales) == {space for space in plan.space if space.endswith(CHANNELS)}
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert {name.split(".")[4] for name in changed} == {"up_proj", "down_proj"}
     assert close(logits(model, ids), expected)
@@ -291,12 +301,12 @@ def test_fused_scales_keep_the_function_and_can_be_unfused():
 def test_fusing_scales_of_a_wrong_table_raises():
     """gate_proj is scaled in place of up_proj, but its output goes through the activation function."""
     model, plan = prepared()
-    scalings = tuple(
-        replace(s, writers=tuple((t.replace("up_proj", "gate_proj"), d, span) for t, d, span in s.writers))
-        for s in plan.scalings
+    axes = tuple(
+        replace(axis, tensor=axis.tensor.replace("up_proj", "gate_proj")) if axis.space.endswith(CHANNELS) else axis
+        for axis in plan.axes
     )
     scheme = learning_scheme(parse_scheme("W4A4KV4"), weights=False)
-    wrong = replace(plan, scalings=scalings)
+    wrong = replace(plan, axes=axes)
     with pytest.raises(LearningError, match=r"they are not\. Learn without"):
         sums = filled(model, wrong, make_rotations(plan, SPEC), scheme, tokens(2, 12))
         fuse_scales(model, wrong, {space: both.scale() for space, both in sums.items()}, tokens(1))
@@ -314,9 +324,7 @@ def test_learning_can_start_from_learned_rotations_and_scales():
     assert again.record["scores"]["given"]["kl"] == pytest.approx(local.record["scores"][local.kept]["kl"], rel=1e-3)
     assert set(again.record["scales"]) == set(local.record["scales"]) and again.spec == local.spec
     for space, rotation in local.rotations.items():
-        assert torch.equal(matrix(bare(rotation)), matrix(bare(again.rotations[space])))
-        if isinstance(rotation, Scaled):
-            assert torch.equal(rotation.scale, again.rotations[space].scale)
+        assert torch.equal(matrix(rotation), matrix(again.rotations[space]))
     # End-to-end learning starts from the given rotations (the loss of the first step), and the scales stay.
     through = EndToEndOptions(steps=2, batch=8)
     more = run_learn(replace(QUICKLY, method="end-to-end", end_to_end=through), start=local)
@@ -352,7 +360,7 @@ def test_learning_keeps_scales_that_lower_kl(signs):
     scores = {name: score["kl"] for name, score in learned.record["scores"].items()}
     assert scores["scaled"] < 0.9 * min(scores["random 0"], scores["random 1"])
     assert learned.kept in ("local", "scaled")
-    assert all(isinstance(learned.rotations[space], Scaled) for space in learned.record["scales"])
+    assert all(isinstance(learned.rotations[space], Diagonal) for space in learned.record["scales"])
     assert learned.spec.type_of("R4") == SPEC.type_of("R4")  # scales do not make it another kind of rotation
     # The original model, rotated with the learned rotations, has the same logits.
     plan = plan_of(original)
@@ -369,7 +377,7 @@ def test_learning_keeps_scales_that_lower_kl(signs):
         replace(QUICKLY, scales=False),
     )
     assert "scaled" not in without.record["scores"] and not without.record["scales"]
-    assert not any(isinstance(rotation, Scaled) for rotation in without.rotations.values())
+    assert not any(isinstance(rotation, Diagonal) for rotation in without.rotations.values())
 
 
 def test_scales_that_raise_kl_are_removed(monkeypatch):
@@ -381,7 +389,7 @@ def test_scales_that_raise_kl_are_removed(monkeypatch):
     learned = learn(model, parse_scheme("W4A4KV4"), SPEC, tokens(16, 24), tokens(4, 24, seed=9), QUICKLY)
     scores = {name: score["kl"] for name, score in learned.record["scores"].items()}
     assert scores["scaled"] > min(scores["random 0"], scores["random 1"]) and not learned.record["scales"]
-    assert not any(isinstance(rotation, Scaled) for rotation in learned.rotations.values())
+    assert not any(isinstance(rotation, Diagonal) for rotation in learned.rotations.values())
     other, _ = prepared()
     without = learn(
         other, parse_scheme("W4A4KV4"), SPEC, tokens(16, 24), tokens(4, 24, seed=9), replace(QUICKLY, scales=False)

@@ -6,10 +6,10 @@ unrotated input. For embeddings, A has an axis of tokens and B one of channels. 
 adapter, is rotated like the tensor of the model that it replaces. Updates of stacked experts: `moe.py`.
 
 DoRA stores a magnitude m and divides by norms of rows, y = diag(m / n) (W + s B A) x with n_i = ||(W + s B A)_i||. If
-outputs are rotated there is no equivalent: diag(m / n) R is not R diag(m / n). A rotated input keeps n; a gain changes
-it, so
+outputs are rotated there is no equivalent: diag(m / n) R is not R diag(m / n). A rotated input keeps n; a gain g or
+another transform T of the input changes it, so
 
-    m'_i = m_i ||(W + s B A)_i diag(g)|| / ||(W + s B A)_i||
+    m'_i = m_i ||(W + s B A)_i diag(g) T^-T|| / ||(W + s B A)_i||
 """
 
 import math
@@ -29,7 +29,9 @@ from spinquant.adapters.plan import Counterpart, adapter_plan
 from spinquant.compute.patterns import check_name, check_pattern
 from spinquant.compute.values import validated
 from spinquant.errors import RotationError
-from spinquant.rotations.fuse import scales_of, transform
+from spinquant.plan import Axis
+from spinquant.rotations.fuse import transform, transform_axis
+from spinquant.rotations.transforms import Diagonal
 
 PREFIX = "base_model.model."
 _NAME = re.compile(
@@ -176,7 +178,7 @@ def check_config(config: Mapping[str, Any], base: BaseModel) -> None:
             continue
         reason = REASONS.get(key, "this version of spinquant does not know this option")
         raise RotationError(f"the adapter has {key} = {value!r}: {reason}. Merge it into the model, and rotate that")
-    if base.plan.ties and "residual" in base.rotations:
+    if base.plan.unties(base.rotations):
         for key in ("ensure_weight_tying", "trainable_token_indices"):
             if config.get(key):
                 raise RotationError(
@@ -251,8 +253,14 @@ def _reads_online(module: str, base: BaseModel) -> bool:
 
 
 def _is_rotated(tensor: str, dim: int, base: BaseModel) -> bool:
+    """Whether an axis is mixed, and not only scaled element by element."""
+    return any(not isinstance(base.rotations[axis.space], Diagonal) for axis in _axes(tensor, dim, base))
+
+
+def _axes(tensor: str, dim: int, base: BaseModel) -> list[Axis]:
+    """The transformed axes of one dim of a tensor, in order."""
     axes = base.plan.axes_of.get(tensor, ())
-    return any(axis.dim == dim and axis.space in base.rotations for axis in axes)
+    return [axis for axis in axes if axis.dim == dim and axis.space in base.rotations]
 
 
 def _scaling(module: str, config: Mapping[str, Any]) -> float:
@@ -278,8 +286,9 @@ def _magnitude(name: str, scaled: Magnitude, tensors: Mapping[str, Tensor], base
     """The magnitude m' of the module docstring, in the dtype of m."""
     magnitude = tensors[name]
     gains = [g for g, _ in base.plan.gains_of.get(scaled.tensor, ()) if g.space in base.rotations]
-    channels = list(scales_of(scaled.tensor, base.plan, base.rotations))
-    if not gains and not channels:
+    outputs, inputs = (1, 0) if base.family.transposed else (0, 1)
+    written, read = (_axes(scaled.tensor, dim, base) for dim in (outputs, inputs))
+    if not gains and not written and not read:
         return magnitude
     wide = torch.promote_types(magnitude.dtype, torch.float32)
     a, b = (tensors.get(f"{scaled.module}.lora_{part}.weight") for part in "AB")
@@ -290,13 +299,12 @@ def _magnitude(name: str, scaled: Magnitude, tensors: Mapping[str, Tensor], base
     if magnitude.shape != (len(weight),):
         raise RotationError(f"{name!r} of the adapter has shape {tuple(magnitude.shape)}: expected {len(weight)}")
     updated = weight + scaled.scaling * (b.to(wide) @ a.to(wide))
-    scale = torch.ones((), dtype=wide)
+    columns = updated
     for gain in gains:
-        scale = scale * (base.gains[gain.norm].to(wide) + gain.offset)
-    rows = torch.ones((), dtype=wide)
-    for factors, dim in channels:
-        if dim == (1 if base.family.transposed else 0):
-            rows = rows * factors.to(wide)
-        else:
-            scale = scale * factors.to(wide)
-    return (magnitude.to(wide) * rows * (updated * scale).norm(dim=1) / updated.norm(dim=1)).to(magnitude.dtype)
+        columns = columns * (base.gains[gain.norm].to(wide) + gain.offset)
+    for axis in read:
+        columns = transform_axis(columns, axis, base.rotations[axis.space], dim=1)
+    rows = torch.ones(len(updated), dtype=wide)
+    for axis in written:  # channel scales alone, see `_counterpart`
+        rows = transform_axis(rows, axis, base.rotations[axis.space], dim=0)
+    return (magnitude.to(wide) * rows * columns.norm(dim=1) / updated.norm(dim=1)).to(magnitude.dtype)

@@ -1,11 +1,11 @@
 """Derive the plan of an adapter's tensors from that of the base model.
 
-Each tensor of the adapter shares axes with a tensor of the model, its counterpart. For y = W x, and the rotated weight
-W' = R_out^T W diag(g) R_in, an update B A of W has to become
+Each tensor of the adapter shares axes with a tensor of the model, its counterpart. For y = W x, and the transformed
+weight W' = T_out^T W diag(g) T_in^-T, an update B A of W has to become
 
-    A' = A diag(g) R_in        B' = R_out^T B
+    A' = A diag(g) T_in^-T        B' = T_out^T B
 
-so A has the input axis of W, with its gain and scales, and B the output axis of W. `fuse.transform` does the rest.
+so A has the input axis of W, with its gain, and B the output axis of W. `fuse.transform` does the rest.
 """
 
 from collections.abc import Mapping
@@ -32,10 +32,10 @@ def adapter_plan(plan: Plan, counterparts: Mapping[str, Counterpart]) -> Plan:
     A counterpart that is the bias of a norm is transformed as a whole, independently of the linears that read the norm.
     """
     axes = tuple(
-        replace(axis, tensor=name, dim=counterpart.dims[axis.dim])
+        replace(axis, tensor=name, dim={**counterpart.before, **counterpart.dims}[axis.dim])
         for name, counterpart in counterparts.items()
         for axis in plan.axes_of.get(counterpart.tensor, ())
-        if axis.dim in counterpart.dims
+        if axis.dim in counterpart.dims or (axis.dim in counterpart.before and not plan.space[axis.space].rotation)
     )
     gains = []
     for gain in plan.gains:
@@ -48,21 +48,5 @@ def adapter_plan(plan: Plan, counterparts: Mapping[str, Counterpart]) -> Plan:
         biases = [name for name, counterpart in counterparts.items() if counterpart.tensor == gain.bias]
         if readers or biases:
             gains.append(replace(gain, readers=readers, bias=biases[0] if biases else None))
-    scalings = []
-    for scaling in plan.scalings:
-        writers = tuple(
-            (name, counterpart.dims[dim], span)
-            for tensor, dim, span in scaling.writers
-            for name, counterpart in counterparts.items()
-            if counterpart.tensor == tensor and dim in counterpart.dims
-        )
-        readers = tuple(
-            (name, {**counterpart.dims, **counterpart.before}[dim])
-            for tensor, dim in scaling.readers
-            for name, counterpart in counterparts.items()
-            if counterpart.tensor == tensor and dim in (*counterpart.dims, *counterpart.before)
-        )
-        if writers or readers:
-            scalings.append(replace(scaling, writers=writers, readers=readers))
     empty = dict.fromkeys(("onlines", "ties", "linears", "experts", "attentions", "blocks", "renamed"), ())
-    return replace(plan, axes=axes, gains=tuple(gains), scalings=tuple(scalings), **empty)
+    return replace(plan, axes=axes, gains=tuple(gains), **empty)

@@ -8,7 +8,7 @@ uses the tensor names that it was given, and always the module's names for modul
 import re
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,10 +18,13 @@ from spinquant.architectures.foreign import foreign_among, layers_beyond, missin
 from spinquant.architectures.shared_blocks import owners, with_shared_blocks
 from spinquant.compute.patterns import check_name
 from spinquant.errors import ArchitectureError
-from spinquant.plan import Axis, Experts, Gain, Online, Plan, Scaling, Space, Span, Tie
+from spinquant.plan import CHANNELS, Allows, Axis, Experts, Gain, Online, Plan, Space, Span, Tie
 
 Shapes = Mapping[str, Sequence[int]]
 PATIENCE = 30.0  # seconds
+# What the space of a rotation allows, unless its table says otherwise, or a norm stands on the way. What is rotated at
+# run time, and the values of a head, are only read linearly.
+ALLOWS: Mapping[str, Allows] = {"R1": "orthogonal", "R2": "any", "R3": "any", "R4": "any"}
 
 
 def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
@@ -60,15 +63,15 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
     shapes, shared = with_shared_blocks(family.shared, named, shapes, tied=tie)
     tied = {**({family.head: family.embedding} if family.head else {}), **shared} if tie else {}
     build = _Build(family, named, shapes)
-    axes, onlines = build.axes(), build.onlines()
-    used = {axis.space for axis in axes} | {online.space for online in onlines}
+    gains, onlines = build.gains(), build.onlines()
+    spaces, axes = build.spaces_and_axes(gains, onlines)
 
     def origin(name: str) -> str:
         return stored.get(name, name)
 
     return Plan(
         family=family.name,
-        spaces=tuple(space for space in build.spaces.values() if space.name in used),
+        spaces=spaces,
         axes=tuple(replace(axis, tensor=origin(axis.tensor)) for axis in axes),
         gains=tuple(
             replace(
@@ -77,7 +80,7 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
                 readers=tuple((origin(name), dim) for name, dim in gain.readers),
                 bias=gain.bias and origin(gain.bias),
             )
-            for gain in build.gains()
+            for gain in gains
         ),
         onlines=onlines,
         ties=tuple(Tie(origin(name), origin(source)) for name, source in tied.items()),
@@ -94,14 +97,6 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
             (weight, origin(weight))
             for weight in (*(f"{name}.weight" for group in build.linears() for name in group), family.head)
             if origin(weight) != weight
-        ),
-        scalings=tuple(
-            replace(
-                scaling,
-                writers=tuple((origin(name), dim, span) for name, dim, span in scaling.writers),
-                readers=tuple((origin(name), dim) for name, dim in scaling.readers),
-            )
-            for scaling in build.scalings(axes)
         ),
         uncalled=tuple(
             name
@@ -196,11 +191,11 @@ class _Build:
     def spaces(self) -> dict[str, Space]:
         """Spaces by name, in order of execution: the residual space, then layer by layer."""
         found: dict[str, tuple[int, Space]] = {}
-        for pattern, (rotation, size) in self.family.spaces.items():
+        for pattern, (rotation, size, *allows) in self.family.spaces.items():
             order = size_of(self.config, size) if self._is_known(size) else 0
             for name, i in self.each(pattern):
-                centred = self.family.centred and name == "residual"
-                found[name] = (-1 if i is None else i, Space(name, rotation, order, centred))
+                kind = "mean-preserving" if self.family.centred and name == "residual" else allows[0] if allows else ""
+                found[name] = (-1 if i is None else i, Space(name, rotation, order, kind or ALLOWS[rotation]))
         return {name: space for name, (_, space) in sorted(found.items(), key=lambda item: item[1][0])}
 
     def _is_known(self, size: str) -> bool:
@@ -284,9 +279,68 @@ class _Build:
             found.append((re.compile(absent), re.compile(present)))
         return found
 
-    def axes(self) -> tuple[Axis, ...]:
-        """All axes that belong to a space, in the order of the table (not of the file)."""
-        return tuple(axis for name, spaces in self.axis_spaces.items() for axis in self._axes_of(name, spaces))
+    def spaces_and_axes(
+        self, gains: Sequence[Gain], onlines: Sequence[Online]
+    ) -> tuple[tuple[Space, ...], tuple[Axis, ...]]:
+        """The spaces that some tensor or module uses, and their axes, in the order of the table (not of the file)."""
+        axes = tuple(axis for name, spaces in self.axis_spaces.items() for axis in self._axes_of(name, spaces))
+        read = {tensor for gain in gains for tensor, _ in gain.readers}
+        axes = tuple(replace(axis, reads=self._reads(axis, read)) for axis in axes)
+        used = {axis.space for axis in axes} | {online.space for online in onlines}
+        normed = {gain.space for gain in gains}
+        heads: dict[str, int] = {}
+        for axis in axes:
+            copies = self._length(axis) // self.spaces[axis.space].size
+            heads[axis.space] = min(copies, heads.get(axis.space, copies))
+        spaces = [
+            replace(
+                space,
+                allows="orthogonal" if space.allows == "any" and name in normed else space.allows,
+                # Query heads that share a key-value head share its transform.
+                heads=heads[name] if space.rotation == "R2" else 1,
+            )
+            for name, space in self.spaces.items()
+            if name in used
+        ]
+        # The scales of a factor come before the rotation of the product, those of a norm after the residual space's.
+        factors, factor_axes = self._factors(axes)
+        outputs, output_axes = self._norm_outputs(gains)
+        return (*spaces, *factors, *outputs), (*factor_axes, *axes, *output_axes)
+
+    def _reads(self, axis: Axis, read: Set[str]) -> bool:
+        """Whether a tensor reads a space. It makes no difference where the space allows rotations alone.
+
+        read: tensors that read a norm.
+        """
+        if self.spaces[axis.space].rotation == "R4":
+            return True  # what writes it is not linear
+        dims = len(self.shapes[axis.tensor])
+        linear = axis.tensor in self._linear_weights
+        if dims == 2 and axis.space == "residual" and not linear and axis.tensor not in read:
+            return False  # embeddings of tokens and positions write along their last axis
+        return dims > 1 and axis.dim == (0 if self.family.transposed and linear else dims - 1)
+
+    @cached_property
+    def _linear_weights(self) -> Set[str]:
+        return {f"{name}.weight" for group in self.linears() for name in group}
+
+    def _length(self, axis: Axis) -> int:
+        length = self.shapes[axis.tensor][axis.dim]
+        return length if axis.span is None else length // axis.span.period * axis.span.length
+
+    def _norm_outputs(self, gains: Sequence[Gain]) -> tuple[list[Space], list[Axis]]:
+        """The spaces of the outputs of norms, which take channel scales: the norm's weight writes them."""
+        spaces, axes = [], []
+        for gain in gains:
+            if not gain.readers or len(self.shapes[gain.norm]) != 1:
+                continue
+            name = gain.norm.removesuffix(".weight")
+            beside = self.spaces[gain.space].rotation
+            spaces.append(Space(name, "", self.shapes[gain.norm][0], "diagonal", beside=beside))
+            axes.append(Axis(gain.norm, 0, name, offset=gain.offset))
+            axes += [Axis(gain.bias, 0, name)] if gain.bias else []
+            axes += [Axis(tensor, dim, name, reads=True) for tensor, dim in gain.readers]
+        return spaces, axes
 
     def _axes_of(self, name: str, spaces: Sequence[AxisSpace]) -> Iterator[Axis]:
         shape = self.shapes[name]
@@ -347,9 +401,9 @@ class _Build:
             if tensor in self.shapes:
                 yield tensor, _axis_in(self.axis_spaces[tensor], space)
 
-    def scalings(self, axes: Sequence[Axis]) -> Iterator[Scaling]:
-        """The scaling of every space that the table lists as scaled and that some tensor reads."""
-        writers: dict[str, dict[tuple[str, int, Span | None], None]] = {}
+    def _factors(self, axes: Sequence[Axis]) -> tuple[list[Space], list[Axis]]:
+        """The spaces of factors of products, which take channel scales, for spaces that the table lists as scaled."""
+        writers: dict[str, dict[Axis, None]] = {}
         for pattern, axis_space in self.family.scaled.items():
             for name, i in self.each(pattern):
                 where = self.in_layer(axis_space, i)
@@ -357,11 +411,16 @@ class _Build:
                     if tensor in self.shapes and where is not None:
                         part = where if isinstance(where, AxisPart) else None
                         span = self._span(tensor, dim, part) if part else None
-                        writers.setdefault(part.space if part else str(where), {})[tensor, dim, span] = None
-        for space, found in writers.items():
-            readers = tuple((axis.tensor, axis.dim) for axis in axes if axis.space == space)
-            if readers:
-                yield Scaling(space, tuple(found), readers)
+                        space = part.space if part else str(where)
+                        writers.setdefault(space, {})[Axis(tensor, dim, space + CHANNELS, span)] = None
+        spaces, found = [], []
+        for space, writing in writers.items():
+            reading = [replace(axis, space=space + CHANNELS, reads=True) for axis in axes if axis.space == space]
+            if reading:
+                product = self.spaces[space]
+                spaces.append(Space(space + CHANNELS, "", product.size, "diagonal", beside=product.rotation))
+                found += [*writing, *reading]
+        return spaces, found
 
     def onlines(self) -> tuple[Online, ...]:
         """The online rotations of all modules that the model has."""

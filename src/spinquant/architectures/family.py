@@ -15,7 +15,7 @@ from typing import Any
 
 from spinquant.compute.releases import release_of
 from spinquant.errors import ArchitectureError
-from spinquant.plan import OnlineSite
+from spinquant.plan import Allows, OnlineSite
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ class Family:
         name: name of the family, unique among the tables.
         model_types: values of `config.model_type` that the table supports.
         tensors: name pattern -> the space of each axis, None for an axis in no space.
-        spaces: space pattern -> (rotation, size expression).
+        spaces: space pattern -> (rotation, size expression), and what the space allows if that does not follow from the
+            rotation and the norms (`ALLOWS` in `build.py`).
         gains: weight of a norm -> the linears, or tensors, that read the norm.
         onlines: module pattern -> (site, space pattern).
         linears: groups of module patterns that read one activation, in order of execution; absent ones are skipped.
@@ -128,7 +129,7 @@ class Family:
     name: str
     model_types: tuple[str, ...]
     tensors: Mapping[str, tuple[AxisSpace, ...]]
-    spaces: Mapping[str, tuple[str, str]]
+    spaces: Mapping[str, tuple[str, str] | tuple[str, str, Allows]]
     gains: Mapping[str, tuple[str, ...] | Norm]
     onlines: Mapping[str, tuple[OnlineSite, str]]
     linears: tuple[tuple[str, ...], ...]

@@ -60,6 +60,7 @@ class SpaceEntry(_Part):
 
     rotation: Literal["R1", "R2", "R3", "R4"]
     size: Size
+    allows: Literal["orthogonal", "any"] | None = None
 
 
 class NormEntry(_Part):
@@ -88,6 +89,8 @@ class AttentionRoles(_Part):
     """The attention module of a layer and its linears: q, k, v, or fused ones (`qkv`, `kv`), and o.
 
     A fused linear needs `values`, its rows that are values. `head_size` is the size of a head, which R2 and R3 rotate.
+    `allows` states which transforms the values may have: rotations alone, or, where nothing but the attention's sum and
+    o read them, any invertible matrix.
     """
 
     module: Name
@@ -99,6 +102,7 @@ class AttentionRoles(_Part):
     kv: Name | None = None
     values: ValueRows | None = None
     head_size: Size = "head_dim"
+    allows: Literal["orthogonal", "any"] = "orthogonal"
 
     @model_validator(mode="after")
     def _complete(self) -> "AttentionRoles":

@@ -34,7 +34,10 @@ def to_family(file: FamilyFile, tables: Iterable[Family]) -> Family:
     changes: dict[str, Any] = {
         "tensors": {_layered(name): _axis_spaces(axes) for name, axes in file.tensors.items()},
         "gains": {_layered(name): _norm(norm) for name, norm in file.norms.items()},
-        "spaces": {_layered(name): (space.rotation, space.size) for name, space in file.spaces.items()},
+        "spaces": {
+            _layered(name): (space.rotation, space.size, *([space.allows] if space.allows else []))
+            for name, space in file.spaces.items()
+        },
         "onlines": {_layered(name): (online.site, _layered(online.space)) for name, online in file.onlines.items()},
         "scaled": {_layered(name): _axis_spaces([space])[0] for name, space in file.scaled.items()},
         "names": file.config,
@@ -138,7 +141,7 @@ def _from_roles(file: FamilyFile) -> Family:
         for name in attention.inputs():
             linear(name, rows if name in (attention.v, attention.qkv, attention.kv) else None, RESIDUAL)
         linear(attention.o, RESIDUAL, VALUE if rows is not None else None)
-        spaces |= {VALUE: ("R2", attention.head_size), QUERY_KEY: ("R3", attention.head_size)}
+        spaces |= {VALUE: ("R2", attention.head_size, attention.allows), QUERY_KEY: ("R3", attention.head_size)}
         onlines[_layered(attention.module)] = ("query_key", QUERY_KEY)
         linears += [tuple(_layered(name) for name in attention.inputs()), (_layered(attention.o),)]
     if file.mlp is not None:

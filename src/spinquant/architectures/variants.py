@@ -54,13 +54,15 @@ BITNET = LLAMA.like(
     scaled={f"{MLP}.up_proj": None},
     gains={f"{ATTENTION}.attn_sub_norm.weight": Norm((f"{ATTENTION}.o_proj",), VALUE)},
 )
-# Attention over each half of the heads, one subtracted from the other, and a norm without a scale over pairs of heads.
+# Attention over each half of the heads, one subtracted from the other, and a norm without a scale over pairs of heads,
+# which keeps values from more than a rotation.
 DIFFLLAMA = LLAMA.like(
     "diffllama",
     "diffllama",
     heads=2,
     without=("q_norm", "k_norm"),
     tensors={f"{ATTENTION}.lambda_{name}": (None,) for name in ("q1", "k1", "q2", "k2")},
+    spaces={VALUE: ("R2", "head_dim", "orthogonal")},
 )
 # The attention mask is computed from the values, by a linear.
 DOGE = LLAMA.like(

@@ -71,6 +71,7 @@ def plan_rows(plan: Plan, spec: RotationSpec) -> list[dict[str, Any]]:
     for name in spec.rotations:
         spaces = plan.spaces_of(name)
         names = {space.name for space in spaces}
+        scaled = {space.name for space in plan.spaces if space.beside == name}
         row: dict[str, Any] = {
             "rotation": name,
             "spaces": [space.name for space in spaces],
@@ -79,7 +80,7 @@ def plan_rows(plan: Plan, spec: RotationSpec) -> list[dict[str, Any]]:
             "construction": None,
             "axes": [axis for axis in plan.axes if axis.space in names],
             "gains": [gain.norm for gain in plan.gains if gain.space in names],
-            "scaled": [tensor for s in plan.scalings if s.space in names for tensor, _, _ in s.writers],
+            "scaled": [axis.tensor for axis in plan.axes if axis.space in scaled and not axis.reads],
             "online": [f"{online.module} ({online.site})" for online in plan.onlines if online.space in names],
             "runtime_needs": NEEDS[name],
             "error": refused.get(name),

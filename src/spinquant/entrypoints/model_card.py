@@ -24,7 +24,8 @@ from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.learned import LearnedRotations
 from spinquant.rotations.rotation import Rotation
-from spinquant.rotations.wrappers import Scaled, bare, online_part
+from spinquant.rotations.transforms import Diagonal
+from spinquant.rotations.wrappers import online_part
 
 ORIGINAL = "Original model card"  # the heading above the source's card
 
@@ -183,7 +184,11 @@ def _story(result: Result, online: Sequence[str], quantized: bool) -> str:
 def _by_name(plan: Plan, spec: RotationSpec, rotations: Mapping[str, Rotation]) -> dict[str, dict[str, Rotation]]:
     """Rotations by space, grouped by R1 to R4."""
     return {
-        name: {space.name: rotations[space.name] for space in plan.spaces_of(name) if space.name in rotations}
+        name: {
+            space.name: rotations[space.name]
+            for space in plan.spaces
+            if name in (space.rotation, space.beside) and space.name in rotations
+        }
         for name in spec.rotations
     }
 
@@ -198,14 +203,15 @@ def _rotations(
     sizes = {space.name: space.size for space in plan.spaces} if plan else {}
     rows, scaled = [], []
     for name, group in groups.items():
+        scaled += [name] if any(isinstance(found, Diagonal) for found in group.values()) else []
+        group = {space: found for space, found in group.items() if not isinstance(found, Diagonal)}
         if not group:
             continue
-        matrices = {id(bare(rotation)): bare(rotation).describe() for rotation in group.values()}
+        matrices = {id(rotation): rotation.describe() for rotation in group.values()}
         made = dict.fromkeys(MATRICES[d["kind"]].format(d["construction"]) for d in matrices.values())
         orders = dict.fromkeys(_order(rotation.order, sizes.get(space)) for space, rotation in group.items())
         where = "fused into weights" if name in MERGEABLE else "at run time"
         rows.append(row(name, ACTS_ON[name], len(group), len(matrices), "; ".join(orders), "; ".join(made), where))
-        scaled += [name] if any(isinstance(rotation, Scaled) for rotation in group.values()) else []
     if not rows:
         return []
     head = [row("", "acts on", "spaces", "matrices", "order", "construction", "where"), row(*["---"] * 7)]
@@ -215,9 +221,7 @@ def _rotations(
     elif spec.randomize:
         items.append("- randomized: a different rotation for every layer")
     if scaled:
-        items.append(
-            f"- channels of {listed(scaled)} are scaled before they are rotated; the scales are in the weights"
-        )
+        items.append(f"- channels beside {listed(scaled)} are scaled; the scales are in the weights")
     return ["## Rotations", "\n".join([*head, *rows]), "\n".join(items)]
 
 

@@ -113,7 +113,7 @@ class StreamRun:
             device=device,
         )
         parts = scheme is not None and not self.is_plain and parts_tied(plan, scheme)
-        unties = bool(plan.ties) and ("residual" in rotations or parts)
+        unties = bool(plan.ties) and (plan.unties(rotations) or parts)
         self.untied = [(tie.tensor, tie.source) for tie in plan.ties] if unties else []
         self.changes: dict[str, Any] = {"tie_word_embeddings": False} if unties else {}
         if is_body(class_name(job.config)):  # which the source may name by its causal LM

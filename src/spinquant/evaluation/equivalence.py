@@ -27,7 +27,7 @@ from spinquant.models.modules import config_errors, in_eval_mode, output_of
 from spinquant.online.hooks import attach
 from spinquant.plan import Axis, Plan
 from spinquant.rotations.factory import RotationSpec, make_rotations
-from spinquant.rotations.fuse import rotate_axis, scales_of
+from spinquant.rotations.fuse import transform_axis
 from spinquant.rotations.fuse_module import fuse_module, plan_of
 from spinquant.rotations.rotation import Rotation
 
@@ -121,27 +121,23 @@ def expected_output(
 ) -> Tensor:
     """The output (.., out) that a module should have in the rotated model, from its output in the original.
 
-    name: of a linear, an embedding or a module of experts, whose output is scaled and rotated as its space is.
+    name: of a linear, an embedding or a module of experts, whose output is transformed as its spaces are.
     """
-    for scale, dim in scales_of(f"{name}.weight", plan, rotations):
-        if dim == _output_dim(model, name):
-            output = output * scale.to(output.device, output.dtype)
-    axis = output_axis(model, plan, name)
-    if axis is None or axis.space not in rotations:
-        return output
-    return rotate_axis(output, -1, rotations[axis.space], axis.span)
+    for axis in output_axes(model, plan, name):
+        if axis.space in rotations:
+            output = transform_axis(output, axis, rotations[axis.space], dim=output.ndim - 1)
+    return output
 
 
-def output_axis(model: nn.Module, plan: Plan, name: str) -> Axis | None:
-    """The weight axis that is a module's output axis; None if it is in no space."""
+def output_axes(model: nn.Module, plan: Plan, name: str) -> tuple[Axis, ...]:
+    """The weight axes that are a module's output axis, one for each space that it is in."""
     stack = next((experts for experts in plan.experts if experts.module == name), None)
     if stack is not None:
         # (experts, out, in), or (experts, in, out)
         axes = plan.axes_of.get(stack.second[0], ())
-        return next((axis for axis in axes if axis.dim == (2 if stack.transposed else 1)), None)
+        return tuple(axis for axis in axes if axis.dim == (2 if stack.transposed else 1))
     dim = _output_dim(model, name)
-    axes = [axis for axis in plan.axes_of.get(f"{name}.weight", ()) if axis.dim == dim]
-    return axes[0] if axes else None
+    return tuple(axis for axis in plan.axes_of.get(f"{name}.weight", ()) if axis.dim == dim)
 
 
 def _output_dim(model: nn.Module, name: str) -> int | None:

@@ -1,4 +1,4 @@
-"""Channel scaling: per-channel scales that minimize the cost of rounding, for the spaces in `Plan.scalings`.
+"""Channel scaling: per-channel scales that minimize the cost of rounding, for the factors of products.
 
 Let a row x be multiplied by s per channel, rotated and rounded. The rounding error has no preferred direction in
 rotated coordinates, and its length is proportional to that of the row; divided by s, it is the error in the network.
@@ -26,11 +26,11 @@ from spinquant.errors import LearningError
 from spinquant.learning.sensitivity import backward_own_predictions
 from spinquant.models.capture import device_of
 from spinquant.online.hooks import Attachment
-from spinquant.plan import Plan
+from spinquant.plan import CHANNELS, Plan
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotations.fuse_module import fuse_module
-from spinquant.rotations.rotation import Hadamard, Rotation
-from spinquant.rotations.wrappers import Scaled
+from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.transforms import Diagonal
 
 # This share of its mean is added to each sum: scales stay finite for channels that are always zero or insensitive.
 DAMPING = 0.1
@@ -65,12 +65,14 @@ class Sums:
 
 
 def scale_sums(plan: Plan, rotations: Mapping[str, Rotation], scheme: Scheme) -> dict[str, Sums]:
-    """New sums for every space that can have scales and is rotated; none if activations are not quantized."""
+    """New sums for every factor whose product is rotated, by its space; none if activations are not quantized."""
     if scheme.activations is None:
         return {}
     readers = {space.name: group[0] for group in plan.linears if (space := plan.read_by(group[0])) is not None}
-    spaces = [scaling.space for scaling in plan.scalings if scaling.space in rotations and scaling.space in readers]
-    return {space: Sums(readers[space], plan.space[space].size) for space in spaces}
+    spaces = [space for space in plan.spaces if space.name.endswith(CHANNELS)]
+    products = {space.name: space.name.removesuffix(CHANNELS) for space in spaces}
+    rotated = [space for space in spaces if products[space.name] in rotations and products[space.name] in readers]
+    return {space.name: Sums(readers[products[space.name]], space.size) for space in rotated}
 
 
 def observers_of(sums: Mapping[str, Sums]) -> dict[str, Callable[[Tensor], None]]:
@@ -126,4 +128,4 @@ def unfuse_scales(model: Any, plan: Plan, scales: Mapping[str, Tensor]) -> None:
 
 
 def _fuse(model: Any, plan: Plan, scales: Mapping[str, Tensor]) -> None:
-    fuse_module(model, plan, {space: Scaled(Hadamard(1), scale) for space, scale in scales.items()})
+    fuse_module(model, plan, {space: Diagonal(scale) for space, scale in scales.items()})

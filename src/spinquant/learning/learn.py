@@ -36,13 +36,13 @@ from spinquant.models.capture import device_of
 from spinquant.models.context import check_context
 from spinquant.models.modules import check_causal, check_changeable, in_eval_mode
 from spinquant.models.tokens import check_model, check_tokens
-from spinquant.plan import Plan
+from spinquant.plan import CHANNELS, Plan
 from spinquant.quantization.scheme import Scheme, parse_scheme
 from spinquant.rotations.factory import RotationSpec, generator_for, make_rotations, random_signs
 from spinquant.rotations.fuse_module import plan_of
 from spinquant.rotations.learned import LearnedRotations
 from spinquant.rotations.rotation import Hadamard, Rotation
-from spinquant.rotations.wrappers import Scaled, bare
+from spinquant.rotations.transforms import Diagonal
 
 LEARNED = ("given", "local", "end-to-end", "local+end-to-end")  # candidates with learned rotations
 CLIP_WINDOWS = 2  # training samples that clip ratios are searched on
@@ -187,8 +187,8 @@ class _Run:
         with _timed(self.clock, "baselines"):
             self.candidates.enter_all(random)
         if given:
-            scales = {space: rotation.scale for space, rotation in given.items() if isinstance(rotation, Scaled)}
-            self._score("given", {space: bare(rotation) for space, rotation in given.items()}, scales)
+            scales = {space: found.scale for space, found in given.items() if isinstance(found, Diagonal)}
+            self._score("given", {space: found for space, found in given.items() if space not in scales}, scales)
         self.start = self.candidates.leader
         self.record |= {"options": self.options.to_dict(), "scheme": self.scheme.to_dict(), "start": self.start}
 
@@ -201,7 +201,8 @@ class _Run:
         initial, sites = candidates.leading.rotations, None
         sums = scale_sums(plan, initial, self.learning) if options.scaling and not candidates.scales else {}
         sampled = set(_sampled_spaces(plan, self.names, options, self.spec))
-        if sums and self.is_local and options.differentiates and not set(sums) & sampled:
+        scaled = {space.removesuffix(CHANNELS) for space in sums}
+        if sums and self.is_local and options.differentiates and not scaled & sampled:
             # Scales change no activation of the sampled spaces, so rows taken before they are fused remain valid.
             with _timed(self.clock, "local"):
                 sites = self._collect(sums)
@@ -290,10 +291,10 @@ class _Run:
         """The best candidate, with the record of the run."""
         plan, candidates = self.plan, self.candidates
         kept = candidates.leading
-        rotations = {n: Scaled(r, kept.scales[n]) if n in kept.scales else r for n, r in kept.rotations.items()}
+        rotations = {**kept.rotations, **{space: Diagonal(scale) for space, scale in kept.scales.items()}}
         clips = {n: {"activations": c.activation_clip, "kv": c.kv_clip} for n, c in candidates.candidates.items()}
         record = self.record | {
-            "rotation_of": {space.name: space.rotation for space in plan.spaces if space.name in rotations},
+            "rotation_of": {s.name: s.rotation or s.beside for s in plan.spaces if s.name in rotations},
             "steps": [asdict(step) for step in self.steps],
             "kept": candidates.leader,
             "learned": candidates.leader in LEARNED,

@@ -8,7 +8,8 @@ from spinquant.plan import Plan
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.learned import LearnedRotations
 from spinquant.rotations.rotation import Rotation
-from spinquant.rotations.wrappers import Scaled, check_given
+from spinquant.rotations.transforms import Diagonal
+from spinquant.rotations.wrappers import check_given
 
 
 def spec_of(plan: Plan, rotations: Mapping[str, Rotation], spec: RotationSpec) -> RotationSpec:
@@ -32,7 +33,7 @@ def initial_rotations(
         )
         raise LearningError(f"the initial rotations are {found}, and this run asks for {asked}: use the same")
     check_given(plan, spec, start.rotations)
-    if options.shard and any(isinstance(rotation, Scaled) for rotation in start.rotations.values()):
+    if options.shard and any(isinstance(rotation, Diagonal) for rotation in start.rotations.values()):
         raise LearningError(
             "the initial rotations have channel scales, which are fused into the weights, and the weights of a sharded "
             "model cannot be changed: start from rotations without scales (--no-scales), or do not shard"

@@ -9,7 +9,7 @@ from spinquant.errors import LearningError
 from spinquant.learning.end_to_end import EndToEndOptions, Step
 from spinquant.learning.layerwise import LocalOptions
 from spinquant.learning.option_checks import check_choices, check_numbers
-from spinquant.plan import Plan
+from spinquant.plan import CHANNELS, Plan
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotations.factory import RotationSpec
 
@@ -32,7 +32,7 @@ class LearnOptions:
         baselines: Number of random rotations to beat. Default: 5.
         signs: Random sign vectors to try per layer for a Hadamard R3 or R4 that is not learned; the one with the
             least rounding error is kept. Default: 0, none.
-        scales: Compute channel scales of the spaces that can have them (`Plan.scalings`); they are kept if they lower
+        scales: Compute channel scales of the spaces that can have them (`Space.allows`); they are kept if they lower
             KL. They need gradients. Default: only if gradients are computed anyway.
         shard: Shard the weights over the processes of torch.distributed (FSDP2). Only with method end-to-end, since
             local learning needs one decoder block at a time anyway. Default: False.
@@ -116,7 +116,8 @@ def check_used(plan: Plan, spec: RotationSpec, scheme: Scheme, names: Mapping[st
             "there is none. Leave it out"
         )
     rotated = {space.name for name in spec.rotations for space in plan.spaces_of(name)}
-    if options.scales and not any(scaling.space in rotated for scaling in plan.scalings):
+    scaled = {space.removesuffix(CHANNELS) for space in plan.space if space.endswith(CHANNELS)}
+    if options.scales and not scaled & rotated:
         raise LearningError(
             "--scales would have no effect: channel scales need an R4 whose input is a product of linears, and there "
             "is none. Leave it out"

@@ -151,7 +151,7 @@ def begin_training(
         The model with its rotations, for `end_training`.
     """
     check_in_memory(model)
-    if "residual" in rotations:
+    if plan.unties(rotations):
         untie(model, plan)
     current, learned = _trainable_rotations(model, plan, rotations, names, precision)
     trained = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)

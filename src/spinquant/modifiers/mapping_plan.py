@@ -17,7 +17,7 @@ from spinquant.architectures.family import size_of
 from spinquant.errors import RotationError
 from spinquant.models.modules import named_tensor
 from spinquant.modifiers.mappings import ROLES, NormMapping, SpinQuantMapping, listed, matching
-from spinquant.plan import Axis, Gain, Online, Plan, Space, Tie
+from spinquant.plan import CHANNELS, Axis, Gain, Online, Plan, Space, Tie
 
 NORM_TOLERANCE = 0.05  # relative error of a norm's output against the formula; bfloat16 rounds to 0.004
 
@@ -116,12 +116,13 @@ def check_against_table(plan: Plan, table: Plan) -> Plan:
     if differing:
         refused.setdefault("R1", f"the linears mapped to the norm {differing[0]!r} are not those that read it")
     mapped = {space.name for space in plan.spaces}
+    scaled = (space.name for space in table.spaces if space.name.endswith(CHANNELS))
+    mapped |= {name for name in scaled if name.removesuffix(CHANNELS) in mapped}
     return replace(
         table,
         spaces=tuple(space for space in table.spaces if space.name in mapped),
         axes=tuple(axis for axis in table.axes if axis.space in mapped),
         onlines=tuple(online for online in table.onlines if online.space in mapped),
-        scalings=tuple(scaling for scaling in table.scalings if scaling.space in mapped),
         refused=tuple({**dict(table.refused), **refused}.items()),
     )
 

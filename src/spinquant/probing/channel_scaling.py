@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from spinquant.plan import Plan
-from spinquant.rotations.rotation import Hadamard, Rotation
-from spinquant.rotations.wrappers import Scaled
+from spinquant.plan import CHANNELS, Plan
+from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.transforms import Diagonal
 
 
 def candidates(
@@ -37,10 +37,11 @@ def candidates(
 def scales(plan: Plan) -> dict[str, Rotation]:
     """Test scales of both signs, since positive scales alone would commute with a ReLU too."""
     generator, found = torch.Generator().manual_seed(0), {}
-    for scaling in plan.scalings:
-        scale = 0.5 + torch.rand(plan.space[scaling.space].size, generator=generator, dtype=torch.float64)
-        scale[::2] *= -1
-        found[scaling.space] = Scaled(Hadamard(1), scale)
+    for space in plan.spaces:
+        if space.name.endswith(CHANNELS):
+            scale = 0.5 + torch.rand(space.size, generator=generator, dtype=torch.float64)
+            scale[::2] *= -1
+            found[space.name] = Diagonal(scale)
     return found
 
 

@@ -190,7 +190,7 @@ class _Trial:
             )
             self.findings.append(Finding(what, None, why))
             return "R1", f"found by probing: {why}"
-        plain = replace(plan, spaces=tuple(replace(space, centred=False) for space in plan.spaces))
+        plain = replace(plan, spaces=tuple(replace(space, allows="orthogonal") for space in plan.spaces))
         moved, error = self._moved(plain, make_rotations(plain, spec))
         if plan.space["residual"].centred:
             reason = "; ".join(problems) or error or "norms subtract the mean, which not every rotation preserves"

@@ -1,15 +1,16 @@
-"""Fuse norm gains and rotations into one weight tensor: tensor in, fused tensor out.
+"""Fuse norm gains and transforms into one weight tensor: tensor in, fused tensor out.
 
-    T' = T, multiplied along each axis that reads a norm by the norm's gain (a norm's bias is divided by it),
-         multiplied along each axis that writes a scaled space by its scales (divided, for an axis that reads it),
-         then contracted along each axis of a rotated space with the rotation of that space
+    W' = W, multiplied along each axis that reads a norm by the norm's gain (a norm's bias is divided by it),
+         then contracted along each axis of a transformed space with its transform T if W writes the space, with T^-T
+         if it reads it
 
-Fusing a module, streaming a checkpoint and learning all call `transform`; weights are rotated nowhere else. There is
-no case per layer type: embeddings, input sides, output sides, biases and attention heads are all axes.
+Fusing a module, streaming a checkpoint and learning all call `transform`; weights are transformed nowhere else. There
+is no case per layer type: embeddings, input sides, output sides, biases, norms and attention heads are all axes. A
+rotation is its own T^-T; channel scales are a diagonal T.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -18,9 +19,9 @@ from torch import Tensor
 from spinquant.compute.threads import each, single_threaded
 from spinquant.compute.workspace import workspace
 from spinquant.errors import RotationError
-from spinquant.plan import Gain, Plan, Span
-from spinquant.rotations.rotation import Rotation
-from spinquant.rotations.wrappers import Scaled
+from spinquant.plan import Axis, Gain, Plan, Span
+from spinquant.rotations.rotation import Rotation, dual
+from spinquant.rotations.transforms import Diagonal
 
 # Elements fused at once, so that they stay in cache.
 SLICE = 1 << 20
@@ -38,14 +39,14 @@ def transform(
     out: Tensor | None = None,
     place: tuple[int, int] = (0, 0),
 ) -> Tensor:
-    """The fused value of one weight: gains and scales multiplied in, then rotated.
+    """The fused value of one weight: gains multiplied in, then transformed axis by axis.
 
     Args:
         name: name of the tensor in the plan.
         tensor: the original weight, or a part of it (see `place`).
         plan: the plan of the model.
         gains: the original norm weights by name.
-        rotations: rotations by space name; a space without one is not rotated.
+        rotations: transforms by space name; a space without one is left as it is.
         precision: dtype of the arithmetic; by default float32 for half-precision tensors, else the tensor's own.
         work: working memory that the result may share: contiguous, of the tensor's shape, in the arithmetic's dtype.
         out: tensor for the result; may be the input itself.
@@ -57,39 +58,74 @@ def transform(
     Raises:
         RotationError: a norm's gain is zero where its bias is not.
     """
+    axes = [axis for axis in plan.axes_of.get(name, ()) if axis.space in rotations]
     gain = plan.gain_of_norm.get(name)
     if gain is not None and gain.space in rotations:
-        return torch.full_like(tensor, 1.0 - gain.offset) if out is None else out.fill_(1.0 - gain.offset)
+        tensor = torch.full_like(tensor, 1.0 - gain.offset) if out is None else out.fill_(1.0 - gain.offset)
     scales = [(gains[g.norm] + g.offset, dim) for g, dim in plan.gains_of.get(name, ()) if g.space in rotations]
-    for scale, dim in scales_of(name, plan, rotations):
-        scales.append((scale.narrow(0, place[1], tensor.shape[dim]) if dim == place[0] else scale, dim))
-    axes = [axis for axis in plan.axes_of.get(name, ()) if axis.space in rotations]
     if not scales and not axes:
         return tensor if out is None else _copy(tensor, out)
     # A single rounding at the end keeps half-precision checkpoints as close to the original as the dtype allows.
     wide = _wide(tensor, precision)
     fused = tensor if tensor.dtype == wide else tensor.to(wide) if work is None else _copy(tensor, work)
     for scale, dim in scales:
-        shape = [-1 if d == dim else 1 for d in range(fused.ndim)]
-        fused = torch.mul(fused, scale.to(fused.device, wide).view(shape), out=work)
+        fused = _multiplied(fused, scale, dim, work)
     shifted = plan.gain_of_bias.get(name)
     if shifted is not None and shifted.space in rotations:
         fused = _without_gain(fused, gains[shifted.norm].to(fused.device, wide) + shifted.offset, shifted)
     for axis in axes:
-        fused = rotate_axis(fused, axis.dim, rotations[axis.space], axis.span, out=work)
+        fused = transform_axis(fused, axis, rotations[axis.space], first=place[1] * (axis.dim == place[0]), out=work)
     return fused.to(tensor.dtype) if out is None else _copy(fused, out)
 
 
-def scales_of(name: str, plan: Plan, rotations: Mapping[str, Rotation]) -> Iterator[tuple[Tensor, int]]:
-    """Channel scales of a tensor, from `Scaled` rotations: (factors of the whole axis, its dim) for each."""
-    for scaling, dim, span, writes in plan.scalings_of.get(name, ()):
-        rotation = rotations.get(scaling.space)
-        if isinstance(rotation, Scaled):
-            factors = rotation.scale if writes else 1 / rotation.scale
-            if span is not None:
-                part, factors = factors, torch.ones(span.period, dtype=factors.dtype)
-                factors[span.start : span.start + span.length] = part
-            yield factors, dim
+def transform_axis(
+    tensor: Tensor,
+    axis: Axis,
+    transform: Rotation,
+    *,
+    dim: int | None = None,
+    first: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Contract an axis of a tensor with the transform T of its space, or, if it reads the space, with T^-T.
+
+    Args:
+        tensor: the tensor, or a part of it.
+        axis: the axis and its space.
+        transform: T.
+        dim: the axis of `tensor`, if it is another one than `axis.dim`.
+        first: index in the whole axis at which the part begins, of a T that is diagonal.
+        out: contiguous tensor for the result; may be the input itself.
+    """
+    dim = axis.dim if dim is None else dim
+    side = dual(transform) if axis.reads else transform
+    shifted = tensor + axis.offset if axis.offset else tensor
+    if isinstance(side, Diagonal) and not is_by_head(side):
+        result = _multiplied(shifted, _factors(side, axis.span, first, tensor.shape[dim]), dim, out)
+    else:
+        result = rotate_axis(shifted, dim, side, axis.span, out=out)
+    return result.sub_(axis.offset) if axis.offset else result
+
+
+def is_by_head(transform: Rotation) -> bool:
+    """Whether equal blocks of an axis are transformed differently, head by head."""
+    return getattr(transform, "heads", 1) > 1
+
+
+def _factors(diagonal: Diagonal, span: Span | None, first: int, length: int) -> Tensor:
+    """The factors of `length` elements of an axis, from `first` on; 1 outside the span."""
+    period = diagonal.scale.reshape(-1)
+    if span is not None:
+        inside, period = period, torch.ones(span.period, dtype=period.dtype, device=period.device)
+        period[span.start : span.start + span.length] = inside.repeat(span.length // len(inside))
+    at = torch.arange(first, first + length, device=period.device)
+    return period[at % len(period)]
+
+
+def _multiplied(tensor: Tensor, factors: Tensor, dim: int, out: Tensor | None) -> Tensor:
+    shape = [1] * tensor.ndim
+    shape[dim] = -1
+    return torch.mul(tensor, factors.to(tensor.device, tensor.dtype).view(shape), out=out)
 
 
 def _without_gain(bias: Tensor, scale: Tensor, gain: Gain) -> Tensor:
@@ -121,7 +157,7 @@ def fuse_in_place(
         tensor: the weight, or whole slices of its rows (`rows_at_once`).
         plan: the plan of the model.
         gains: the original norm weights by name.
-        rotations: rotations by space name.
+        rotations: transforms by space name.
         precision: dtype of the arithmetic, as in `transform`.
         shape: shape of the whole weight, if only rows of it are given.
         first: number of the first row that is given.
@@ -151,9 +187,12 @@ def _units(name: str, ndim: int, plan: Plan, rotations: Mapping[str, Rotation]) 
     """Axes along which a tensor can be cut into independently fused parts, and the unit that parts are multiples of."""
     units = dict.fromkeys(range(ndim), 1)
     for axis in plan.axes_of.get(name, ()):
-        if axis.space in rotations:
-            # Heads, or blocks of a rotation, lie one after another along the axis, and each is rotated separately.
-            units[axis.dim] = 0 if axis.span is not None else math.lcm(units[axis.dim], rotations[axis.space].order)
+        rotation = rotations.get(axis.space)
+        if rotation is None or (isinstance(rotation, Diagonal) and not is_by_head(rotation)):
+            continue
+        # Heads, or blocks of a rotation, lie one after another along the axis, and each is rotated separately.
+        whole = axis.span is not None or is_by_head(rotation)
+        units[axis.dim] = 0 if whole else math.lcm(units[axis.dim], rotation.order)
     for gain, dim in plan.gains_of.get(name, ()):
         if gain.space in rotations:
             units[dim] = 0
@@ -206,8 +245,8 @@ def slices(
         (view, place) pairs, with the place as in `transform`.
     """
     units = _units(name, tensor.ndim, plan, rotations)
-    untouched = list(units.values()) == [1] * tensor.ndim and name not in plan.gain_of_norm
-    if untouched and not any(scales_of(name, plan, rotations)):
+    touched = any(axis.space in rotations for axis in plan.axes_of.get(name, ()))
+    if not touched and list(units.values()) == [1] * tensor.ndim and name not in plan.gain_of_norm:
         return ()
     cut = _cut(name, shape or tensor.shape, plan, rotations)
     if cut is None:
@@ -235,14 +274,14 @@ def rotate_axis(
     transpose: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Rotate one axis of a tensor, or a span of it: T'[.., j, ..] = sum_i T[.., i, ..] R[i, j].
+    """Contract one axis of a tensor, or a span of it, with a matrix: W'[.., j, ..] = sum_i W[.., i, ..] R[i, j].
 
     Args:
         tensor: any floating-point tensor.
         dim: the axis.
         rotation: R; its order divides the axis or the span.
-        span: the part of the axis to rotate; None for all of it.
-        transpose: apply R^T, the inverse.
+        span: the part of the axis to contract; None for all of it.
+        transpose: apply R^T.
         out: contiguous tensor for the result; may be the input itself.
     """
     dim %= tensor.ndim
@@ -251,5 +290,6 @@ def rotate_axis(
     result = tensor.clone(memory_format=torch.contiguous_format) if out is None else out.copy_(tensor)
     periods = result.unflatten(dim, (-1, span.period))
     part = periods.narrow(dim + 1, span.start, span.length)
-    part.copy_(rotation.apply(part.contiguous(), transpose=transpose, dim=dim + 1))
+    joined = part.flatten(dim, dim + 1)  # one head after another
+    part.copy_(rotation.apply(joined.contiguous(), transpose=transpose, dim=dim).unflatten(dim, (-1, span.length)))
     return result

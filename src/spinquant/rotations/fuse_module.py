@@ -95,7 +95,7 @@ def fuse_module(
         return
     check_changeable(model, plan)
     check_mean_preserving(plan, rotations)
-    if "residual" in rotations:
+    if plan.unties(rotations):
         untie(model, plan)
     parameters = dict(model.named_parameters())
     gains = {gain.norm: named_tensor(model, gain.norm).detach().clone() for gain in plan.gains}

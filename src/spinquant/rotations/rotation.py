@@ -84,6 +84,12 @@ class Rotation(Protocol):
         ...
 
 
+def dual(rotation: Any) -> Any:
+    """T^-T of a transform: a rotation itself."""
+    found = getattr(rotation, "dual", None)
+    return rotation if found is None else found()
+
+
 def matrix(rotation: Rotation, dtype: torch.dtype = torch.float64) -> Tensor:
     """The rotation as a dense matrix, shape (order, order)."""
     return rotation.apply(torch.eye(rotation.order, dtype=dtype))

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from spinquant.compute.values import validated
 from spinquant.errors import RotationError
+from spinquant.plan import CHANNELS
 from spinquant.rotations.mean_preserving import CentredHadamard, CentredRandomHadamard
 from spinquant.rotations.rotation import ORTHOGONAL, Hadamard, Kronecker, Orthogonal, Rotation, off_orthogonal
-from spinquant.rotations.wrappers import InPrecision, Scaled, bare
+from spinquant.rotations.transforms import Diagonal
+from spinquant.rotations.wrappers import InPrecision
 
 LARGEST = 1 << 22  # order of a rotation; the longest axis of a published model has some 10^5
 _LARGEST_SIDE = 1 << 16  # of a dense matrix, 34 GB
@@ -35,7 +37,10 @@ class Description(BaseModel):
 
 
 class SavedRotations(BaseModel):
-    """What `to_save` describes, as it is read again: distinct rotations, the one of each space, spaces with scales."""
+    """What `to_save` describes, as it is read again: distinct transforms, and the one of each space.
+
+    scaled: spaces with channel scales of their own in folders of earlier versions.
+    """
 
     rotations: list[dict[str, Any]]
     spaces: dict[str, _Count]
@@ -45,20 +50,15 @@ class SavedRotations(BaseModel):
 def to_save(rotations: Mapping[str, Rotation]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(JSON description, tensors) of rotations by space; `saved` is the inverse.
 
-    A rotation that several spaces share is stored once; scales are stored per space.
+    A transform that several spaces share is stored once.
     """
-    alone = {space: bare(rotation) for space, rotation in rotations.items()}
-    kinds = list({id(rotation): rotation for rotation in alone.values()}.values())
+    kinds = list({id(rotation): rotation for rotation in rotations.values()}.values())
     index = {id(rotation): i for i, rotation in enumerate(kinds)}
     about: dict[str, Any] = {
         "rotations": [rotation.describe() for rotation in kinds],
-        "spaces": {space: index[id(rotation)] for space, rotation in alone.items()},
+        "spaces": {space: index[id(rotation)] for space, rotation in rotations.items()},
     }
-    tensors = {f"{i}.{k}": v.contiguous() for i, kind in enumerate(kinds) for k, v in kind.tensors().items()}
-    scales = {space: rotation.scale for space, rotation in rotations.items() if isinstance(rotation, Scaled)}
-    if scales:
-        about["scaled"] = list(scales)
-    return about, tensors | {f"scale.{space}": scale.contiguous() for space, scale in scales.items()}
+    return about, {f"{i}.{k}": v.contiguous() for i, kind in enumerate(kinds) for k, v in kind.tensors().items()}
 
 
 def saved(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Rotation]:
@@ -76,7 +76,6 @@ def saved(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, 
         if i >= len(kinds):
             raise RotationError(f"the description of saved rotations has no rotation {i}, which {space} names")
     found = {space: kinds[i] for space, i in described.spaces.items()}
-    scales: dict[str, Tensor] = {}
     for space in described.scaled:
         scale = tensors.get(f"scale.{space}")
         if space not in found or scale is None:
@@ -84,8 +83,8 @@ def saved(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, 
         positive = scale.ndim == 1 and scale.is_floating_point() and bool((scale > 0).all() & scale.isfinite().all())
         if not positive:
             raise RotationError(f"the channel scales of {space} are not a row of positive, finite numbers")
-        scales[space] = scale
-    return {s: Scaled(rotation, scales[s]) if s in scales else rotation for s, rotation in found.items()}
+        found[space + CHANNELS] = Diagonal(scale)
+    return found
 
 
 def restore(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Rotation:

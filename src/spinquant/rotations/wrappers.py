@@ -1,4 +1,4 @@
-"""Wrappers around rotations: a fixed arithmetic precision, or channel scales of the rotated space."""
+"""Transforms of a model as they are given and used: in a fixed precision, those that run online, and their checks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from spinquant.errors import RotationError
 from spinquant.plan import Plan, Space
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.rotation import ORTHOGONAL, Orthogonal, Rotation, off_orthogonal
+from spinquant.rotations.transforms import Diagonal
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,95 +38,66 @@ class InPrecision:
         return {**self.rotation.describe(), "precision": str(self.dtype).removeprefix("torch.")}
 
 
-@dataclass(frozen=True, eq=False)
-class Scaled:
-    """The rotation of a space with channel scales: x becomes (x * scale) R.
-
-    Scales are fused into the weights on both sides (`Plan.scalings`), so nothing is scaled at run time: `apply`,
-    `tensors` and `describe` are those of R alone.
-
-    Attributes:
-        rotation: R.
-        scale: positive, float64, shape (size of the space,).
-    """
-
-    rotation: Rotation
-    scale: Tensor
-
-    @property
-    def order(self) -> int:
-        return self.rotation.order
-
-    def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
-        return self.rotation.apply(x, transpose=transpose, dim=dim, out=out)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return self.rotation.tensors()
-
-    def describe(self) -> dict[str, Any]:
-        return self.rotation.describe()
-
-
-def bare(rotation: Rotation) -> Rotation:
-    """The rotation without its channel scales, as it runs online."""
-    return rotation.rotation if isinstance(rotation, Scaled) else rotation
-
-
 def online_part(plan: Plan, rotations: Mapping[str, Rotation]) -> dict[str, Rotation]:
-    """The subset of rotations that run online, by space, without channel scales."""
-    return {online.space: bare(rotations[online.space]) for online in plan.onlines if online.space in rotations}
+    """The subset of transforms that run online, by space."""
+    return {online.space: rotations[online.space] for online in plan.onlines if online.space in rotations}
 
 
 def in_precision(rotations: Mapping[str, Rotation], dtype: torch.dtype | None) -> dict[str, Rotation]:
-    """The rotations without channel scales, computing in `dtype`, or in their input's dtype if it is None.
+    """The transforms, computing in `dtype`, or in their input's dtype if it is None.
 
-    Spaces that shared a rotation still share one.
+    Spaces that shared one still share one.
     """
-    rotations = {space: bare(rotation) for space, rotation in rotations.items()}
     if dtype is None:
-        return rotations
+        return dict(rotations)
     wrapped = {id(rotation): InPrecision(rotation, dtype) for rotation in rotations.values()}
     return {space: wrapped[id(rotation)] for space, rotation in rotations.items()}
 
 
 def check_given(plan: Plan, spec: RotationSpec, rotations: Mapping[str, Rotation]) -> None:
-    """Raise RotationError for rotations (by space) that do not belong to this model and spec, or are not orthogonal."""
+    """Raise RotationError for transforms (by space) that do not belong to this model and spec, or change its function.
+
+    Spaces of channel scales may be left out.
+    """
     wanted = plan.rotated(spec.rotations)
-    if set(rotations) != wanted:
-        odd = sorted(set(rotations) ^ wanted)[0]
+    scaled = {space.name for space in plan.spaces if not space.rotation}
+    odd = sorted(wanted - set(rotations)) or sorted(set(rotations) - wanted - scaled)
+    if odd:
         raise RotationError(
-            f"the rotations do not belong to this model: space {odd!r} is "
-            + ("not among them" if odd in wanted else f"not one that {', '.join(spec.rotations)} rotates")
+            f"the rotations do not belong to this model: space {odd[0]!r} is "
+            + ("not among them" if odd[0] in wanted else f"not one that {', '.join(spec.rotations)} rotates")
         )
     for space in plan.spaces:
         rotation = rotations.get(space.name)
         if rotation is None:
             continue
-        _check_scale(plan, space, rotation)
-        rotation = bare(rotation)
-        expected = spec.block_of(space.rotation) or space.size
+        expected = (spec.block_of(space.rotation) if space.rotation else None) or space.size
         if rotation.order != expected or space.size % rotation.order:
             raise RotationError(
-                f"the rotation of {space.name} has order {rotation.order}, and this model needs {expected}: use "
-                "rotations that were made for this model, or pass their block size"
+                f"the transform of {space.name} has order {rotation.order}, and this model needs {expected}: use "
+                "transforms that were made for this model, or pass their block size"
             )
-        if isinstance(rotation, Orthogonal):
-            error = off_orthogonal(rotation.weight)
-            if not error < ORTHOGONAL:
-                raise RotationError(f"the matrix of {space.name} is not orthogonal: off by {error:.1e}")
+        _check_allowed(space, rotation)
 
 
-def _check_scale(plan: Plan, space: Space, rotation: Rotation) -> None:
-    if not isinstance(rotation, Scaled):
+def _check_allowed(space: Space, transform: Rotation) -> None:
+    """Raise RotationError for a transform that changes the model's function where it is."""
+    if isinstance(transform, Diagonal):
+        if space.allows not in ("diagonal", "any"):
+            raise RotationError(
+                f"channel scales of {space.name} change the model's function: the space allows {space.allows} "
+                "matrices alone, because a norm divides by the length of its vectors"
+            )
+        scale = transform.scale
+        if not bool((scale != 0).all() & scale.isfinite().all()):
+            raise RotationError(f"the channel scales of {space.name} are not all finite and other than zero")
         return
-    if all(scaling.space != space.name for scaling in plan.scalings):
+    if space.allows == "diagonal":
         raise RotationError(
-            f"channel scales of {space.name} cannot be fused into the weights: no linear of {plan.family} writes one "
-            "factor of that space"
+            f"{space.name} has a transform of kind {transform.describe()['kind']!r}, and allows channel scales alone: "
+            "the model multiplies it element by element"
         )
-    scale = rotation.scale
-    if scale.shape != (space.size,) or not bool((scale > 0).all() & scale.isfinite().all()):
-        raise RotationError(
-            f"the channel scales of {space.name} have shape {tuple(scale.shape)}: expected {space.size} positive, "
-            "finite numbers"
-        )
+    if isinstance(transform, Orthogonal):
+        error = off_orthogonal(transform.weight)
+        if not error < ORTHOGONAL:
+            raise RotationError(f"the matrix of {space.name} is not orthogonal: off by {error:.1e}")
