@@ -89,8 +89,8 @@ class AttentionRoles(_Part):
     """The attention module of a layer and its linears: q, k, v, or fused ones (`qkv`, `kv`), and o.
 
     A fused linear needs `values`, its rows that are values. `head_size` is the size of a head, which R2 and R3 rotate.
-    `allows` states which transforms the values may have: rotations alone, or, where nothing but the attention's sum and
-    o read them, any invertible matrix.
+    `allows` states which transforms the values may have: `orthogonal`, rotations alone, or `any` invertible matrix, where
+    nothing but the attention's sum and o read them (the default).
     """
 
     module: Name
@@ -102,7 +102,7 @@ class AttentionRoles(_Part):
     kv: Name | None = None
     values: ValueRows | None = None
     head_size: Size = "head_dim"
-    allows: Literal["orthogonal", "any"] = "orthogonal"
+    allows: Literal["orthogonal", "any"] | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> "AttentionRoles":

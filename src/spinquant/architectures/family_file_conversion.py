@@ -141,7 +141,8 @@ def _from_roles(file: FamilyFile) -> Family:
         for name in attention.inputs():
             linear(name, rows if name in (attention.v, attention.qkv, attention.kv) else None, RESIDUAL)
         linear(attention.o, RESIDUAL, VALUE if rows is not None else None)
-        spaces |= {VALUE: ("R2", attention.head_size, attention.allows), QUERY_KEY: ("R3", attention.head_size)}
+        allows = [attention.allows] if attention.allows else []
+        spaces |= {VALUE: ("R2", attention.head_size, *allows), QUERY_KEY: ("R3", attention.head_size)}
         onlines[_layered(attention.module)] = ("query_key", QUERY_KEY)
         linears += [tuple(_layered(name) for name in attention.inputs()), (_layered(attention.o),)]
     if file.mlp is not None:

@@ -124,10 +124,18 @@ OPT = ARCEE.like(
     spaces={HIDDEN: ("R4", "ffn_dim")},
     when=("do_layer_norm_before",),
 )
+_POST_NORMS = ("self_attn_layer_norm", "final_layer_norm")
 OPT_POST = OPT.like(
     "opt, post-norm",
     "opt",
-    gains={"model.decoder.final_layer_norm.weight": None},
+    # What these norms write is the residual stream itself, which not only linears read.
+    gains={
+        "model.decoder.final_layer_norm.weight": None,
+        **{f"model.decoder.layers.{{i}}.{norm}.weight": None for norm in _POST_NORMS},
+    },
+    tensors={
+        f"model.decoder.layers.{{i}}.{norm}.{part}": (None,) for norm in _POST_NORMS for part in ("weight", "bias")
+    },
     refused=(
         Refusal(
             "R1",
