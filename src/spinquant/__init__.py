@@ -57,7 +57,9 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test holds it against
     from spinquant.rotations.fuse_module import fuse_module, plan_of
     from spinquant.rotations.hadamard import hadamard_matrix, hadamard_transform
     from spinquant.rotations.learned import LearnedRotations
-    from spinquant.rotations.rotation import Hadamard, Kronecker, Orthogonal, Rotation
+    from spinquant.rotations.matrices import Diagonal, KroneckerMatrix, Matrix
+    from spinquant.rotations.rotation import Hadamard, Kronecker, Orthogonal, Rotation, Transform
+    from spinquant.rotations.transforms import Composed
 
     __version__: str
 
@@ -70,6 +72,8 @@ __all__ = [
     "CheckpointError",
     "Clips",
     "Comparison",
+    "Composed",
+    "Diagonal",
     "EndToEndOptions",
     "Evaluation",
     "FamilyFile",
@@ -77,10 +81,12 @@ __all__ = [
     "Hadamard",
     "HadamardOrderError",
     "Kronecker",
+    "KroneckerMatrix",
     "LearnOptions",
     "LearnedRotations",
     "LearningError",
     "LocalOptions",
+    "Matrix",
     "Moments",
     "NormMapping",
     "OnlineError",
@@ -101,6 +107,7 @@ __all__ = [
     "SpinQuantModifier",
     "SpinquantError",
     "TextError",
+    "Transform",
     "__version__",
     "attach",
     "calibration_tokens",
@@ -146,6 +153,8 @@ _MODULES = {
     "CheckpointError": "errors",
     "Clips": "quantization.scheme",
     "Comparison": "evaluation.metrics",
+    "Composed": "rotations.transforms",
+    "Diagonal": "rotations.matrices",
     "EndToEndOptions": "learning.end_to_end",
     "Evaluation": "evaluation.metrics",
     "FamilyFile": "architectures.family_file",
@@ -153,10 +162,12 @@ _MODULES = {
     "Hadamard": "rotations.rotation",
     "HadamardOrderError": "errors",
     "Kronecker": "rotations.rotation",
+    "KroneckerMatrix": "rotations.matrices",
     "LearnOptions": "learning.options",
     "LearnedRotations": "rotations.learned",
     "LearningError": "errors",
     "LocalOptions": "learning.layerwise",
+    "Matrix": "rotations.matrices",
     "Moments": "quantization.gptq",
     "NormMapping": "modifiers.mappings",
     "Options": "entrypoints.result",
@@ -177,6 +188,7 @@ _MODULES = {
     "SpinQuantModifier": "modifiers.modifier",
     "SpinquantError": "errors",
     "TextError": "errors",
+    "Transform": "rotations.rotation",
     "attach": "online.hooks",
     "calibration_tokens": "calibration.data",
     "compare_models": "evaluation.metrics",

@@ -20,8 +20,8 @@ from spinquant.compute.threads import each, single_threaded
 from spinquant.compute.workspace import workspace
 from spinquant.errors import RotationError
 from spinquant.plan import Axis, Gain, Plan, Span
-from spinquant.rotations.rotation import Rotation, dual
-from spinquant.rotations.transforms import Diagonal
+from spinquant.rotations.rotation import Transform, dual
+from spinquant.rotations.transforms import Diagonal, positional
 
 # Elements fused at once, so that they stay in cache.
 SLICE = 1 << 20
@@ -32,7 +32,7 @@ def transform(
     tensor: Tensor,
     plan: Plan,
     gains: Mapping[str, Tensor],
-    rotations: Mapping[str, Rotation],
+    rotations: Mapping[str, Transform],
     *,
     precision: torch.dtype | None = None,
     work: Tensor | None = None,
@@ -81,7 +81,7 @@ def transform(
 def transform_axis(
     tensor: Tensor,
     axis: Axis,
-    transform: Rotation,
+    transform: Transform,
     *,
     dim: int | None = None,
     first: int = 0,
@@ -100,16 +100,11 @@ def transform_axis(
     dim = axis.dim if dim is None else dim
     side = dual(transform) if axis.reads else transform
     shifted = tensor + axis.offset if axis.offset else tensor
-    if isinstance(side, Diagonal) and not is_by_head(side):
+    if isinstance(side, Diagonal) and not positional(side):
         result = _multiplied(shifted, _factors(side, axis.span, first, tensor.shape[dim]), dim, out)
     else:
         result = rotate_axis(shifted, dim, side, axis.span, out=out)
     return result.sub_(axis.offset) if axis.offset else result
-
-
-def is_by_head(transform: Rotation) -> bool:
-    """Whether equal blocks of an axis are transformed differently, head by head."""
-    return getattr(transform, "heads", 1) > 1
 
 
 def _factors(diagonal: Diagonal, span: Span | None, first: int, length: int) -> Tensor:
@@ -144,7 +139,7 @@ def fuse_in_place(
     tensor: Tensor,
     plan: Plan,
     gains: Mapping[str, Tensor],
-    rotations: Mapping[str, Rotation],
+    rotations: Mapping[str, Transform],
     *,
     precision: torch.dtype | None = None,
     shape: Sequence[int] | None = None,
@@ -183,15 +178,15 @@ def _copy(source: Tensor, target: Tensor) -> Tensor:
     return target
 
 
-def _units(name: str, ndim: int, plan: Plan, rotations: Mapping[str, Rotation]) -> dict[int, int]:
+def _units(name: str, ndim: int, plan: Plan, rotations: Mapping[str, Transform]) -> dict[int, int]:
     """Axes along which a tensor can be cut into independently fused parts, and the unit that parts are multiples of."""
     units = dict.fromkeys(range(ndim), 1)
     for axis in plan.axes_of.get(name, ()):
         rotation = rotations.get(axis.space)
-        if rotation is None or (isinstance(rotation, Diagonal) and not is_by_head(rotation)):
+        if rotation is None or (isinstance(rotation, Diagonal) and not positional(rotation)):
             continue
         # Heads, or blocks of a rotation, lie one after another along the axis, and each is rotated separately.
-        whole = axis.span is not None or is_by_head(rotation)
+        whole = axis.span is not None or positional(rotation)
         units[axis.dim] = 0 if whole else math.lcm(units[axis.dim], rotation.order)
     for gain, dim in plan.gains_of.get(name, ()):
         if gain.space in rotations:
@@ -201,13 +196,13 @@ def _units(name: str, ndim: int, plan: Plan, rotations: Mapping[str, Rotation]) 
     return {dim: unit for dim, unit in units.items() if unit}
 
 
-def rows_at_once(name: str, shape: Sequence[int], plan: Plan, rotations: Mapping[str, Rotation]) -> int | None:
+def rows_at_once(name: str, shape: Sequence[int], plan: Plan, rotations: Mapping[str, Transform]) -> int | None:
     """Number of rows per slice, for a tensor that is cut along its first axis; None for any other."""
     cut = _cut(name, shape, plan, rotations)
     return cut[1] if cut is not None and cut[0] == 0 else None
 
 
-def _cut(name: str, shape: Sequence[int], plan: Plan, rotations: Mapping[str, Rotation]) -> tuple[int, int] | None:
+def _cut(name: str, shape: Sequence[int], plan: Plan, rotations: Mapping[str, Transform]) -> tuple[int, int] | None:
     """(axis, slice length) to cut a tensor by; None if it has to stay whole.
 
     The axis with the smallest unit is taken, because its slices can be made as small as they should be.
@@ -224,7 +219,7 @@ def slices(
     name: str,
     tensor: Tensor,
     plan: Plan,
-    rotations: Mapping[str, Rotation],
+    rotations: Mapping[str, Transform],
     shape: Sequence[int] | None = None,
     first: int = 0,
 ) -> Sequence[tuple[Tensor, tuple[int, int]]]:
@@ -268,7 +263,7 @@ def _wide(tensor: Tensor, precision: torch.dtype | None) -> torch.dtype:
 def rotate_axis(
     tensor: Tensor,
     dim: int,
-    rotation: Rotation,
+    rotation: Transform,
     span: Span | None = None,
     *,
     transpose: bool = False,

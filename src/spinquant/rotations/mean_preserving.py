@@ -44,6 +44,10 @@ class CentredHadamard:
         factors = [factor.to(x.device) for factor in factors]
         return kronecker_transform(x, factors, transpose=transpose, dim=dim, out=out)
 
+    def dual(self) -> "CentredHadamard":
+        """Itself."""
+        return self
+
     def tensors(self) -> dict[str, Tensor]:
         """Empty: the order determines the rotation."""
         return {}
@@ -90,6 +94,10 @@ class CentredRandomHadamard:
             y = kronecker_transform(y.contiguous(), [weight], transpose=transpose, dim=dim)
         y = y.reshape(x.shape).to(x.dtype)
         return y if out is None else out.copy_(y)
+
+    def dual(self) -> "CentredRandomHadamard":
+        """Itself."""
+        return self
 
     def tensors(self) -> dict[str, Tensor]:
         """The signs, and Q if there is one."""

@@ -1,10 +1,13 @@
-"""Rotations: orthogonal matrices as immutable values that can be applied to an axis of a tensor, by default the last.
+"""Transforms: invertible matrices as immutable values that can be applied to an axis of a tensor, by default the last.
 
-    apply(x)                  y[.., j] = sum_i x[.., i] R[i, j]        R orthogonal
-    apply(x, transpose=True)  the inverse
+    apply(x)                  y[.., j] = sum_i x[.., i] T[i, j]
+    apply(x, transpose=True)  the same with T^T
+    dual()                    T^-T, the transform of what reads x T:  (x T) (w T^-T)^T = x w^T
+    undo(T, x)                x T^-1, which is the dual, transposed
 
-An axis longer than the order is rotated block by block, so a block-diagonal rotation is the same value applied
-to a longer axis. Only `matrix()` makes a rotation dense.
+A rotation R is its own dual; its transpose is its inverse. This module has the rotations, `transforms.py` the others.
+An axis longer than the order is transformed block by block, so a block-diagonal rotation is the same value applied
+to a longer axis. Only `matrix()` makes a transform dense.
 
 Random Hadamard rotations are D H / sqrt(n) with random signs D (QuaRot, arXiv 2404.00456); random orthogonal
 ones are Haar-distributed: the Q of a Gaussian matrix, with the signs of R's diagonal moved into Q (Mezzadri,
@@ -37,10 +40,62 @@ Parts = tuple[Tensor | None, tuple[Tensor, ...]]
 PartsMemo = dict[tuple[torch.device, torch.dtype], Parts]
 
 
-class Rotation(Protocol):
-    """Protocol of an orthogonal matrix R that can be applied to tensors and saved.
+class Transform(Protocol):
+    """Protocol of an invertible matrix T that can be applied to tensors and saved.
 
-    `Hadamard`, `Orthogonal` and `Kronecker` implement it; so may classes of your own.
+    Rotations implement it, and so do `Diagonal`, `Matrix`, `Composed` and `KroneckerMatrix`. What writes a space is
+    multiplied by T and what reads it by the dual T^-T, so products of the two stay as they are.
+
+    Example:
+        >>> import torch
+        >>> from spinquant import Diagonal, Transform
+        >>> transform: Transform = Diagonal(torch.tensor([2.0, 0.5]))
+        >>> x, w = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])
+        >>> transform.apply(x)
+        tensor([[2., 1.]])
+        >>> torch.equal(transform.apply(x) @ transform.dual().apply(w).T, x @ w.T)
+        True
+    """
+
+    @property
+    def order(self) -> int:
+        """Number of rows of T."""
+        ...
+
+    def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
+        """Apply the transform to an axis of a tensor: x T, block by block.
+
+        Args:
+            x: floating-point tensor whose axis `dim` is a multiple of the order.
+            transpose: apply T^T instead.
+            dim: the axis.
+            out: contiguous tensor for the result; may be x itself. Without gradients only.
+
+        Returns:
+            A tensor of x's shape, dtype and device.
+
+        Raises:
+            RotationError: the order does not divide the axis.
+        """
+        ...
+
+    def dual(self) -> "Transform":
+        """The transform T^-T. The dual of the dual is the transform itself."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors to save; with `describe`, enough to restore the transform."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Kind, order and construction, as JSON."""
+        ...
+
+
+class Rotation(Transform, Protocol):
+    """Protocol of an orthogonal matrix R: a transform that is its own dual, so that R^T undoes R.
+
+    `Hadamard`, `Orthogonal` and `Kronecker` implement it; so may classes of your own, which may leave out `dual`.
 
     Example:
         >>> import torch
@@ -53,46 +108,33 @@ class Rotation(Protocol):
         True
     """
 
-    @property
-    def order(self) -> int:
-        """Number of rows of R."""
-        ...
 
-    def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
-        """Apply the rotation to an axis of a tensor: x R, block by block.
-
-        Args:
-            x: floating-point tensor whose axis `dim` is a multiple of the order.
-            transpose: apply R^T, the inverse, instead.
-            dim: the axis.
-            out: contiguous tensor for the result; may be x itself. Without gradients only.
-
-        Returns:
-            A tensor of x's shape, dtype and device.
-
-        Raises:
-            RotationError: the order does not divide the axis.
-        """
-        ...
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors to save; with `describe`, enough to restore the rotation."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """Kind, order and construction, as JSON."""
-        ...
+def dual(transform: Transform) -> Transform:
+    """T^-T; a class without the method `dual` is a rotation, which is its own dual."""
+    found = getattr(transform, "dual", None)
+    return transform if found is None else found()
 
 
-def dual(rotation: Any) -> Any:
-    """T^-T of a transform: a rotation itself."""
-    found = getattr(rotation, "dual", None)
-    return rotation if found is None else found()
+def is_orthogonal(transform: Transform) -> bool:
+    """Whether a transform is a rotation: its own dual."""
+    return dual(transform) is transform
 
 
-def matrix(rotation: Rotation, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The rotation as a dense matrix, shape (order, order)."""
-    return rotation.apply(torch.eye(rotation.order, dtype=dtype))
+def undo(transform: Transform, x: Tensor, dim: int = -1) -> Tensor:
+    """x T^-1 along an axis."""
+    return dual(transform).apply(x, transpose=True, dim=dim)
+
+
+def heads_of(transform: Transform) -> int:
+    """Into how many parts of its own an axis is divided: 1 for a transform that treats all blocks alike."""
+    return getattr(transform, "heads", 1)
+
+
+def matrix(transform: Transform, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The transform as a dense matrix, (order, order); (heads, order, order) if it has several heads."""
+    order, heads = transform.order, heads_of(transform)
+    dense = transform.apply(torch.eye(order, dtype=dtype).repeat(1, heads))
+    return dense if heads == 1 else dense.unflatten(-1, (heads, order)).movedim(1, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +175,10 @@ class Hadamard:
         """Its signs, if it has any, and the dense factors of its Kronecker product."""
         return self.signs, hadamard_factors(self.order)
 
+    def dual(self) -> "Hadamard":
+        """Itself."""
+        return self
+
     def tensors(self) -> dict[str, Tensor]:
         return {} if self.signs is None else {"signs": self.signs}
 
@@ -172,6 +218,10 @@ class Orthogonal:
     def parts(self) -> Parts:
         """Its signs, if it has any, and the dense factors of its Kronecker product."""
         return None, (self.weight,)
+
+    def dual(self) -> "Orthogonal":
+        """Itself."""
+        return self
 
     def tensors(self) -> dict[str, Tensor]:
         return {"weight": self.weight}
@@ -223,6 +273,10 @@ class Kronecker:
         """Its signs, if it has any, and the dense factors of its Kronecker product."""
         return self.signs, (self.weight, *hadamard_factors(self.hadamard_order))
 
+    def dual(self) -> "Kronecker":
+        """Itself."""
+        return self
+
     def tensors(self) -> dict[str, Tensor]:
         return {"weight": self.weight, "signs": self.signs}
 
@@ -266,6 +320,22 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def parts_like(x: Tensor, transform: Any) -> Parts:
+    """The parts of a transform on the device of x, in the dtype of its arithmetic; cached, as in `_like`."""
+    key = x.device, _wide(x)
+    if torch.compiler.is_compiling():
+        _make_parts(transform, *key)
+        return transform._parts[key]
+    found = transform._parts.get(key)
+    if found is None:
+        with torch.inference_mode(False):
+            found = _moved(transform.parts(), *key)
+        signs, factors = found
+        if all(type(part) in (Tensor, torch.nn.Parameter) for part in (*factors, *([] if signs is None else [signs]))):
+            transform._parts[key] = found
+    return found
+
+
 def _like(x: Tensor, rotation: Any, name: str, dtype: torch.dtype) -> Tensor:
     """A stored tensor on the device of x; cached, since an online rotation is applied at every step."""
     key, memo = (name, x.device, dtype), rotation._memo
@@ -281,9 +351,7 @@ def _like(x: Tensor, rotation: Any, name: str, dtype: torch.dtype) -> Tensor:
 
 def _apply_traced(rotation: Any, x: Tensor, transpose: bool, dim: int) -> Tensor:
     """`apply` in a graph that torch.compile or torch.export is tracing; stored tensors become inputs of the graph."""
-    key = x.device, _wide(x)
-    _make_parts(rotation, *key)
-    signs, factors = rotation._parts[key]
+    signs, factors = parts_like(x, rotation)
     if signs is None:
         return kronecker_transform(x, factors, transpose=transpose, dim=dim)
     signs = signs.to(x.dtype)

@@ -10,8 +10,16 @@ from torch import Tensor
 from spinquant.errors import RotationError
 from spinquant.plan import Plan, Space
 from spinquant.rotations.factory import RotationSpec
-from spinquant.rotations.rotation import ORTHOGONAL, Orthogonal, Rotation, off_orthogonal
-from spinquant.rotations.transforms import Diagonal
+from spinquant.rotations.rotation import (
+    ORTHOGONAL,
+    Orthogonal,
+    Rotation,
+    Transform,
+    heads_of,
+    is_orthogonal,
+    off_orthogonal,
+)
+from spinquant.rotations.transforms import Diagonal, check_conditioned
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,24 +88,26 @@ def check_given(plan: Plan, spec: RotationSpec, rotations: Mapping[str, Rotation
         _check_allowed(space, rotation)
 
 
-def _check_allowed(space: Space, transform: Rotation) -> None:
-    """Raise RotationError for a transform that changes the model's function where it is."""
-    if isinstance(transform, Diagonal):
-        if space.allows not in ("diagonal", "any"):
-            raise RotationError(
-                f"channel scales of {space.name} change the model's function: the space allows {space.allows} "
-                "matrices alone, because a norm divides by the length of its vectors"
-            )
-        scale = transform.scale
-        if not bool((scale != 0).all() & scale.isfinite().all()):
-            raise RotationError(f"the channel scales of {space.name} are not all finite and other than zero")
-        return
-    if space.allows == "diagonal":
-        raise RotationError(
-            f"{space.name} has a transform of kind {transform.describe()['kind']!r}, and allows channel scales alone: "
-            "the model multiplies it element by element"
-        )
+def _check_allowed(space: Space, transform: Transform) -> None:
+    """Raise RotationError for a transform that changes the model's function where it is, or spoils it by rounding."""
     if isinstance(transform, Orthogonal):
         error = off_orthogonal(transform.weight)
         if not error < ORTHOGONAL:
             raise RotationError(f"the matrix of {space.name} is not orthogonal: off by {error:.1e}")
+    kind = transform.describe()["kind"]
+    if space.allows == "diagonal" and not isinstance(transform, Diagonal):
+        raise RotationError(
+            f"{space.name} has a transform of kind {kind!r}, and allows channel scales alone: the model multiplies it "
+            "element by element"
+        )
+    if space.allows in ("orthogonal", "mean-preserving") and not is_orthogonal(transform):
+        raise RotationError(
+            f"{space.name} has a transform of kind {kind!r}, which is no rotation: it would change the model's function, "
+            "because a norm divides by the length of the vectors of that space"
+        )
+    if heads_of(transform) > 1 and space.heads % heads_of(transform):
+        raise RotationError(
+            f"the transform of {space.name} is one for each of {heads_of(transform)} heads, and the model has "
+            f"{space.heads}"
+        )
+    check_conditioned(space.name, transform)
