@@ -89,8 +89,8 @@ class AttentionRoles(_Part):
     """The attention module of a layer and its linears: q, k, v, or fused ones (`qkv`, `kv`), and o.
 
     A fused linear needs `values`, its rows that are values. `head_size` is the size of a head, which R2 and R3 rotate.
-    `allows` states which transforms the values may have: `orthogonal`, rotations alone, or `any` invertible matrix, where
-    nothing but the attention's sum and o read them (the default).
+    `allows` states which transforms the values may have: `orthogonal`, rotations alone, or `any` invertible matrix (the
+    default), where nothing but the attention's sum and o read them.
     """
 
     module: Name

@@ -102,8 +102,8 @@ def _check_allowed(space: Space, transform: Transform) -> None:
         )
     if space.allows in ("orthogonal", "mean-preserving") and not is_orthogonal(transform):
         raise RotationError(
-            f"{space.name} has a transform of kind {kind!r}, which is no rotation: it would change the model's function, "
-            "because a norm divides by the length of the vectors of that space"
+            f"{space.name} has a transform of kind {kind!r}, which is no rotation: it would change the model's "
+            "function, because a norm divides by the length of the vectors of that space"
         )
     if heads_of(transform) > 1 and space.heads % heads_of(transform):
         raise RotationError(
