@@ -36,6 +36,7 @@ from spinquant.quantization.targets import check_fits
 from spinquant.rotations.factory import RotationSpec, make_rotations
 from spinquant.rotations.fast_transform import kernels_for
 from spinquant.rotations.fuse_module import fuse_module, plan_of
+from spinquant.rotations.random_transforms import general_kinds
 from spinquant.rotations.rotation import Rotation
 from spinquant.rotations.wrappers import check_given, in_precision, online_part
 
@@ -97,7 +98,8 @@ def rotate(
     check_given(plan, spec, rotations)
     if sample is not None:
         check_context(model.config, sample.shape[-1], "give a shorter sample")
-    tiny = prove(config_of(model), spec) if options.prove and rotations else None
+    kinds = general_kinds(plan, rotations)
+    tiny = prove(config_of(model), spec, kinds=kinds) if options.prove and rotations else None
     before = None if sample is None or not rotations else snapshot(model, plan, sample)
     install(model, plan, rotations, spec, options=options)
     real = None

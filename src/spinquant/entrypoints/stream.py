@@ -17,6 +17,7 @@ from spinquant.entrypoints.validation import Job
 from spinquant.evaluation.equivalence import prove
 from spinquant.evaluation.scheme_proof import prove_scheme
 from spinquant.rotations.fast_transform import kernels_for
+from spinquant.rotations.random_transforms import general_kinds
 from spinquant.streaming.pipeline import Rotated, stream
 
 STREAMED = "stream"  # the stage of a run that counts bytes
@@ -41,7 +42,8 @@ def stream_folder(job: Job, run: RunDirectory, processes: Processes) -> Result:
                 work.note_source(SourceHash(job.folder, source.files).finish(source.files, known))
         if job.request.options.prove and processes.first:
             with clock.phase("prove"):
-                twin = prove(job.config, job.spec) if work.result.rotations else None
+                kinds = general_kinds(work.result.plan, work.result.rotations)
+                twin = prove(job.config, job.spec, kinds=kinds) if work.result.rotations else None
                 quantizers = prove_scheme(job.config, job.scheme, job.spec) if job.scheme else None
                 work.result = replace(work.result, twin=twin, quantizers=quantizers)
         if job.calibration is not None:

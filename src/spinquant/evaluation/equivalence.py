@@ -7,7 +7,7 @@ before and after it is fused, and the logits must agree within the tolerance of 
 module whose output deviates is named: outputs are compared in execution order, each rotated as its space is.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +29,7 @@ from spinquant.plan import Axis, Plan
 from spinquant.rotations.factory import RotationSpec, make_rotations
 from spinquant.rotations.fuse import transform_axis
 from spinquant.rotations.fuse_module import fuse_module, plan_of
+from spinquant.rotations.random_transforms import random_transforms
 from spinquant.rotations.rotation import Rotation
 
 # Relative error ||logits' - logits|| / ||logits|| that floating-point rounding explains,
@@ -193,6 +194,7 @@ def prove(
     spec: RotationSpec,
     *,
     seed: int = 0,
+    kinds: Collection[str] = (),
     planner: Planner | None = None,
     family: FamilyLike | None = None,
 ) -> Deviation:
@@ -205,6 +207,8 @@ def prove(
         config: A config of transformers.
         spec: Which rotations; block sizes are replaced by ones that fit the tiny model.
         seed: Of the tiny model's weights and tokens.
+        kinds: Spaces that get a random transform that is no rotation, by kind: "R2", "R3", "R4", or "scales of R1" for
+            the scales of norms, "scales of R4" for those of factors of products.
         planner: Function of the tiny model that returns its plan and rotations, in place of `plan_of` and the spec.
         family: A family file that describes the architecture, for models without a built-in table; see `use_family`.
 
@@ -228,7 +232,7 @@ def prove(
         tiny = make_tiny_model(config, seed=seed)
         if planner is None:
             plan = plan_of(tiny)
-            rotations = make_rotations(plan, tiny_spec(spec))
+            rotations = {**make_rotations(plan, tiny_spec(spec)), **random_transforms(plan, kinds, seed)}
         else:
             plan, rotations = planner(tiny)
         generator = torch.Generator().manual_seed(seed)
