@@ -16,7 +16,8 @@ from transformers import (
 from spinquant.evaluation.equivalence import Float64Arithmetic
 from spinquant.models.cache_names import cache_parameter
 from spinquant.plan import CHANNELS
-from spinquant.rotations.transforms import Diagonal
+from spinquant.rotations.matrices import Diagonal, KroneckerMatrix, Matrix
+from spinquant.rotations.rotation import Transform, matrix
 
 VOCABULARY = 256
 CACHE = (cache_parameter(LlamaForCausalLM.forward) or ("", 0))[0]  # how this transformers calls the KV cache
@@ -140,3 +141,33 @@ def scaled(plan, rotations, seed=0):
             logs = torch.rand(space.size, generator=generator, dtype=torch.float64)
             found[space.name] = Diagonal(4 ** (2 * logs - 1))
     return found
+
+
+def well_conditioned(*shape: int, seed: int = 0) -> torch.Tensor:
+    """A random matrix (.., n, n), float64, with singular values from 1/2 to 2."""
+    generator = torch.Generator().manual_seed(seed)
+    one, other = (torch.linalg.qr(torch.randn(shape, dtype=torch.float64, generator=generator)).Q for _ in range(2))
+    return one * torch.logspace(-1, 1, shape[-1], 2, dtype=torch.float64) @ other
+
+
+def online_transforms(plan, *, heads: int = 0, seed: int = 0) -> dict[str, Transform]:
+    """A transform that is no rotation for every online space: R3 a matrix (per head if `heads`), R4 a Kronecker one."""
+    made: dict[str, Transform] = {}
+    for i, space in enumerate(plan.spaces):
+        if space.rotation == "R3":
+            shape = (heads, space.size, space.size) if heads else (space.size, space.size)
+            made[space.name] = Matrix(well_conditioned(*shape, seed=seed + i))
+        elif space.rotation == "R4":
+            sides = 4, space.size // 4
+            made[space.name] = KroneckerMatrix(tuple(well_conditioned(n, n, seed=seed + i) for n in sides))
+    return made
+
+
+@torch.no_grad()
+def fuse_duals(model, plan, transforms) -> None:
+    """Multiply the weights that read an online space by the dual of its transform, with dense matrices."""
+    for axis in plan.axes:
+        if axis.space in transforms:
+            weight = model.get_parameter(axis.tensor)
+            inverse = torch.linalg.inv(matrix(transforms[axis.space])).to(weight.dtype)
+            weight.copy_(torch.tensordot(weight, inverse, ([axis.dim], [1])).movedim(-1, axis.dim))

@@ -4,17 +4,19 @@ import pytest
 import torch
 
 from families import FAMILIES, config_of
-from models import CONFIGS, tiny_model
+from models import CONFIGS, fuse_duals, online_transforms, tiny_model, tokens
 from spinquant import ProofError, Quantizer, RotationSpec, parse_scheme, plan_of, quantize
 from spinquant.entrypoints.result import Options
 from spinquant.evaluation import scheme_proof
-from spinquant.evaluation.scheme_proof import plainly_rounded, prove_scheme
+from spinquant.evaluation.equivalence import Float64Arithmetic
+from spinquant.evaluation.scheme_proof import coarse, compare_schemes, plainly_rounded, prove_scheme
 from spinquant.evaluation.tiny_model import make_tiny_model
 from spinquant.online import hooks, sites
 from spinquant.online.firing import AttentionCheck, FiringCheck
 from spinquant.online.kv_cache import PackedLayer
 from spinquant.quantization import integer
 from spinquant.quantization.integer import fake_quantize
+from spinquant.rotations.fuse_module import untie
 
 ALL = RotationSpec("R1,R2,R3,R4", "auto")
 
@@ -67,6 +69,34 @@ def test_parts_groups_and_the_head_are_proved(scheme, options):
 def test_nothing_is_proved_where_no_tensor_is_rounded_online():
     assert prove_scheme(CONFIGS["llama"](), parse_scheme("W4"), ALL) is None
     assert prove_scheme(config_of("mamba2"), parse_scheme("KV4"), RotationSpec("R1")) is None
+
+
+@pytest.mark.parametrize("heads", [0, 1, 2])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_quantizers_are_proved_with_transforms_that_are_no_rotations(name, heads):
+    model = tiny_model(name)
+    plan = plan_of(model)
+    untie(model, plan)
+    made = online_transforms(plan, heads=heads)
+    fuse_duals(model, plan, made)
+    with Float64Arithmetic():
+        proof = compare_schemes(model, plan, made, coarse(parse_scheme("A8KV8"), model, plan), tokens())
+    assert proof.relative < 1e-11 and proof.moved > 0.01 and proof.unseen == ()
+
+
+@pytest.mark.parametrize("spoilt", ["queries", "keys"])
+def test_queries_that_get_the_transform_of_the_keys_are_found(spoilt, monkeypatch):
+    """Either way of using one matrix for both, which is right for rotations alone."""
+    made = sites.KeyValueSite.__init__
+
+    def same(self, rotation, *rest, **options):
+        made(self, rotation, *rest, **options)
+        if rotation is not None:
+            self._queries, self.rotation = (rotation, rotation) if spoilt == "queries" else (self._queries,) * 2
+
+    monkeypatch.setattr(sites.KeyValueSite, "__init__", same)
+    with pytest.raises(ProofError, match="self_attn"):
+        test_quantizers_are_proved_with_transforms_that_are_no_rotations("llama", 2)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from spinquant.plan import Plan
 from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.rotations.factory import RotationSpec, make_rotations
 from spinquant.rotations.fuse_module import fuse_module, plan_of, untie
-from spinquant.rotations.rotation import Rotation, matrix
+from spinquant.rotations.rotation import Transform, matrix
 
 # Bits and clip ratio of the proof. Without clipping, the first token, whose attention returns its own rounded values,
 # would be rounded to grids that are multiples of each other: its numbers lie between two codes, and the last bit
@@ -70,7 +70,12 @@ class SchemeProof:
 
 @dataclass(frozen=True)
 class Treatment:
-    """What happens to one tensor in the reference: it is multiplied by a dense matrix, then rounded."""
+    """What happens to one tensor in the reference: it is multiplied by a dense matrix, then rounded.
+
+    Attributes:
+        turn: The matrix (order, order), or one for each head (heads, order, order).
+        quantizer: How the product is rounded.
+    """
 
     turn: Tensor | None = None
     quantizer: Quantizer | None = None
@@ -78,8 +83,21 @@ class Treatment:
     def apply(self, x: Tensor) -> Tensor:
         """The treated tensor; both act along the last axis, block by block."""
         if self.turn is not None:
-            x = (x.unflatten(-1, (-1, len(self.turn))) @ self.turn.to(x.dtype)).flatten(-2)
+            turn = self.turn.to(x.dtype)
+            blocks = x.unflatten(-1, (-1, turn.shape[-1]))
+            if turn.ndim == 3:  # as many blocks in a row share the matrix of a head
+                turn = turn.repeat_interleave(blocks.shape[-2] // len(turn), 0)
+                x = torch.stack([blocks[..., k, :] @ one for k, one in enumerate(turn)], -2).flatten(-2)
+            else:
+                x = (blocks @ turn).flatten(-2)
         return x if self.quantizer is None else plainly_rounded(x, self.quantizer)
+
+    def apply_to_heads(self, x: Tensor) -> Tensor:
+        """The treated tensor (batch, heads, tokens, size); it is rounded head by head."""
+        if self.turn is not None and self.turn.ndim == 3:
+            turned = Treatment(self.turn).apply(x.transpose(1, 2).flatten(2))
+            return Treatment(None, self.quantizer).apply(turned.view(x.transpose(1, 2).shape).transpose(1, 2))
+        return self.apply(x)
 
 
 def plainly_rounded(x: Tensor, quantizer: Quantizer) -> Tensor:
@@ -118,7 +136,7 @@ class Reference(TorchFunctionMode):
         self,
         model: nn.Module,
         plan: Plan,
-        rotations: Mapping[str, Rotation],
+        rotations: Mapping[str, Transform],
         scheme: Scheme,
         *,
         unseen: Collection[str] = (),
@@ -149,7 +167,7 @@ class Reference(TorchFunctionMode):
             if name.startswith(f"{attention}.")
         }
         heads = [name for name in plan.attentions if name not in unseen]
-        self._heads = {name: (Treatment(dense.get(name)), Treatment(quantizer=scheme.kv)) for name in heads}
+        self._heads = {name: _attention_treatments(dense.get(name), scheme.kv) for name in heads}
         self._inside = ""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -181,10 +199,16 @@ class Reference(TorchFunctionMode):
         return (first, self._input(name, second.mT).mT) if first is weights else (first, second)
 
     def _attention(self, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        turn, rounded = self._heads[self._inside]
-        queries, keys, values = turn.apply(queries), rounded.apply(turn.apply(keys)), rounded.apply(values)
+        treatments = zip(self._heads[self._inside], (queries, keys, values), strict=True)
+        queries, keys, values = (treatment.apply_to_heads(x) for treatment, x in treatments)
         self.read.setdefault(self._inside, []).extend((keys, values))
         return queries, keys, values
+
+
+def _attention_treatments(turn: Tensor | None, quantizer: Quantizer | None) -> tuple[Treatment, Treatment, Treatment]:
+    """Those of queries, keys and values: keys are multiplied by T, and queries by T^-T, so that T cancels."""
+    inverse = None if turn is None else torch.linalg.inv(turn).mT
+    return Treatment(inverse), Treatment(turn, quantizer), Treatment(quantizer=quantizer)
 
 
 def prove_scheme(
@@ -250,7 +274,7 @@ def coarse(scheme: Scheme, model: nn.Module, plan: Plan) -> Scheme:
 
 @torch.no_grad()
 def compare_schemes(
-    model: nn.Module, plan: Plan, rotations: Mapping[str, Rotation], scheme: Scheme, tokens: Tensor
+    model: nn.Module, plan: Plan, rotations: Mapping[str, Transform], scheme: Scheme, tokens: Tensor
 ) -> SchemeProof:
     """Compare a model that hooks quantize with the reference; raises ProofError if they differ.
 

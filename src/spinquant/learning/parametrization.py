@@ -77,6 +77,10 @@ class Learned:
         y = (blocks @ (r.T if transpose else r)).flatten(-2).movedim(-1, dim).to(x.dtype)
         return y if out is None else out.copy_(y)
 
+    def dual(self) -> "Learned":
+        """Itself."""
+        return self
+
     def tensors(self) -> dict[str, Tensor]:
         """Tensors of the current rotation."""
         return self.frozen().tensors()

@@ -6,6 +6,9 @@
 - On queries and keys (R3): queries are rotated inside transformers' attention interface, keys once, before they are
   written to the KV cache, where keys and values are also quantized and packed.
 
+Any invertible transform T may take the place of a rotation. Linears and experts read x T, keys become k T and queries
+q T^-T, with one T for each key-value head if it has several.
+
 `attach` returns an `Attachment`; its `remove()` (or leaving its `with` block) restores the model. The hooks are on the
 modules, so that a decoder block that runs alone, as in calibration, behaves as it does inside the whole model. The
 computation at each place is in `sites.py`, the packed cache in `kv_cache.py`; `firing.py` checks after every forward
@@ -34,7 +37,7 @@ from spinquant.online.sites import (
 )
 from spinquant.plan import Plan, Space
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme, parse_scheme, with_clip
-from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.rotation import Transform
 
 PREFIX = "spinquant_"
 ATTENTIONS = ("sdpa", "eager", "flex_attention")
@@ -129,7 +132,7 @@ class Attachment:
 def attach(
     model: nn.Module,
     plan: Plan,
-    rotations: Mapping[str, Rotation],
+    rotations: Mapping[str, Transform],
     scheme: Scheme | str | None = None,
     clips: Clips | None = None,
     *,
@@ -142,13 +145,14 @@ def attach(
     Args:
         model: A causal language model of transformers. It is changed in place, until `Attachment.remove`.
         plan: Where the model can be rotated, from `plan_of`.
-        rotations: Rotations by the name of their space, from `make_rotations`. Those of online spaces must already be
-            fused into the weights that read them (`fuse_module`). Others are ignored; `{}` attaches quantizers alone.
+        rotations: Rotations, or other transforms, by the name of their space, from `make_rotations`. Those of online
+            spaces must already be fused into the weights that read them (`fuse_module`). Others are ignored; `{}`
+            attaches quantizers alone.
         scheme: What is quantized online, such as "A8KV4". Only its activations and KV cache count here. Default:
             nothing.
         clips: Clip ratios found by calibration; where they name a place, they replace the scheme's clip ratio.
-        around: The model is not rotated; every quantizer rotates its input, quantizes it and rotates it back, so that
-            the model quantizes like a rotated one (`quantization/rotated_rounding.py`). Used in learning. Default:
+        around: The model is not rotated; every quantizer rotates its input, quantizes it and undoes the rotation, so
+            that the model quantizes like a rotated one (`quantization/rotated_rounding.py`). Used in learning. Default:
             False.
 
     Returns:
@@ -210,7 +214,7 @@ class _Attaching:
 
     model: nn.Module
     plan: Plan
-    rotations: Mapping[str, Rotation]
+    rotations: Mapping[str, Transform]
     scheme: Scheme
     clips: Clips
     around: bool
@@ -301,11 +305,11 @@ class _Attaching:
                 module = self.model.get_submodule(decoder)
                 self.attachment.check(module.register_forward_pre_hook(present.begin))
 
-    def _rotation_of(self, space: Space | None) -> Rotation | None:
+    def _rotation_of(self, space: Space | None) -> Transform | None:
         return None if space is None else self.rotations.get(space.name)
 
     def _input_site(
-        self, name: str, rotation: Rotation | None, quantizer: Quantizer | None, *, readers: int = 1
+        self, name: str, rotation: Transform | None, quantizer: Quantizer | None, *, readers: int = 1
     ) -> InputSite | None:
         """The site of an activation, registered under its name; None if there is nothing to do at it."""
         if quantizer is None and (self.around or rotation is None):

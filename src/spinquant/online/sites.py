@@ -1,4 +1,7 @@
-"""Forward hooks that rotate and quantize one activation, or the keys and values of one attention.
+"""Forward hooks that transform and quantize one activation, or the keys and values of one attention.
+
+What reads an activation x T holds T^-T. Keys get T and queries T^-T, so that their products stay what they are; both
+are R for a rotation.
 
 `hooks.py` attaches them to a model and removes them again.
 """
@@ -18,14 +21,15 @@ from spinquant.online.kv_cache import pack_layer
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.rotated_rounding import Turn, round_rotated
 from spinquant.quantization.scheme import Quantizer
-from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.rotation import Transform, dual
+from spinquant.rotations.transforms import apply_to_heads
 
 EXPERTS = ("grouped_mm", "batched_mm")
 GATE = "_apply_gate"
 
 
-def _rounded(x: Tensor, rotation: Rotation | None, quantizer: Quantizer) -> Tensor:
-    return round_rotated(x, () if rotation is None else (Turn(rotation),), quantizer)
+def _rounded(x: Tensor, rotation: Transform | None, quantizer: Quantizer, *, heads: bool = False) -> Tensor:
+    return round_rotated(x, () if rotation is None else (Turn(rotation, heads=heads),), quantizer)
 
 
 class _Pass:
@@ -101,16 +105,16 @@ class InputSite(_Site):
     """Forward pre-hook that rotates and quantizes one activation, once for all linears that read it.
 
     Attributes:
-        rotation: Applied before quantizing, None without one.
+        rotation: Transform that is applied before quantizing, None without one.
         quantizer: The quantizer, None without one.
         readers: Number of linears that read the activation.
-        around: Rotate before quantizing and back after it; for a model that is not rotated.
+        around: Transform before quantizing and back after it; for a model that is not transformed.
         rounds: Whether the quantizer is on.
         watch: Observer, called with the activation before it is quantized.
         now: Of each thread: the activation that linears share, and how many read it.
     """
 
-    def __init__(self, rotation: Rotation | None, quantizer: Quantizer | None, *, readers: int, around: bool = False):
+    def __init__(self, rotation: Transform | None, quantizer: Quantizer | None, *, readers: int, around: bool = False):
         super().__init__()
         self.around = around
         self.rotation = rotation
@@ -219,12 +223,12 @@ class KeyValueSite(_Site):
     """Forward pre-hook of an attention module that replaces its KV cache by one that rotates and quantizes.
 
     Attributes:
-        rotation: R3, applied to keys; None without one.
+        rotation: R3, applied to keys; its dual is applied to queries. None without one.
         keys: Quantizer of keys, None without one.
         values: Quantizer of values, None without one.
         implementation: Name of the attention implementation that rotates queries, None without R3.
-        around: Rotations of keys and of values, applied before quantizing and undone after it; None if the model
-            itself is rotated.
+        around: Transforms of keys and of values, applied before quantizing and undone after it; None if the model
+            itself is transformed.
         parameter: Name and position of the parameter of the module's forward that takes the KV cache.
         rounds: Whether the quantizers are on.
         watch: Observer, called with keys and values before they are quantized.
@@ -234,17 +238,18 @@ class KeyValueSite(_Site):
 
     def __init__(
         self,
-        rotation: Rotation | None,
+        rotation: Transform | None,
         keys: Quantizer | None,
         values: Quantizer | None,
         implementation: str | None,
         parameter: tuple[str, int],
         *,
-        around: tuple[Rotation | None, Rotation | None] | None = None,
+        around: tuple[Transform | None, Transform | None] | None = None,
     ):
         super().__init__()
         self.around = around
         self.rotation = rotation
+        self._queries = None if rotation is None else dual(rotation)  # before anything is traced
         self.keys = keys
         self.values = values
         self.rounds = True
@@ -270,10 +275,10 @@ class KeyValueSite(_Site):
         return args, {**kwargs, name: _RotatingCache(kwargs.get(name), self, config)}
 
     def rotate_queries(self, queries: Tensor) -> Tensor:
-        """R3 of the queries, inside the attention interface."""
-        assert self.rotation is not None
+        """The dual of R3, of the queries (batch, heads, tokens, size), inside the attention interface."""
+        assert self._queries is not None
         self.now.queried = True
-        return self.rotation.apply(queries)
+        return apply_to_heads(self._queries, queries)
 
 
 class _RotatingCache:
@@ -292,12 +297,13 @@ class _RotatingCache:
         cache, site = self._cache, self._site
         site.now.stored = True
         if site.rotation is not None:
-            keys = site.rotation.apply(keys)
+            keys = apply_to_heads(site.rotation, keys)
         if site.watch is not None:
             site.watch(keys, values)
         if site.keys is not None and site.values is not None and site.rounds:
             if site.around is not None:
-                keys, values = _rounded(keys, site.around[0], site.keys), _rounded(values, site.around[1], site.values)
+                keys = _rounded(keys, site.around[0], site.keys, heads=True)
+                values = _rounded(values, site.around[1], site.values, heads=True)
             # Packed integers have no gradient.
             elif cache is None or site.now.trains or not pack_layer(cache, layer_idx, site.keys, site.values):
                 keys, values = fake_quantize(keys, site.keys), fake_quantize(values, site.values)

@@ -1,10 +1,10 @@
-"""Fake quantization in rotated coordinates, with gradients for the rotation: Q(x R) R^T in an unrotated model.
+"""Fake quantization in transformed coordinates, with gradients for rotations: Q(x T) T^-1 in an untransformed model.
 
-    y = Q(x R) R^T = x + e R^T            e = Q(z) - z, z = x R
+    y = Q(x T) T^-1 = x + e T^-1            e = Q(z) - z, z = x T
 
-The gradient passes straight through Q (STE), so y moves with x as if nothing was rounded. If R moves to R (I - A) with
-A skew, the loss changes by <A, e^T g R>, where g is its gradient at y: one product of errors and gradients for each
-rotation, and no derivative of the rounding itself.
+The gradient passes straight through Q (STE), so y moves with x as if nothing was rounded. A rotation R that is learned
+comes last in T. If it moves to R (I - A) with A skew, the loss changes by <A, e^T g T^-T>, where g is its gradient at
+y: one product of errors and gradients for each rotation, and no derivative of the rounding itself. T is R alone below.
 
 That gradient (the one of arXiv 2405.16406) ignores that a rotation changes the size of the errors. The step size is the
 same for all numbers of a token, so errors have no preferred direction, and on average e^T g R is symmetric, which has
@@ -22,7 +22,7 @@ error of random direction is known (Fisher information, see `learning/sensitivit
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,15 @@ from torch import Tensor
 from spinquant.plan import Span
 from spinquant.quantization.integer import fake_quantize, group_of
 from spinquant.quantization.scheme import Quantizer
-from spinquant.rotations.rotation import Orthogonal, Rotation, check_blocks, nearest_orthogonal
+from spinquant.rotations.rotation import (
+    Orthogonal,
+    Transform,
+    check_blocks,
+    dual,
+    is_orthogonal,
+    nearest_orthogonal,
+)
+from spinquant.rotations.transforms import apply_to_heads
 
 
 @dataclass
@@ -82,6 +90,10 @@ class Moving:
         y = (x.movedim(dim, -1).unflatten(-1, (-1, self.order)) @ r).flatten(-2).movedim(-1, dim)
         return y if out is None else out.copy_(y)
 
+    def dual(self) -> "Moving":
+        """Itself."""
+        return self
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the current rotation."""
         return self.frozen().tensors()
@@ -97,20 +109,29 @@ class Moving:
 
 @dataclass(frozen=True)
 class Turn:
-    """An axis of a tensor, or a span of it, and the rotation of its space."""
+    """An axis of a tensor, or a span of it, and the transform of its space.
 
-    rotation: Rotation
+    Attributes:
+        rotation: the transform; one that is being learned (`Moving`) is the last of its axis.
+        dim: the axis.
+        span: the part of it that is transformed; None for all of it.
+        heads: the tensor is (.., heads, tokens, size), and the last axis is transformed. A transform with several heads
+            then takes its head from the third axis from the end.
+    """
+
+    rotation: Transform
     dim: int = -1
     span: Span | None = None
+    heads: bool = False
 
 
 def round_rotated(x: Tensor, turns: Sequence[Turn], quantizer: Quantizer) -> Tensor:
-    """Rotate x, fake-quantize it along the last axis, and rotate it back; see the module docstring for the gradients.
+    """Transform x, fake-quantize it along the last axis, and undo that; see the module docstring for the gradients.
 
     Args:
         x: the tensor.
-        turns: rotations of axes, applied in order.
-        quantizer: how the rotated tensor is quantized.
+        turns: transforms of axes, applied in order.
+        quantizer: how the transformed tensor is quantized.
 
     Returns:
         A tensor of x's shape and dtype.
@@ -131,7 +152,7 @@ class _RoundRotated(torch.autograd.Function):
             # The gradients of the expected cost need only the lengths of the errors.
             kept = _energies(error, group_of(z.shape[-1], quantizer)) if tallied else error.to(x.dtype)
             ctx.save_for_backward(z, kept)
-        return x + turned(error.to(x.dtype), turns[::-1], transpose=True)
+        return x + unturned(error.to(x.dtype), turns)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -139,16 +160,17 @@ class _RoundRotated(torch.autograd.Function):
             return grad, None, None, *[None] * len(ctx.needs_input_grad[3:])
         z, kept = ctx.saved_tensors
         group = group_of(z.shape[-1], ctx.quantizer)
-        moving = _moving(ctx.turns)
+        # What e T^-1 is added to has the gradient g, so e has g T^-T.
+        moving, duals = _moving(ctx.turns), [replace(turn, rotation=dual(turn.rotation)) for turn in ctx.turns]
         tally = moving[0].rotation.tally
         if tally is not None:
             # Rotations within groups do not change the groups' lengths.
             inside = all(_turns_inside(turn, group) for turn in ctx.turns)
-            slope = kept * _energies(grad if inside else turned(grad.to(_exact(grad)), ctx.turns), group) / group
+            slope = kept * _energies(grad if inside else turned(grad.to(_exact(grad)), duals), group) / group
             tally.costs.append(slope.sum(dtype=torch.float64) / 2)
             gradients = [torch.zeros_like(turn.rotation.weight) for turn in moving]
         else:
-            kept, moved = kept.to(_exact(grad)), turned(grad.to(_exact(grad)), ctx.turns)
+            kept, moved = kept.to(_exact(grad)), turned(grad.to(_exact(grad)), duals)
             slope = (kept * moved).unflatten(-1, (-1, group)).sum(-1, keepdim=True, dtype=_wide(grad))
             gradients = [(_rows(kept, t).T @ _rows(moved, t)).to(t.rotation.weight.dtype) for t in moving]
         if tally is not None or any(turn.rotation.range_gradient for turn in moving):
@@ -186,8 +208,9 @@ def _moving(turns: Sequence[Turn]) -> list[Any]:
 
 
 def _turns_inside(turn: Turn, group: int) -> bool:
-    """Whether the rotation mixes numbers only within groups."""
-    return turn.dim == -1 and turn.span is None and group % turn.rotation.order == 0
+    """Whether the transform is a rotation that mixes numbers only within groups."""
+    inside = turn.dim == -1 and turn.span is None and group % turn.rotation.order == 0
+    return inside and is_orthogonal(turn.rotation)
 
 
 def _ends(slope: Tensor, groups: Tensor, quantizer: Quantizer) -> list[tuple[Tensor, Tensor]]:
@@ -225,15 +248,29 @@ def _add(gradient: Tensor, z: Tensor, ends: Sequence[tuple[Tensor, Tensor]], tur
     gradient.addmm_(_rows(dense.flatten(-2), turn).T, _rows(z.to(gradient.dtype), turn))
 
 
-def turned(x: Tensor, turns: Sequence[Turn], *, transpose: bool = False) -> Tensor:
-    """x rotated along its axes in order; for the inverse pass the turns in reverse with `transpose`."""
+def turned(x: Tensor, turns: Sequence[Turn]) -> Tensor:
+    """x transformed along its axes, in order."""
     for turn in turns:
-        if turn.span is None:
-            x = turn.rotation.apply(x, transpose=transpose, dim=turn.dim)
-        else:
-            x = x.clone()
-            part = _part(x, turn.dim, turn.span)
-            part.copy_(turn.rotation.apply(part.contiguous(), transpose=transpose, dim=-1))
+        x = _turned(x, turn, transpose=False)
+    return x
+
+
+def unturned(x: Tensor, turns: Sequence[Turn]) -> Tensor:
+    """The inverse of `turned`."""
+    for turn in reversed(turns):
+        x = _turned(x, replace(turn, rotation=dual(turn.rotation)), transpose=True)
+    return x
+
+
+def _turned(x: Tensor, turn: Turn, *, transpose: bool) -> Tensor:
+    if turn.heads:
+        return apply_to_heads(turn.rotation, x, transpose=transpose)
+    if turn.span is None:
+        return turn.rotation.apply(x, transpose=transpose, dim=turn.dim)
+    x = x.clone()
+    part = _part(x, turn.dim, turn.span)
+    # Periods one after another are the blocks of one axis.
+    part.copy_(turn.rotation.apply(part.flatten(-2), transpose=transpose).reshape(part.shape))
     return x
 
 

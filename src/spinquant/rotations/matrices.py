@@ -11,7 +11,6 @@ key-value head share its transform.
 The dual T^-T is computed in float64, once, and kept, so that dual().dual() is the transform itself.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -228,7 +227,10 @@ class KroneckerMatrix:
     @property
     def order(self) -> int:
         """Product of the orders of the factors."""
-        return math.prod(len(factor) for factor in self.factors)
+        order = 1
+        for factor in self.factors:  # torch.compile traces a loop; `math.prod` would split the graph
+            order *= factor.shape[0]
+        return order
 
     def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
         """x (F1 kron F2 kron ...) along an axis, block by block; see `Transform.apply`."""
@@ -253,21 +255,23 @@ class KroneckerMatrix:
         return description_of("kronecker-matrix", self.order, " x ".join(map(str, orders)), factors=orders)
 
 
-def kept_dual(transform: _Made, make: Callable[[], _Made]) -> _Made:
+def kept_dual(transform: Any, make: Callable[[], _Made]) -> _Made:
     """The dual of a transform, made once, whose dual is the transform."""
-    kept: list[_Made] = getattr(transform, "_dual")  # noqa: B009 - of the classes here and of `Composed`
-    if not kept:
-        made = make()
-        getattr(made, "_dual").append(transform)  # noqa: B009
-        kept.append(made)
-    return kept[0]
+    if not transform._dual:
+        with torch.inference_mode(False):  # or later uses with gradients would fail
+            made: Any = make()
+        made._dual.append(transform)
+        transform._dual.append(made)
+    return transform._dual[0]
 
 
 def _floating(what: str, tensor: Any) -> Tensor:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise RotationError(f"the {what} of a transform is of {found}: expected a tensor of floating-point numbers")
-    return tensor.detach().to(torch.float64)
+    with torch.inference_mode(False):
+        wide = tensor.detach().to(torch.float64)
+        return wide.clone() if wide.is_inference() else wide
 
 
 def _float64(transform: Any, name: str, tensor: Any) -> Tensor:

@@ -1,9 +1,12 @@
-"""Save and load rotations: a JSON description plus tensors, as they are stored in model folders.
+"""Save and load transforms: a JSON description plus tensors, as they are stored in model folders.
 
-Descriptions and tensors may come from a stranger, so both are checked: what is restored is orthogonal.
+Descriptions and tensors may come from a stranger, so both are checked: what is restored is orthogonal, or has an
+inverse that rounding does not spoil.
 """
 
+import math
 from collections.abc import Mapping
+from functools import reduce
 from typing import Annotated, Any, Literal, get_args
 
 import torch
@@ -14,25 +17,44 @@ from spinquant.compute.values import validated
 from spinquant.errors import RotationError
 from spinquant.plan import CHANNELS
 from spinquant.rotations.mean_preserving import CentredHadamard, CentredRandomHadamard
-from spinquant.rotations.rotation import ORTHOGONAL, Hadamard, Kronecker, Orthogonal, Rotation, off_orthogonal
-from spinquant.rotations.transforms import Diagonal
+from spinquant.rotations.rotation import ORTHOGONAL, Hadamard, Kronecker, Orthogonal, Transform, off_orthogonal
+from spinquant.rotations.transforms import Composed, Diagonal, KroneckerMatrix, Matrix, check_conditioned
 from spinquant.rotations.wrappers import InPrecision
 
-LARGEST = 1 << 22  # order of a rotation; the longest axis of a published model has some 10^5
+LARGEST = 1 << 22  # order of a transform; the longest axis of a published model has some 10^5
 _LARGEST_SIDE = 1 << 16  # of a dense matrix, 34 GB
 _SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-Kind = Literal["hadamard", "random-hadamard", "orthogonal", "kronecker", "centred-hadamard", "centred-random-hadamard"]
+_MOST = 8  # transforms that a composed one is a product of
+Kind = Literal[
+    "hadamard",
+    "random-hadamard",
+    "orthogonal",
+    "kronecker",
+    "centred-hadamard",
+    "centred-random-hadamard",
+    "diagonal",
+    "matrix",
+    "kronecker-matrix",
+    "composed",
+]
 Order = Annotated[int, Field(strict=True, ge=1, le=LARGEST)]
 _Count = Annotated[int, Field(strict=True, ge=0)]
 
 
 class Description(BaseModel):
-    """What `Rotation.describe` gives, as it is read again; further keys are for readers."""
+    """What `Transform.describe` gives, as it is read again; further keys are for readers.
+
+    heads: number of matrices or diagonals, 0 if there is one without an axis of heads. factors: orders of the factors
+    of a Kronecker product. parts: descriptions of the transforms of a product, none of them a product.
+    """
 
     kind: Kind
     order: Order
     hadamard_order: Order = 1
+    heads: Annotated[int, Field(strict=True, ge=0, le=LARGEST)] = 0
+    factors: Annotated[list[Order], Field(max_length=32)] = []
+    parts: Annotated[list[dict[str, Any]], Field(max_length=_MOST)] = []
     precision: Literal["float16", "bfloat16", "float32", "float64"] | None = None
 
 
@@ -47,7 +69,7 @@ class SavedRotations(BaseModel):
     scaled: list[str] = []
 
 
-def to_save(rotations: Mapping[str, Rotation]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def to_save(rotations: Mapping[str, Transform]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(JSON description, tensors) of rotations by space; `saved` is the inverse.
 
     A transform that several spaces share is stored once.
@@ -61,7 +83,7 @@ def to_save(rotations: Mapping[str, Rotation]) -> tuple[dict[str, Any], dict[str
     return about, {f"{i}.{k}": v.contiguous() for i, kind in enumerate(kinds) for k, v in kind.tensors().items()}
 
 
-def saved(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Rotation]:
+def saved(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Transform]:
     """The rotations by space that `to_save` described.
 
     Raises:
@@ -87,49 +109,73 @@ def saved(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, 
     return found
 
 
-def restore(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Rotation:
-    """The rotation whose `describe()` and `tensors()` these are.
+def restore(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Transform:
+    """The transform whose `describe()` and `tensors()` these are.
 
     Raises:
-        RotationError: the kind is unknown, a tensor is missing, or the tensors are not those of a rotation.
+        RotationError: the kind is unknown, a tensor is missing, or the tensors are not those of a transform.
     """
     about = _described(description)
     try:
-        signs, weight = (_checked(about, name, tensors.get(name)) for name in ("signs", "weight"))
-        rotation = _restored(about, signs, weight)
+        transform = _restored(about, tensors)
     except KeyError as missing:
         raise RotationError(f"a saved rotation of kind {about.kind!r} lacks {missing}: incomplete checkpoint") from None
-    if about.order != rotation.order:
+    if about.order != transform.order:
         raise RotationError(
-            f"a saved rotation of kind {about.kind!r} has order {about.order}, and its tensors {rotation.order}"
+            f"a saved rotation of kind {about.kind!r} has order {about.order}, and its tensors {transform.order}"
         )
-    return rotation if about.precision is None else InPrecision(rotation, getattr(torch, about.precision))
+    return transform if about.precision is None else InPrecision(transform, getattr(torch, about.precision))
 
 
 def _described(description: Mapping[str, Any]) -> Description:
     kind = description.get("kind") if isinstance(description, Mapping) else None
     if isinstance(kind, str) and kind not in get_args(Kind):
         raise RotationError(f"a saved rotation has the unknown kind {kind!r}: upgrade spinquant")
-    return validated(Description, description, "a saved rotation", RotationError)
+    about: Description = validated(Description, description, "a saved rotation", RotationError)
+    if about.kind == "composed" and (
+        len(about.parts) < 2 or any(part.get("kind") == "composed" for part in about.parts)
+    ):
+        raise RotationError(
+            f"a saved rotation of kind 'composed' has {len(about.parts)} parts: expected at least two, and no composed "
+            "one among them"
+        )
+    if about.kind == "kronecker-matrix" and (not about.factors or math.prod(about.factors) != about.order):
+        raise RotationError(
+            f"a saved rotation of kind 'kronecker-matrix' has order {about.order} and factors of orders "
+            f"{about.factors}: expected factors whose product is the order"
+        )
+    return about
 
 
-def _restored(about: Description, signs: Tensor | None, weight: Tensor | None) -> Rotation:
-    def given(name: str, tensor: Tensor | None) -> Tensor:
-        if tensor is None:
-            raise KeyError(name)
-        return tensor
-
-    if about.kind == "hadamard":
-        return Hadamard(about.order)
+def _restored(about: Description, tensors: Mapping[str, Tensor]) -> Transform:
+    """The transform, in no fixed precision. Raises KeyError for a tensor that is missing."""
+    if about.kind in ("hadamard", "centred-hadamard"):
+        return (Hadamard if about.kind == "hadamard" else CentredHadamard)(about.order)
+    if about.kind == "composed":
+        parts = [restore(part, _parts_of(i, tensors)) for i, part in enumerate(about.parts)]
+        composed = reduce(Composed, parts)
+        check_conditioned("a saved rotation of kind 'composed'", composed)
+        return composed
+    if about.kind in ("diagonal", "matrix", "kronecker-matrix"):
+        found: dict[str, Tensor] = {}
+        for name, (_, shape) in _layout(about).items():
+            found[name] = _of_shape(about, name, tensors[name], shape)
+        if about.kind == "kronecker-matrix":
+            made: Transform = KroneckerMatrix(tuple(found.values()))
+        else:
+            made = Diagonal(found["scale"]) if about.kind == "diagonal" else Matrix(found["weight"])
+        check_conditioned(f"a saved rotation of kind {about.kind!r}", made)
+        return made
     if about.kind == "random-hadamard":
-        return Hadamard(len(given("signs", signs)), signs)
+        signs = _signs(about, tensors)
+        return Hadamard(len(signs), signs)
     if about.kind == "orthogonal":
-        return Orthogonal(given("weight", weight))
-    if about.kind == "centred-hadamard":
-        return CentredHadamard(about.order)
+        return Orthogonal(_orthogonal(about, tensors))
     if about.kind == "centred-random-hadamard":
-        return CentredRandomHadamard(given("signs", signs), weight)
-    rotation = Kronecker(given("weight", weight), about.hadamard_order, given("signs", signs))
+        return CentredRandomHadamard(
+            _signs(about, tensors), _orthogonal(about, tensors) if "weight" in tensors else None
+        )
+    rotation = Kronecker(_orthogonal(about, tensors), about.hadamard_order, _signs(about, tensors))
     if len(rotation.signs) != rotation.order:
         raise RotationError(
             f"a saved rotation of kind {about.kind!r} has order {rotation.order} and {len(rotation.signs)} signs"
@@ -137,48 +183,81 @@ def _restored(about: Description, signs: Tensor | None, weight: Tensor | None) -
     return rotation
 
 
-def _checked(about: Description, name: str, tensor: Tensor | None) -> Tensor | None:
-    """A tensor of a rotation. Raises RotationError for one that makes none: a model would be spoilt without a word."""
-    if tensor is None:
-        return None
-    if name == "signs":
-        if tensor.ndim != 1 or tensor.dtype not in _SIGNED or not bool((tensor.abs() == 1).all()):
-            raise RotationError(
-                f"the signs of a saved rotation of kind {about.kind!r} are not a row of integers 1 and -1"
-            )
-        return tensor
-    if tensor.ndim != 2 or tensor.shape[0] != tensor.shape[1] or tensor.dtype not in _FLOATING:
+def _parts_of(i: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one transform of a product."""
+    return {name.removeprefix(f"{i}_"): tensor for name, tensor in tensors.items() if name.startswith(f"{i}_")}
+
+
+def _of_shape(about: Description, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of a transform. Raises RotationError for one of another shape, or with numbers that are not finite."""
+    if tuple(tensor.shape) != shape or tensor.dtype not in _FLOATING or not bool(tensor.isfinite().all()):
         raise RotationError(
-            f"the matrix of a saved rotation of kind {about.kind!r} has shape {tuple(tensor.shape)} and dtype "
-            f"{tensor.dtype}: expected a square of floating-point numbers"
+            f"{name} of a saved rotation of kind {about.kind!r} has shape {tuple(tensor.shape)} and dtype "
+            f"{tensor.dtype}: expected finite floating-point numbers of shape {shape}"
         )
-    if not len(tensor):
+    return tensor
+
+
+def _signs(about: Description, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The signs of a rotation. Raises RotationError for others: a model would be spoilt without a word."""
+    signs = tensors["signs"]
+    if signs.ndim != 1 or signs.dtype not in _SIGNED or not bool((signs.abs() == 1).all()):
+        raise RotationError(f"the signs of a saved rotation of kind {about.kind!r} are not a row of integers 1 and -1")
+    return signs
+
+
+def _orthogonal(about: Description, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The matrix of a rotation. Raises RotationError for one that is not orthogonal."""
+    weight = tensors["weight"]
+    if weight.ndim != 2 or weight.shape[0] != weight.shape[1] or weight.dtype not in _FLOATING:
+        raise RotationError(
+            f"the matrix of a saved rotation of kind {about.kind!r} has shape {tuple(weight.shape)} and dtype "
+            f"{weight.dtype}: expected a square of floating-point numbers"
+        )
+    if not len(weight):
         raise RotationError(f"the matrix of a saved rotation of kind {about.kind!r} is empty")
-    error = off_orthogonal(tensor)
+    error = off_orthogonal(weight)
     if not error < ORTHOGONAL:
         raise RotationError(
             f"the matrix of a saved rotation of kind {about.kind!r} is not orthogonal: off by {error:.1e}"
         )
-    return tensor
+    return weight
 
 
 def empty_tensors(description: Mapping[str, Any]) -> dict[str, Tensor]:
     """Uninitialized tensors with the shapes and dtypes that `restore` needs, for a loader to fill.
 
-    Raises RotationError for a description that is not one of an online rotation.
+    Raises RotationError for a description that is not one of an online transform.
     """
-    about = _described(description)
+    layout = _layout(_described(description))
+    return {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in layout.items()}
+
+
+def _layout(about: Description) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtypes and shapes of the tensors of a transform that can run online, by name."""
     side, rest = divmod(about.order, about.hadamard_order)
-    if rest or (about.kind in ("orthogonal", "kronecker") and side > _LARGEST_SIDE):
-        raise RotationError(
-            f"a saved rotation of kind {about.kind!r} has order {about.order} and a Hadamard factor of order "
-            f"{about.hadamard_order}: expected a divisor, and a matrix of at most {_LARGEST_SIDE} rows"
-        )
-    signs = torch.empty(about.order, dtype=torch.int8)
-    known: dict[str, dict[str, Tensor]] = {"hadamard": {}, "random-hadamard": {"signs": signs}}
-    if about.kind in ("orthogonal", "kronecker"):
-        weight = torch.empty(side, side, dtype=torch.float64)
-        known |= {"orthogonal": {"weight": weight}, "kronecker": {"weight": weight, "signs": signs}}
+    heads, wide = (about.heads,) if about.heads else (), torch.float64
+    known: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {
+        "hadamard": {},
+        "random-hadamard": {"signs": (torch.int8, (about.order,))},
+        "orthogonal": {"weight": (wide, (side, side))},
+        "kronecker": {"weight": (wide, (side, side)), "signs": (torch.int8, (about.order,))},
+        "diagonal": {"scale": (wide, (*heads, about.order))},
+        "matrix": {"weight": (wide, (*heads, about.order, about.order))},
+        "kronecker-matrix": {f"factor{i}": (wide, (k, k)) for i, k in enumerate(about.factors)},
+        "composed": {
+            f"{i}_{name}": found
+            for i, part in enumerate(about.parts)
+            for name, found in _layout(_described(part)).items()
+        },
+    }
     if about.kind not in known:
         raise RotationError(f"a saved rotation of kind {about.kind!r} does not run online")
+    numbers = sum(math.prod(shape) for _, shape in known[about.kind].values())
+    if rest or numbers > _LARGEST_SIDE**2 + LARGEST:
+        raise RotationError(
+            f"a saved rotation of kind {about.kind!r} has order {about.order}, a Hadamard factor of order "
+            f"{about.hadamard_order} and {numbers} numbers: expected a divisor, and at most those of a matrix of "
+            f"{_LARGEST_SIDE} rows"
+        )
     return known[about.kind]

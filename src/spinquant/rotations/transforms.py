@@ -144,17 +144,16 @@ def positional(transform: Transform) -> bool:
     return heads_of(transform) > 1
 
 
-def apply_to_heads(transform: Transform, x: Tensor, *, undone: bool = False) -> Tensor:
-    """x T of queries, keys or values (.., heads, tokens, size), along the last axis; x T^-1 if `undone`.
+def apply_to_heads(transform: Transform, x: Tensor, *, transpose: bool = False) -> Tensor:
+    """x T of queries, keys or values (.., heads, tokens, size), along the last axis; x T^T with `transpose`.
 
     A transform with several heads counts the blocks of all heads, which lie along another axis here.
     """
-    if undone:
-        transform = dual(transform)
     if not positional(transform):
-        return transform.apply(x, transpose=undone)
+        return transform.apply(x, transpose=transpose)
     rows = x.transpose(-3, -2)  # (.., tokens, heads, size)
-    return transform.apply(rows.flatten(-2), transpose=undone).unflatten(-1, rows.shape[-2:]).transpose(-3, -2)
+    y = transform.apply(rows.flatten(-2), transpose=transpose)
+    return y.unflatten(-1, rows.shape[-2:]).transpose(-3, -2)
 
 
 def condition(transform: Transform) -> float:
