@@ -23,7 +23,7 @@ from spinquant.compute.values import validated
 from spinquant.errors import CheckpointError, RotationError
 from spinquant.plan import Plan
 from spinquant.rotations.fuse import transform
-from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.rotation import Transform
 from spinquant.rotations.serialization import saved
 
 # Rows of the embedding that are compared to identify the original, and the tolerance for rounding to half types.
@@ -48,7 +48,7 @@ class BaseModel:
     config: Any
     source: Source
     plan: Plan
-    rotations: Mapping[str, Rotation]
+    rotations: Mapping[str, Transform]
 
     @cached_property
     def family(self) -> Family:
@@ -110,7 +110,7 @@ def open_base_model(rotated: str | Path, model: str | Path | None = None) -> Ite
         yield base
 
 
-def rotations_of(folder: Path) -> dict[str, Rotation]:
+def rotations_of(folder: Path) -> dict[str, Transform]:
     """The rotations of a rotated folder, by space. Raises CheckpointError or RotationError if they cannot be read."""
     return saved(read_record(folder), read_tensors(beside(folder, ROTATIONS))[0])
 

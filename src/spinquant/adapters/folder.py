@@ -19,7 +19,7 @@ from spinquant.checkpoint.safetensors_io import read_tensors
 from spinquant.checkpoint.untrusted import file_in, read_json
 from spinquant.compute.hashing import digest
 from spinquant.errors import CheckpointError, RotationError
-from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.rotation import Transform
 from spinquant.rotations.serialization import to_save
 
 ADAPTERS = "adapters"  # subfolder of a rotated model's folder
@@ -135,7 +135,7 @@ def _same_model(name: str, other: str) -> bool:
     return name == other or Path(name).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
-def _fingerprint(rotations: Mapping[str, Rotation]) -> str:
+def _fingerprint(rotations: Mapping[str, Transform]) -> str:
     """A hash of rotations: 16 hexadecimal digits."""
     about, tensors = to_save(rotations)
     found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())

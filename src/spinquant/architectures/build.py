@@ -191,11 +191,12 @@ class _Build:
     def spaces(self) -> dict[str, Space]:
         """Spaces by name, in order of execution: the residual space, then layer by layer."""
         found: dict[str, tuple[int, Space]] = {}
-        for pattern, (rotation, size, *allows) in self.family.spaces.items():
+        for pattern, (rotation, size, *stated) in self.family.spaces.items():
             order = size_of(self.config, size) if self._is_known(size) else 0
+            allows = ALLOWS[rotation] if not stated else "any" if stated[0] == "any" else "orthogonal"
             for name, i in self.each(pattern):
-                kind = "mean-preserving" if self.family.centred and name == "residual" else allows[0] if allows else ""
-                found[name] = (-1 if i is None else i, Space(name, rotation, order, kind or ALLOWS[rotation]))
+                kind: Allows = "mean-preserving" if self.family.centred and name == "residual" else allows
+                found[name] = (-1 if i is None else i, Space(name, rotation, order, kind))
         return {name: space for name, (_, space) in sorted(found.items(), key=lambda item: item[1][0])}
 
     def _is_known(self, size: str) -> bool:

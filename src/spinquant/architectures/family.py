@@ -15,7 +15,7 @@ from typing import Any
 
 from spinquant.compute.releases import release_of
 from spinquant.errors import ArchitectureError
-from spinquant.plan import Allows, OnlineSite
+from spinquant.plan import OnlineSite
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Family:
     name: str
     model_types: tuple[str, ...]
     tensors: Mapping[str, tuple[AxisSpace, ...]]
-    spaces: Mapping[str, tuple[str, str] | tuple[str, str, Allows]]
+    spaces: Mapping[str, tuple[str, ...]]
     gains: Mapping[str, tuple[str, ...] | Norm]
     onlines: Mapping[str, tuple[OnlineSite, str]]
     linears: tuple[tuple[str, ...], ...]

@@ -38,7 +38,7 @@ from spinquant.quantization.rtn import quantize_weight
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme, static_parts, with_clip
 from spinquant.quantization.targets import Weight, parts_tied, weights_of
 from spinquant.rotations.fuse_module import untie
-from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.rotation import Transform
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Calibration:
 def quantize_blocks(
     model: Any,
     plan: Plan,
-    rotations: Mapping[str, Rotation],
+    rotations: Mapping[str, Transform],
     scheme: Scheme,
     tokens: Tensor,
     calibration: Calibration,

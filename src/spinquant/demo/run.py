@@ -53,7 +53,7 @@ from spinquant.quantization.scheme import Quantizer, Scheme, parse_scheme
 from spinquant.quantization.targets import check_fits, weights_of
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.fuse_module import plan_of
-from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.rotation import Transform
 
 Progress = Callable[[str, int, int], None]
 
@@ -173,7 +173,7 @@ def token_kurtosis(x: Tensor) -> float:
 def _measure(
     model: Any,
     plan: Plan,
-    rotations: Mapping[str, Rotation],
+    rotations: Mapping[str, Transform],
     variants: Sequence[tuple[str, Scheme]],
     tokens: Tensor,
     progress: Callable[[int, int], None],
@@ -252,7 +252,7 @@ def _activation(readers: str, before: Tensor, after: Tensor, scheme: Scheme) -> 
     return Activation(readers, before.shape[-1], (peak(before), peak(after)), rounded)
 
 
-def _constructions(plan: Plan, rotations: Mapping[str, Rotation]) -> dict[str, str]:
+def _constructions(plan: Plan, rotations: Mapping[str, Transform]) -> dict[str, str]:
     found = {plan.space[name].rotation: rotation.describe() for name, rotation in rotations.items()}
     made = {name: f"{d['kind']}, order {d['order']}: {d['construction']}" for name, d in found.items()}
     return {name: made[name] for name in ROTATION_NAMES if name in made}

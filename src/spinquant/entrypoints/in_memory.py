@@ -37,7 +37,7 @@ from spinquant.rotations.factory import RotationSpec, make_rotations
 from spinquant.rotations.fast_transform import kernels_for
 from spinquant.rotations.fuse_module import fuse_module, plan_of
 from spinquant.rotations.random_transforms import general_kinds
-from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.rotation import Transform
 from spinquant.rotations.wrappers import check_given, in_precision, online_part
 
 
@@ -45,7 +45,7 @@ def rotate(
     model: Any,
     spec: RotationSpec | None = None,
     *,
-    rotations: Mapping[str, Rotation] | None = None,
+    rotations: Mapping[str, Transform] | None = None,
     sample: Tensor | None = None,
     options: Options | None = None,
     family: FamilyLike | None = None,
@@ -113,10 +113,10 @@ def rotate(
 def install(
     model: Any,
     plan: Plan,
-    rotations: Mapping[str, Rotation],
+    rotations: Mapping[str, Transform],
     spec: RotationSpec,
     *,
-    online: Mapping[str, Rotation] | None = None,
+    online: Mapping[str, Transform] | None = None,
     options: Options | None = None,
 ) -> None:
     """Fuse rotations into a model's weights, attach the online ones, and make `save_pretrained` write them.
@@ -138,7 +138,7 @@ def quantize(
     *,
     method: Method = "rtn",
     format: str = "native",
-    rotations: Mapping[str, Rotation] | None = None,
+    rotations: Mapping[str, Transform] | None = None,
     tokens: Tensor | None = None,
     calibration: Calibration | None = None,
     sample: Tensor | None = None,

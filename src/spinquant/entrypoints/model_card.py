@@ -23,7 +23,7 @@ from spinquant.plan import MERGEABLE, Plan
 from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.learned import LearnedRotations
-from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.rotation import Transform
 from spinquant.rotations.transforms import Diagonal
 from spinquant.rotations.wrappers import online_part
 
@@ -181,7 +181,7 @@ def _story(result: Result, online: Sequence[str], quantized: bool) -> str:
     return ", " + ", ".join(parts) if parts else ", neither rotated nor quantized"
 
 
-def _by_name(plan: Plan, spec: RotationSpec, rotations: Mapping[str, Rotation]) -> dict[str, dict[str, Rotation]]:
+def _by_name(plan: Plan, spec: RotationSpec, rotations: Mapping[str, Transform]) -> dict[str, dict[str, Transform]]:
     """Rotations by space, grouped by R1 to R4."""
     return {
         name: {
@@ -195,7 +195,7 @@ def _by_name(plan: Plan, spec: RotationSpec, rotations: Mapping[str, Rotation]) 
 
 def _rotations(
     spec: RotationSpec,
-    groups: Mapping[str, Mapping[str, Rotation]],
+    groups: Mapping[str, Mapping[str, Transform]],
     plan: Plan | None,
     learned: Mapping[str, Any] | None,
 ) -> list[str]:

@@ -16,7 +16,7 @@ from spinquant.plan import Plan
 from spinquant.quantization.scheme import Clips, Scheme
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.learned import LearnedRotations
-from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.rotation import Transform
 from spinquant.rotations.serialization import to_save
 
 Stage = Callable[[str, int, int], None]
@@ -105,7 +105,7 @@ class Result:
     model: Any
     plan: Plan
     spec: RotationSpec
-    rotations: Mapping[str, Rotation]
+    rotations: Mapping[str, Transform]
     scheme: Scheme | None = None
     method: str | None = None
     calibration: Calibration | None = None

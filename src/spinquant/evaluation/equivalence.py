@@ -30,7 +30,7 @@ from spinquant.rotations.factory import RotationSpec, make_rotations
 from spinquant.rotations.fuse import transform_axis
 from spinquant.rotations.fuse_module import fuse_module, plan_of
 from spinquant.rotations.random_transforms import random_transforms
-from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.rotation import Transform
 
 # Relative error ||logits' - logits|| / ||logits|| that floating-point rounding explains,
 # measured in docs/explanation/design.md.
@@ -98,7 +98,7 @@ def computing_modules(plan: Plan) -> list[str]:
     return [*(name for group in plan.linears for name in group), *(experts.module for experts in plan.experts)]
 
 
-def compare(before: Snapshot, model: nn.Module, plan: Plan, rotations: Mapping[str, Rotation]) -> Deviation:
+def compare(before: Snapshot, model: nn.Module, plan: Plan, rotations: Mapping[str, Transform]) -> Deviation:
     """Compare a rotated model's logits with a snapshot of the original; name the first module that deviates."""
     after = snapshot(model, plan, before.tokens)
     tolerance = TOLERANCE.get(after.logits.dtype, TOLERANCE[torch.float32])
@@ -118,7 +118,7 @@ def last_module(plan: Plan) -> str:
 
 
 def expected_output(
-    model: nn.Module, plan: Plan, rotations: Mapping[str, Rotation], name: str, output: Tensor
+    model: nn.Module, plan: Plan, rotations: Mapping[str, Transform], name: str, output: Tensor
 ) -> Tensor:
     """The output (.., out) that a module should have in the rotated model, from its output in the original.
 
@@ -186,7 +186,7 @@ def check(deviation: Deviation, dtype: torch.dtype, *, what: str, rounding: floa
         )
 
 
-Planner = Callable[[Any], tuple[Plan, Mapping[str, Rotation]]]
+Planner = Callable[[Any], tuple[Plan, Mapping[str, Transform]]]
 
 
 def prove(

@@ -21,7 +21,7 @@ from spinquant.plan import Plan
 from spinquant.quantization.floating import LARGEST, tensor_factor
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme, parse_scheme, static_parts
 from spinquant.rotations.factory import RotationSpec
-from spinquant.rotations.rotation import Hadamard, Rotation
+from spinquant.rotations.rotation import Hadamard, Rotation, Transform
 from spinquant.rotations.wrappers import online_part
 
 INSTALL = "compressed-tensors is not installed: pip install 'spinquant[compressed-tensors]'"
@@ -196,7 +196,7 @@ def stored_ranges(plan: Plan, scheme: Scheme, clips: Clips) -> dict[str, torch.T
 
 
 def quantization_config(
-    plan: Plan, rotations: Mapping[str, Rotation], scheme: Scheme, *, ignore: Sequence[str]
+    plan: Plan, rotations: Mapping[str, Transform], scheme: Scheme, *, ignore: Sequence[str]
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json. ignore: linears that stay at 16 bits."""
     described = quantization_scheme(scheme)
@@ -219,7 +219,7 @@ def quantization_config(
     return {**made, "version": __version__}
 
 
-def compressed_transform_config(plan: Plan, rotations: Mapping[str, Rotation]) -> dict[str, Any]:
+def compressed_transform_config(plan: Plan, rotations: Mapping[str, Transform]) -> dict[str, Any]:
     """The `transform_config` of the online rotations; its `config_groups` are empty if there are none."""
     from compressed_tensors.transform import TransformConfig
 
@@ -238,7 +238,7 @@ def compressed_transform_config(plan: Plan, rotations: Mapping[str, Rotation]) -
     return TransformConfig(config_groups=groups).model_dump(mode="json")
 
 
-def transform_groups(plan: Plan, rotations: Mapping[str, Rotation]) -> dict[str, list[str]]:
+def transform_groups(plan: Plan, rotations: Mapping[str, Transform]) -> dict[str, list[str]]:
     """Modules by transform group, whose rotation they share: R4, or R4_0, R4_1, ... for several rotations.
 
     Raises RotationError for R4 inside stacked experts, which the format cannot store.

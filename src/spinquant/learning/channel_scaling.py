@@ -29,7 +29,7 @@ from spinquant.online.hooks import Attachment
 from spinquant.plan import CHANNELS, Plan
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotations.fuse_module import fuse_module
-from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.rotation import Transform
 from spinquant.rotations.transforms import Diagonal
 
 # This share of its mean is added to each sum: scales stay finite for channels that are always zero or insensitive.
@@ -64,7 +64,7 @@ class Sums:
         return (logs - logs.mean()).exp()
 
 
-def scale_sums(plan: Plan, rotations: Mapping[str, Rotation], scheme: Scheme) -> dict[str, Sums]:
+def scale_sums(plan: Plan, rotations: Mapping[str, Transform], scheme: Scheme) -> dict[str, Sums]:
     """New sums for every factor whose product is rotated, by its space; none if activations are not quantized."""
     if scheme.activations is None:
         return {}

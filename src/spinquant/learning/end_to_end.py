@@ -30,7 +30,7 @@ from spinquant.plan import Plan
 from spinquant.quantization.rotated_rounding import Moving, Tally
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotations.factory import generator_for
-from spinquant.rotations.rotation import ORTHOGONAL, Rotation, matrix, off_orthogonal
+from spinquant.rotations.rotation import ORTHOGONAL, Transform, matrix, off_orthogonal
 
 Loss = Literal["fisher", "kl", "cross-entropy"]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -126,7 +126,7 @@ class Step:
 def learn_end_to_end(
     model: Any,
     plan: Plan,
-    rotations: Mapping[str, Rotation],
+    rotations: Mapping[str, Transform],
     learned: Mapping[str, str],
     scheme: Scheme,
     tokens: Tensor,
@@ -135,7 +135,7 @@ def learn_end_to_end(
     seed: int = 0,
     pieces: Pieces | None = None,
     report: Callable[[Step], None] | None = None,
-) -> tuple[dict[str, Rotation], list[Step]]:
+) -> tuple[dict[str, Transform], list[Step]]:
     """Learn rotations through the quantized network.
 
     Args:
@@ -159,7 +159,7 @@ def learn_end_to_end(
     """
     tally = Tally() if options.loss == "fisher" else None
     moving = _moving(model, rotations, learned, tally, options)
-    used: dict[str, Rotation] = {
+    used: dict[str, Transform] = {
         space: moving[learned[space]] if space in learned else r for space, r in rotations.items()
     }
     centred = frozenset(name for space, name in learned.items() if plan.space[space].centred)
@@ -190,7 +190,7 @@ def learn_end_to_end(
 
 def _moving(
     model: Any,
-    rotations: Mapping[str, Rotation],
+    rotations: Mapping[str, Transform],
     learned: Mapping[str, str],
     tally: Tally | None,
     options: EndToEndOptions,

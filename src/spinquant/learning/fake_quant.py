@@ -28,10 +28,10 @@ from spinquant.quantization.rotated_rounding import Turn, round_rotated, turned
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme
 from spinquant.quantization.targets import Weight, weights_of
 from spinquant.rotations.fuse_module import fuse_module
-from spinquant.rotations.rotation import Hadamard, Rotation
+from spinquant.rotations.rotation import Hadamard, Transform
 
 
-def fuse_gains(model: Any, plan: Plan, rotations: Mapping[str, Rotation]) -> None:
+def fuse_gains(model: Any, plan: Plan, rotations: Mapping[str, Transform]) -> None:
     """Fuse the gains of norms into the weights, in place, as rotating does, and untie a tied head.
 
     The model's function is unchanged.
@@ -64,7 +64,7 @@ def learning_scheme(scheme: Scheme, *, weights: bool) -> Scheme:
 def rounding(
     model: nn.Module,
     plan: Plan,
-    rotations: Mapping[str, Rotation],
+    rotations: Mapping[str, Transform],
     scheme: Scheme,
     clips: Clips | None = None,
 ) -> Iterator[Attachment]:

@@ -25,7 +25,7 @@ from spinquant.learning.objectives import OBJECTIVES, Objective, row_loss
 from spinquant.learning.option_checks import check_choices, check_numbers, check_unused
 from spinquant.quantization.integer import fake_quantize
 from spinquant.rotations.factory import generator_for
-from spinquant.rotations.rotation import Orthogonal, Rotation, matrix, nearest_orthogonal
+from spinquant.rotations.rotation import Orthogonal, Transform, matrix, nearest_orthogonal
 
 Solver = Literal["cayley", "qr", "procrustes"]
 SOLVERS = get_args(Solver)
@@ -99,7 +99,7 @@ Report = Callable[[str, int, float], None]
 
 def learn_locally(
     sites: Sequence[ActivationSite],
-    rotations: Mapping[str, Rotation],
+    rotations: Mapping[str, Transform],
     options: LocalOptions,
     *,
     centred: Collection[str] = (),
@@ -107,7 +107,7 @@ def learn_locally(
     device: torch.device | str = "cpu",
     pieces: Pieces | None = None,
     report: Report | None = None,
-) -> tuple[dict[str, Rotation], dict[str, list[float]]]:
+) -> tuple[dict[str, Transform], dict[str, list[float]]]:
     """Learn the rotations of the sites' spaces on their captured rows.
 
     Args:
@@ -126,7 +126,7 @@ def learn_locally(
     Raises:
         LearningError: A loss is not finite, or the solver cannot preserve the mean where that is needed.
     """
-    learned: dict[str, Rotation] = {}
+    learned: dict[str, Transform] = {}
     curves: dict[str, list[float]] = {}
     for space in dict.fromkeys(site.space for site in sites):
         if space in centred and options.solver != "cayley":
@@ -173,7 +173,7 @@ def _minimize(
 
 
 @torch.no_grad()
-def rounding_errors(sites: Sequence[ActivationSite], rotations: Mapping[str, Rotation]) -> dict[str, float]:
+def rounding_errors(sites: Sequence[ActivationSite], rotations: Mapping[str, Transform]) -> dict[str, float]:
     """Relative rounding error ||Q(x R) - x R||^2 / ||x||^2 of every site, by name, with the scheme's own quantizer."""
     errors = {}
     for site in sites:

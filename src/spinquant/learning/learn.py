@@ -41,7 +41,7 @@ from spinquant.quantization.scheme import Scheme, parse_scheme
 from spinquant.rotations.factory import RotationSpec, generator_for, make_rotations, random_signs
 from spinquant.rotations.fuse_module import plan_of
 from spinquant.rotations.learned import LearnedRotations
-from spinquant.rotations.rotation import Hadamard, Rotation
+from spinquant.rotations.rotation import Hadamard, Transform
 from spinquant.rotations.transforms import Diagonal
 
 LEARNED = ("given", "local", "end-to-end", "local+end-to-end")  # candidates with learned rotations
@@ -122,7 +122,7 @@ def learn(
     names = learned_spaces(plan, spec, scheme, options)
     check_used(plan, spec, scheme, names, options)
     settings = [*settings, scheme, spec, options, digest(tokens), digest(held_out)]
-    given: Mapping[str, Rotation] = {}
+    given: Mapping[str, Transform] = {}
     if start is not None:
         settings.append(start.digest())
         given = initial_rotations(start, plan, spec, options)
@@ -182,7 +182,7 @@ class _Run:
         method = self.options.method
         return method in ("end-to-end", "local+end-to-end") or (method == "auto" and self.candidates.leader != "local")
 
-    def score_baselines(self, random: Mapping[str, Mapping[str, Rotation]], given: Mapping[str, Rotation]) -> None:
+    def score_baselines(self, random: Mapping[str, Mapping[str, Transform]], given: Mapping[str, Transform]) -> None:
         """Score the random rotations, and the initial ones if there are any; learning starts from the best."""
         with _timed(self.clock, "baselines"):
             self.candidates.enter_all(random)
@@ -225,7 +225,7 @@ class _Run:
 
     def draw_signs(
         self, sites: list[ActivationSite] | None
-    ) -> tuple[Mapping[str, Rotation], list[ActivationSite] | None]:
+    ) -> tuple[Mapping[str, Transform], list[ActivationSite] | None]:
         """Search random signs for R3 and R4 if asked for; returns the initial rotations, and the rows to learn from."""
         initial = self.candidates.candidates[self.start].rotations
         if self.is_local or self.options.signs:
@@ -236,7 +236,7 @@ class _Run:
                 self._score("random signs", initial)
         return initial, sites
 
-    def learn_layerwise(self, initial: Mapping[str, Rotation], sites: Sequence[ActivationSite]) -> None:
+    def learn_layerwise(self, initial: Mapping[str, Transform], sites: Sequence[ActivationSite]) -> None:
         """Learn the rotation of each space on its captured activations, and score the result."""
         local = self.options.local
         own = [site for site in sites if site.space in self.names]
@@ -304,7 +304,7 @@ class _Run:
         }
         return LearnedRotations(rotations, spec_of(plan, kept.rotations, self.spec), record)
 
-    def _score(self, name: str, rotations: Mapping[str, Rotation], scales: Mapping[str, Tensor] | None = None) -> None:
+    def _score(self, name: str, rotations: Mapping[str, Transform], scales: Mapping[str, Tensor] | None = None) -> None:
         with _timed(self.clock, "judging"):
             self.candidates.enter(name, rotations, scales)
 
@@ -323,7 +323,7 @@ class _Run:
         return collect(self.model, self.plan, spaces, self.learning, tokens, **given)
 
 
-def _baselines(plan: Plan, spec: RotationSpec, options: LearnOptions) -> dict[str, dict[str, Rotation]]:
+def _baselines(plan: Plan, spec: RotationSpec, options: LearnOptions) -> dict[str, dict[str, Transform]]:
     """Random rotations by name; a single one if all are of type hadamard, which is deterministic."""
     fixed = all(spec.type_of(name) == "hadamard" for name in spec.rotations)
     count = 1 if fixed else options.baselines
@@ -346,11 +346,11 @@ def _sampled_spaces(plan: Plan, names: Mapping[str, str], options: LearnOptions,
 
 def _with_signs(
     plan: Plan,
-    rotations: Mapping[str, Rotation],
+    rotations: Mapping[str, Transform],
     sites: Sequence[ActivationSite],
     options: LearnOptions,
     names: Mapping[str, str],
-) -> Mapping[str, Rotation]:
+) -> Mapping[str, Transform]:
     """For every online Hadamard rotation that is not learned, select the signs of least rounding error."""
     found = dict(rotations)
     for space, rotation in rotations.items() if options.signs else ():

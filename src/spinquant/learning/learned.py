@@ -7,12 +7,12 @@ from spinquant.learning.options import LearnOptions
 from spinquant.plan import Plan
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.learned import LearnedRotations
-from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.rotation import Transform
 from spinquant.rotations.transforms import Diagonal
 from spinquant.rotations.wrappers import check_given
 
 
-def spec_of(plan: Plan, rotations: Mapping[str, Rotation], spec: RotationSpec) -> RotationSpec:
+def spec_of(plan: Plan, rotations: Mapping[str, Transform], spec: RotationSpec) -> RotationSpec:
     """The spec of the selected rotations: as asked for, with type random-matrix (dense) for those that were learned."""
     types = {name: spec.type_of(name) for name in spec.rotations}
     for space in plan.spaces:
@@ -24,7 +24,7 @@ def spec_of(plan: Plan, rotations: Mapping[str, Rotation], spec: RotationSpec) -
 
 def initial_rotations(
     start: LearnedRotations, plan: Plan, spec: RotationSpec, options: LearnOptions
-) -> Mapping[str, Rotation]:
+) -> Mapping[str, Transform]:
     """The rotations to start from. Raises LearningError if their names or block sizes are not those of `spec`."""
     sizes = [{name: one.block_of(name) for name in one.rotations} for one in (start.spec, spec)]
     if sizes[0] != sizes[1]:

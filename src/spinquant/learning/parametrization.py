@@ -25,7 +25,7 @@ from spinquant.online.hooks import attach, attachment_of, before_forward
 from spinquant.plan import Plan
 from spinquant.rotations.fuse import transform
 from spinquant.rotations.fuse_module import untie
-from spinquant.rotations.rotation import Orthogonal, Rotation, matrix
+from spinquant.rotations.rotation import Orthogonal, Rotation, Transform, matrix
 
 LEARNED = "spinquant_learned"
 
@@ -99,7 +99,7 @@ class Learned:
 class _Rotated(nn.Module):
     """Parametrization that rotates one tensor."""
 
-    def __init__(self, name: str, plan: Plan, gains: Mapping[str, Tensor], rotations: Mapping[str, Rotation], dtype):
+    def __init__(self, name: str, plan: Plan, gains: Mapping[str, Tensor], rotations: Mapping[str, Transform], dtype):
         super().__init__()
         self._how = (name, plan, gains, rotations, dtype)
 
@@ -123,7 +123,7 @@ class Trainable:
 
     model: Any
     plan: Plan
-    rotations: Mapping[str, Rotation]
+    rotations: Mapping[str, Transform]
     norms: Mapping[str, Tensor]
     trained: tuple[str, ...]
     save: Any
@@ -132,10 +132,10 @@ class Trainable:
 def begin_training(
     model: Any,
     plan: Plan,
-    rotations: Mapping[str, Rotation],
+    rotations: Mapping[str, Transform],
     names: Mapping[str, str],
     *,
-    online: Mapping[str, Rotation],
+    online: Mapping[str, Transform],
     precision: torch.dtype,
 ) -> Trainable:
     """Rotate a model, with the rotations of some spaces as trainable parameters of the model.
@@ -171,11 +171,11 @@ def begin_training(
 
 
 def _trainable_rotations(
-    model: Any, plan: Plan, rotations: Mapping[str, Rotation], names: Mapping[str, str], precision: torch.dtype
-) -> tuple[dict[str, Rotation], dict[str, Learned]]:
+    model: Any, plan: Plan, rotations: Mapping[str, Transform], names: Mapping[str, str], precision: torch.dtype
+) -> tuple[dict[str, Transform], dict[str, Learned]]:
     """All rotations by space, and the trainable ones by name."""
     device = next(model.parameters()).device
-    current: dict[str, Rotation] = dict(rotations)
+    current: dict[str, Transform] = dict(rotations)
     learned: dict[str, Learned] = {}
     for space, name in names.items():
         if name not in learned:
@@ -187,7 +187,7 @@ def _trainable_rotations(
 
 @torch.no_grad()
 def _parametrize(
-    model: Any, plan: Plan, rotations: Mapping[str, Rotation], precision: torch.dtype
+    model: Any, plan: Plan, rotations: Mapping[str, Transform], precision: torch.dtype
 ) -> dict[str, Tensor]:
     """Fuse the norms' gains, and put every rotated weight under a parametrization; returns the norms' own weights."""
     gains = {gain.norm: named_tensor(model, gain.norm).detach().clone() for gain in plan.gains}
@@ -203,7 +203,7 @@ def _parametrize(
 
 
 @torch.no_grad()
-def end_training(learning: Trainable) -> dict[str, Rotation]:
+def end_training(learning: Trainable) -> dict[str, Transform]:
     """Undo `begin_training`: restore the model's own weights; returns the trained rotations, by space."""
     model = learning.model
     found: dict[int, Rotation] = {}

@@ -20,7 +20,7 @@ from spinquant.learning.fake_quant import rounding
 from spinquant.models.capture import device_of
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Quantizer, Scheme
-from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.rotation import Transform
 
 SCORES = "scores"  # name of the saved scores (`Pieces`)
 RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # clip ratios that are searched
@@ -30,7 +30,7 @@ RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # clip ratios that are searched
 class Candidate:
     """What is scored: rotations by space, channel scales by space (fused into the weights), and clip ratios."""
 
-    rotations: Mapping[str, Rotation]
+    rotations: Mapping[str, Transform]
     scales: Mapping[str, Tensor] = field(default_factory=dict)
     activation_clip: float = 1.0
     kv_clip: float = 1.0
@@ -94,7 +94,7 @@ class Selection:
         """The best candidate so far."""
         return self.candidates[self.leader]
 
-    def enter_all(self, rotations: Mapping[str, Mapping[str, Rotation]]) -> None:
+    def enter_all(self, rotations: Mapping[str, Mapping[str, Transform]]) -> None:
         """Score similar candidates with the clip ratios found for the first, then the leader with ratios of its own.
 
         The leader keeps the better of its two scores.
@@ -107,7 +107,7 @@ class Selection:
             if self.scores[leader].kl > before[1].kl:
                 self.candidates[leader], self.scores[leader] = before
 
-    def enter(self, name: str, rotations: Mapping[str, Rotation], scales: Mapping[str, Tensor] | None = None) -> None:
+    def enter(self, name: str, rotations: Mapping[str, Transform], scales: Mapping[str, Tensor] | None = None) -> None:
         """Score one candidate. scales: fused into the model to score it, and removed again unless it leads."""
         before = self.scales
         if scales:
@@ -169,7 +169,7 @@ def score_candidates(
 
 @torch.no_grad()
 def with_clips(
-    model: nn.Module, plan: Plan, rotations: Mapping[str, Rotation], scheme: Scheme, windows: Tensor
+    model: nn.Module, plan: Plan, rotations: Mapping[str, Transform], scheme: Scheme, windows: Tensor
 ) -> Candidate:
     """The candidate with the clip ratios of least KL on windows, (windows, length): first activations, then KV cache.
 

@@ -34,7 +34,7 @@ from spinquant.online.hooks import Attachment, attach
 from spinquant.plan import Plan
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.scheme import Scheme
-from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.rotation import Transform
 
 
 def collect_by_weight(
@@ -210,7 +210,7 @@ def _observe_sites(attachment: Attachment, wanted: Mapping[str, Any], sampling: 
 
 
 @torch.no_grad()
-def predicted_kl(sites: Sequence[ActivationSite], rotations: Mapping[str, Rotation]) -> dict[str, float]:
+def predicted_kl(sites: Sequence[ActivationSite], rotations: Mapping[str, Transform]) -> dict[str, float]:
     """Estimated KL at every site, by name, in nats per token, from the rounding errors of its rows."""
     found = {}
     for site in sites:

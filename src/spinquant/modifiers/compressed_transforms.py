@@ -28,7 +28,7 @@ from spinquant.modifiers.transform_config import TransformConfig as Groups
 from spinquant.modifiers.transform_config import TransformScheme as Scheme
 from spinquant.plan import Plan
 from spinquant.rotations.fuse_module import fuse_module
-from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.rotation import Rotation, Transform
 
 
 def check_in_place(model: nn.Module) -> None:
@@ -47,7 +47,7 @@ def check_in_place(model: nn.Module) -> None:
 def install_compressed(
     model: Any,
     plan: Plan,
-    rotations: Mapping[str, Rotation],
+    rotations: Mapping[str, Transform],
     group_of: Mapping[str, str],
     config: Groups,
     precision: torch.dtype,
@@ -84,7 +84,7 @@ def install_compressed(
 
 
 def _saved_groups(
-    group: str, scheme: Scheme, rotations: Mapping[str, Rotation]
+    group: str, scheme: Scheme, rotations: Mapping[str, Transform]
 ) -> Iterator[tuple[str, TransformScheme, list[str]]]:
     """A group as readers of the saved folder need it: (name, scheme, modules that it rotates online).
 

@@ -29,7 +29,7 @@ from spinquant.online.hooks import ATTENTIONS, check_implementation
 from spinquant.plan import ROTATION_NAMES, Plan
 from spinquant.rotations.factory import RotationSpec, make_rotations
 from spinquant.rotations.fuse_module import plan_of
-from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.rotation import Transform
 from spinquant.rotations.wrappers import InPrecision
 
 
@@ -71,17 +71,17 @@ class Resolved:
     """
 
     plan: Plan
-    rotations: Mapping[str, Rotation]
+    rotations: Mapping[str, Transform]
     config: TransformConfig
     group_of: Mapping[str, str]
     mappings: SpinQuantMapping
     norm_mappings: list[NormMapping]
     deviation: Deviation | None
 
-    def online(self) -> dict[str, Rotation]:
+    def online(self) -> dict[str, Transform]:
         """The rotations in the precision of their groups, as applied online; shared rotations stay shared."""
-        made: dict[tuple[int, torch.dtype], Rotation] = {}
-        found: dict[str, Rotation] = {}
+        made: dict[tuple[int, torch.dtype], Transform] = {}
+        found: dict[str, Transform] = {}
         for space, rotation in self.rotations.items():
             dtype = self.config.config_groups[self.group_of[space]].precision
             found[space] = made.setdefault((id(rotation), dtype), InPrecision(rotation, dtype))
@@ -137,7 +137,7 @@ def resolve(model: Any, wanted: ModifierRequest) -> Resolved:
     if any(online.site == "query_key" and online.space in rotations for online in plan.onlines):
         check_implementation(model.config._attn_implementation, wanted.attentions)
 
-    def planner(tiny: Any) -> tuple[Plan, Mapping[str, Rotation]]:
+    def planner(tiny: Any) -> tuple[Plan, Mapping[str, Transform]]:
         small = wanted.config and _small(wanted.config)
         return _rotations(tiny, plan_from_mappings(tiny, mapping, norms), small, tiny_spec(spec))[:2]
 
@@ -152,7 +152,7 @@ def resolve(model: Any, wanted: ModifierRequest) -> Resolved:
 
 def _rotations(
     model: Any, base: Plan, config: TransformConfig | None, spec: RotationSpec
-) -> tuple[Plan, Mapping[str, Rotation], Mapping[str, str]]:
+) -> tuple[Plan, Mapping[str, Transform], Mapping[str, str]]:
     """The plan, the rotations by space, and the group of each."""
     if config is not None:
         translation = translate(model, base, config, seed=spec.seed)

@@ -25,7 +25,7 @@ from spinquant.errors import RotationError
 from spinquant.modifiers.mappings import SpinQuantMapping, Targets, matching
 from spinquant.plan import Axis, Online, Plan, Space
 from spinquant.rotations.factory import RotationSpec, make_rotation
-from spinquant.rotations.rotation import Orthogonal, Rotation, matrix
+from spinquant.rotations.rotation import Orthogonal, Rotation, Transform, matrix
 
 Location = Literal["input", "weight_input", "weight_output", "output", "k_cache", "q_attn"]
 TransformType = Literal["hadamard", "random-hadamard", "random-matrix"]
@@ -131,7 +131,7 @@ class Translation:
     """A plan, its rotations by space, and the group of each space."""
 
     plan: Plan
-    rotations: Mapping[str, Rotation]
+    rotations: Mapping[str, Transform]
     group_of: Mapping[str, str]
 
 
@@ -264,9 +264,9 @@ def _whole(model: nn.Module, plan: Plan, space: Space, touched: dict[tuple[str, 
     return touch
 
 
-def _rotations(plan: Plan, config: TransformConfig, found: Mapping[str, Touch], seed: int) -> dict[str, Rotation]:
+def _rotations(plan: Plan, config: TransformConfig, found: Mapping[str, Touch], seed: int) -> dict[str, Transform]:
     made: dict[tuple[str, bool], Rotation] = {}
-    rotations: dict[str, Rotation] = {}
+    rotations: dict[str, Transform] = {}
     for space in plan.spaces:
         if space.name not in found:
             continue
@@ -287,7 +287,7 @@ def _rotations(plan: Plan, config: TransformConfig, found: Mapping[str, Touch], 
     return rotations
 
 
-def _regrouped(plan: Plan, rotations: Mapping[str, Rotation]) -> Plan:
+def _regrouped(plan: Plan, rotations: Mapping[str, Transform]) -> Plan:
     """Split the groups of linears that read one activation but rotate it differently online."""
     online = {o.module: id(rotations[o.space]) for o in plan.onlines if o.site == "input" and o.space in rotations}
     groups = []

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from spinquant.plan import CHANNELS, Plan
-from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.rotation import Transform
 from spinquant.rotations.transforms import Diagonal
 
 
@@ -34,7 +34,7 @@ def candidates(
         yield kind, [(name, entry) for name in reversed(linears) for entry in entries.get(linears[name], ())]
 
 
-def scales(plan: Plan) -> dict[str, Rotation]:
+def scales(plan: Plan) -> dict[str, Transform]:
     """Test scales of both signs, since positive scales alone would commute with a ReLU too."""
     generator, found = torch.Generator().manual_seed(0), {}
     for space in plan.spaces:

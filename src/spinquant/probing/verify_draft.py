@@ -30,7 +30,7 @@ from spinquant.probing.tiny_models import random_tokens
 from spinquant.probing.trace import run
 from spinquant.rotations.factory import RotationSpec, make_rotations
 from spinquant.rotations.fuse_module import fuse_module
-from spinquant.rotations.rotation import Orthogonal, Rotation
+from spinquant.rotations.rotation import Orthogonal, Transform
 
 TOLERANCE = 1e-9
 
@@ -172,7 +172,7 @@ class _Trial:
     def _is_bias_of_norm(self, name: str) -> bool:
         return f"{name.removesuffix('bias')}weight" in self.draft.data["norms"]
 
-    def _one_norm(self, plan: Plan, norm: str) -> tuple[Plan, dict[str, Rotation]]:
+    def _one_norm(self, plan: Plan, norm: str) -> tuple[Plan, dict[str, Transform]]:
         gains = tuple(gain for gain in plan.gains if self.seen.starred(gain.norm) == norm)
         size = plan.space["residual"].size
         return replace(plan, gains=gains, onlines=()), {"residual": Orthogonal(torch.eye(size).double())}
@@ -233,12 +233,12 @@ class _Trial:
         self.findings.append(Finding(statement, moved, why))
         return (name, f"found by probing: {why}") if why else None
 
-    def _try(self, statement: str, plan: Plan, rotations: Mapping[str, Rotation]) -> None:
+    def _try(self, statement: str, plan: Plan, rotations: Mapping[str, Transform]) -> None:
         moved, error = self._moved(plan, rotations)
         self.findings.append(Finding(statement, moved, error or ("" if moved <= TOLERANCE else "the logits move")))
 
     def _moved(
-        self, plan: Plan, rotations: Mapping[str, Rotation], seen: Callable[[bool], object] | None = None
+        self, plan: Plan, rotations: Mapping[str, Transform], seen: Callable[[bool], object] | None = None
     ) -> tuple[float, str]:
         """Relative error of the logits, of whole sequences and of greedy generation; and an error message, if any."""
         model = copy.deepcopy(self.tiny)

@@ -15,7 +15,7 @@ from spinquant.plan import Plan, Space, parse_rotation_names
 from spinquant.rotations.hadamard import construct
 from spinquant.rotations.mean_preserving import CentredHadamard, CentredRandomHadamard, random_mean_preserving
 from spinquant.rotations.mean_preserving import describe as describe_centred
-from spinquant.rotations.rotation import Hadamard, Kronecker, Orthogonal, Rotation, _description
+from spinquant.rotations.rotation import Hadamard, Kronecker, Orthogonal, Rotation, Transform, _description
 
 TRANSFORM_TYPES = ("hadamard", "random-hadamard", "random-matrix", "auto")
 DEFAULT_TYPE = "auto"
@@ -155,7 +155,7 @@ def choose(space: Space, spec: RotationSpec) -> dict[str, Any]:
         return _description("kronecker", order, hadamard_order=order & -order)
 
 
-def make_rotations(plan: Plan, spec: RotationSpec) -> dict[str, Rotation]:
+def make_rotations(plan: Plan, spec: RotationSpec) -> dict[str, Transform]:
     """Make the rotation of every space that the spec rotates.
 
     Args:
@@ -180,7 +180,7 @@ def make_rotations(plan: Plan, spec: RotationSpec) -> dict[str, Rotation]:
     """
     rotated = plan.rotated(spec.rotations)
     shared: dict[tuple[str, int, bool], Rotation] = {}
-    found: dict[str, Rotation] = {}
+    found: dict[str, Transform] = {}
     for space in plan.spaces:
         if space.name not in rotated:
             continue

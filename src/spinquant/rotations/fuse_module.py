@@ -21,7 +21,7 @@ from spinquant.plan import Plan
 from spinquant.rotations.fast_transform import kernels_for
 from spinquant.rotations.fuse import fuse_in_place
 from spinquant.rotations.mean_preserving import check_mean_preserving
-from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.rotation import Transform
 
 
 def plan_of(model: Any, *, family: FamilyLike | None = None) -> Plan:
@@ -55,7 +55,7 @@ def plan_of(model: Any, *, family: FamilyLike | None = None) -> Plan:
 def fuse_module(
     model: nn.Module,
     plan: Plan,
-    rotations: Mapping[str, Rotation],
+    rotations: Mapping[str, Transform],
     *,
     precision: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,

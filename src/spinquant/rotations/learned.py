@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from spinquant.compute.hashing import digest
 from spinquant.errors import LearningError
 from spinquant.rotations.factory import RotationSpec
-from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.rotation import Transform
 from spinquant.rotations.serialization import to_save
 
 
@@ -70,7 +70,7 @@ class LearnedRotations:
         (['layers.0.value'], 'start')
     """
 
-    rotations: Mapping[str, Rotation]
+    rotations: Mapping[str, Transform]
     spec: RotationSpec
     record: dict[str, Any]
 

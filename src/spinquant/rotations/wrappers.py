@@ -13,8 +13,8 @@ from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.rotation import (
     ORTHOGONAL,
     Orthogonal,
-    Rotation,
     Transform,
+    dual,
     heads_of,
     is_orthogonal,
     off_orthogonal,
@@ -24,10 +24,14 @@ from spinquant.rotations.transforms import Diagonal, check_conditioned
 
 @dataclass(frozen=True, eq=False)
 class InPrecision:
-    """A rotation that rounds its input and output to a fixed dtype, whatever the dtype of the tensor it rotates."""
+    """A transform that rounds its input and output to a fixed dtype, whatever the dtype of the tensor."""
 
-    rotation: Rotation
+    rotation: Transform
     dtype: torch.dtype
+
+    def dual(self) -> "InPrecision":
+        """The dual, in the same dtype."""
+        return self if is_orthogonal(self.rotation) else InPrecision(dual(self.rotation), self.dtype)
 
     @property
     def order(self) -> int:
@@ -46,12 +50,12 @@ class InPrecision:
         return {**self.rotation.describe(), "precision": str(self.dtype).removeprefix("torch.")}
 
 
-def online_part(plan: Plan, rotations: Mapping[str, Rotation]) -> dict[str, Rotation]:
+def online_part(plan: Plan, rotations: Mapping[str, Transform]) -> dict[str, Transform]:
     """The subset of transforms that run online, by space."""
     return {online.space: rotations[online.space] for online in plan.onlines if online.space in rotations}
 
 
-def in_precision(rotations: Mapping[str, Rotation], dtype: torch.dtype | None) -> dict[str, Rotation]:
+def in_precision(rotations: Mapping[str, Transform], dtype: torch.dtype | None) -> dict[str, Transform]:
     """The transforms, computing in `dtype`, or in their input's dtype if it is None.
 
     Spaces that shared one still share one.
@@ -62,7 +66,7 @@ def in_precision(rotations: Mapping[str, Rotation], dtype: torch.dtype | None) -
     return {space: wrapped[id(rotation)] for space, rotation in rotations.items()}
 
 
-def check_given(plan: Plan, spec: RotationSpec, rotations: Mapping[str, Rotation]) -> None:
+def check_given(plan: Plan, spec: RotationSpec, rotations: Mapping[str, Transform]) -> None:
     """Raise RotationError for transforms (by space) that do not belong to this model and spec, or change its function.
 
     Spaces of channel scales may be left out.

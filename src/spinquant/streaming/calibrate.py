@@ -17,14 +17,14 @@ from spinquant.calibration.blockwise import Calibration, quantize_blocks
 from spinquant.calibration.hidden_states import HiddenStates, room_by_default
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Clips, Scheme
-from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.rotation import Transform
 from spinquant.streaming.offloaded_model import OnDisk, Weights
 
 
 def calibrate_on_disk(
     config: Any,
     plan: Plan,
-    online: Mapping[str, Rotation],
+    online: Mapping[str, Transform],
     rotated: Weights,
     scheme: Scheme,
     tokens: Tensor,

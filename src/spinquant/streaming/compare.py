@@ -26,7 +26,7 @@ from spinquant.evaluation.tiny_model import exact_experts
 from spinquant.models.capture import captured
 from spinquant.online.hooks import attach
 from spinquant.plan import Plan
-from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.rotation import Transform
 from spinquant.streaming.offloaded_model import OnDisk, Weights
 
 
@@ -34,14 +34,14 @@ from spinquant.streaming.offloaded_model import OnDisk, Weights
 def compare_on_disk(
     config: Any,
     plan: Plan,
-    rotations: Mapping[str, Rotation],
+    rotations: Mapping[str, Transform],
     before: Weights,
     after: Weights,
     tokens: Tensor,
     *,
     dtype: torch.dtype,
     tolerance: float,
-    online: Mapping[str, Rotation] | None = None,
+    online: Mapping[str, Transform] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Deviation:
     """Difference of two checkpoints' logits, and the first module that deviates.

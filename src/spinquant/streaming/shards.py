@@ -11,7 +11,7 @@ from spinquant.checkpoint.folder import SINGLE
 from spinquant.checkpoint.reader import Source
 from spinquant.checkpoint.safetensors_io import in_order
 from spinquant.plan import Plan
-from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.rotation import Transform
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -106,7 +106,7 @@ class Change:
     """
 
     plan: Plan
-    rotations: Mapping[str, Rotation]
+    rotations: Mapping[str, Transform]
     gains: Mapping[str, Tensor]
     packing: Packing = field(default_factory=Plain)
     dtype: torch.dtype | None = None
