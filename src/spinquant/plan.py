@@ -290,12 +290,12 @@ class Plan:
         axes = (axis for axis in self.axes_of.get(weight, ()) if axis.dim == reading and axis.span is None)
         return tuple(self.space[axis.space] for axis in axes)
 
-    def read_by_experts(self, experts: Experts) -> tuple[Space | None, Space | None]:
-        """The spaces of the inputs of the first and of the second expert weights."""
+    def read_by_experts(self, experts: Experts) -> tuple[tuple[Space, ...], Space | None]:
+        """The spaces of the inputs of the first expert weights, in order, and that of the second."""
         axes = self.axes_of.get(experts.first[0], ())
-        outside = (self.space[axis.space] for axis in axes if self.space[axis.space].rotation)
+        outside = tuple(self.space[axis.space] for axis in axes if axis.reads)
         inside = (self.space[o.space] for o in self.onlines if o.module == experts.module and o.site == "experts")
-        return next(outside, None), next(inside, None)
+        return outside, next(inside, None)
 
     def values_of(self, attention: str) -> Space | None:
         """The space of the values of an attention module: that of the linear that reads its output."""

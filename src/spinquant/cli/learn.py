@@ -29,7 +29,8 @@ def learn(
         str,
         opt.option(
             opt.LEARNING,
-            "local: on captured activations; end-to-end: through the quantized model; local+end-to-end: one after "
+            "closed-form: the best transforms from one pass forward and back; local: on captured activations; "
+            "end-to-end: through the quantized model; local+end-to-end: one after "
             "the other; auto: local, and end-to-end only if local does not beat the random rotations; random: learn "
             "nothing, take the best random rotation.",
         ),
@@ -124,13 +125,13 @@ def learn(
         int,
         opt.option(opt.ADVANCED, "Random sign vectors to try per layer for R3 and R4, of which the best is taken."),
     ] = 0,
-    scales: Annotated[
+    transforms: Annotated[
         bool | None,
         opt.option(
             opt.ADVANCED,
-            "Scale channels before R4, fused into up_proj and down_proj; by default where gradients are computed "
-            "anyway.",
-            "--scales/--no-scales",
+            "Compute transforms that cost nothing (channel scales, matrices of value heads) in closed form, before "
+            "rotations are learned; by default where gradients are computed anyway.",
+            "--transforms/--no-transforms",
         ),
     ] = None,
     type: opt.Type = "auto",
@@ -163,7 +164,7 @@ def learn(
         rotations=None if which is None else parse_rotation_names(which),
         baselines=baselines,
         signs=signs,
-        scales=scales,
+        transforms=transforms,
         shard=shard,
         **_method_options(method, both, local, end_to_end),
         seed=seed,

@@ -51,10 +51,10 @@ def learning_table(learned: "LearnedRotations", out: str) -> Table:
         about.append("arithmetic: {dtype} ({reason})".format(**record["arithmetic"]))
     if record["options"]["method"] == "random" and kept.startswith("random"):
         about.append("method random learns nothing: the best random rotation was written")
-    elif kept in ("scaled", "random signs"):
-        others = "with scales" if kept == "scaled" else "with the best of several signs"
+    elif kept in ("closed-form", "random signs"):
+        others = "closed-form transforms" if kept == "closed-form" else "the best of several signs"
         tried = any(name in record["scores"] for name in ("local", "end-to-end", "local+end-to-end"))
-        about.append(f"wrote random rotations {others}{': the learned ones score no better' if tried else ''}")
+        about.append(f"wrote random rotations with {others}{': learned rotations score no better' if tried else ''}")
     elif not record["learned"]:
         about.append("wrote the best random rotation: the learned ones score no better")
     table.caption = "\n".join(about) or None

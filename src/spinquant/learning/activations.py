@@ -116,7 +116,9 @@ def quantized_spaces(plan: Plan, spaces: Sequence[str], scheme: Scheme) -> dict[
         if scheme.activations is not None and space is not None and space.name in spaces:
             found[group[0]] = space, scheme.activations
     for experts in plan.experts:
-        for tensors, space in zip((experts.first, experts.second), plan.read_by_experts(experts), strict=True):
+        outside, inside = plan.read_by_experts(experts)
+        rotated = next((space for space in outside if space.rotation), None)
+        for tensors, space in ((experts.first, rotated), (experts.second, inside)):
             if scheme.activations is not None and space is not None and space.name in spaces:
                 found[tensors[0]] = space, scheme.activations
     if scheme.kv is not None:

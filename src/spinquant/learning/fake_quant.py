@@ -28,7 +28,7 @@ from spinquant.quantization.rotated_rounding import Turn, round_rotated, turned
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme
 from spinquant.quantization.targets import Weight, weights_of
 from spinquant.rotations.fuse_module import fuse_module
-from spinquant.rotations.rotation import Hadamard, Transform
+from spinquant.rotations.rotation import Hadamard, Transform, dual
 
 
 def fuse_gains(model: Any, plan: Plan, rotations: Mapping[str, Transform]) -> None:
@@ -81,7 +81,12 @@ def rounding(
                 matrices = weight.matrices(model)
                 axes = [axis for axis in plan.axes_of.get(weight.tensor, ()) if axis.space in rotations]
                 turns = tuple(
-                    Turn(rotations[axis.space], weight.turned_dim(axis.dim, matrices.ndim), axis.span) for axis in axes
+                    Turn(
+                        dual(rotations[axis.space]) if axis.reads else rotations[axis.space],
+                        weight.turned_dim(axis.dim, matrices.ndim),
+                        axis.span,
+                    )
+                    for axis in axes
                 )
                 quantizer = _with_fixed_clip(matrices, turns, scheme.weights)
                 parametrize.register_parametrization(module, name, _Rounded(weight, turns, quantizer))

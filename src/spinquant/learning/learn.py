@@ -1,7 +1,7 @@
 """`learn`: learn rotations for a quantization scheme, and keep them only if they beat random ones on held-out text.
 
     1  Score random rotations of several seeds on held-out text, with clip ratios found by a search.
-    2  Compute channel scales for the spaces that can have them, and score them.
+    2  Compute the transforms that cost nothing, in closed form, and keep those that lower KL.
     3  Learn from the best candidate so far, or from rotations learned before: on captured activations (local), end to
        end through the quantized network, or one after the other.
     4  Score the learned rotations on the same text, and select the candidate with the lowest KL to the 16-bit model.
@@ -24,11 +24,20 @@ from spinquant.compute.distributed import is_first
 from spinquant.compute.hashing import digest
 from spinquant.errors import LearningError
 from spinquant.learning.activations import ActivationSite, collect
-from spinquant.learning.channel_scaling import Sums, accumulate, observers_of, scale_sums
 from spinquant.learning.end_to_end import FROM_LOCAL, Step, learn_end_to_end
 from spinquant.learning.fake_quant import fuse_gains, learning_scheme, shard_blocks
+from spinquant.learning.free_transforms import (
+    KINDS,
+    Kind,
+    closed_form_transforms,
+    composed,
+    free_spaces,
+    kind_of,
+    parted,
+)
 from spinquant.learning.layerwise import learn_locally, rounding_errors
 from spinquant.learning.learned import initial_rotations, spec_of
+from spinquant.learning.moments import collect_moments, sites_of
 from spinquant.learning.options import LearnOptions, Watch, check_used, learned_spaces
 from spinquant.learning.selection import Selection
 from spinquant.learning.sensitivity import collect_by_weight, predicted_kl
@@ -36,20 +45,22 @@ from spinquant.models.capture import device_of
 from spinquant.models.context import check_context
 from spinquant.models.modules import check_causal, check_changeable, in_eval_mode
 from spinquant.models.tokens import check_model, check_tokens
-from spinquant.plan import CHANNELS, Plan
+from spinquant.plan import Plan
 from spinquant.quantization.scheme import Scheme, parse_scheme
 from spinquant.rotations.factory import RotationSpec, generator_for, make_rotations, random_signs
 from spinquant.rotations.fuse_module import plan_of
 from spinquant.rotations.learned import LearnedRotations
 from spinquant.rotations.rotation import Hadamard, Transform
-from spinquant.rotations.transforms import Diagonal
+from spinquant.rotations.serialization import saved, to_save
 
-LEARNED = ("given", "local", "end-to-end", "local+end-to-end")  # candidates with learned rotations
+LEARNED = ("given", "closed-form", "local", "end-to-end", "local+end-to-end")  # candidates that were learned
+FIRST: tuple[Kind, ...] = ("scales", "values")  # closed-form transforms that rotations are learned after
 CLIP_WINDOWS = 2  # training samples that clip ratios are searched on
 ROWS_PER_SAMPLE = 32  # rows of a site taken from one sample; few, so that they come from many samples
 FISHER_ROWS_PER_SAMPLE = 16  # the same where rows are sampled by weight; fewer, since few rows weigh much
 ERROR_SAMPLES, ERROR_ROWS = 4, 256  # samples and rows for rounding errors before and after end-to-end learning
-SCALE_SAMPLES = 32  # samples for channel scales, where they need a pass of their own
+MOMENT_SAMPLES = 32  # samples for the moments of closed-form transforms
+CLOSED_FORM = "closed-form"  # the candidate, and the name of its saved transforms
 
 
 def learn(
@@ -136,8 +147,9 @@ def learn(
         candidates = Selection(model, plan, learning, tokens[:CLIP_WINDOWS], held_out, watch.stage, pieces)
         run = _Run(model, plan, scheme, learning, spec, names, tokens, options, candidates, pieces, watch)
         run.score_baselines(random, given)
-        sites = run.scale_channels()
-        initial, sites = run.draw_signs(sites)
+        if options.transforming:
+            run.transform_in_closed_form(KINDS if options.method == CLOSED_FORM else FIRST)
+        initial, sites = run.draw_signs()
         if run.is_local:
             assert sites is not None
             run.learn_layerwise(initial, sites)
@@ -187,50 +199,55 @@ class _Run:
         with _timed(self.clock, "baselines"):
             self.candidates.enter_all(random)
         if given:
-            scales = {space: found.scale for space, found in given.items() if isinstance(found, Diagonal)}
-            self._score("given", {space: found for space, found in given.items() if space not in scales}, scales)
+            rotations, free = parted(self.plan, given)
+            self._score("given", rotations, free)
         self.start = self.candidates.leader
         self.record |= {"options": self.options.to_dict(), "scheme": self.scheme.to_dict(), "start": self.start}
 
-    def scale_channels(self) -> list[ActivationSite] | None:
-        """Compute and score channel scales.
+    def transform_in_closed_form(self, kinds: Sequence[Kind]) -> None:
+        """Compute the free transforms of some kinds, and keep each kind if it lowers KL on held-out text.
 
-        Returns the rows to learn from, if one pass through the model can compute both, otherwise None.
+        Kinds are tried one after another with the clip ratios of the leader; what is kept gets ratios of its own.
         """
-        plan, options, candidates = self.plan, self.options, self.candidates
-        initial, sites = candidates.leading.rotations, None
-        sums = scale_sums(plan, initial, self.learning) if options.scaling and not candidates.scales else {}
-        sampled = set(_sampled_spaces(plan, self.names, options, self.spec))
-        scaled = {space.removesuffix(CHANNELS) for space in sums}
-        if sums and self.is_local and options.differentiates and not scaled & sampled:
-            # Scales change no activation of the sampled spaces, so rows taken before they are fused remain valid.
-            with _timed(self.clock, "local"):
-                sites = self._collect(sums)
-        elif sums:
-            with _timed(self.clock, "scales"):
-                accumulate(
-                    self.model,
-                    plan,
-                    sums,
-                    self.learning,
-                    self.tokens[:SCALE_SAMPLES],
-                    generator=generator_for(options.seed, "scales"),
-                    checkpointing=options.local.checkpointing or options.end_to_end.checkpointing,
-                    progress=lambda *n: self.watch.stage("compute channel scales", *n),
-                )
-        if sums:
-            self._score("scaled", initial, {space: both.scale() for space, both in sums.items()})
-        self.record["scales"] = {space: [float(s.min()), float(s.max())] for space, s in candidates.scales.items()}
-        return sites
+        plan, candidates = self.plan, self.candidates
+        rotations = candidates.leading.rotations
+        spaces = free_spaces(plan, rotations, self.learning)
+        wanted = [name for kind in kinds for name in spaces.get(kind, ()) if name not in candidates.free]
+        if not wanted:
+            return
+        with _timed(self.clock, CLOSED_FORM):
+            free = self._closed_form(wanted, rotations)
+        self.record["closed_form"] = candidates.enter_kinds(
+            CLOSED_FORM, [{n: t for n, t in free.items() if kind_of(plan.space[n]) == kind} for kind in kinds], kinds
+        )
 
-    def draw_signs(
-        self, sites: list[ActivationSite] | None
-    ) -> tuple[Mapping[str, Transform], list[ActivationSite] | None]:
+    def _closed_form(self, spaces: Sequence[str], rotations: Mapping[str, Transform]) -> dict[str, Transform]:
+        """The closed-form transforms of spaces, or those that an interrupted run had computed."""
+        saved_before = self.pieces.load(CLOSED_FORM) if self.pieces else None
+        if saved_before is not None:
+            return saved(saved_before[1]["about"], saved_before[0])
+        moments = collect_moments(
+            self.model,
+            self.plan,
+            sites_of(self.plan, spaces, self.learning, rotations),
+            replace(self.learning, weights=self.scheme.weights),
+            self.tokens[:MOMENT_SAMPLES],
+            generator=generator_for(self.options.seed, "moments"),
+            checkpointing=self.options.local.checkpointing or self.options.end_to_end.checkpointing,
+            progress=lambda *n: self.watch.stage("collect moments", *n),
+        )
+        found = closed_form_transforms(self.plan, moments)
+        if self.pieces:
+            about, tensors = to_save(found)
+            self.pieces.save(CLOSED_FORM, tensors, {"about": about})
+        return found
+
+    def draw_signs(self) -> tuple[Mapping[str, Transform], list[ActivationSite] | None]:
         """Search random signs for R3 and R4 if asked for; returns the initial rotations, and the rows to learn from."""
-        initial = self.candidates.candidates[self.start].rotations
+        initial, sites = self.candidates.candidates[self.start].rotations, None
         if self.is_local or self.options.signs:
             with _timed(self.clock, "local"):
-                sites = self._collect() if sites is None else sites
+                sites = self._collect()
                 initial = _with_signs(self.plan, initial, sites, self.options, self.names)
             if self.options.signs:
                 self._score("random signs", initial)
@@ -291,7 +308,7 @@ class _Run:
         """The best candidate, with the record of the run."""
         plan, candidates = self.plan, self.candidates
         kept = candidates.leading
-        rotations = {**kept.rotations, **{space: Diagonal(scale) for space, scale in kept.scales.items()}}
+        rotations = composed(kept.rotations, kept.free)
         clips = {n: {"activations": c.activation_clip, "kv": c.kv_clip} for n, c in candidates.candidates.items()}
         record = self.record | {
             "rotation_of": {s.name: s.rotation or s.beside for s in plan.spaces if s.name in rotations},
@@ -304,12 +321,14 @@ class _Run:
         }
         return LearnedRotations(rotations, spec_of(plan, kept.rotations, self.spec), record)
 
-    def _score(self, name: str, rotations: Mapping[str, Transform], scales: Mapping[str, Tensor] | None = None) -> None:
+    def _score(
+        self, name: str, rotations: Mapping[str, Transform], free: Mapping[str, Transform] | None = None
+    ) -> None:
         with _timed(self.clock, "judging"):
-            self.candidates.enter(name, rotations, scales)
+            self.candidates.enter(name, rotations, free)
 
-    def _collect(self, sums: Mapping[str, Sums] | None = None) -> list[ActivationSite]:
-        """Capture the rows to learn from. sums: accumulated in the same pass; only with weighting `fisher`."""
+    def _collect(self) -> list[ActivationSite]:
+        """Capture the rows to learn from."""
         local, watch = self.options.local, self.watch
         spaces = _sampled_spaces(self.plan, self.names, self.options, self.spec)
         given: dict[str, Any] = {"rows": local.rows, "generator": generator_for(self.options.seed, "rows")}
@@ -317,8 +336,7 @@ class _Run:
         if local.weighting == "fisher":
             tokens = self.tokens[: max(1, local.rows // FISHER_ROWS_PER_SAMPLE)]
             given["checkpointing"] = local.checkpointing
-            observers = observers_of(sums or {})
-            return collect_by_weight(self.model, self.plan, spaces, self.learning, tokens, observers=observers, **given)
+            return collect_by_weight(self.model, self.plan, spaces, self.learning, tokens, **given)
         tokens = self.tokens[: max(1, local.rows // ROWS_PER_SAMPLE)]
         return collect(self.model, self.plan, spaces, self.learning, tokens, **given)
 

@@ -7,8 +7,7 @@ from spinquant.learning.options import LearnOptions
 from spinquant.plan import Plan
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.learned import LearnedRotations
-from spinquant.rotations.rotation import Transform
-from spinquant.rotations.transforms import Diagonal
+from spinquant.rotations.rotation import Transform, is_orthogonal
 from spinquant.rotations.wrappers import check_given
 
 
@@ -33,9 +32,9 @@ def initial_rotations(
         )
         raise LearningError(f"the initial rotations are {found}, and this run asks for {asked}: use the same")
     check_given(plan, spec, start.rotations)
-    if options.shard and any(isinstance(rotation, Diagonal) for rotation in start.rotations.values()):
+    if options.shard and not all(map(is_orthogonal, start.rotations.values())):
         raise LearningError(
-            "the initial rotations have channel scales, which are fused into the weights, and the weights of a sharded "
-            "model cannot be changed: start from rotations without scales (--no-scales), or do not shard"
+            "the initial rotations have transforms that are fused into the weights, and the weights of a sharded model "
+            "cannot be changed: start from rotations alone (--no-transforms), or do not shard"
         )
     return start.rotations

@@ -7,13 +7,15 @@ from typing import Any, Literal, get_args
 from spinquant.compute.values import check_seed
 from spinquant.errors import LearningError
 from spinquant.learning.end_to_end import EndToEndOptions, Step
+from spinquant.learning.free_transforms import free_spaces
 from spinquant.learning.layerwise import LocalOptions
 from spinquant.learning.option_checks import check_choices, check_numbers
-from spinquant.plan import CHANNELS, Plan
+from spinquant.plan import Plan
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotations.factory import RotationSpec
+from spinquant.rotations.rotation import Hadamard
 
-Method = Literal["random", "local", "end-to-end", "local+end-to-end", "auto"]
+Method = Literal["random", "closed-form", "local", "end-to-end", "local+end-to-end", "auto"]
 METHODS = get_args(Method)
 HADAMARD = ("hadamard", "random-hadamard", "auto")
 LARGEST_ONLINE = 512  # largest order of a learned R4, which is a dense matrix product for every token
@@ -24,7 +26,8 @@ class LearnOptions:
     """Options of `learn`: the method, which rotations are learned, and the random baselines they have to beat.
 
     Attributes:
-        method: `random` (the best of the random rotations, nothing is learned), `local` (on captured activations),
+        method: `random` (the best of the random rotations, nothing is learned), `closed-form` (the best transforms
+            that cost nothing at run time, from one pass forward and back), `local` (on captured activations),
             `end-to-end` (through the quantized network), `local+end-to-end` (one after the other), or `auto`, the
             default: local, and end-to-end after it only if local does not beat the random rotations.
         rotations: The rotations that are learned. Default: R1, R2, and R3 unless its type is `hadamard`. Learned R3
@@ -32,8 +35,9 @@ class LearnOptions:
         baselines: Number of random rotations to beat. Default: 5.
         signs: Random sign vectors to try per layer for a Hadamard R3 or R4 that is not learned; the one with the
             least rounding error is kept. Default: 0, none.
-        scales: Compute channel scales of the spaces that can have them (`Space.allows`); they are kept if they lower
-            KL. They need gradients. Default: only if gradients are computed anyway.
+        transforms: Compute the transforms that cost nothing, in closed form, before rotations are learned: channel
+            scales, and a matrix for each head of values. A kind of them is kept if it lowers KL. They need gradients.
+            Default: only if gradients are computed anyway.
         shard: Shard the weights over the processes of torch.distributed (FSDP2). Only with method end-to-end, since
             local learning needs one decoder block at a time anyway. Default: False.
         local: Options of local learning.
@@ -54,7 +58,7 @@ class LearnOptions:
     rotations: tuple[str, ...] | None = None
     baselines: int = 5
     signs: int = 0
-    scales: bool | None = None
+    transforms: bool | None = None
     shard: bool = False
     local: LocalOptions = field(default_factory=LocalOptions)
     end_to_end: EndToEndOptions = field(default_factory=EndToEndOptions)
@@ -66,18 +70,24 @@ class LearnOptions:
         check_seed(self.seed, LearningError)
         if self.signs < 0:
             raise LearningError(f"signs is {self.signs}: expected the number of random signs to try, or 0 (--signs)")
-        if self.shard and (self.method != "end-to-end" or self.signs or self.scales or self.end_to_end.weights):
+        if self.shard and (self.method != "end-to-end" or self.signs or self.transforms or self.end_to_end.weights):
             raise LearningError(
-                "a sharded model supports only end-to-end learning, without signs, scales or quantized weights: use "
-                f"--shard with --method end-to-end (it is {self.method}), without --signs, --scales and --weights"
+                "a sharded model supports only end-to-end learning, without signs, transforms or quantized weights: "
+                f"use --shard with --method end-to-end (it is {self.method}), without --signs, --transforms and "
+                "--weights"
             )
 
     @property
-    def scaling(self) -> bool:
-        """Whether channel scales are computed."""
-        if self.scales is None:
-            return self.differentiates or ("end-to-end" in self.method and not self.shard)
-        return self.scales
+    def transforming(self) -> bool:
+        """Whether closed-form transforms are computed."""
+        if self.transforms is None:
+            return self.differentiates or self.method == "closed-form" or (self.is_through and not self.shard)
+        return self.transforms
+
+    @property
+    def is_through(self) -> bool:
+        """Whether the method goes through the quantized network."""
+        return "end-to-end" in self.method
 
     @property
     def differentiates(self) -> bool:
@@ -103,7 +113,7 @@ class Watch:
 
 
 def check_used(plan: Plan, spec: RotationSpec, scheme: Scheme, names: Mapping[str, str], options: LearnOptions) -> None:
-    """Raise LearningError for options that would have no effect: quantized weights, signs or scales."""
+    """Raise LearningError for options that would have no effect: quantized weights, signs or transforms."""
     if options.end_to_end.weights and scheme.weights is None:
         raise LearningError(
             f"scheme {scheme} leaves weights at 16 bits, so quantizing weights during learning (--weights) would have "
@@ -115,12 +125,11 @@ def check_used(plan: Plan, spec: RotationSpec, scheme: Scheme, names: Mapping[st
             "--signs would have no effect: random signs are tried for a Hadamard R3 or R4 that is not learned, and "
             "there is none. Leave it out"
         )
-    rotated = {space.name for name in spec.rotations for space in plan.spaces_of(name)}
-    scaled = {space.removesuffix(CHANNELS) for space in plan.space if space.endswith(CHANNELS)}
-    if options.scales and not scaled & rotated:
+    rotated = dict.fromkeys((space.name for name in spec.rotations for space in plan.spaces_of(name)), Hadamard(1))
+    if options.transforms and not free_spaces(plan, rotated, scheme):
         raise LearningError(
-            "--scales would have no effect: channel scales need an R4 whose input is a product of linears, and there "
-            "is none. Leave it out"
+            "--transforms would have no effect: no space that is rotated and quantized allows more than a rotation. "
+            "Leave it out"
         )
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.evaluation.metrics import divergence, nll, perplexity_of
-from spinquant.learning.channel_scaling import fuse_scales, unfuse_scales
 from spinquant.learning.fake_quant import rounding
+from spinquant.learning.free_transforms import fuse_free, unfuse_free, with_free
 from spinquant.models.capture import device_of
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Quantizer, Scheme
@@ -28,10 +28,10 @@ RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # clip ratios that are searched
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is scored: rotations by space, channel scales by space (fused into the weights), and clip ratios."""
+    """What is scored: rotations by space, free transforms before them (`free_transforms.py`), and clip ratios."""
 
     rotations: Mapping[str, Transform]
-    scales: Mapping[str, Tensor] = field(default_factory=dict)
+    free: Mapping[str, Transform] = field(default_factory=dict)
     activation_clip: float = 1.0
     kv_clip: float = 1.0
 
@@ -82,7 +82,9 @@ class Selection:
         self.found: dict[str, Any] = saved[1]["found"] if saved else {}
         self.candidates: dict[str, Candidate] = {}
         self.scores: dict[str, Score] = {}  # including the 16-bit model
-        self.scales: Mapping[str, Tensor] = {}  # the scales that are fused into the model now
+        self.free: Mapping[
+            str, Transform
+        ] = {}  # the free transforms of the leader, fused into the model where they can
 
     @property
     def leader(self) -> str:
@@ -107,22 +109,75 @@ class Selection:
             if self.scores[leader].kl > before[1].kl:
                 self.candidates[leader], self.scores[leader] = before
 
-    def enter(self, name: str, rotations: Mapping[str, Transform], scales: Mapping[str, Tensor] | None = None) -> None:
-        """Score one candidate. scales: fused into the model to score it, and removed again unless it leads."""
-        before = self.scales
-        if scales:
-            fuse_scales(self.model, self.plan, scales, self.clip_windows[:1])
-            self.scales = scales
-        self._score(name, {name: Candidate(rotations, self.scales)})
-        if scales and self.leader != name:
-            unfuse_scales(self.model, self.plan, scales)
-            self.scales = before
+    def enter(self, name: str, rotations: Mapping[str, Transform], free: Mapping[str, Transform] | None = None) -> bool:
+        """Score one candidate, and return whether it leads.
+
+        free: further transforms, fused into the model to score it, and removed again unless it leads.
+        """
+        before = self.free
+        if free:
+            fuse_free(self.model, self.plan, free, self.clip_windows[:1])
+            self.free = {**before, **free}
+        self._score(name, {name: Candidate(rotations, self.free)})
+        leads = self.leader == name
+        if free and not leads:
+            unfuse_free(self.model, self.plan, free)
+            self.free = before
+        return leads
+
+    def enter_kinds(
+        self, name: str, parts: Sequence[Mapping[str, Transform]], kinds: Sequence[str]
+    ) -> dict[str, dict[str, Any]]:
+        """Try parts of a candidate one after another, each kept if it lowers KL; what is kept is then a candidate.
+
+        Args:
+            name: of the candidate.
+            parts: free transforms.
+            kinds: what each part is called.
+
+        Returns:
+            For every part that is not empty, its KL and whether it was kept.
+        """
+        start, base = self.leading, self.free
+        lowest, found = self.scores[self.leader].kl, {}
+        for kind, part in zip(kinds, parts, strict=True):
+            if not part:
+                continue
+            fuse_free(self.model, self.plan, part, self.clip_windows[:1])
+            kl = self._kl(f"{name}: {kind}", replace(start, free={**self.free, **part}))
+            found[kind] = {"kl": kl, "kept": kl < lowest}
+            if kl < lowest:
+                lowest, self.free = kl, {**self.free, **part}
+            else:
+                unfuse_free(self.model, self.plan, part)
+        if self.free != base:
+            self._score(name, {name: replace(start, free=self.free)})
+            if self.leader != name:
+                unfuse_free(self.model, self.plan, {k: v for k, v in self.free.items() if k not in base})
+                self.free = base
+        return found
+
+    def _kl(self, what: str, candidate: Candidate) -> float:
+        """KL of a candidate with its own clip ratios, or that of an interrupted run."""
+        found = self.found.get(what)
+        if found is None:
+            progress = partial(self.stage, f"score {what}")
+            scores = score_candidates(
+                self.model, self.plan, {what: candidate}, self.scheme, self.held_out, progress=progress
+            )
+            self.found[what] = found = {"scores": {what: scores[what].to_dict()}}
+            self._save()
+        return found["scores"][what]["kl"]
+
+    def _save(self) -> None:
+        if self.pieces:
+            self.pieces.save(SCORES, {}, {"found": self.found})
 
     def _score(self, what: str, candidates: Mapping[str, Candidate]) -> None:
         """Score candidates with the clip ratios found for the first, or load the scores of an interrupted run."""
         found = self.found.get(what)
         if found is None:
-            first = next(iter(candidates.values())).rotations
+            first = next(iter(candidates.values()))
             clipped = with_clips(self.model, self.plan, first, self.scheme, self.clip_windows)
             clips = {"activation_clip": clipped.activation_clip, "kv_clip": clipped.kv_clip}
             chosen = {name: replace(candidate, **clips) for name, candidate in candidates.items()}
@@ -130,8 +185,7 @@ class Selection:
             scores = score_candidates(self.model, self.plan, chosen, self.scheme, self.held_out, progress=progress)
             found = {"clips": clips, "scores": {name: score.to_dict() for name, score in scores.items()}}
             self.found[what] = found
-            if self.pieces:
-                self.pieces.save(SCORES, {}, {"found": self.found})
+            self._save()
         self.scores |= {name: Score(**score) for name, score in found["scores"].items()}
         self.candidates |= {name: replace(candidate, **found["clips"]) for name, candidate in candidates.items()}
 
@@ -157,7 +211,8 @@ def score_candidates(
         exact = _predictions(model, row)
         sums["16-bit"][1] += nll(exact, targets)
         for name, candidate in candidates.items():
-            with rounding(model, plan, candidate.rotations, candidate.scheme(scheme)):
+            rounded = with_free(plan, candidate.rotations, candidate.free)
+            with rounding(model, plan, rounded, candidate.scheme(scheme)):
                 found = _predictions(model, row)
             sums[name][0] += divergence(exact, found)
             sums[name][1] += nll(found, targets)
@@ -168,14 +223,12 @@ def score_candidates(
 
 
 @torch.no_grad()
-def with_clips(
-    model: nn.Module, plan: Plan, rotations: Mapping[str, Transform], scheme: Scheme, windows: Tensor
-) -> Candidate:
+def with_clips(model: nn.Module, plan: Plan, best: Candidate, scheme: Scheme, windows: Tensor) -> Candidate:
     """The candidate with the clip ratios of least KL on windows, (windows, length): first activations, then KV cache.
 
     The search is one-dimensional for each, from 1 down.
     """
-    best = Candidate(rotations)
+    rotations = with_free(plan, best.rotations, best.free)
     rows = [w.unsqueeze(0).to(device_of(model)) for w in windows]
     exact = [_predictions(model, row) for row in rows]
     tried: dict[tuple[float, float], float] = {}

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ from spinquant.online.sites import (
 from spinquant.plan import Plan, Space
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme, parse_scheme, with_clip
 from spinquant.rotations.rotation import Transform
+from spinquant.rotations.transforms import compose
 
 PREFIX = "spinquant_"
 ATTENTIONS = ("sdpa", "eager", "flex_attention")
@@ -228,7 +230,8 @@ class _Attaching:
         heads = (self.plan.heads,) if self.plan.heads else ()
         # The head is not among the plan's linears: the scheme decides if its input is quantized, the plan if rotated.
         for group in (*self.plan.linears, *heads):
-            rotation = self._rotation_of(self.plan.read_by(group[0]) if self.around else spaces.get(group[0]))
+            around = self._chain(self.plan.spaces_read_by(group[0])) if self.around else None
+            rotation = around if self.around else self._rotation_of(spaces.get(group[0]))
             quantizer = self.scheme.activations if group not in heads or self.scheme.lm_head else None
             site = self._input_site(group[0], rotation, quantizer, readers=len(group))
             if site is None:
@@ -239,13 +242,13 @@ class _Attaching:
     def experts(self) -> None:
         """Quantize the inputs of stacked experts; rotate and quantize between their two matrix products."""
         for experts in self.plan.experts:
-            outside, inside = (self._rotation_of(space) for space in self.plan.read_by_experts(experts))
+            outside, inside = self.plan.read_by_experts(experts)
             module: Any = self.model.get_submodule(experts.module)
             # The input of the first matrix product needs no online rotation.
-            rotation = outside if self.around else None
+            rotation = self._chain(outside) if self.around else None
             if (first := self._input_site(experts.first[0], rotation, self.scheme.activations)) is not None:
                 self.attachment.hook(module.register_forward_pre_hook(first))
-            second = self._input_site(experts.second[0], inside, self.scheme.activations)
+            second = self._input_site(experts.second[0], self._rotation_of(inside), self.scheme.activations)
             if second is None:
                 continue
             if is_gated(module, experts.module):
@@ -304,6 +307,11 @@ class _Attaching:
             for decoder in {"", *decoders}:
                 module = self.model.get_submodule(decoder)
                 self.attachment.check(module.register_forward_pre_hook(present.begin))
+
+    def _chain(self, spaces: Sequence[Space]) -> Transform | None:
+        """The product of the transforms of spaces that an activation belongs to, one after another."""
+        found = [self.rotations[space.name] for space in spaces if space.name in self.rotations]
+        return reduce(compose, found) if found else None
 
     def _rotation_of(self, space: Space | None) -> Transform | None:
         return None if space is None else self.rotations.get(space.name)
