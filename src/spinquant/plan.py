@@ -230,6 +230,11 @@ class Plan:
         return {name: tuple(axes) for name, axes in found.items()}
 
     @cached_property
+    def rotated_axes(self) -> tuple[Axis, ...]:
+        """The axes in spaces with a rotation, without those that only carry channel scales."""
+        return tuple(axis for axis in self.axes if self.space[axis.space].rotation)
+
+    @cached_property
     def gains_of(self) -> Mapping[str, tuple[tuple[Gain, int], ...]]:
         """(gain, dim) pairs by the name of the reading tensor."""
         found: defaultdict[str, list[tuple[Gain, int]]] = defaultdict(list)

@@ -17,7 +17,7 @@ ORDERS = [1, 2, 3, 4, 6, 8, 12, 15, 16, 18, 20, 49, 64, 80, 96, 160, 768]
 
 
 def space(order, *, centred=True):
-    return Space("residual", "R1", order, centred)
+    return Space("residual", "R1", order, "mean-preserving" if centred else "orthogonal")
 
 
 def plan(order):

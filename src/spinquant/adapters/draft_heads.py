@@ -119,7 +119,7 @@ def eagle3_plan(
         )
     # A draft head of another width has its own embeddings, which are not rotated.
     shares = fc.shape[0] == hidden
-    axes = [Axis(by_own["fc.weight"], 1, residual)]
+    axes = [Axis(by_own["fc.weight"], 1, residual, reads=True)]
     gains: list[Gain] = []
     weights: dict[str, Tensor] = {}
     readers: list[str] = []

@@ -134,7 +134,7 @@ def make_plan(config: Any, shapes: Shapes, *, family: FamilyLike | None = None) 
         >>> config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
         >>> model = LlamaForCausalLM(config)
         >>> plan = make_plan(config, {name: tensor.shape for name, tensor in model.state_dict().items()})
-        >>> [f"{space.name}: {space.rotation}, size {space.size}" for space in plan.spaces]
+        >>> [f"{space.name}: {space.rotation}, size {space.size}" for space in plan.spaces if space.rotation]
         ['residual: R1, size 32', 'layers.0.value: R2, size 16', 'layers.0.query_key: R3, size 16',
          'layers.0.hidden: R4, size 64']
     """

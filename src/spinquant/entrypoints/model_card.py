@@ -44,6 +44,10 @@ MATRICES = {
     "kronecker": "{}, random signs",
     "centred-hadamard": "{}",
     "centred-random-hadamard": "{}",
+    "diagonal": "{}",
+    "matrix": "invertible, {}",
+    "kronecker-matrix": "invertible, {}",
+    "composed": "{}",
 }
 
 

@@ -12,11 +12,12 @@ from functools import lru_cache, partial, reduce
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spinquant.errors import LearningError
 from spinquant.learning.closed_form import Moments
 from spinquant.learning.sensitivity import backward_own_predictions
+from spinquant.models.capture import watching_calls
 from spinquant.online.hooks import Attachment
 from spinquant.plan import Plan, Space
 from spinquant.quantization.clip_search import best_ratio
@@ -133,9 +134,9 @@ class _Outputs:
     fold: int = 0
     sums: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
-    def watch(self, name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        """Forward hook of a linear."""
-        energy = args[0].detach().flatten(0, -2).float().square().sum(-1)
+    def watch(self, name: str, x: Tensor, output: Tensor) -> None:
+        """Observe a call of a linear."""
+        energy = x.detach().flatten(0, -2).float().square().sum(-1)
 
         def add(gradient: Tensor) -> None:
             new = (energy @ gradient.detach().flatten(0, -2).float().square()).double().cpu()
@@ -179,7 +180,6 @@ def collect_moments(
     for one in sums:
         by_name.setdefault(one.site.name, []).append(one)
     readers = {name for site in sites for name in site.readers} if scheme.weights is not None else set()
-    handles = [model.get_submodule(name).register_forward_hook(partial(outputs.watch, name)) for name in readers]
 
     def watch(name: str, x: Tensor) -> None:
         held, seen = by_name.get(name, ()), x.detach()
@@ -201,12 +201,9 @@ def collect_moments(
         if progress:
             progress(done, total)
 
-    try:
-        how: dict[str, Any] = {"generator": generator, "checkpointing": checkpointing, "progress": next_fold}
+    how: dict[str, Any] = {"generator": generator, "checkpointing": checkpointing, "progress": next_fold}
+    with watching_calls(model, readers, outputs.watch):
         backward_own_predictions(model, plan, scheme, tokens, observe, **how)
-    finally:
-        for handle in handles:
-            handle.remove()
     found: dict[str, list[list[Moments]]] = {}
     missing: set[str] = set()
     for one in sums:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,23 @@ from torch import Tensor, nn
 def device_of(model: nn.Module) -> torch.device:
     """The device of a model's first parameter, on which it takes its inputs."""
     return next(model.parameters()).device
+
+
+@contextmanager
+def watching_calls(
+    model: nn.Module, names: Iterable[str], seen: Callable[[str, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Within the block, call `seen(name, first input, output)` after every call of named modules, with gradients."""
+
+    def hook(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        seen(name, args[0], output)
+
+    handles = [model.get_submodule(name).register_forward_hook(partial(hook, name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Stop(Exception):

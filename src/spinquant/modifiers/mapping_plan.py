@@ -172,7 +172,8 @@ def _layer(model: Any, name: str) -> str:
 
 
 def _axes(model: nn.Module, name: str, sides: tuple[str | None, str | None]) -> list[Axis]:
-    axes = [Axis(f"{name}.weight", dim, space) for dim, space in enumerate(sides) if space]
+    reads = not isinstance(model.get_submodule(name), nn.Embedding)
+    axes = [Axis(f"{name}.weight", dim, s, reads=reads and dim == 1) for dim, s in enumerate(sides) if s]
     if sides[0] and getattr(model.get_submodule(name), "bias", None) is not None:
         axes.append(Axis(f"{name}.bias", 0, sides[0]))
     return axes

@@ -120,7 +120,7 @@ def _matches(name: str, module: nn.Module, target: str, what: str) -> bool:
 
 def infer_mapping(plan: Plan) -> SpinQuantMapping:
     """Infer the mapping of a plan. Raises ArchitectureError if a role has no module, as with fused projections."""
-    side = {(axis.tensor, axis.dim): plan.space[axis.space].rotation for axis in plan.axes}
+    side = {(axis.tensor, axis.dim): plan.space[axis.space].rotation for axis in plan.rotated_axes}
     roles: dict[str, list[str]] = {role: [] for role in ROLES}
     linears = {name for group in plan.linears for name in group}
     for group in plan.linears:
@@ -136,7 +136,7 @@ def infer_mapping(plan: Plan) -> SpinQuantMapping:
             if role:
                 roles[role].append(name)
     roles["attn"], roles["lm_head"] = list(plan.attentions), list(plan.heads)
-    residual = [axis.tensor.removesuffix(".weight") for axis in plan.axes if axis.tensor.endswith(".weight")]
+    residual = [axis.tensor.removesuffix(".weight") for axis in plan.rotated_axes if axis.tensor.endswith(".weight")]
     roles["embedding"] = [name for name in residual if name not in linears and name not in plan.heads]
     for role, names in roles.items():
         if not names:

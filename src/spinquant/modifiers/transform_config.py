@@ -212,7 +212,7 @@ def _private_spaces(model: nn.Module, base: Plan, touches: Touches) -> tuple[Pla
         if space is None:
             space = f"{module}.input"
             spaces.append(Space(space, touch.group, linear.in_features))
-            axes.append(Axis(f"{module}.weight", 1, space))
+            axes.append(Axis(f"{module}.weight", 1, space, reads=True))
             onlines.append(Online(module, "input", space))
         places[module, "input"] = places[module, "weight_input"] = space
     return replace(base, spaces=tuple(spaces), axes=tuple(axes), onlines=tuple(onlines)), places
@@ -222,7 +222,7 @@ def _space_of(model: nn.Module, plan: Plan, module: str, location: str, touch: T
     written = isinstance(model.get_submodule(module), nn.Embedding)
     dim = {"weight_output": 1} if written else {"weight_output": 0, "weight_input": 1}
     for axis in plan.axes_of.get(f"{module}.weight", ()):
-        if axis.dim == dim.get(location):
+        if axis.dim == dim.get(location) and plan.space[axis.space].rotation:
             return axis.space
     raise RotationError(
         f"transform_config {touch.group!r}: {location} of {module!r} is in no space that {plan.family} can rotate: "
