@@ -17,7 +17,7 @@ from spinquant.plan import Plan
 from spinquant.quantization.integer import Packed, dequantize, quantize
 from spinquant.quantization.scheme import Clips, Scheme
 from spinquant.quantization.targets import linears_of
-from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.rotation import Transform
 
 
 def _stored_name(plan: Plan, name: str, modules: Collection[str]) -> str:
@@ -37,7 +37,7 @@ class CompressedPacking:
         self,
         plan: Plan,
         scheme: Scheme,
-        online: Mapping[str, Rotation],
+        online: Mapping[str, Transform],
         dtype: torch.dtype,
         finished: Finished | None = None,
         clips: Clips | None = None,

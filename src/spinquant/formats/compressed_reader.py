@@ -29,7 +29,7 @@ from spinquant.quantization.scheme import Clips, Quantizer, Scheme
 from spinquant.quantization.targets import linears_of
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.fuse_module import plan_of
-from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.rotation import Transform
 from spinquant.rotations.serialization import saved
 from spinquant.rotations.wrappers import online_part
 
@@ -87,7 +87,7 @@ class _Record:
     scheme: Scheme
     spec: RotationSpec
     clips: Clips
-    rotations: Mapping[str, Rotation]
+    rotations: Mapping[str, Transform]
 
 
 def _read_record(folder: Path) -> _Record:
@@ -137,7 +137,7 @@ def _check_config(found: Mapping[str, Any], expected: Mapping[str, Any], folder:
 
 
 def _take_transforms(
-    plan: Plan, online: Mapping[str, Rotation], stored: dict[str, Tensor], dtype: torch.dtype, folder: Path
+    plan: Plan, online: Mapping[str, Transform], stored: dict[str, Tensor], dtype: torch.dtype, folder: Path
 ) -> None:
     """Pop the matrices of online rotations from the tensors, and check them against the record."""
     for name, rotation in stored_transforms(plan, online):

@@ -4,6 +4,7 @@ See `native.py` for the format. Rows of a weight are independent, so a weight is
 alone has a scale for the whole tensor, which is therefore quantized as a whole.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from spinquant.quantization.integer import Packed
 from spinquant.quantization.rtn import quantize_weight
 from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.quantization.targets import PARTS, linear_weights, weights_of
-from spinquant.rotations.rotation import Rotation
+from spinquant.rotations.rotation import Transform
 
 # Elements quantized at once; a few float32 copies of them are in memory.
 PIECE = 1 << 20
@@ -58,7 +59,7 @@ class NativePacking:
     finished: weights that calibration has quantized; they are not quantized here.
     """
 
-    def __init__(self, plan: Plan, scheme: Scheme, online: dict[str, Rotation], finished: Finished | None = None):
+    def __init__(self, plan: Plan, scheme: Scheme, online: Mapping[str, Transform], finished: Finished | None = None):
         self.quantizer, self.finished = scheme.weights, finished
         # At 16 bits only linears are flattened: enough for a plain model to refuse the folder.
         found = (linear_weights if scheme.weights is None else weights_of)(plan, scheme)
