@@ -70,7 +70,7 @@ WRONG = {
     "missing": ({"kind": "matrix", "order": 2}, {}, "lacks 'weight'"),
     "negative": ({"kind": "diagonal", "order": 2}, {"scale": -torch.ones(2)}, "positive"),
     "infinite": ({"kind": "diagonal", "order": 2}, {"scale": torch.tensor([1.0, torch.inf])}, "finite"),
-    "unequal": ({"kind": "diagonal", "order": 2}, {"scale": BAD.diagonal()}, "condition number"),
+    "unequal": ({"kind": "diagonal", "order": 2}, {"scale": torch.tensor([1e-4, 1e4])}, "condition number"),
     "heads": ({"kind": "diagonal", "order": 2, "heads": -1}, {"scale": torch.ones(2)}, "heads"),
     "factors": ({"kind": "kronecker-matrix", "order": 4, "factors": [2, 3]}, {}, "factors whose product is the order"),
     "no factors": ({"kind": "kronecker-matrix", "order": 1}, {}, "factors whose product is the order"),
