@@ -59,7 +59,8 @@ def test_transforms_that_share_a_tensor_are_saved_apart():
 BAD = torch.diag(torch.tensor([1.0, 2 * LARGEST_CONDITION], dtype=torch.float64))
 LARGE = {"kind": "matrix", "order": 1 << 22}
 HEADS = {"kind": "diagonal", "order": 1 << 22, "heads": 1 << 22}
-NESTED = {"kind": "composed", "order": 2, "parts": [{"kind": "composed", "order": 2, "parts": []}] * 2}
+TWO = {"kind": "composed", "order": 2, "parts": [{"kind": "hadamard", "order": 2}] * 2}
+NESTED = {"kind": "composed", "order": 2, "parts": [TWO, TWO]}
 WRONG = {
     "singular": ({"kind": "matrix", "order": 2}, {"weight": torch.ones(2, 2)}, "no inverse"),
     "nan": ({"kind": "matrix", "order": 2}, {"weight": torch.full((2, 2), torch.nan)}, "expected finite"),

@@ -274,6 +274,12 @@ def test_the_condition_number_is_that_of_the_worst_head(name):
     check_conditioned("residual", transform)
 
 
+def test_the_condition_number_of_heads_is_the_largest():
+    weight = torch.stack([torch.eye(2), torch.diag(torch.tensor([1.0, 3.0])), torch.eye(2)])
+    for transform in (Matrix(weight), Diagonal(weight.diagonal(dim1=1, dim2=2))):
+        assert condition(transform) == pytest.approx(3) == condition(Composed(transform, Hadamard(2)))
+
+
 def test_an_ill_conditioned_transform_is_refused_by_name():
     pair = Diagonal(torch.tensor([1.0, 2 * LARGEST_CONDITION]))
     check_conditioned("layers.3.hidden", pair)  # it mixes nothing
