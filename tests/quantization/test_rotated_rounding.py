@@ -70,6 +70,13 @@ def test_spans_of_an_axis_are_transformed_and_undone(name, dim):
     assert torch.allclose(unturned(turned(x, turns), turns), x, rtol=0, atol=1e-11)
 
 
+def test_transforms_of_one_axis_are_undone_in_reverse():
+    turns, x = tuple(Turn(TRANSFORMS[name]()) for name in ("matrix per head", "composed", "kronecker")), normal(5, 16)
+    dense = torch.linalg.multi_dot([block_matrix(turn.rotation, 16) for turn in turns])
+    assert torch.allclose(turned(x, turns), x @ dense, rtol=0, atol=1e-11)
+    assert torch.allclose(unturned(x, turns), x @ torch.linalg.inv(dense), rtol=0, atol=1e-11)
+
+
 def test_the_gradient_of_a_rotation_after_a_fixed_transform():
     """Errors stay as they are while R moves to R (I - A): what the straight-through estimator assumes."""
     fixed, x, gradient = TRANSFORMS["matrix"](), normal(5, 16), normal(5, 16, seed=1)
