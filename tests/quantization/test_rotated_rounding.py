@@ -77,11 +77,13 @@ def test_transforms_of_one_axis_are_undone_in_reverse():
     assert torch.allclose(unturned(x, turns), x @ torch.linalg.inv(dense), rtol=0, atol=1e-11)
 
 
-def test_the_gradient_of_a_rotation_after_a_fixed_transform():
+@pytest.mark.parametrize("composed", [False, True])
+def test_the_gradient_of_a_rotation_after_a_fixed_transform(composed):
     """Errors stay as they are while R moves to R (I - A): what the straight-through estimator assumes."""
     fixed, x, gradient = TRANSFORMS["matrix"](), normal(5, 16), normal(5, 16, seed=1)
     moving = Moving.starting(matrix(Hadamard(8)), range_gradient=False)
-    y = round_rotated(x, (Turn(fixed), Turn(moving)), QUANTIZER)
+    turns = (Turn(Composed(fixed, moving)),) if composed else (Turn(fixed), Turn(moving))
+    y = round_rotated(x, turns, QUANTIZER)
     (found,) = torch.autograd.grad(y, moving.skew, gradient)
     z = moving.apply(fixed.apply(x))
     error = (fake_quantize(z, QUANTIZER) - z).unflatten(-1, (2, 8))

@@ -69,7 +69,7 @@ WRONG = {
     "another heads": ({"kind": "matrix", "order": 2, "heads": 2}, {"weight": torch.eye(2)}, r"of shape \(2, 2, 2\)"),
     "integers": ({"kind": "matrix", "order": 2}, {"weight": torch.eye(2).int()}, "floating-point"),
     "missing": ({"kind": "matrix", "order": 2}, {}, "lacks 'weight'"),
-    "negative": ({"kind": "diagonal", "order": 2}, {"scale": -torch.ones(2)}, "positive"),
+    "zero": ({"kind": "diagonal", "order": 2}, {"scale": torch.zeros(2)}, "other than zero"),
     "infinite": ({"kind": "diagonal", "order": 2}, {"scale": torch.tensor([1.0, torch.inf])}, "finite"),
     "unequal": ({"kind": "diagonal", "order": 2}, {"scale": torch.tensor([1e-4, 1e4])}, "condition number"),
     "heads": ({"kind": "diagonal", "order": 2, "heads": -1}, {"scale": torch.ones(2)}, "heads"),

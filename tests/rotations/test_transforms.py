@@ -21,6 +21,7 @@ from spinquant import (
     plan_of,
 )
 from spinquant.evaluation.equivalence import TOLERANCE
+from spinquant.quantization.rotated_rounding import Moving
 from spinquant.rotations.factory import random_orthogonal, random_signs
 from spinquant.rotations.mean_preserving import CentredHadamard, CentredRandomHadamard
 from spinquant.rotations.rotation import dual, heads_of, is_orthogonal, matrix, undo
@@ -46,7 +47,9 @@ def normal(*shape, seed=0, dtype=torch.float64):
 
 
 def scales(*shape, seed=0):
-    return torch.rand(shape, dtype=torch.float64, generator=generator(seed)) + 0.5
+    """Numbers of both signs, from 1/2 to 3/2."""
+    sizes = torch.rand(shape, dtype=torch.float64, generator=generator(seed)) + 0.5
+    return sizes * normal(*shape, seed=seed + 1).sign()
 
 
 MADE = {
@@ -258,6 +261,12 @@ def test_products_of_rotations_are_rotations():
     assert product.dual() is product and condition(product) == 1.0
 
 
+def test_a_product_with_a_class_of_others_is_not_multiplied_out():
+    moving = Moving.starting(matrix(Hadamard(ORDER)))
+    for made in (compose(MADE["matrix"](), moving), compose(Composed(MADE["matrix"](), moving), MADE["matrix"]())):
+        assert isinstance(made, Composed) and moving in made.chain()
+
+
 def test_large_products_are_not_multiplied_out():
     made = compose(Diagonal(scales(2048)), Orthogonal(torch.eye(2048, dtype=torch.float64)))
     assert isinstance(made, Composed)
@@ -308,8 +317,8 @@ def test_the_largest_condition_number_leaves_float32_logits(seed):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Diagonal(torch.tensor([1.0, 0.0])), "positive, finite"),
-        (lambda: Diagonal(torch.tensor([1.0, torch.inf])), "positive, finite"),
+        (lambda: Diagonal(torch.tensor([1.0, 0.0])), "finite numbers other than zero"),
+        (lambda: Diagonal(torch.tensor([1.0, torch.inf])), "finite numbers other than zero"),
         (lambda: Diagonal(torch.ones(2, 2, 2)), r"shape \(2, 2, 2\)"),
         (lambda: Diagonal(torch.ones(2, dtype=torch.int64)), "floating-point"),
         (lambda: Matrix(torch.ones(2, 2)), "no inverse"),

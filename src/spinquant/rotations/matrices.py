@@ -33,10 +33,10 @@ class Diagonal:
     """Diagonal transform: x becomes x * scale.
 
     Attributes:
-        scale: positive, finite numbers, shape (n,), or (heads, n) for a diagonal per head; kept in float64.
+        scale: finite numbers other than zero, shape (n,), or (heads, n) for a diagonal per head; kept in float64.
 
     Raises:
-        RotationError: the numbers have another shape, or are not positive and finite.
+        RotationError: the numbers have another shape, or one is zero or not finite.
 
     Example:
         >>> import torch
@@ -52,10 +52,10 @@ class Diagonal:
 
     def __post_init__(self) -> None:
         scale = _float64(self, "scale", self.scale)
-        if scale.ndim not in (1, 2) or not scale.numel() or not bool((scale > 0).all() & scale.isfinite().all()):
+        if scale.ndim not in (1, 2) or not scale.numel() or not bool((scale != 0).all() & scale.isfinite().all()):
             raise RotationError(
                 f"the scale of a diagonal transform has shape {tuple(scale.shape)} and numbers from "
-                f"{_ends(scale)}: expected positive, finite numbers of shape (n,) or (heads, n)"
+                f"{_ends(scale)}: expected finite numbers other than zero, of shape (n,) or (heads, n)"
             )
 
     @property

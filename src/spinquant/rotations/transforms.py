@@ -23,7 +23,16 @@ from spinquant.rotations.matrices import (
     description_of,
     kept_dual,
 )
-from spinquant.rotations.rotation import Orthogonal, Transform, dual, heads_of, is_orthogonal, matrix
+from spinquant.rotations.rotation import (
+    Hadamard,
+    Kronecker,
+    Orthogonal,
+    Transform,
+    dual,
+    heads_of,
+    is_orthogonal,
+    matrix,
+)
 
 # Largest condition number. Float32 logits of a tiny Llama whose R3 and R4 have this one move by 5e-5 (relative; as much
 # as 1e-3 of single logits), those of ten times as much by 3e-4; a proof in float32 allows 1e-4.
@@ -35,6 +44,8 @@ LARGEST_RATIO = 1e6
 _DENSE = 1024
 # Order up to which the condition number of a product is computed; it is bounded above that.
 _DECOMPOSED = 2048
+# Classes of immutable values.
+_FIXED = (Diagonal, Hadamard, Kronecker, KroneckerMatrix, Matrix, Orthogonal)
 
 __all__ = [
     "LARGEST_CONDITION",
@@ -129,14 +140,16 @@ class Composed:
 def compose(first: Transform, second: Transform) -> Transform:
     """x -> (x first) second, as one value that takes the least time to apply.
 
-    Two diagonals are one diagonal. Where one of them is dense, of the same order and not large, the product is dense.
+    Two diagonals are one diagonal. Where one of them is dense, of the same order and not large, the product is dense,
+    unless it has a transform of another class, which may be one that changes as it is learned.
     """
     if isinstance(first, Diagonal) and isinstance(second, Diagonal) and first.order == second.order:
         one, other = _repeated(first.scale, second.scale, 2)
         return Diagonal(one * other)
     dense = any(isinstance(one, Matrix | Orthogonal) for one in (first, second))
     product = Composed(first, second)
-    if not dense or first.order != second.order or product.order > _DENSE:
+    fixed = all(isinstance(part, _FIXED) for part in product.chain())
+    if not dense or not fixed or first.order != second.order or product.order > _DENSE:
         return product
     if is_orthogonal(first) and is_orthogonal(second):
         return Orthogonal(matrix(product))
@@ -168,7 +181,7 @@ def condition(transform: Transform) -> float:
     if is_orthogonal(transform):
         return 1.0
     if isinstance(transform, Diagonal):
-        scale = transform.scale
+        scale = transform.scale.abs()
         return float((scale.amax(-1) / scale.amin(-1)).max())
     if isinstance(transform, KroneckerMatrix):
         return math.prod(map(_condition, transform.factors))
