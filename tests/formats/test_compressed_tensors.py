@@ -13,7 +13,7 @@ from compressed_tensors.transform import TransformConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from models import CONFIGS, logits, tiny_model, tokens
+from models import CONFIGS, logits, online_transforms, tiny_model, tokens
 from spinquant import (
     Calibration,
     CalibrationError,
@@ -24,10 +24,12 @@ from spinquant import (
     SchemeError,
     load,
     parse_scheme,
+    plan_of,
     quantize,
     save,
 )
-from spinquant.formats.compressed_config import REFUSAL, as_stored
+from spinquant.formats.compressed_config import REFUSAL, as_stored, quantization_config
+from spinquant.formats.compressed_tensors import compressed_state
 from spinquant.formats.native import detach
 from spinquant.formats.runtimes import check_runtime, ignored_cache
 from spinquant.models.capture import captured
@@ -253,6 +255,18 @@ def test_the_config_says_what_vllm_reads(tmp_path):
     assert transforms["R3"].apply[0].targets == ["re:.*self_attn$"]
     stored = [name for name in load_file(out / "model.safetensors") if ".R" in name]
     assert stored == ["model.layers.0.mlp.down_proj.R4_input.weight"]
+
+
+@pytest.mark.parametrize(("space", "kind"), [("R3", "matrix"), ("R4", "kronecker-matrix")])
+def test_online_transforms_that_are_no_rotations_are_refused(space, kind):
+    """Runtimes would use the transpose as the inverse, and rotate queries as keys."""
+    model = tiny_model("llama", dtype=torch.float32)
+    plan = plan_of(model)
+    made = {name: made for name, made in online_transforms(plan).items() if plan.space[name].rotation == space}
+    with pytest.raises(RotationError, match=rf"transform of layers\.0\.\w+ \({kind}, .*use rotations for {space}"):
+        compressed_state(model, plan, made, parse_scheme("none"))
+    with pytest.raises(RotationError, match="is no rotation"):
+        quantization_config(plan, made, parse_scheme("none"), ignore=())
 
 
 @pytest.mark.parametrize("kind", ["hadamard", "random-hadamard", "random-matrix"])

@@ -8,10 +8,24 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import spinquant
-from models import CONFIGS, byte_tokenizer, logits, tiny_model, tokens
-from spinquant import CheckpointError, RotationSpec, detach, load, parse_scheme, quantize, rotate, save
+from models import CONFIGS, byte_tokenizer, fuse_duals, logits, online_transforms, tiny_model, tokens
+from spinquant import (
+    CheckpointError,
+    Composed,
+    Diagonal,
+    Hadamard,
+    RotationSpec,
+    attach,
+    detach,
+    load,
+    parse_scheme,
+    plan_of,
+    quantize,
+    rotate,
+    save,
+)
 from spinquant.calibration.blockwise import quantize_blocks
-from spinquant.formats.native import SpinQuantConfig, unmark
+from spinquant.formats.native import SpinQuantConfig, is_marked, mark, unmark
 from spinquant.rotations.rotation import matrix
 from spinquant.rotations.serialization import restore
 from spinquant.rotations.wrappers import online_part
@@ -148,6 +162,30 @@ def test_detach_leaves_a_plain_model_that_computes_the_same(loaded, tmp_path):
     if not loaded:
         with pytest.raises(CheckpointError, match="removed"):
             save(result, tmp_path / "again")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kind", ["matrix", "per head", "composed"])
+def test_online_transforms_that_are_no_rotations_are_saved_loaded_and_detached(kind, dtype, tmp_path):
+    before, ids = logits(tiny_model("llama", dtype=dtype), tokens()), tokens()
+    model = tiny_model("llama", dtype=dtype)
+    plan = plan_of(model)
+    made = online_transforms(plan, heads=2 if kind == "per head" else 0)
+    if kind == "composed":
+        scale = torch.rand(80, dtype=torch.float64) + 0.5
+        made |= {f"layers.{i}.hidden": Composed(Diagonal(scale), Hadamard(80)) for i in range(3)}
+    fuse_duals(model, plan, made)
+    attach(model, plan, made)
+    mark(model, plan, made, RotationSpec("R3,R4"), parse_scheme("none"))
+    expected, close = logits(model, ids), 1e-9 if dtype == torch.float64 else 1e-3
+    assert torch.allclose(expected, before, rtol=0, atol=close)
+    model.save_pretrained(tmp_path / "out")
+    again = load(tmp_path / "out")
+    assert torch.equal(logits(again, ids), expected)
+    for space, transform in again.hf_quantizer.rotations.items():
+        assert torch.equal(matrix(transform), matrix(made[space]))
+    detach(again)
+    assert not is_marked(again) and torch.allclose(logits(again, ids), before, rtol=0, atol=close)
 
 
 def test_detach_forgets_the_grids(tmp_path):

@@ -1,17 +1,33 @@
 """Laws of invertible transforms: duals and inverses, blocks and heads, products, conditioning, dtypes and tracing."""
 
 import copy
+import math
 
 import pytest
 import torch
 
+from models import logits, tiny_model, tokens
 from models import well_conditioned as square
-from spinquant import Composed, Diagonal, Hadamard, Kronecker, KroneckerMatrix, Matrix, Orthogonal, RotationError
+from spinquant import (
+    Composed,
+    Diagonal,
+    Hadamard,
+    Kronecker,
+    KroneckerMatrix,
+    Matrix,
+    Orthogonal,
+    RotationError,
+    attach,
+    plan_of,
+)
+from spinquant.evaluation.equivalence import TOLERANCE
+from spinquant.quantization.rotated_rounding import Moving
 from spinquant.rotations.factory import random_orthogonal, random_signs
 from spinquant.rotations.mean_preserving import CentredHadamard, CentredRandomHadamard
 from spinquant.rotations.rotation import dual, heads_of, is_orthogonal, matrix, undo
 from spinquant.rotations.transforms import (
     LARGEST_CONDITION,
+    LARGEST_RATIO,
     apply_to_heads,
     check_conditioned,
     compose,
@@ -31,7 +47,9 @@ def normal(*shape, seed=0, dtype=torch.float64):
 
 
 def scales(*shape, seed=0):
-    return torch.rand(shape, dtype=torch.float64, generator=generator(seed)) + 0.5
+    """Numbers of both signs, from 1/2 to 3/2."""
+    sizes = torch.rand(shape, dtype=torch.float64, generator=generator(seed)) + 0.5
+    return sizes * normal(*shape, seed=seed + 1).sign()
 
 
 MADE = {
@@ -243,6 +261,12 @@ def test_products_of_rotations_are_rotations():
     assert product.dual() is product and condition(product) == 1.0
 
 
+def test_a_product_with_a_class_of_others_is_not_multiplied_out():
+    moving = Moving.starting(matrix(Hadamard(ORDER)))
+    for made in (compose(MADE["matrix"](), moving), compose(Composed(MADE["matrix"](), moving), MADE["matrix"]())):
+        assert isinstance(made, Composed) and moving in made.chain()
+
+
 def test_large_products_are_not_multiplied_out():
     made = compose(Diagonal(scales(2048)), Orthogonal(torch.eye(2048, dtype=torch.float64)))
     assert isinstance(made, Composed)
@@ -259,18 +283,42 @@ def test_the_condition_number_is_that_of_the_worst_head(name):
     check_conditioned("residual", transform)
 
 
+def test_the_condition_number_of_heads_is_the_largest():
+    weight = torch.stack([torch.eye(2), torch.diag(torch.tensor([1.0, 3.0])), torch.eye(2)])
+    for transform in (Matrix(weight), Diagonal(weight.diagonal(dim1=1, dim2=2))):
+        assert condition(transform) == pytest.approx(3) == condition(Composed(transform, Hadamard(2)))
+
+
 def test_an_ill_conditioned_transform_is_refused_by_name():
-    bad = Diagonal(torch.tensor([1.0, 2 * LARGEST_CONDITION]))
-    for transform in (bad, Composed(bad, Hadamard(2)), KroneckerMatrix((torch.eye(3), torch.diag(bad.scale)))):
+    pair = Diagonal(torch.tensor([1.0, 2 * LARGEST_CONDITION]))
+    check_conditioned("layers.3.hidden", pair)  # it mixes nothing
+    bad = Composed(pair, Hadamard(2)), KroneckerMatrix((torch.eye(3), torch.diag(pair.scale))), Matrix(matrix(pair))
+    for transform in (*bad, Diagonal(torch.tensor([1.0, 2 * LARGEST_RATIO]))):
         with pytest.raises(RotationError, match=r"layers\.3\.value has the condition number 2e\+0\d .*damp it"):
             check_conditioned("layers.3.value", transform)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_largest_condition_number_leaves_float32_logits(seed):
+    """Relative to what a model of random weights computes; a proof in float32 allows 1e-4."""
+    ids, made = tokens(2, 32, seed=seed), {}
+    model = tiny_model("llama", dtype=torch.float32, seed=seed)
+    before, plan = logits(model, ids), plan_of(model)
+    stretch = torch.logspace(0, math.log10(0.99 * LARGEST_CONDITION), 16, dtype=torch.float64)
+    for i, space in enumerate(plan.spaces):
+        if space.rotation == "R3":
+            one, other = (random_orthogonal(16, generator(2 * i + k)) for k in range(2))
+            made[space.name] = Matrix(one * stretch @ other)
+            check_conditioned(space.name, made[space.name])
+    with attach(model, plan, made):
+        assert float((logits(model, ids) - before).norm() / before.norm()) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Diagonal(torch.tensor([1.0, 0.0])), "positive, finite"),
-        (lambda: Diagonal(torch.tensor([1.0, torch.inf])), "positive, finite"),
+        (lambda: Diagonal(torch.tensor([1.0, 0.0])), "finite numbers other than zero"),
+        (lambda: Diagonal(torch.tensor([1.0, torch.inf])), "finite numbers other than zero"),
         (lambda: Diagonal(torch.ones(2, 2, 2)), r"shape \(2, 2, 2\)"),
         (lambda: Diagonal(torch.ones(2, dtype=torch.int64)), "floating-point"),
         (lambda: Matrix(torch.ones(2, 2)), "no inverse"),

@@ -3,8 +3,9 @@
 Both are built from the library's own classes, which validate them. A scheme that the format cannot store is refused by
 `check_scheme`, which needs neither the library nor a model, so that it can be called before any work.
 
-A transform is an unnormalized matrix W with W W^T = n I, applied as x W / sqrt(n) to an online space; its inverse is
-fused into the weight that reads the space:
+A transform is an unnormalized matrix W with W W^T = n I, applied as x W / sqrt(n) to an online space; its inverse, the
+transpose, is fused into the weight that reads the space. The format has no words for other transforms that runtimes
+read: they divide by sqrt(n) and transpose whatever the type is, and rotate queries and keys alike.
 
     R4   down_proj: `input` (online) and `weight_input`, inverse (fused already, stored for the record)
     R3   attention: `q_attn` and `k_cache`
@@ -21,7 +22,7 @@ from spinquant.plan import Plan
 from spinquant.quantization.floating import LARGEST, tensor_factor
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme, parse_scheme, static_parts
 from spinquant.rotations.factory import RotationSpec
-from spinquant.rotations.rotation import Hadamard, Rotation, Transform
+from spinquant.rotations.rotation import Hadamard, Transform, is_orthogonal
 from spinquant.rotations.wrappers import online_part
 
 INSTALL = "compressed-tensors is not installed: pip install 'spinquant[compressed-tensors]'"
@@ -241,9 +242,11 @@ def compressed_transform_config(plan: Plan, rotations: Mapping[str, Transform]) 
 def transform_groups(plan: Plan, rotations: Mapping[str, Transform]) -> dict[str, list[str]]:
     """Modules by transform group, whose rotation they share: R4, or R4_0, R4_1, ... for several rotations.
 
-    Raises RotationError for R4 inside stacked experts, which the format cannot store.
+    Raises RotationError for R4 inside stacked experts and for transforms that are no rotations, which the format cannot
+    store.
     """
     shared: dict[str, dict[int, list[str]]] = {}
+    check_rotations(plan, rotations)
     rotations = online_part(plan, rotations)
     for online in plan.onlines:
         if online.space in rotations:
@@ -258,6 +261,17 @@ def transform_groups(plan: Plan, rotations: Mapping[str, Transform]) -> dict[str
     }
 
 
+def check_rotations(plan: Plan, rotations: Mapping[str, Transform]) -> None:
+    """Raise RotationError for a transform that runs online and is no rotation."""
+    for space, transform in online_part(plan, rotations).items():
+        if not is_orthogonal(transform):
+            raise RotationError(
+                f"the online transform of {space} ({transform.describe()['kind']}, of order {transform.order}) is no "
+                f"rotation, and compressed-tensors stores online transforms whose inverse is their transpose: use "
+                f"rotations for {plan.space[space].rotation}, or --format native"
+            )
+
+
 def _no_place(experts: str) -> RotationError:
     return RotationError(
         f"R4 runs inside the stacked experts of {experts}, where compressed-tensors supports no transform: leave R4 "
@@ -265,7 +279,7 @@ def _no_place(experts: str) -> RotationError:
     )
 
 
-def is_sylvester(rotation: Rotation) -> bool:
+def is_sylvester(rotation: Transform) -> bool:
     """Whether a rotation is the library's type `hadamard`: Sylvester's Hadamard matrix, without signs."""
     return isinstance(rotation, Hadamard) and rotation.signs is None and rotation.order & (rotation.order - 1) == 0
 

@@ -26,7 +26,7 @@ from spinquant.plan import Plan
 from spinquant.quantization.floating import tensor_factor
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme
 from spinquant.quantization.targets import linears_of
-from spinquant.rotations.rotation import Rotation, Transform, matrix
+from spinquant.rotations.rotation import Transform, matrix
 
 
 def write_compressed(
@@ -67,12 +67,12 @@ def compressed_state(model: Any, plan: Plan, rotations: Mapping[str, Transform],
     return state
 
 
-def unnormalised(rotation: Rotation) -> Tensor:
+def unnormalised(rotation: Transform) -> Tensor:
     """W of a rotation x W / sqrt(n), as the library and vLLM store it: (n, n), float64."""
     return matrix(rotation) * math.sqrt(rotation.order)
 
 
-def transform_matrix(rotation: Rotation, dtype: torch.dtype) -> Tensor:
+def transform_matrix(rotation: Transform, dtype: torch.dtype) -> Tensor:
     """The unnormalized matrix of a rotation, (n, n): in `dtype` if that is exact, else in float32."""
     whole = unnormalised(rotation)
     # Entries of +-1 are exact in any dtype; a runtime casts others to the model's dtype when it loads them.
@@ -81,7 +81,7 @@ def transform_matrix(rotation: Rotation, dtype: torch.dtype) -> Tensor:
     return signs.to(dtype) if exact else whole.to(torch.float32)
 
 
-def stored_transforms(plan: Plan, rotations: Mapping[str, Transform]) -> Iterator[tuple[str, Rotation]]:
+def stored_transforms(plan: Plan, rotations: Mapping[str, Transform]) -> Iterator[tuple[str, Transform]]:
     """Names of the matrices of online rotations in a checkpoint, each with its rotation."""
     spaces = {online.module: online.space for online in plan.onlines}
     sites = {online.module: online.site for online in plan.onlines}

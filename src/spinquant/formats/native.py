@@ -36,8 +36,8 @@ from spinquant.quantization.targets import PARTS, Weight, linear_weights, parts_
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.fuse import rotate_axis
 from spinquant.rotations.fuse_module import plan_of, untie
-from spinquant.rotations.rotation import Rotation, Transform
-from spinquant.rotations.serialization import empty_tensors, restore
+from spinquant.rotations.rotation import Transform
+from spinquant.rotations.serialization import empty_tensors, restore, unshared
 from spinquant.rotations.wrappers import online_part
 
 FORMAT_VERSION = 2  # 2 added clip ratios per site
@@ -104,12 +104,12 @@ def make_config(
     return SpinQuantConfig(scheme.to_dict(), spec.to_dict(), [r.describe() for r in distinct], spaces, found)
 
 
-def distinct_rotations(rotations: Mapping[str, Transform]) -> list[Rotation]:
+def distinct_rotations(rotations: Mapping[str, Transform]) -> list[Transform]:
     """The distinct rotations, in order of first use."""
     return list({id(r): r for r in rotations.values()}.values())
 
 
-def _restored(bank: nn.Module, i: int, description: Mapping[str, Any]) -> Rotation:
+def _restored(bank: nn.Module, i: int, description: Mapping[str, Any]) -> Transform:
     """An online rotation from the tensors that were loaded. Raises CheckpointError, naming them, if they make none."""
     tensors = {name: tensor.cpu() for name, tensor in bank.get_submodule(str(i)).named_buffers()}
     try:
@@ -119,7 +119,7 @@ def _restored(bank: nn.Module, i: int, description: Mapping[str, Any]) -> Rotati
         raise CheckpointError(f"{names} of this folder is missing or damaged: {error}") from None
 
 
-def _by_space(distinct: list[Rotation], config: SpinQuantConfig, plan: Plan) -> dict[str, Transform]:
+def _by_space(distinct: list[Transform], config: SpinQuantConfig, plan: Plan) -> dict[str, Transform]:
     """The online rotations by space. Raises CheckpointError if they are not those that the folder's spec asks for."""
     spec = RotationSpec.from_dict(config.spec)
     online = {one.space for one in plan.onlines}
@@ -158,7 +158,7 @@ class SpinQuantizer(HfQuantizer):
     def __init__(self, quantization_config: SpinQuantConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.scheme = Scheme.from_dict(quantization_config.scheme)
-        self.rotations: dict[str, Transform] = {}
+        self.rotations: Mapping[str, Transform] = {}
         self.watch: WeightWatch | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -230,7 +230,7 @@ class SpinQuantizer(HfQuantizer):
         """The tensors of the online rotations, by their names in the format."""
         spaces = self.quantization_config.spaces.items()
         found = ((i, self.rotations[space].tensors()) for space, i in spaces)
-        return {f"{BANK}.{i}.{name}": tensor for i, tensors in found for name, tensor in tensors.items()}
+        return unshared({f"{BANK}.{i}.{name}": tensor for i, tensors in found for name, tensor in tensors.items()})
 
     def _unpack_state(self, model: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Before `load_state_dict`: a checkpoint of a training in this format."""
@@ -367,6 +367,7 @@ def detach(model: Any) -> None:
     if isinstance(quantizer, SpinQuantizer):
         for axis in quantizer.plan.axes:
             if axis.space in quantizer.rotations:
+                # The weights read x T, so they hold W T^-T, which T^T undoes.
                 weight, rotation = named_tensor(model, axis.tensor), quantizer.rotations[axis.space]
                 weight.copy_(rotate_axis(weight, axis.dim, rotation, axis.span, transpose=True))
         for weight in weights_of(quantizer.plan, quantizer.scheme):

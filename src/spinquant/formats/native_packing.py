@@ -4,6 +4,7 @@ See `native.py` for the format. Rows of a weight are independent, so a weight is
 alone has a scale for the whole tensor, which is therefore quantized as a whole.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +59,7 @@ class NativePacking:
     finished: weights that calibration has quantized; they are not quantized here.
     """
 
-    def __init__(self, plan: Plan, scheme: Scheme, online: dict[str, Transform], finished: Finished | None = None):
+    def __init__(self, plan: Plan, scheme: Scheme, online: Mapping[str, Transform], finished: Finished | None = None):
         self.quantizer, self.finished = scheme.weights, finished
         # At 16 bits only linears are flattened: enough for a plain model to refuse the folder.
         found = (linear_weights if scheme.weights is None else weights_of)(plan, scheme)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from spinquant.errors import HadamardOrderError, RotationError
 from spinquant.rotations.hadamard import hadamard_matrix
-from spinquant.rotations.rotation import Hadamard, Orthogonal, Rotation
+from spinquant.rotations.rotation import Hadamard, Orthogonal, Rotation, Transform, dual, undo
 
 ROTATION = "_spinquant_rotation"
 ATTENTION = ".attn"  # vLLM's attention layer inside the module that transform_config names
@@ -112,9 +112,10 @@ def _forward(original: Callable[..., Any]) -> Callable[..., Tensor]:
             return value
         inverse = self.transforms[part_id].args.inverse
         if not torch.compiler.is_compiling():
-            return getattr(self, ROTATION)[part_id].apply(value, transpose=inverse)
+            rotation = getattr(self, ROTATION)[part_id]
+            return undo(rotation, value) if inverse else rotation.apply(value)
         # The fast transform uses cached buffers, which torch.compile cannot trace.
-        weight = self.weight.partitions[part_id]
+        weight = self.weight.partitions[part_id]  # of a rotation, so that its transpose is its inverse
         weight, order = weight.T if inverse else weight, weight.shape[0]
         blocks = value.unflatten(-1, (-1, order)).to(weight.dtype)
         return (blocks @ weight / math.sqrt(order)).flatten(-2).to(value.dtype)
@@ -173,11 +174,12 @@ def query_key_order(config: Any, name: str, layer: torch.nn.Module) -> int | Non
 
 
 class _QueryKeyRotation:
-    """Forward pre-hook of vLLM's attention: rotates queries and keys head by head, before keys are cached."""
+    """Forward pre-hook of vLLM's attention: queries get the dual of what keys get, before keys are cached."""
 
-    def __init__(self, rotation: Rotation):
+    def __init__(self, rotation: Transform):
         self.rotation = rotation
+        self.queries = dual(rotation)
 
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         query, key, *others = args
-        return (self.rotation.apply(query), self.rotation.apply(key), *others)
+        return (self.queries.apply(query), self.rotation.apply(key), *others)

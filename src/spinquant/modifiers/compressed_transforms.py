@@ -21,14 +21,14 @@ from compressed_tensors.transform import (  # pyright: ignore[reportMissingImpor
 from torch import nn
 
 from spinquant.errors import RotationError
-from spinquant.formats.compressed_config import is_sylvester
+from spinquant.formats.compressed_config import check_rotations, is_sylvester
 from spinquant.formats.compressed_tensors import unnormalised
 from spinquant.formats.native import distinct_rotations
 from spinquant.modifiers.transform_config import TransformConfig as Groups
 from spinquant.modifiers.transform_config import TransformScheme as Scheme
 from spinquant.plan import Plan
 from spinquant.rotations.fuse_module import fuse_module
-from spinquant.rotations.rotation import Rotation, Transform
+from spinquant.rotations.rotation import Transform
 
 
 def check_in_place(model: nn.Module) -> None:
@@ -64,7 +64,11 @@ def install_compressed(
         group_of: The group of each space in the config.
         config: The groups; the precision of a group is that of its online transform.
         precision: Dtype of fusing.
+
+    Raises:
+        RotationError: An online transform is no rotation.
     """
+    check_rotations(plan, rotations)
     with disable_onloading():
         fuse_module(model, plan, rotations, precision=precision)
     saved = TransformConfig(config_groups={})
@@ -114,7 +118,7 @@ def _saved_groups(
 class _Factory(HadamardFactory):
     """Factory of compressed-tensors' transforms with our matrices: modules that share a rotation share a parameter."""
 
-    def __init__(self, name: str, scheme: TransformScheme, rotations: Mapping[nn.Module, Rotation]):
+    def __init__(self, name: str, scheme: TransformScheme, rotations: Mapping[nn.Module, Transform]):
         super().__init__(name, scheme)
         self.rotations = rotations
         self.parameters: dict[tuple[int, Any], nn.Parameter] = {}

@@ -39,7 +39,7 @@ from spinquant.rotations.rotation import (
     is_orthogonal,
     nearest_orthogonal,
 )
-from spinquant.rotations.transforms import apply_to_heads
+from spinquant.rotations.transforms import Composed, apply_to_heads
 
 
 @dataclass
@@ -136,6 +136,7 @@ def round_rotated(x: Tensor, turns: Sequence[Turn], quantizer: Quantizer) -> Ten
     Returns:
         A tensor of x's shape and dtype.
     """
+    turns = [part for turn in turns for part in _parts(turn)]
     skews = [turn.rotation.skew for turn in turns if isinstance(turn.rotation, Moving)]
     return _RoundRotated.apply(x, tuple(turns), quantizer, *skews)  # pyright: ignore[reportReturnType]
 
@@ -200,6 +201,14 @@ def _energies(x: Tensor, group: int) -> Tensor:
     """Squared norm of every group of the last axis, (.., groups, 1)."""
     norm = torch.linalg.vector_norm(x.unflatten(-1, (-1, group)), dim=-1, keepdim=True, dtype=_wide(x))
     return norm.square()
+
+
+def _parts(turn: Turn) -> list[Turn]:
+    """The turn, or one for each transform of a product in which one is being learned."""
+    chain = turn.rotation.chain() if isinstance(turn.rotation, Composed) else ()
+    if not any(isinstance(part, Moving) for part in chain):
+        return [turn]
+    return [replace(turn, rotation=part) for part in chain]
 
 
 def _moving(turns: Sequence[Turn]) -> list[Any]:

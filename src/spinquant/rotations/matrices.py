@@ -258,8 +258,7 @@ class KroneckerMatrix:
 def kept_dual(transform: Any, make: Callable[[], _Made]) -> _Made:
     """The dual of a transform, made once, whose dual is the transform."""
     if not transform._dual:
-        with torch.inference_mode(False):  # or later uses with gradients would fail
-            made: Any = make()
+        made: Any = make()
         made._dual.append(transform)
         transform._dual.append(made)
     return transform._dual[0]
@@ -269,7 +268,7 @@ def _floating(what: str, tensor: Any) -> Tensor:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise RotationError(f"the {what} of a transform is of {found}: expected a tensor of floating-point numbers")
-    with torch.inference_mode(False):
+    with torch.inference_mode(False):  # or later uses with gradients would fail
         wide = tensor.detach().to(torch.float64)
         return wide.clone() if wide.is_inference() else wide
 

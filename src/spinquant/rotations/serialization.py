@@ -80,7 +80,19 @@ def to_save(rotations: Mapping[str, Transform]) -> tuple[dict[str, Any], dict[st
         "rotations": [rotation.describe() for rotation in kinds],
         "spaces": {space: index[id(rotation)] for space, rotation in rotations.items()},
     }
-    return about, {f"{i}.{k}": v.contiguous() for i, kind in enumerate(kinds) for k, v in kind.tensors().items()}
+    tensors = {f"{i}.{k}": v.contiguous() for i, kind in enumerate(kinds) for k, v in kind.tensors().items()}
+    return about, unshared(tensors)
+
+
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, copied where several lie in one memory, which safetensors refuses: transforms may share scales."""
+    seen: set[int] = set()
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return found
 
 
 def saved(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Transform]:

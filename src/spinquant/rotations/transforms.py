@@ -23,18 +23,33 @@ from spinquant.rotations.matrices import (
     description_of,
     kept_dual,
 )
-from spinquant.rotations.rotation import Orthogonal, Transform, dual, heads_of, is_orthogonal, matrix
+from spinquant.rotations.rotation import (
+    Hadamard,
+    Kronecker,
+    Orthogonal,
+    Transform,
+    dual,
+    heads_of,
+    is_orthogonal,
+    matrix,
+)
 
-# A transform may change lengths by ratios up to this. In float32 the error of x T T^-1 is up to 6e-8 times it, and
-# logits have to agree to 1e-3.
-LARGEST_CONDITION = 1e4
+# Largest condition number. Float32 logits of a tiny Llama whose R3 and R4 have this one move by 5e-5 (relative; as much
+# as 1e-3 of single logits), those of ten times as much by 3e-4; a proof in float32 allows 1e-4.
+LARGEST_CONDITION = 1e3
+# Largest ratio of the scales of a diagonal transform. It mixes no numbers, so each keeps its relative error; what is
+# multiplied and divided by them has to stay within the range of float16.
+LARGEST_RATIO = 1e6
 # Order up to which a product with a dense matrix is multiplied out: one product of that order replaces two.
 _DENSE = 1024
 # Order up to which the condition number of a product is computed; it is bounded above that.
 _DECOMPOSED = 2048
+# Classes of immutable values.
+_FIXED = (Diagonal, Hadamard, Kronecker, KroneckerMatrix, Matrix, Orthogonal)
 
 __all__ = [
     "LARGEST_CONDITION",
+    "LARGEST_RATIO",
     "Composed",
     "Diagonal",
     "KroneckerMatrix",
@@ -125,14 +140,16 @@ class Composed:
 def compose(first: Transform, second: Transform) -> Transform:
     """x -> (x first) second, as one value that takes the least time to apply.
 
-    Two diagonals are one diagonal. Where one of them is dense, of the same order and not large, the product is dense.
+    Two diagonals are one diagonal. Where one of them is dense, of the same order and not large, the product is dense,
+    unless it has a transform of another class, which may be one that changes as it is learned.
     """
     if isinstance(first, Diagonal) and isinstance(second, Diagonal) and first.order == second.order:
         one, other = _repeated(first.scale, second.scale, 2)
         return Diagonal(one * other)
     dense = any(isinstance(one, Matrix | Orthogonal) for one in (first, second))
     product = Composed(first, second)
-    if not dense or first.order != second.order or product.order > _DENSE:
+    fixed = all(isinstance(part, _FIXED) for part in product.chain())
+    if not dense or not fixed or first.order != second.order or product.order > _DENSE:
         return product
     if is_orthogonal(first) and is_orthogonal(second):
         return Orthogonal(matrix(product))
@@ -183,11 +200,12 @@ def check_conditioned(space: str, transform: Transform) -> None:
         transform: the transform.
     """
     found = condition(transform)
-    if not found <= LARGEST_CONDITION:
+    most = LARGEST_RATIO if isinstance(transform, Diagonal) else LARGEST_CONDITION
+    if not found <= most:
         raise RotationError(
             f"the transform of {space} has the condition number {found:.3g} (its largest over its smallest singular "
-            f"value), and more than {LARGEST_CONDITION:g} would spoil the model by rounding: damp it (add a part of "
-            "their mean to the moments that it is made of, or to its scales), or use a rotation"
+            f"value), and rounding would spoil the model from {most:g} on: damp it (add a part of their mean to the "
+            "moments that it is made of, or to its scales), or use a rotation"
         )
 
 

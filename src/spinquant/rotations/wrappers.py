@@ -34,6 +34,11 @@ class InPrecision:
         return self if is_orthogonal(self.rotation) else InPrecision(dual(self.rotation), self.dtype)
 
     @property
+    def heads(self) -> int:
+        """The number of heads that have a transform of their own."""
+        return heads_of(self.rotation)
+
+    @property
     def order(self) -> int:
         return self.rotation.order
 
