@@ -39,10 +39,8 @@ def free_spaces(plan: Plan, rotations: Mapping[str, Transform], scheme: Scheme) 
             continue
         if kind in ("scales", "norms") and scheme.activations is None:
             continue
-        beside = (
-            space.name.removesuffix(CHANNELS) if kind == "scales" else "residual" if kind == "norms" else space.name
-        )
-        if beside in rotations:
+        # A norm's scales are in the coordinates that R1 gives its output, or in those of the model without R1.
+        if kind == "norms" or space.name.removesuffix(CHANNELS) in rotations:
             found[kind].append(space.name)
     return {kind: spaces for kind, spaces in found.items() if spaces}
 
