@@ -40,7 +40,7 @@ RANDOM, EXACT = "random", "16-bit"
 class Row:
     """A set of transforms.
 
-    method: of `spinquant learn`; None for a model that is not rotated. scales: channel scales before R4; None for the
+    method: of `spinquant learn`; None for the first random Hadamard of the seed, without learning. scales: channel scales before R4; None for the
     default of the method. start: the row whose result learning starts from. rotations: those of them that the model's
     architecture allows are used.
     """
@@ -52,7 +52,8 @@ class Row:
 
 
 ROWS = {
-    "none": Row(None),
+    "none": Row(None, rotations=""),
+    "hadamard": Row(None),
     RANDOM: Row("random", scales=False),
     "hidden-scales": Row("random", scales=True),
     "local-no-scales": Row("local", scales=False),
@@ -76,8 +77,7 @@ def learn(job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     row, seed, scheme = ROWS[job["row"]], job["seed"], spinquant.parse_scheme(job["scheme"])
     rotations = possible(job["folder"], row.rotations)
     baselines = settings["baselines"] if job["best"] is None else 1
-    # Other random rotations in every seed: 100 is more than its baselines.
-    spec = spinquant.RotationSpec(rotations, seed=100 * seed + (job["best"] or 0))  # pyright: ignore[reportArgumentType]
+    spec = spinquant.RotationSpec(rotations, seed=first_seed(seed) + (job["best"] or 0))
     weights = scheme.activations is None and scheme.kv is None  # else nothing is rounded that could be compared
     options = spinquant.LearnOptions(
         row.method,  # pyright: ignore[reportArgumentType]
@@ -110,14 +110,19 @@ def learn(job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     return {**about, "rotations": rotations, "total_seconds": time.perf_counter() - begun, "peak_bytes": peak}
 
 
-def possible(folder: str, rotations: str) -> str:
+def first_seed(seed: int) -> int:
+    """Seed of the first random Hadamard: every seed of the benchmark has its own, up to 100 of them."""
+    return 100 * seed
+
+
+def possible(folder: str, rotations: str) -> tuple[str, ...]:
     """Those of these rotations that the model's architecture allows."""
     from spinquant.architectures import make_plan
     from spinquant.checkpoint.folder import load_config, read_headers
 
     plan = make_plan(load_config(folder), {name: info.shape for name, info in read_headers(folder).items()})
     refused = dict(plan.refused)
-    return ",".join(name for name in rotations.split(",") if name not in refused and plan.spaces_of(name))
+    return tuple(name for name in rotations.split(",") if name not in refused and plan.spaces_of(name))
 
 
 def use(job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -135,12 +140,17 @@ def use(job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
         scheme = spinquant.parse_scheme(job["scheme"])
         clips = scheme.activations is not None or scheme.kv is not None
         calibrated = clips or job["weights"] != "rtn"
-        learned = spinquant.read_learned(job["place"]) if ROWS[job["row"]].method is not None else None
+        if ROWS[job["row"]].method is None:
+            names = possible(job["folder"], ROWS[job["row"]].rotations)
+            spec, rotations = spinquant.RotationSpec(names, seed=first_seed(job["seed"])), None
+        else:
+            learned = spinquant.read_learned(job["place"])
+            spec, rotations = learned.spec, learned.rotations
         spinquant.quantize(
             model,
             scheme,
-            learned and learned.spec,
-            rotations=learned and learned.rotations,
+            spec,
+            rotations=rotations,
             method=job["weights"],
             tokens=windows("manual", settings["calibration"]) if calibrated else None,
             calibration=spinquant.Calibration(clips=clips) if calibrated else None,
