@@ -28,8 +28,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,18 @@ RANDOM, EXACT = "random", "16-bit"
 class Row:
     """A set of transforms.
 
-    method: of `spinquant learn`; None for the first random Hadamard of the seed, without learning. scales: channel scales before R4; None for the
-    default of the method. start: the row whose result learning starts from. rotations: those of them that the model's
-    architecture allows are used.
+    method: of `spinquant learn`; None for the first random Hadamard of the seed, without learning. scales: channel
+    scales before R4; None for the default of the method. start: the row whose result learning starts from. rotations:
+    those of them that the model's architecture allows are used. local, end_to_end: options of `LocalOptions` and
+    `EndToEndOptions` that are not the defaults.
     """
 
     method: str | None
     scales: bool | None = None
     start: str | None = None
     rotations: str = "R1,R2,R3,R4"
+    local: Mapping[str, Any] = field(default_factory=dict)
+    end_to_end: Mapping[str, Any] = field(default_factory=dict)
 
 
 ROWS = {
@@ -61,10 +64,11 @@ ROWS = {
     "local-R1-R2": Row("local", rotations="R1,R2"),
     "end-to-end-no-scales": Row("end-to-end", scales=False),
     "end-to-end": Row("end-to-end"),
-    "local+end-to-end": Row("end-to-end", start="local"),
+    "end-to-end-40": Row("end-to-end", end_to_end={"steps": 40}),
+    "local+end-to-end": Row("end-to-end", start="local", end_to_end={"steps": 20}),
 }
 # What figures depend on besides their keys: a rerun into the same folder with other settings is refused.
-SETTINGS = ("samples", "baselines", "held_out", "steps", "batch", "dtype", "calibration", "windows", "length")
+SETTINGS = ("samples", "baselines", "held_out", "dtype", "calibration", "windows", "length")
 
 
 def learn(job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -73,18 +77,21 @@ def learn(job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     from spinquant.calibration.data import CalibrationText
     from spinquant.entrypoints.learn import LearnText
     from spinquant.learning.end_to_end import EndToEndOptions
+    from spinquant.learning.layerwise import LocalOptions
 
     row, seed, scheme = ROWS[job["row"]], job["seed"], spinquant.parse_scheme(job["scheme"])
     rotations = possible(job["folder"], row.rotations)
     baselines = settings["baselines"] if job["best"] is None else 1
     spec = spinquant.RotationSpec(rotations, seed=first_seed(seed) + (job["best"] or 0))
-    weights = scheme.activations is None and scheme.kv is None  # else nothing is rounded that could be compared
+    # With weights alone, learning compares nothing unless it rounds them.
+    weights = {"weights": True} if scheme.activations is None and scheme.kv is None else {}
     options = spinquant.LearnOptions(
         row.method,  # pyright: ignore[reportArgumentType]
         baselines=baselines,
         scales=row.scales,
         seed=seed,
-        end_to_end=EndToEndOptions(steps=settings["steps"], batch=settings["batch"], weights=weights),
+        local=LocalOptions(**row.local),
+        end_to_end=EndToEndOptions(**{**weights, **row.end_to_end}),
     )
     text = LearnText(
         CalibrationText("manual", settings["samples"], settings["length"], seed), windows=settings["held_out"]
@@ -236,16 +243,16 @@ def table(figures: dict[str, Any], scheme: str, weights: str, rows: Sequence[str
     lines.append("|---" * (len(heads) + 3) + "|")
     exact = [cell for text in texts for cell in (f"{figures[EXACT]['perplexity'][text]:.2f}", "100%")]
     for row in rows:
-        seeds = [
-            int(k.split("/")[1]) for k in figures if k.startswith(f"{row}/") and k.endswith(f"/{scheme}/{weights}")
-        ]
+        known = sorted({int(key.split("/")[1]) for key in figures if key.startswith(f"{row}/")})
+        names = {seed: f"{row}/{seed}/{scheme}/{weights}" for seed in known}
+        seeds = [s for s, name in names.items() if set(texts) <= set(figures.get(name, {}).get("perplexity", {}))]
         if not seeds:
-            refused = any("refused" in figures.get(f"{row}/{s}/{scheme}/learn", {}) for s in range(100))
+            refused = any("refused" in figures.get(f"{row}/{seed}/{scheme}/learn", {}) for seed in known)
             lines.append(f"| {row} | {'refused' if refused else 'not measured'}" + " | " * (len(heads) + 1) + "|")
             continue
         cells = []
         for text in texts:
-            values = [figures[f"{row}/{seed}/{scheme}/{weights}"]["perplexity"][text] for seed in seeds]
+            values = [figures[names[seed]]["perplexity"][text] for seed in seeds]
             shares = [s for seed in seeds if (s := share(figures, row, seed, scheme, weights, text)) is not None]
             cells += [spread(values, ".2f"), spread(shares, ".0%")]
         seconds = [s for seed in seeds if (s := figures.get(f"{row}/{seed}/{scheme}/learn", {}).get("total_seconds"))]
@@ -272,8 +279,6 @@ def main() -> None:
     parser.add_argument("--baselines", type=int, default=5, help="random Hadamards of a seed")
     parser.add_argument("--samples", type=int, default=64, help="samples that are learned from")
     parser.add_argument("--held-out", type=int, default=8, help="windows that candidates are scored on while learning")
-    parser.add_argument("--steps", type=int, default=100, help="steps of end-to-end learning")
-    parser.add_argument("--batch", type=int, default=4, help="samples per end-to-end step")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="dtype while learning")
     parser.add_argument("--calibration", type=int, default=32, help="samples of GPTQ, GPTAQ and the search for clips")
     parser.add_argument("--windows", type=int, default=16, help="windows of each text that is evaluated on")
