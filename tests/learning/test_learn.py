@@ -30,8 +30,8 @@ from spinquant.learning.end_to_end import (
     FROM_RANDOM,
     LOSSES,
     EndToEndOptions,
-    rows_of,
     learn_end_to_end,
+    rows_of,
 )
 from spinquant.learning.fake_quant import fuse_gains, learning_scheme, rounding
 from spinquant.learning.layerwise import LocalOptions, learn_locally, rounding_errors

@@ -335,7 +335,9 @@ def _in_memory(job: Job, run: RunDirectory) -> Result:
             given["store"] = block_store(run, tokens, computed.dtype)
             given |= {"calibration": replace(job.calibration, dtype=computed.dtype)}
             notes["arithmetic"] = {"calibration": computed.to_dict()}
-        result = quantize(loaded, job.scheme, job.spec, method=request.method, format=job.format, tune=request.tune, **given)
+        result = quantize(
+            loaded, job.scheme, job.spec, method=request.method, format=job.format, tune=request.tune, **given
+        )
         result = replace(result, calibration=job.calibration)
     learned = {"learned": request.learned.note()} if request.learned else {}
     result = replace(result, notes={**result.notes, **notes, **learned})

@@ -213,8 +213,9 @@ def _check_way(request: Request, scheme: Scheme | None, format: str, plan: Plan 
     """Refuse what is not possible for a model that is loaded as a whole."""
     if streamed:
         return
-    why, otherwise = "pickled weights, or a calibration whose blocks cannot be filled from the checkpoint one by one", (
-        "convert the weights to safetensors first"
+    why, otherwise = (
+        "pickled weights, or a calibration whose blocks cannot be filled from the checkpoint one by one",
+        ("convert the weights to safetensors first"),
     )
     if request.tune is not None:
         why, otherwise = "tuning needs the model in memory", "leave --tune out"
@@ -319,8 +320,8 @@ def check_tuned_in_memory(numbers: int, dtype: torch.dtype, device: str) -> None
     if needed > there:
         raise LearningError(
             f"tuning needs the model in memory: its weights in {named(dtype)} and what is computed with them take "
-            f"{needed / 1e9:.1f} GB or more, and {there / 1e9:.1f} GB are available. Leave --tune out, and the model is "
-            "streamed"
+            f"{needed / 1e9:.1f} GB or more, and {there / 1e9:.1f} GB are available. Leave --tune out, and the "
+            "model is streamed"
         )
 
 

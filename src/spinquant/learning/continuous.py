@@ -1,15 +1,15 @@
 """What of a quantized model is continuous and costs nothing to change: scales, norms, biases and clip ratios.
 
-The codes of weights stay. A weight is W = (code - zero) * scale, so with scale = s exp(theta) the loss has the
-derivative sum of dL/dW * W over the numbers of a scale. A norm's weight or a bias is moved by theta times its root mean
-square, a clip ratio is c exp(theta), at most 1. All theta are zero at first, and zero gives the numbers of the start bit
-for bit.
+The codes of weights stay. A weight is W = (code - zero) * scale, so with scale = s exp(theta) the derivative of the
+loss is the sum of dL/dW * W over the numbers of a scale. A norm's weight or a bias is moved by theta times its root
+mean square, a clip ratio is c exp(theta), at most 1. All theta are zero at first, which gives the numbers of the start,
+bit for bit.
 """
 
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,29 +24,6 @@ from spinquant.quantization.targets import Weight, weights_of
 
 Kind = Literal["scales", "norms", "biases", "clips"]
 KINDS = get_args(Kind)
-
-
-class Movable(Protocol):
-    """A part of the model that `theta` moves.
-
-    Attributes:
-        name: Of the tensor or quantizer.
-        kind: Scales of a weight, a norm, a bias, or a clip ratio.
-        theta: Float32 or float64, zero at first.
-    """
-
-    name: str
-    kind: Kind
-    theta: Tensor
-
-    def write(self) -> None:
-        """Change the model to the current theta."""
-        ...
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Within the block, backward passes of the model add to the gradient of theta."""
-        ...
 
 
 class Scales:
@@ -97,12 +74,12 @@ class Vector:
         self._parameter = named_tensor(model, name)
         self._start = self._parameter.detach().clone()
         self.theta = torch.zeros_like(self._start, dtype=_wide(self._start))
-        self._unit = float((self._start.to(self.theta.dtype) + offset).square().mean().sqrt())
+        self.unit = float((self._start.to(self.theta.dtype) + offset).square().mean().sqrt())
 
     @torch.no_grad()
     def write(self) -> None:
         """Write the moved vector."""
-        self._parameter.copy_(self._start.to(self.theta.dtype) + self._unit * self.theta)
+        self._parameter.copy_(self._start.to(self.theta.dtype) + self.unit * self.theta)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -118,7 +95,7 @@ class Vector:
     @torch.no_grad()
     def _reduce(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        _add(self.theta, parameter.grad.to(self.theta.dtype) * self._unit)
+        _add(self.theta, parameter.grad.to(self.theta.dtype) * self.unit)
         parameter.grad = None
 
 
@@ -173,6 +150,9 @@ class Ratio:
         ratio.grad = None
 
 
+Movable = Scales | Vector | Ratio  # by `name` and `kind`; theta is float32 or float64, and zero at first
+
+
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -200,23 +180,19 @@ def movables(
     if scheme.weights is not None and scheme.weights.kind in ("int", "fp8"):
         found += [Scales(model, weight, scheme.weights) for weight in weights_of(plan, scheme)]
     offsets = {gain.norm: gain.offset for gain in plan.gains}
-    found += [Vector(model, name, "norms", offsets.get(name, 0.0)) for name in norm_vectors(model)]
+    vectors = [Vector(model, name, "norms", offsets.get(name, 0.0)) for name in norm_vectors(model)]
     biases = dict.fromkeys(f"{name}.bias" for group in (*plan.linears, plan.heads) for name in group)
     parameters = dict(model.named_parameters())
-    found += [Vector(model, name, "biases") for name in biases if name in parameters]
+    vectors += [Vector(model, name, "biases") for name in biases if name in parameters]
+    found += [vector for vector in vectors if vector.unit > 0]
     for name, site in attachment.inputs.items():
-        if _is_dynamic(site.quantizer):
+        if site.quantizer is not None and site.quantizer.kind == "int":
             found.append(Ratio(name, "inputs", site, site.quantizer, model))
     for name, site in attachment.keys_values.items():
         for part, quantizer in (("keys", site.keys), ("values", site.values)):
-            if _is_dynamic(quantizer):
+            if quantizer is not None and quantizer.kind == "int":
                 found.append(Ratio(name, part, site, quantizer, model))
-    moving = [one for one in found if one.kind in kinds]
-    return [one for one in moving if not isinstance(one, Vector) or one._unit > 0]
-
-
-def _is_dynamic(quantizer: Quantizer | None) -> Any:
-    return quantizer is not None and quantizer.kind == "int"
+    return [one for one in found if one.kind in kinds]
 
 
 def norm_vectors(model: nn.Module) -> list[str]:

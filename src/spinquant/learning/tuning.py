@@ -37,7 +37,7 @@ from spinquant.rotations.rotation import Rotation
 
 STATE = "tuning"  # name of the saved state (`Pieces`)
 # Step lengths by kind, relative to the option `lr`; measured, see docs/experiments/learning.md.
-RATES: dict[Kind, float] = {"scales": 1.0, "norms": 1.0, "biases": 1.0, "clips": 1.0}
+RATES: dict[str, float] = {"scales": 1.0, "norms": 1.0, "biases": 1.0, "clips": 1.0}
 BETAS = (0.9, 0.99)
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # state of Adam
 WARM_UP = 5  # first steps, whose length grows to the full one
@@ -240,7 +240,9 @@ def _descend(
             stack.enter_context(one.listening())
         for number in range(len(history), options.steps):
             adam.zero_grad()
-            history.append(_backward(model, trained, rows_of(number, len(trained.windows), options.batch, options.seed)))
+            history.append(
+                _backward(model, trained, rows_of(number, len(trained.windows), options.batch, options.seed))
+            )
             length = cosine(number, options.steps) * min(1, (number + 1) / WARM_UP)
             for group in adam.param_groups:
                 group["lr"] = group["rate"] * length
