@@ -26,7 +26,7 @@ from spinquant.calibration.block_store import BlockStore
 from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.evaluation.equivalence import Float64Arithmetic
 from spinquant.learning.continuous import Scales, movables
-from spinquant.learning.tuning import _kl, predictions, split_held_out
+from spinquant.learning.tuning import _kl, _mean_kl, predictions, split_held_out
 from spinquant.quantization.integer import quantize_on_grid
 from spinquant.quantization.rtn import round_weights
 from spinquant.quantization.targets import weights_of
@@ -142,6 +142,8 @@ def test_the_folder_computes_what_was_tuned(tmp_path, scheme, format, dtype):
     record = result.record()["tuning"]
     assert record["kept"] and record["kl"]["after"] < record["kl"]["before"]
     assert ("clips" in record["numbers"]) == (format == "native" and "A16" not in scheme)
+    held_out = predictions(tiny_model("llama", dtype=dtype, layers=1), repeated()[-2:], given["tune"])
+    assert _mean_kl(model, held_out) == record["kl"]["after"]  # what was judged is what is returned
     expected = logits(model, ids)
     save(result, tmp_path / "out", format=format)
     assert torch.equal(logits(load(tmp_path / "out"), ids), expected)

@@ -119,7 +119,7 @@ def quantize(
         float | None,
         opt.option(opt.ADVANCED, "Tuning: largest relative change of a number in one step; 0.002 by default."),
     ] = None,
-    tune_batch: Annotated[int | None, opt.option(opt.ADVANCED, "Tuning: samples per step; 4 by default.")] = None,
+    tune_batch: Annotated[int | None, opt.option(opt.ADVANCED, "Tuning: samples per step; 1 by default.")] = None,
     checkpointing: Annotated[
         bool,
         opt.option(

@@ -36,8 +36,6 @@ from spinquant.quantization.scheme import Clips, Scheme
 from spinquant.rotations.rotation import Rotation
 
 STATE = "tuning"  # name of the saved state (`Pieces`)
-# Step lengths by kind, relative to the option `lr`; measured, see docs/experiments/learning.md.
-RATES: dict[str, float] = {"scales": 1.0, "norms": 1.0, "biases": 1.0, "clips": 1.0}
 BETAS = (0.9, 0.99)
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # state of Adam
 WARM_UP = 5  # first steps, whose length grows to the full one
@@ -49,7 +47,7 @@ class TuneOptions:
 
     Attributes:
         steps: Number of steps. Default: 100.
-        batch: Samples of a step. They are computed one by one. Default: 4.
+        batch: Samples of a step. They are computed one by one. Default: 1.
         lr: Largest relative change of a number in one step. Default: 0.002.
         windows: Held-out windows: the last ones of the calibration tokens, which are then not calibrated on, nor is the
             one before them. Default: 8.
@@ -63,12 +61,12 @@ class TuneOptions:
 
     Example:
         >>> import spinquant
-        >>> spinquant.TuneOptions(steps=50).batch
-        4
+        >>> spinquant.TuneOptions(steps=50).windows
+        8
     """
 
     steps: int = 100
-    batch: int = 4
+    batch: int = 1
     lr: float = 0.002
     windows: int = 8
     top_tokens: int = 256
@@ -227,9 +225,7 @@ def _descend(
     progress: Callable[[int, int], None] | None,
 ) -> list[float]:
     """Make all steps, or those that an interrupted run has not made; the loss of each."""
-    adam = torch.optim.Adam(
-        [{"params": [one.theta], "rate": options.lr * RATES[one.kind]} for one in found], lr=0.0, betas=BETAS
-    )
+    adam = torch.optim.Adam([one.theta for one in found], lr=options.lr, betas=BETAS)
     names = [f"{one.kind}/{one.name}" for one in found]
     history = _restore(names, found, adam, options, pieces)
     for one in found:
@@ -244,8 +240,7 @@ def _descend(
                 _backward(model, trained, rows_of(number, len(trained.windows), options.batch, options.seed))
             )
             length = cosine(number, options.steps) * min(1, (number + 1) / WARM_UP)
-            for group in adam.param_groups:
-                group["lr"] = group["rate"] * length
+            adam.param_groups[0]["lr"] = options.lr * length
             adam.step()
             for one in found:
                 one.write()
