@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test holds it against
     from spinquant.learning.layerwise import LocalOptions
     from spinquant.learning.learn import learn
     from spinquant.learning.options import LearnOptions
+    from spinquant.learning.tuning import TuneOptions
     from spinquant.modifiers.mappings import NormMapping, SpinQuantMapping
     from spinquant.modifiers.modifier import SpinQuantModifier
     from spinquant.online.hooks import Attachment, attach
@@ -108,6 +109,7 @@ __all__ = [
     "SpinquantError",
     "TextError",
     "Transform",
+    "TuneOptions",
     "__version__",
     "attach",
     "calibration_tokens",
@@ -189,6 +191,7 @@ _MODULES = {
     "SpinquantError": "errors",
     "TextError": "errors",
     "Transform": "rotations.rotation",
+    "TuneOptions": "learning.tuning",
     "attach": "online.hooks",
     "calibration_tokens": "calibration.data",
     "compare_models": "evaluation.metrics",

@@ -30,8 +30,8 @@ from spinquant.learning.end_to_end import (
     FROM_RANDOM,
     LOSSES,
     EndToEndOptions,
-    _rows_of,
     learn_end_to_end,
+    rows_of,
 )
 from spinquant.learning.fake_quant import fuse_gains, learning_scheme, rounding
 from spinquant.learning.layerwise import LocalOptions, learn_locally, rounding_errors
@@ -558,7 +558,7 @@ def test_equal_seeds_give_equal_rotations_and_other_seeds_do_not():
 
 
 def test_every_epoch_is_a_permutation_of_all_samples():
-    rows = torch.cat([_rows_of(step, 10, 4, seed=3) for step in range(10)])
+    rows = torch.cat([rows_of(step, 10, 4, seed=3) for step in range(10)])
     for epoch in rows.view(4, 10):
         assert sorted(epoch.tolist()) == list(range(10))
     assert not torch.equal(rows[:10], rows[10:20])

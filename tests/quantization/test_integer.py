@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from spinquant.quantization.integer import (
     _rounded_to,
     dequantize,
     fake_quantize,
+    grid,
     pack,
     quantize,
     quantize_on_grid,
@@ -207,3 +210,27 @@ def test_scales_are_rounded_in_arithmetic_as_by_a_cast(stored):
     bits = torch.randint(2**31 - 1, (100_000,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     numbers = torch.cat([every, (every + every.roll(1)) / 2, bits.view(torch.float32)])
     assert torch.equal(*(torch.nan_to_num(x, -1.0) for x in (_rounded_to(numbers, stored), numbers.to(stored).float())))
+
+
+@pytest.mark.parametrize("quantizer", [Quantizer(4), Quantizer(3, symmetric=True), Quantizer(4, group_size=8)])
+def test_a_clip_ratio_as_a_tensor_rounds_as_a_number_and_gets_the_gradient_of_its_scale(quantizer):
+    """Against autograd through the formula, with the scale proportional to the ratio and rounding passed through."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 16, generator=generator, dtype=torch.float64).requires_grad_(True)
+    weights = torch.randn(5, 16, generator=generator, dtype=torch.float64)
+    ratio = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    found = fake_quantize(x, quantizer, ratio)
+    assert torch.equal(found, fake_quantize(x, replace(quantizer, clip=0.7)))
+    (found * weights).sum().backward()
+    assert torch.equal(x.grad, weights)
+
+    rows, again = x.detach().view(-1, quantizer.group_size or 16), ratio.detach().clone().requires_grad_(True)
+    scale, zero = grid(rows, quantizer, rows.dtype, clip=0.7)
+    moving = scale * again / 0.7
+    code = torch.round(rows / scale) + zero
+    inside = (code >= 0) & (code <= quantizer.top)
+    passed = code + (rows / moving - rows / scale)  # rounded, with the derivative of what is rounded
+    codes = torch.where(inside, passed, code.clamp(0, quantizer.top))
+    (((codes - zero) * moving).view(5, 16) * weights).sum().backward()
+    assert ratio.grad == pytest.approx(float(again.grad))
+    assert inside.any() and not inside.all()

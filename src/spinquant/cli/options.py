@@ -21,6 +21,7 @@ from spinquant.quantization.scheme import Clip, Scheme
 if TYPE_CHECKING:
     import torch
 
+    from spinquant.learning.tuning import TuneOptions
     from spinquant.rotations.factory import RotationSpec
     from spinquant.rotations.learned import LearnedRotations
 
@@ -342,3 +343,21 @@ def parse_size(text: str | None) -> int | None:
     if match is None or unit not in _UNITS or float(match.group(1)) <= 0:
         raise SchemeError(f"cannot read size {text!r}: expected a number with KB, MB, GB, KiB, MiB or GiB, such as 5GB")
     return int(float(match.group(1)) * _UNITS[unit])
+
+
+def tune_options(
+    steps: int | None, *, lr: float | None, batch: int | None, checkpointing: bool, seed: int
+) -> "TuneOptions | None":
+    """The options of tuning; None without --tune. Raises LearningError for the others without it."""
+    from spinquant.learning.tuning import TuneOptions
+
+    given: dict[str, Any] = {"lr": lr, "batch": batch, "checkpointing": checkpointing or None}
+    given = {name: value for name, value in given.items() if value is not None}
+    if steps is not None:
+        return TuneOptions(steps, seed=seed, **given)
+    if given:
+        names = {"lr": "--tune-lr", "batch": "--tune-batch", "checkpointing": "--checkpointing"}
+        raise LearningError(
+            f"{names[next(iter(given))]} is an option of tuning: give --tune STEPS too, or leave it out"
+        )
+    return None

@@ -12,6 +12,7 @@ EXAMPLES = (
     "spinquant quantize ./llama ./llama-w4a4 --scheme W4A4KV4",
     "spinquant quantize ./llama ./llama-w4 --scheme W4g128A16 --rotations R1,R2 --method gptq --device cuda",
     "spinquant quantize ./llama ./llama-w4a8 --scheme W4A8KV8 --method gptq --clips --calibration ./text.txt",
+    "spinquant quantize ./llama ./llama-w4a4 --scheme W4A4KV4 --method gptaq --clips --tune 100",
     "spinquant quantize ./llama ./llama-w8a8 --scheme W8A8 --rotations R1,R2 --runtime vllm",
 )
 
@@ -57,6 +58,15 @@ def quantize(
             "Learn rotations first, on the calibration text, by this method: auto, local, end-to-end or "
             "local+end-to-end.",
             "--learn",
+        ),
+    ] = None,
+    tune: Annotated[
+        int | None,
+        opt.option(
+            opt.LEARNING,
+            "Tune the quantized model towards the 16-bit one for so many steps on the calibration text: scales of "
+            "weights, norms, biases and clip ratios. Kept only if it lowers KL on held-out windows. The model is then "
+            "loaded as a whole.",
         ),
     ] = None,
     format: Annotated[
@@ -105,6 +115,19 @@ def quantize(
     exact_inputs: Annotated[
         bool, opt.option(opt.ADVANCED, "Calibrate on unquantized activations and KV cache.", "--exact-inputs")
     ] = False,
+    tune_lr: Annotated[
+        float | None,
+        opt.option(opt.ADVANCED, "Tuning: largest relative change of a number in one step; 0.002 by default."),
+    ] = None,
+    tune_batch: Annotated[int | None, opt.option(opt.ADVANCED, "Tuning: samples per step; 1 by default.")] = None,
+    checkpointing: Annotated[
+        bool,
+        opt.option(
+            opt.ADVANCED,
+            "Tuning: gradient checkpointing of decoder blocks: less memory, a third more time.",
+            "--checkpointing",
+        ),
+    ] = False,
     type: opt.Type = "auto",
     block_size: opt.BlockSize = None,
     randomize: opt.Randomize = False,
@@ -123,8 +146,9 @@ def quantize(
 ) -> None:
     """Rotate and quantize a model into a folder that `spinquant.load`, or transformers after `import spinquant`, loads.
 
-    With `--format compressed-tensors`, vLLM serves the folder. The model is never loaded as a whole: weights are
-    streamed, and calibration works decoder block by decoder block. If the command is stopped, rerun it to resume.
+    With `--format compressed-tensors`, vLLM serves the folder. The model is never loaded as a whole, except to tune it:
+    weights are streamed, and calibration works decoder block by decoder block. If the command is stopped, rerun it to
+    resume.
     """
     from spinquant.calibration.blockwise import Calibration
     from spinquant.calibration.data import CalibrationText
@@ -165,9 +189,11 @@ def quantize(
     about = {"text": calibration, "samples": samples, "length": sample_length}
     chosen: dict[str, Any] = {name: value for name, value in about.items() if value is not None}
     source = CalibrationText(**chosen, seed=seed)
-    given = bool(chosen) and (calibrated or not learn_first)
+    reads = calibrated or tune is not None
+    given = bool(chosen) and (reads or not learn_first)
+    tuning = opt.tune_options(tune, lr=tune_lr, batch=tune_batch, checkpointing=checkpointing, seed=seed)
     # Learned rotations: from a folder, or learned first.
-    taken = opt.taken_from(learned, model, context, scheme=parsed, drawing=calibrated) if learned else None
+    taken = opt.taken_from(learned, model, context, scheme=parsed, drawing=reads) if learned else None
     learning = LearnOptions(method=learn_first, seed=seed) if learn_first else None  # pyright: ignore[reportArgumentType] - checked by it
 
     with stages(quiet=quiet, out=out) as progress:
@@ -179,10 +205,11 @@ def quantize(
             learned=taken,
             learn=learning,
             learn_text=LearnText(source),
+            tune=tuning,
             watch=Watch(progress, step_report(progress)),
             method=method,  # pyright: ignore[reportArgumentType] - checked by the function
             calibration=how,
-            calibration_text=source if given or (taken and calibrated) else None,
+            calibration_text=source if given or (taken and reads) else None,
             dtype=opt.parse_dtype(dtype),
             text=text if compare else None,
             device=device,

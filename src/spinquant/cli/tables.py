@@ -177,6 +177,12 @@ def result_table(result: "Result", out: str) -> Table:
         table.add_row("this model, real tokens", f"{moved}, before quantization" if result.scheme else moved)
     elif "real_tokens" in result.notes:
         table.add_row("this model, real tokens", escape(result.notes["real_tokens"]))
+    if tuned := result.notes.get("tuning"):
+        table.add_row(
+            f"tuned, {tuned['options']['steps']} steps",
+            f"KL {tuned['kl']['before']:#.4g} before, {tuned['kl']['after']:#.4g} after, on held-out windows"
+            + ("" if tuned["kept"] else ": not kept"),
+        )
     for what, computed in result.notes.get("arithmetic", {}).items():
         table.add_row(f"arithmetic of {what}", escape(f"{computed['dtype']} ({computed['reason']})"))
     for name, done in result.notes.get("adapters", {}).items():

@@ -22,11 +22,13 @@ from spinquant.entrypoints.request import LearnText, Request
 from spinquant.entrypoints.result import Options, Result
 from spinquant.entrypoints.stream import stream_folder
 from spinquant.entrypoints.stream_run import block_store, sample_tokens
+from spinquant.entrypoints.tuning import with_held_out
 from spinquant.entrypoints.validation import Job, settle_format, validate
 from spinquant.errors import CheckpointError, RotationError
 from spinquant.formats.compressed_config import scheme_for
 from spinquant.formats.load import load_model
 from spinquant.learning.options import LearnOptions, Watch
+from spinquant.learning.tuning import TuneOptions, split_held_out
 from spinquant.plan import MERGEABLE
 from spinquant.quantization.scheme import Scheme, parse_scheme
 from spinquant.rotations.factory import RotationSpec
@@ -157,6 +159,7 @@ def quantize_folder(
     family: FamilyLike | None = None,
     learn: LearnOptions | None = None,
     learn_text: LearnText | None = None,
+    tune: TuneOptions | None = None,
     watch: Watch | None = None,
     command: str | None = None,
 ) -> Result:
@@ -195,6 +198,8 @@ def quantize_folder(
         family: A family file that describes the architecture, for models without a built-in table; see `use_family`.
         learn: Learn rotations first, with these options. Default: no learning.
         learn_text: Text to learn from and to score candidates on. Default: `LearnText()`.
+        tune: Tune scales, norms, biases and clip ratios of the quantized model towards the 16-bit one, on the
+            calibration text. The model is then loaded as a whole. Default: no tuning.
         watch: Progress callbacks of learning.
         command: The command line that is named in the model card. Default: none.
 
@@ -208,7 +213,7 @@ def quantize_folder(
         ArchitectureError: The architecture is unknown.
         CheckpointError: The source cannot be read, is quantized already or contains values that are not finite, or
             `out` exists.
-        LearningError: Rotations cannot be learned with these options.
+        LearningError: Rotations cannot be learned with these options, or the model cannot be tuned with them.
         ProofError: Rotating moved the logits by more than rounding.
 
     Example:
@@ -242,6 +247,7 @@ def quantize_folder(
             learned=learned,
             learn=learn,
             learn_text=learn_text or LearnText(),
+            tune=tune,
             dtype=dtype,
             device=device,
             text=text,
@@ -313,16 +319,25 @@ def _in_memory(job: Job, run: RunDirectory) -> Result:
     else:
         if request.dtype is not None:
             _cast(loaded, request.dtype)
-        if job.calibration is not None:
+        tokens = None
+        if job.calibration is not None or request.tune is not None:
             progress = request.options.stage("generate text")
-            name, tokens = calibration_tokens(loaded, tokenizer, job.text, progress=progress)
-            notes["calibration_text"] = {"text": name, "samples": tokens.shape[0], "length": tokens.shape[1]}
+            name, tokens = calibration_tokens(
+                loaded, tokenizer, with_held_out(job.text, request.tune), progress=progress
+            )
+            samples = len(split_held_out(tokens, request.tune)[0])
+            notes["calibration_text"] = {"text": name, "samples": samples, "length": tokens.shape[1]}
+            given["tokens"] = tokens
+            given["store"] = block_store(run, tokens, loaded.dtype)
+        if job.calibration is not None and tokens is not None:
             asked = replace(job.calibration, dtype=job.calibration.dtype or request.dtype)
             computed = calibration_arithmetic(loaded, plan_of(loaded), asked)
-            given |= {"tokens": tokens, "store": block_store(run, tokens, computed.dtype)}
+            given["store"] = block_store(run, tokens, computed.dtype)
             given |= {"calibration": replace(job.calibration, dtype=computed.dtype)}
             notes["arithmetic"] = {"calibration": computed.to_dict()}
-        result = quantize(loaded, job.scheme, job.spec, method=request.method, **given)
+        result = quantize(
+            loaded, job.scheme, job.spec, method=request.method, format=job.format, tune=request.tune, **given
+        )
         result = replace(result, calibration=job.calibration)
     learned = {"learned": request.learned.note()} if request.learned else {}
     result = replace(result, notes={**result.notes, **notes, **learned})

@@ -18,15 +18,17 @@ from spinquant.checkpoint.run_directory import atomic_folder
 from spinquant.compute.dtypes import Arithmetic, arithmetic
 from spinquant.entrypoints.output_folder import write_record
 from spinquant.entrypoints.result import Options, Result
-from spinquant.entrypoints.validation import check_calibration, check_format
+from spinquant.entrypoints.tuning import before_tuning
+from spinquant.entrypoints.validation import check_calibration, check_format, check_tune
 from spinquant.errors import CalibrationError, CheckpointError, TextError
 from spinquant.evaluation.equivalence import check, compare, prove, snapshot
 from spinquant.evaluation.scheme_proof import prove_scheme
 from spinquant.formats.compressed_config import check_plan, scheme_for
 from spinquant.formats.compressed_tensors import write_compressed
 from spinquant.formats.native import check_fresh, is_marked, mark, unmark
+from spinquant.learning.tuning import TuneOptions
 from spinquant.models.context import check_context
-from spinquant.models.modules import check_changeable, config_of, in_eval_mode, largest, tensor_shapes
+from spinquant.models.modules import check_causal, check_changeable, config_of, in_eval_mode, largest, tensor_shapes
 from spinquant.models.tokens import check_model, check_tokens
 from spinquant.online.hooks import attach
 from spinquant.plan import Plan
@@ -142,6 +144,7 @@ def quantize(
     tokens: Tensor | None = None,
     calibration: Calibration | None = None,
     sample: Tensor | None = None,
+    tune: TuneOptions | None = None,
     store: BlockStore | None = None,
     options: Options | None = None,
     family: FamilyLike | None = None,
@@ -166,7 +169,10 @@ def quantize(
         calibration: Options of calibration. Default: `Calibration()`.
         sample: Real tokens on which the logits of the rotated model are compared before it is quantized, int64,
             (batch, length). Default: none.
-        store: Where quantized blocks are kept, so that a rerun resumes from them. Default: nowhere.
+        tune: Tune scales, norms, biases and clip ratios of the quantized model towards the 16-bit one, with these
+            options. The last of `tokens` decide whether that is kept, and are not calibrated on. Default: no tuning.
+        store: Where quantized blocks, and the state of tuning, are kept, so that a rerun resumes from them. Default:
+            nowhere.
         options: Checks, precision and progress. Default: `Options()`.
         family: A family file that describes the architecture, for models without a built-in table; see `use_family`.
 
@@ -178,6 +184,7 @@ def quantize(
         ArchitectureError: As in `rotate`.
         CheckpointError: Weights are not in memory, or not finite.
         CalibrationError: Calibration tokens are missing or cannot be used, or an option would have no effect.
+        LearningError: There is nothing to tune, or its loss is not finite.
         TextError: Tokens are longer than the model's context.
         RotationError: A rotation is not possible in this model, or the model is rotated online or quantized already.
         ProofError: Rotating moved the logits by more than rounding, see `rotate`; or quantizers of activations or KV
@@ -197,8 +204,10 @@ def quantize(
     scheme, options = scheme_for(scheme, format), options or Options()
     check_format(format, scheme, spec or RotationSpec(()), clips=calibration is not None and calibration.clips)
     calibration = check_calibration(method, scheme, calibration)
-    if calibration is not None and tokens is None:
-        raise CalibrationError(f"{method} works on calibration tokens, int64 (samples, length), and none were given")
+    if tokens is None and (calibration is not None or tune is not None):
+        user = method if tune is None else "tuning"
+        raise CalibrationError(f"{user} works on calibration tokens, int64 (samples, length), and none were given")
+    check_tune(tune, scheme)
     check_model(model)
     check_fresh(model)
     if tokens is not None:
@@ -211,6 +220,10 @@ def quantize(
     check_changeable(model, plan)
     check_fits(plan, tensor_shapes(model), scheme)
     spec = spec or RotationSpec(())
+    tuning = None
+    if tune is not None and tokens is not None:
+        check_causal(model, "tuning")
+        tokens, tuning = before_tuning(model, tokens, tune, options)
     quantizers = prove_scheme(config_of(model), scheme, spec) if options.prove else None
     rotated = rotate(model, spec, rotations=rotations, sample=sample, options=options)
     unmark(model)
@@ -236,6 +249,9 @@ def quantize(
                 store=store,
                 progress=options.stage("calibrate"),
             )
+    if tuning is not None:
+        tuned = tuning.run(model, rotated.plan, online, scheme, clips, format=format, store=store)
+        clips, notes = tuned.clips, {**notes, "tuning": tuned.record}
     if scheme.weights or scheme.activations or scheme.kv or online_part(rotated.plan, online):
         attach(model, rotated.plan, online, scheme, clips)
         mark(model, rotated.plan, online, rotated.spec, scheme, clips)
@@ -291,7 +307,9 @@ def save(
         'LlamaForCausalLM'
     """
     searched = result.calibration is not None and result.calibration.clips
-    check_format(format, result.scheme or Scheme(), result.spec, clips=searched)
+    tuned = result.notes.get("tuning", {})
+    moved = bool(tuned.get("kept")) and "clips" in tuned["numbers"]
+    check_format(format, result.scheme or Scheme(), result.spec, clips=searched or moved)
     online = online_part(result.plan, result.rotations)
     if format == "compressed-tensors":
         check_plan(result.plan, result.scheme or Scheme(), result.spec)

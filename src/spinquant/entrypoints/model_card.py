@@ -30,6 +30,12 @@ from spinquant.rotations.wrappers import online_part
 ORIGINAL = "Original model card"  # the heading above the source's card
 
 METHODS = {"rtn": "round-to-nearest (RTN)", "gptq": "GPTQ", "gptaq": "GPTAQ (asymmetric GPTQ)"}
+TUNED = {
+    "scales": "scales of weights",
+    "norms": "numbers of norms",
+    "biases": "numbers of biases",
+    "clips": "clip ratios",
+}
 ACTS_ON = {
     "R1": "residual stream",
     "R2": "value heads",
@@ -256,7 +262,21 @@ def _quantization(result: Result, scheme: Scheme) -> list[str]:
             )
         if not how.round_inputs:
             items.append("- calibrated on activations and KV cache that are not quantized")
+    items += _tuned(result.notes.get("tuning"))
     return ["## Quantization", "\n".join(rows), "\n".join(items)]
+
+
+def _tuned(record: Mapping[str, Any] | None) -> list[str]:
+    if record is None:
+        return []
+    options, kl, numbers = record["options"], record["kl"], record["numbers"]
+    what = listed(f"{count} {TUNED[kind]}" for kind, count in numbers.items())
+    text = (
+        f"- tuned after that: {options['steps']} steps of {options['batch']} of the calibration samples; KL to the "
+        f"16-bit model on {options['windows']} held-out windows {kl['before']:#.4g} nats per token before, "
+        f"{kl['after']:#.4g} after"
+    )
+    return [f"{text}. {what} were moved" if record["kept"] else f"{text}, so it was not kept"]
 
 
 def _numbers(quantizer: Quantizer | None, unit: str) -> str:

@@ -13,6 +13,7 @@ from spinquant.compute.values import check_integer
 from spinquant.entrypoints.result import Options
 from spinquant.errors import TextError
 from spinquant.learning.options import LearnOptions, Watch
+from spinquant.learning.tuning import TuneOptions
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.learned import LearnedRotations
@@ -55,6 +56,7 @@ class Request:
         learned: rotations to use instead of random ones.
         learn: learn rotations first, with these options.
         learn_text: text to learn from and to score candidates on.
+        tune: tune the quantized model towards the 16-bit one, with these options; the model is then loaded as a whole.
         dtype: dtype of what is not quantized, and of the computation; None for the source's.
         device: device to compute on.
         text: source of the real tokens on which logits are compared, see `load_text`; None for no comparison.
@@ -81,6 +83,7 @@ class Request:
     learned: LearnedRotations | None = None
     learn: LearnOptions | None = None
     learn_text: LearnText = field(default_factory=LearnText)
+    tune: TuneOptions | None = None
     dtype: torch.dtype | None = None
     device: str = "cpu"
     text: str | None = "auto"

@@ -30,10 +30,14 @@ from spinquant.checkpoint.folder import (
 from spinquant.checkpoint.reader import Source, fp8_block
 from spinquant.checkpoint.safetensors_io import file_hash
 from spinquant.compute.distributed import is_alone
+from spinquant.compute.dtypes import named
+from spinquant.compute.memory import available_memory
+from spinquant.entrypoints.output_folder import model_dtype
 from spinquant.entrypoints.request import Request
-from spinquant.errors import CalibrationError, CheckpointError, RotationError, SchemeError
+from spinquant.errors import CalibrationError, CheckpointError, LearningError, RotationError, SchemeError
 from spinquant.formats.compressed_config import as_stored, check_plan, check_scheme, quantization_scheme
 from spinquant.formats.runtimes import check_runtime, format_for, runtime_of
+from spinquant.learning.tuning import TuneOptions
 from spinquant.plan import MERGEABLE, Plan
 from spinquant.quantization.gptq import GPTQOptions
 from spinquant.quantization.scheme import Scheme, static_parts
@@ -46,7 +50,7 @@ from spinquant.streaming.offloaded_model import check_stored, hollow_model, unfi
 def check_format(format: str, scheme: Scheme, spec: RotationSpec, *, clips: bool = False) -> None:
     """Raise SchemeError or RotationError, with an alternative, for what a checkpoint format cannot store.
 
-    clips: whether clip ratios of activations and KV cache are searched.
+    clips: whether clip ratios of activations and KV cache are searched or tuned.
     """
     online = [name for name in spec.rotations if name not in MERGEABLE]
     if format == "hf":
@@ -65,8 +69,9 @@ def check_format(format: str, scheme: Scheme, spec: RotationSpec, *, clips: bool
         check_scheme(scheme, spec)
         if clips:
             raise SchemeError(
-                "runtimes cover the whole range of an activation, so searched clip ratios cannot be written for "
-                "compressed-tensors. Leave --clips out, or write --format native"
+                "runtimes cover the whole range of an activation, so clip ratios that are searched or tuned cannot be "
+                "written for compressed-tensors. Leave --clips out (in Python, quantize with that format too), or "
+                "write --format native"
             )
         quantization_scheme(scheme)  # raises where the library is missing
         if scheme.weights is None and scheme.kv is None and not online:
@@ -152,7 +157,8 @@ def validate(request: Request) -> Job:
     if request.runtime is not None:  # before the model is read, which may be on the hub
         check_runtime(request.runtime, scheme or Scheme(), spec)
     calibration = None if scheme is None else check_calibration(request.method, scheme, request.calibration)
-    if calibration is None and request.calibration_text is not None:
+    check_tune(request.tune, scheme)
+    if calibration is None and request.tune is None and request.calibration_text is not None:
         raise CalibrationError(
             f"a calibration text is given, and method {request.method} without --clips reads none: leave it out"
         )
@@ -167,9 +173,12 @@ def validate(request: Request) -> Job:
         dropped = frozenset(prediction_tensors(config, read_headers(folder))) if request.options.drop_mtp else dropped
         with closing(Source(folder, config, without=dropped)) as source:
             largest = source.largest
+            if request.tune is not None:
+                numbers = sum(torch.Size(shape).numel() for shape in source.shapes.values())
+                check_tuned_in_memory(numbers, request.dtype or model_dtype(config, source), request.device)
             plan = plan_in(folder, config, make_plan(config, source.shapes))
             check_stored(hollow_model(config, torch.float32), source, plan)
-            streamed = calibration is None or from_disk(config, plan)
+            streamed = request.tune is None and (calibration is None or from_disk(config, plan))
     if request.runtime is not None and plan is not None:
         check_runtime(request.runtime, scheme or Scheme(), spec, plan)
     _check_way(request, scheme, format, plan, streamed)
@@ -204,11 +213,16 @@ def _check_way(request: Request, scheme: Scheme | None, format: str, plan: Plan 
     """Refuse what is not possible for a model that is loaded as a whole."""
     if streamed:
         return
+    why, otherwise = (
+        "pickled weights, or a calibration whose blocks cannot be filled from the checkpoint one by one",
+        ("convert the weights to safetensors first"),
+    )
+    if request.tune is not None:
+        why, otherwise = "tuning needs the model in memory", "leave --tune out"
     if request.max_shard_size is not None or request.checksums is not None or request.also:
         raise CheckpointError(
-            "this model has to be loaded as a whole (pickled weights, or a calibration whose blocks cannot be filled "
-            "from the checkpoint one by one), which does not support --max-shard-size, --checksums and --also: leave "
-            "them out, or convert the weights to safetensors first"
+            f"this model has to be loaded as a whole ({why}), which does not support --max-shard-size, --checksums and "
+            f"--also: leave them out, or {otherwise}"
         )
     if not is_alone():
         raise CheckpointError("this model is loaded as a whole, by one process: rerun the command without torchrun")
@@ -242,8 +256,11 @@ def _settings(
         learning = {"learn": request.learn.to_dict(), "learn_text": asdict(request.learn_text), "learn_files": files}
     calibrating: dict[str, Any] = {}
     if calibration is not None:
-        calibrating = {"calibration": calibration.to_dict(), "calibration_text": asdict(text)}
-        calibrating["calibration_files"] = text_files(text.text)
+        calibrating = {"calibration": calibration.to_dict()}
+    if request.tune is not None:
+        calibrating["tune"] = request.tune.to_dict()
+    if calibrating:
+        calibrating |= {"calibration_text": asdict(text), "calibration_files": text_files(text.text)}
     return {
         **run_identity(request.model, folder, spec, scheme, config),
         "kernels": kernels,
@@ -280,6 +297,32 @@ def run_identity(
 def text_files(*names: str | None) -> dict[str, str]:
     """SHA-256 by name of the texts that are files."""
     return {name: file_hash(Path(name)) for name in names if name and Path(name).is_file()}
+
+
+def check_tune(tune: TuneOptions | None, scheme: Scheme | None) -> None:
+    """Raise LearningError for tuning that would have no effect: nothing is quantized."""
+    if tune is not None and (scheme is None or not (scheme.weights or scheme.activations or scheme.kv)):
+        raise LearningError(
+            f"scheme {scheme or 'none'} quantizes nothing, so there is nothing to tune: leave --tune out, or use a "
+            "scheme such as W4A4KV4"
+        )
+
+
+def check_tuned_in_memory(numbers: int, dtype: torch.dtype, device: str) -> None:
+    """Raise LearningError for a model that is too large to be tuned in memory; numbers: of its weights.
+
+    Weights are there once, packed once more, and the activations and gradients of a sample take at least as much as one
+    decoder block: a quarter above the weights is the least that has to be free.
+    """
+    if torch.device(device).type != "cpu":
+        return
+    needed, there = numbers * dtype.itemsize * 5 // 4, available_memory()
+    if needed > there:
+        raise LearningError(
+            f"tuning needs the model in memory: its weights in {named(dtype)} and what is computed with them take "
+            f"{needed / 1e9:.1f} GB or more, and {there / 1e9:.1f} GB are available. Leave --tune out, and the "
+            "model is streamed"
+        )
 
 
 ASYMMETRY = 0.25  # default of method gptaq; measured, see `quantization/gptq.py`

@@ -201,7 +201,7 @@ def _moving(
     return {name: Moving.starting(matrix(rotations[space], dtype).to(device), **how) for space, name in learned.items()}
 
 
-def _rows_of(step: int, samples: int, batch: int, seed: int) -> Tensor:
+def rows_of(step: int, samples: int, batch: int, seed: int) -> Tensor:
     """Indices of the samples of a step; every epoch is a new permutation of all samples."""
     first, last = step * batch, (step + 1) * batch
     parts = []
@@ -229,7 +229,7 @@ class _Training:
     def step(self, number: int, attachment: Attachment) -> Step:
         """Make one step, counted from zero. Raises LearningError if a rotation is no longer orthogonal."""
         start = time.perf_counter()
-        rows = _rows_of(number, len(self.tokens), self.options.batch, self.seed)
+        rows = rows_of(number, len(self.tokens), self.options.batch, self.seed)
         labels = [generator_for(self.seed, f"labels {number}/{place}") for place in range(len(rows))]
         loss = self._backward(self.tokens[rows], labels, attachment)
         gradients = {name: m.skew.grad for name, m in self.moving.items() if m.skew.grad is not None}
@@ -288,16 +288,16 @@ def _loss(model: Any, attachment: Attachment, rows: Tensor, options: EndToEndOpt
     with torch.no_grad(), attachment.exact():
         exact = wide(model(input_ids=rows, use_cache=False).logits[:, :-1])
     top = exact.topk(min(options.top_tokens, exact.shape[-1]), dim=-1)
-    target, rest = _with_rest(exact, top)
+    target, rest = with_rest(exact, top.indices)
     logits = wide(model(input_ids=rows, use_cache=False).logits[:, :-1])
-    found, found_rest = _with_rest(logits, top)
+    found, found_rest = with_rest(logits, top.indices)
     divergence = (target.exp() * (target - found)).sum(-1) + rest.exp() * (rest - found_rest)
     return divergence.mean()
 
 
-def _with_rest(logits: Tensor, top: Any) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the top tokens, and that of all other tokens together."""
+def with_rest(logits: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of some tokens, int64 (.., tokens), and that of all other tokens together."""
     everything = logits.logsumexp(-1, keepdim=True)
-    found = logits.gather(-1, top.indices) - everything
+    found = logits.gather(-1, top) - everything
     rest = torch.log1p(-found.exp().sum(-1).clamp(max=1 - 1e-6))
     return found, rest

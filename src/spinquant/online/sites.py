@@ -111,6 +111,7 @@ class InputSite(_Site):
         around: Transform before quantizing and back after it; for a model that is not transformed.
         rounds: Whether the quantizer is on.
         watch: Observer, called with the activation before it is quantized.
+        ratio: Clip ratio that is being tuned, instead of the quantizer's; None at other times.
         now: Of each thread: the activation that linears share, and how many read it.
     """
 
@@ -121,6 +122,7 @@ class InputSite(_Site):
         self.quantizer = quantizer
         self.rounds = True
         self.watch: Callable[[Tensor], object] | None = None
+        self.ratio: Tensor | None = None
         self.readers = readers
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -159,7 +161,7 @@ class InputSite(_Site):
             self.watch(result)
         if self.around:
             return x if quantizer is None else _rounded(x, self.rotation, quantizer)
-        return result if quantizer is None else fake_quantize(result, quantizer)
+        return result if quantizer is None else fake_quantize(result, quantizer, self.ratio)
 
 
 class TreatedGate:
@@ -232,6 +234,8 @@ class KeyValueSite(_Site):
         parameter: Name and position of the parameter of the module's forward that takes the KV cache.
         rounds: Whether the quantizers are on.
         watch: Observer, called with keys and values before they are quantized.
+        ratios: Clip ratios of keys and of values that are being tuned, instead of the quantizers'; each None at other
+            times.
         now: Of each thread: whether keys and values passed since the module was entered, whether queries were rotated,
             and whether gradients are needed (`trains`), so that keys and values are rounded without being packed.
     """
@@ -254,6 +258,7 @@ class KeyValueSite(_Site):
         self.values = values
         self.rounds = True
         self.watch: Callable[[Tensor, Tensor], object] | None = None
+        self.ratios: tuple[Tensor | None, Tensor | None] = None, None
         self.implementation = implementation
         self.parameter = parameter
 
@@ -306,7 +311,9 @@ class _RotatingCache:
                 values = _rounded(values, site.around[1], site.values, heads=True)
             # Packed integers have no gradient.
             elif cache is None or site.now.trains or not pack_layer(cache, layer_idx, site.keys, site.values):
-                keys, values = fake_quantize(keys, site.keys), fake_quantize(values, site.values)
+                for_keys, for_values = site.ratios
+                keys = fake_quantize(keys, site.keys, for_keys)
+                values = fake_quantize(values, site.values, for_values)
         return (keys, values) if cache is None else cache.update(keys, values, layer_idx, *args, **kwargs)
 
     @cached_property

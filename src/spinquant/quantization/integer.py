@@ -118,14 +118,23 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return (codes - zero).mul_(scale)
 
 
-def fake_quantize(x: Tensor, quantizer: Quantizer) -> Tensor:
+def fake_quantize(x: Tensor, quantizer: Quantizer, ratio: Tensor | None = None) -> Tensor:
     """Quantize and dequantize: x rounded to the quantizer's grid, in the same shape and dtype.
 
-    Gradients pass straight through (STE).
+    Gradients pass straight through (STE) to x. With a scale s = ratio * range, where a number is y = s k, the
+    derivative with respect to log s is y - x for a number that is rounded, and y for one that is clipped (LSQ, arXiv
+    1902.08153).
+
+    Args:
+        x: numbers, shape (.., n).
+        quantizer: how they are quantized.
+        ratio: clip ratio instead of the quantizer's, of no dimension; it gets gradients. Integers only.
 
     Raises:
         SchemeError: the group size does not divide the last axis.
     """
+    if ratio is not None:
+        return _Clipped.apply(x, quantizer, ratio)  # pyright: ignore[reportReturnType]
     return _FakeQuantize.apply(x, quantizer)  # pyright: ignore[reportReturnType]
 
 
@@ -145,6 +154,27 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         return grad, None
+
+
+class _Clipped(torch.autograd.Function):
+    """`_FakeQuantize` with a gradient for the clip ratio."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, quantizer: Quantizer, ratio: Tensor) -> Tensor:
+        rows = x.reshape(-1, group_of(x.shape[-1], quantizer))
+        wide = rows.to(_wide(rows.dtype))
+        scale, zero = grid(wide, quantizer, rows.dtype, clip=ratio)
+        y = decode(encode(wide, scale, zero, quantizer), scale, zero)
+        low, high = (bound * scale for bound in (-zero - 0.5, quantizer.top - zero + 0.5))
+        outside = (wide < low) | (wide > high)
+        ctx.save_for_backward(torch.where(outside, y, y - wide).to(x.dtype), ratio)
+        return y.to(x.dtype).view(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        slope, ratio = ctx.saved_tensors
+        moved = (grad.reshape(slope.shape).to(_wide(grad.dtype)) * slope).sum()
+        return grad, None, (moved / ratio).to(ratio.dtype)
 
 
 def _rounded(rows: Tensor, quantizer: Quantizer) -> Tensor:
