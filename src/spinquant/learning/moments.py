@@ -6,7 +6,7 @@ and keys. Memory is that of these blocks, whatever the number of tokens. Samples
 so that damping can be chosen on those that a transform was not made from.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial, reduce
 from typing import Any
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from spinquant.errors import LearningError
-from spinquant.learning.closed_form import Moments
+from spinquant.learning.closed_form import Moments, second_moments
 from spinquant.learning.sensitivity import backward_own_predictions
 from spinquant.models.capture import watching_calls
+from spinquant.models.modules import named_tensor
 from spinquant.online.hooks import Attachment
 from spinquant.plan import Plan, Space
 from spinquant.quantization.clip_search import best_ratio
@@ -27,6 +28,7 @@ from spinquant.rotations.rotation import Transform
 from spinquant.rotations.transforms import compose
 
 FOLDS = 2
+WEIGHTS = 0.5  # part of the error of rounded weights that counts: GPTQ compensates for some
 _DRAWN = 64  # random rows from which the error of a quantizer is estimated
 
 
@@ -75,56 +77,45 @@ def sites_of(plan: Plan, spaces: Sequence[str], scheme: Scheme, rotations: Mappi
 
 @dataclass
 class _Sums:
-    """Sums over the rows of one site, by fold: X and G as in `Moments`."""
+    """The moments of one site, by fold.
+
+    drift: of a cache, sum of g^T g by head, which the rounding of the weights that write it meets.
+    """
 
     site: Site
-    x: list[Tensor | None] = field(default_factory=lambda: [None] * FOLDS)
-    g: list[Tensor | None] = field(default_factory=lambda: [None] * FOLDS)
-    length: int = 0
+    folds: list[Moments | None] = field(default_factory=lambda: [None] * FOLDS)
+    drift: list[Tensor | None] = field(default_factory=lambda: [None] * FOLDS)
+    rows: int = 0
 
     def add(self, fold: int, x: Tensor, gradient: Tensor) -> None:
         """Add rows, (.., width) or, of a cache, (batch, heads, tokens, size), and their gradients."""
+        rows, slopes = (self._arranged(t) for t in (x, gradient))
+        noise = relative_error(x.shape[-1], self.site.quantizer)
+        new = second_moments(rows, slopes, x.shape[-1], noise)
+        new = replace(new, x=new.x.cpu(), g=new.g.cpu())
+        if not new.x.isfinite().all() or not new.g.isfinite().all():
+            raise LearningError(
+                f"the gradient at {self.site.name} is not finite: the model's weights are damaged, or {x.dtype} "
+                "overflows"
+            )
+        before = self.folds[fold]
+        self.folds[fold] = new if before is None else before + new
+        if self.site.cached:
+            plain, held = torch.einsum("tsbci,tsbcj->sij", slopes, slopes).double().cpu(), self.drift[fold]
+            self.drift[fold] = plain if held is None else held + plain
+            self.rows += len(rows)
+
+    def _arranged(self, t: Tensor) -> Tensor:
+        """Rows, terms, blocks, copies and numbers of `second_moments`."""
+        if self.site.cached:
+            return t.float().transpose(1, 2).flatten(0, 1)[:, :, None, None]
+        rows = t.flatten(0, -2).float()
+        if self.site.before is not None:
+            rows = self.site.before.apply(rows)
         space = self.site.space
-        if not self.site.cached:
-            rows, slopes = (t.flatten(0, -2).float() for t in (x, gradient))
-            self.length = rows.shape[-1]
-            energy, slope = rows.square().sum(-1), slopes.square().sum(-1)
-            if self.site.before is not None:
-                rows, slopes = (self.site.before.apply(t) for t in (rows, slopes))
-            if space.allows == "diagonal":
-                found = (slope @ rows.square())[None, :, None, None], (energy @ slopes.square())[None, :, None, None]
-            else:
-                heads = (t.unflatten(-1, (space.heads, -1, space.size)) for t in (rows, slopes))
-                found = [
-                    torch.einsum("t,tkhi,tkhj->kij", w, t, t)[None] for w, t in zip((slope, energy), heads, strict=True)
-                ]
-        else:
-            rows, slopes = (t.float() for t in (x, gradient))
-            self.length = rows.shape[-1]
-            energy, slope = rows.square().sum(-1), slopes.square().sum(-1)
-            found = [torch.einsum("bkt,bkti,bktj->kij", w, t, t)[:, None] for w, t in ((slope, rows), (energy, slopes))]
-        for held, new in zip((self.x, self.g), found, strict=True):
-            if not new.isfinite().all():
-                raise LearningError(
-                    f"the gradient at {self.site.name} is not finite: the model's weights are damaged, or {x.dtype} "
-                    "overflows"
-                )
-            before = held[fold]
-            held[fold] = new.double().cpu() if before is None else before + new.double().cpu()
-
-    def moments(self, fold: int, noise: float, weights: Tensor | None) -> Moments | None:
-        """The moments of a fold; None if it saw no gradient.
-
-        noise: expected relative error of a rounded row. weights: what the rounding of the readers' weights adds to G.
-        """
-        x, g = self.x[fold], self.g[fold]
-        if x is None or g is None:
-            return None
-        energy = x.diagonal(dim1=-2, dim2=-1).sum((1, 2))  # of each term; the cost is then energy times slope
-        if not (energy > 0).all():
-            return None
-        g = noise * g if weights is None else noise * g + weights
-        return Moments(x / energy[:, None, None, None], g, self.length)
+        if space.allows == "diagonal":
+            return rows[:, None, :, None, None]
+        return rows.unflatten(-1, (space.heads, -1, space.size))[:, None]
 
 
 @dataclass
@@ -175,11 +166,11 @@ def collect_moments(
     Raises:
         LearningError: a gradient is not finite.
     """
-    sums, outputs = [_Sums(site) for site in sites], _Outputs()
+    sums, outputs, weights = [_Sums(site) for site in sites], _Outputs(), scheme.weights
     by_name: dict[str, list[_Sums]] = {}
     for one in sums:
         by_name.setdefault(one.site.name, []).append(one)
-    readers = {name for site in sites for name in site.readers} if scheme.weights is not None else set()
+    readers = {name for site in sites for name in site.readers} if weights is not None else set()
 
     def watch(name: str, x: Tensor) -> None:
         held, seen = by_name.get(name, ()), x.detach()
@@ -205,17 +196,22 @@ def collect_moments(
     with watching_calls(model, readers, outputs.watch):
         backward_own_predictions(model, plan, scheme, tokens, observe, **how)
     found: dict[str, list[list[Moments]]] = {}
-    missing: set[str] = set()
     for one in sums:
-        noise = relative_error(one.length, one.site.quantizer) if one.length else 0.0
         folds = found.setdefault(one.site.space.name, [[] for _ in range(FOLDS)])
-        for fold in range(FOLDS):
-            moments = one.moments(fold, noise, _of_weights(model, plan, one.site, outputs, fold, scheme.weights))
-            if moments is None:
-                missing.add(one.site.space.name)
-            else:
-                folds[fold].append(moments)
-    return {space: folds for space, folds in found.items() if space not in missing}
+        for fold, (moments, drift) in enumerate(zip(one.folds, one.drift, strict=True)):
+            if moments is None or not (_energy(moments.x) > 0).all() or not (_energy(moments.g) > 0).all():
+                continue
+            added = None if weights is None else _of_readers(model, plan, one.site, outputs, fold, weights)
+            folds[fold].append(moments if added is None else replace(moments, g=moments.g + added / moments.noise))
+            if weights is not None and drift is not None:
+                folds[fold].extend(_of_writers(model, plan, one.site.space, moments, drift, weights))
+    counts = {name: sum(one.site.space.name == name for one in sums) for name in found}
+    return {name: folds for name, folds in found.items() if all(len(fold) >= counts[name] for fold in folds)}
+
+
+def _energy(moment: Tensor) -> Tensor:
+    """Trace of every term, (terms,)."""
+    return moment.diagonal(dim1=-2, dim2=-1).sum((1, 2))
 
 
 @lru_cache
@@ -234,14 +230,14 @@ def relative_error(length: int, quantizer: Quantizer) -> float:
     return error(best_ratio(error)) if quantizer.clip == "mse" else error(float(quantizer.clip))
 
 
-def _of_weights(
-    model: Any, plan: Plan, site: Site, outputs: _Outputs, fold: int, quantizer: Quantizer | None
+def _of_readers(
+    model: Any, plan: Plan, site: Site, outputs: _Outputs, fold: int, quantizer: Quantizer
 ) -> Tensor | None:
     """W^T diag(h) W of the readers of a site, in blocks like its G, times the relative error of rounding W."""
     space, total = site.space, None
     for name in site.readers:
         h = outputs.sums.get((fold, name))
-        if quantizer is None or h is None:
+        if h is None:
             continue
         w = model.get_submodule(name).weight.detach().double().cpu()
         w = w.T if plan.transposed and name not in plan.heads else w
@@ -252,6 +248,28 @@ def _of_weights(
         else:
             heads = w.unflatten(-1, (space.heads, -1, space.size))
             found = torch.einsum("o,okhi,okhj->kij", h, heads, heads)[None]
-        found = relative_error(w.shape[-1], quantizer) * found
+        found = WEIGHTS * relative_error(w.shape[-1], quantizer) * found
         total = found if total is None else total + found
     return total
+
+
+def _of_writers(
+    model: Any, plan: Plan, space: Space, cached: Moments, drift: Tensor, quantizer: Quantizer
+) -> Iterator[Moments]:
+    """The moments of rounding the weights that write a space: T mixes their rows, each of which has its own scale."""
+    for axis in plan.axes:
+        if axis.space != space.name or axis.reads:
+            continue
+        w = named_tensor(model, axis.tensor).detach().double().cpu()
+        if w.ndim != 2:
+            continue
+        rows = w.movedim(axis.dim, 0)
+        if axis.span is not None:
+            rows = rows.unflatten(0, (-1, axis.span.period))[:, axis.span.start : axis.span.start + axis.span.length]
+            rows = rows.flatten(0, 1)
+        heads = rows.unflatten(0, (space.heads, -1))
+        # The mean square of a value, by head: what its row's relative error is of.
+        mean = _energy(cached.x) / drift.diagonal(dim1=-2, dim2=-1).sum(-1)
+        g = mean[:, None, None] * drift
+        noise = WEIGHTS * relative_error(rows.shape[-1], quantizer)
+        yield Moments((heads @ heads.mT)[:, None], g[:, None], cached.length, noise)
