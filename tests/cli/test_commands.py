@@ -325,7 +325,7 @@ def test_learned_rotations_are_used(run, learned, tmp_path):
 def test_an_interrupted_learn_resumes_and_other_options_are_refused(run, learned, tmp_path):
     """After kill -9 between steps a rerun resumes; other options are refused, and so are two runs at once."""
     place, _ = learned
-    steps = ("--rotations", "R1,R2", "--method", "end-to-end", "--steps", "30", "--batch", "2", "--no-scales")
+    steps = ("--rotations", "R1,R2", "--method", "end-to-end", "--steps", "30", "--batch", "2", "--no-transforms")
     # A file, since the short manual of the tests is patched into this process only.
     (tmp_path / "text").write_text(" ".join(f"word{i % 97}" for i in range(400)))
     from_file = ("--text", tmp_path / "text", *LEARN[2:])

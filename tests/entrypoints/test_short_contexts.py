@@ -47,7 +47,7 @@ def test_a_context_shorter_than_the_samples(name, run, tmp_path):
     given = {"method": "gptq", "calibration_text": text, "text": "manual", "options": UNPROVED}
     result = quantize_folder(folder, tmp_path / "out", "W4A8KV8", FUSED, **given)
     assert result.notes["calibration_text"]["length"] == CONTEXT
-    options, wanted = LearnOptions("random", baselines=1, scales=False), LearnText(text, windows=1)
+    options, wanted = LearnOptions("random", baselines=1, transforms=False), LearnText(text, windows=1)
     learned = learn_folder(folder, tmp_path / "learned", "A4", FUSED, options, text=wanted)
     assert learned.record["tokens"]["samples"][1] == CONTEXT
     code, out, errors = run("evaluate", tmp_path / "out", "--text", "manual", "--windows", "2", "--json")

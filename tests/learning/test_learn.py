@@ -38,7 +38,7 @@ from spinquant.learning.layerwise import LocalOptions, learn_locally, rounding_e
 from spinquant.learning.learn import CLIP_WINDOWS, _with_signs
 from spinquant.learning.options import Watch, learned_spaces
 from spinquant.learning.parametrization import begin_training
-from spinquant.learning.selection import Selection, score_candidates, with_clips
+from spinquant.learning.selection import Candidate, Selection, score_candidates, with_clips
 from spinquant.learning.sensitivity import collect_by_weight, predicted_kl
 from spinquant.online.hooks import attachment_of
 from spinquant.quantization.integer import fake_quantize
@@ -584,7 +584,7 @@ def run_learn(options=OPTIONS, spec=None, scheme="W4A4KV4", **more):
 def test_the_selected_candidate_has_the_lowest_kl_on_held_out_text():
     _, learned = run_learn()
     scores = {name: score["kl"] for name, score in learned.record["scores"].items()}
-    assert set(scores) == {"16-bit", "random 0", "random 1", "random 2", "scaled", "local", "local+end-to-end"}
+    assert set(scores) == {"16-bit", "random 0", "random 1", "random 2", "closed-form", "local", "local+end-to-end"}
     assert learned.kept == min((n for n in scores if n != "16-bit"), key=scores.get)
     assert learned.record["learned"] and scores[learned.kept] < 0.9 * min(scores[f"random {i}"] for i in range(3))
     assert learned.spec.type_of("R1") == "random-matrix" and learned.spec.type_of("R4") == "auto"
@@ -636,7 +636,9 @@ def test_the_best_random_candidate_is_scored_with_clip_ratios_of_its_own():
         selection = Selection(model, plan, scheme, windows, held_out)
         selection.enter_all(made)
         kept = made[selection.leader]
-        both = [with_clips(model, plan, made[name], scheme, windows) for name in ("random 0", selection.leader)]
+        both = [
+            with_clips(model, plan, Candidate(made[name]), scheme, windows) for name in ("random 0", selection.leader)
+        ]
         both = {str(i): replace(candidate, rotations=kept) for i, candidate in enumerate(both)}
         scores = score_candidates(model, plan, both, scheme, held_out)
         differing += both["0"].scheme(scheme) != both["1"].scheme(scheme) and scores["1"].kl < scores["0"].kl
@@ -754,8 +756,8 @@ def test_requests_that_learning_cannot_serve_are_refused():
         run_learn(weighing, scheme="W4A16")
     with pytest.raises(LearningError, match="--signs would have no effect"):
         run_learn(replace(OPTIONS, signs=4), RotationSpec("R1,R2"))
-    with pytest.raises(LearningError, match="--scales would have no effect"):
-        run_learn(replace(OPTIONS, scales=True), RotationSpec("R1,R2"))
+    with pytest.raises(LearningError, match="--transforms would have no effect"):
+        run_learn(replace(weighing, method="end-to-end", transforms=True), scheme="W4A16")
     with pytest.raises(LearningError, match="--micro-batch"):
         replace(FAST, batch=4, micro_batch=8)
     plan = plan_of(tiny_model("llama"))

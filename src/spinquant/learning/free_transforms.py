@@ -37,7 +37,7 @@ def free_spaces(plan: Plan, rotations: Mapping[str, Transform], scheme: Scheme) 
             continue
         if kind == "keys" and scheme.kv is None:
             continue
-        if kind in ("scales", "norms") and scheme.activations is None:
+        if scheme.activations is None and (kind in ("scales", "norms") or scheme.kv is None):
             continue
         # A norm's scales are in the coordinates that R1 gives its output, or in those of the model without R1.
         if kind == "norms" or space.name.removesuffix(CHANNELS) in rotations:

@@ -1,0 +1,160 @@
+"""Free transforms in closed form: kept where they lower KL, fused without changing the function, and started from."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from models import close, logits, random_weights, tiny_model, tokens
+from spinquant import Diagonal, Matrix, RotationSpec, attach, fuse_module, make_rotations, parse_scheme, plan_of
+from spinquant.errors import LearningError
+from spinquant.learning import free_transforms
+from spinquant.learning.end_to_end import FROM_LOCAL, EndToEndOptions
+from spinquant.learning.fake_quant import fuse_gains
+from spinquant.learning.free_transforms import KINDS, composed, fuse_free, parted, unfuse_free
+from spinquant.learning.layerwise import LocalOptions
+from spinquant.learning.learn import learn
+from spinquant.learning.options import LearnOptions
+from spinquant.plan import CHANNELS
+from spinquant.rotations.random_transforms import random_transforms
+from spinquant.rotations.rotation import is_orthogonal, matrix
+from spinquant.rotations.wrappers import check_given, online_part
+
+SPEC = RotationSpec("R1,R2,R3,R4", "auto")
+GENERAL = ("R2", "R3", "scales of R1", "scales of R4")
+QUICKLY = LearnOptions(method="local", baselines=2, local=LocalOptions(steps=5, rows=64, batch=32))
+
+
+def prepared():
+    """A model with a few large channels in its MLPs that affect the loss no more than the others."""
+    model = random_weights(tiny_model("llama"))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight[::20] *= 30
+            layer.mlp.down_proj.weight[:, ::20] /= 30
+    plan = plan_of(model)
+    fuse_gains(model, plan, make_rotations(plan, SPEC))
+    return model, plan
+
+
+def run_learn(options, spec=SPEC, **more):
+    texts = tokens(16, 24), tokens(4, 24, seed=9)
+    return learn(prepared()[0], parse_scheme("W4A4KV4"), spec, *texts, options, **more)
+
+
+def test_fused_transforms_keep_the_function_and_can_be_unfused():
+    model, plan = prepared()
+    ids, before = tokens(), {n: p.detach().clone() for n, p in model.named_parameters()}
+    expected = logits(model, ids)
+    free = random_transforms(plan, ("R2", "scales of R4"))
+    fuse_free(model, plan, free, ids[:1])
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert {name.split(".")[4] for name in changed} == {"up_proj", "down_proj", "v_proj", "o_proj"}
+    assert close(logits(model, ids), expected)
+    unfuse_free(model, plan, free)
+    assert all(torch.allclose(p, before[n], atol=1e-12) for n, p in model.named_parameters())
+
+
+def test_fusing_transforms_of_a_wrong_table_raises():
+    """gate_proj is scaled in place of up_proj, but its output goes through the activation function."""
+    model, plan = prepared()
+    axes = tuple(
+        replace(axis, tensor=axis.tensor.replace("up_proj", "gate_proj")) if axis.space.endswith(CHANNELS) else axis
+        for axis in plan.axes
+    )
+    with pytest.raises(LearningError, match=r"and it does not\. Learn without"):
+        fuse_free(model, replace(plan, axes=axes), random_transforms(plan, ("scales of R4",)), tokens(1))
+
+
+def test_transforms_are_parted_into_a_free_one_and_a_rotation():
+    _, plan = prepared()
+    rotations = make_rotations(plan, SPEC)
+    free = random_transforms(plan, GENERAL)
+    free = {n: Matrix(t.weight @ t.weight.mT) if isinstance(t, Matrix) else t for n, t in free.items()}  # symmetric
+    both = composed(rotations, free)
+    check_given(plan, SPEC, both)
+    turned, rest = parted(plan, both)
+    assert set(turned) == set(rotations) and set(rest) == set(free)
+    assert all(torch.allclose(matrix(turned[n]), matrix(rotations[n]), atol=1e-8) for n in rotations)
+    assert all(torch.allclose(matrix(rest[n]), matrix(free[n]), atol=1e-8) for n in free)
+
+
+def test_closed_form_is_kept_by_kind_where_it_lowers_kl():
+    learned = run_learn(LearnOptions("closed-form", baselines=2))
+    tried, scores = learned.record["closed_form"], learned.record["scores"]
+    assert set(tried) == set(KINDS) and learned.kept == "closed-form" and tried["scales"]["kept"]
+    assert scores["closed-form"]["kl"] < 0.9 * min(scores["random 0"]["kl"], scores["random 1"]["kl"])
+    lowest = min(scores["random 0"]["kl"], scores["random 1"]["kl"])
+    for kind in KINDS:
+        assert tried[kind]["kept"] == (tried[kind]["kl"] < lowest), kind
+        lowest = min(lowest, tried[kind]["kl"])
+    general = {name for name, transform in learned.rotations.items() if not is_orthogonal(transform)}
+    assert {name for name in general if name.endswith(CHANNELS)}
+    # The original model, transformed with what was learned, has the same logits.
+    original, plan = random_weights(tiny_model("llama")), prepared()[1]
+    expected = logits(original, tokens())
+    fuse_module(original, plan, learned.rotations)
+    with attach(original, plan, online_part(plan, learned.rotations)):
+        assert close(logits(original, tokens()), expected)
+
+
+@pytest.mark.parametrize("signs", [0, 2])
+def test_local_learning_starts_from_the_closed_form(signs):
+    learned = run_learn(replace(QUICKLY, signs=signs))
+    scores = {name: score["kl"] for name, score in learned.record["scores"].items()}
+    assert scores["closed-form"] < 0.9 * min(scores["random 0"], scores["random 1"])
+    assert learned.kept in ("local", "closed-form")
+    assert any(isinstance(transform, Diagonal) for transform in learned.rotations.values())
+    assert learned.spec.type_of("R4") == SPEC.type_of("R4")  # scales do not make it another kind of rotation
+    without = run_learn(replace(QUICKLY, transforms=False))
+    assert "closed-form" not in without.record["scores"] and "closed_form" not in without.record
+    assert all(map(is_orthogonal, without.rotations.values()))
+
+
+def test_transforms_that_raise_kl_are_removed(monkeypatch):
+    def wild(plan, moments):
+        made = {name: torch.linspace(-4, 4, plan.space[name].size).double().exp() for name in moments}
+        return {name: Diagonal(scale) for name, scale in made.items() if name.endswith(CHANNELS)}
+
+    monkeypatch.setattr("spinquant.learning.learn.closed_form_transforms", wild)
+    learned = run_learn(QUICKLY)
+    assert not learned.record["closed_form"]["scales"]["kept"]
+    assert all(map(is_orthogonal, learned.rotations.values()))
+    without = run_learn(replace(QUICKLY, transforms=False))
+    assert abs(without.record["scores"]["local"]["kl"] - learned.record["scores"]["local"]["kl"]) < 1e-6
+
+
+def test_learning_can_start_from_learned_transforms():
+    local = run_learn(QUICKLY)
+    again = run_learn(replace(QUICKLY, method="random"), start=local)
+    assert again.kept == "given" == again.record["start"] and again.record["learned"]
+    assert again.record["scores"]["given"]["kl"] == pytest.approx(local.record["scores"][local.kept]["kl"], rel=1e-3)
+    assert again.spec == local.spec
+    for space, transform in local.rotations.items():
+        assert torch.allclose(matrix(transform), matrix(again.rotations[space]), atol=1e-7)
+    # End-to-end learning starts from the given ones (the loss of the first step).
+    through = EndToEndOptions(steps=2, batch=8)
+    more = run_learn(replace(QUICKLY, method="end-to-end", end_to_end=through), start=local)
+    assert more.record["options"]["end_to_end"]["lr"] == FROM_LOCAL
+    # Those that do not beat the random ones are not started from, and are removed.
+    wild = dict(local.rotations)
+    for space, transform in local.rotations.items():
+        if space.endswith(CHANNELS):
+            assert isinstance(transform, Diagonal)
+            wild[space] = Diagonal(transform.scale * torch.logspace(-2, 2, len(transform.scale), dtype=torch.float64))
+    lost = run_learn(replace(QUICKLY, method="random"), start=replace(local, rotations=wild))
+    assert lost.record["start"].startswith("random") and lost.kept != "given"
+    assert lost.record["scores"]["random 0"] == local.record["scores"]["random 0"]
+    with pytest.raises(LearningError, match=r"initial rotations are R1, R2, R3, R4, and this run asks for R1, R2"):
+        run_learn(QUICKLY, RotationSpec("R1,R2"), start=local)
+    with pytest.raises(LearningError, match="have transforms that are fused"):
+        run_learn(LearnOptions("end-to-end", shard=True), start=local)
+
+
+def test_a_killed_run_does_not_compute_transforms_again(tmp_path, monkeypatch):
+    first = run_learn(LearnOptions("closed-form", baselines=1), store=tmp_path)
+    calls = []
+    monkeypatch.setattr(free_transforms, "chosen_transform", lambda *_: calls.append(1))
+    monkeypatch.setattr("spinquant.learning.learn.collect_moments", lambda *_, **__: calls.append(1))
+    again = run_learn(LearnOptions("closed-form", baselines=1), store=tmp_path)
+    assert not calls and again.digest() == first.digest() and again.record["scores"] == first.record["scores"]
