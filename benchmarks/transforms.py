@@ -57,12 +57,12 @@ class Row:
 ROWS = {
     "none": Row(None, rotations=""),
     "hadamard": Row(None),
-    RANDOM: Row("random", scales=False),
-    "hidden-scales": Row("random", scales=True),
-    "local-no-scales": Row("local", scales=False),
+    RANDOM: Row("random", transforms=False),
+    "hidden-scales": Row("random", transforms=True),
+    "local-no-scales": Row("local", transforms=False),
     "local": Row("local"),
     "local-R1-R2": Row("local", rotations="R1,R2"),
-    "end-to-end-no-scales": Row("end-to-end", scales=False),
+    "end-to-end-no-scales": Row("end-to-end", transforms=False),
     "end-to-end": Row("end-to-end"),
     "end-to-end-40": Row("end-to-end", end_to_end={"steps": 40}),
     "local+end-to-end": Row("end-to-end", start="local", end_to_end={"steps": 20}),
@@ -88,7 +88,7 @@ def learn(job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     options = spinquant.LearnOptions(
         row.method,  # pyright: ignore[reportArgumentType]
         baselines=baselines,
-        scales=row.scales,
+        transforms=row.transforms,
         seed=seed,
         local=LocalOptions(**row.local),
         end_to_end=EndToEndOptions(**{**weights, **row.end_to_end}),

@@ -36,3 +36,18 @@ def test_every_allowed_transform_leaves_the_logits_unchanged(name, kind, rotated
     parameters = dict(model.named_parameters())
     changed = {axis.tensor for axis in plan.axes if axis.space in made} & set(weights)
     assert changed and all(not torch.equal(parameters[n], weights[n]) for n in changed)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "R3" in FAMILIES[name].allowed])
+def test_a_matrix_for_each_head_of_keys_leaves_the_logits_unchanged(name):
+    """Keys have T, queries T^-T; a key-value head's matrix is that of all query heads that share it."""
+    model, ids = tiny(name), tokens()
+    plan = plan_of(model)
+    with Float64Arithmetic():
+        before, generated = logits(model, ids), greedy_logits(model, ids)
+    transforms = random_transforms(plan, ("R3",))
+    assert transforms
+    fuse_module(model, plan, transforms)
+    with attach(model, plan, transforms), Float64Arithmetic():
+        assert close(logits(model, ids), before)
+        assert close(greedy_logits(model, ids), generated)

@@ -297,8 +297,8 @@ class _Build:
             replace(
                 space,
                 allows="orthogonal" if space.allows == "any" and name in normed else space.allows,
-                # Query heads that share a key-value head share its transform.
-                heads=heads[name] if space.rotation == "R2" else 1,
+                # Query heads that share a key-value head share its transform; there are as many keys as values.
+                heads=heads.get(_values_beside(name), 1) if space.rotation in ("R2", "R3") else 1,
             )
             for name, space in self.spaces.items()
             if name in used
@@ -461,6 +461,11 @@ class _Build:
             for group in self.family.linears
         )
         return tuple(group for group in groups if group)
+
+
+def _values_beside(space: str) -> str:
+    """The space of the values of the attention whose queries and keys are in a space; other spaces themselves."""
+    return f"{space.removesuffix('.query_key')}.value" if space.endswith(".query_key") else space
 
 
 def _names(pairs: Sequence[tuple[str, int]]) -> tuple[str, ...]:
