@@ -441,7 +441,7 @@ def shapes_of(config):
 def usable(plan):
     """What a plan lets one do: everything but reasons, and spaces that are refused."""
     refused = {name for name, _ in plan.refused}
-    kept = {space.name for space in plan.spaces if space.rotation not in refused}
+    kept = {space.name for space in plan.spaces if not {space.rotation, space.beside} & refused}
     return {
         "spaces": {space for space in plan.spaces if space.name in kept},
         "axes": {axis for axis in plan.axes if axis.space in kept},

@@ -18,7 +18,7 @@ A plan describes the whole model. The transforms passed along with it select the
 
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -259,9 +259,14 @@ class Plan:
         return {tie.tensor: tie.source for tie in self.ties}
 
     def unties(self, spaces: Container[str]) -> bool:
-        """Whether transforming these spaces changes a tied tensor or its source, so that each needs its own memory."""
-        names = (name for tie in self.ties for name in (tie.tensor, tie.source))
-        return any(axis.space in spaces for name in names for axis in self.axes_of.get(name, ()))
+        """Whether transforming these spaces changes a tied tensor otherwise than its source; then all are untied."""
+        return any(self._changes(tie.tensor, spaces) != self._changes(tie.source, spaces) for tie in self.ties)
+
+    def _changes(self, tensor: str, spaces: Container[str]) -> set[tuple[Axis | Gain, int]]:
+        """What transforming spaces does to a tensor: axes without its name, and gains that are multiplied in."""
+        axes = (replace(axis, tensor="") for axis in self.axes_of.get(tensor, ()) if axis.space in spaces)
+        gains = (pair for pair in self.gains_of.get(tensor, ()) if pair[0].space in spaces)
+        return {*((axis, axis.dim) for axis in axes), *gains}
 
     @property
     def heads(self) -> tuple[str, ...]:

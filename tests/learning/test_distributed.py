@@ -83,7 +83,7 @@ def test_a_killed_process_is_named_and_the_run_resumes_on_one_process(run, tmp_p
     text.write_text(" ".join(f"word{i % 97}" for i in range(400)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "spinquant"]
     command += ["learn", str(tmp_path / "model"), str(tmp_path / "out"), "--scheme", "A4KV4", "--text", str(text)]
-    command += ["--samples", "6", "--sample-length", "24", "--windows", "2", "--baselines", "1", "--no-scales"]
+    command += ["--samples", "6", "--sample-length", "24", "--windows", "2", "--baselines", "1", "--no-transforms"]
     command += ["--method", "end-to-end", "--batch", "2", "--steps", "30"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     kind = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "env": environment}

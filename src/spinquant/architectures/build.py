@@ -317,7 +317,8 @@ class _Build:
             return True  # what writes it is not linear
         dims = len(self.shapes[axis.tensor])
         linear = axis.tensor in self._linear_weights
-        if dims == 2 and axis.space == "residual" and not linear and axis.tensor not in read:
+        reading = linear or axis.tensor in read or axis.tensor == self.family.head
+        if dims == 2 and axis.space == "residual" and not reading:
             return False  # embeddings of tokens and positions write along their last axis
         return dims > 1 and axis.dim == (0 if self.family.transposed and linear else dims - 1)
 

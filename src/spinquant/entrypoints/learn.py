@@ -107,7 +107,7 @@ def learn_folder(
         >>> text = LearnText(spinquant.CalibrationText("generated", samples=8, length=16), windows=2)
         >>> learned = spinquant.learn_folder(folder / "model", folder / "learned", scheme, spec, options, text=text)
         >>> sorted(learned.record["scores"])
-        ['16-bit', 'local', 'random 0', 'random 1']
+        ['16-bit', 'closed-form', 'local', 'random 0', 'random 1']
         >>> spinquant.read_learned(folder / "learned").kept == learned.kept
         True
         >>> temporary.cleanup()

@@ -134,7 +134,7 @@ def matrix(transform: Transform, dtype: torch.dtype = torch.float64) -> Tensor:
     """The transform as a dense matrix, (order, order); (heads, order, order) if it has several heads."""
     order, heads = transform.order, heads_of(transform)
     dense = transform.apply(torch.eye(order, dtype=dtype).repeat(1, heads))
-    return dense if heads == 1 else dense.unflatten(-1, (heads, order)).movedim(1, 0)
+    return dense if heads == 1 else dense.unflatten(-1, (heads, order)).movedim(1, 0).contiguous()
 
 
 @dataclass(frozen=True, eq=False)
