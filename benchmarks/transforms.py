@@ -40,14 +40,14 @@ RANDOM, EXACT = "random", "16-bit"
 class Row:
     """A set of transforms.
 
-    method: of `spinquant learn`; None for the first random Hadamard of the seed, without learning. scales: channel
-    scales before R4; None for the default of the method. start: the row whose result learning starts from. rotations:
+    method: of `spinquant learn`; None for the first random Hadamard of the seed, without learning. transforms:
+    those in closed form, before rotations are learned; None for the default of the method. start: the row whose result learning starts from. rotations:
     those of them that the model's architecture allows are used. local, end_to_end: options of `LocalOptions` and
     `EndToEndOptions` that are not the defaults.
     """
 
     method: str | None
-    scales: bool | None = None
+    transforms: bool | None = None
     start: str | None = None
     rotations: str = "R1,R2,R3,R4"
     local: Mapping[str, Any] = field(default_factory=dict)
@@ -58,11 +58,12 @@ ROWS = {
     "none": Row(None, rotations=""),
     "hadamard": Row(None),
     RANDOM: Row("random", transforms=False),
-    "hidden-scales": Row("random", transforms=True),
-    "local-no-scales": Row("local", transforms=False),
+    "closed-form": Row("closed-form"),
+    "scales-values": Row("random", transforms=True),
+    "local-no-transforms": Row("local", transforms=False),
     "local": Row("local"),
     "local-R1-R2": Row("local", rotations="R1,R2"),
-    "end-to-end-no-scales": Row("end-to-end", transforms=False),
+    "end-to-end-no-transforms": Row("end-to-end", transforms=False),
     "end-to-end": Row("end-to-end"),
     "end-to-end-40": Row("end-to-end", end_to_end={"steps": 40}),
     "local+end-to-end": Row("end-to-end", start="local", end_to_end={"steps": 20}),
@@ -146,7 +147,8 @@ def use(job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     if job["row"] is not None:
         scheme = spinquant.parse_scheme(job["scheme"])
         clips = scheme.activations is not None or scheme.kv is not None
-        calibrated = clips or job["weights"] != "rtn"
+        rounding, _, tuned = job["weights"].partition("+tune")
+        calibrated = clips or rounding != "rtn" or bool(tuned)
         if ROWS[job["row"]].method is None:
             names = possible(job["folder"], ROWS[job["row"]].rotations)
             spec, rotations = spinquant.RotationSpec(names, seed=first_seed(job["seed"])), None
@@ -158,10 +160,12 @@ def use(job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
             scheme,
             spec,
             rotations=rotations,
-            method=job["weights"],
-            tokens=windows("manual", settings["calibration"]) if calibrated else None,
+            method=rounding,
+            # Tuning is judged on eight windows, with one as a gap.
+            tokens=windows("manual", settings["calibration"] + (9 if tuned else 0)) if calibrated else None,
             calibration=spinquant.Calibration(clips=clips) if calibrated else None,
             options=spinquant.Options(prove=False),
+            tune=spinquant.TuneOptions(steps=int(tuned)) if tuned else None,
         )
     quantized = time.perf_counter() - begun
     found = {text: spinquant.evaluate(model, windows(text, settings["windows"])).perplexity for text in job["texts"]}
@@ -271,7 +275,12 @@ def main() -> None:
     parser.add_argument("--model", default=MODELS[0], help=f"{', '.join(MODELS)}, or a folder (default: %(default)s)")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--schemes", nargs="+", default=["W4A4KV4"])
-    parser.add_argument("--weights", nargs="+", default=["rtn", "gptaq"], choices=["rtn", "gptq", "gptaq"])
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        default=["rtn", "gptaq"],
+        help="rtn, gptq or gptaq, and with +tune64 tuned for so many steps",
+    )
     parser.add_argument("--texts", nargs="+", default=["docstrings", "fortunes"], choices=TEXTS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("transforms"))

@@ -55,7 +55,7 @@ def quantize(
         str | None,
         opt.option(
             opt.LEARNING,
-            "Learn rotations first, on the calibration text, by this method: auto, local, end-to-end or "
+            "Learn rotations first, on the calibration text, by this method: closed-form, auto, local, end-to-end or "
             "local+end-to-end.",
             "--learn",
         ),
