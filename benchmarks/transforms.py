@@ -40,10 +40,10 @@ RANDOM, EXACT = "random", "16-bit"
 class Row:
     """A set of transforms.
 
-    method: of `spinquant learn`; None for the first random Hadamard of the seed, without learning. transforms:
-    those in closed form, before rotations are learned; None for the default of the method. start: the row whose result learning starts from. rotations:
-    those of them that the model's architecture allows are used. local, end_to_end: options of `LocalOptions` and
-    `EndToEndOptions` that are not the defaults.
+    method: of `spinquant learn`; None for the first random Hadamard of the seed, without learning. transforms: those in
+    closed form, before rotations are learned; None for the default of the method. start: the row whose result learning
+    starts from. rotations: those of them that the model's architecture allows are used. local, end_to_end: options of
+    `LocalOptions` and `EndToEndOptions` that are not the defaults.
     """
 
     method: str | None

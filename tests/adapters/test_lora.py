@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from families import FAMILIES
-from models import logits, random_weights, scaled, tiny_model, tokens
+from models import logits, random_weights, tiny_model, tokens
 from spinquant import LearnedRotations, RotationSpec, load, make_rotations, plan_of, rotate_adapter, rotate_folder
 from spinquant.adapters import lora as lora_module
 from spinquant.adapters.plan import adapter_plan
@@ -21,8 +21,10 @@ from spinquant.entrypoints.result import Options
 from spinquant.errors import CheckpointError, RotationError
 from spinquant.evaluation.equivalence import Float64Arithmetic
 from spinquant.evaluation.tiny_model import exact_experts
+from spinquant.learning.free_transforms import composed
 from spinquant.models.modules import model_class
 from spinquant.quantization.scheme import parse_scheme
+from spinquant.rotations.random_transforms import random_transforms
 
 peft = pytest.importorskip("peft")
 
@@ -162,15 +164,19 @@ def test_a_rotated_adapter_works_with_online_rotations(scheme, tmp_path):
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_channel_scales_are_applied_to_the_adapter(dora, tmp_path):
-    """Rows of B of up_proj, and columns of A of down_proj, which reads the scaled and not yet rotated input."""
+def test_transforms_are_applied_to_the_adapter(dora, tmp_path):
+    """Rows of B of up_proj, and columns of A of down_proj, which reads the scaled and not yet rotated input.
+
+    B of v_proj and A of o_proj have the transform of values and its dual, and A of what reads a norm the norm's scales.
+    """
     model = source("llama", tmp_path / "model")
     targets = ["q_proj", "up_proj"] if dora else LINEARS
     lora = adapter(model, tmp_path / "lora", target_modules=targets, use_dora=dora)
     expected = answer(model, lora)
     spec = RotationSpec("R1,R2,R4", "auto")
     plan = plan_of(load(model))
-    learned = LearnedRotations(scaled(plan, make_rotations(plan, spec)), spec, {"kept": "scaled"})
+    free = random_transforms(plan, ("R2", "scales of R1", "scales of R4"))
+    learned = LearnedRotations(composed(make_rotations(plan, spec), free), spec, {"kept": "closed-form"})
     quantize_folder(model, tmp_path / "out", parse_scheme("none"), spec, learned=learned, text=None, options=QUICK)
     rotate_adapter(tmp_path / "out", lora, tmp_path / "rotated")
     after = logits(adapted(load(tmp_path / "out"), tmp_path / "rotated"), tokens())

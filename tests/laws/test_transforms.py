@@ -2,11 +2,30 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from families import FAMILIES, tiny
-from models import close, logits, tokens
-from spinquant import RotationSpec, attach, fuse_module, make_rotations, plan_of
+from models import byte_tokenizer, close, logits, tiny_model, tokens
+from spinquant import (
+    CalibrationText,
+    LearnedRotations,
+    RotationSpec,
+    attach,
+    calibration_tokens,
+    fuse_module,
+    load,
+    make_rotations,
+    parse_scheme,
+    plan_of,
+    quantize,
+    quantize_folder,
+    read_learned,
+    rotate,
+    save,
+)
+from spinquant.entrypoints.learn import write_files
 from spinquant.evaluation.equivalence import Float64Arithmetic, greedy_logits
+from spinquant.learning.free_transforms import composed
 from spinquant.rotations.random_transforms import random_transforms
 
 KINDS = {"scales": ("scales of R1", "scales of R2", "scales of R4"), "values": ("R2",)}
@@ -51,3 +70,42 @@ def test_a_matrix_for_each_head_of_keys_leaves_the_logits_unchanged(name):
     with attach(model, plan, transforms), Float64Arithmetic():
         assert close(logits(model, ids), before)
         assert close(greedy_logits(model, ids), generated)
+
+
+GENERAL = ("R2", "R3", "scales of R1", "scales of R4")
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_streamed_and_in_memory_quantization_with_transforms_are_equal(method, tmp_path):
+    """Every kind at once, through a folder of what was learned, proofs included, and loaded again."""
+    model = tiny_model("llama").float()
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    plan, spec = plan_of(model), RotationSpec("R1,R2,R3,R4", "auto")
+    rotations = make_rotations(plan, spec)
+    transforms = composed(rotations, random_transforms(plan, GENERAL))
+    record = {"kept": "closed-form", "rotation_of": {s.name: s.rotation or s.beside for s in plan.spaces}}
+    write_files(LearnedRotations(transforms, spec, record), tmp_path)
+    learned = read_learned(tmp_path)
+    text = CalibrationText("manual", 4, 24)
+    given = {"learned": learned, "text": None, "method": method, "calibration_text": text if method == "gptq" else None}
+    quantize_folder(tmp_path / "model", tmp_path / "disk", parse_scheme("W4A4KV4"), spec, **given)
+    ids = calibration_tokens(model, byte_tokenizer(), text)[1] if method == "gptq" else None
+    result = quantize(model, "W4A4KV4", spec, rotations=learned.rotations, method=method, tokens=ids)
+    save(result, tmp_path / "memory")
+    disk, memory = (load_file(tmp_path / name / "model.safetensors") for name in ("disk", "memory"))
+    assert disk.keys() == memory.keys() and all(torch.equal(disk[n], memory[n]) for n in disk)
+    loaded = load(tmp_path / "disk")
+    assert torch.equal(logits(loaded, tokens()), logits(result.model, tokens()))
+
+
+def test_rotating_with_transforms_moves_logits_by_rounding_alone(tmp_path):
+    """In float32: what is fused, what runs online, and what is loaded again."""
+    model = tiny_model("llama").float()
+    expected = logits(model, tokens())
+    plan, spec = plan_of(model), RotationSpec("R1,R2,R3,R4", "auto")
+    transforms = composed(make_rotations(plan, spec), random_transforms(plan, GENERAL))
+    result = rotate(model, spec, rotations=transforms, sample=tokens())
+    assert result.real is not None and result.real.relative < 1e-5
+    save(result, tmp_path / "out")
+    assert torch.allclose(logits(load(tmp_path / "out"), tokens()), expected, atol=1e-4)
