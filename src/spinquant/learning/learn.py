@@ -53,14 +53,15 @@ from spinquant.rotations.learned import LearnedRotations
 from spinquant.rotations.rotation import Hadamard, Transform
 from spinquant.rotations.serialization import saved, to_save
 
-LEARNED = ("given", "closed-form", "local", "end-to-end", "local+end-to-end")  # candidates that were learned
 FIRST: tuple[Kind, ...] = ("scales", "values")  # closed-form transforms that rotations are learned after
+AFTER = "closed-form after learning"  # the candidate with the others, in the coordinates of the rotations kept
 CLIP_WINDOWS = 2  # training samples that clip ratios are searched on
 ROWS_PER_SAMPLE = 32  # rows of a site taken from one sample; few, so that they come from many samples
 FISHER_ROWS_PER_SAMPLE = 16  # the same where rows are sampled by weight; fewer, since few rows weigh much
 ERROR_SAMPLES, ERROR_ROWS = 4, 256  # samples and rows for rounding errors before and after end-to-end learning
 MOMENT_SAMPLES = 32  # samples for the moments of closed-form transforms
 CLOSED_FORM = "closed-form"  # the candidate, and the name of its saved transforms
+LEARNED = ("given", CLOSED_FORM, AFTER, "local", "end-to-end", "local+end-to-end")  # candidates that were learned
 
 
 def learn(
@@ -148,13 +149,15 @@ def learn(
         run = _Run(model, plan, scheme, learning, spec, names, tokens, options, candidates, pieces, watch)
         run.score_baselines(random, given)
         if options.transforming:
-            run.transform_in_closed_form(KINDS if options.method == CLOSED_FORM else FIRST)
+            run.transform_in_closed_form(CLOSED_FORM, KINDS if options.method == CLOSED_FORM else FIRST)
         initial, sites = run.draw_signs()
         if run.is_local:
             assert sites is not None
             run.learn_layerwise(initial, sites)
         if run.is_end_to_end:
             run.learn_end_to_end()
+        if options.transforming and options.method != CLOSED_FORM:
+            run.transform_in_closed_form(AFTER, [kind for kind in KINDS if kind not in FIRST])
         return run.result()
 
 
@@ -204,8 +207,10 @@ class _Run:
         self.start = self.candidates.leader
         self.record |= {"options": self.options.to_dict(), "scheme": self.scheme.to_dict(), "start": self.start}
 
-    def transform_in_closed_form(self, kinds: Sequence[Kind]) -> None:
+    def transform_in_closed_form(self, name: str, kinds: Sequence[Kind]) -> None:
         """Compute the free transforms of some kinds, and keep each kind if it lowers KL on held-out text.
+
+        name: of the candidate that has them.
 
         Kinds are tried one after another with the clip ratios of the leader; what is kept gets ratios of its own.
         """
@@ -216,16 +221,20 @@ class _Run:
         if not wanted:
             return
         with _timed(self.clock, CLOSED_FORM):
-            free = self._closed_form(wanted, rotations)
-        self.record["closed_form"] = candidates.enter_kinds(
-            CLOSED_FORM, [{n: t for n, t in free.items() if kind_of(plan.space[n]) == kind} for kind in kinds], kinds
-        )
+            free = self._closed_form(name, wanted, rotations)
+        parts = [{n: t for n, t in free.items() if kind_of(plan.space[n]) == kind} for kind in kinds]
+        with _timed(self.clock, "judging"):
+            tried = candidates.enter_kinds(name, parts, kinds)
+        self.record["closed_form"] = {**self.record.get("closed_form", {}), **tried}
 
-    def _closed_form(self, spaces: Sequence[str], rotations: Mapping[str, Transform]) -> dict[str, Transform]:
+    def _closed_form(
+        self, name: str, spaces: Sequence[str], rotations: Mapping[str, Transform]
+    ) -> dict[str, Transform]:
         """The closed-form transforms of spaces, or those that an interrupted run had computed."""
-        saved_before = self.pieces.load(CLOSED_FORM) if self.pieces else None
-        if saved_before is not None:
-            return saved(saved_before[1]["about"], saved_before[0])
+        piece = name.replace(" ", "-")
+        kept = self.pieces.load(piece) if self.pieces else None
+        if kept is not None:
+            return saved(kept[1]["about"], kept[0])
         moments = collect_moments(
             self.model,
             self.plan,
@@ -239,7 +248,7 @@ class _Run:
         found = closed_form_transforms(self.plan, moments)
         if self.pieces:
             about, tensors = to_save(found)
-            self.pieces.save(CLOSED_FORM, tensors, {"about": about})
+            self.pieces.save(piece, tensors, {"about": about})
         return found
 
     def draw_signs(self) -> tuple[Mapping[str, Transform], list[ActivationSite] | None]:
