@@ -49,6 +49,12 @@ def learning_table(learned: "LearnedRotations", out: str) -> Table:
         )
     if "arithmetic" in record:
         about.append("arithmetic: {dtype} ({reason})".format(**record["arithmetic"]))
+    for kind, tried in record.get("closed_form", {}).items():
+        verdict = "kept" if tried["kept"] else "not kept"
+        about.append(
+            f"closed form, {kind}: KL {tried['kl']:#.4g}, {verdict} ({tried['spaces']} spaces, condition number at most "
+            f"{tried['condition']:.3g})"
+        )
     if record["options"]["method"] == "random" and kept.startswith("random"):
         about.append("method random learns nothing: the best random rotation was written")
     elif kept in ("closed-form", "random signs"):

@@ -52,6 +52,7 @@ from spinquant.rotations.fuse_module import plan_of
 from spinquant.rotations.learned import LearnedRotations
 from spinquant.rotations.rotation import Hadamard, Transform
 from spinquant.rotations.serialization import saved, to_save
+from spinquant.rotations.transforms import condition
 
 FIRST: tuple[Kind, ...] = ("scales", "values")  # closed-form transforms that rotations are learned after
 AFTER = "closed-form after learning"  # the candidate with the others, in the coordinates of the rotations kept
@@ -225,6 +226,9 @@ class _Run:
         parts = [{n: t for n, t in free.items() if kind_of(plan.space[n]) == kind} for kind in kinds]
         with _timed(self.clock, "judging"):
             tried = candidates.enter_kinds(name, parts, kinds)
+        for kind, part in zip(kinds, parts, strict=True):
+            if kind in tried:
+                tried[kind] |= {"spaces": len(part), "condition": max(map(condition, part.values()))}
         self.record["closed_form"] = {**self.record.get("closed_form", {}), **tried}
 
     def _closed_form(
