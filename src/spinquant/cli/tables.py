@@ -52,7 +52,7 @@ def learning_table(learned: "LearnedRotations", out: str) -> Table:
     for kind, tried in record.get("closed_form", {}).items():
         verdict = "kept" if tried["kept"] else "not kept"
         about.append(
-            f"closed form, {kind}: KL {tried['kl']:#.4g}, {verdict} ({tried['spaces']} spaces, condition number at most "
+            f"closed form, {kind}: KL {tried['kl']:#.4g}, {verdict} ({tried['spaces']} spaces, condition number up to "
             f"{tried['condition']:.3g})"
         )
     if record["options"]["method"] == "random" and kept.startswith("random"):
