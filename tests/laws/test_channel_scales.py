@@ -146,7 +146,11 @@ def test_invalid_scales_are_refused(change):
     check_given(plan, SPEC, rotations)
     good, size = rotations["layers.0.hidden.channels"].scale, plan.space["residual"].size
     wrong = {
-        "space": ("residual", Diagonal(torch.linspace(1, 2, size)), "scales of residual change the model's function"),
+        "space": (
+            "residual",
+            Diagonal(torch.linspace(1, 2, size)),
+            "no rotation: it would change the model's function",
+        ),
         "shape": ("layers.0.hidden.channels", Diagonal(good[1:]), "has order .* and this model needs"),
         "matrix": ("layers.0.hidden.channels", Hadamard(len(good)), "allows channel scales alone"),
     }[change]

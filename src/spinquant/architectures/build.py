@@ -320,7 +320,13 @@ class _Build:
         reading = linear or axis.tensor in read or axis.tensor == self.family.head
         if dims == 2 and axis.space == "residual" and not reading:
             return False  # embeddings of tokens and positions write along their last axis
-        return dims > 1 and axis.dim == (0 if self.family.transposed and linear else dims - 1)
+        if dims > 2:
+            return axis.dim == dims - (2 if axis.tensor in self._transposed_stacks else 1)
+        return dims == 2 and axis.dim == (0 if self.family.transposed and linear else 1)
+
+    @cached_property
+    def _transposed_stacks(self) -> Set[str]:
+        return {name for stack in self.experts() if stack.transposed for name in (*stack.first, *stack.second)}
 
     @cached_property
     def _linear_weights(self) -> Set[str]:

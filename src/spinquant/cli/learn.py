@@ -115,9 +115,7 @@ def learn(
     weights: Annotated[
         bool, opt.option(opt.ADVANCED, "end-to-end: quantize weights too while learning.", "--weights")
     ] = False,
-    checkpointing: Annotated[
-        bool, opt.option(opt.ADVANCED, "Gradient checkpointing: less memory, more time.", "--checkpointing")
-    ] = False,
+    checkpointing: Annotated[bool, opt.option(opt.ADVANCED, opt.CHECKPOINTING, "--checkpointing")] = False,
     shard: Annotated[
         bool, opt.option(opt.ADVANCED, "end-to-end under torchrun: shard the weights (FSDP2).", "--shard")
     ] = False,

@@ -31,6 +31,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Panels of the help.
 ROTATIONS, WEIGHTS, ACTIVATIONS = "Rotations", "Weights", "Activations and KV cache"
 CALIBRATION, LEARNING, OUTPUT, ADVANCED = "Calibration", "Learning", "Output", "Advanced"
+CHECKPOINTING = "Learning and tuning: gradient checkpointing of decoder blocks: less memory, a third more time."
 
 
 def option(panel: str | None, help: str, *names: str) -> Any:

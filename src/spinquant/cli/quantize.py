@@ -120,14 +120,7 @@ def quantize(
         opt.option(opt.ADVANCED, "Tuning: largest relative change of a number in one step; 0.002 by default."),
     ] = None,
     tune_batch: Annotated[int | None, opt.option(opt.ADVANCED, "Tuning: samples per step; 1 by default.")] = None,
-    checkpointing: Annotated[
-        bool,
-        opt.option(
-            opt.ADVANCED,
-            "Tuning: gradient checkpointing of decoder blocks: less memory, a third more time.",
-            "--checkpointing",
-        ),
-    ] = False,
+    checkpointing: Annotated[bool, opt.option(opt.ADVANCED, opt.CHECKPOINTING, "--checkpointing")] = False,
     type: opt.Type = "auto",
     block_size: opt.BlockSize = None,
     randomize: opt.Randomize = False,
