@@ -9,15 +9,24 @@ from models import close, logits, random_weights, tiny_model, tokens
 from spinquant import Diagonal, Matrix, RotationSpec, attach, fuse_module, make_rotations, parse_scheme, plan_of
 from spinquant.errors import LearningError
 from spinquant.learning import free_transforms
+from spinquant.learning.closed_form import Damping, Moments
 from spinquant.learning.end_to_end import FROM_LOCAL, EndToEndOptions
 from spinquant.learning.fake_quant import fuse_gains
-from spinquant.learning.free_transforms import KINDS, composed, fuse_free, parted, unfuse_free
+from spinquant.learning.free_transforms import (
+    KINDS,
+    closed_form_transforms,
+    composed,
+    fuse_free,
+    parted,
+    unfuse_free,
+)
 from spinquant.learning.layerwise import LocalOptions
 from spinquant.learning.learn import learn
 from spinquant.learning.options import LearnOptions
 from spinquant.plan import CHANNELS
 from spinquant.rotations.random_transforms import random_transforms
 from spinquant.rotations.rotation import is_orthogonal, matrix
+from spinquant.rotations.transforms import LARGEST_CONDITION, condition
 from spinquant.rotations.wrappers import check_given, online_part
 
 SPEC = RotationSpec("R1,R2,R3,R4", "auto")
@@ -77,6 +86,19 @@ def test_transforms_are_parted_into_a_free_one_and_a_rotation():
     assert set(turned) == set(rotations) and set(rest) == set(free)
     assert all(torch.allclose(matrix(turned[n]), matrix(rotations[n]), atol=1e-8) for n in rotations)
     assert all(torch.allclose(matrix(rest[n]), matrix(free[n]), atol=1e-8) for n in free)
+
+
+def test_the_condition_number_of_a_matrix_is_bounded():
+    """Also where the moments of one head are those of a single direction, and damping is that of many heads."""
+    _, plan = prepared()
+    space = next(space for space in plan.spaces if space.rotation == "R2")
+    rows, slopes = torch.zeros(2, space.size, dtype=torch.float64), torch.zeros(2, space.size, dtype=torch.float64)
+    rows[:, 0], slopes[:, 1] = 1e6, 1e6
+    x, g = ((t.T @ t + 1e-9 * torch.eye(space.size)).expand(1, space.heads, -1, -1) for t in (rows, slopes))
+    folds = [[Moments(x, g, space.size)], [Moments(x, g, space.size)]]
+    found = closed_form_transforms(plan, {space.name: folds}, (Damping(1e-14),))
+    assert 500 < condition(found[space.name]) <= LARGEST_CONDITION
+    check_given(plan, SPEC, {**make_rotations(plan, SPEC), **found})
 
 
 def test_closed_form_is_kept_by_kind_where_it_lowers_kl():

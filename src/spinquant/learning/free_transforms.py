@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from spinquant.errors import LearningError
-from spinquant.learning.closed_form import DIAGONAL, MATRIX, Moments, chosen_transform, symmetric_root
+from spinquant.learning.closed_form import DIAGONAL, MATRIX, Damping, Moments, chosen_transform, symmetric_root
 from spinquant.models.capture import device_of
 from spinquant.plan import CHANNELS, Plan, Space
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotations.fuse_module import fuse_module
 from spinquant.rotations.rotation import Orthogonal, Transform, is_orthogonal, matrix, nearest_orthogonal
-from spinquant.rotations.transforms import Diagonal, Matrix, compose
+from spinquant.rotations.transforms import LARGEST_CONDITION, Diagonal, Matrix, compose
 
 Kind = Literal["scales", "values", "keys", "norms"]
 KINDS: tuple[Kind, ...] = ("scales", "values", "keys", "norms")
@@ -57,18 +57,30 @@ def is_fused(space: Space) -> bool:
     return kind_of(space) in ("scales", "values")
 
 
-def closed_form_transforms(plan: Plan, moments: Mapping[str, Sequence[Sequence[Moments]]]) -> dict[str, Transform]:
+def closed_form_transforms(
+    plan: Plan, moments: Mapping[str, Sequence[Sequence[Moments]]], dampings: Sequence[Damping] | None = None
+) -> dict[str, Transform]:
     """The best transform of each space, with damping chosen on held-out samples; none where none is better.
 
-    moments: as `collect_moments` returns them.
+    Args:
+        plan: the plan of the model.
+        moments: as `collect_moments` returns them.
+        dampings: to choose from. Default: those for scales or matrices.
     """
     found: dict[str, Transform] = {}
     for name, folds in moments.items():
         diagonal = plan.space[name].allows == "diagonal"
-        p, _, _ = chosen_transform(folds, DIAGONAL if diagonal else MATRIX)
+        p, _, _ = chosen_transform(folds, dampings or (DIAGONAL if diagonal else MATRIX))
         if p is not None:
-            found[name] = Diagonal(p.sqrt().flatten()) if diagonal else Matrix(symmetric_root(p))
+            found[name] = Diagonal(p.sqrt().flatten()) if diagonal else Matrix(_bounded(symmetric_root(p)))
     return found
+
+
+def _bounded(roots: Tensor) -> Tensor:
+    """Symmetric positive definite matrices, (heads, n, n), with small eigenvalues raised to what is allowed."""
+    values, vectors = torch.linalg.eigh(roots)
+    least = values.amax(-1, keepdim=True) / (LARGEST_CONDITION / 1.01)
+    return (vectors * values.clamp(min=least).unsqueeze(-2)) @ vectors.mT
 
 
 def with_free(plan: Plan, rotations: Mapping[str, Transform], free: Mapping[str, Transform]) -> dict[str, Transform]:
