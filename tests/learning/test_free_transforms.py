@@ -6,19 +6,30 @@ import pytest
 import torch
 
 from models import close, logits, random_weights, tiny_model, tokens
-from spinquant import Diagonal, Matrix, RotationSpec, attach, fuse_module, make_rotations, parse_scheme, plan_of
+from spinquant import (
+    Diagonal,
+    LearnedRotations,
+    Matrix,
+    RotationSpec,
+    attach,
+    fuse_module,
+    make_rotations,
+    parse_scheme,
+    plan_of,
+)
 from spinquant.errors import LearningError
 from spinquant.learning import free_transforms
 from spinquant.learning.closed_form import Damping, Moments
 from spinquant.learning.end_to_end import FROM_LOCAL, EndToEndOptions
 from spinquant.learning.fake_quant import fuse_gains
 from spinquant.learning.free_transforms import (
+    HALF_CONDITION,
     KINDS,
     closed_form_transforms,
     composed,
+    free_spaces,
     fuse_free,
     parted,
-    unfuse_free,
 )
 from spinquant.learning.layerwise import LocalOptions
 from spinquant.learning.learn import learn
@@ -56,11 +67,11 @@ def test_fused_transforms_keep_the_function_and_can_be_unfused():
     ids, before = tokens(), {n: p.detach().clone() for n, p in model.named_parameters()}
     expected = logits(model, ids)
     free = random_transforms(plan, ("R2", "scales of R4"))
-    fuse_free(model, plan, free, ids[:1])
+    fused = fuse_free(model, plan, free, ids[:1])
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert {name.split(".")[4] for name in changed} == {"up_proj", "down_proj", "v_proj", "o_proj"}
     assert close(logits(model, ids), expected)
-    unfuse_free(model, plan, free)
+    fused.undo()
     assert all(torch.allclose(p, before[n], atol=1e-12) for n, p in model.named_parameters())
 
 
@@ -88,16 +99,22 @@ def test_transforms_are_parted_into_a_free_one_and_a_rotation():
     assert all(torch.allclose(matrix(rest[n]), matrix(free[n]), atol=1e-8) for n in free)
 
 
-def test_the_condition_number_of_a_matrix_is_bounded():
-    """Also where the moments of one head are those of a single direction, and damping is that of many heads."""
-    _, plan = prepared()
+def moments_of_one_direction(plan):
+    """Moments of the values of a layer whose rows all have one direction, and gradients another."""
     space = next(space for space in plan.spaces if space.rotation == "R2")
     rows, slopes = torch.zeros(2, space.size, dtype=torch.float64), torch.zeros(2, space.size, dtype=torch.float64)
     rows[:, 0], slopes[:, 1] = 1e6, 1e6
     x, g = ((t.T @ t + 1e-9 * torch.eye(space.size)).expand(1, space.heads, -1, -1) for t in (rows, slopes))
     folds = [[Moments(x, g, space.size)], [Moments(x, g, space.size)]]
-    found = closed_form_transforms(plan, {space.name: folds}, (Damping(1e-14),))
-    assert 500 < condition(found[space.name]) <= LARGEST_CONDITION
+    return {space.name: folds}
+
+
+def test_the_condition_number_of_a_matrix_is_bounded():
+    """Also where the moments of one head are those of a single direction, and damping is that of many heads."""
+    _, plan = prepared()
+    found = closed_form_transforms(plan, moments_of_one_direction(plan), (Damping(1e-14),))
+    (matrix_of_values,) = found.values()
+    assert 500 < condition(matrix_of_values) <= LARGEST_CONDITION
     check_given(plan, SPEC, {**make_rotations(plan, SPEC), **found})
 
 
@@ -134,7 +151,7 @@ def test_local_learning_starts_from_the_closed_form(signs):
 
 
 def test_transforms_that_raise_kl_are_removed(monkeypatch):
-    def wild(plan, moments):
+    def wild(plan, moments, **_):
         made = {name: torch.linspace(-4, 4, plan.space[name].size).double().exp() for name in moments}
         return {name: Diagonal(scale) for name, scale in made.items() if name.endswith(CHANNELS)}
 
@@ -180,3 +197,67 @@ def test_a_killed_run_does_not_compute_transforms_again(tmp_path, monkeypatch):
     monkeypatch.setattr("spinquant.learning.learn.collect_moments", lambda *_, **__: calls.append(1))
     again = run_learn(LearnOptions("closed-form", baselines=1), store=tmp_path)
     assert not calls and again.digest() == first.digest() and again.record["scores"] == first.record["scores"]
+
+
+def test_blocks_and_plain_hadamard_matrices_stay():
+    """Runtimes know no other R3, and a saved spec has the size of the blocks."""
+    _, plan = prepared()
+    scheme = parse_scheme("W4A4KV4")
+    blocks = make_rotations(plan, RotationSpec("R1,R2,R3,R4", block_size={"R2": 8, "R3": 8}))
+    assert set(free_spaces(plan, blocks, scheme)) == {"scales", "norms"}
+    plain = make_rotations(plan, RotationSpec("R1,R2,R3,R4", {"R3": "hadamard"}))
+    assert set(free_spaces(plan, plain, scheme)) == {"scales", "values", "norms"}
+    learned = run_learn(LearnOptions("closed-form", baselines=1), RotationSpec("R1,R2,R3,R4", block_size={"R2": 8}))
+    check_given(plan, learned.spec, learned.rotations)
+
+
+def test_half_precision_weights_are_restored_bit_for_bit():
+    model, plan = prepared()
+    model.bfloat16()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    wild = {n: Diagonal(t.scale**20) for n, t in random_transforms(plan, ("scales of R4",)).items()}
+    mild = random_transforms(plan, ("scales of R4",))
+    for free in (mild, {n: Matrix(t.weight) for n, t in random_transforms(plan, ("R2",)).items()}, wild):
+        fused = fuse_free(model, plan, free, tokens(1))
+        fused.undo()
+        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    found = closed_form_transforms(plan, moments_of_one_direction(plan), (Damping(1e-14),), dtype=torch.bfloat16)
+    assert all(condition(transform) <= HALF_CONDITION for transform in found.values())
+
+
+def test_what_is_kept_is_never_worse_than_what_it_was_kept_for(monkeypatch):
+    """Clip ratios of its own, found on a few samples, may be worse than those of the leader."""
+    worse = lambda model, plan, best, *_: replace(best, activation_clip=0.3)  # noqa: E731
+    from spinquant.learning import selection
+
+    search, calls = selection.with_clips, []
+
+    def searched(model, plan, best, scheme, windows):
+        calls.append(1)
+        return search(model, plan, best, scheme, windows) if len(calls) < 3 else worse(model, plan, best)
+
+    monkeypatch.setattr(selection, "with_clips", searched)
+    learned = run_learn(LearnOptions("closed-form", baselines=2))
+    kept = [tried["kl"] for tried in learned.record["closed_form"].values() if tried["kept"]]
+    assert kept and learned.kept == "closed-form"
+    assert learned.record["scores"]["closed-form"]["kl"] <= min(kept) + 1e-12
+
+
+def test_subsets_of_what_was_learned():
+    """Scales go with the rotation in whose coordinates they are; also those of folders of earlier versions."""
+    _, plan = prepared()
+    rotations = make_rotations(plan, SPEC)
+    transforms = {**rotations, **random_transforms(plan, ("scales of R4",))}
+    of = {space.name: space.rotation for space in plan.spaces if space.name in rotations}
+    old = LearnedRotations(transforms, SPEC, {"kept": "scaled", "rotation_of": of})
+    assert set(old.only(["R1"]).rotations) == {"residual"}
+    assert {name for name in old.only(["R4"]).rotations if name.endswith(CHANNELS)}
+    norms = {**make_rotations(plan, RotationSpec("R2,R3")), **random_transforms(plan, ("scales of R1",))}
+    none = {space: of.get(space, "") for space in norms}
+    without = LearnedRotations(norms, RotationSpec("R2,R3"), {"kept": "closed-form", "rotation_of": none})
+    assert set(without.only(["R2"]).rotations) > {name for name in norms if "layernorm" in name}
+
+
+def test_options_that_would_do_nothing_are_refused():
+    with pytest.raises(LearningError, match="leave out --no-transforms"):
+        LearnOptions("closed-form", transforms=False)

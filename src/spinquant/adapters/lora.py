@@ -211,6 +211,12 @@ def _counterpart(
         return Counterpart(weight, {0: 1})
     if part == "lora_embedding_B":
         return Counterpart(weight, {1: 0})
+    if _reads_online(module, base):
+        raise RotationError(
+            f"{name} is a DoRA magnitude of {module}, whose input is rotated at run time: peft divides by the norm of "
+            "rotated weights with an update that is not. Merge the adapter into the model and rotate that, or leave R4 "
+            "out"
+        )
     if _is_rotated(weight, 1 if weight == _embedding(base) else outputs, base):
         raise RotationError(
             f"{name} is a DoRA magnitude, which scales single outputs of {module}, and these outputs are rotated: "

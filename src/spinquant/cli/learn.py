@@ -127,8 +127,8 @@ def learn(
         bool | None,
         opt.option(
             opt.ADVANCED,
-            "Compute transforms that cost nothing (channel scales, matrices of value heads) in closed form, before "
-            "rotations are learned; by default where gradients are computed anyway.",
+            "Compute transforms that cost nothing (channel scales, matrices of value and key heads) in closed form, "
+            "beside the rotations that are learned; by default where gradients are computed anyway.",
             "--transforms/--no-transforms",
         ),
     ] = None,
@@ -207,12 +207,14 @@ def _check_used(
             "--checkpointing saves memory in backward passes, and --method local has none unless --weighting is "
             "fisher: leave out --checkpointing, or use --weighting fisher without --massive"
         )
-    if method == "random" and which is not None:
+    if method in ("random", "closed-form") and which is not None:
         raise LearningError(
-            "--learn cannot be combined with --method random, which learns no rotation: leave out --learn, or choose "
-            "another --method"
+            f"--learn cannot be combined with --method {method}, which learns no rotation: leave out --learn, or "
+            "choose another --method"
         )
-    unused = {"local": end_to_end, "end-to-end": local, "random": {**both, **local, **end_to_end}}.get(method)
+    everything = {**both, **local, **end_to_end}
+    others = {name: value for name, value in everything.items() if name != "checkpointing"}
+    unused = {"local": end_to_end, "end-to-end": local, "random": everything, "closed-form": others}.get(method)
     if unused:
         names = opt.spelled(unused)
         raise LearningError(

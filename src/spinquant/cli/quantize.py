@@ -152,6 +152,8 @@ def quantize(
     from spinquant.entrypoints.validation import settle_format
     from spinquant.errors import LearningError
     from spinquant.formats.compressed_config import scheme_for
+    from spinquant.learning.end_to_end import EndToEndOptions
+    from spinquant.learning.layerwise import LocalOptions
     from spinquant.learning.options import LearnOptions, Watch
     from spinquant.quantization.gptq import GPTQOptions
     from spinquant.quantization.scheme import parse_scheme, static_parts
@@ -184,10 +186,13 @@ def quantize(
     source = CalibrationText(**chosen, seed=seed)
     reads = calibrated or tune is not None
     given = bool(chosen) and (reads or not learn_first)
-    tuning = opt.tune_options(tune, lr=tune_lr, batch=tune_batch, checkpointing=checkpointing, seed=seed)
+    saving = checkpointing and (tune is not None or not learn_first)
+    tuning = opt.tune_options(tune, lr=tune_lr, batch=tune_batch, checkpointing=saving, seed=seed)
     # Learned rotations: from a folder, or learned first.
     taken = opt.taken_from(learned, model, context, scheme=parsed, drawing=reads) if learned else None
-    learning = LearnOptions(method=learn_first, seed=seed) if learn_first else None  # pyright: ignore[reportArgumentType] - checked by it
+    less = {"local": LocalOptions(checkpointing=True), "end_to_end": EndToEndOptions(checkpointing=True)}
+    how_learned: dict[str, Any] = {"method": learn_first, "seed": seed, **(less if checkpointing else {})}
+    learning = LearnOptions(**how_learned) if learn_first else None
 
     with stages(quiet=quiet, out=out) as progress:
         result = quantize_folder(

@@ -23,7 +23,7 @@ from spinquant.entrypoints.validation import check_calibration, check_format, ch
 from spinquant.errors import CalibrationError, CheckpointError, TextError
 from spinquant.evaluation.equivalence import check, compare, prove, snapshot
 from spinquant.evaluation.scheme_proof import prove_scheme
-from spinquant.formats.compressed_config import check_plan, scheme_for
+from spinquant.formats.compressed_config import check_plan, check_rotations, scheme_for
 from spinquant.formats.compressed_tensors import write_compressed
 from spinquant.formats.native import check_fresh, is_marked, mark, unmark
 from spinquant.learning.tuning import TuneOptions
@@ -219,6 +219,8 @@ def quantize(
     plan = plan_of(model)
     check_changeable(model, plan)
     check_fits(plan, tensor_shapes(model), scheme)
+    if format == "compressed-tensors" and rotations is not None:
+        check_rotations(plan, rotations)
     spec = spec or RotationSpec(())
     tuning = None
     if tune is not None and tokens is not None:

@@ -10,6 +10,7 @@ keys and norms belong to the coordinates of a rotation, and are multiplied with 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -18,18 +19,27 @@ from torch import Tensor
 from spinquant.errors import LearningError
 from spinquant.learning.closed_form import DIAGONAL, MATRIX, Damping, Moments, chosen_transform, symmetric_root
 from spinquant.models.capture import device_of
+from spinquant.models.modules import named_tensor
 from spinquant.plan import CHANNELS, Plan, Space
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotations.fuse_module import fuse_module
-from spinquant.rotations.rotation import Orthogonal, Transform, is_orthogonal, matrix, nearest_orthogonal
+from spinquant.rotations.rotation import Hadamard, Orthogonal, Transform, is_orthogonal, matrix, nearest_orthogonal
 from spinquant.rotations.transforms import LARGEST_CONDITION, Diagonal, Matrix, compose
 
 Kind = Literal["scales", "values", "keys", "norms"]
 KINDS: tuple[Kind, ...] = ("scales", "values", "keys", "norms")
+# Largest condition number of a matrix that is fused into half-precision weights: at 30, a tiny bfloat16 model's logits
+# move by some 0.03, at 300 by 0.27.
+HALF_CONDITION = 30.0
+HALF = (torch.float16, torch.bfloat16)
+HALF_MOVED = 0.05  # relative move of the logits up to which a kind is kept there
 
 
 def free_spaces(plan: Plan, rotations: Mapping[str, Transform], scheme: Scheme) -> dict[Kind, list[str]]:
-    """The spaces of each kind that are quantized and can have a transform beside the rotations given."""
+    """The spaces of each kind that are quantized and can have a transform beside the rotations given.
+
+    Rotations in blocks stay in blocks, and an R3 that is a plain Hadamard matrix stays one: runtimes know no other.
+    """
     found: dict[Kind, list[str]] = {kind: [] for kind in KINDS}
     for space in plan.spaces:
         kind = kind_of(space)
@@ -39,6 +49,11 @@ def free_spaces(plan: Plan, rotations: Mapping[str, Transform], scheme: Scheme) 
             continue
         if scheme.activations is None and (kind in ("scales", "norms") or scheme.kv is None):
             continue
+        rotation = rotations.get(space.name)
+        if kind in ("values", "keys") and rotation is not None:
+            fixed = kind == "keys" and isinstance(rotation, Hadamard) and rotation.signs is None
+            if fixed or rotation.order != space.size:
+                continue
         # A norm's scales are in the coordinates that R1 gives its output, or in those of the model without R1.
         if kind == "norms" or space.name.removesuffix(CHANNELS) in rotations:
             found[kind].append(space.name)
@@ -58,7 +73,11 @@ def is_fused(space: Space) -> bool:
 
 
 def closed_form_transforms(
-    plan: Plan, moments: Mapping[str, Sequence[Sequence[Moments]]], dampings: Sequence[Damping] | None = None
+    plan: Plan,
+    moments: Mapping[str, Sequence[Sequence[Moments]]],
+    dampings: Sequence[Damping] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Transform]:
     """The best transform of each space, with damping chosen on held-out samples; none where none is better.
 
@@ -66,20 +85,22 @@ def closed_form_transforms(
         plan: the plan of the model.
         moments: as `collect_moments` returns them.
         dampings: to choose from. Default: those for scales or matrices.
+        dtype: of the model's weights, whose rounding bounds the condition numbers of matrices.
     """
+    bound = LARGEST_CONDITION if dtype in (torch.float32, torch.float64) else HALF_CONDITION
     found: dict[str, Transform] = {}
     for name, folds in moments.items():
         diagonal = plan.space[name].allows == "diagonal"
         p, _, _ = chosen_transform(folds, dampings or (DIAGONAL if diagonal else MATRIX))
         if p is not None:
-            found[name] = Diagonal(p.sqrt().flatten()) if diagonal else Matrix(_bounded(symmetric_root(p)))
+            found[name] = Diagonal(p.sqrt().flatten()) if diagonal else Matrix(_bounded(symmetric_root(p), bound))
     return found
 
 
-def _bounded(roots: Tensor) -> Tensor:
-    """Symmetric positive definite matrices, (heads, n, n), with small eigenvalues raised to what is allowed."""
+def _bounded(roots: Tensor, bound: float) -> Tensor:
+    """Symmetric positive definite matrices, (heads, n, n), with condition numbers of at most `bound`."""
     values, vectors = torch.linalg.eigh(roots)
-    least = values.amax(-1, keepdim=True) / (LARGEST_CONDITION / 1.01)
+    least = values.amax(-1, keepdim=True) / (bound / 1.01)
     return (vectors * values.clamp(min=least).unsqueeze(-2)) @ vectors.mT
 
 
@@ -114,31 +135,66 @@ def parted(plan: Plan, transforms: Mapping[str, Transform]) -> tuple[dict[str, T
     return rotations, free
 
 
-def fuse_free(model: Any, plan: Plan, free: Mapping[str, Transform], tokens: Tensor) -> None:
+@dataclass
+class Fused:
+    """Transforms that are fused into a model, and what undoes it.
+
+    kept: whether the logits moved no more than rounding explains; if not, nothing is fused.
+    before: the weights of a half-precision model, which would be rounded twice otherwise.
+    """
+
+    model: Any
+    plan: Plan
+    transforms: dict[str, Transform]
+    kept: bool = True
+    before: dict[str, Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Restore the weights: those of half precision bit for bit, others up to rounding."""
+        for name, weight in self.before.items():
+            named_tensor(self.model, name).copy_(weight)
+        if self.transforms and not self.before:
+            fuse_module(self.model, self.plan, {name: _inverse(found) for name, found in self.transforms.items()})
+        self.transforms = {}
+
+
+def fuse_free(model: Any, plan: Plan, free: Mapping[str, Transform], tokens: Tensor) -> Fused:
     """Fuse the transforms that can be into the model's weights, in place.
 
-    Raises LearningError if that changes the logits on tokens, (samples, length): then the plan is wrong.
+    Args:
+        model: the model.
+        plan: its plan.
+        free: free transforms by space.
+        tokens: int64 (samples, length), on which logits have to stay the same.
+
+    Raises:
+        LearningError: logits of a model in float32 or float64 move: the plan is wrong.
     """
-    fused = {name: found for name, found in free.items() if is_fused(plan.space[name])}
-    if not fused:
-        return
-    row = tokens.to(device_of(model))
+    fused = Fused(model, plan, {name: found for name, found in free.items() if is_fused(plan.space[name])})
+    if not fused.transforms:
+        return fused
+    row = tokens[:1, :128].to(device_of(model))
+    half = next(model.parameters()).dtype in HALF
+    if half:
+        touched = {axis.tensor for axis in plan.axes if axis.space in fused.transforms}
+        fused.before = {name: named_tensor(model, name).detach().clone() for name in touched}
     with torch.no_grad():
         before = model(input_ids=row, use_cache=False).logits
-        fuse_module(model, plan, fused)
+        fuse_module(model, plan, fused.transforms)
         after = model(input_ids=row, use_cache=False).logits
     moved = float((after.double() - before.double()).norm() / before.double().norm())
-    if not moved <= min(0.2, 16 * torch.finfo(before.dtype).eps ** 0.5):
+    if half:
+        fused.kept = moved <= HALF_MOVED
+        if not fused.kept:
+            fused.undo()
+    elif not moved <= 16 * torch.finfo(before.dtype).eps ** 0.5:
         raise LearningError(
-            f"fusing the transform of {next(iter(fused))} and others changed the logits of {plan.family} by "
+            f"fusing the transform of {next(iter(fused.transforms))} and others changed the logits of {plan.family} by "
             f"{moved:.2g} (relative): its table declares that the space allows it, and it does not. Learn without "
             "(--no-transforms), or correct `scaled` and `allows` in the family file"
         )
-
-
-def unfuse_free(model: Any, plan: Plan, free: Mapping[str, Transform]) -> None:
-    """Undo `fuse_free`, up to rounding of the weights."""
-    fuse_module(model, plan, {name: _inverse(found) for name, found in free.items() if is_fused(plan.space[name])})
+    return fused
 
 
 def _inverse(transform: Transform) -> Transform:

@@ -117,7 +117,7 @@ def learn(
         >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
         ...                      num_attention_heads=2, num_key_value_heads=2)
         >>> tokens = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
-        >>> options = LearnOptions("local", baselines=2, local=LocalOptions(steps=4))
+        >>> options = LearnOptions("local", baselines=2, transforms=False, local=LocalOptions(steps=4))
         >>> learned = learn(LlamaForCausalLM(config), parse_scheme("A4"), RotationSpec("R1,R2"), tokens[:6],
         ...                 tokens[6:], options)
         >>> sorted(learned.rotations)
@@ -149,6 +149,8 @@ def learn(
         candidates = Selection(model, plan, learning, tokens[:CLIP_WINDOWS], held_out, watch.stage, pieces)
         run = _Run(model, plan, scheme, learning, spec, names, tokens, options, candidates, pieces, watch)
         run.score_baselines(random, given)
+        if options.method not in ("random", CLOSED_FORM):
+            candidates.set_aside()
         if options.transforming:
             run.transform_in_closed_form(CLOSED_FORM, KINDS if options.method == CLOSED_FORM else FIRST)
         initial, sites = run.draw_signs()
@@ -249,7 +251,7 @@ class _Run:
             checkpointing=self.options.local.checkpointing or self.options.end_to_end.checkpointing,
             progress=lambda *n: self.watch.stage("collect moments", *n),
         )
-        found = closed_form_transforms(self.plan, moments)
+        found = closed_form_transforms(self.plan, moments, dtype=next(self.model.parameters()).dtype)
         if self.pieces:
             about, tensors = to_save(found)
             self.pieces.save(piece, tensors, {"about": about})
@@ -322,9 +324,11 @@ class _Run:
         plan, candidates = self.plan, self.candidates
         kept = candidates.leading
         rotations = composed(kept.rotations, kept.free)
+        # Scales of norms are in the coordinates of R1, or of the model if R1 is not applied: then they go with any.
+        beside = {s.name: s.beside for s in plan.spaces if s.beside in self.spec.rotations}
         clips = {n: {"activations": c.activation_clip, "kv": c.kv_clip} for n, c in candidates.candidates.items()}
         record = self.record | {
-            "rotation_of": {s.name: s.rotation or s.beside for s in plan.spaces if s.name in rotations},
+            "rotation_of": {s.name: s.rotation or beside.get(s.name, "") for s in plan.spaces if s.name in rotations},
             "steps": [asdict(step) for step in self.steps],
             "kept": candidates.leader,
             "learned": candidates.leader in LEARNED,

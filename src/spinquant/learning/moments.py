@@ -196,17 +196,18 @@ def collect_moments(
     with watching_calls(model, readers, outputs.watch):
         backward_own_predictions(model, plan, scheme, tokens, observe, **how)
     found: dict[str, list[list[Moments]]] = {}
+    missing: set[str] = set()
     for one in sums:
         folds = found.setdefault(one.site.space.name, [[] for _ in range(FOLDS)])
         for fold, (moments, drift) in enumerate(zip(one.folds, one.drift, strict=True)):
             if moments is None or not (_energy(moments.x) > 0).all() or not (_energy(moments.g) > 0).all():
+                missing.add(one.site.space.name)
                 continue
             added = None if weights is None else _of_readers(model, plan, one.site, outputs, fold, weights)
             folds[fold].append(moments if added is None else replace(moments, g=moments.g + added / moments.noise))
             if weights is not None and drift is not None:
                 folds[fold].extend(_of_writers(model, plan, one.site.space, moments, drift, weights))
-    counts = {name: sum(one.site.space.name == name for one in sums) for name in found}
-    return {name: folds for name, folds in found.items() if all(len(fold) >= counts[name] for fold in folds)}
+    return {name: folds for name, folds in found.items() if name not in missing}
 
 
 def _energy(moment: Tensor) -> Tensor:
@@ -239,16 +240,17 @@ def _of_readers(
         h = outputs.sums.get((fold, name))
         if h is None:
             continue
-        w = model.get_submodule(name).weight.detach().double().cpu()
+        w = model.get_submodule(name).weight.detach().float()  # on its device
         w = w.T if plan.transposed and name not in plan.heads else w
         if site.before is not None:
             w = site.before.apply(w)
+        h = h.to(w.device, w.dtype)
         if space.allows == "diagonal":
             found = (h @ w.square())[None, :, None, None]
         else:
             heads = w.unflatten(-1, (space.heads, -1, space.size))
             found = torch.einsum("o,okhi,okhj->kij", h, heads, heads)[None]
-        found = WEIGHTS * relative_error(w.shape[-1], quantizer) * found
+        found = WEIGHTS * relative_error(w.shape[-1], quantizer) * found.cpu().double()
         total = found if total is None else total + found
     return total
 
@@ -260,7 +262,7 @@ def _of_writers(
     for axis in plan.axes:
         if axis.space != space.name or axis.reads:
             continue
-        w = named_tensor(model, axis.tensor).detach().double().cpu()
+        w = named_tensor(model, axis.tensor).detach().float()
         if w.ndim != 2:
             continue
         rows = w.movedim(axis.dim, 0)
@@ -272,4 +274,4 @@ def _of_writers(
         mean = _energy(cached.x) / drift.diagonal(dim1=-2, dim2=-1).sum(-1)
         g = mean[:, None, None] * drift
         noise = WEIGHTS * relative_error(rows.shape[-1], quantizer)
-        yield Moments((heads @ heads.mT)[:, None], g[:, None], cached.length, noise)
+        yield Moments((heads @ heads.mT).cpu().double()[:, None], g[:, None], cached.length, noise)

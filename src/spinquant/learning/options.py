@@ -35,9 +35,9 @@ class LearnOptions:
         baselines: Number of random rotations to beat. Default: 5.
         signs: Random sign vectors to try per layer for a Hadamard R3 or R4 that is not learned; the one with the
             least rounding error is kept. Default: 0, none.
-        transforms: Compute the transforms that cost nothing, in closed form, before rotations are learned: channel
-            scales, and a matrix for each head of values. A kind of them is kept if it lowers KL. They need gradients.
-            Default: only if gradients are computed anyway.
+        transforms: Compute the transforms that cost nothing, in closed form: channel scales and a matrix for each head
+            of values before rotations are learned, those of keys and norms after them. A kind of them is kept if it
+            lowers KL. They need gradients. Default: only if gradients are computed anyway.
         shard: Shard the weights over the processes of torch.distributed (FSDP2). Only with method end-to-end, since
             local learning needs one decoder block at a time anyway. Default: False.
         local: Options of local learning.
@@ -70,6 +70,11 @@ class LearnOptions:
         check_seed(self.seed, LearningError)
         if self.signs < 0:
             raise LearningError(f"signs is {self.signs}: expected the number of random signs to try, or 0 (--signs)")
+        if self.method == "closed-form" and self.transforms is False:
+            raise LearningError(
+                "method closed-form computes transforms and nothing else: leave out --no-transforms, or choose another "
+                "method"
+            )
         if self.shard and (self.method != "end-to-end" or self.signs or self.transforms or self.end_to_end.weights):
             raise LearningError(
                 "a sharded model supports only end-to-end learning, without signs, transforms or quantized weights: "
@@ -126,10 +131,12 @@ def check_used(plan: Plan, spec: RotationSpec, scheme: Scheme, names: Mapping[st
             "there is none. Leave it out"
         )
     rotated = dict.fromkeys((space.name for name in spec.rotations for space in plan.spaces_of(name)), Hadamard(1))
-    if options.transforms and not free_spaces(plan, rotated, scheme):
+    asked = options.transforms or options.method == "closed-form"
+    if asked and not free_spaces(plan, rotated, scheme):
+        what = "--transforms" if options.transforms else "--method closed-form"
         raise LearningError(
-            "--transforms would have no effect: no space that is rotated and quantized allows more than a rotation. "
-            "Leave it out"
+            f"{what} would have no effect: no space that is rotated and quantized allows more than a rotation. Leave "
+            "it out"
         )
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from spinquant.checkpoint.run_pieces import Pieces
+from spinquant.errors import LearningError
 from spinquant.evaluation.metrics import divergence, nll, perplexity_of
 from spinquant.learning.fake_quant import rounding
-from spinquant.learning.free_transforms import fuse_free, unfuse_free, with_free
+from spinquant.learning.free_transforms import fuse_free, is_fused, with_free
 from spinquant.models.capture import device_of
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Quantizer, Scheme
@@ -114,16 +115,25 @@ class Selection:
 
         free: further transforms, fused into the model to score it, and removed again unless it leads.
         """
-        before = self.free
+        before, fused = self.free, None
         if free:
-            fuse_free(self.model, self.plan, free, self.clip_windows[:1])
+            fused = fuse_free(self.model, self.plan, free, self.clip_windows[:1])
+            if not fused.kept:
+                raise LearningError(
+                    f"the transforms of {name!r} move the logits by more than rounding in {self.model.dtype} explains: "
+                    "their matrices are too ill-conditioned for it. Learn in float32 (--dtype float32)"
+                )
             self.free = {**before, **free}
         self._score(name, {name: Candidate(rotations, self.free)})
         leads = self.leader == name
-        if free and not leads:
-            unfuse_free(self.model, self.plan, free)
+        if fused is not None and not leads:
+            fused.undo()
             self.free = before
         return leads
+
+    def set_aside(self) -> None:
+        """Leave out the transforms that belong to the rotations of the leader, before other rotations are learned."""
+        self.free = {name: found for name, found in self.free.items() if is_fused(self.plan.space[name])}
 
     def enter_kinds(
         self, name: str, parts: Sequence[Mapping[str, Transform]], kinds: Sequence[str]
@@ -139,26 +149,26 @@ class Selection:
             For every part that is not empty, its KL and whether it was kept.
         """
         start, base = self.leading, self.free
-        lowest, found = self.scores[self.leader].kl, {}
+        best, found = self.scores[self.leader], {}
         for kind, part in zip(kinds, parts, strict=True):
             if not part:
                 continue
-            fuse_free(self.model, self.plan, part, self.clip_windows[:1])
-            kl = self._kl(f"{name}: {kind}", replace(start, free={**self.free, **part}))
-            found[kind] = {"kl": kl, "kept": kl < lowest}
-            if kl < lowest:
-                lowest, self.free = kl, {**self.free, **part}
+            fused = fuse_free(self.model, self.plan, part, self.clip_windows[:1])
+            score = self._one(f"{name}: {kind}", replace(start, free={**self.free, **part})) if fused.kept else None
+            kept = score is not None and score.kl < best.kl
+            found[kind] = {"kl": None if score is None else score.kl, "kept": kept}
+            if score is not None and kept:
+                best, self.free = score, {**self.free, **part}
             else:
-                unfuse_free(self.model, self.plan, part)
+                fused.undo()
         if self.free != base:
             self._score(name, {name: replace(start, free=self.free)})
-            if self.leader != name:
-                unfuse_free(self.model, self.plan, {k: v for k, v in self.free.items() if k not in base})
-                self.free = base
+            if self.scores[name].kl > best.kl:  # clip ratios of its own, found on a few samples, are not always better
+                self.candidates[name], self.scores[name] = replace(start, free=self.free), best
         return found
 
-    def _kl(self, what: str, candidate: Candidate) -> float:
-        """KL of a candidate with its own clip ratios, or that of an interrupted run."""
+    def _one(self, what: str, candidate: Candidate) -> Score:
+        """Score of a candidate with the clip ratios that it has, or that of an interrupted run."""
         found = self.found.get(what)
         if found is None:
             progress = partial(self.stage, f"score {what}")
@@ -167,7 +177,7 @@ class Selection:
             )
             self.found[what] = found = {"scores": {what: scores[what].to_dict()}}
             self._save()
-        return found["scores"][what]["kl"]
+        return Score(**found["scores"][what])
 
     def _save(self) -> None:
         if self.pieces:

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from spinquant.compute.hashing import digest
 from spinquant.errors import LearningError
+from spinquant.plan import CHANNELS
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.rotation import Transform
 from spinquant.rotations.serialization import to_save
@@ -91,14 +92,16 @@ class LearnedRotations:
         if missing:
             raise LearningError(f"{', '.join(missing)} is asked for, but {', '.join(self.spec.rotations)} was learned")
         of = self.record.get("rotation_of", {})
-        if not set(self.rotations) <= set(of):
+        # Records of earlier versions name the space of R4 alone, where its channels are scaled too.
+        of = {space: of.get(space, of.get(space.removesuffix(CHANNELS))) for space in self.rotations}
+        if None in of.values():
             raise LearningError(
                 "the record does not state which of R1 to R4 each rotation is: use all of them, or learn again"
             )
         types = {name: self.spec.type_of(name) for name in names}
         sizes = {name: size for name in names if (size := self.spec.block_of(name)) is not None}
         spec = RotationSpec(tuple(names), types, sizes or None, False, self.spec.seed)
-        return replace(self, rotations={s: r for s, r in self.rotations.items() if of[s] in names}, spec=spec)
+        return replace(self, rotations={s: r for s, r in self.rotations.items() if of[s] in (*names, "")}, spec=spec)
 
     def note(self) -> dict[str, Any]:
         """The record as it is saved with a checkpoint: without timings, and without the steps of single spaces."""

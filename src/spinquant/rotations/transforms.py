@@ -146,7 +146,9 @@ def compose(first: Transform, second: Transform) -> Transform:
     if isinstance(first, Diagonal) and isinstance(second, Diagonal) and first.order == second.order:
         one, other = _repeated(first.scale, second.scale, 2)
         return Diagonal(one * other)
-    dense = any(isinstance(one, Matrix | Orthogonal) for one in (first, second))
+    # Scales beside a matrix are applied one after the other: it costs less than multiplying them out.
+    scales = isinstance(first, Diagonal) or isinstance(second, Diagonal)
+    dense = not scales and any(isinstance(one, Matrix | Orthogonal) for one in (first, second))
     product = Composed(first, second)
     fixed = all(isinstance(part, _FIXED) for part in product.chain())
     if not dense or not fixed or first.order != second.order or product.order > _DENSE:
