@@ -28,8 +28,8 @@ from spinquant.rotations.transforms import LARGEST_CONDITION, Diagonal, Matrix, 
 
 Kind = Literal["scales", "values", "keys", "norms"]
 KINDS: tuple[Kind, ...] = ("scales", "values", "keys", "norms")
-# Largest condition number of a matrix that is fused into half-precision weights: at 30, a tiny bfloat16 model's logits
-# move by some 0.03, at 300 by 0.27.
+# Largest condition number of a matrix that is fused into half-precision weights: at 300, the logits of a tiny bfloat16
+# model move by 0.27 (relative), which is more than proofs allow.
 HALF_CONDITION = 30.0
 HALF = (torch.float16, torch.bfloat16)
 HALF_MOVED = 0.05  # relative move of the logits up to which a kind is kept there

@@ -83,9 +83,8 @@ class Selection:
         self.found: dict[str, Any] = saved[1]["found"] if saved else {}
         self.candidates: dict[str, Candidate] = {}
         self.scores: dict[str, Score] = {}  # including the 16-bit model
-        self.free: Mapping[
-            str, Transform
-        ] = {}  # the free transforms of the leader, fused into the model where they can
+        # The free transforms of the leader, those of scales and values fused into the model.
+        self.free: Mapping[str, Transform] = {}
 
     @property
     def leader(self) -> str:
