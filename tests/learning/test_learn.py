@@ -607,7 +607,9 @@ def test_a_subset_of_the_learned_rotations_can_be_used():
     model, learned = run_learn()
     some = learned.only(("R1", "R2"))
     plan = plan_of(model)
-    assert set(some.rotations) == {s.name for s in plan.spaces if s.rotation in ("R1", "R2")}
+    wanted = {s.name for s in plan.spaces if (s.rotation or s.beside) in ("R1", "R2")}
+    assert set(some.rotations) == wanted & set(learned.rotations)
+    assert set(some.rotations) >= {s.name for s in plan.spaces if s.rotation in ("R1", "R2")}
     assert some.spec.rotations == ("R1", "R2") and some.spec.type_of("R1") == "random-matrix"
     plain, *_ = prepared()
     before = logits(plain, tokens())
@@ -649,7 +651,8 @@ def test_the_best_random_candidate_is_scored_with_clip_ratios_of_its_own():
 
 def test_a_learned_rotation_worse_than_random_is_not_selected():
     # After one very long step the rotation is as good as random, and the best of thirty random ones is better.
-    bad = replace(OPTIONS, method="end-to-end", baselines=30, end_to_end=replace(FAST, steps=1, batch=1, lr=6.0))
+    through = replace(FAST, steps=1, batch=1, lr=6.0)
+    bad = replace(OPTIONS, method="end-to-end", transforms=False, baselines=30, end_to_end=through)
     _, learned = run_learn(bad)
     assert learned.kept.startswith("random") and not learned.record["learned"]
     assert learned.spec.type_of("R1") == "auto"
