@@ -262,11 +262,11 @@ class Plan:
         """Whether transforming these spaces changes a tied tensor otherwise than its source; then all are untied."""
         return any(self._changes(tie.tensor, spaces) != self._changes(tie.source, spaces) for tie in self.ties)
 
-    def _changes(self, tensor: str, spaces: Container[str]) -> set[tuple[Axis | Gain, int]]:
+    def _changes(self, tensor: str, spaces: Container[str]) -> set[Axis | tuple[Gain, int]]:
         """What transforming spaces does to a tensor: axes without its name, and gains that are multiplied in."""
-        axes = (replace(axis, tensor="") for axis in self.axes_of.get(tensor, ()) if axis.space in spaces)
+        axes = {replace(axis, tensor="") for axis in self.axes_of.get(tensor, ()) if axis.space in spaces}
         gains = (pair for pair in self.gains_of.get(tensor, ()) if pair[0].space in spaces)
-        return {*((axis, axis.dim) for axis in axes), *gains}
+        return {*axes, *gains}
 
     @property
     def heads(self) -> tuple[str, ...]:

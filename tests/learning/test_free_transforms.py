@@ -17,6 +17,7 @@ from spinquant import (
     parse_scheme,
     plan_of,
 )
+from spinquant.cli.tables import learning_table
 from spinquant.errors import LearningError
 from spinquant.learning import free_transforms
 from spinquant.learning.closed_form import Damping, Moments
@@ -261,3 +262,11 @@ def test_subsets_of_what_was_learned():
 def test_options_that_would_do_nothing_are_refused():
     with pytest.raises(LearningError, match="leave out --no-transforms"):
         LearnOptions("closed-form", transforms=False)
+
+
+def test_a_kind_that_was_not_scored_is_said_in_the_table():
+    learned = run_learn(LearnOptions("closed-form", baselines=1))
+    tried = {"kl": None, "kept": False, "spaces": 3, "condition": 30.0}
+    record = {**learned.record, "closed_form": {"values": tried}}
+    caption = learning_table(replace(learned, record=record), "OUT").caption
+    assert "closed form, values: not scored, not kept (3 spaces" in str(caption)

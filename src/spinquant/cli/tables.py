@@ -51,8 +51,10 @@ def learning_table(learned: "LearnedRotations", out: str) -> Table:
         about.append("arithmetic: {dtype} ({reason})".format(**record["arithmetic"]))
     for kind, tried in record.get("closed_form", {}).items():
         verdict = "kept" if tried["kept"] else "not kept"
+        # None: rounding in half precision would move the logits too much, so it was not scored.
+        score = "not scored" if tried["kl"] is None else f"KL {tried['kl']:#.4g}"
         about.append(
-            f"closed form, {kind}: KL {tried['kl']:#.4g}, {verdict} ({tried['spaces']} spaces, condition number up to "
+            f"closed form, {kind}: {score}, {verdict} ({tried['spaces']} spaces, condition number up to "
             f"{tried['condition']:.3g})"
         )
     if record["options"]["method"] == "random" and kept.startswith("random"):

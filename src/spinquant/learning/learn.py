@@ -4,7 +4,8 @@
     2  Compute the transforms that cost nothing, in closed form, and keep those that lower KL.
     3  Learn from the best candidate so far, or from rotations learned before: on captured activations (local), end to
        end through the quantized network, or one after the other.
-    4  Score the learned rotations on the same text, and select the candidate with the lowest KL to the 16-bit model.
+    4  Score the learned rotations on the same text, compute the transforms that depend on them, and select the
+       candidate with the lowest KL to the 16-bit model.
 
 The record lists the scores of all candidates and which one was selected.
 """
@@ -81,9 +82,9 @@ def learn(
 ) -> LearnedRotations:
     """Learn rotations for a model and a scheme, and keep them if they beat random rotations on held-out text.
 
-    The gains of norms, and channel scales if they are kept, are fused into the model's weights and a tied head is
-    untied, in place; its function is unchanged. It is not rotated: pass the rotations found to `rotate` or `quantize`,
-    with a newly loaded model.
+    The gains of norms, and the scales and matrices of values that are kept, are fused into the model's weights and a
+    tied head is untied, in place; its function is unchanged. It is not rotated: pass the rotations found to `rotate` or
+    `quantize`, with a newly loaded model.
 
     Args:
         model: A causal language model of transformers.

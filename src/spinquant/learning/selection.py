@@ -109,8 +109,8 @@ class Selection:
             if self.scores[leader].kl > before[1].kl:
                 self.candidates[leader], self.scores[leader] = before
 
-    def enter(self, name: str, rotations: Mapping[str, Transform], free: Mapping[str, Transform] | None = None) -> bool:
-        """Score one candidate, and return whether it leads.
+    def enter(self, name: str, rotations: Mapping[str, Transform], free: Mapping[str, Transform] | None = None) -> None:
+        """Score one candidate.
 
         free: further transforms, fused into the model to score it, and removed again unless it leads.
         """
@@ -124,11 +124,9 @@ class Selection:
                 )
             self.free = {**before, **free}
         self._score(name, {name: Candidate(rotations, self.free)})
-        leads = self.leader == name
-        if fused is not None and not leads:
+        if fused is not None and self.leader != name:
             fused.undo()
             self.free = before
-        return leads
 
     def set_aside(self) -> None:
         """Leave out the transforms that belong to the rotations of the leader, before other rotations are learned."""
@@ -145,7 +143,8 @@ class Selection:
             kinds: what each part is called.
 
         Returns:
-            For every part that is not empty, its KL and whether it was kept.
+            For every part that is not empty, its KL (None if rounding alone would move the logits too much) and whether
+            it was kept.
         """
         start, base = self.leading, self.free
         best, found = self.scores[self.leader], {}
