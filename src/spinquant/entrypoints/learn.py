@@ -103,11 +103,12 @@ def learn_folder(
         >>> folder = pathlib.Path(temporary.name)
         >>> AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
         >>> scheme, spec = spinquant.parse_scheme("W4A4"), spinquant.RotationSpec("R1,R2")
-        >>> options = spinquant.LearnOptions("local", baselines=2, local=spinquant.LocalOptions(steps=4))
+        >>> local = spinquant.LocalOptions(steps=4)
+        >>> options = spinquant.LearnOptions("local", baselines=2, transforms=False, local=local)
         >>> text = LearnText(spinquant.CalibrationText("generated", samples=8, length=16), windows=2)
         >>> learned = spinquant.learn_folder(folder / "model", folder / "learned", scheme, spec, options, text=text)
         >>> sorted(learned.record["scores"])
-        ['16-bit', 'closed-form', 'local', 'random 0', 'random 1']
+        ['16-bit', 'local', 'random 0', 'random 1']
         >>> spinquant.read_learned(folder / "learned").kept == learned.kept
         True
         >>> temporary.cleanup()
