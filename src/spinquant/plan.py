@@ -24,10 +24,13 @@ from typing import Literal
 
 from spinquant.errors import RotationError
 
-ROTATION_NAMES = ("R1", "R2", "R3", "R4")
-MERGEABLE = ("R1", "R2")  # fused into weights; R3 and R4 need work at run time
+ONLINE_R1 = "online-R1"  # takes the place of R1: at the inputs of the linears that read the residual stream
+ROTATION_NAMES = ("R1", "R2", "R3", "R4", ONLINE_R1)
+USUAL = ("R1", "R2", "R3", "R4")  # those of the paper
+MERGEABLE = ("R1", "R2")  # fused into weights
+ONLINE = ("R3", "R4", ONLINE_R1)  # work at run time
 
-OnlineSite = Literal["input", "query_key", "experts"]
+OnlineSite = Literal["input", "query_key", "experts", "experts_input"]
 Allows = Literal["orthogonal", "mean-preserving", "diagonal", "any"]
 CHANNELS = ".channels"  # ends the names of factors of products: "layers.0.hidden.channels" is before "layers.0.hidden"
 
@@ -38,8 +41,9 @@ class Space:
 
     Attributes:
         name: "residual", a name with the layer's number, such as "layers.0.value", or, for the output of a norm, the
-            name of the norm's module.
-        rotation: the one of R1 to R4 that rotates the space; "" for a space that only carries channel scales.
+            name of the norm's module; "NAME.input" for the input of a linear, or of experts.
+        rotation: the one of R1 to R4, or online R1, that rotates the space; "" for a space that only carries channel
+            scales.
         size: number of elements that one transform mixes; the head size for R2 and R3.
         allows: the transforms that leave the function of the model unchanged. "orthogonal": a norm divides by the
             length of the vector. "mean-preserving": it also subtracts the mean (LayerNorm), so that R 1 = 1 as well
@@ -118,8 +122,8 @@ class Gain:
 class Online:
     """A space that is rotated at run time.
 
-    The site is the input of a linear, the queries and keys of an attention module, or the inside of stacked experts,
-    before their second matrix product.
+    The site is the input of a linear, the queries and keys of an attention module, the input of stacked experts, or
+    their inside, before the second matrix product.
     """
 
     module: str
@@ -231,8 +235,8 @@ class Plan:
 
     @cached_property
     def rotated_axes(self) -> tuple[Axis, ...]:
-        """The axes in spaces with a rotation, without those that only carry channel scales."""
-        return tuple(axis for axis in self.axes if self.space[axis.space].rotation)
+        """The axes in spaces that one of R1 to R4 rotates."""
+        return tuple(axis for axis in self.axes if self.space[axis.space].rotation in USUAL)
 
     @cached_property
     def gains_of(self) -> Mapping[str, tuple[tuple[Gain, int], ...]]:
@@ -316,6 +320,21 @@ class Plan:
         """The spaces that a rotation such as "R2" rotates, in layer order."""
         return tuple(space for space in self.spaces if space.rotation == rotation)
 
+    def scales_beside(self, rotation: str) -> tuple[Space, ...]:
+        """The spaces of channel scales that go with a rotation; those of norms go with R1, fused or online."""
+        rotation = "R1" if rotation == ONLINE_R1 else rotation
+        return tuple(space for space in self.spaces if space.beside == rotation)
+
+    def without(self, rotation: str) -> "Plan":
+        """The plan without the spaces of a rotation such as "R2"."""
+        kept = {space.name for space in self.spaces if space.rotation != rotation}
+        return replace(
+            self,
+            spaces=tuple(space for space in self.spaces if space.name in kept),
+            axes=tuple(axis for axis in self.axes if axis.space in kept),
+            onlines=tuple(online for online in self.onlines if online.space in kept),
+        )
+
     def rotated(self, rotations: Iterable[str]) -> frozenset[str]:
         """Names of the spaces that these rotations ("R1", ...) rotate.
 
@@ -326,7 +345,10 @@ class Plan:
         reasons = dict(self.refused)
         for name in names:
             if name in reasons:
-                raise RotationError(f"{name} is impossible for {self.family}: {reasons[name]}. Leave {name} out.")
+                instead = " or run it online (--online R1)" if name == "R1" and self.spaces_of(ONLINE_R1) else ""
+                raise RotationError(
+                    f"{name} is impossible for {self.family}: {reasons[name]}. Leave {name} out{instead}."
+                )
             if not self.spaces_of(name):
                 raise RotationError(f"{self.family} has no space that {name} could rotate. Leave {name} out.")
         return frozenset(space.name for space in self.spaces if space.rotation in names)
@@ -336,24 +358,42 @@ class Plan:
         return asdict(self)
 
 
+def run_online(rotations: str | Iterable[str], online: str | Iterable[str]) -> tuple[str, ...]:
+    """Rotation names with some of them replaced by their online counterparts: R1 by online-R1.
+
+    Raises:
+        RotationError: a name is unknown, is not among the rotations, or has no online counterpart.
+    """
+    names, wanted = parse_rotation_names(rotations), parse_rotation_names(online)
+    for name in wanted:
+        if name in ONLINE:
+            raise RotationError(f"{name} runs online anyway: leave it out of the rotations to run online (expected R1)")
+        if name != "R1":
+            raise RotationError(f"{name} is fused into weights exactly and has no online form: expected R1, or none")
+        if name not in names:
+            raise RotationError(f"{name} is to run online, and the rotations are {', '.join(names) or 'none'}")
+    return parse_rotation_names([ONLINE_R1 if name in wanted else name for name in names])
+
+
 def parse_rotation_names(rotations: str | Iterable[str]) -> tuple[str, ...]:
     """Parse rotation names: ("R1", "R2") from "r1,R2" or from any iterable of names.
 
     The empty string and "none" mean no rotation.
 
     Raises:
-        RotationError: a name is not R1, R2, R3 or R4.
+        RotationError: a name is not R1, R2, R3, R4 or online-R1.
     """
+    expected = f"expected some of {', '.join(ROTATION_NAMES)}, or none"
     items = rotations.split(",") if isinstance(rotations, str) else rotations
     if not isinstance(items, Iterable):
-        raise RotationError(f"rotations are {rotations!r}: expected names, some of {', '.join(ROTATION_NAMES)}")
-    items = list(items)
+        raise RotationError(f"rotations are {rotations!r}: {expected}")
+    known = {name.lower(): name for name in ROTATION_NAMES}
+    found = set()
     for item in items:
-        if not isinstance(item, str):
-            raise RotationError(f"unknown rotation {item!r}: expected some of {', '.join(ROTATION_NAMES)}, or none")
-    names = [item.strip().upper() for item in items]
-    names = [name for name in names if name and name != "NONE"]
-    for name in names:
-        if name not in ROTATION_NAMES:
-            raise RotationError(f"unknown rotation {name!r}: expected some of {', '.join(ROTATION_NAMES)}, or none")
-    return tuple(name for name in ROTATION_NAMES if name in names)
+        name = item.strip().lower() if isinstance(item, str) else item
+        if name in ("", "none"):
+            continue
+        if not isinstance(name, str) or name not in known:
+            raise RotationError(f"unknown rotation {item!r}: {expected}")
+        found.add(known[name])
+    return tuple(name for name in ROTATION_NAMES if name in found)

@@ -214,8 +214,8 @@ def _counterpart(
     if _reads_online(module, base):
         raise RotationError(
             f"{name} is a DoRA magnitude of {module}, whose input is rotated at run time: peft divides by the norm of "
-            "rotated weights with an update that is not. Merge the adapter into the model and rotate that, or leave R4 "
-            "out"
+            "rotated weights with an update that is not. Merge the adapter into the model and rotate that, or leave "
+            "out R4 and online R1"
         )
     if _is_rotated(weight, 1 if weight == _embedding(base) else outputs, base):
         raise RotationError(

@@ -25,6 +25,7 @@ def learn(
     out: opt.Out,
     scheme: opt.SchemeName,
     rotations: opt.Rotations = opt.ALL_ROTATIONS,
+    online: opt.Online = "none",
     method: Annotated[
         str,
         opt.option(
@@ -148,7 +149,7 @@ def learn(
     from spinquant.entrypoints.learn import LearnText, learn_folder, read_learned
     from spinquant.learning.options import LearnOptions, Watch
 
-    spec = opt.parse_spec(rotations, type, block_size, False, seed)
+    spec = opt.parse_spec(rotations, type, block_size, False, seed, online)
     both = _given(steps=steps, lr=lr, optimizer=optimizer)
     local = _given(objective=objective, solver=solver, rows=rows, weighting=weighting, massive=massive)
     end_to_end = _given(loss=loss, batch=batch, micro_batch=micro_batch, schedule=schedule, weights=weights or None)

@@ -15,7 +15,7 @@ import typer
 from spinquant.cli.output import note
 from spinquant.errors import LearningError, RotationError, SchemeError
 from spinquant.formats.runtimes import RUNTIMES
-from spinquant.plan import ROTATION_NAMES, parse_rotation_names
+from spinquant.plan import USUAL, parse_rotation_names, run_online
 from spinquant.quantization.scheme import Clip, Scheme
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from spinquant.rotations.factory import RotationSpec
     from spinquant.rotations.learned import LearnedRotations
 
-ALL_ROTATIONS = ",".join(ROTATION_NAMES)
+ALL_ROTATIONS = ",".join(USUAL)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 # Panels of the help.
@@ -71,7 +71,16 @@ Rotations = Annotated[
     str,
     option(
         ROTATIONS,
-        "Rotations to apply, some of R1,R2,R3,R4, or none. R1 and R2 are fused into the weights; R3 and R4 run online.",
+        "Rotations to apply, some of R1,R2,R3,R4,online-R1, or none. R1 and R2 are fused into the weights; the others "
+        "run online.",
+    ),
+]
+Online = Annotated[
+    str,
+    option(
+        ROTATIONS,
+        "Rotations to run online instead of fusing them: R1, or none. Its transform then is at the inputs of q, k, v "
+        "and gate, up: two more per layer and token, and more accurate than R1 in the residual stream.",
     ),
 ]
 Learned = Annotated[
@@ -223,7 +232,9 @@ AllowPickle = Annotated[
 ]
 
 
-def parse_spec(rotations: str, kind: str, block_size: str | None, randomize: bool, seed: int) -> "RotationSpec":
+def parse_spec(
+    rotations: str, kind: str, block_size: str | None, randomize: bool, seed: int, online: str = "none"
+) -> "RotationSpec":
     """The RotationSpec that the options describe. Raises RotationError for a value that cannot be parsed."""
     from spinquant.rotations.factory import RotationSpec
 
@@ -235,7 +246,7 @@ def parse_spec(rotations: str, kind: str, block_size: str | None, randomize: boo
         raise RotationError(
             f"cannot read block size {block_size!r}: expected a number, or one per rotation as in R1=64,R4=128"
         ) from None
-    return RotationSpec(tuple(rotations.split(",")), types, sizes, randomize, seed)
+    return RotationSpec(run_online(rotations, online), types, sizes, randomize, seed)
 
 
 def taken_from(
@@ -253,7 +264,7 @@ def taken_from(
         source = context.get_parameter_source(name)
         return source is not None and source.name != "DEFAULT"
 
-    idle = [name for name in ("type", "block_size", "randomize") if is_given(name)]
+    idle = [name for name in ("type", "block_size", "randomize", "online") if is_given(name)]
     if not drawing and is_given("seed"):
         idle.append("seed")
     if idle:

@@ -23,6 +23,7 @@ EXAMPLES = (
 def plan(
     model: opt.Model,
     rotations: opt.Rotations = opt.ALL_ROTATIONS,
+    online: opt.Online = "none",
     scheme: opt.OptionalScheme = None,
     runtime: opt.Runtime = None,
     json_: opt.Json = False,
@@ -60,7 +61,7 @@ def plan(
     from spinquant.cli.tables import plan_notes, plan_rows, plan_table, runtime_table
     from spinquant.formats.runtimes import runtime_rows
 
-    spec = opt.parse_spec(rotations, type, block_size, randomize, 0)
+    spec = opt.parse_spec(rotations, type, block_size, randomize, 0, online)
     config = load_config(model, family=family)
     check_unquantized(config, model)
     shapes = {name: info.shape for name, info in read_headers(model).items()}

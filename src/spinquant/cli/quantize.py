@@ -23,6 +23,7 @@ def quantize(
     out: opt.Out,
     scheme: opt.SchemeName,
     rotations: opt.Rotations = opt.ALL_ROTATIONS,
+    online: opt.Online = "none",
     learned: opt.Learned = None,
     method: Annotated[
         str,
@@ -164,7 +165,7 @@ def quantize(
             "folder. Give one of them"
         )
     # What to write: rotations, format, scheme.
-    spec = opt.parse_spec(rotations, type, block_size, randomize, seed)
+    spec = opt.parse_spec(rotations, type, block_size, randomize, seed, online)
     settled = settle_format(format, runtime, parse_scheme(scheme), spec)
     parsed = scheme_for(
         scheme,

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from spinquant.errors import SpinquantError
 from spinquant.formats.runtimes import RUNTIMES
-from spinquant.plan import MERGEABLE, Plan
+from spinquant.plan import MERGEABLE, ONLINE_R1, Plan
 from spinquant.rotations.factory import RotationSpec, choose
 
 if TYPE_CHECKING:  # a table of a plan needs none of them
@@ -25,6 +25,7 @@ NEEDS = {
     "R2": "nothing",
     "R3": "rotates queries and keys after RoPE",
     "R4": "rotates the input of the linear",
+    ONLINE_R1: "rotates the inputs of the linears",
 }
 
 
@@ -79,7 +80,7 @@ def plan_rows(plan: Plan, spec: RotationSpec) -> list[dict[str, Any]]:
     for name in spec.rotations:
         spaces = plan.spaces_of(name)
         names = {space.name for space in spaces}
-        scaled = {space.name for space in plan.spaces if space.beside == name}
+        scaled = {space.name for space in plan.scales_beside(name)}
         row: dict[str, Any] = {
             "rotation": name,
             "spaces": [space.name for space in spaces],

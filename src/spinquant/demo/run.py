@@ -46,7 +46,7 @@ from spinquant.models.capture import captured, device_of
 from spinquant.models.context import fitting_length
 from spinquant.models.modules import tensor_shapes
 from spinquant.online.hooks import attach
-from spinquant.plan import ROTATION_NAMES, Plan
+from spinquant.plan import USUAL, Plan
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.rtn import quantize_weight, round_weights
 from spinquant.quantization.scheme import Quantizer, Scheme, parse_scheme
@@ -103,7 +103,7 @@ def run_demo(
     plan = plan_of(loaded)
     check_fits(plan, tensor_shapes(loaded), parse_scheme(scheme))
     refused = dict(plan.refused)
-    possible = tuple(name for name in ROTATION_NAMES if plan.spaces_of(name) and name not in refused)
+    possible = tuple(name for name in USUAL if plan.spaces_of(name) and name not in refused)
     spec = RotationSpec(possible, "auto", seed=seed)
     tiny = prove(loaded.config, spec)
 
@@ -255,7 +255,7 @@ def _activation(readers: str, before: Tensor, after: Tensor, scheme: Scheme) -> 
 def _constructions(plan: Plan, rotations: Mapping[str, Transform]) -> dict[str, str]:
     found = {plan.space[name].rotation: rotation.describe() for name, rotation in rotations.items()}
     made = {name: f"{d['kind']}, order {d['order']}: {d['construction']}" for name, d in found.items()}
-    return {name: made[name] for name in ROTATION_NAMES if name in made}
+    return {name: made[name] for name in USUAL if name in made}
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -19,7 +19,7 @@ from spinquant.entrypoints.markdown import code, fence, listed, plain, row
 from spinquant.entrypoints.result import Result
 from spinquant.entrypoints.source_card import front_matter, linked, split_card
 from spinquant.formats.runtimes import scheme_names
-from spinquant.plan import MERGEABLE, Plan
+from spinquant.plan import MERGEABLE, ONLINE_R1, Plan
 from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.learned import LearnedRotations
@@ -41,6 +41,7 @@ ACTS_ON = {
     "R2": "value heads",
     "R3": "queries and keys, after position embeddings",
     "R4": "input of the last linear of each MLP",
+    ONLINE_R1: "inputs of the linears that read the residual stream",
 }
 # By kind, with its construction.
 MATRICES = {
@@ -196,8 +197,8 @@ def _by_name(plan: Plan, spec: RotationSpec, rotations: Mapping[str, Transform])
     return {
         name: {
             space.name: rotations[space.name]
-            for space in plan.spaces
-            if name in (space.rotation, space.beside) and space.name in rotations
+            for space in (*plan.spaces_of(name), *plan.scales_beside(name))
+            if space.name in rotations
         }
         for name in spec.rotations
     }

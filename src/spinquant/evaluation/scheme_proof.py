@@ -143,8 +143,8 @@ class Reference(TorchFunctionMode):
     ):
         super().__init__()
         self.read: dict[str, list[Tensor]] = {}
-        turns = {online.module: rotations.get(online.space) for online in plan.onlines}
-        dense = {name: matrix(rotation) for name, rotation in turns.items() if rotation is not None}
+        turns = {(one.module, one.site): rotations[one.space] for one in plan.onlines if one.space in rotations}
+        dense = {place: matrix(rotation) for place, rotation in turns.items()}
         self._names: dict[int, str] = {}
         self._inputs: dict[str, Treatment] = {}
         heads = (plan.heads,) if plan.heads else ()
@@ -152,12 +152,13 @@ class Reference(TorchFunctionMode):
             rounded = scheme.activations if group not in heads or scheme.lm_head else None
             for name in group:
                 self._names[id(model.get_submodule(name).weight)] = name
-                self._inputs[name] = Treatment(dense.get(group[0]), rounded)
+                self._inputs[name] = Treatment(dense.get((group[0], "input")), rounded)
         self._stacks: dict[int, str] = {}
         for experts in plan.experts:
             for name in (*experts.first, *experts.second):
                 self._stacks[id(model.get_parameter(name))] = name
-                turn = dense.get(experts.module) if name in experts.second else None
+                site = "experts" if name in experts.second else "experts_input"
+                turn = dense.get((experts.module, site))
                 self._inputs[name] = Treatment(turn, scheme.activations)
         self._picked: tuple[Tensor | None, str] = (None, "")
         self._attention_of = {
@@ -167,7 +168,7 @@ class Reference(TorchFunctionMode):
             if name.startswith(f"{attention}.")
         }
         heads = [name for name in plan.attentions if name not in unseen]
-        self._heads = {name: _attention_treatments(dense.get(name), scheme.kv) for name in heads}
+        self._heads = {name: _attention_treatments(dense.get((name, "query_key")), scheme.kv) for name in heads}
         self._inside = ""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

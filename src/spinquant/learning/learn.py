@@ -46,7 +46,7 @@ from spinquant.models.capture import device_of
 from spinquant.models.context import check_context
 from spinquant.models.modules import check_causal, check_changeable, in_eval_mode
 from spinquant.models.tokens import check_model, check_tokens
-from spinquant.plan import Plan
+from spinquant.plan import ONLINE, Plan
 from spinquant.quantization.scheme import Scheme, parse_scheme
 from spinquant.rotations.factory import RotationSpec, generator_for, make_rotations, random_signs
 from spinquant.rotations.fuse_module import plan_of
@@ -326,7 +326,7 @@ class _Run:
         kept = candidates.leading
         rotations = composed(kept.rotations, kept.free)
         # Scales of norms are in the coordinates of R1, or of the model if R1 is not applied: then they go with any.
-        beside = {s.name: s.beside for s in plan.spaces if s.beside in self.spec.rotations}
+        beside = {s.name: name for name in self.spec.rotations for s in plan.scales_beside(name)}
         clips = {n: {"activations": c.activation_clip, "kv": c.kv_clip} for n, c in candidates.candidates.items()}
         record = self.record | {
             "rotation_of": {s.name: s.rotation or beside.get(s.name, "") for s in plan.spaces if s.name in rotations},
@@ -376,7 +376,7 @@ def _error_rows(
 
 def _sampled_spaces(plan: Plan, names: Mapping[str, str], options: LearnOptions, spec: RotationSpec) -> list[str]:
     """The spaces whose rows are captured: to learn from, or to select signs by."""
-    online = [s.name for r in ("R3", "R4") if r in spec.rotations and options.signs for s in plan.spaces_of(r)]
+    online = [s.name for r in ONLINE if r in spec.rotations and options.signs for s in plan.spaces_of(r)]
     return [*names, *(space for space in online if space not in names)]
 
 
@@ -391,7 +391,7 @@ def _with_signs(
     found = dict(rotations)
     for space, rotation in rotations.items() if options.signs else ():
         own = [site for site in sites if site.space == space]
-        if plan.space[space].rotation not in ("R3", "R4") or space in names or not isinstance(rotation, Hadamard):
+        if plan.space[space].rotation not in ONLINE or space in names or not isinstance(rotation, Hadamard):
             continue
         generator = generator_for(options.seed, f"signs {space}")
         draws = [Hadamard(rotation.order, random_signs(rotation.order, generator)) for _ in range(options.signs)]

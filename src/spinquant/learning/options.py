@@ -10,7 +10,7 @@ from spinquant.learning.end_to_end import EndToEndOptions, Step
 from spinquant.learning.free_transforms import free_spaces
 from spinquant.learning.layerwise import LocalOptions
 from spinquant.learning.option_checks import check_choices, check_numbers
-from spinquant.plan import Plan
+from spinquant.plan import ONLINE, ONLINE_R1, Plan
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.rotation import Hadamard
@@ -124,7 +124,7 @@ def check_used(plan: Plan, spec: RotationSpec, scheme: Scheme, names: Mapping[st
             f"scheme {scheme} leaves weights at 16 bits, so quantizing weights during learning (--weights) would have "
             "no effect: leave it out, or use a scheme such as W4A4KV4"
         )
-    plain = [name for name in ("R3", "R4") if name in spec.rotations and spec.type_of(name) in HADAMARD]
+    plain = [name for name in ONLINE if name in spec.rotations and spec.type_of(name) in HADAMARD]
     if options.signs and not any(space.name not in names for name in plain for space in plan.spaces_of(name)):
         raise LearningError(
             "--signs would have no effect: random signs are tried for a Hadamard R3 or R4 that is not learned, and "
@@ -149,6 +149,7 @@ def learned_spaces(plan: Plan, spec: RotationSpec, scheme: Scheme, options: Lear
     _check_scheme(scheme, options)
     inputs = scheme.activations is not None or options.end_to_end.weights
     quantized = {"R1": inputs, "R2": inputs or scheme.kv is not None, "R3": scheme.kv is not None, "R4": inputs}
+    quantized[ONLINE_R1] = inputs
     usual = [n for n in ("R1", "R2", "R3") if n in spec.rotations and quantized[n]]
     if "R3" in usual and spec.type_of("R3") == "hadamard":
         usual.remove("R3")
@@ -167,10 +168,10 @@ def learned_spaces(plan: Plan, spec: RotationSpec, scheme: Scheme, options: Lear
     for rotation in chosen:
         for space in plan.spaces_of(rotation):
             order = spec.block_of(rotation) or space.size
-            if rotation == "R4" and order > LARGEST_ONLINE:
+            if rotation in ("R4", ONLINE_R1) and order > LARGEST_ONLINE:
                 raise LearningError(
-                    f"a learned R4 of order {order} is a dense matrix product of that size for every token: use blocks "
-                    f"of at most {LARGEST_ONLINE} (--block-size R4=64), or do not learn R4"
+                    f"a learned {rotation} of order {order} is a dense matrix product of that size for every token: "
+                    f"use blocks of at most {LARGEST_ONLINE} (--block-size {rotation}=64), or do not learn {rotation}"
                 )
             names[space.name] = "R1" if rotation == "R1" else space.name
     return names

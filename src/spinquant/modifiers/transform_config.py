@@ -23,7 +23,7 @@ from torch import nn
 
 from spinquant.errors import RotationError
 from spinquant.modifiers.mappings import SpinQuantMapping, Targets, matching
-from spinquant.plan import Axis, Online, Plan, Space
+from spinquant.plan import ONLINE_R1, Axis, Online, Plan, Space
 from spinquant.rotations.factory import RotationSpec, make_rotation
 from spinquant.rotations.rotation import Orthogonal, Rotation, Transform, matrix
 
@@ -191,6 +191,7 @@ def _touches(model: nn.Module, config: TransformConfig) -> Touches:
 
 def _private_spaces(model: nn.Module, base: Plan, touches: Touches) -> tuple[Plan, dict[tuple[str, str], str]]:
     """The plan with a space of its own for every linear whose input is rotated online, and these spaces by place."""
+    base = base.without(ONLINE_R1)  # linears that share an input need not be rotated alike
     known = {online.module: online.space for online in base.onlines if online.site == "input"}
     spaces, axes, onlines = list(base.spaces), list(base.axes), list(base.onlines)
     places: dict[tuple[str, str], str] = {}

@@ -1,8 +1,9 @@
-"""Attach online rotations (R3, R4) and quantizers to a model with forward hooks, and remove them again.
+"""Attach online rotations (R3, R4, online R1) and quantizers to a model with forward hooks, and remove them again.
 
-- At the input of a linear: rotate (R4), then quantize the activation. Linears that read the same activation (q, k and
-  v; gate and up) share the result.
-- At the input of stacked experts: quantize. Between their two matrix products: rotate (R4), then quantize.
+- At the input of a linear: rotate (R4, online R1), then quantize the activation. Linears that read the same activation
+  (q, k and v; gate and up) share the result.
+- At the input of stacked experts: rotate (online R1), then quantize. Between their two matrix products: rotate (R4),
+  then quantize.
 - On queries and keys (R3): queries are rotated inside transformers' attention interface, keys once, before they are
   written to the KV cache, where keys and values are also quantized and packed.
 
@@ -36,7 +37,7 @@ from spinquant.online.sites import (
     check_batched,
     is_gated,
 )
-from spinquant.plan import Plan, Space
+from spinquant.plan import OnlineSite, Plan, Space
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme, parse_scheme, with_clip
 from spinquant.rotations.rotation import Transform
 from spinquant.rotations.transforms import compose
@@ -224,9 +225,7 @@ class _Attaching:
 
     def inputs(self) -> None:
         """Rotate and quantize the inputs of linears."""
-        spaces = {
-            online.module: self.plan.space[online.space] for online in self.plan.onlines if online.site == "input"
-        }
+        spaces = self._spaces_at("input")
         heads = (self.plan.heads,) if self.plan.heads else ()
         # The head is not among the plan's linears: the scheme decides if its input is quantized, the plan if rotated.
         for group in (*self.plan.linears, *heads):
@@ -241,11 +240,11 @@ class _Attaching:
 
     def experts(self) -> None:
         """Quantize the inputs of stacked experts; rotate and quantize between their two matrix products."""
+        entered = self._spaces_at("experts_input")
         for experts in self.plan.experts:
             outside, inside = self.plan.read_by_experts(experts)
             module: Any = self.model.get_submodule(experts.module)
-            # The input of the first matrix product needs no online rotation.
-            rotation = self._chain(outside) if self.around else None
+            rotation = self._chain(outside) if self.around else self._rotation_of(entered.get(experts.module))
             if (first := self._input_site(experts.first[0], rotation, self.scheme.activations)) is not None:
                 self.attachment.hook(module.register_forward_pre_hook(first))
             second = self._input_site(experts.second[0], self._rotation_of(inside), self.scheme.activations)
@@ -260,7 +259,7 @@ class _Attaching:
     def attention(self) -> None:
         """Rotate queries and keys (R3), and quantize keys and values in the KV cache."""
         plan, attachment = self.plan, self.attachment
-        spaces = {online.module: plan.space[online.space] for online in plan.onlines if online.site == "query_key"}
+        spaces = self._spaces_at("query_key")
         found = {name: self._rotation_of(spaces.get(name)) for name in plan.attentions}
         rotated = {} if self.around else {name: rotation for name, rotation in found.items() if rotation is not None}
         implementation = _rotate_queries(self.model, attachment) if rotated else None
@@ -312,6 +311,10 @@ class _Attaching:
         """The product of the transforms of spaces that an activation belongs to, one after another."""
         found = [self.rotations[space.name] for space in spaces if space.name in self.rotations]
         return reduce(compose, found) if found else None
+
+    def _spaces_at(self, site: OnlineSite) -> dict[str, Space]:
+        """Spaces by the name of the module at which they are transformed."""
+        return {one.module: self.plan.space[one.space] for one in self.plan.onlines if one.site == site}
 
     def _rotation_of(self, space: Space | None) -> Transform | None:
         return None if space is None else self.rotations.get(space.name)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from spinquant.plan import CHANNELS, Plan
+from spinquant.plan import CHANNELS, ONLINE_R1, Plan
 from spinquant.rotations.rotation import Transform
 from spinquant.rotations.transforms import Diagonal
 
@@ -24,7 +24,11 @@ def candidates(
     sizes = {name: entry["size"] for name, entry in data.get("spaces", {}).items()}
     if "mlp" in data:
         sizes["layers.*.hidden"] = data["mlp"]["size"]
-    inside = dict.fromkeys(online.space for online in plan.onlines if online.site == "input")
+    inside = dict.fromkeys(
+        online.space
+        for online in plan.onlines
+        if online.site == "input" and plan.space[online.space].rotation != ONLINE_R1
+    )
     kinds = {_starred_space(space): plan.space[space].size for space in inside}
     linears = {starred(name): _rows(plan, name, shapes) for group in plan.linears for name in group}
     for kind, size in kinds.items():

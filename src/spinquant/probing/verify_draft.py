@@ -20,7 +20,7 @@ from spinquant.errors import SpinquantError
 from spinquant.evaluation.equivalence import difference, greedy_logits
 from spinquant.models.modules import module_and_attribute, tensor_shapes
 from spinquant.online.hooks import attach
-from spinquant.plan import ROTATION_NAMES, Plan
+from spinquant.plan import USUAL, Plan
 from spinquant.probing.branches import EXPERTS
 from spinquant.probing.channel_scaling import candidates, scales
 from spinquant.probing.layer_kinds import choices_of, groups_of
@@ -89,14 +89,14 @@ class _Trial:
             self._try(f"the scale of {norm} can be fused into its readers", *self._one_norm(plan, norm))
         plan = self._without_impossible_experts(plan)
         refused = [self._try_r1(plan)]
-        refused += [self._try_rotation(plan, name) for name in ROTATION_NAMES[1:]]
+        refused += [self._try_rotation(plan, name) for name in USUAL[1:]]
         data = self.draft.data
         self._find_scaled(plan)
         lacking = dict(found for found in refused if found is not None)
         if lacking:
             data["refused"] = [{"rotation": name, "reason": why} for name, why in lacking.items()]
         family = family_from(data, "the draft")
-        names = [name for name in ROTATION_NAMES if name not in lacking and plan.spaces_of(name)]
+        names = [name for name in USUAL if name not in lacking and plan.spaces_of(name)]
         if len(names) > 1:
             spec = RotationSpec(tuple(names), "auto", randomize=True, seed=1)
             self._try(

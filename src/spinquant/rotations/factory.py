@@ -46,8 +46,8 @@ class RotationSpec:
     The same spec gives the same rotations bit for bit.
 
     Attributes:
-        rotations: some of R1 to R4, as a tuple or as text such as "R1,R2". R1 and R2 are offline rotations, fused into
-            the weights; R3 and R4 run online.
+        rotations: some of R1 to R4 and online-R1, as a tuple or as text such as "R1,R2". R1 and R2 are offline
+            rotations, fused into the weights; R3, R4 and online-R1 run online.
         transform_type: "auto" (default; random-hadamard if a Hadamard matrix of the order is known, else random signs
             times the Kronecker product of an orthogonal matrix of odd order and a Hadamard matrix whose order is a
             power of two); "hadamard"; "random-hadamard" (random signs times a Hadamard matrix); or "random-matrix"
@@ -93,7 +93,7 @@ class RotationSpec:
                 unused = set(parse_rotation_names(option)) - set(self.rotations)
                 if unused:
                     raise RotationError(f"{field_name} is given for {sorted(unused)[0]}, which is not rotated")
-                object.__setattr__(self, field_name, {name.strip().upper(): v for name, v in option.items()})
+                object.__setattr__(self, field_name, {n: v for k, v in option.items() for n in parse_rotation_names(k)})
         per_layer = [name for name in self.rotations if name != "R1"]
         if self.randomize and per_layer and all(self.type_of(name) == "hadamard" for name in per_layer):
             raise RotationError("randomize does nothing to type hadamard, which is not random: use random-hadamard")
