@@ -26,6 +26,7 @@ from spinquant import (
 from spinquant.entrypoints.learn import write_files
 from spinquant.evaluation.equivalence import Float64Arithmetic, greedy_logits
 from spinquant.learning.free_transforms import composed
+from spinquant.plan import ONLINE_R1
 from spinquant.rotations.random_transforms import random_transforms
 
 GENERAL = ("R2", "R3", "scales of R1", "scales of R4")
@@ -36,12 +37,13 @@ GENERAL = ("R2", "R3", "scales of R1", "scales of R4")
 def test_every_allowed_transform_leaves_the_logits_unchanged(name, rotated):
     """Scales of factors and of the outputs of norms, matrices of values, and of keys with the dual for queries.
 
-    A key-value head's matrix is that of all query heads that share it.
+    A key-value head's matrix is that of all query heads that share it. Without rotations, the inputs of all linears and
+    experts that read the residual stream have a matrix each, at run time (online R1).
     """
     model, ids = tiny(name), tokens()
     plan = plan_of(model)
     refused = {name for name, _ in plan.refused}
-    made = random_transforms(plan, (*GENERAL, "scales of R2"))
+    made = random_transforms(plan, (*GENERAL, "scales of R2", *(() if rotated else (ONLINE_R1,))))
     made = {name: made[name] for name in made if plan.space[name].rotation not in refused}
     if not made:
         pytest.skip("no space of this model takes more than a rotation")
