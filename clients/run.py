@@ -72,6 +72,8 @@ CASES = (
     Case("vllm", "R1+R2+R4", _export("none", "R1,R2,R4", *BLOCKS)),
     Case("vllm", "R1+R2+R4 random of 1536", _export("none", "R1,R2,R4")),
     Case("vllm", "R1+R2+R3+R4", _export("none", "R1,R2,R3,R4", "--type", "R3=hadamard"), attentions=30),
+    Case("vllm", "online-R1+R2+R4", _export("none", "online-R1,R2,R4")),
+    Case("vllm", "W4A8+online-R1+R2+R4", _export("W4A8", "online-R1,R2,R4"), None, needs=("avx512f",)),
     Case("vllm", "W8A8", _export("W8A8", "R1,R2"), None, needs=("avx512_vnni",)),
     Case("vllm", "W8A8 of codes to 63", REDUCED, None, needs=("avx512f",)),
     Case("vllm", "W4A8+R4", _export("W4A8", "R1,R2,R4"), None, needs=("avx512f",)),

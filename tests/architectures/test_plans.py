@@ -8,7 +8,7 @@ from models import CONFIGS, tiny_model
 from spinquant import make_plan, plan_of
 from spinquant.errors import ArchitectureError, RotationError
 from spinquant.models.modules import tensor_shapes
-from spinquant.plan import Plan, Space, parse_rotation_names
+from spinquant.plan import Plan, Space, parse_rotation_names, run_online
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -96,3 +96,21 @@ def test_rotation_names_are_parsed():
     assert parse_rotation_names("none") == parse_rotation_names("") == ()
     with pytest.raises(RotationError, match="R7"):
         parse_rotation_names("R1,R7")
+
+
+def test_r1_runs_online_where_it_is_asked_to():
+    assert run_online("R1,R2,R4", "r1") == run_online(("R4", "R2", "R1"), ("R1",)) == ("R2", "R4", "online-R1")
+    assert run_online("R1,R2", "none") == ("R1", "R2")
+    for online, why in (("R3", "runs online anyway"), ("R2", "no online form"), ("R7", "unknown"), ("R1", "are R2")):
+        with pytest.raises(RotationError, match=why):
+            run_online("R2", online)
+
+
+def test_linears_that_share_an_input_share_its_space():
+    """Those that read the residual stream, and no others; the head keeps its input."""
+    plan = plan_of(tiny_model("llama"))
+    spaces = {space.name for space in plan.spaces_of("online-R1")}
+    for group in plan.linears:
+        read = [{space.name for space in plan.spaces_read_by(name)} & spaces for name in group]
+        assert read == [{f"{group[0]}.input"} if group[0].endswith(("q_proj", "gate_proj")) else set()] * len(group)
+    assert not {space.name for space in plan.spaces_read_by(plan.heads[0])} & spaces

@@ -51,8 +51,8 @@ def test_no_scheme_is_refused_by_mistake(name, scheme, seed):
         assert proof is None or proof.relative < 1e-11
 
 
-@pytest.mark.parametrize("rotations", ["none", "R2,R4", "R1"])
-@pytest.mark.parametrize("name", ["zamba2", "qwen2", "phi", "gpt2"])
+@pytest.mark.parametrize("rotations", ["none", "R2,R4", "R1", "online-R1,R4"])
+@pytest.mark.parametrize("name", ["zamba2", "qwen2", "phi", "gpt2", "mixtral"])
 def test_quantizers_are_proved_with_any_rotations(name, rotations):
     """Blocks that share weights are untied by R1 alone."""
     config = config_of(name)

@@ -33,6 +33,7 @@ from spinquant.formats.compressed_tensors import compressed_state
 from spinquant.formats.native import detach
 from spinquant.formats.runtimes import check_runtime, ignored_cache
 from spinquant.models.capture import captured
+from spinquant.plan import ONLINE_R1
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.quantization.targets import linears_of
@@ -255,6 +256,19 @@ def test_the_config_says_what_vllm_reads(tmp_path):
     assert transforms["R3"].apply[0].targets == ["re:.*self_attn$"]
     stored = [name for name in load_file(out / "model.safetensors") if ".R" in name]
     assert stored == ["model.layers.0.mlp.down_proj.R4_input.weight"]
+
+
+def test_linears_that_share_a_transformed_input_are_in_one_group(tmp_path):
+    """Online R1: q, k, v and gate, up of every layer have one transform, with its matrix stored once."""
+    spec = RotationSpec("online-R1,R2,R4", {ONLINE_R1: "hadamard"}, {ONLINE_R1: 16}, seed=1)
+    result, out = written(tmp_path, scheme="W4A8", spec=spec)
+    found = TransformConfig.model_validate(config_of(out)["transform_config"]).config_groups[ONLINE_R1]
+    linears = ("self_attn[.]q_proj", "self_attn[.]k_proj", "self_attn[.]v_proj", "mlp[.]gate_proj", "mlp[.]up_proj")
+    assert found.apply[0].targets == [f"re:.*{name}$" for name in linears]
+    assert (found.type, found.head_dim, found.apply[0].location) == ("hadamard", 16, "input")
+    stored = [name for name in load_file(out / "model.safetensors") if ONLINE_R1 in name]
+    assert stored == [f"model.layers.0.self_attn.q_proj.{ONLINE_R1}_input.weight"]
+    assert torch.equal(logits(load(out), tokens()), logits(result.model, tokens()))
 
 
 @pytest.mark.parametrize(("space", "kind"), [("R3", "matrix"), ("R4", "kronecker-matrix")])

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import spinquant
+from families import tiny
 from models import CONFIGS, byte_tokenizer, fuse_duals, logits, online_transforms, tiny_model, tokens
 from spinquant import (
     CheckpointError,
@@ -62,6 +63,16 @@ def test_schemes_and_dtypes(scheme, dtype, tmp_path):
 def test_without_weight_quantization(scheme, kind, tmp_path):
     result, out = saved(tmp_path, scheme=scheme, spec=RotationSpec("R1,R3,R4", kind, randomize=True))
     assert torch.equal(logits(load(out), tokens()), logits(result.model, tokens()))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gemma3"])
+def test_online_r1_is_loaded_as_it_was_made(name, tmp_path):
+    """The inputs of linears and of experts; Gemma 3 allows no R1 in the residual stream."""
+    tiny(name).float().save_pretrained(tmp_path / "model")
+    model = load(tmp_path / "model")
+    result = quantize(model, "W4A4KV4", RotationSpec("online-R1,R2,R3,R4", randomize=True))
+    save(result, tmp_path / "out", byte_tokenizer())
+    assert torch.equal(logits(load(tmp_path / "out"), tokens()), logits(result.model, tokens()))
 
 
 def test_lm_head_symmetric_activations_and_clips(tmp_path):

@@ -119,8 +119,9 @@ def test_the_condition_number_of_a_matrix_is_bounded():
     check_given(plan, SPEC, {**make_rotations(plan, SPEC), **found})
 
 
-def test_closed_form_is_kept_by_kind_where_it_lowers_kl():
-    learned = run_learn(LearnOptions("closed-form", baselines=2))
+@pytest.mark.parametrize("rotations", ["R1,R2,R3,R4", "online-R1,R2,R3,R4"])
+def test_closed_form_is_kept_by_kind_where_it_lowers_kl(rotations):
+    learned = run_learn(LearnOptions("closed-form", baselines=2), RotationSpec(rotations, "auto"))
     tried, scores = learned.record["closed_form"], learned.record["scores"]
     assert set(tried) == set(KINDS) and learned.kept == "closed-form" and tried["scales"]["kept"]
     assert scores["closed-form"]["kl"] < 0.9 * min(scores["random 0"]["kl"], scores["random 1"]["kl"])
