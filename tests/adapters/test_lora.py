@@ -145,13 +145,14 @@ def test_a_rotated_adapter_is_wrong_without_the_gains_of_norms(tmp_path, monkeyp
     assert not torch.allclose(answer(tmp_path / "out", tmp_path / "out/adapters/lora"), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("rotations", ["R1,R2,R3,R4", "online-R1,R2,R4", "R1,online-R1"])
 @pytest.mark.parametrize("scheme", ["none", "W8"])
-def test_a_rotated_adapter_works_with_online_rotations(scheme, tmp_path):
+def test_a_rotated_adapter_works_with_online_rotations(scheme, rotations, tmp_path):
     """peft's layer passes its input to the linear, which rotates it (R4), and to A, whose input axis is not rotated."""
     model = source("llama", tmp_path / "model")
     lora = adapter(model, tmp_path / "lora", target_modules=LINEARS)
     expected = answer(model, lora)
-    spec = RotationSpec("R1,R2,R3,R4", "auto")
+    spec = RotationSpec(rotations, "auto")
     quantize_folder(model, tmp_path / "out", parse_scheme(scheme), spec, text=None, options=QUICK)
     rotate_adapter(tmp_path / "out", lora, tmp_path / "rotated")
     plain, found = load(tmp_path / "out"), load(tmp_path / "out")
@@ -163,8 +164,8 @@ def test_a_rotated_adapter_works_with_online_rotations(scheme, tmp_path):
         assert (after - expected).norm() < 3 * (before - base).norm() < 0.5 * (expected - base).norm()
 
 
-@pytest.mark.parametrize("dora", [False, True])
-def test_transforms_are_applied_to_the_adapter(dora, tmp_path):
+@pytest.mark.parametrize(("dora", "rotations"), [(False, "R1"), (True, "R1"), (False, "online-R1")])
+def test_transforms_are_applied_to_the_adapter(dora, rotations, tmp_path):
     """Rows of B of up_proj, and columns of A of down_proj, which reads the scaled and not yet rotated input.
 
     B of v_proj and A of o_proj have the transform of values and its dual, and A of what reads a norm the norm's scales.
@@ -173,7 +174,7 @@ def test_transforms_are_applied_to_the_adapter(dora, tmp_path):
     targets = ["q_proj", "up_proj"] if dora else LINEARS
     lora = adapter(model, tmp_path / "lora", target_modules=targets, use_dora=dora)
     expected = answer(model, lora)
-    spec = RotationSpec("R1,R2,R4", "auto")
+    spec = RotationSpec(f"{rotations},R2,R4", "auto")
     plan = plan_of(load(model))
     free = random_transforms(plan, ("R2", "scales of R1", "scales of R4"))
     learned = LearnedRotations(composed(make_rotations(plan, spec), free), spec, {"kept": "closed-form"})
@@ -184,11 +185,11 @@ def test_transforms_are_applied_to_the_adapter(dora, tmp_path):
 
 
 def test_updates_of_stacked_experts_are_rotated(tmp_path):
-    """They are added to the parameter, which reads the input after R4."""
+    """They are added to the parameter, which reads the input after R4, and after online R1."""
     model = source("qwen3_moe", tmp_path / "model")
     lora = adapter(model, tmp_path / "lora", target_parameters=EXPERTS, target_modules=["q_proj"])
     expected = answer(model, lora)
-    spec = RotationSpec("R1,R2,R4", "auto")
+    spec = RotationSpec("R1,online-R1,R2,R4", "auto")
     quantize_folder(model, tmp_path / "out", parse_scheme("none"), spec, text=None, options=QUICK)
     rotate_adapter(tmp_path / "out", lora, tmp_path / "rotated")
     found = prepared(load(tmp_path / "out"))

@@ -18,7 +18,7 @@ from spinquant.plan import Plan
 class Counterpart:
     """A tensor of the model, and which of its axes an adapter's tensor shares (model's dim: adapter's dim).
 
-    before: shared axes that the adapter reads before the model's online rotation, so only channel scales apply to them.
+    before: shared axes that the adapter reads before the model's online transform, which does not apply to them.
     """
 
     tensor: str
@@ -31,19 +31,21 @@ def adapter_plan(plan: Plan, counterparts: Mapping[str, Counterpart]) -> Plan:
 
     A counterpart that is the bias of a norm is transformed as a whole, independently of the linears that read the norm.
     """
+    online = {one.space for one in plan.onlines}
+    shared = {name: {**counterpart.before, **counterpart.dims} for name, counterpart in counterparts.items()}
     axes = tuple(
-        replace(axis, tensor=name, dim={**counterpart.before, **counterpart.dims}[axis.dim])
+        replace(axis, tensor=name, dim=shared[name][axis.dim])
         for name, counterpart in counterparts.items()
         for axis in plan.axes_of.get(counterpart.tensor, ())
-        if axis.dim in counterpart.dims or (axis.dim in counterpart.before and not plan.space[axis.space].rotation)
+        if axis.dim in counterpart.dims or (axis.dim in counterpart.before and axis.space not in online)
     )
     gains = []
     for gain in plan.gains:
         dims = dict(gain.readers)
         readers = tuple(
-            (name, counterpart.dims[dims[counterpart.tensor]])
+            (name, shared[name][dims[counterpart.tensor]])
             for name, counterpart in counterparts.items()
-            if dims.get(counterpart.tensor) in counterpart.dims
+            if dims.get(counterpart.tensor) in shared[name]
         )
         biases = [name for name, counterpart in counterparts.items() if counterpart.tensor == gain.bias]
         if readers or biases:
