@@ -24,14 +24,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spinquant.compute.values import validated
 from spinquant.errors import CheckpointError, RotationError
+from spinquant.formats.native_weights import expect_packed, packed_again, unpack
 from spinquant.formats.register import METHOD
 from spinquant.formats.resuming import LATENT, unpack_state
-from spinquant.formats.training import WeightWatch, changed_message
-from spinquant.models.modules import module_and_attribute, named_tensor
+from spinquant.formats.training import WeightWatch
+from spinquant.models.modules import named_tensor
 from spinquant.online.hooks import attach, attachment_of
 from spinquant.plan import Plan
-from spinquant.quantization.integer import Packed, dequantize, quantize_on_grid
-from spinquant.quantization.scheme import Clips, Quantizer, Scheme
+from spinquant.quantization.scheme import Clips, Scheme
 from spinquant.quantization.targets import PARTS, Weight, linear_weights, parts_tied, weights_of
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.fuse import rotate_axis
@@ -179,7 +179,7 @@ class SpinQuantizer(HfQuantizer):
                 )
         self.kept = {weight.tensor: named_tensor(model, weight.tensor).shape for weight in self._weights()}
         for weight in self._weights():
-            _expect_packed(model, weight, self.scheme.weights)
+            expect_packed(model, weight, self.scheme.weights)
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = {*ignored, rf"_{LATENT}$"}
         with torch.device("meta"):
@@ -192,7 +192,7 @@ class SpinQuantizer(HfQuantizer):
         delattr(model, BANK)
         self.rotations = _by_space(found, config, self.plan)
         for weight in self._weights():
-            _unpack(model, weight, self.scheme.weights, self.kept[weight.tensor])
+            unpack(model, weight, self.scheme.weights, self.kept[weight.tensor])
         attach(model, self.plan, self.rotations, self.scheme, Clips.from_dict(config.clips))
         self.watch_weights(model)
         return model
@@ -218,7 +218,7 @@ class SpinQuantizer(HfQuantizer):
                 continue
             trained = self.watch is not None and self.watch.trains
             matrices = weight.turned(state[tensor])
-            packed = _packed_again(model, weight, matrices, self.scheme.weights, trained=trained)
+            packed = packed_again(model, weight, matrices, self.scheme.weights, trained=trained)
             state[tensor] = packed.words
             for part, values in zip(PARTS, packed.tensors()[1:], strict=False):
                 state[f"{tensor}_{part}"] = values
@@ -378,61 +378,6 @@ def detach(model: Any) -> None:
 def is_marked(model: Any) -> bool:
     """Whether a model has online rotations or quantizers of this library attached, or is quantized."""
     return attachment_of(model) is not None or getattr(model, "hf_quantizer", None) is not None
-
-
-def packed_layout(
-    name: str, dtype: torch.dtype, matrices: Tensor, quantizer: Quantizer
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Names, dtypes and shapes of a packed weight's tensors; `matrices`, (.., out, in), only give the shape."""
-    *rows, columns = matrices.shape
-    words, groups = -(-columns // (32 // quantizer.bits)), columns // (quantizer.group_size or columns)
-    scale, zero = (f"{name}_{part}" for part in PARTS)
-    found = {name: (torch.int32, (*rows, words)), scale: (dtype, (*rows, groups))}
-    return found if quantizer.symmetric else {**found, zero: (torch.uint8, (*rows, groups))}
-
-
-def _expect_packed(model: Any, weight: Weight, quantizer: Quantizer | None) -> None:
-    owner, name = module_and_attribute(model, weight.tensor)
-    plain: Tensor = getattr(owner, name)
-    if quantizer is None:
-        layout = {name: (plain.dtype, (plain.numel(),))}
-    else:
-        layout = packed_layout(name, plain.dtype, weight.turned(plain), quantizer)
-    for part, (dtype, shape) in layout.items():
-        placeholder = torch.empty(shape, dtype=dtype, device="meta")
-        if part == name:
-            setattr(owner, name, nn.Parameter(placeholder, requires_grad=False))
-        else:
-            owner.register_buffer(part, placeholder)
-
-
-def _unpack(model: Any, weight: Weight, quantizer: Quantizer | None, shape: torch.Size) -> None:
-    owner, name = module_and_attribute(model, weight.tensor)
-    stored: Tensor = getattr(owner, name).detach()
-    if quantizer is None:
-        setattr(owner, name, nn.Parameter(stored.view(shape)))
-        return
-    scale, zero = weight.grid(model)
-    assert scale is not None
-    if not bool((scale > 0).all() & scale.isfinite().all()) or (zero is not None and int(zero.max()) > quantizer.top):
-        raise CheckpointError(
-            f"the scales or zero points of {weight.tensor} are not positive, finite numbers and codes up to "
-            f"{quantizer.top}: the checkpoint is broken, download it again"
-        )
-    length = shape[-2 if weight.transposed else -1]
-    plain = weight.turned(dequantize(Packed(stored, scale, zero, length, quantizer))).contiguous()
-    setattr(owner, name, nn.Parameter(plain))
-    weight.keep_grid(model, scale, zero)
-
-
-def _packed_again(model: Any, weight: Weight, matrices: Tensor, quantizer: Quantizer, *, trained: bool) -> Packed:
-    scale, zero = weight.grid(model)
-    if scale is None:
-        raise CheckpointError(f"{weight.tensor} was not quantized: its scale ({weight.tensor}_scale) is missing")
-    packed = quantize_on_grid(matrices, scale, zero, quantizer)
-    if not trained and not torch.equal(dequantize(packed), matrices):  # a trained weight is used rounded
-        raise CheckpointError(changed_message(weight.tensor, "quantized"))
-    return packed
 
 
 def check_fresh(model: Any) -> None:

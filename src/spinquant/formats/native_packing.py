@@ -12,7 +12,8 @@ from torch import Tensor
 
 from spinquant.architectures.checkpoint_mapping import Form
 from spinquant.calibration.block_store import BlockStore
-from spinquant.formats.native import BANK, distinct_rotations, packed_layout
+from spinquant.formats.native import BANK, distinct_rotations
+from spinquant.formats.native_weights import packed_layout
 from spinquant.plan import Plan
 from spinquant.quantization.integer import Packed
 from spinquant.quantization.rtn import quantize_weight
