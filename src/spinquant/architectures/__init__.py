@@ -136,7 +136,8 @@ def make_plan(config: Any, shapes: Shapes, *, family: FamilyLike | None = None) 
         >>> plan = make_plan(config, {name: tensor.shape for name, tensor in model.state_dict().items()})
         >>> [f"{space.name}: {space.rotation}, size {space.size}" for space in plan.spaces if space.rotation]
         ['residual: R1, size 32', 'layers.0.value: R2, size 16', 'layers.0.query_key: R3, size 16',
-         'layers.0.hidden: R4, size 64']
+         'layers.0.hidden: R4, size 64', 'model.layers.0.self_attn.q_proj.input: online-R1, size 32',
+         'model.layers.0.mlp.gate_proj.input: online-R1, size 32']
     """
     use_family(config, family)
     model_type = getattr(config, "model_type", None)
