@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from spinquant.calibration.sequential import after_blocks, block_calls, check_finite_output, run_block
+from spinquant.learning.free_transforms import kind_of
 from spinquant.models.capture import captured, device_of
 from spinquant.online.hooks import Attachment, attach
 from spinquant.plan import Experts, Plan, Space
 from spinquant.quantization.scheme import Quantizer, Scheme
+from spinquant.rotations.rotation import Transform
 
 Weighting = Literal["fisher", "uniform", "massive"]
 WEIGHTINGS = get_args(Weighting)
@@ -34,6 +36,8 @@ class ActivationSite:
         quantizer: The quantizer.
         rows: The rows, float32 (rows, width); width is a multiple of the size of the space.
         share: Weight of the site in the loss, see `sensitivity.py`. Default: 1.
+        scales: Space of the scales that the activation has after the transform of `space`; "" for none. Default: "".
+        slopes: Gradients at the rows, shaped like them. Default: not captured.
     """
 
     name: str
@@ -41,6 +45,8 @@ class ActivationSite:
     quantizer: Quantizer
     rows: Tensor
     share: float = 1.0
+    scales: str = ""
+    slopes: Tensor | None = None
 
     def weights(self, weighting: Weighting, factor: float) -> Tensor:
         """Weight of each row in the loss, (rows,): one, or `factor` for rows with a massive activation."""
@@ -102,7 +108,7 @@ def collect(
     finally:
         attachment.remove()
     return [
-        ActivationSite(name, space.name, quantizer, torch.cat(sampling.rows[name]))
+        ActivationSite(name, space.name, quantizer, torch.cat(sampling.rows[name]), scales=scales_after(plan, name))
         for name, (space, quantizer) in wanted.items()
         if name in sampling.rows
     ]
@@ -128,6 +134,19 @@ def quantized_spaces(plan: Plan, spaces: Sequence[str], scheme: Scheme) -> dict[
                 if space is not None and space.name in spaces:
                     found[f"{attention}.{part}"] = space, scheme.kv
     return found
+
+
+def transformed(site: ActivationSite, transforms: Mapping[str, Transform]) -> Tensor:
+    """The rows of a site as its quantizer would read them: rotated, and scaled if its scales are given."""
+    z = transforms[site.space].apply(site.rows)
+    return transforms[site.scales].apply(z) if site.scales in transforms else z
+
+
+def scales_after(plan: Plan, site: str) -> str:
+    """The space of the scales of a norm that what a site reads has after R1; "" for none."""
+    outside = {experts.first[0]: plan.read_by_experts(experts)[0] for experts in plan.experts}
+    read = outside[site] if site in outside else plan.spaces_read_by(site)
+    return next((space.name for space in read if kind_of(space) == "norms"), "")
 
 
 class _Sampling:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.errors import LearningError
-from spinquant.learning.activations import WEIGHTINGS, ActivationSite, Weighting
+from spinquant.learning.activations import WEIGHTINGS, ActivationSite, Weighting, transformed
 from spinquant.learning.cayley import OPTIMIZERS, Descent, Optimizer
 from spinquant.learning.objectives import OBJECTIVES, Objective, row_loss
 from spinquant.learning.option_checks import check_choices, check_numbers, check_unused
@@ -174,10 +174,13 @@ def _minimize(
 
 @torch.no_grad()
 def rounding_errors(sites: Sequence[ActivationSite], rotations: Mapping[str, Transform]) -> dict[str, float]:
-    """Relative rounding error ||Q(x R) - x R||^2 / ||x||^2 of every site, by name, with the scheme's own quantizer."""
+    """Relative rounding error ||Q(x R) - x R||^2 / ||x R||^2 of every site, by name, with the scheme's own quantizer.
+
+    rotations: may have scales of norms, which follow R.
+    """
     errors = {}
     for site in sites:
-        z = rotations[site.space].apply(site.rows)
+        z = transformed(site, rotations)
         errors[site.name] = float((fake_quantize(z, site.quantizer) - z).square().sum() / z.square().sum())
     return errors
 

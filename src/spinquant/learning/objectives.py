@@ -28,7 +28,8 @@ def row_loss(z: Tensor, quantizer: Quantizer, objective: Objective) -> Tensor:
     return _ROW_LOSS[objective](z, quantizer)
 
 
-def _error(z: Tensor, quantizer: Quantizer) -> Tensor:
+def expected_errors(z: Tensor, quantizer: Quantizer) -> Tensor:
+    """Expected squared error of every group of z, (.., width), that is rounded with one scale; (.., groups)."""
     groups = z.unflatten(-1, (-1, group_of(z.shape[-1], quantizer)))
     high, low = groups.amax(-1), groups.amin(-1)
     if quantizer.kind != "int":  # a floating-point format has no single step; all are proportional to its scale
@@ -37,7 +38,11 @@ def _error(z: Tensor, quantizer: Quantizer) -> Tensor:
         step = torch.maximum(high, -low) / (2 ** (quantizer.bits - 1) - 1)
     else:
         step = (high.clamp(min=0) - low.clamp(max=0)) / quantizer.top
-    return step.square().sum(-1) * (groups.shape[-1] / 12) / _energy(z)
+    return step.square() * (groups.shape[-1] / 12)
+
+
+def _error(z: Tensor, quantizer: Quantizer) -> Tensor:
+    return expected_errors(z, quantizer).sum(-1) / _energy(z)
 
 
 def _whip(z: Tensor, quantizer: Quantizer) -> Tensor:

@@ -17,7 +17,7 @@ from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.errors import LearningError
 from spinquant.evaluation.metrics import divergence, nll, perplexity_of
 from spinquant.learning.fake_quant import rounding
-from spinquant.learning.free_transforms import fuse_free, is_fused, with_free
+from spinquant.learning.free_transforms import Kind, fuse_free, kind_of, with_free
 from spinquant.models.capture import device_of
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Quantizer, Scheme
@@ -128,9 +128,9 @@ class Selection:
             fused.undo()
             self.free = before
 
-    def set_aside(self) -> None:
-        """Leave out the transforms that belong to the rotations of the leader, before other rotations are learned."""
-        self.free = {name: found for name, found in self.free.items() if is_fused(self.plan.space[name])}
+    def set_aside(self, kinds: Sequence[Kind]) -> None:
+        """Leave out kinds of transforms of the leader that belong to its rotations, before others are learned."""
+        self.free = {name: found for name, found in self.free.items() if kind_of(self.plan.space[name]) not in kinds}
 
     def enter_kinds(
         self, name: str, parts: Sequence[Mapping[str, Transform]], kinds: Sequence[str]

@@ -17,7 +17,7 @@ four other samples) were 0.167 (0.193) for gate and up, 0.083 (0.088) for q, k a
 (0.073) for down_proj and 0.056 (0.053) for the KV cache; 0.43 in all, where all rounding together cost 0.52.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -27,14 +27,14 @@ from torch import Tensor
 
 from spinquant.errors import LearningError
 from spinquant.evaluation.metrics import drawn, wide
-from spinquant.learning.activations import ActivationSite, quantized_spaces
+from spinquant.learning.activations import ActivationSite, quantized_spaces, scales_after, transformed
 from spinquant.learning.fake_quant import checkpointed
 from spinquant.models.capture import device_of
 from spinquant.online.hooks import Attachment, attach
 from spinquant.plan import Plan
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.scheme import Scheme
-from spinquant.rotations.rotation import Transform
+from spinquant.rotations.rotation import Transform, dual
 
 
 def collect_by_weight(
@@ -47,6 +47,7 @@ def collect_by_weight(
     rows: int,
     generator: torch.Generator,
     checkpointing: bool = False,
+    slopes: Collection[str] = (),
     observers: Mapping[str, Callable[[Tensor], None]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ActivationSite]:
@@ -61,6 +62,7 @@ def collect_by_weight(
         rows: About how many rows per site: `rows // samples` of every sample, at least one.
         generator: Of the sampled labels and rows.
         checkpointing: Gradient checkpointing of the decoder blocks.
+        slopes: Those of the spaces of whose rows the gradients are kept too.
         observers: Further observers of activations, by the linear that reads them; none at a sampled site.
         progress: Called with (samples done, samples in all).
 
@@ -71,7 +73,8 @@ def collect_by_weight(
         LearningError: A gradient is not finite.
     """
     wanted = quantized_spaces(plan, spaces, scheme)
-    sampling = _WeightedSampling(max(1, rows // len(tokens)), generator)
+    inclined = {name for name, (space, _) in wanted.items() if space.name in slopes}
+    sampling = _WeightedSampling(max(1, rows // len(tokens)), generator, inclined)
 
     def observe(attachment: Attachment) -> None:
         _observe_sites(attachment, wanted, sampling)
@@ -82,7 +85,15 @@ def collect_by_weight(
     backward_own_predictions(model, plan, scheme, tokens, observe, **how)
     share = {name: 0.5 * weight / tokens.numel() for name, weight in sampling.weight.items()}
     return [
-        ActivationSite(name, space.name, quantizer, torch.cat(sampling.rows[name]), share[name])
+        ActivationSite(
+            name,
+            space.name,
+            quantizer,
+            torch.cat(sampling.rows[name]),
+            share[name],
+            scales_after(plan, name),
+            torch.cat(sampling.slopes[name]) if name in inclined else None,
+        )
         for name, (space, quantizer) in wanted.items()
         if name in sampling.rows
     ]
@@ -169,11 +180,15 @@ class _SampledNLL(torch.autograd.Function):
 
 
 class _WeightedSampling:
-    """Rows of every site, `share` from each sample, and the total weight of all rows of the site."""
+    """Rows of every site, `share` from each sample, and the total weight of all rows of the site.
 
-    def __init__(self, share: int, generator: torch.Generator):
-        self.share, self.generator = share, generator
+    inclined: the sites of whose rows the gradients are kept.
+    """
+
+    def __init__(self, share: int, generator: torch.Generator, inclined: Collection[str]):
+        self.share, self.generator, self.inclined = share, generator, inclined
         self.rows: dict[str, list[Tensor]] = {}
+        self.slopes: dict[str, list[Tensor]] = {}
         self.weight: dict[str, float] = {}
 
     def watch(self, name: str, x: Tensor) -> None:
@@ -191,6 +206,8 @@ class _WeightedSampling:
         if total > 0:
             chosen = torch.multinomial(weights / total, self.share, replacement=True, generator=self.generator)
             self.rows.setdefault(name, []).append(flat[chosen.to(flat.device)].cpu())
+            if name in self.inclined:
+                self.slopes.setdefault(name, []).append(slopes[chosen.to(flat.device)].cpu())
             self.weight[name] = self.weight.get(name, 0.0) + total
 
 
@@ -211,10 +228,19 @@ def _observe_sites(attachment: Attachment, wanted: Mapping[str, Any], sampling: 
 
 @torch.no_grad()
 def predicted_kl(sites: Sequence[ActivationSite], rotations: Mapping[str, Transform]) -> dict[str, float]:
-    """Estimated KL at every site, by name, in nats per token, from the rounding errors of its rows."""
+    """Estimated KL at every site, by name, in nats per token, from the rounding errors of its rows.
+
+    rotations: may have scales of norms, where the sites have gradients.
+    """
     found = {}
     for site in sites:
-        z = rotations[site.space].apply(site.rows)
+        z = transformed(site, rotations)
         error = (fake_quantize(z, site.quantizer) - z).square().sum(-1) / z.square().sum(-1)
+        if site.slopes is not None and site.scales in rotations:
+            turned = dual(rotations[site.scales]).apply(rotations[site.space].apply(site.slopes))
+            after, before = (
+                (x.square().sum(-1) * g.square().sum(-1)) for x, g in ((z, turned), (site.rows, site.slopes))
+            )
+            error = error * after / before
         found[site.name] = site.share * float(error.mean())
     return found

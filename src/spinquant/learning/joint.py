@@ -1,0 +1,370 @@
+"""Learn R1 together with the scales of the norms that read the residual stream, on captured rows.
+
+The output x of a norm is rounded as x R D: R is shared by all norms, the diagonal D is the norm's own, and both cost
+nothing at run time (D is in the norm's weight, D^-1 in the linears that read it). Rounding with steps in proportion to
+the range of a row costs, to second order, at each quantizer
+
+    mean of range(x R D)^2 ||g R D^-1||^2                  rounding activations, with g the gradient at x
+    mean of range(w R D^-1)^2 times mean of ||x R D||^2    rounding the weights w that read x
+
+each in proportion to its total weight (`joint_sites.py`), and relative to the true error of its quantizer on Gaussian
+rows. R descends by Cayley steps, log D by Adam.
+
+For a given R the best D has a closed form (`closed_form.py`), but it can do little in the coordinates of a random R,
+where all channels are alike, and descent from there ends in a poor minimum. So R starts as a block-diagonal Hadamard
+matrix over *sorted* channels: those that want like scales, on average over all norms, are mixed with each other.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spinquant.checkpoint.run_pieces import Pieces
+from spinquant.errors import HadamardOrderError, LearningError
+from spinquant.learning.cayley import BETAS, EPSILON, Descent
+from spinquant.learning.closed_form import DIAGONAL, Moments, chosen_transform
+from spinquant.learning.joint_sites import JointSite
+from spinquant.learning.layerwise import LocalOptions, cosine
+from spinquant.learning.moments import relative_error
+from spinquant.learning.objectives import expected_errors
+from spinquant.quantization.integer import group_of
+from spinquant.quantization.scheme import Quantizer
+from spinquant.rotations.factory import generator_for
+from spinquant.rotations.hadamard import construct
+from spinquant.rotations.mean_preserving import CentredHadamard
+from spinquant.rotations.rotation import Hadamard, matrix
+from spinquant.rotations.transforms import LARGEST_CONDITION
+
+BLOCK = 64  # largest block of the start: of 8 to 576, 64 was the best on SmolLM2
+SMALLEST_BLOCK = 8  # a smaller one would flatten too little
+SCALE_RATE = 0.02  # Adam's step of log D
+
+Scales = dict[str, Tensor]  # log of the diagonal of D by its space, float32 (width,)
+
+
+def sorted_start(sites: Sequence[JointSite], size: int, weights: Quantizer | None, *, centred: bool) -> Tensor | None:
+    """A block-diagonal Hadamard matrix over channels sorted by the scales that they want, float64 (size, size).
+
+    Args:
+        sites: What is learned from.
+        size: Of the residual stream.
+        weights: How weights are quantized; None if they are not.
+        centred: The matrix has to preserve the mean.
+
+    Returns:
+        None if no block of 8 to 64 channels has such a matrix.
+    """
+    block = _block(size, centred)
+    if block is None:
+        return None
+    wanted = closed_form_scales(sites, None, weights)
+    pooled = torch.zeros(size, dtype=torch.float64)
+    for one in sites:
+        if (name := one.site.scales) in wanted:
+            cost = sum(_cost_of_rounding(one, weights))
+            pooled += cost * wanted[name].double().unflatten(0, (-1, size)).mean(0)
+    order = pooled.argsort(stable=True)
+    one = matrix(CentredHadamard(block) if centred else Hadamard(block))
+    start = torch.zeros(size, size, dtype=torch.float64)
+    start[order] = torch.block_diag(*[one] * (size // block))
+    return start
+
+
+def _block(size: int, centred: bool) -> int | None:
+    """The largest block of the start: a divisor of the size of which there is a (mean-preserving) Hadamard matrix."""
+    for block in range(min(BLOCK, size), SMALLEST_BLOCK - 1, -1):
+        # Of the mean-preserving ones, those of orders 4^n are flat.
+        if size % block or (centred and block not in (16, 64)):
+            continue
+        try:
+            construct(block)
+        except HadamardOrderError:
+            continue
+        return block
+    return None
+
+
+def closed_form_scales(
+    sites: Sequence[JointSite], r: Tensor | None, weights: Quantizer | None, *, device: torch.device | str = "cpu"
+) -> Scales:
+    """The scales of least expected cost of every norm, in the coordinates of R; None: in the original ones.
+
+    Those that are no better on rows that they were not made from are one.
+    """
+    folds: dict[str, tuple[list[Moments], list[Moments]]] = {}
+    for one in sites:
+        if not one.site.scales:
+            continue
+        x, g = (_rotated(t.to(device), r) for t in one.pair(slice(one.learned_from)))
+        w = None if one.w is None else _rotated(one.w.to(device), r)
+        middle, costs = len(x) // 2, _cost_of_rounding(one, weights)
+        halves = folds.setdefault(one.site.scales, ([], []))
+        for number, part in enumerate((slice(0, middle), slice(middle, len(x)))):
+            slope = costs[0] * _mean(g[part]) + (0 if w is None else costs[1] * _mean(w[number::2]))
+            pair = (t.double().cpu()[None, :, None, None] for t in (_mean(x[part]), slope))
+            halves[number].append(Moments(*pair, length=1))
+    found: Scales = {}
+    for name, parts in folds.items():
+        p, _, _ = chosen_transform(parts, DIAGONAL)
+        length = parts[0][0].x.shape[1]
+        found[name] = _bounded(torch.zeros(length) if p is None else p.flatten().log().float() / 2)
+    return found
+
+
+def _cost_of_rounding(one: JointSite, weights: Quantizer | None) -> tuple[float, float]:
+    """KL per token that rounding activations and weights costs at a site, where rows are Gaussian and D is one."""
+    act = one.site.share * relative_error(one.width, _best_clip(one.site.quantizer))
+    return act, 0.0 if weights is None else one.weight_share * relative_error(one.width, weights)
+
+
+def _mean(rows: Tensor) -> Tensor:
+    """Mean square of every number, (width,)."""
+    return rows.square().mean(0)
+
+
+def _bounded(logs: Tensor) -> Tensor:
+    """log D with mean zero, and a condition number of D of at most `LARGEST_CONDITION`."""
+    logs = logs - logs.mean(-1, keepdim=True)
+    most = math.log(LARGEST_CONDITION) / 2.02
+    return logs.clamp(-most, most)
+
+
+def _best_clip(quantizer: Quantizer) -> Quantizer:
+    """The quantizer with clip ratios searched, as they are for every candidate."""
+    return Quantizer(quantizer.bits, quantizer.symmetric, quantizer.group_size, "mse", quantizer.kind)
+
+
+@lru_cache
+def _noise(length: int, quantizer: Quantizer) -> float:
+    """Error of the quantizer on Gaussian rows, as a fraction of what `expected_errors` makes of their ranges."""
+    rows = torch.randn(64, length, generator=torch.Generator().manual_seed(0))
+    ranged = float((expected_errors(rows, quantizer).sum(-1) / rows.square().sum(-1)).mean())
+    return relative_error(length, quantizer) / ranged
+
+
+def _rotated(x: Tensor, r: Tensor | None) -> Tensor:
+    """Rows x, (.., width), rotated by r, (n, n), in blocks of n."""
+    return x if r is None else (x.unflatten(-1, (-1, len(r))) @ r.to(x.dtype)).flatten(-2)
+
+
+def expected_costs(
+    x: Tensor, g: Tensor, w: Tensor | None, quantizer: Quantizer, weights: Quantizer | None
+) -> tuple[Tensor, Tensor]:
+    """Expected cost of rounding rows and weights, as fractions of the cost of a relative error of one.
+
+    Args:
+        x: Rows of unit length, as they are rounded: rotated and scaled, (.., rows, width).
+        g: Their gradients, of unit length, with the dual transform.
+        w: Rows of weights of unit length, with the dual transform; None if they are not quantized.
+        quantizer: Of the rows.
+        weights: Of the weights.
+
+    Returns:
+        Both costs, (..).
+    """
+    width = x.shape[-1]
+    best = _best_clip(quantizer)
+    slopes = _energies(g, quantizer)
+    act = (expected_errors(x, quantizer) * slopes).sum(-1).mean(-1) * (slopes.shape[-1] * _noise(width, best))
+    if w is None or weights is None:
+        return act, torch.zeros_like(act)
+    energy = _energies(x, weights).mean(-2)
+    rounding = (expected_errors(w, weights).mean(-2) * energy).sum(-1)
+    return act, rounding * (energy.shape[-1] * _noise(width, weights))
+
+
+def _energies(x: Tensor, quantizer: Quantizer) -> Tensor:
+    """Squared length of every group that is rounded with one scale, (.., groups)."""
+    return x.unflatten(-1, (-1, group_of(x.shape[-1], quantizer))).square().sum(-1)
+
+
+@torch.no_grad()
+def held_out_costs(
+    sites: Sequence[JointSite], r: Tensor, scales: Mapping[str, Tensor], weights: Quantizer | None
+) -> dict[str, float]:
+    """Expected cost of rounding activations and weights on the rows that are not learned from, in nats per token."""
+    total = {"activations": 0.0, "weights": 0.0}
+    for one in sites:
+        logs = scales.get(one.site.scales)
+        d = torch.ones((), device=r.device) if logs is None else logs.to(r.device).exp()
+        x, g = (_rotated(t.to(r.device), r) for t in one.pair(slice(one.learned_from, None)))
+        w = None if one.w is None else _rotated(one.w.to(r.device), r) / d
+        act, rounding = expected_costs(x * d, g / d, w, one.site.quantizer, weights)
+        total["activations"] += one.site.share * float(act)
+        total["weights"] += one.weight_share * float(rounding)
+    return total
+
+
+@dataclass
+class _Scaled:
+    """Adam on log D of the norms of one width: logs, and first and second moments, all (norms, width)."""
+
+    logs: Tensor
+    first: Tensor
+    second: Tensor
+
+    def step(self, gradient: Tensor, number: int, rate: float) -> None:
+        """Make a step, counted from one."""
+        self.first.lerp_(gradient, 1 - BETAS[0])
+        self.second.lerp_(gradient.square(), 1 - BETAS[1])
+        mean = self.first / (1 - BETAS[0] ** number)
+        root = (self.second / (1 - BETAS[1] ** number)).sqrt()
+        self.logs.copy_(_bounded(self.logs - rate * mean / (root + EPSILON)))
+
+
+def learn_jointly(
+    sites: Sequence[JointSite],
+    start: Tensor,
+    scales: Mapping[str, Tensor],
+    weights: Quantizer | None,
+    options: LocalOptions,
+    *,
+    centred: bool = False,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    pieces: Pieces | None = None,
+    piece: str = "joint",
+    report: Callable[[int, float], None] | None = None,
+) -> tuple[Tensor, Scales, list[float]]:
+    """Learn the rotation of the residual stream and the scales of the norms that read it.
+
+    Args:
+        sites: What is learned from.
+        start: Initial rotation, (n, n).
+        scales: Initial log D by space, (width,).
+        weights: How weights are quantized; None if they are not.
+        options: Steps, learning rate, optimizer, batch, and steps between saves.
+        centred: The rotation has to preserve the mean, as `start` does.
+        seed: Of the batches.
+        device: Where to compute.
+        pieces: Where the state is saved, and resumed from. Default: not saved.
+        piece: Name of the saved state.
+        report: Called with (step, loss) after every step.
+
+    Returns:
+        The rotation, float32 (n, n), log D by space, and the losses of all steps.
+
+    Raises:
+        LearningError: A loss is not finite.
+    """
+    run = _Run(sites, start, scales, weights, options, centred, seed, device)
+    losses: list[float] = []
+    if pieces and (saved := pieces.load(piece)) is not None:
+        losses = saved[1]["losses"]
+        run.restore(saved[0], len(losses))
+    for step in range(len(losses), options.steps):
+        loss = run.step(step)
+        if not math.isfinite(loss):
+            raise LearningError(
+                f"the loss of {piece} is {loss}: its activations are not finite, or the steps are too long. Lower the "
+                "learning rate"
+            )
+        losses.append(float(f"{loss:.6g}"))
+        if pieces and ((step + 1) % options.save_every == 0 or step + 1 == options.steps):
+            pieces.save(piece, run.tensors(), {"losses": losses})
+        if report:
+            report(step + 1, loss)
+    return run.rotation.cpu(), run.scales(), losses
+
+
+class _Run:
+    """R and all D while they are learned. Sites of one width are computed together."""
+
+    def __init__(
+        self,
+        sites: Sequence[JointSite],
+        start: Tensor,
+        scales: Mapping[str, Tensor],
+        weights: Quantizer | None,
+        options: LocalOptions,
+        centred: bool,
+        seed: int,
+        device: torch.device | str,
+    ):
+        self.weights, self.options, self.seed, self.device = weights, options, seed, device
+        matrices = {"r": start.to(device, torch.float32, copy=True)}
+        self.descent = Descent(matrices, options.optimizer, centred=frozenset("r" if centred else ""))
+        self.sites: dict[int, list[JointSite]] = {}
+        for one in sites:
+            self.sites.setdefault(one.width, []).append(one)
+        self.names = {
+            width: list(dict.fromkeys(one.site.scales for one in own if one.site.scales))
+            for width, own in self.sites.items()
+        }
+        self.scaled: dict[int, _Scaled] = {}
+        for width, names in self.names.items():
+            if names:
+                logs = torch.stack([scales.get(name, torch.zeros(width)).float() for name in names]).to(device)
+                self.scaled[width] = _Scaled(_bounded(logs), torch.zeros_like(logs), torch.zeros_like(logs))
+
+    @property
+    def rotation(self) -> Tensor:
+        """R as it is now."""
+        return self.descent.matrices["r"]
+
+    def scales(self) -> Scales:
+        """log D as it is now, by space."""
+        return {
+            name: logs.clone()
+            for width, held in self.scaled.items()
+            for name, logs in zip(self.names[width], held.logs.cpu(), strict=True)
+        }
+
+    def step(self, number: int) -> float:
+        """Make one step, counted from zero; returns the loss on its rows."""
+        generator = generator_for(self.seed, f"joint/{number}")
+        r = self.rotation.clone().requires_grad_()
+        leaves = {width: held.logs.clone().requires_grad_() for width, held in self.scaled.items()}
+        total = torch.zeros((), device=self.device)
+        for width, sites in self.sites.items():
+            total = total + self._loss(sites, r, leaves.get(width), self.names[width], generator)
+        gradient, *others = torch.autograd.grad(total, [r, *leaves.values()])
+        decay = cosine(number, self.options.steps)
+        # R becomes R (I - A), so the loss changes by <A, -R^T dL/dR>.
+        self.descent.step({"r": -self.rotation.T @ gradient}, self.options.lr * decay)
+        for held, slope in zip(self.scaled.values(), others, strict=True):
+            held.step(slope, number + 1, SCALE_RATE * decay)
+        return float(total.detach())
+
+    def _loss(
+        self, sites: Sequence[JointSite], r: Tensor, logs: Tensor | None, names: Sequence[str], generator: Any
+    ) -> Tensor:
+        """Expected cost on a batch of the rows of sites of one width."""
+        batch, quantizer, device = self.options.batch, sites[0].site.quantizer, self.device
+        x, g, w = [], [], []
+        for one in sites:
+            chosen = one.pair(torch.randint(one.learned_from, (batch,), generator=generator))
+            x.append(chosen[0])
+            g.append(chosen[1])
+            if one.w is not None:
+                w.append(one.w[torch.randint(len(one.w), (max(1, batch // 2),), generator=generator)])
+        turned, slopes = (_rotated(torch.stack(t).to(device), r) for t in (x, g))  # (sites, rows, width)
+        readers = _rotated(torch.stack(w).to(device), r) if w else None
+        if logs is not None:
+            place = {name: i for i, name in enumerate(names)}
+            zero = torch.zeros_like(logs[:1])  # of sites without scales
+            d = torch.cat([logs, zero])[[place.get(one.site.scales, len(names)) for one in sites]].exp().unsqueeze(1)
+            turned, slopes, readers = turned * d, slopes / d, None if readers is None else readers / d
+        act, rounding = expected_costs(turned, slopes, readers, quantizer, self.weights)
+        shares = torch.tensor([[one.site.share, one.weight_share] for one in sites], device=device)
+        return (act * shares[:, 0] + rounding * shares[:, 1]).sum()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state, by name, for `restore`."""
+        found = self.descent.tensors()
+        for width, held in self.scaled.items():
+            found |= {f"scales {name}/{width}": getattr(held, name) for name in ("logs", "first", "second")}
+        return found
+
+    def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
+        """Load the state that `tensors` returned after some steps."""
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith("scales ")}
+        self.descent.restore({name: tensor for name, tensor in tensors.items() if name not in own}, steps)
+        for key, tensor in own.items():
+            name, _, width = key.removeprefix("scales ").partition("/")
+            getattr(self.scaled[int(width)], name).copy_(tensor)
