@@ -123,7 +123,8 @@ def test_the_condition_number_of_a_matrix_is_bounded():
 def test_closed_form_is_kept_by_kind_where_it_lowers_kl(rotations):
     learned = run_learn(LearnOptions("closed-form", baselines=2), RotationSpec(rotations, "auto"))
     tried, scores = learned.record["closed_form"], learned.record["scores"]
-    assert set(tried) == set(KINDS) and learned.kept == "closed-form" and tried["scales"]["kept"]
+    assert set(tried) == {*KINDS, "R1 and norms"} and tried["scales"]["kept"]
+    assert learned.kept == ("closed-form R1" if tried["R1 and norms"]["kept"] else "closed-form")
     assert scores["closed-form"]["kl"] < 0.9 * min(scores["random 0"]["kl"], scores["random 1"]["kl"])
     lowest = min(scores["random 0"]["kl"], scores["random 1"]["kl"])
     for kind in KINDS:
@@ -157,11 +158,12 @@ def test_transforms_that_raise_kl_are_removed(monkeypatch):
         made = {name: torch.linspace(-4, 4, plan.space[name].size).double().exp() for name in moments}
         return {name: Diagonal(scale) for name, scale in made.items() if name.endswith(CHANNELS)}
 
-    monkeypatch.setattr("spinquant.learning.learn.closed_form_transforms", wild)
+    monkeypatch.setattr("spinquant.learning.closed_form_steps.closed_form_transforms", wild)
     learned = run_learn(QUICKLY)
     assert not learned.record["closed_form"]["scales"]["kept"]
     assert all(map(is_orthogonal, learned.rotations.values()))
-    without = run_learn(replace(QUICKLY, transforms=False))
+    monkeypatch.setattr("spinquant.learning.closed_form_steps.closed_form_transforms", lambda *_, **__: {})
+    without = run_learn(QUICKLY)
     assert abs(without.record["scores"]["local"]["kl"] - learned.record["scores"]["local"]["kl"]) < 1e-6
 
 
@@ -196,7 +198,7 @@ def test_a_killed_run_does_not_compute_transforms_again(tmp_path, monkeypatch):
     first = run_learn(LearnOptions("closed-form", baselines=1), store=tmp_path)
     calls = []
     monkeypatch.setattr(free_transforms, "chosen_transform", lambda *_: calls.append(1))
-    monkeypatch.setattr("spinquant.learning.learn.collect_moments", lambda *_, **__: calls.append(1))
+    monkeypatch.setattr("spinquant.learning.closed_form_steps.collect_moments", lambda *_, **__: calls.append(1))
     again = run_learn(LearnOptions("closed-form", baselines=1), store=tmp_path)
     assert not calls and again.digest() == first.digest() and again.record["scores"] == first.record["scores"]
 

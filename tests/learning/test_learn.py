@@ -35,14 +35,16 @@ from spinquant.learning.end_to_end import (
 )
 from spinquant.learning.fake_quant import fuse_gains, learning_scheme, rounding
 from spinquant.learning.layerwise import LocalOptions, learn_locally, rounding_errors
-from spinquant.learning.learn import CLIP_WINDOWS, _with_signs
+from spinquant.learning.learn import CLIP_WINDOWS
 from spinquant.learning.options import Watch, learned_spaces
 from spinquant.learning.parametrization import begin_training
+from spinquant.learning.rows import with_signs
 from spinquant.learning.selection import Candidate, Selection, score_candidates, with_clips
 from spinquant.learning.sensitivity import collect_by_weight, predicted_kl
 from spinquant.online.hooks import attachment_of
 from spinquant.quantization.integer import fake_quantize
-from spinquant.quantization.rotated_rounding import Moving, Tally, Turn, round_rotated
+from spinquant.quantization.moving import Moving, Tally
+from spinquant.quantization.rotated_rounding import Turn, round_rotated
 from spinquant.quantization.rtn import round_weights
 from spinquant.quantization.scheme import Quantizer
 from spinquant.rotations.factory import random_orthogonal
@@ -690,7 +692,7 @@ def test_random_signs_of_online_rotations_are_selected_per_layer():
     model, plan, made, _ = prepared(spec=RotationSpec(ALL))
     spaces = [space.name for space in plan.spaces_of("R4")]
     sites = collect(model, plan, spaces, SCHEME, tokens(16, 24), rows=64, generator=torch.Generator())
-    chosen = _with_signs(plan, made, sites, replace(OPTIONS, signs=8), {})
+    chosen = with_signs(plan, made, sites, replace(OPTIONS, signs=8), {})
     before, after = rounding_errors(sites, made), rounding_errors(sites, chosen)
     assert all(after[name] <= before[name] for name in before) and sum(after.values()) < sum(before.values())
 

@@ -7,7 +7,8 @@ from models import well_conditioned
 from spinquant import Composed, Diagonal, Hadamard, KroneckerMatrix, Matrix, Quantizer
 from spinquant.plan import Span
 from spinquant.quantization.integer import fake_quantize
-from spinquant.quantization.rotated_rounding import Moving, Tally, Turn, round_rotated, turned, unturned
+from spinquant.quantization.moving import Moving, MovingScales, Tally
+from spinquant.quantization.rotated_rounding import Turn, round_rotated, turned, unturned
 from spinquant.rotations.rotation import matrix
 
 QUANTIZER = Quantizer(3)
@@ -104,3 +105,74 @@ def test_the_expected_cost_is_that_of_the_errors_in_transformed_coordinates():
     error = (fake_quantize(z, quantizer) - z).unflatten(-1, (2, 8))
     inside = (gradient.unflatten(-1, (2, 8)) @ torch.linalg.inv(matrix(fixed)).T).square().sum(-1)
     assert tally.take() == pytest.approx(float((inside * error.square().sum(-1)).sum() / 16), rel=1e-9)
+
+
+def ranged(z, group, quantizer):
+    """The rounding error of z as a constant residue times the range of its group, which has a gradient."""
+    groups = z.unflatten(-1, (-1, group))
+    high, low = groups.amax(-1, keepdim=True), groups.amin(-1, keepdim=True)
+    span = torch.maximum(high, -low) if quantizer.symmetric else high.clamp(min=0) - low.clamp(max=0)
+    residue = ((fake_quantize(z, quantizer) - z).unflatten(-1, (-1, group)) / span).detach()
+    return residue * span
+
+
+LEARNED_QUANTIZERS = [Quantizer(3), Quantizer(4, symmetric=True), Quantizer(3, group_size=8)]
+
+
+@pytest.mark.parametrize("kind", ["scales", "matrix", "moving scales"])
+@pytest.mark.parametrize("quantizer", LEARNED_QUANTIZERS)
+def test_gradients_of_a_rotation_before_other_transforms(quantizer, kind):
+    """Against autograd through Q(x R D) D^-1 R^T, with the straight-through estimator and ranges; also those of D."""
+    x, g = normal(6, 16), normal(6, 16, seed=1)
+    scale = torch.logspace(-0.5, 0.5, 16, 10, dtype=torch.float64)
+    moving, scales = Moving.starting(matrix(Hadamard(16))), MovingScales.starting(scale)
+    last = {"scales": Diagonal(scale), "matrix": Matrix(well_conditioned(16, 16)), "moving scales": scales}[kind]
+    skew, logs = (torch.zeros(*n, dtype=torch.float64, requires_grad=True) for n in ((16, 16), (16,)))
+    moved = moving.weight @ (torch.eye(16, dtype=torch.float64) - (skew - skew.T) / 2)
+    dense = matrix(last) * logs.exp() if kind == "moving scales" else matrix(last)
+    z = x @ moved @ dense
+    error = ranged(z, quantizer.group_size or 16, quantizer).flatten(-2)
+    surrogate = x + error @ torch.linalg.inv(dense) @ moved.T
+    expected = torch.autograd.grad(surrogate, (skew, logs) if kind == "moving scales" else (skew,), g)
+    found = round_rotated(x, (Turn(Composed(moving, last)),), quantizer)
+    assert torch.allclose(found, surrogate, rtol=0, atol=1e-10)
+    leaves = (moving.skew, scales.shift) if kind == "moving scales" else (moving.skew,)
+    gradients = torch.autograd.grad(found, leaves, g)
+    assert torch.allclose((gradients[0] - gradients[0].T) / 2, expected[0], rtol=0, atol=1e-10)
+    assert float(expected[0].abs().max()) > 1e-2
+    if kind == "moving scales":
+        assert torch.allclose(gradients[1], expected[1], rtol=0, atol=1e-10)
+        assert float(expected[1].abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("quantizer", LEARNED_QUANTIZERS)
+def test_gradients_of_the_expected_cost_by_a_rotation_and_scales(quantizer):
+    """Against autograd of 1/2 ||g R D^-1||^2 ||e||^2 / n, with errors in proportion to the range."""
+    x, g, tally = normal(6, 16), normal(6, 16, seed=1), Tally()
+    moving = Moving.starting(matrix(Hadamard(16)), tally=tally)
+    scales = MovingScales.starting(torch.logspace(-0.5, 0.5, 16, 10, dtype=torch.float64), tally=tally)
+    skew, logs = (torch.zeros(*n, dtype=torch.float64, requires_grad=True) for n in ((16, 16), (16,)))
+    moved = moving.weight @ (torch.eye(16, dtype=torch.float64) - (skew - skew.T) / 2)
+    scale, group = (scales.logs + logs).exp(), quantizer.group_size or 16
+    error = ranged(x @ moved * scale, group, quantizer)
+    slopes = (g @ moved / scale).unflatten(-1, (-1, group))
+    cost = (slopes.square().sum(-1) * error.square().sum(-1)).sum() / (2 * group)
+    expected = torch.autograd.grad(cost, (skew, logs))
+    y = round_rotated(x, (Turn(moving), Turn(scales)), quantizer)
+    found = torch.autograd.grad(y, (moving.skew, scales.shift), g)
+    assert tally.take() == pytest.approx(float(cost.detach()), rel=1e-9)
+    assert torch.allclose((found[0] - found[0].T) / 2, expected[0], rtol=0, atol=1e-10)
+    assert torch.allclose(found[1], expected[1], rtol=0, atol=1e-10) and float(expected[1].abs().max()) > 1e-2
+
+
+def test_scales_of_what_reads_are_learned_with_those_of_what_writes():
+    """The dual of scales that are learned divides by them, and has their gradient with the opposite sign."""
+    w, g = normal(5, 16), normal(5, 16, seed=1)
+    scales = MovingScales.starting(torch.logspace(-0.5, 0.5, 16, 10, dtype=torch.float64))
+    logs = torch.zeros(16, dtype=torch.float64, requires_grad=True)
+    scale = (-(scales.logs + logs)).exp()
+    surrogate = w + ranged(w * scale, 16, QUANTIZER).flatten(-2) / scale
+    (expected,) = torch.autograd.grad(surrogate, logs, g)
+    (found,) = torch.autograd.grad(round_rotated(w, (Turn(scales.dual()),), QUANTIZER), scales.shift, g)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-10)
+    assert torch.allclose(matrix(scales.frozen()), torch.diag(scales.logs.exp()))

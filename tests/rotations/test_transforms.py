@@ -21,7 +21,7 @@ from spinquant import (
     plan_of,
 )
 from spinquant.evaluation.equivalence import TOLERANCE
-from spinquant.quantization.rotated_rounding import Moving
+from spinquant.quantization.moving import Moving
 from spinquant.rotations.factory import random_orthogonal, random_signs
 from spinquant.rotations.mean_preserving import CentredHadamard, CentredRandomHadamard
 from spinquant.rotations.rotation import dual, heads_of, is_orthogonal, matrix, undo

@@ -2,9 +2,10 @@
 
 The model's weights are frozen and not rotated (`fake_quant.py`); gradients reach the rotations by the straight-through
 estimator. The loss is the expected cost of rounding (`quantization/rotated_rounding.py`), KL to the 16-bit model on its
-most likely tokens, or next-token cross-entropy. The step length decays. The samples of each step depend on the seed
-alone, so that a run can resume at any step. Under torch.distributed the samples of a step are divided among the
-processes and gradients are averaged: several processes make the same steps as one.
+most likely tokens, or next-token cross-entropy. The step length decays. Scales of norms that R1 starts with are learned
+together with it, by Adam on their logarithms. The samples of each step depend on the seed alone, so that a run can
+resume at any step. Under torch.distributed the samples of a step are divided among the processes and gradients are
+averaged: several processes make the same steps as one.
 """
 
 import time
@@ -21,16 +22,19 @@ from spinquant.errors import LearningError
 from spinquant.evaluation.metrics import wide
 from spinquant.learning.cayley import OPTIMIZERS, Descent, Optimizer
 from spinquant.learning.fake_quant import checkpointed, learning_scheme, rounding
+from spinquant.learning.free_transforms import kind_of
 from spinquant.learning.layerwise import cosine
 from spinquant.learning.option_checks import check_choices, check_numbers, check_unused
+from spinquant.learning.scale_descent import SCALE_RATE, ScaleDescent, parted_tensors
 from spinquant.learning.sensitivity import sampled_nll
 from spinquant.models.capture import device_of
 from spinquant.online.hooks import Attachment
 from spinquant.plan import Plan
-from spinquant.quantization.rotated_rounding import Moving, Tally
+from spinquant.quantization.moving import Moving, MovingScales, Tally, leaf_of
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotations.factory import generator_for
 from spinquant.rotations.rotation import ORTHOGONAL, Transform, matrix, off_orthogonal
+from spinquant.rotations.transforms import Diagonal
 
 Loss = Literal["fisher", "kl", "cross-entropy"]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -141,8 +145,9 @@ def learn_end_to_end(
     Args:
         model: The original model, with its gains fused (`fuse_gains`); its weights are not changed.
         plan: Where it can be rotated.
-        rotations: Initial rotations by space.
-        learned: The spaces whose rotation is learned, with a name for it; spaces of one name share one rotation.
+        rotations: Initial rotations by space, and scales of norms.
+        learned: The spaces whose rotation is learned, with a name for it; spaces of one name share one rotation. The
+            scales of norms are learned with R1.
         scheme: What is quantized.
         tokens: Training tokens, int64 (samples, length).
         options: Options of end-to-end learning.
@@ -151,7 +156,7 @@ def learn_end_to_end(
         report: Called after every step.
 
     Returns:
-        The rotations by space, learned or as given, and the steps.
+        The rotations and scales by space, learned or as given, and the steps.
 
     Raises:
         LearningError: The loss is not finite, a rotation is no longer orthogonal, or a batch cannot be divided among
@@ -159,16 +164,18 @@ def learn_end_to_end(
     """
     tally = Tally() if options.loss == "fisher" else None
     moving = _moving(model, rotations, learned, tally, options)
+    scaled = _scaled(model, plan, rotations, learned, tally, options)
     used: dict[str, Transform] = {
-        space: moving[learned[space]] if space in learned else r for space, r in rotations.items()
+        space: moving[learned[space]] if space in learned else scaled.get(space, r) for space, r in rotations.items()
     }
     centred = frozenset(name for space, name in learned.items() if plan.space[space].centred)
     descent = Descent({name: m.weight for name, m in moving.items()}, options.optimizer, options.momentum, centred)
-    training = _Training(model, moving, tally, descent, tokens, options, seed)
+    scale_descent = ScaleDescent({name: m.logs for name, m in scaled.items()})
+    training = _Training(model, moving, scaled, tally, descent, scale_descent, tokens, options, seed)
     history: list[Step] = []
     if pieces is not None and (saved := pieces.load(STATE)) is not None:
         history = [Step(**step) for step in saved[1]["history"]]
-        descent.restore(saved[0], len(history))
+        training.restore(saved[0], len(history))
     trained = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
     try:
@@ -179,13 +186,13 @@ def learn_end_to_end(
             for number in range(len(history), options.steps):
                 history.append(training.step(number, attachment))
                 if pieces is not None and ((number + 1) % options.save_every == 0 or number + 1 == options.steps):
-                    pieces.save(STATE, descent.tensors(), {"history": [asdict(step) for step in history]})
+                    pieces.save(STATE, training.tensors(), {"history": [asdict(step) for step in history]})
                 if report:
                     report(history[-1])
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-    return {space: r.frozen() if isinstance(r, Moving) else r for space, r in used.items()}, history
+    return {space: r.frozen() if isinstance(r, Moving | MovingScales) else r for space, r in used.items()}, history
 
 
 def _moving(
@@ -199,6 +206,26 @@ def _moving(
     dtype, device = torch.promote_types(model.dtype, torch.float32), device_of(model)
     how: dict[str, Any] = {"range_gradient": options.range_gradient, "tally": tally}
     return {name: Moving.starting(matrix(rotations[space], dtype).to(device), **how) for space, name in learned.items()}
+
+
+def _scaled(
+    model: Any,
+    plan: Plan,
+    rotations: Mapping[str, Transform],
+    learned: Mapping[str, str],
+    tally: Tally | None,
+    options: EndToEndOptions,
+) -> dict[str, MovingScales]:
+    """The scales of norms, which are learned together with R1, by space; none if R1 is not learned."""
+    if "R1" not in learned.values():
+        return {}
+    dtype, device = torch.promote_types(model.dtype, torch.float32), device_of(model)
+    how: dict[str, Any] = {"range_gradient": options.range_gradient, "tally": tally}
+    return {
+        space: MovingScales.starting(found.scale.abs().flatten().to(device, dtype), **how)
+        for space, found in rotations.items()
+        if kind_of(plan.space[space]) == "norms" and isinstance(found, Diagonal)
+    }
 
 
 def rows_of(step: int, samples: int, batch: int, seed: int) -> Tensor:
@@ -215,16 +242,34 @@ def rows_of(step: int, samples: int, batch: int, seed: int) -> Tensor:
 class _Training:
     """The steps of one run.
 
-    moving: the rotations that are learned, by name. tally: of the expected cost of rounding, with loss fisher.
+    moving: the rotations that are learned, by name. scaled: the scales, by space. tally: of the expected cost of
+    rounding, with loss fisher.
     """
 
     model: Any
     moving: Mapping[str, Moving]
+    scaled: Mapping[str, MovingScales]
     tally: Tally | None
     descent: Descent
+    scale_descent: ScaleDescent
     tokens: Tensor
     options: EndToEndOptions
     seed: int
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What receives gradients."""
+        return [leaf_of(transform) for transform in (*self.moving.values(), *self.scaled.values())]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state, by name, for `restore`."""
+        return {**self.descent.tensors(), **self.scale_descent.tensors()}
+
+    def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
+        """Load the state that `tensors` returned after some steps."""
+        scales, others = parted_tensors(tensors)
+        self.descent.restore(others, steps)
+        self.scale_descent.restore(scales, steps)
 
     def step(self, number: int, attachment: Attachment) -> Step:
         """Make one step, counted from zero. Raises LearningError if a rotation is no longer orthogonal."""
@@ -234,8 +279,10 @@ class _Training:
         loss = self._backward(self.tokens[rows], labels, attachment)
         gradients = {name: m.skew.grad for name, m in self.moving.items() if m.skew.grad is not None}
         self.descent.step(gradients, self.options.length_of(number))
-        for m in self.moving.values():
-            m.skew.grad = None
+        slopes = {name: m.shift.grad for name, m in self.scaled.items() if m.shift.grad is not None}
+        self.scale_descent.step(slopes, SCALE_RATE * self.options.length_of(number))
+        for leaf in self.leaves:
+            leaf.grad = None
         error = max(off_orthogonal(m.weight) for m in self.moving.values())
         if not error < ORTHOGONAL:
             raise LearningError(f"after step {number + 1} a rotation is not orthogonal: |R^T R - I| is {error:.1e}")
@@ -266,13 +313,13 @@ class _Training:
                 loss.backward()
                 total += loss.detach()
         if self.tally is not None:
-            for m in self.moving.values():
-                if m.skew.grad is not None:
-                    m.skew.grad.div_(rows.numel())
+            for leaf in self.leaves:
+                if leaf.grad is not None:
+                    leaf.grad.div_(rows.numel())
         if world > 1:
             dist.all_reduce(total)
-            for m in self.moving.values():
-                dist.all_reduce(m.skew.grad)
+            for leaf in self.leaves:
+                dist.all_reduce(leaf.grad)
         if not total.isfinite():
             raise LearningError(
                 f"the loss is {float(total)}: the model's weights are damaged, or {self.model.dtype} overflows"

@@ -17,32 +17,29 @@ matrix over *sorted* channels: those that want like scales, on average over all 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.errors import HadamardOrderError, LearningError
-from spinquant.learning.cayley import BETAS, EPSILON, Descent
+from spinquant.learning.cayley import Descent
 from spinquant.learning.closed_form import DIAGONAL, Moments, chosen_transform
 from spinquant.learning.joint_sites import JointSite
 from spinquant.learning.layerwise import LocalOptions, cosine
 from spinquant.learning.moments import relative_error
 from spinquant.learning.objectives import expected_errors
+from spinquant.learning.scale_descent import SCALE_RATE, ScaleDescent, bounded, parted_tensors
 from spinquant.quantization.integer import group_of
 from spinquant.quantization.scheme import Quantizer
 from spinquant.rotations.factory import generator_for
 from spinquant.rotations.hadamard import construct
 from spinquant.rotations.mean_preserving import CentredHadamard
 from spinquant.rotations.rotation import Hadamard, matrix
-from spinquant.rotations.transforms import LARGEST_CONDITION
 
 BLOCK = 64  # largest block of the start: of 8 to 576, 64 was the best on SmolLM2
 SMALLEST_BLOCK = 8  # a smaller one would flatten too little
-SCALE_RATE = 0.02  # Adam's step of log D
 
 Scales = dict[str, Tensor]  # log of the diagonal of D by its space, float32 (width,)
 
@@ -112,7 +109,7 @@ def closed_form_scales(
     for name, parts in folds.items():
         p, _, _ = chosen_transform(parts, DIAGONAL)
         length = parts[0][0].x.shape[1]
-        found[name] = _bounded(torch.zeros(length) if p is None else p.flatten().log().float() / 2)
+        found[name] = bounded(torch.zeros(length) if p is None else p.flatten().log().float() / 2)
     return found
 
 
@@ -125,13 +122,6 @@ def _cost_of_rounding(one: JointSite, weights: Quantizer | None) -> tuple[float,
 def _mean(rows: Tensor) -> Tensor:
     """Mean square of every number, (width,)."""
     return rows.square().mean(0)
-
-
-def _bounded(logs: Tensor) -> Tensor:
-    """log D with mean zero, and a condition number of D of at most `LARGEST_CONDITION`."""
-    logs = logs - logs.mean(-1, keepdim=True)
-    most = math.log(LARGEST_CONDITION) / 2.02
-    return logs.clamp(-most, most)
 
 
 def _best_clip(quantizer: Quantizer) -> Quantizer:
@@ -198,23 +188,6 @@ def held_out_costs(
         total["activations"] += one.site.share * float(act)
         total["weights"] += one.weight_share * float(rounding)
     return total
-
-
-@dataclass
-class _Scaled:
-    """Adam on log D of the norms of one width: logs, and first and second moments, all (norms, width)."""
-
-    logs: Tensor
-    first: Tensor
-    second: Tensor
-
-    def step(self, gradient: Tensor, number: int, rate: float) -> None:
-        """Make a step, counted from one."""
-        self.first.lerp_(gradient, 1 - BETAS[0])
-        self.second.lerp_(gradient.square(), 1 - BETAS[1])
-        mean = self.first / (1 - BETAS[0] ** number)
-        root = (self.second / (1 - BETAS[1] ** number)).sqrt()
-        self.logs.copy_(_bounded(self.logs - rate * mean / (root + EPSILON)))
 
 
 def learn_jointly(
@@ -289,18 +262,13 @@ class _Run:
         self.weights, self.options, self.seed, self.device = weights, options, seed, device
         matrices = {"r": start.to(device, torch.float32, copy=True)}
         self.descent = Descent(matrices, options.optimizer, centred=frozenset("r" if centred else ""))
+        names = dict.fromkeys(one.site.scales for one in sites if one.site.scales)
+        widths = {one.site.scales: one.width for one in sites}
+        logs = {name: bounded(scales.get(name, torch.zeros(widths[name])).float()).to(device) for name in names}
+        self.scaled = ScaleDescent(logs)
         self.sites: dict[int, list[JointSite]] = {}
         for one in sites:
             self.sites.setdefault(one.width, []).append(one)
-        self.names = {
-            width: list(dict.fromkeys(one.site.scales for one in own if one.site.scales))
-            for width, own in self.sites.items()
-        }
-        self.scaled: dict[int, _Scaled] = {}
-        for width, names in self.names.items():
-            if names:
-                logs = torch.stack([scales.get(name, torch.zeros(width)).float() for name in names]).to(device)
-                self.scaled[width] = _Scaled(_bounded(logs), torch.zeros_like(logs), torch.zeros_like(logs))
 
     @property
     def rotation(self) -> Tensor:
@@ -309,30 +277,24 @@ class _Run:
 
     def scales(self) -> Scales:
         """log D as it is now, by space."""
-        return {
-            name: logs.clone()
-            for width, held in self.scaled.items()
-            for name, logs in zip(self.names[width], held.logs.cpu(), strict=True)
-        }
+        return {name: logs.cpu().clone() for name, logs in self.scaled.logs.items()}
 
     def step(self, number: int) -> float:
         """Make one step, counted from zero; returns the loss on its rows."""
         generator = generator_for(self.seed, f"joint/{number}")
         r = self.rotation.clone().requires_grad_()
-        leaves = {width: held.logs.clone().requires_grad_() for width, held in self.scaled.items()}
-        total = torch.zeros((), device=self.device)
-        for width, sites in self.sites.items():
-            total = total + self._loss(sites, r, leaves.get(width), self.names[width], generator)
-        gradient, *others = torch.autograd.grad(total, [r, *leaves.values()])
-        decay = cosine(number, self.options.steps)
+        leaves = {name: logs.clone().requires_grad_() for name, logs in self.scaled.logs.items()}
+        costs = [self._loss(sites, r, leaves, generator) for sites in self.sites.values()]
+        total = torch.stack(costs).sum()
+        gradient, *slopes = torch.autograd.grad(total, [r, *leaves.values()])
+        lr = self.options.lr * cosine(number, self.options.steps)
         # R becomes R (I - A), so the loss changes by <A, -R^T dL/dR>.
-        self.descent.step({"r": -self.rotation.T @ gradient}, self.options.lr * decay)
-        for held, slope in zip(self.scaled.values(), others, strict=True):
-            held.step(slope, number + 1, SCALE_RATE * decay)
+        self.descent.step({"r": -self.rotation.T @ gradient}, lr)
+        self.scaled.step(dict(zip(leaves, slopes, strict=True)), SCALE_RATE * lr)
         return float(total.detach())
 
     def _loss(
-        self, sites: Sequence[JointSite], r: Tensor, logs: Tensor | None, names: Sequence[str], generator: Any
+        self, sites: Sequence[JointSite], r: Tensor, logs: Mapping[str, Tensor], generator: torch.Generator
     ) -> Tensor:
         """Expected cost on a batch of the rows of sites of one width."""
         batch, quantizer, device = self.options.batch, sites[0].site.quantizer, self.device
@@ -344,27 +306,19 @@ class _Run:
             if one.w is not None:
                 w.append(one.w[torch.randint(len(one.w), (max(1, batch // 2),), generator=generator)])
         turned, slopes = (_rotated(torch.stack(t).to(device), r) for t in (x, g))  # (sites, rows, width)
-        readers = _rotated(torch.stack(w).to(device), r) if w else None
-        if logs is not None:
-            place = {name: i for i, name in enumerate(names)}
-            zero = torch.zeros_like(logs[:1])  # of sites without scales
-            d = torch.cat([logs, zero])[[place.get(one.site.scales, len(names)) for one in sites]].exp().unsqueeze(1)
-            turned, slopes, readers = turned * d, slopes / d, None if readers is None else readers / d
-        act, rounding = expected_costs(turned, slopes, readers, quantizer, self.weights)
+        none = torch.zeros(sites[0].width, device=device)  # of sites without scales
+        d = torch.stack([logs.get(one.site.scales, none) for one in sites]).exp().unsqueeze(1)
+        readers = _rotated(torch.stack(w).to(device), r) / d if w else None
+        act, rounding = expected_costs(turned * d, slopes / d, readers, quantizer, self.weights)
         shares = torch.tensor([[one.site.share, one.weight_share] for one in sites], device=device)
         return (act * shares[:, 0] + rounding * shares[:, 1]).sum()
 
     def tensors(self) -> dict[str, Tensor]:
         """The state, by name, for `restore`."""
-        found = self.descent.tensors()
-        for width, held in self.scaled.items():
-            found |= {f"scales {name}/{width}": getattr(held, name) for name in ("logs", "first", "second")}
-        return found
+        return {**self.descent.tensors(), **self.scaled.tensors()}
 
     def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
         """Load the state that `tensors` returned after some steps."""
-        own = {name: tensor for name, tensor in tensors.items() if name.startswith("scales ")}
-        self.descent.restore({name: tensor for name, tensor in tensors.items() if name not in own}, steps)
-        for key, tensor in own.items():
-            name, _, width = key.removeprefix("scales ").partition("/")
-            getattr(self.scaled[int(width)], name).copy_(tensor)
+        scales, others = parted_tensors(tensors)
+        self.descent.restore(others, steps)
+        self.scaled.restore(scales, steps)

@@ -138,7 +138,8 @@ def _weight_rows(
         flipped = plan.transposed and site.name not in plan.heads
         parts = [w.T if flipped else w for w in (model.get_submodule(name).weight.detach() for name in names)]
     parts = [part.reshape(-1, part.shape[-1]) for part in parts]
-    squares = [torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32).square().double().cpu() for part in parts]
+    wide = torch.promote_types(parts[0].dtype, torch.float32)
+    squares = [torch.linalg.vector_norm(part, dim=-1, dtype=wide).square().double().cpu() for part in parts]
     known = [outputs.sums.get(name) for name in readers_of(plan, site.name)]
     heard = [h for h in known if h is not None]
     if len(heard) == len(parts):

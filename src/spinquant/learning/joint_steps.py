@@ -92,16 +92,15 @@ def learn_together(
 
     Returns:
         Rotations and scales by space, the losses of all steps, and by space the expected cost of rounding activations
-        and weights on rows that were not learned from, before and after.
+        and weights on rows that were not learned from, before and after. Where it is no less, the start is returned.
     """
     turned, scaled, curves, costs = {}, {}, {}, {}
     for space, own in sites.items():
-        r, scales = start_of(plan, space, own, rotations, weights, given, device)
-        before = held_out_costs(own, r, scales, weights)
+        initial = start_of(plan, space, own, rotations, weights, given, device)
+        before = held_out_costs(own, *initial, weights)
         r, scales, curves[space] = learn_jointly(
             own,
-            r,
-            scales,
+            *initial,
             weights,
             options,
             centred=plan.space[space].centred,
@@ -111,8 +110,10 @@ def learn_together(
             piece=f"joint-{space}",
             report=None if report is None else lambda step, loss, space=space: report(space, step),
         )
-        costs[space] = {"before": before, "after": held_out_costs(own, r.to(device), scales, weights)}
-        one, other = transforms_of(space, r, scales)
+        after = held_out_costs(own, r.to(device), scales, weights)
+        costs[space] = {"before": before, "after": after}
+        # From a good start, steps of a given length may lead away from it.
+        one, other = transforms_of(space, *((r, scales) if sum(after.values()) < sum(before.values()) else initial))
         turned |= one
         scaled |= other
     return (turned, scaled), curves, costs

@@ -2,8 +2,8 @@
 
     y = Q(x T) T^-1 = x + e T^-1            e = Q(z) - z, z = x T
 
-The gradient passes straight through Q (STE), so y moves with x as if nothing was rounded. A rotation R that is learned
-comes last in T. If it moves to R (I - A) with A skew, the loss changes by <A, e^T g T^-T>, where g is its gradient at
+The gradient passes straight through Q (STE), so y moves with x as if nothing was rounded. If a rotation R at the end of
+T moves to R (I - A) with A skew, the loss changes by <A, e^T g T^-T>, where g is its gradient at
 y: one product of errors and gradients for each rotation, and no derivative of the rounding itself. T is R alone below.
 
 That gradient (the one of arXiv 2405.16406) ignores that a rotation changes the size of the errors. The step size is the
@@ -19,10 +19,14 @@ this rotation. If g is the gradient of log p(y) with y drawn from the network's 
 error of random direction is known (Fisher information, see `learning/sensitivity.py`):
 
     1/2 ||g||^2 ||e||^2 / n for a group of n numbers,  p = +-||g||^2 ||e||^2 / (n range)   and A has  - z^T p  alone
+
+If scales D follow R, g R D^-1 changes with R too, and A has  - (g R)^T (g R D^-2 ||e||^2 / n)  in addition. Scales d
+that are learned come last in T. With g the gradient at e, log d has the gradient p z - e g, or, of the
+expected cost, p z - g^2 ||e||^2 / n, summed over rows.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,81 +34,10 @@ from torch import Tensor
 
 from spinquant.plan import Span
 from spinquant.quantization.integer import fake_quantize, group_of
+from spinquant.quantization.moving import Moving, MovingScales, leaf_of
 from spinquant.quantization.scheme import Quantizer
-from spinquant.rotations.rotation import (
-    Orthogonal,
-    Transform,
-    check_blocks,
-    dual,
-    is_orthogonal,
-    nearest_orthogonal,
-)
-from spinquant.rotations.transforms import Composed, apply_to_heads
-
-
-@dataclass
-class Tally:
-    """Expected cost of rounding, 1/2 ||g||^2 ||e||^2 / n, collected over quantizers and backward passes."""
-
-    costs: list[Tensor] = field(default_factory=list)
-
-    def take(self) -> float:
-        """The sum since the last call."""
-        total = sum(float(cost) for cost in self.costs)
-        self.costs.clear()
-        return total
-
-
-@dataclass(frozen=True, eq=False)
-class Moving:
-    """A dense rotation that is being learned.
-
-    Attributes:
-        weight: the current rotation, (n, n); changes in place.
-        skew: the leaf that receives gradients: those of the loss with respect to A, where the rotation is
-            `weight` (I - A) and A is zero.
-        range_gradient: include the gradient through the range of a group.
-        tally: if given, gradients are those of the expected cost, which is added to it; the loss then has to be the nll
-            of labels drawn from the network's predictions.
-    """
-
-    weight: Tensor
-    skew: Tensor
-    range_gradient: bool = True
-    tally: Tally | None = None
-
-    @classmethod
-    def starting(cls, weight: Tensor, *, range_gradient: bool = True, tally: Tally | None = None) -> "Moving":
-        """A rotation that starts at a copy of a matrix."""
-        return cls(weight.clone(), torch.zeros_like(weight).requires_grad_(), range_gradient, tally)
-
-    @property
-    def order(self) -> int:
-        """Rows of the matrix."""
-        return len(self.weight)
-
-    def apply(self, x: Tensor, *, transpose: bool = False, dim: int = -1, out: Tensor | None = None) -> Tensor:
-        """As `Rotation.apply`, without gradients for the rotation."""
-        check_blocks(x, self.order, dim)
-        r = (self.weight.T if transpose else self.weight).to(x.dtype)
-        y = (x.movedim(dim, -1).unflatten(-1, (-1, self.order)) @ r).flatten(-2).movedim(-1, dim)
-        return y if out is None else out.copy_(y)
-
-    def dual(self) -> "Moving":
-        """Itself."""
-        return self
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors of the current rotation."""
-        return self.frozen().tensors()
-
-    def describe(self) -> dict[str, Any]:
-        """The description of the current rotation."""
-        return self.frozen().describe()
-
-    def frozen(self) -> Orthogonal:
-        """The current rotation as an immutable value: the nearest orthogonal matrix in float64."""
-        return Orthogonal(nearest_orthogonal(self.weight.detach().double().cpu()))
+from spinquant.rotations.rotation import Transform, dual, is_orthogonal
+from spinquant.rotations.transforms import Composed, Diagonal, apply_to_heads, positional
 
 
 @dataclass(frozen=True)
@@ -112,7 +45,7 @@ class Turn:
     """An axis of a tensor, or a span of it, and the transform of its space.
 
     Attributes:
-        rotation: the transform; one that is being learned (`Moving`) is the last of its axis.
+        rotation: the transform; scales that are being learned (`MovingScales`) are the last of their axis.
         dim: the axis.
         span: the part of it that is transformed; None for all of it.
         heads: the tensor is (.., heads, tokens, size), and the last axis is transformed. A transform with several heads
@@ -137,13 +70,13 @@ def round_rotated(x: Tensor, turns: Sequence[Turn], quantizer: Quantizer) -> Ten
         A tensor of x's shape and dtype.
     """
     turns = [part for turn in turns for part in _parts(turn)]
-    skews = [turn.rotation.skew for turn in turns if isinstance(turn.rotation, Moving)]
-    return _RoundRotated.apply(x, tuple(turns), quantizer, *skews)  # pyright: ignore[reportReturnType]
+    leaves = [leaf_of(turn.rotation) for turn in _moving(turns)]
+    return _RoundRotated.apply(x, tuple(turns), quantizer, *leaves)  # pyright: ignore[reportReturnType]
 
 
 class _RoundRotated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, turns: tuple[Turn, ...], quantizer: Quantizer, *skews: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, turns: tuple[Turn, ...], quantizer: Quantizer, *leaves: Tensor) -> Tensor:
         # Products are in the dtype of x, as in a rotated network; rounding is in float32 at least.
         z = turned(x, turns)
         error = _round(z, quantizer)
@@ -164,21 +97,35 @@ class _RoundRotated(torch.autograd.Function):
         # What e T^-1 is added to has the gradient g, so e has g T^-T.
         moving, duals = _moving(ctx.turns), [replace(turn, rotation=dual(turn.rotation)) for turn in ctx.turns]
         tally = moving[0].rotation.tally
+        # Whether scales follow a rotation or are learned, so that the gradient by g counts too.
+        scaled = any(isinstance(turn.rotation, MovingScales) or _later(turn, ctx.turns) for turn in moving)
         if tally is not None:
             # Rotations within groups do not change the groups' lengths.
-            inside = all(_turns_inside(turn, group) for turn in ctx.turns)
-            slope = kept * _energies(grad if inside else turned(grad.to(_exact(grad)), duals), group) / group
+            inside = not scaled and all(_turns_inside(turn, group) for turn in ctx.turns)
+            moved = grad if inside else turned(grad.to(_exact(grad)), duals)
+            slope = kept * _energies(moved, group) / group
             tally.costs.append(slope.sum(dtype=torch.float64) / 2)
-            gradients = [torch.zeros_like(turn.rotation.weight) for turn in moving]
+            # The derivative of the expected cost by g: g ||e||^2 / n.
+            error = _grouped(moved, group).mul(kept / group).flatten(-2) if scaled else moved
         else:
-            kept, moved = kept.to(_exact(grad)), turned(grad.to(_exact(grad)), duals)
-            slope = (kept * moved).unflatten(-1, (-1, group)).sum(-1, keepdim=True, dtype=_wide(grad))
-            gradients = [(_rows(kept, t).T @ _rows(moved, t)).to(t.rotation.weight.dtype) for t in moving]
-        if tally is not None or any(turn.rotation.range_gradient for turn in moving):
-            ends = _ends(slope, z.unflatten(-1, (-1, group)), ctx.quantizer)
-            for turn, gradient in zip(moving, gradients, strict=True):
-                if tally is not None or turn.rotation.range_gradient:
-                    _add(gradient, z, ends, turn)
+            error, moved = kept.to(_exact(grad)), turned(grad.to(_exact(grad)), duals)
+            slope = (error * moved).unflatten(-1, (-1, group)).sum(-1, keepdim=True, dtype=_wide(grad))
+        ranged = tally is not None or any(turn.rotation.range_gradient for turn in moving)
+        ends = _ends(slope, _grouped(z, group), ctx.quantizer) if ranged else []
+        gradients = []
+        for turn in moving:
+            later = _later(turn, ctx.turns)
+            used = ends if tally is not None or turn.rotation.range_gradient else []
+            if isinstance(turn.rotation, MovingScales):
+                gradients.append(_of_scales(error, moved, z, used, turn))
+                continue
+            gradient = torch.zeros_like(turn.rotation.weight)
+            if tally is None or later:
+                errors, slopes = _rows(unturned(error, later), turn), _rows(_pulled(moved, later), turn)
+                product = errors.T @ slopes if tally is None else -(slopes.T @ errors)
+                gradient += product.to(gradient.dtype)
+            _add(gradient, z, used, turn, later)
+            gradients.append(gradient)
         return grad, None, None, *gradients
 
 
@@ -199,21 +146,31 @@ def _round(z: Tensor, quantizer: Quantizer) -> Tensor:
 
 def _energies(x: Tensor, group: int) -> Tensor:
     """Squared norm of every group of the last axis, (.., groups, 1)."""
-    norm = torch.linalg.vector_norm(x.unflatten(-1, (-1, group)), dim=-1, keepdim=True, dtype=_wide(x))
-    return norm.square()
+    return torch.linalg.vector_norm(_grouped(x, group), dim=-1, keepdim=True, dtype=_wide(x)).square()
+
+
+def _grouped(x: Tensor, group: int) -> Tensor:
+    """x with the groups of its last axis, (.., groups, group)."""
+    return x.unflatten(-1, (-1, group))
 
 
 def _parts(turn: Turn) -> list[Turn]:
     """The turn, or one for each transform of a product in which one is being learned."""
     chain = turn.rotation.chain() if isinstance(turn.rotation, Composed) else ()
-    if not any(isinstance(part, Moving) for part in chain):
+    if not any(isinstance(part, Moving | MovingScales) for part in chain):
         return [turn]
     return [replace(turn, rotation=part) for part in chain]
 
 
 def _moving(turns: Sequence[Turn]) -> list[Any]:
-    """The turns whose rotation is being learned."""
-    return [turn for turn in turns if isinstance(turn.rotation, Moving)]
+    """The turns whose transform is being learned."""
+    return [turn for turn in turns if isinstance(turn.rotation, Moving | MovingScales)]
+
+
+def _later(turn: Turn, turns: Sequence[Turn]) -> list[Turn]:
+    """The turns of the same axis after one of them."""
+    place = next(i for i, other in enumerate(turns) if other is turn)
+    return [other for other in turns[place + 1 :] if other.dim == turn.dim]
 
 
 def _turns_inside(turn: Turn, group: int) -> bool:
@@ -240,21 +197,56 @@ def _ends(slope: Tensor, groups: Tensor, quantizer: Quantizer) -> list[tuple[Ten
     return [(at_high, torch.where(high > 0, pull, 0.0)), (at_low, torch.where(low < 0, -pull, 0.0))]
 
 
-def _add(gradient: Tensor, z: Tensor, ends: Sequence[tuple[Tensor, Tensor]], turn: Turn) -> None:
+def _add(gradient: Tensor, z: Tensor, ends: Sequence[tuple[Tensor, Tensor]], turn: Turn, later: Sequence[Turn]) -> None:
     """gradient += p^T z, where p is zero except at the ends of groups. For a skew A this equals - z^T p."""
-    if turn.dim == -1 and turn.span is None:
-        rows = z.reshape(-1, turn.rotation.order)
+    if not ends:
+        return
+    order = turn.rotation.order
+    channels = all(other.rotation.order == order and _scales(other.rotation) for other in later)
+    if turn.dim == -1 and turn.span is None and channels:
+        rows = z.reshape(-1, order)
         group = z.shape[-1] // ends[0][0].shape[-2]
         first = torch.arange(0, z.numel(), group, device=z.device)
+        scale = turned(torch.ones(order, dtype=gradient.dtype, device=z.device), later)
         for at, pull in ends:
             place = first + at.flatten()
-            row = rows[place // turn.rotation.order].to(gradient.dtype)
-            gradient.index_add_(0, place % turn.rotation.order, row.mul_(pull.reshape(-1, 1)))
+            row, column = rows[place // order].to(gradient.dtype), place % order
+            if later:
+                row, pull = row / scale, pull.reshape(-1) * scale[column]
+            gradient.index_add_(0, column, row.mul_(pull.reshape(-1, 1)))
         return
-    dense = torch.zeros_like(z, dtype=gradient.dtype).unflatten(-1, (ends[0][0].shape[-2], -1))
+    dense = _at_ends(z, ends, gradient.dtype)
+    found = _rows(unturned(z.to(gradient.dtype), later), turn)
+    gradient.addmm_(_rows(_pulled(dense, later), turn).T, found)
+
+
+def _of_scales(error: Tensor, moved: Tensor, z: Tensor, ends: Sequence[tuple[Tensor, Tensor]], turn: Turn) -> Tensor:
+    """The gradient of the logarithms of scales that are the last transform of their axis."""
+    scales: Any = turn.rotation
+    logs = scales.logs
+    total = -(error.to(logs.dtype) * moved.to(logs.dtype))
+    if ends:
+        total += _at_ends(z, ends, logs.dtype) * z.to(logs.dtype)
+    return scales.sign * _rows(total, turn).sum(0)
+
+
+def _at_ends(z: Tensor, ends: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
+    """p, shaped like z: zero except at the ends of groups."""
+    dense = torch.zeros_like(z, dtype=dtype).unflatten(-1, (ends[0][0].shape[-2], -1))
     for at, pull in ends:
-        dense.scatter_add_(-1, at, pull.to(dense.dtype))
-    gradient.addmm_(_rows(dense.flatten(-2), turn).T, _rows(z.to(gradient.dtype), turn))
+        dense.scatter_add_(-1, at, pull.to(dtype))
+    return dense.flatten(-2)
+
+
+def _scales(transform: Transform) -> bool:
+    return isinstance(transform, MovingScales) or (isinstance(transform, Diagonal) and not positional(transform))
+
+
+def _pulled(gradient: Tensor, turns: Sequence[Turn]) -> Tensor:
+    """The gradient before turns, of one after them: x T has the gradient p, so x has p T^T."""
+    for turn in reversed(turns):
+        gradient = _turned(gradient, turn, transpose=True)
+    return gradient
 
 
 def turned(x: Tensor, turns: Sequence[Turn]) -> Tensor:
