@@ -13,8 +13,9 @@ from spinquant import Quantizer, RotationSpec, attach, fuse_module, learn, make_
 from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.learning import joint
 from spinquant.learning.activations import ActivationSite
-from spinquant.learning.end_to_end import EndToEndOptions
+from spinquant.learning.end_to_end import EndToEndOptions, learn_end_to_end
 from spinquant.learning.fake_quant import fuse_gains, learning_scheme
+from spinquant.learning.free_transforms import kind_of
 from spinquant.learning.joint import (
     closed_form_scales,
     expected_costs,
@@ -26,12 +27,14 @@ from spinquant.learning.joint_sites import JointSite, collect_jointly
 from spinquant.learning.joint_steps import joint_spaces, start_of, transforms_of
 from spinquant.learning.layerwise import LocalOptions
 from spinquant.learning.options import LearnOptions
+from spinquant.learning.parametrization import begin_training, end_training
 from spinquant.models.modules import in_eval_mode
 from spinquant.quantization.integer import fake_quantize
 from spinquant.rotations.mean_preserving import check_mean_preserving
-from spinquant.rotations.rotation import Orthogonal, off_orthogonal
+from spinquant.rotations.random_transforms import random_transforms
+from spinquant.rotations.rotation import Orthogonal, matrix, off_orthogonal
 from spinquant.rotations.transforms import LARGEST_CONDITION, Diagonal, check_conditioned, condition
-from spinquant.rotations.wrappers import online_part
+from spinquant.rotations.wrappers import check_given, online_part
 
 SCHEME = parse_scheme("W4A4KV4")
 OPTIONS = LocalOptions(steps=40, batch=32, save_every=10)
@@ -312,3 +315,77 @@ def test_rotations_in_blocks_are_not_learned_together_with_scales():
     assert joint_spaces(plan, blocks, SCHEME) == []
     assert joint_spaces(plan, make_rotations(plan, SPEC), replace(SCHEME, activations=None)) == []
     assert joint.SMALLEST_BLOCK == 8
+
+
+def scaled_model():
+    """A model with its gains fused, random rotations, and scales of its norms."""
+    model = tiny_model("llama", layers=1)
+    plan = plan_of(model)
+    made = make_rotations(plan, RotationSpec("R1,R2"))
+    fuse_gains(model, plan, made)
+    made |= random_transforms(plan, ("scales of R1",))
+    names = {s.name: "R1" if s.rotation == "R1" else s.name for s in plan.spaces if s.rotation in ("R1", "R2")}
+    return model, plan, made, names
+
+
+@pytest.mark.parametrize("loss", ["fisher", "cross-entropy"])
+def test_scales_are_learned_end_to_end_and_resumed(tmp_path, loss):
+    model, plan, made, names = scaled_model()
+    options = EndToEndOptions(loss=loss, steps=6, batch=2, save_every=2)
+    given = (model, plan, made, names, parse_scheme("A4"), tokens(4, 16), options)
+    expected, _ = learn_end_to_end(*given)
+    norms = [name for name in made if kind_of(plan.space[name]) == "norms"]
+    read = [name for name in norms if any(a.space == name and "proj" in a.tensor for a in plan.axes)]
+    assert len(read) == 2 and all(not torch.allclose(matrix(made[n]), matrix(expected[n]), atol=1e-3) for n in read)
+
+    def stop(step):
+        if step.number == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learn_end_to_end(*given, pieces=Pieces(tmp_path), report=stop)
+    steps = []
+    found, _ = learn_end_to_end(*given, pieces=Pieces(tmp_path), report=steps.append)
+    assert steps[0].number == 5
+    assert all(torch.equal(matrix(found[name]), matrix(transform)) for name, transform in expected.items())
+    check_given(plan, RotationSpec("R1,R2"), found)
+    # Without R1, scales stay as they are.
+    others = {space: name for space, name in names.items() if name != "R1"}
+    fixed, _ = learn_end_to_end(model, plan, made, others, *given[4:])
+    assert all(torch.equal(matrix(fixed[name]), matrix(made[name])) for name in norms)
+
+
+def test_the_expected_cost_falls_with_scales_end_to_end():
+    model, plan, made, names = scaled_model()
+    ids = tokens(2, 24)
+    options = EndToEndOptions(steps=25, batch=2)
+    _, steps = learn_end_to_end(model, plan, made, names, parse_scheme("A4"), ids, options)
+    losses = [step.loss for step in steps]
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+
+
+def test_a_trainable_rotation_before_scales_is_exact_and_has_the_right_gradient():
+    """Against the skew-symmetric derivative of a loss of a model that is transformed with the rotation itself."""
+    model, plan, made, _ = scaled_model()
+    model, ids = tiny_model("llama", layers=1), tokens(1, 8)
+    expected = logits(model, ids)
+    names = {"residual": "R1"}
+    training = begin_training(model, plan, made, names, online=made, precision=torch.float64)
+    module = training.model.spinquant_learned["R1"]
+    assert close(logits(model, ids), expected)
+    direction = torch.randn(48, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).tril(-1)
+
+    def readers():
+        """A loss of the transformed weights that read the norm, which depends on R."""
+        return sum(layer.self_attn.q_proj.weight.pow(4).sum() for layer in model.model.layers)
+
+    readers().backward()
+    slope = float((module.skew.grad * direction).sum())
+    found = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            module.skew.copy_(sign * 1e-5 * direction)
+            assert close(logits(model, ids), expected)
+            found.append(float(readers()))
+    assert abs((found[0] - found[1]) / 2e-5 - slope) < 1e-5 * abs(slope)
+    end_training(training)
