@@ -15,7 +15,9 @@ grids; without one, schemes with groups look better than they are.
     python benchmarks/models.py gemma-3-270m          # prints its folder; without a name: of all three
 
 Texts: `manual`, the Python manual, to learn from; `docstrings`, of the standard library, and `fortunes`, sayings from
-Debian's package of that name (`apt-get download`, on Debian and its relatives), to evaluate on.
+Debian's package of that name (`apt-get download`, on Debian and its relatives), to evaluate on. They are kept in the
+cache folder too, since the first two differ between versions of Python: copy the folder, and another machine measures
+on the same models and texts.
 """
 
 import argparse
@@ -132,24 +134,20 @@ def docstrings() -> str:
 
 
 def fortunes() -> str:
-    """Sayings and jokes of Debian's package `fortunes`: English that is not about Python. Kept in the cache folder."""
-    kept = cache_folder() / "fortunes.txt"
-    if not kept.is_file():
-        with tempfile.TemporaryDirectory(prefix="spinquant-") as scratch:
-            for command in (["apt-get", "download", "fortunes"], ["sh", "-c", "dpkg-deb -x fortunes_*.deb ."]):
-                try:
-                    subprocess.run(command, cwd=scratch, check=True, capture_output=True, text=True)
-                except (OSError, subprocess.CalledProcessError) as error:
-                    reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
-                    raise TextError(
-                        f"cannot read Debian's package fortunes ({reason[-1] if reason else error}): run apt-get "
-                        "update first; on a system without apt leave this text out"
-                    ) from None
-            folder = Path(scratch) / "usr/share/games/fortunes"
-            sayings = [s.strip() for name in FORTUNES for s in (folder / name).read_text("utf-8").split("\n%\n")]
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_file(kept, "\n\n".join(s for s in sayings if s).encode())
-    return kept.read_text(encoding="utf-8")
+    """Sayings and jokes of Debian's package `fortunes`: English that is not about Python."""
+    with tempfile.TemporaryDirectory(prefix="spinquant-") as scratch:
+        for command in (["apt-get", "download", "fortunes"], ["sh", "-c", "dpkg-deb -x fortunes_*.deb ."]):
+            try:
+                subprocess.run(command, cwd=scratch, check=True, capture_output=True, text=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
+                raise TextError(
+                    f"cannot read Debian's package fortunes ({reason[-1] if reason else error}): run apt-get "
+                    "update first; on a system without apt leave this text out"
+                ) from None
+        folder = Path(scratch) / "usr/share/games/fortunes"
+        sayings = [s.strip() for name in FORTUNES for s in (folder / name).read_text("utf-8").split("\n%\n")]
+    return "\n\n".join(s for s in sayings if s)
 
 
 TEXTS: dict[str, Callable[[], str]] = {
@@ -157,6 +155,15 @@ TEXTS: dict[str, Callable[[], str]] = {
     "docstrings": docstrings,
     "fortunes": fortunes,
 }
+
+
+def text_file(name: str) -> Path:
+    """File with a text of TEXTS, in the cache folder; the first call writes it, or raises TextError."""
+    kept = cache_folder() / f"{name}.txt"
+    if not kept.is_file():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_file(kept, TEXTS[name]().encode())
+    return kept
 
 
 def main() -> None:

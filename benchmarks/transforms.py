@@ -3,7 +3,7 @@
 A row is a way to find transforms, most of them a method of `spinquant learn`. For every row, seed and scheme they are
 learned from the Python manual and scored on its end, in one process; in others the model is quantized with them, by
 round-to-nearest (rtn), GPTQ or GPTAQ, calibrated on the manual with clip ratios searched, and evaluated on texts of
-other sources. Every figure is written to OUT/figures.json as soon as it is measured: rerun to resume, or to see the
+other sources. Every figure is a line of OUT/figures.jsonl as soon as it is measured: rerun to resume, or to see the
 tables. The share of a seed is
 
     log(P_random / P) / log(P_random / P_16)
@@ -14,8 +14,9 @@ compared with and start from. 0 is no better than random, 100 % is the model at 
     python benchmarks/transforms.py --rows random local --seeds 1      # SmolLM2-135M, W4A4KV4
     python benchmarks/transforms.py --model gemma-3-270m --rows random local --schemes W4A16 W4A8KV8 W4A4KV4 \\
         --weights rtn gptaq --out gemma
+    python benchmarks/transforms.py --device cuda --jobs 8 --minutes 10  # what fits into the time
 
-Three seeds of all rows take hours. Models and texts: `benchmarks/models.py`.
+Three seeds of all rows take hours on a CPU. Models and texts: `benchmarks/models.py`.
 """
 
 import argparse
@@ -25,13 +26,15 @@ import os
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from measuring import Figures, Pool
 
 RANDOM, EXACT = "random", "16-bit"
 
@@ -75,6 +78,7 @@ SETTINGS = ("samples", "baselines", "held_out", "dtype", "calibration", "windows
 def learn(job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """Learn in this process; return what was kept, scores, seconds and peak resident bytes, or why it was refused."""
     import spinquant
+    from models import text_file
     from spinquant.calibration.data import CalibrationText
     from spinquant.entrypoints.learn import LearnText
     from spinquant.learning.end_to_end import EndToEndOptions
@@ -95,7 +99,8 @@ def learn(job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
         end_to_end=EndToEndOptions(**{**weights, **row.end_to_end}),
     )
     text = LearnText(
-        CalibrationText("manual", settings["samples"], settings["length"], seed), windows=settings["held_out"]
+        CalibrationText(str(text_file("manual")), settings["samples"], settings["length"], seed),
+        windows=settings["held_out"],
     )
     begun = time.perf_counter()
     try:
@@ -113,9 +118,22 @@ def learn(job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
         )
     except spinquant.LearningError as error:
         return {"refused": str(error)}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     about = {key: learned.record[key] for key in ("kept", "scores", "seconds")}
-    return {**about, "rotations": rotations, "total_seconds": time.perf_counter() - begun, "peak_bytes": peak}
+    return {
+        **about,
+        "rotations": rotations,
+        "total_seconds": time.perf_counter() - begun,
+        "peak_bytes": peak(job["device"]),
+    }
+
+
+def peak(device: str) -> int:
+    """Peak bytes of a device's memory; on a CPU, of what is resident."""
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    import torch
+
+    return torch.get_device_module(device).max_memory_allocated(device)
 
 
 def first_seed(seed: int) -> int:
@@ -136,13 +154,12 @@ def possible(folder: str, rotations: str) -> tuple[str, ...]:
 def use(job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """Perplexity on every text, of the quantized model, or without a row of the model at 16 bits."""
     import spinquant
-    from models import TEXTS
-
-    tokenizer, begun = spinquant.load_tokenizer(job["folder"]), time.perf_counter()
-    model: Any = spinquant.load(job["folder"]).to(job["device"])
 
     def windows(text: str, count: int) -> Any:
-        return spinquant.token_windows(tokenizer, TEXTS[text](), length=settings["length"], count=count)
+        return windows_of(job["folder"], text, settings["length"], count)
+
+    begun = time.perf_counter()
+    model: Any = spinquant.load(job["folder"], device=job["device"])
 
     if job["row"] is not None:
         scheme = spinquant.parse_scheme(job["scheme"])
@@ -172,55 +189,73 @@ def use(job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     return {"perplexity": found, "quantize_seconds": quantized, "total_seconds": time.perf_counter() - begun}
 
 
-class Figures:
-    """Figures by name, kept in a file; measured in a process of their own where they are missing."""
+@cache
+def windows_of(folder: str, text: str, length: int, count: int) -> Any:
+    """Windows of a text, int64 (windows, length)."""
+    import spinquant
+    from models import text_file
 
-    def __init__(self, path: Path, settings: dict[str, Any]):
-        self.path, self.settings = path, settings
-        known = json.loads(path.read_text()) if path.exists() else {"settings": settings, "figures": {}}
-        if known["settings"] != settings:
-            raise SystemExit(
-                f"{path} has figures with {known['settings']}, and this run asks for {settings}: use its settings, or "
-                "another --out"
-            )
-        self.found: dict[str, dict[str, Any]] = known["figures"]
-
-    def measure(self, key: str, kind: str, job: dict[str, Any]) -> dict[str, Any]:
-        texts = [text for text in job.get("texts", ()) if text not in self.found.get(key, {}).get("perplexity", {})]
-        if key not in self.found or texts:
-            work = json.dumps([kind, {**job, "texts": texts}, self.settings])
-            done = subprocess.run([sys.executable, __file__, "--worker", work], capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(f"{key} failed:\n{done.stderr[-3000:]}")
-            new = json.loads(done.stdout.splitlines()[-1])
-            if texts:
-                new["perplexity"] |= self.found.get(key, {}).get("perplexity", {})
-            self.found[key] = new
-            partial = self.path.with_suffix(".partial")
-            partial.write_text(json.dumps({"settings": self.settings, "figures": self.found}, indent=1))
-            partial.replace(self.path)
-        shown = ("kept", "rotations", "refused", "perplexity", "total_seconds")
-        print(f"{key:44} {json.dumps({k: v for k, v in self.found[key].items() if k in shown})}", flush=True)
-        return self.found[key]
+    tokenizer = spinquant.load_tokenizer(folder)
+    return spinquant.token_windows(tokenizer, text_file(text).read_text("utf-8"), length=length, count=count)
 
 
-def measure_seed(figures: Figures, folder: str, seed: int, scheme: str, arguments: argparse.Namespace) -> None:
-    """All rows of one seed and scheme, `random` first."""
-    for row in sorted(arguments.rows, key=lambda name: name != RANDOM):
-        key, place = f"{row}/{seed}/{scheme}", arguments.out / f"{row}-{seed}-{scheme}"
-        job: dict[str, Any] = {"folder": folder, "row": row, "seed": seed, "scheme": scheme, "place": str(place)}
-        job["device"] = arguments.device
-        learned: dict[str, Any] = {}
-        if ROWS[row].method is not None:
-            best = figures.found.get(f"{RANDOM}/{seed}/{scheme}/learn", {}).get("kept") if row != RANDOM else None
-            start = ROWS[row].start and arguments.out / f"{ROWS[row].start}-{seed}-{scheme}"
+@dataclass(frozen=True)
+class Unit:
+    """What is measured in one process: a row of one seed and scheme, learned once; without a row the model itself."""
+
+    row: str | None
+    seed: int
+    scheme: str
+    folder: str
+    arguments: argparse.Namespace
+
+    @property
+    def key(self) -> str:
+        """The beginning of the names of its figures."""
+        return EXACT if self.row is None else f"{self.row}/{self.seed}/{self.scheme}"
+
+    @property
+    def before(self) -> list[str]:
+        """Keys of the units whose results it starts from."""
+        if self.row is None or self.row == RANDOM or ROWS[self.row].method is None:
+            return []
+        return [f"{row}/{self.seed}/{self.scheme}" for row in (RANDOM, ROWS[self.row].start) if row]
+
+    def tasks(self, figures: Figures) -> Iterator[tuple[str, str, Any]]:
+        """(name, kind, job) of its figures that are missing."""
+        arguments = self.arguments
+        job: dict[str, Any] = {"folder": self.folder, "row": self.row, "device": arguments.device}
+        if self.row is None:
+            if texts := figures.lacks(EXACT, arguments.texts):
+                yield EXACT, "use", {**job, "texts": texts}
+            return
+        learned = arguments.learned or arguments.out
+        job |= {"seed": self.seed, "scheme": self.scheme}
+        job["place"] = str(learned / f"{self.row}-{self.seed}-{self.scheme}")
+        if ROWS[self.row].method is not None:
+            best = figures.found.get(f"{RANDOM}/{self.seed}/{self.scheme}/learn", {}).get("kept")
+            start = ROWS[self.row].start and learned / f"{ROWS[self.row].start}-{self.seed}-{self.scheme}"
             if start and not start.is_dir():
-                raise SystemExit(f"row {row} starts from row {ROWS[row].start}: name it before in --rows, or run it")
-            job |= {"best": None if best is None else int(best.split()[-1]), "start": start and str(start)}
-            learned = figures.measure(f"{key}/learn", "learn", job)
-        if "refused" not in learned:
-            for weights in arguments.weights:
-                figures.measure(f"{key}/{weights}", "use", {**job, "weights": weights, "texts": arguments.texts})
+                raise SystemExit(f"row {self.row} starts from row {ROWS[self.row].start}: name it in --rows too")
+            job["start"] = start and str(start)
+            job["best"] = None if best is None or self.row == RANDOM else int(best.split()[-1])
+            found = figures.found.get(f"{self.key}/learn")
+            if found is None:
+                yield f"{self.key}/learn", "learn", job
+            elif "refused" in found:
+                return
+        for weights in arguments.weights:
+            if texts := figures.lacks(f"{self.key}/{weights}", arguments.texts):
+                yield f"{self.key}/{weights}", "use", {**job, "weights": weights, "texts": texts}
+
+
+def work(tasks: Sequence[tuple[str, str, Any]], settings: dict[str, Any]) -> None:
+    """Measure the figures of a unit in this process, and print each as JSON."""
+    for key, kind, job in tasks:
+        figure = (learn if kind == "learn" else use)(job, settings)
+        print(json.dumps({"key": key, "figure": figure}), flush=True)
+        if "refused" in figure:
+            return
 
 
 def share(figures: dict[str, Any], row: str, seed: int, scheme: str, weights: str, text: str) -> float | None:
@@ -266,10 +301,9 @@ def table(figures: dict[str, Any], scheme: str, weights: str, rows: Sequence[str
 
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
-        kind, job, settings = json.loads(sys.argv[2])
-        print(json.dumps((learn if kind == "learn" else use)(job, settings)))
+        work(*json.loads(sys.argv[2]))
         return
-    from models import MODELS, TEXTS, model_folder
+    from models import MODELS, TEXTS, model_folder, text_file
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=MODELS[0], help=f"{', '.join(MODELS)}, or a folder (default: %(default)s)")
@@ -284,7 +318,10 @@ def main() -> None:
     parser.add_argument("--texts", nargs="+", default=["docstrings", "fortunes"], choices=TEXTS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("transforms"))
+    parser.add_argument("--learned", type=Path, help="folder for what is learned (default: that of --out)")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--minutes", type=float, help="measure no longer than this, and show the tables")
     parser.add_argument("--baselines", type=int, default=5, help="random Hadamards of a seed")
     parser.add_argument("--samples", type=int, default=64, help="samples that are learned from")
     parser.add_argument("--held-out", type=int, default=8, help="windows that candidates are scored on while learning")
@@ -293,8 +330,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16, help="windows of each text that is evaluated on")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sample or window")
     arguments = parser.parse_args()
-    for text in arguments.texts:
-        TEXTS[text]()  # a text that cannot be read is noticed before anything is measured
+    for text in ("manual", *arguments.texts):
+        text_file(text)  # a text that cannot be had is noticed before anything is measured
     folder = str(model_folder(arguments.model) if arguments.model in MODELS else Path(arguments.model).resolve())
     import torch
     import transformers
@@ -303,16 +340,25 @@ def main() -> None:
     print(f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}")
     arguments.out.mkdir(exist_ok=True, parents=True)
     settings = {"model": Path(folder).name, **{name: getattr(arguments, name) for name in SETTINGS}}
-    figures = Figures(arguments.out / "figures.json", settings)
-    about = {"folder": folder, "row": None, "device": arguments.device, "texts": arguments.texts}
-    figures.measure(EXACT, "use", about)
-    for seed in range(arguments.seeds):
-        for scheme in arguments.schemes:
-            measure_seed(figures, folder, seed, scheme, arguments)
+    figures = Figures(arguments.out / "figures.jsonl", settings)
+    units = [Unit(None, 0, "", folder, arguments)]
+    for scheme in arguments.schemes:  # those that others start from come first
+        for row in sorted(arguments.rows, key=lambda name: (name != RANDOM, bool(ROWS[name].start))):
+            units += [Unit(row, seed, scheme, folder, arguments) for seed in range(arguments.seeds)]
+    pool = Pool(figures, __file__, jobs=arguments.jobs, minutes=arguments.minutes)
+    pool.run(units)
+    if EXACT in figures.found:
+        print_tables(figures.found, arguments)
+    if pool.failed:
+        raise SystemExit("\n\n".join(pool.failed))
+
+
+def print_tables(figures: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Print a table for every scheme and way to round weights."""
     print(f"\n{arguments.model}; mean over seeds (lowest to highest)\n")
     for scheme in arguments.schemes:
         for weights in arguments.weights:
-            print(table(figures.found, scheme, weights, arguments.rows, arguments.texts))
+            print(table(figures, scheme, weights, arguments.rows, arguments.texts))
 
 
 if __name__ == "__main__":
