@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import tiny_model
 from spinquant import SchemeError, parse_scheme, plan_of
@@ -234,3 +235,26 @@ def test_a_clip_ratio_as_a_tensor_rounds_as_a_number_and_gets_the_gradient_of_it
     (((codes - zero) * moving).view(5, 16) * weights).sum().backward()
     assert ratio.grad == pytest.approx(float(again.grad))
     assert inside.any() and not inside.all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_on_a_gpu_a_large_tensor_takes_no_more_operations_than_a_small_one(bits):
+    """Every operation there is a launch; blocks are for the caches of a CPU."""
+    quantizer = Quantizer(bits=bits)
+
+    class Counting(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    def operations(rows, device):
+        x = torch.ones(rows, 512, device=device)
+        with Counting() as mode:
+            fake_quantize(x, quantizer)
+            dequantize(quantize(x, quantizer))
+        return mode.count
+
+    assert operations(8, "meta") == operations(4096, "meta")
+    assert operations(8, "cpu") < operations(4096, "cpu")

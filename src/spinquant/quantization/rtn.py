@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from spinquant.errors import SchemeError
 from spinquant.plan import Plan
 from spinquant.quantization.integer import (
-    BLOCK,
     Packed,
+    block_for,
     decode,
     encode,
     extremes,
@@ -64,7 +64,7 @@ def search_clip(
     group = group_of(weight.shape[-1], quantizer)
     rows = weight.reshape(-1, group)
     best = torch.empty(rows.shape[0], 1, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
-    step = max(1, BLOCK // group)
+    step = max(1, block_for(weight) // group)
     for start in range(0, len(rows), step):
         block, target = rows[start : start + step].to(best.dtype), best[start : start + step]
         share = None
