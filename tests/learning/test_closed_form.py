@@ -11,7 +11,7 @@ from spinquant.learning.closed_form import (
     Moments,
     best_transform,
     choose_damping,
-    chosen_transform,
+    chosen_transforms,
     expected_cost,
     second_moments,
     symmetric_root,
@@ -112,7 +112,7 @@ def test_nothing_is_kept_where_nothing_is_to_be_gained():
         x, g = torch.randn(2, 64, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         folds.append([second_moments(x[:, None, None, None], g[:, None, None, None], 12)])
     assert choose_damping(folds, MATRIX) == (None, 1.0)
-    assert chosen_transform(folds, MATRIX) == (None, None, 1.0)
+    assert chosen_transforms([folds], MATRIX) == [(None, None, 1.0)]
 
 
 def test_damping_that_held_out_rows_choose():
@@ -131,6 +131,6 @@ def test_damping_that_held_out_rows_choose():
     (few, worse), (many, better) = (choose_damping(folds(rows), DIAGONAL) for rows in (4, 400))
     assert few is not None and many is not None
     assert few.mean > many.mean and better < worse < 1
-    p, damping, ratio = chosen_transform(folds(400), DIAGONAL)
+    ((p, damping, ratio),) = chosen_transforms([folds(400)], DIAGONAL)
     assert p is not None and (damping, ratio) == (many, better)
     torch.testing.assert_close(p.flatten().sqrt() * scales, torch.ones(8, dtype=torch.float64), rtol=0.5, atol=0.0)

@@ -197,7 +197,7 @@ def test_learning_can_start_from_learned_transforms():
 def test_a_killed_run_does_not_compute_transforms_again(tmp_path, monkeypatch):
     first = run_learn(LearnOptions("closed-form", baselines=1), store=tmp_path)
     calls = []
-    monkeypatch.setattr(free_transforms, "chosen_transform", lambda *_: calls.append(1))
+    monkeypatch.setattr(free_transforms, "chosen_transforms", lambda *_: calls.append(1))
     monkeypatch.setattr("spinquant.learning.closed_form_steps.collect_moments", lambda *_, **__: calls.append(1))
     again = run_learn(LearnOptions("closed-form", baselines=1), store=tmp_path)
     assert not calls and again.digest() == first.digest() and again.record["scores"] == first.record["scores"]

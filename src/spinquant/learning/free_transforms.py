@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spinquant.errors import LearningError
-from spinquant.learning.closed_form import DIAGONAL, MATRIX, Damping, Moments, chosen_transform, symmetric_root
+from spinquant.learning.closed_form import DIAGONAL, MATRIX, Damping, Moments, chosen_transforms, symmetric_root
 from spinquant.models.capture import device_of
 from spinquant.models.modules import named_tensor
 from spinquant.plan import CHANNELS, Plan, Space
@@ -89,11 +89,13 @@ def closed_form_transforms(
     """
     bound = LARGEST_CONDITION if dtype in (torch.float32, torch.float64) else HALF_CONDITION
     found: dict[str, Transform] = {}
-    for name, folds in moments.items():
-        diagonal = plan.space[name].allows == "diagonal"
-        p, _, _ = chosen_transform(folds, dampings or (DIAGONAL if diagonal else MATRIX))
-        if p is not None:
-            found[name] = Diagonal(p.sqrt().flatten()) if diagonal else Matrix(_bounded(symmetric_root(p), bound))
+    for allowed, default in (("diagonal", DIAGONAL), ("any", MATRIX)):
+        names = [name for name in moments if plan.space[name].allows == allowed]
+        chosen = chosen_transforms([moments[name] for name in names], dampings or default)
+        for name, (p, _, _) in zip(names, chosen, strict=True):
+            if p is not None:
+                diagonal = allowed == "diagonal"
+                found[name] = Diagonal(p.sqrt().flatten()) if diagonal else Matrix(_bounded(symmetric_root(p), bound))
     return found
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spinquant.errors import LearningError
-from spinquant.learning.closed_form import Moments, second_moments
+from spinquant.learning.closed_form import Moments, second_moments, weighted_sum, wide
 from spinquant.learning.sensitivity import backward_own_predictions
 from spinquant.models.capture import watching_calls
 from spinquant.models.modules import named_tensor
@@ -85,37 +85,38 @@ class _Sums:
     site: Site
     folds: list[Moments | None] = field(default_factory=lambda: [None] * FOLDS)
     drift: list[Tensor | None] = field(default_factory=lambda: [None] * FOLDS)
-    rows: int = 0
 
     def add(self, fold: int, x: Tensor, gradient: Tensor) -> None:
         """Add rows, (.., width) or, of a cache, (batch, heads, tokens, size), and their gradients."""
         rows, slopes = (self._arranged(t) for t in (x, gradient))
         noise = relative_error(x.shape[-1], self.site.quantizer)
         new = second_moments(rows, slopes, x.shape[-1], noise)
-        new = replace(new, x=new.x.cpu(), g=new.g.cpu())
-        if not new.x.isfinite().all() or not new.g.isfinite().all():
-            raise LearningError(
-                f"the gradient at {self.site.name} is not finite: the model's weights are damaged, or {x.dtype} "
-                "overflows"
-            )
         before = self.folds[fold]
         self.folds[fold] = new if before is None else before + new
         if self.site.cached:
-            plain, held = torch.einsum("tsbci,tsbcj->sij", slopes, slopes).double().cpu(), self.drift[fold]
+            columns = slopes.permute(1, 2, 3, 0, 4).flatten(1, 3)  # (heads, tokens, size)
+            plain, held = wide(columns.mT @ columns), self.drift[fold]
             self.drift[fold] = plain if held is None else held + plain
-            self.rows += len(rows)
+
+    def check_finite(self) -> None:
+        """Raise LearningError if a sum is not finite."""
+        for moments in self.folds:
+            if moments is not None and not (_energy(moments.x).sum() + _energy(moments.g).sum()).isfinite():
+                raise LearningError(
+                    f"the gradient at {self.site.name} is not finite: the model's weights are damaged, or their dtype "
+                    "overflows"
+                )
+
+    def found(self) -> tuple[list[Moments | None], list[Tensor | None]]:
+        """The sums by fold, on the CPU."""
+        folds = [moments and replace(moments, x=moments.x.cpu(), g=moments.g.cpu()) for moments in self.folds]
+        return folds, [None if drift is None else drift.cpu() for drift in self.drift]
 
     def _arranged(self, t: Tensor) -> Tensor:
         """Rows, terms, blocks, copies and numbers of `second_moments`."""
         if self.site.cached:
             return t.float().transpose(1, 2).flatten(0, 1)[:, :, None, None]
-        rows = t.flatten(0, -2).float()
-        if self.site.before is not None:
-            rows = self.site.before.apply(rows)
-        space = self.site.space
-        if space.allows == "diagonal":
-            return rows[:, None, :, None, None]
-        return rows.unflatten(-1, (space.heads, -1, space.size))[:, None]
+        return _in_blocks(self.site, t.flatten(0, -2).float())
 
 
 @dataclass
@@ -130,7 +131,7 @@ class _Outputs:
         energy = x.detach().flatten(0, -2).float().square().sum(-1)
 
         def add(gradient: Tensor) -> None:
-            new = (energy @ gradient.detach().flatten(0, -2).float().square()).double().cpu()
+            new = wide(energy @ gradient.detach().flatten(0, -2).float().square())
             key = self.fold, name
             self.sums[key] = self.sums[key] + new if key in self.sums else new
 
@@ -189,6 +190,8 @@ def collect_moments(
 
     def next_fold(done: int, total: int) -> None:
         outputs.fold = done % FOLDS
+        for one in sums:
+            one.check_finite()
         if progress:
             progress(done, total)
 
@@ -199,7 +202,7 @@ def collect_moments(
     missing: set[str] = set()
     for one in sums:
         folds = found.setdefault(one.site.space.name, [[] for _ in range(FOLDS)])
-        for fold, (moments, drift) in enumerate(zip(one.folds, one.drift, strict=True)):
+        for fold, (moments, drift) in enumerate(zip(*one.found(), strict=True)):
             if moments is None or not (_energy(moments.x) > 0).all() or not (_energy(moments.g) > 0).all():
                 missing.add(one.site.space.name)
                 continue
@@ -208,6 +211,15 @@ def collect_moments(
             if weights is not None and drift is not None:
                 folds[fold].extend(_of_writers(model, plan, one.site.space, moments, drift, weights))
     return {name: folds for name, folds in found.items() if name not in missing}
+
+
+def _in_blocks(site: Site, rows: Tensor) -> Tensor:
+    """Rows of what a site reads, (rows, width), as rows, one term, blocks, copies and numbers of `second_moments`."""
+    if site.before is not None:
+        rows = site.before.apply(rows)
+    if site.space.allows == "diagonal":
+        return rows[:, None, :, None, None]
+    return rows.unflatten(-1, (site.space.heads, -1, site.space.size))[:, None]
 
 
 def _energy(moment: Tensor) -> Tensor:
@@ -235,21 +247,15 @@ def _of_readers(
     model: Any, plan: Plan, site: Site, outputs: _Outputs, fold: int, quantizer: Quantizer
 ) -> Tensor | None:
     """W^T diag(h) W of the readers of a site, in blocks like its G, times the relative error of rounding W."""
-    space, total = site.space, None
+    total = None
     for name in site.readers:
         h = outputs.sums.get((fold, name))
         if h is None:
             continue
         w = model.get_submodule(name).weight.detach().float()  # on its device
         w = w.T if plan.transposed and name not in plan.heads else w
-        if site.before is not None:
-            w = site.before.apply(w)
-        h = h.to(w.device, w.dtype)
-        if space.allows == "diagonal":
-            found = (h @ w.square())[None, :, None, None]
-        else:
-            heads = w.unflatten(-1, (space.heads, -1, space.size))
-            found = torch.einsum("o,okhi,okhj->kij", h, heads, heads)[None]
+        rows = _in_blocks(site, w)
+        found = weighted_sum(rows, h.to(w.device, w.dtype)[:, None])
         found = WEIGHTS * relative_error(w.shape[-1], quantizer) * found.cpu().double()
         total = found if total is None else total + found
     return total
