@@ -37,6 +37,7 @@ from typing import Any
 from measuring import Figures, Pool
 
 RANDOM, EXACT = "random", "16-bit"
+ONLINE = "online-R1,R2,R3,R4"
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ ROWS = {
     "hadamard": Row(None),
     RANDOM: Row("random", transforms=False),
     "closed-form": Row("closed-form"),
+    "online-random": Row("random", transforms=False, rotations=ONLINE),
+    "online-closed-form": Row("closed-form", rotations=ONLINE),
     "scales-values": Row("random", transforms=True),
     "local-no-transforms": Row("local", transforms=False),
     "local": Row("local"),
