@@ -25,7 +25,7 @@ from torch import Tensor
 from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.errors import HadamardOrderError, LearningError
 from spinquant.learning.cayley import Descent
-from spinquant.learning.closed_form import DIAGONAL, Moments, chosen_transform
+from spinquant.learning.closed_form import DIAGONAL, Moments, chosen_transforms
 from spinquant.learning.joint_sites import JointSite
 from spinquant.learning.layerwise import LocalOptions, cosine
 from spinquant.learning.moments import relative_error
@@ -107,7 +107,7 @@ def closed_form_scales(
             halves[number].append(Moments(*pair, length=1))
     found: Scales = {}
     for name, parts in folds.items():
-        p, _, _ = chosen_transform(parts, DIAGONAL)
+        ((p, _, _),) = chosen_transforms([parts], DIAGONAL)
         length = parts[0][0].x.shape[1]
         found[name] = bounded(torch.zeros(length) if p is None else p.flatten().log().float() / 2)
     return found
