@@ -20,7 +20,7 @@ from spinquant.quantization.targets import weights_of
 from spinquant.rotations.factory import generator_for, random_orthogonal
 from spinquant.rotations.fuse import transform
 from spinquant.rotations.rotation import Transform
-from spinquant.rotations.transforms import LARGEST_CONDITION, Diagonal, KroneckerMatrix, Matrix
+from spinquant.rotations.transforms import LARGEST_CONDITION, LARGEST_RATIO, Diagonal, KroneckerMatrix, Matrix
 
 CLIP = 4.0  # what a clip ratio is the sigmoid of, at the start
 
@@ -317,10 +317,15 @@ class BlockLearner:
         made: dict[str, list[Tensor]] = {}
         factors = [name for name, *_ in self.factors]
         for name, order, place in self.factors:
-            bound = LARGEST_CONDITION ** (1 / factors.count(name)) / 1.01
             turns, middle = (tensors[order].detach().double().cpu() for tensors in (self.turns, self.middles))
-            least = middle.abs().amax(-1, keepdim=True) / bound
-            middle = torch.where(middle < 0, -1.0, 1.0) * middle.abs().maximum(least)
+            middle = _bounded(middle, LARGEST_CONDITION ** (1 / factors.count(name)))
             made.setdefault(name, []).append(products(turns, middle)[0][place])
         whole = {name: Matrix(f[0]) if len(f) == 1 else KroneckerMatrix(tuple(f)) for name, f in made.items()}
-        return {**{name: Diagonal(scale.detach().cpu()) for name, scale in self.scales.items()}, **whole}
+        scales = {name: scale.detach().double().cpu() for name, scale in self.scales.items()}
+        return {**{name: Diagonal(_bounded(scale, LARGEST_RATIO)) for name, scale in scales.items()}, **whole}
+
+
+def _bounded(numbers: Tensor, ratio: float) -> Tensor:
+    """Numbers whose magnitudes differ by at most a ratio along the last axis: the smallest are raised."""
+    least = numbers.abs().amax(-1, keepdim=True) / (ratio / 1.01)
+    return torch.where(numbers < 0, -1.0, 1.0) * numbers.abs().maximum(least)

@@ -2,26 +2,28 @@
 
     python benchmarks/flatquant_check.py
 
+0. Numbers and gradients of the quantizer are those of FlatQuant's formula, by autograd.
 1. Learned transforms leave the logits as they are (float64, 1e-9).
 2. While learning, a block without clipping has the outputs of the same block quantized by `spinquant.quantize`.
 3. The loss falls, and on held-out samples the error of each block is lower than that of random Hadamards.
-4. The same seed gives the same transforms, another seed gives others.
+4. The same seed gives the same transforms, also in several processes, and another seed gives others.
 """
 
 import copy
 from collections.abc import Callable
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from flatquant import exact_outputs, learn_blocks
-from flatquant_block import BlockLearner, FlatOptions, flat_rotations
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 import spinquant
+from flatquant import Job, exact_outputs, learn_blocks, learn_folder
+from flatquant_block import BlockLearner, FlatOptions, flat_rotations, rounded
+from spinquant.calibration.data import CalibrationText
 from spinquant.calibration.sequential import block_calls, run_block
 from spinquant.evaluation.equivalence import Float64Arithmetic
-from spinquant.rotations.serialization import to_save
 
 SIZES = {
     "vocab_size": 128,
@@ -54,6 +56,27 @@ def tiny_model(name: str) -> Any:
             else:
                 parameter.copy_(0.3 * noise if tensor.endswith("bias") else noise.exp())
     return model.eval()
+
+
+def check_quantizer(symmetric: bool) -> None:
+    """round(x / scale) with a straight-through gradient, clamped, with autograd through range and clip ratios."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 24, generator=generator, dtype=torch.float64).requires_grad_()
+    clip = torch.tensor([0.3, 1.0], dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    ratios, low, high = clip.sigmoid(), x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    if symmetric:
+        scale, zero = torch.maximum(-low * ratios[0], high * ratios[1]) / 7, torch.full_like(low, 8)
+    else:
+        scale = (high * ratios[1] - low * ratios[0]) / 15
+        zero = (-low * ratios[0] / scale).round().detach()
+    level = x / scale
+    wanted = ((level + (level.round() - level).detach() + zero).clamp(0, 15) - zero) * scale
+    found = rounded(x, spinquant.Quantizer(4, symmetric=symmetric), clip)
+    pairs = [torch.autograd.grad((y * weights).sum(), (x, clip)) for y in (found, wanted)]
+    for one, other in ((found, wanted), *zip(*pairs, strict=True)):
+        assert torch.allclose(one, other, rtol=1e-10, atol=1e-10)
+    assert 0 < int((found.detach().sub(x).abs() > scale).sum())  # some are clipped
 
 
 @torch.no_grad()
@@ -117,27 +140,45 @@ def check_block(model: Any, options: FlatOptions) -> None:
 
 
 def main() -> None:
+    for symmetric in (False, True):
+        check_quantizer(symmetric)
     for name in CONFIGS:
         print(name)
         model, scheme = tiny_model(name), spinquant.parse_scheme(SCHEME)
         plan, options = spinquant.plan_of(model), FlatOptions(epochs=10, batch=4, seed=3)
         check_block(model, options)
         spec = spinquant.RotationSpec(flat_rotations(plan, scheme), seed=options.seed)
-        found, record = learn_blocks(model, plan, scheme, TOKENS, options, held_out=8, say=lambda line: print("  " + line))
+        found, record = learn_blocks(
+            model, plan, scheme, TOKENS, options, held_out=8, say=lambda line: print("  " + line)
+        )
         check_exact(model, found, spec)
         own = errors(model, quantized(model, scheme, spec, found), TOKENS[-8:])
         random = errors(model, quantized(model, scheme, spec, None), TOKENS[-8:])
         print(f"  held-out error of blocks, of random Hadamards {random}, of what is learned {own}")
-        for row, one, other in zip(record, own, random, strict=True):
+        for row, one, other in zip(record.values(), own, random, strict=True):
             assert row["last_epoch"] < 0.9 * row["first_epoch"]
             assert row["held_out_after"] < row["held_out_before"]
             assert one < other
-    short = FlatOptions(epochs=1, seed=3)
-    runs = [learn_blocks(model, plan, scheme, TOKENS[:4], o, say=str)[0] for o in (short, short, FlatOptions(1, seed=4))]
-    first, second, other = (to_save(run)[1] for run in runs)
-    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
-    assert not any(torch.equal(tensor, other[key]) for key, tensor in first.items())
-    print("the same seed gives the same transforms, another one others")
+    check_seeds()
+
+
+def check_seeds() -> None:
+    """One seed, in one process and in two, and another seed."""
+    text = CalibrationText("generated", 4, 16)
+    with TemporaryDirectory() as place:
+        tiny_model("llama").float().save_pretrained(place)
+        jobs = [
+            Job(place, spinquant.parse_scheme(SCHEME), text, FlatOptions(1, seed=seed), "cpu") for seed in (3, 3, 4)
+        ]
+        runs = [learn_folder(job, f"{place}/{i}", processes=1 + i % 2) for i, job in enumerate(jobs)]
+        assert spinquant.read_learned(f"{place}/0").digest() == runs[0].digest()
+    first, second, other = (run.rotations for run in runs)
+    assert first.keys() == second.keys() == other.keys()
+    for space, one in first.items():
+        for key, tensor in one.tensors().items():
+            assert torch.equal(tensor, second[space].tensors()[key])
+            assert not torch.equal(tensor, other[space].tensors()[key])
+    print("the same seed gives the same transforms in one process and in two, another one others")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ with P_random of the best random Hadamard of the same seed (row `random`, of --b
 compared with and start from. 0 is no better than random, 100 % is the model at 16 bits.
 
     python benchmarks/transforms.py --rows random local --seeds 1      # SmolLM2-135M, W4A4KV4
+    python benchmarks/transforms.py --rows random flatquant --device cuda
     python benchmarks/transforms.py --model gemma-3-270m --rows random local --schemes W4A16 W4A8KV8 W4A4KV4 \\
         --weights rtn gptaq --out gemma
     python benchmarks/transforms.py --device cuda --jobs 8 --minutes 10  # what fits into the time
@@ -36,7 +37,7 @@ from typing import Any
 
 from measuring import Figures, Pool
 
-RANDOM, EXACT = "random", "16-bit"
+RANDOM, EXACT, FLATQUANT = "random", "16-bit", "flatquant"
 ONLINE = "online-R1,R2,R3,R4"
 
 
@@ -44,7 +45,8 @@ ONLINE = "online-R1,R2,R3,R4"
 class Row:
     """A set of transforms.
 
-    method: of `spinquant learn`; None for the first random Hadamard of the seed, without learning. transforms: those in
+    method: of `spinquant learn`; None for the first random Hadamard of the seed, without learning; `flatquant` for the
+    transforms of `flatquant.py`, from 128 samples, whose other settings are those of its paper. transforms: those in
     closed form, before rotations are learned; None for the default of the method. start: the row whose result learning
     starts from. rotations: those of them that the model's architecture allows are used. local, end_to_end: options of
     `LocalOptions` and `EndToEndOptions` that are not the defaults.
@@ -74,6 +76,7 @@ ROWS = {
     "end-to-end": Row("end-to-end"),
     "end-to-end-40": Row("end-to-end", end_to_end={"steps": 40}),
     "local+end-to-end": Row("end-to-end", start="local", end_to_end={"steps": 20}),
+    FLATQUANT: Row(FLATQUANT),
 }
 # What figures depend on besides their keys: a rerun into the same folder with other settings is refused.
 SETTINGS = ("samples", "baselines", "held_out", "dtype", "calibration", "windows", "length")
@@ -89,6 +92,8 @@ def learn(job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     from spinquant.learning.layerwise import LocalOptions
 
     row, seed, scheme = ROWS[job["row"]], job["seed"], spinquant.parse_scheme(job["scheme"])
+    if row.method == FLATQUANT:
+        return learn_flat(job, settings)
     rotations = possible(job["folder"], row.rotations)
     baselines = settings["baselines"] if job["best"] is None else 1
     spec = spinquant.RotationSpec(rotations, seed=first_seed(seed) + (job["best"] or 0))
@@ -138,6 +143,26 @@ def peak(device: str) -> int:
     import torch
 
     return torch.get_device_module(device).max_memory_allocated(device)
+
+
+def learn_flat(job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """As `learn`, of row `flatquant`."""
+    import spinquant
+    from flatquant import Job, learn_folder
+    from flatquant_block import FlatOptions
+    from spinquant.calibration.data import CalibrationText
+
+    text, scheme = CalibrationText("manual", 128, settings["length"]), spinquant.parse_scheme(job["scheme"])
+    work = Job(job["folder"], scheme, text, FlatOptions(seed=job["seed"]), job["device"])
+    learned = learn_folder(work, job["place"], processes=1 if job["device"] == "cpu" else 4)
+    about = {key: learned.record[key] for key in ("kept", "scores", "seconds")}
+    total = sum(learned.record["seconds"].values())
+    return {
+        **about,
+        "rotations": learned.spec.rotations,
+        "total_seconds": total,
+        "peak_bytes": peak(job["device"]),
+    }
 
 
 def first_seed(seed: int) -> int:
@@ -311,7 +336,8 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=MODELS[0], help=f"{', '.join(MODELS)}, or a folder (default: %(default)s)")
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW", help=", ".join(ROWS))
+    usual = [row for row in ROWS if row != FLATQUANT]  # which takes hours without a GPU
+    parser.add_argument("--rows", nargs="+", default=usual, choices=ROWS, metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--schemes", nargs="+", default=["W4A4KV4"])
     parser.add_argument(
         "--weights",
