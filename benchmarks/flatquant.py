@@ -17,10 +17,12 @@ to a thousandth, scales from max|w|^0.7 / max|x|^0.3, clip ratios sigmoid(4) for
 range, gradients through the ranges.
 
 What differs: the part at o_proj's input that mixes heads is left out, since it belongs to no space of ours; q, k and v
-(gate and up) share the clip ratios of their input, as they share its quantizer; the scheme decides whether activations
-are symmetric (in the paper they are); arithmetic is float32, on a GPU with TF32, instead of half precision. The learned
-clip ratios are used while learning alone: a row is quantized like any other, with clip ratios searched. The paper
-learns from 128 samples of 2048 tokens of WikiText-2. The Python manual has 55 of them.
+(gate and up) share the clip ratios of their input, as they share its quantizer; v_proj is clipped after the matrix of
+the values instead of before it; the scheme decides whether activations are symmetric (in the paper they are);
+arithmetic is float32, on a GPU with TF32, instead of half precision. The learned clip ratios are used while learning
+alone: a row is quantized like any other, with clip ratios searched. The paper learns from 128 samples of 2048 tokens of
+WikiText-2. The Python manual has 55 of that length, so `transforms.py` takes 128 of the length of its windows, 512
+tokens: as many steps.
 
     python benchmarks/flatquant.py LEARNED --device cuda --processes 4
 
