@@ -678,7 +678,8 @@ def test_method_auto_learns_end_to_end_only_if_local_does_not_lead():
     assert learned.kept.startswith("random") and not learned.record["steps"]
     _, learned = run_learn(replace(OPTIONS, method="auto"))
     assert "local" in learned.record["scores"] and "local+end-to-end" not in learned.record["scores"]
-    weak = replace(OPTIONS, method="auto", baselines=30, local=replace(OPTIONS.local, steps=1, lr=40.0))
+    weak = replace(OPTIONS, method="auto", baselines=30, transforms=False)
+    weak = replace(weak, local=replace(OPTIONS.local, steps=1, lr=40.0))
     _, learned = run_learn(weak)
     assert "local+end-to-end" in learned.record["scores"]
 
