@@ -200,6 +200,7 @@ def test_a_killed_run_does_not_compute_transforms_again(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(free_transforms, "chosen_transforms", lambda *_: calls.append(1))
     monkeypatch.setattr("spinquant.learning.closed_form_steps.collect_moments", lambda *_, **__: calls.append(1))
+    monkeypatch.setattr("spinquant.learning.learn_run.collect_jointly", lambda *_, **__: calls.append(1))
     again = run_learn(LearnOptions("closed-form", baselines=1), store=tmp_path)
     assert not calls and again.digest() == first.digest() and again.record["scores"] == first.record["scores"]
 

@@ -46,7 +46,7 @@ def learn(
         ),
     ] = None,
     steps: Annotated[
-        int | None, opt.option(opt.LEARNING, "Optimizer steps; by default 200 for local, 100 for end-to-end.")
+        int | None, opt.option(opt.LEARNING, "Optimizer steps; by default 400 for local, 100 for end-to-end.")
     ] = None,
     lr: Annotated[
         float | None,

@@ -29,6 +29,13 @@ NEEDS = {
 }
 
 
+UNLEARNED = {
+    "closed-form": "random rotations with closed-form transforms",
+    "closed-form R1": "an R1 of sorted channels with closed-form transforms",
+    "random signs": "random rotations with the best of several signs",
+}
+
+
 def learning_table(learned: "LearnedRotations", out: str) -> Table:
     """Every candidate with its score on held-out text, and the one that was kept."""
     record = learned.record
@@ -60,10 +67,9 @@ def learning_table(learned: "LearnedRotations", out: str) -> Table:
         )
     if record["options"]["method"] == "random" and kept.startswith("random"):
         about.append("method random learns nothing: the best random rotation was written")
-    elif kept in ("closed-form", "random signs"):
-        others = "closed-form transforms" if kept == "closed-form" else "the best of several signs"
+    elif kept in UNLEARNED:
         tried = any(name in record["scores"] for name in ("local", "end-to-end", "local+end-to-end"))
-        about.append(f"wrote random rotations with {others}{': learned rotations score no better' if tried else ''}")
+        about.append(f"wrote {UNLEARNED[kept]}{': learned rotations score no better' if tried else ''}")
     elif not record["learned"]:
         about.append("wrote the best random rotation: the learned ones score no better")
     table.caption = "\n".join(about) or None

@@ -319,7 +319,8 @@ class _Training:
         if world > 1:
             dist.all_reduce(total)
             for leaf in self.leaves:
-                dist.all_reduce(leaf.grad)
+                if leaf.grad is not None:  # of scales that no quantizer reads, in no process
+                    dist.all_reduce(leaf.grad)
         if not total.isfinite():
             raise LearningError(
                 f"the loss is {float(total)}: the model's weights are damaged, or {self.model.dtype} overflows"

@@ -35,15 +35,17 @@ SOLVERS = get_args(Solver)
 class LocalOptions:
     """Options of local learning: rotations that minimize an objective on captured activations.
 
+    With objective `error`, solver `cayley` and weighting `fisher`, R1 is learned together with the scales of norms.
+
     Attributes:
         objective: `error` (rounding error, the default), `whip` (DartQuant, arXiv 2511.04063) or `kurtosis` (KurTail).
         solver: `cayley` (the default), `qr` (DartQuant) or `procrustes` (DFRot).
-        steps: Number of steps per rotation. Default: 200.
+        steps: Number of steps per rotation. Default: 400.
         lr: For cayley the length of a step, ||A||; for qr the learning rate of SGD (momentum 0.9, losses divided by
             the first). Both decay along half a cosine. Default: 0.5.
         optimizer: Of cayley: `adam` (the default) or `sgd`.
         rows: Rows sampled for every quantizer. Default: 1024.
-        batch: Rows of every quantizer in a step; procrustes uses all rows. Default: 64.
+        batch: Rows of every quantizer in a step; procrustes uses all rows. Default: 32.
         weighting: How rows are sampled. `fisher` (the default): with probability proportional to their estimated cost
             in KL (`sensitivity.py`), which takes a forward and backward pass through the whole model. The others need
             one decoder block at a time and sample uniformly: `uniform` weighs all rows the same, and `massive` weighs
@@ -63,11 +65,11 @@ class LocalOptions:
 
     objective: Objective = "error"
     solver: Solver = "cayley"
-    steps: int = 200
+    steps: int = 400
     lr: float = 0.5
     optimizer: Optimizer = "adam"
     rows: int = 1024
-    batch: int = 64
+    batch: int = 32
     weighting: Weighting = "fisher"
     factor: float = 1.0
     checkpointing: bool = False

@@ -11,7 +11,7 @@ from spinquant.learning.cayley import BETAS, EPSILON
 from spinquant.rotations.transforms import LARGEST_CONDITION
 
 SAVED = "scales "  # begins the names of saved tensors
-SCALE_RATE = 0.08  # a step of log scales, as a fraction of that of the rotation before them, ||A||
+SCALE_RATE = 0.06  # a step of log scales, as a fraction of that of the rotation before them, ||A||
 
 
 def bounded(logs: Tensor) -> Tensor:
