@@ -1,4 +1,4 @@
-"""R1 learned together with the scales of norms: expected cost on held-out rows, and perplexity after rounding to nearest.
+"""R1 learned together with the scales of norms: expected cost on held-out rows, and perplexity rounded to nearest.
 
 Rows come from samples of the Python manual. The expected cost is on the last eighth of them, in nats per token, of
 activations and of weights. Perplexity is that of W4A4KV4 rounded to nearest with clip ratios 0.9 and 0.95, on the
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import MODELS, docstrings, model_folder
 
 import spinquant
+from models import MODELS, docstrings, model_folder
 from spinquant.learning import joint
 from spinquant.learning.fake_quant import fuse_gains, learning_scheme
 from spinquant.learning.free_transforms import closed_form_transforms, composed, free_spaces
@@ -73,7 +73,7 @@ def captured(folder: str, tokens: torch.Tensor, scheme: Scheme) -> tuple[dict[st
     """Random rotations with transforms in closed form, what is learned from, and the size of the residual stream."""
     model = spinquant.load(folder)
     plan = spinquant.plan_of(model)
-    made = spinquant.make_rotations(plan, spinquant.RotationSpec("R1,R2,R3,R4"))
+    made = spinquant.make_rotations(plan, spinquant.RotationSpec(("R1", "R2", "R3", "R4")))
     fuse_gains(model, plan, made)
     spaces = free_spaces(plan, made, scheme)
     wanted = [space for kind, found in spaces.items() if kind != "norms" for space in found]
@@ -91,7 +91,7 @@ def perplexity(folder: str, scheme: Scheme, transforms: dict[str, Transform], wi
     """Perplexity of the model, transformed and rounded to nearest."""
     model = spinquant.load(Path(folder))
     options = spinquant.Options(prove=False)
-    spec = spinquant.RotationSpec("R1,R2,R3,R4")
+    spec = spinquant.RotationSpec(("R1", "R2", "R3", "R4"))
     spinquant.quantize(model, scheme, spec, rotations=transforms, method="rtn", options=options)
     return spinquant.evaluate(model, windows).perplexity
 
