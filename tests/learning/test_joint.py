@@ -268,8 +268,16 @@ def test_gradients_at_the_outputs_give_the_cost_of_weights():
     assert one.w is not None and float((one.w @ stored.T).amax(-1).min()) > 1 - 1e-4, "rows of the weights"
 
 
-def run_learn(method, start=None, options=None):
+def uneven_model():
+    """A model of one layer whose residual stream has channels of different sizes."""
     model = tiny_model("llama", layers=1)
+    with torch.no_grad():
+        model.model.embed_tokens.weight *= normal(48).exp()
+    return model
+
+
+def run_learn(method, start=None, options=None):
+    model = uneven_model()
     through = EndToEndOptions(steps=2, batch=4)
     local = options or LocalOptions(steps=20, rows=64, batch=32)
     how = LearnOptions(method, baselines=1, local=local, end_to_end=through)
@@ -285,7 +293,7 @@ def test_local_learning_learns_both_and_what_is_kept_is_exact():
     scaled = [t for n, t in learned.rotations.items() if n.endswith("layernorm")]
     assert learned.kept.startswith(("local", "closed-form after")) and scaled
     assert isinstance(learned.rotations["residual"], Orthogonal) and all(isinstance(t, Diagonal) for t in scaled)
-    original = tiny_model("llama", layers=1)
+    original = uneven_model()
     plan, expected = plan_of(original), logits(original, tokens())
     fuse_module(original, plan, learned.rotations)
     with attach(original, plan, online_part(plan, learned.rotations)):

@@ -149,9 +149,7 @@ class Run:
                     self.scheme.weights,
                     local,
                     given=self.candidates.free if self.start == "given" else None,
-                    report=lambda space, step: self.watch.stage(
-                        f"learn {space} and scales of norms", step, local.steps
-                    ),
+                    report=lambda space, step: self.watch.stage(f"learn {space}", step, local.steps),
                     **common,
                 )
                 found, curves = {**found, **turned}, {**curves, **losses}
