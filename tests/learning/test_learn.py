@@ -39,7 +39,7 @@ from spinquant.learning.learn import CLIP_WINDOWS
 from spinquant.learning.options import Watch, learned_spaces
 from spinquant.learning.parametrization import begin_training
 from spinquant.learning.rows import with_signs
-from spinquant.learning.selection import Candidate, Selection, score_candidates, with_clips
+from spinquant.learning.selection import Candidate, Exact, Selection, score_candidates, with_clips
 from spinquant.learning.sensitivity import collect_by_weight, predicted_kl
 from spinquant.online.hooks import attachment_of
 from spinquant.quantization.integer import fake_quantize
@@ -636,19 +636,51 @@ def test_the_best_random_candidate_is_scored_with_clip_ratios_of_its_own():
     scheme, windows, held_out = parse_scheme("A4KV4"), tokens(16, 24)[:CLIP_WINDOWS], tokens(4, 24, seed=9)
     model, plan, *_ = prepared()
     differing = 0
-    for seed in range(0, 24, 4):
+    for seed in range(44, 60, 4):
         made = {f"random {i}": make_rotations(plan, RotationSpec(ALL, seed=seed + i)) for i in range(4)}
         selection = Selection(model, plan, scheme, windows, held_out)
         selection.enter_all(made)
         kept = made[selection.leader]
-        both = [
-            with_clips(model, plan, Candidate(made[name]), scheme, windows) for name in ("random 0", selection.leader)
-        ]
-        both = {str(i): replace(candidate, rotations=kept) for i, candidate in enumerate(both)}
-        scores = score_candidates(model, plan, both, scheme, held_out)
+        first = with_clips(model, plan, Candidate(made["random 0"]), scheme, Exact(model, windows))
+        both = {"0": replace(first, rotations=kept)}
+        again = selection.leader != "random 0"
+        both["1"] = with_clips(model, plan, both["0"], scheme, Exact(model, windows)) if again else both["0"]
+        scores = score_candidates(model, plan, both, scheme, Exact(model, held_out))
         differing += both["0"].scheme(scheme) != both["1"].scheme(scheme) and scores["1"].kl < scores["0"].kl
         assert selection.scores[selection.leader].kl == pytest.approx(min(scores["0"].kl, scores["1"].kl))
     assert differing, "use other seeds: own clip ratios were never better"
+
+
+def test_the_clip_search_starts_from_known_ratios_and_finds_the_same_minimum():
+    """And what is known is not scored again: neither predictions at 16 bits nor a candidate with the same ratios."""
+    scheme, windows = parse_scheme("A4KV4"), tokens(16, 24)[:CLIP_WINDOWS]
+    model, plan, *_ = prepared()
+    calls = []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    exact = Exact(model, windows)
+    found = with_clips(model, plan, Candidate(make_rotations(plan, RotationSpec(ALL))), scheme, exact)
+    fresh, nearby = len(calls), 2 * CLIP_WINDOWS * 2
+    assert with_clips(model, plan, found, scheme, exact) == found
+    assert 0 < len(calls) - fresh <= nearby + CLIP_WINDOWS
+    selection = Selection(model, plan, scheme, windows, tokens(4, 24, seed=9))
+    selection.enter_all({"random 0": found.rotations})
+    before = len(calls)
+    selection._improve("again", "random 0", selection.candidates["random 0"], selection.scores["random 0"])
+    assert len(calls) - before <= nearby + CLIP_WINDOWS
+    handle.remove()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_predictions_at_16_bits_are_those_before_transforms_are_fused(kept, monkeypatch):
+    monkeypatch.setattr("spinquant.learning.selection.EXACT_BYTES", 1 << 30 if kept else 0)
+    windows, (model, *_) = tokens(3, 24), prepared()
+    exact = Exact(model, windows)
+    exact.fill()
+    expected = logits(model, windows)[:, :-1]
+    assert all(torch.equal(exact[i], model(input_ids=windows[i : i + 1]).logits[0, :-1]) for i in range(3))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(2)
+    assert torch.allclose(exact[1], expected[1], atol=1e-5) == kept
 
 
 def test_a_learned_rotation_worse_than_random_is_not_selected():

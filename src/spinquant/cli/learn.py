@@ -133,6 +133,7 @@ def learn(
             "--transforms/--no-transforms",
         ),
     ] = None,
+    moments: opt.MomentsOf = "gradients",
     type: opt.Type = "auto",
     block_size: opt.BlockSize = None,
     seed: opt.Seed = 0,
@@ -164,6 +165,7 @@ def learn(
         baselines=baselines,
         signs=signs,
         transforms=transforms,
+        moments=moments,  # pyright: ignore[reportArgumentType] - checked by the class
         shard=shard,
         **_method_options(method, both, local, end_to_end),
         seed=seed,

@@ -167,6 +167,14 @@ Length = Annotated[
 Windows = Annotated[
     int, option(ADVANCED, "Windows of text to measure on, spread evenly over it (evaluate and verify: 0 for all).")
 ]
+MomentsOf = Annotated[
+    str,
+    option(
+        ADVANCED,
+        "Closed-form transforms, what they are computed from: gradients (one pass forward and back), or weights "
+        "(forward passes alone, for a model that a backward pass is impossible for; coarser).",
+    ),
+]
 Seed = Annotated[int, option(ADVANCED, "Seed of all random numbers.")]
 Dtype = Annotated[
     str | None,

@@ -122,6 +122,7 @@ def quantize(
     ] = None,
     tune_batch: Annotated[int | None, opt.option(opt.ADVANCED, "Tuning: samples per step; 1 by default.")] = None,
     checkpointing: Annotated[bool, opt.option(opt.ADVANCED, opt.CHECKPOINTING, "--checkpointing")] = False,
+    moments: opt.MomentsOf = "gradients",
     type: opt.Type = "auto",
     block_size: opt.BlockSize = None,
     randomize: opt.Randomize = False,
@@ -164,6 +165,11 @@ def quantize(
             "--learn and --learned cannot be combined: the first learns rotations, the second reads them from a "
             "folder. Give one of them"
         )
+    if moments != "gradients" and not learn_first:
+        raise LearningError(
+            "--moments is an option of the transforms that --learn computes: give --learn closed-form (or another "
+            "method) too, or leave it out"
+        )
     # What to write: rotations, format, scheme.
     spec = opt.parse_spec(rotations, type, block_size, randomize, seed, online)
     settled = settle_format(format, runtime, parse_scheme(scheme), spec)
@@ -192,7 +198,8 @@ def quantize(
     # Learned rotations: from a folder, or learned first.
     taken = opt.taken_from(learned, model, context, scheme=parsed, drawing=reads) if learned else None
     less = {"local": LocalOptions(checkpointing=True), "end_to_end": EndToEndOptions(checkpointing=True)}
-    how_learned: dict[str, Any] = {"method": learn_first, "seed": seed, **(less if checkpointing else {})}
+    how_learned: dict[str, Any] = {"method": learn_first, "moments": moments, "seed": seed}
+    how_learned |= less if checkpointing else {}
     learning = LearnOptions(**how_learned) if learn_first else None
 
     with stages(quiet=quiet, out=out) as progress:

@@ -63,7 +63,7 @@ def learning_table(learned: "LearnedRotations", out: str) -> Table:
         score = "not scored" if tried["kl"] is None else f"KL {tried['kl']:#.4g}"
         about.append(
             f"closed form, {kind}: {score}, {verdict} ({tried['spaces']} spaces, condition number up to "
-            f"{tried['condition']:.3g})"
+            f"{tried['condition']:.3g}{', moments of weights' if tried.get('moments') == 'weights' else ''})"
         )
     if record["options"]["method"] == "random" and kept.startswith("random"):
         about.append("method random learns nothing: the best random rotation was written")

@@ -40,9 +40,10 @@ class Moments:
     """Second moments of the rows of a quantizer, and of their gradients.
 
     Attributes:
-        x: X, float64 (.., terms, blocks, n, n); dimensions before them are spaces, each with a T. A term is what is rounded with one scale: its cost is a product, and costs
-            of terms are added. `blocks` are those of T within a term. The heads of a KV cache are terms of one block
-            each, the heads at the input of o_proj blocks of one term.
+        x: X, float64 (.., terms, blocks, n, n); dimensions before `terms` are spaces, each with a T. A term is what is
+            rounded with one scale: its cost is a product, and costs of terms are added. `blocks` are those of T within
+            a term. The heads of a KV cache are terms of one block each, the heads at the input of o_proj blocks of one
+            term.
         g: G, shaped like `x`.
         length: Numbers in a row of a term.
         noise: Expected square of the relative error of a rounded row. Default: 1.
@@ -179,9 +180,7 @@ def choose_damping(folds: Sequence[Sequence[Moments]], candidates: Sequence[Damp
     return _choose(_stacked([folds]), candidates)[0]
 
 
-def _choose(
-    folds: Sequence[Sequence[Moments]], candidates: Sequence[Damping]
-) -> list[tuple[Damping | None, float]]:
+def _choose(folds: Sequence[Sequence[Moments]], candidates: Sequence[Damping]) -> list[tuple[Damping | None, float]]:
     """`choose_damping` for every space of stacked moments."""
     ratios = torch.ones(len(candidates), len(folds[0][0].x), dtype=torch.float64)
     for number, held_out in enumerate(folds):

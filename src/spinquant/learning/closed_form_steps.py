@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from spinquant.learning.free_transforms import KINDS, Kind, closed_form_transforms, free_spaces, kind_of
 from spinquant.learning.joint_steps import joint_spaces, start_of, transforms_of
 from spinquant.learning.learn_run import CLOSED_FORM, SORTED, Run
 from spinquant.learning.moments import collect_moments, sites_of
+from spinquant.learning.weight_moments import collect_weight_moments
 from spinquant.models.capture import device_of
 from spinquant.rotations.factory import generator_for
 from spinquant.rotations.rotation import Transform
@@ -14,7 +16,7 @@ from spinquant.rotations.transforms import condition
 
 FIRST: tuple[Kind, ...] = ("scales", "values")  # transforms that rotations are learned after
 REST: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind not in FIRST)
-MOMENT_SAMPLES = 32  # samples for the moments of transforms
+MOMENT_SAMPLES = 16  # samples for the moments of transforms
 SORTED_SAMPLES, SORTED_ROWS = 16, 1024  # samples and rows that R1 is made from
 
 
@@ -39,6 +41,7 @@ def transform_in_closed_form(run: Run, name: str, kinds: Sequence[Kind]) -> None
     for kind, part in zip(kinds, parts, strict=True):
         if kind in tried:
             tried[kind] |= {"spaces": len(part), "condition": max(map(condition, part.values()))}
+            tried[kind]["moments"] = run.options.moments
     run.record["closed_form"] = {**run.record.get("closed_form", {}), **tried}
 
 
@@ -47,7 +50,7 @@ def sort_channels(run: Run) -> None:
     plan, candidates = run.plan, run.candidates
     rotations = candidates.leading.rotations
     spaces = [space for space in joint_spaces(plan, rotations, run.learning) if space in run.names]
-    if not spaces:
+    if not spaces or run.options.moments != "gradients":
         return
 
     def compute() -> dict[str, Transform]:
@@ -72,14 +75,16 @@ def sort_channels(run: Run) -> None:
 
 def _closed_form(run: Run, spaces: Sequence[str], rotations: Mapping[str, Transform]) -> dict[str, Transform]:
     """The closed-form transforms of spaces."""
-    moments = collect_moments(
+    given: dict[str, Any] = {"progress": lambda *n: run.watch.stage("collect moments", *n)}
+    if run.options.moments == "gradients":
+        given["generator"] = generator_for(run.options.seed, "moments")
+        given["checkpointing"] = run.options.local.checkpointing or run.options.end_to_end.checkpointing
+    moments = (collect_moments if run.options.moments == "gradients" else collect_weight_moments)(
         run.model,
         run.plan,
         sites_of(run.plan, spaces, run.learning, rotations),
         replace(run.learning, weights=run.scheme.weights),
         run.tokens[:MOMENT_SAMPLES],
-        generator=generator_for(run.options.seed, "moments"),
-        checkpointing=run.options.local.checkpointing or run.options.end_to_end.checkpointing,
-        progress=lambda *n: run.watch.stage("collect moments", *n),
+        **given,
     )
     return closed_form_transforms(run.plan, moments, dtype=next(run.model.parameters()).dtype)

@@ -7,6 +7,7 @@ so that damping can be chosen on those that a transform was not made from.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial, reduce
 from typing import Any
@@ -88,7 +89,7 @@ class _Sums:
 
     def add(self, fold: int, x: Tensor, gradient: Tensor) -> None:
         """Add rows, (.., width) or, of a cache, (batch, heads, tokens, size), and their gradients."""
-        rows, slopes = (self._arranged(t) for t in (x, gradient))
+        rows, slopes = (arranged(self.site, t) for t in (x, gradient))
         noise = relative_error(x.shape[-1], self.site.quantizer)
         new = second_moments(rows, slopes, x.shape[-1], noise)
         before = self.folds[fold]
@@ -101,7 +102,7 @@ class _Sums:
     def check_finite(self) -> None:
         """Raise LearningError if a sum is not finite."""
         for moments in self.folds:
-            if moments is not None and not (_energy(moments.x).sum() + _energy(moments.g).sum()).isfinite():
+            if moments is not None and not (traces(moments.x).sum() + traces(moments.g).sum()).isfinite():
                 raise LearningError(
                     f"the gradient at {self.site.name} is not finite: the model's weights are damaged, or their dtype "
                     "overflows"
@@ -111,12 +112,6 @@ class _Sums:
         """The sums by fold, on the CPU."""
         folds = [moments and replace(moments, x=moments.x.cpu(), g=moments.g.cpu()) for moments in self.folds]
         return folds, [None if drift is None else drift.cpu() for drift in self.drift]
-
-    def _arranged(self, t: Tensor) -> Tensor:
-        """Rows, terms, blocks, copies and numbers of `second_moments`."""
-        if self.site.cached:
-            return t.float().transpose(1, 2).flatten(0, 1)[:, :, None, None]
-        return _in_blocks(self.site, t.flatten(0, -2).float())
 
 
 @dataclass
@@ -165,7 +160,7 @@ def collect_moments(
         Moments by space; none of a space where a fold saw no gradient.
 
     Raises:
-        LearningError: a gradient is not finite.
+        LearningError: a gradient is not finite, or memory does not suffice for the backward pass.
     """
     sums, outputs, weights = [_Sums(site) for site in sites], _Outputs(), scheme.weights
     by_name: dict[str, list[_Sums]] = {}
@@ -196,24 +191,31 @@ def collect_moments(
             progress(done, total)
 
     how: dict[str, Any] = {"generator": generator, "checkpointing": checkpointing, "progress": next_fold}
-    with watching_calls(model, readers, outputs.watch):
+    with watching_calls(model, readers, outputs.watch), _advised():
         backward_own_predictions(model, plan, scheme, tokens, observe, **how)
     found: dict[str, list[list[Moments]]] = {}
     missing: set[str] = set()
     for one in sums:
         folds = found.setdefault(one.site.space.name, [[] for _ in range(FOLDS)])
         for fold, (moments, drift) in enumerate(zip(*one.found(), strict=True)):
-            if moments is None or not (_energy(moments.x) > 0).all() or not (_energy(moments.g) > 0).all():
+            if moments is None or not (traces(moments.x) > 0).all() or not (traces(moments.g) > 0).all():
                 missing.add(one.site.space.name)
                 continue
             added = None if weights is None else _of_readers(model, plan, one.site, outputs, fold, weights)
             folds[fold].append(moments if added is None else replace(moments, g=moments.g + added / moments.noise))
             if weights is not None and drift is not None:
-                folds[fold].extend(_of_writers(model, plan, one.site.space, moments, drift, weights))
+                folds[fold].extend(of_writers(model, plan, one.site.space, moments, drift, weights))
     return {name: folds for name, folds in found.items() if name not in missing}
 
 
-def _in_blocks(site: Site, rows: Tensor) -> Tensor:
+def arranged(site: Site, t: Tensor) -> Tensor:
+    """What a site reads, or its gradient, as rows, terms, blocks, copies and numbers of `second_moments`."""
+    if site.cached:
+        return t.float().transpose(1, 2).flatten(0, 1)[:, :, None, None]
+    return in_blocks(site, t.flatten(0, -2).float())
+
+
+def in_blocks(site: Site, rows: Tensor) -> Tensor:
     """Rows of what a site reads, (rows, width), as rows, one term, blocks, copies and numbers of `second_moments`."""
     if site.before is not None:
         rows = site.before.apply(rows)
@@ -222,7 +224,22 @@ def _in_blocks(site: Site, rows: Tensor) -> Tensor:
     return rows.unflatten(-1, (site.space.heads, -1, site.space.size))[:, None]
 
 
-def _energy(moment: Tensor) -> Tensor:
+@contextmanager
+def _advised() -> Iterator[None]:
+    """Within the block, running out of memory is a LearningError that says what takes less."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise LearningError(
+            f"the backward pass for the moments of gradients ran out of memory ({str(error).splitlines()[0]}): keep "
+            "only the inputs of decoder blocks (--checkpointing), or take moments of weights, which need no backward "
+            "pass (--moments weights)"
+        ) from error
+
+
+def traces(moment: Tensor) -> Tensor:
     """Trace of every term, (terms,)."""
     return moment.diagonal(dim1=-2, dim2=-1).sum((1, 2))
 
@@ -254,14 +271,14 @@ def _of_readers(
             continue
         w = model.get_submodule(name).weight.detach().float()  # on its device
         w = w.T if plan.transposed and name not in plan.heads else w
-        rows = _in_blocks(site, w)
+        rows = in_blocks(site, w)
         found = weighted_sum(rows, h.to(w.device, w.dtype)[:, None])
         found = WEIGHTS * relative_error(w.shape[-1], quantizer) * found.cpu().double()
         total = found if total is None else total + found
     return total
 
 
-def _of_writers(
+def of_writers(
     model: Any, plan: Plan, space: Space, cached: Moments, drift: Tensor, quantizer: Quantizer
 ) -> Iterator[Moments]:
     """The moments of rounding the weights that write a space: T mixes their rows, each of which has its own scale."""
@@ -277,7 +294,7 @@ def _of_writers(
             rows = rows.flatten(0, 1)
         heads = rows.unflatten(0, (space.heads, -1))
         # The mean square of a value, by head: what its row's relative error is of.
-        mean = _energy(cached.x) / drift.diagonal(dim1=-2, dim2=-1).sum(-1)
+        mean = traces(cached.x) / drift.diagonal(dim1=-2, dim2=-1).sum(-1)
         g = mean[:, None, None] * drift
         noise = WEIGHTS * relative_error(rows.shape[-1], quantizer)
         yield Moments((heads @ heads.mT).cpu().double()[:, None], g[:, None], cached.length, noise)

@@ -16,7 +16,8 @@ from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.rotation import Hadamard
 
 Method = Literal["random", "closed-form", "local", "end-to-end", "local+end-to-end", "auto"]
-METHODS = get_args(Method)
+MomentsOf = Literal["gradients", "weights"]
+METHODS, MOMENTS = get_args(Method), get_args(MomentsOf)
 HADAMARD = ("hadamard", "random-hadamard", "auto")
 LARGEST_ONLINE = 512  # largest order of a learned R4, which is a dense matrix product for every token
 
@@ -37,7 +38,10 @@ class LearnOptions:
             least rounding error is kept. Default: 0, none.
         transforms: Compute the transforms that cost nothing, in closed form: channel scales and a matrix for each head
             of values before rotations are learned, those of keys and norms after them. A kind of them is kept if it
-            lowers KL. They need gradients. Default: only if gradients are computed anyway.
+            lowers KL. Default: only if gradients are computed anyway, or with moments of weights.
+        moments: What the transforms are computed from: `gradients` (the default; one pass forward and back), or
+            `weights`, whose second moments stand in the place of those of gradients (WUSH, arXiv 2512.00956): forward
+            passes alone, for a model that a backward pass is impossible for.
         shard: Shard the weights over the processes of torch.distributed (FSDP2). Only with method end-to-end, since
             local learning needs one decoder block at a time anyway. Default: False.
         local: Options of local learning.
@@ -59,13 +63,14 @@ class LearnOptions:
     baselines: int = 5
     signs: int = 0
     transforms: bool | None = None
+    moments: MomentsOf = "gradients"
     shard: bool = False
     local: LocalOptions = field(default_factory=LocalOptions)
     end_to_end: EndToEndOptions = field(default_factory=EndToEndOptions)
     seed: int = 0
 
     def __post_init__(self):
-        check_choices(self, {"method": METHODS})
+        check_choices(self, {"method": METHODS, "moments": MOMENTS})
         check_numbers(self, counts=("baselines",), positive=())
         check_seed(self.seed, LearningError)
         if self.signs < 0:
@@ -74,6 +79,12 @@ class LearnOptions:
             raise LearningError(
                 "method closed-form computes transforms and nothing else: leave out --no-transforms, or choose another "
                 "method"
+            )
+        if self.moments == "weights" and (self.transforms is False or self.shard):
+            other = "--shard" if self.shard else "--no-transforms"
+            raise LearningError(
+                f"moments of weights are for closed-form transforms, which {other} rules out: leave out --moments "
+                f"weights, or {other}"
             )
         if self.shard and (self.method != "end-to-end" or self.signs or self.transforms or self.end_to_end.weights):
             raise LearningError(
@@ -86,7 +97,8 @@ class LearnOptions:
     def transforming(self) -> bool:
         """Whether closed-form transforms are computed."""
         if self.transforms is None:
-            return self.differentiates or self.method == "closed-form" or (self.is_through and not self.shard)
+            asked = self.method == "closed-form" or self.moments == "weights"
+            return asked or self.differentiates or (self.is_through and not self.shard)
         return self.transforms
 
     @property
@@ -131,9 +143,13 @@ def check_used(plan: Plan, spec: RotationSpec, scheme: Scheme, names: Mapping[st
             "there is none. Leave it out"
         )
     rotated = dict.fromkeys((space.name for name in spec.rotations for space in plan.spaces_of(name)), Hadamard(1))
-    asked = options.transforms or options.method == "closed-form"
-    if asked and not free_spaces(plan, rotated, scheme):
-        what = "--transforms" if options.transforms else "--method closed-form"
+    asked = {
+        "--transforms": options.transforms,
+        "--method closed-form": options.method == "closed-form",
+        "--moments weights": options.moments == "weights",
+    }
+    if any(asked.values()) and not free_spaces(plan, rotated, scheme):
+        what = next(name for name, wanted in asked.items() if wanted)
         raise LearningError(
             f"{what} would have no effect: no space that is rotated and quantized allows more than a rotation. Leave "
             "it out"

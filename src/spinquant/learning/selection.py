@@ -2,7 +2,7 @@
 
 Candidates are scored as they will be used: with clip ratios found by a search, one for all activations and one for the
 KV cache. The score is KL(16 bits || quantized) per token in nats, and perplexity. All candidates are scored window by
-window, so that the 16-bit model runs once per window.
+window, and the predictions of the 16-bit model are kept (`Exact`), so that it runs once per window.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.errors import LearningError
 from spinquant.evaluation.metrics import divergence, nll, perplexity_of
 from spinquant.learning.fake_quant import rounding
-from spinquant.learning.free_transforms import Kind, fuse_free, kind_of, with_free
+from spinquant.learning.free_transforms import Fused, Kind, fuse_free, kind_of, with_free
 from spinquant.models.capture import device_of
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Quantizer, Scheme
@@ -25,6 +25,7 @@ from spinquant.rotations.rotation import Transform
 
 SCORES = "scores"  # name of the saved scores (`Pieces`)
 RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # clip ratios that are searched
+EXACT_BYTES = 1 << 30  # logits of the 16-bit model that are kept in memory, for each set of windows
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,42 @@ class Score:
         return asdict(self)
 
 
+class Exact:
+    """Predictions of the 16-bit model on windows, (windows, length): kept on the CPU if they take at most 1 GiB."""
+
+    def __init__(self, model: nn.Module, windows: Tensor):
+        self.model, self.windows = model, windows
+        self.kept: list[Tensor] | None = None
+        self.fits: bool | None = None  # known after the first window
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Compute all predictions now, before the weights are changed by a transform that is fused into them.
+
+        A run that is resumed then compares with the same numbers, to the last bit.
+        """
+        if self.kept is not None or self.fits is False:
+            return
+        kept: list[Tensor] = []
+        for window in self.windows:
+            found = self._computed(window)
+            self.fits = found.numel() * found.element_size() * len(self.windows) <= EXACT_BYTES
+            if not self.fits:
+                return
+            kept.append(found.cpu())
+        self.kept = kept
+
+    def __getitem__(self, number: int) -> Tensor:
+        """Logits of a window, (length - 1, vocabulary), on the model's device."""
+        self.fill()
+        if self.kept is not None:
+            return self.kept[number].to(device_of(self.model))
+        return self._computed(self.windows[number])
+
+    def _computed(self, window: Tensor) -> Tensor:
+        return _predictions(self.model, window.unsqueeze(0).to(device_of(self.model)))
+
+
 class Selection:
     """Selection among candidates that are added one by one: the one with the least KL leads, the first if tied.
 
@@ -79,6 +116,7 @@ class Selection:
     ):
         self.model, self.plan, self.scheme, self.stage, self.pieces = model, plan, scheme, stage, pieces
         self.clip_windows, self.held_out = clip_windows, held_out
+        self.exact = {"clips": Exact(model, clip_windows), "held-out": Exact(model, held_out)}
         saved = pieces.load(SCORES) if pieces else None
         self.found: dict[str, Any] = saved[1]["found"] if saved else {}
         self.candidates: dict[str, Candidate] = {}
@@ -104,10 +142,7 @@ class Selection:
         self._score("random rotations", {name: Candidate(made) for name, made in rotations.items()})
         leader = self.leader
         if leader != next(iter(rotations)):
-            before = self.candidates[leader], self.scores[leader]
-            self._score(f"{leader} again", {leader: Candidate(before[0].rotations)})
-            if self.scores[leader].kl > before[1].kl:
-                self.candidates[leader], self.scores[leader] = before
+            self._improve(f"{leader} again", leader, self.candidates[leader], self.scores[leader])
 
     def enter(self, name: str, rotations: Mapping[str, Transform], free: Mapping[str, Transform] | None = None) -> None:
         """Score one candidate.
@@ -116,7 +151,7 @@ class Selection:
         """
         before, fused = self.free, None
         if free:
-            fused = fuse_free(self.model, self.plan, free, self.clip_windows[:1])
+            fused = self._fuse(free)
             if not fused.kept:
                 raise LearningError(
                     f"the transforms of {name!r} move the logits by more than rounding in {self.model.dtype} explains: "
@@ -151,7 +186,7 @@ class Selection:
         for kind, part in zip(kinds, parts, strict=True):
             if not part:
                 continue
-            fused = fuse_free(self.model, self.plan, part, self.clip_windows[:1])
+            fused = self._fuse(part)
             score = self._one(f"{name}: {kind}", replace(start, free={**self.free, **part})) if fused.kept else None
             kept = score is not None and score.kl < best.kl
             found[kind] = {"kl": None if score is None else score.kl, "kept": kept}
@@ -160,10 +195,22 @@ class Selection:
             else:
                 fused.undo()
         if self.free != base:
-            self._score(name, {name: replace(start, free=self.free)})
-            if self.scores[name].kl > best.kl:  # clip ratios of its own, found on a few samples, are not always better
-                self.candidates[name], self.scores[name] = replace(start, free=self.free), best
+            self._improve(name, name, replace(start, free=self.free), best)
         return found
+
+    def _fuse(self, free: Mapping[str, Transform]) -> Fused:
+        for exact in self.exact.values():
+            exact.fill()
+        return fuse_free(self.model, self.plan, free, self.clip_windows[:1])
+
+    def _improve(self, what: str, name: str, known: Candidate, score: Score) -> None:
+        """Search clip ratios near those of a candidate whose score is known, and keep the better of its two scores.
+
+        Ratios found on a few samples are not always better.
+        """
+        self._score(what, {name: known}, score)
+        if self.scores[name].kl > score.kl:
+            self.candidates[name], self.scores[name] = known, score
 
     def _one(self, what: str, candidate: Candidate) -> Score:
         """Score of a candidate with the clip ratios that it has, or that of an interrupted run."""
@@ -171,7 +218,7 @@ class Selection:
         if found is None:
             progress = partial(self.stage, f"score {what}")
             scores = score_candidates(
-                self.model, self.plan, {what: candidate}, self.scheme, self.held_out, progress=progress
+                self.model, self.plan, {what: candidate}, self.scheme, self.exact["held-out"], progress=progress
             )
             self.found[what] = found = {"scores": {what: scores[what].to_dict()}}
             self._save()
@@ -181,16 +228,24 @@ class Selection:
         if self.pieces:
             self.pieces.save(SCORES, {}, {"found": self.found})
 
-    def _score(self, what: str, candidates: Mapping[str, Candidate]) -> None:
-        """Score candidates with the clip ratios found for the first, or load the scores of an interrupted run."""
+    def _score(self, what: str, candidates: Mapping[str, Candidate], known: Score | None = None) -> None:
+        """Score candidates with the clip ratios found for the first, or load the scores of an interrupted run.
+
+        known: the score of the only candidate with the ratios that it has.
+        """
         found = self.found.get(what)
         if found is None:
             first = next(iter(candidates.values()))
-            clipped = with_clips(self.model, self.plan, first, self.scheme, self.clip_windows)
+            clipped = with_clips(self.model, self.plan, first, self.scheme, self.exact["clips"])
             clips = {"activation_clip": clipped.activation_clip, "kv_clip": clipped.kv_clip}
-            chosen = {name: replace(candidate, **clips) for name, candidate in candidates.items()}
-            progress = partial(self.stage, f"score {what}")
-            scores = score_candidates(self.model, self.plan, chosen, self.scheme, self.held_out, progress=progress)
+            if known is not None and clipped == first:
+                scores = dict.fromkeys(candidates, known)
+            else:
+                chosen = {name: replace(candidate, **clips) for name, candidate in candidates.items()}
+                progress = partial(self.stage, f"score {what}")
+                scores = score_candidates(
+                    self.model, self.plan, chosen, self.scheme, self.exact["held-out"], progress=progress
+                )
             found = {"clips": clips, "scores": {name: score.to_dict() for name, score in scores.items()}}
             self.found[what] = found
             self._save()
@@ -204,25 +259,26 @@ def score_candidates(
     plan: Plan,
     candidates: Mapping[str, Candidate],
     scheme: Scheme,
-    windows: Tensor,
+    exact: Exact,
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Score]:
-    """Score candidates on windows of tokens, int64 (windows, length).
+    """Score candidates on the windows of `exact`, int64 (windows, length).
 
     Returns the scores by name of the candidate, and that of the 16-bit model as "16-bit".
     """
     sums = {name: [0.0, 0.0] for name in (*candidates, "16-bit")}
+    windows = exact.windows
     for done, window in enumerate(windows):
         row = window.unsqueeze(0).to(device_of(model))
         targets = row[0, 1:]
-        exact = _predictions(model, row)
-        sums["16-bit"][1] += nll(exact, targets)
+        reference = exact[done]
+        sums["16-bit"][1] += nll(reference, targets)
         for name, candidate in candidates.items():
             rounded = with_free(plan, candidate.rotations, candidate.free)
             with rounding(model, plan, rounded, candidate.scheme(scheme)):
                 found = _predictions(model, row)
-            sums[name][0] += divergence(exact, found)
+            sums[name][0] += divergence(reference, found)
             sums[name][1] += nll(found, targets)
         if progress:
             progress(done + 1, len(windows))
@@ -231,27 +287,28 @@ def score_candidates(
 
 
 @torch.no_grad()
-def with_clips(model: nn.Module, plan: Plan, best: Candidate, scheme: Scheme, windows: Tensor) -> Candidate:
-    """The candidate with the clip ratios of least KL on windows, (windows, length): first activations, then KV cache.
+def with_clips(model: nn.Module, plan: Plan, best: Candidate, scheme: Scheme, exact: Exact) -> Candidate:
+    """The candidate with the clip ratios of least KL on the windows of `exact`: first activations, then KV cache.
 
-    The search is one-dimensional for each, from 1 down.
+    The search is one-dimensional for each: from 1 down, or to both sides of the ratio that the candidate has.
     """
     rotations = with_free(plan, best.rotations, best.free)
-    rows = [w.unsqueeze(0).to(device_of(model)) for w in windows]
-    exact = [_predictions(model, row) for row in rows]
+    rows = [w.unsqueeze(0).to(device_of(model)) for w in exact.windows]
     tried: dict[tuple[float, float], float] = {}
 
     def error(candidate: Candidate) -> float:
         key = (candidate.activation_clip, candidate.kv_clip)
         if key not in tried:
             with rounding(model, plan, rotations, candidate.scheme(scheme)):
-                pairs = zip(exact, rows, strict=True)
-                tried[key] = sum(divergence(e, _predictions(model, row)) for e, row in pairs)
+                tried[key] = sum(divergence(exact[i], _predictions(model, row)) for i, row in enumerate(rows))
         return tried[key]
 
+    fresh = best.activation_clip == best.kv_clip == RATIOS[0]
     for part, quantizer in (("activation_clip", scheme.activations), ("kv_clip", scheme.kv)):
         if quantizer is not None:
-            best = _first_minimum([replace(best, **{part: ratio}) for ratio in RATIOS], error)
+            choices = [replace(best, **{part: ratio}) for ratio in RATIOS]
+            start = RATIOS.index(getattr(best, part))
+            best = _first_minimum(choices, error) if fresh else _nearest_minimum(choices, start, error)
     return best
 
 
@@ -265,6 +322,17 @@ def _first_minimum(candidates: Sequence[Candidate], error: Callable[[Candidate],
             best, lowest = candidate, found
         if worse == 2:
             break
+    return best
+
+
+def _nearest_minimum(candidates: Sequence[Candidate], start: int, error: Callable[[Candidate], float]) -> Candidate:
+    """The best candidate, searched from one of them to both sides for as long as the error falls."""
+    best = candidates[start]
+    for side in (candidates[start + 1 :], candidates[:start][::-1]):
+        for candidate in side:
+            if error(candidate) >= error(best):
+                break
+            best = candidate
     return best
 
 

@@ -371,6 +371,33 @@ def _rotate_queries(model: nn.Module, attachment: Attachment) -> str:
     return implementation
 
 
+@dataclass(frozen=True)
+class _Watching:
+    """In the place of the site that rotates queries: an observer of them."""
+
+    watch: Callable[[Tensor], object]
+
+    def rotate_queries(self, queries: Tensor) -> Tensor:
+        self.watch(queries)
+        return queries
+
+
+def watch_queries(
+    model: nn.Module, attachment: Attachment, observers: Mapping[str, Callable[[Tensor], object]]
+) -> None:
+    """Show observers the queries, (batch, heads, tokens, size), of attention modules until the attachment is removed.
+
+    The attachment has to rotate none itself (`attach` with `around`, or without R3).
+
+    Raises:
+        RotationError: The attention implementation has no place for it.
+    """
+    if observers:
+        _rotate_queries(model, attachment)
+    for name, watch in observers.items():
+        attachment.set(model.get_submodule(name), QUERIES, _Watching(watch))
+
+
 def _attention_with_rotated_queries(base: str) -> Callable[..., Any]:
     interface = AttentionInterface()
 
@@ -378,7 +405,7 @@ def _attention_with_rotated_queries(base: str) -> Callable[..., Any]:
         # Every modeling file has an eager function of its own, which the interface does not list.
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         function = interface.get_interface(base, eager)  # pyright: ignore[reportArgumentType]
-        site: KeyValueSite | None = getattr(module, QUERIES, None)
+        site: KeyValueSite | _Watching | None = getattr(module, QUERIES, None)
         return function(module, query if site is None else site.rotate_queries(query), *args, **kwargs)
 
     return attention
