@@ -32,10 +32,11 @@ def learn(
             opt.LEARNING,
             "closed-form: the best transforms from one pass forward and back; local: on captured activations; "
             "end-to-end: through the quantized model; local+end-to-end: one after "
-            "the other; auto: local, and end-to-end only if local does not beat the random rotations; random: learn "
-            "nothing, take the best random rotation.",
+            "the other; auto: local, and end-to-end only if local does not beat the random rotations, or as much as "
+            "--budget allows; random: learn nothing, take the best random rotation.",
         ),
     ] = "auto",
+    budget: opt.Budget = None,
     which: Annotated[
         str | None,
         opt.option(
@@ -148,6 +149,7 @@ def learn(
     from spinquant.calibration.data import CalibrationText
     from spinquant.cli.tables import learning_table
     from spinquant.entrypoints.learn import LearnText, learn_folder, read_learned
+    from spinquant.learning.budget import parse_duration
     from spinquant.learning.options import LearnOptions, Watch
 
     spec = opt.parse_spec(rotations, type, block_size, False, seed, online)
@@ -165,6 +167,7 @@ def learn(
         baselines=baselines,
         signs=signs,
         transforms=transforms,
+        budget=parse_duration(budget),
         moments=moments,  # pyright: ignore[reportArgumentType] - checked by the class
         shard=shard,
         **_method_options(method, both, local, end_to_end),

@@ -167,6 +167,15 @@ Length = Annotated[
 Windows = Annotated[
     int, option(ADVANCED, "Windows of text to measure on, spread evenly over it (evaluate and verify: 0 for all).")
 ]
+Budget = Annotated[
+    str | None,
+    option(
+        LEARNING,
+        "Time for learning with method auto, such as 90s, 10m or 1h: random rotations, closed form, local and "
+        "end-to-end learning are tried in this order, each only if it ends in time.",
+        "--budget",
+    ),
+]
 MomentsOf = Annotated[
     str,
     option(

@@ -61,6 +61,7 @@ def quantize(
             "--learn",
         ),
     ] = None,
+    budget: opt.Budget = None,
     tune: Annotated[
         int | None,
         opt.option(
@@ -154,6 +155,7 @@ def quantize(
     from spinquant.entrypoints.validation import settle_format
     from spinquant.errors import LearningError
     from spinquant.formats.compressed_config import scheme_for
+    from spinquant.learning.budget import parse_duration
     from spinquant.learning.end_to_end import EndToEndOptions
     from spinquant.learning.layerwise import LocalOptions
     from spinquant.learning.options import LearnOptions, Watch
@@ -165,11 +167,9 @@ def quantize(
             "--learn and --learned cannot be combined: the first learns rotations, the second reads them from a "
             "folder. Give one of them"
         )
-    if moments != "gradients" and not learn_first:
-        raise LearningError(
-            "--moments is an option of the transforms that --learn computes: give --learn closed-form (or another "
-            "method) too, or leave it out"
-        )
+    if not learn_first and (budget is not None or moments != "gradients"):
+        name, wanted = ("--budget", "auto") if budget is not None else ("--moments", "closed-form")
+        raise LearningError(f"{name} is an option of learning: give --learn {wanted} too, or leave out {name}")
     # What to write: rotations, format, scheme.
     spec = opt.parse_spec(rotations, type, block_size, randomize, seed, online)
     settled = settle_format(format, runtime, parse_scheme(scheme), spec)
@@ -199,6 +199,7 @@ def quantize(
     taken = opt.taken_from(learned, model, context, scheme=parsed, drawing=reads) if learned else None
     less = {"local": LocalOptions(checkpointing=True), "end_to_end": EndToEndOptions(checkpointing=True)}
     how_learned: dict[str, Any] = {"method": learn_first, "moments": moments, "seed": seed}
+    how_learned["budget"] = parse_duration(budget)
     how_learned |= less if checkpointing else {}
     learning = LearnOptions(**how_learned) if learn_first else None
 

@@ -38,6 +38,8 @@ UNLEARNED = {
 
 def learning_table(learned: "LearnedRotations", out: str) -> Table:
     """Every candidate with its score on held-out text, and the one that was kept."""
+    from spinquant.learning.budget import duration  # imported here since it imports torch
+
     record = learned.record
     table = Table(title=f"{out}: kept {record['kept']}", box=SIMPLE)
     for column in ("rotations", "KL to 16 bits", "perplexity", "clip of activations, cache", ""):
@@ -65,6 +67,10 @@ def learning_table(learned: "LearnedRotations", out: str) -> Table:
             f"closed form, {kind}: {score}, {verdict} ({tried['spaces']} spaces, condition number up to "
             f"{tried['condition']:.3g}{', moments of weights' if tried.get('moments') == 'weights' else ''})"
         )
+    if "budget" in record:
+        given, spent = (duration(record["budget"][name]) for name in ("seconds", "spent"))
+        about.append(f"budget: {spent} of {given} spent")
+        about += [f"budget, {what}: {why}" for what, why in record["budget"]["left_out"].items()]
     if record["options"]["method"] == "random" and kept.startswith("random"):
         about.append("method random learns nothing: the best random rotation was written")
     elif kept in UNLEARNED:

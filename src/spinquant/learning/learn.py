@@ -22,13 +22,24 @@ from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.compute.distributed import is_first
 from spinquant.compute.hashing import digest
 from spinquant.errors import LearningError
-from spinquant.learning.closed_form_steps import FIRST, REST, sort_channels, transform_in_closed_form
+from spinquant.learning import budget
+from spinquant.learning.auto import Allowed
+from spinquant.learning.budget import Budget
+from spinquant.learning.closed_form_steps import (
+    FIRST,
+    MOMENT_SAMPLES,
+    REST,
+    sort_channels,
+    transform_in_closed_form,
+)
 from spinquant.learning.fake_quant import fuse_gains, learning_scheme, shard_blocks
 from spinquant.learning.free_transforms import KINDS
 from spinquant.learning.learn_run import AFTER, CLOSED_FORM, Run
 from spinquant.learning.learned import initial_rotations
 from spinquant.learning.options import LearnOptions, Watch, check_used, learned_spaces
+from spinquant.learning.rows import row_samples
 from spinquant.learning.selection import Selection
+from spinquant.learning.step_times import StepTimes
 from spinquant.models.context import check_context
 from spinquant.models.modules import check_causal, check_changeable, in_eval_mode
 from spinquant.models.tokens import check_model, check_tokens
@@ -100,7 +111,7 @@ def learn(
         >>> sorted(learned.rotations)
         ['layers.0.value', 'residual']
     """
-    options, watch = options or LearnOptions(), watch or Watch()
+    options, watch, begun = options or LearnOptions(), watch or Watch(), budget.clock()
     scheme = parse_scheme(scheme)
     check_model(model)
     check_causal(model, "learning rotations, which are scored by the tokens that they predict,")
@@ -117,6 +128,8 @@ def learn(
         settings.append(start.digest())
         given = initial_rotations(start, plan, spec, options)
     pieces = None if store is None else Pieces(store, settings, writes=is_first())
+    limit = Budget(options.budget, pieces, begun=begun)
+    watch = limit.watching(watch)
     random = _baselines(plan, spec, options)
     fuse_gains(model, plan, next(iter(random.values())))
     if options.shard:
@@ -124,11 +137,14 @@ def learn(
     learning = learning_scheme(scheme, weights=options.end_to_end.weights)
     with in_eval_mode(model):
         candidates = Selection(model, plan, learning, tokens[:CLIP_WINDOWS], held_out, watch.stage, pieces)
-        run = Run(model, plan, scheme, learning, spec, names, tokens, options, candidates, pieces, watch)
-        run.score_baselines(random, given)
+        first, samples = next(iter(random.values())), (MOMENT_SAMPLES, row_samples(options.local))
+        times = StepTimes(model, plan, scheme, learning, first, names, tokens, candidates, options, samples)
+        allowed = Allowed(limit, times, REST if options.transforming else ())
+        run = Run(model, plan, scheme, learning, spec, names, tokens, options, candidates, pieces, watch, allowed)
+        run.score_baselines(allowed.baselines(random), given)
         if options.method not in ("random", CLOSED_FORM):
             candidates.set_aside(["keys"] if run.keeps_scales else ["keys", "norms"])
-        if options.transforming:
+        if options.transforming and allowed.closed_form(FIRST):
             transform_in_closed_form(run, CLOSED_FORM, KINDS if options.method == CLOSED_FORM else FIRST)
             if options.method in (CLOSED_FORM, "end-to-end"):
                 sort_channels(run)
@@ -138,7 +154,7 @@ def learn(
             run.learn_layerwise(initial, sites)
         if run.is_end_to_end:
             run.learn_end_to_end()
-        if options.transforming and options.method != CLOSED_FORM:
+        if options.transforming and options.method != CLOSED_FORM and allowed.closed_form(REST):
             transform_in_closed_form(run, AFTER, REST)
         return run.result()
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.learning.activations import ActivationSite, collect
+from spinquant.learning.auto import Allowed
 from spinquant.learning.end_to_end import FROM_LOCAL, Step, learn_end_to_end
 from spinquant.learning.free_transforms import (
     composed,
@@ -20,8 +21,8 @@ from spinquant.learning.joint_sites import JointSite, collect_jointly
 from spinquant.learning.joint_steps import joint_spaces, learn_together
 from spinquant.learning.layerwise import learn_locally, rounding_errors
 from spinquant.learning.learned import spec_of
-from spinquant.learning.options import LearnOptions, Watch
-from spinquant.learning.rows import error_rows, sampled_spaces, with_signs
+from spinquant.learning.options import LearnOptions, Watch, learns_scales
+from spinquant.learning.rows import error_rows, row_samples, sampled_spaces, with_signs
 from spinquant.learning.selection import Selection
 from spinquant.learning.sensitivity import predicted_kl
 from spinquant.models.capture import device_of
@@ -32,8 +33,6 @@ from spinquant.rotations.learned import LearnedRotations
 from spinquant.rotations.rotation import Transform
 from spinquant.rotations.serialization import saved, to_save
 
-ROWS_PER_SAMPLE = 32  # rows of a site taken from one sample; few, so that they come from many samples
-FISHER_ROWS_PER_SAMPLE = 16  # the same where rows are sampled by weight; fewer, since few rows weigh much
 # Candidates: transforms in closed form, R1 and scales of norms in closed form, and transforms of the rotations kept.
 CLOSED_FORM, SORTED, AFTER = "closed-form", "closed-form R1", "closed-form after learning"
 LEARNED = ("given", CLOSED_FORM, SORTED, AFTER, "local", "end-to-end", "local+end-to-end")  # those that were learned
@@ -59,6 +58,7 @@ class Run:
     candidates: Selection
     pieces: Pieces | None
     watch: Watch
+    allowed: Allowed
     start: str = ""
     joint: dict[str, list[JointSite]] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
@@ -66,23 +66,28 @@ class Run:
     clock: dict[str, float] = field(default_factory=dict)
 
     @property
-    def is_local(self) -> bool:
-        """Whether rotations are learned on captured activations, which needs quantized activations or KV cache."""
+    def asks_local(self) -> bool:
+        """Whether the method learns on captured activations, which needs quantized activations or KV cache."""
         sampled = self.scheme.activations is not None or self.scheme.kv is not None
         return self.options.method in ("local", "local+end-to-end", "auto") and sampled
 
     @property
+    def is_local(self) -> bool:
+        """Whether rotations are learned on captured activations: the method does, and there is time for it."""
+        return self.asks_local and self.allowed.local(self.options.local) is not None
+
+    @property
     def is_end_to_end(self) -> bool:
-        """Whether rotations are learned end to end; with method `auto`, only if local learning does not lead."""
-        method = self.options.method
-        return method in ("end-to-end", "local+end-to-end") or (method == "auto" and self.candidates.leader != "local")
+        """Whether rotations are learned end to end; with method `auto`, if there is time or local does not lead."""
+        method, allowed = self.options.method, self.allowed
+        wanted = allowed.is_limited or self.candidates.leader != "local"
+        asked = method in ("end-to-end", "local+end-to-end") or (method == "auto" and wanted)
+        return asked and allowed.end_to_end(self.options.end_to_end) is not None
 
     @property
     def joint_spaces(self) -> list[str]:
         """The spaces whose rotation local learning learns together with the scales of norms."""
-        local = self.options.local
-        usual = local.objective == "error" and local.solver == "cayley" and local.weighting == "fisher"
-        if not (usual and self.is_local and self.options.transforming):
+        if not (learns_scales(self.options) and self.asks_local):
             return []
         rotations = self.candidates.candidates[self.start].rotations
         return [space for space in joint_spaces(self.plan, rotations, self.learning) if space in self.names]
@@ -90,7 +95,7 @@ class Run:
     @property
     def keeps_scales(self) -> bool:
         """Whether scales of norms still fit after learning: R1 is learned with them, or not on captured activations."""
-        alone = self.is_local and any(self.plan.space[space].rotation == "R1" for space in self.names)
+        alone = self.asks_local and any(self.plan.space[space].rotation == "R1" for space in self.names)
         return bool(self.joint_spaces) or not alone
 
     def score_baselines(self, random: Mapping[str, Mapping[str, Transform]], given: Mapping[str, Transform]) -> None:
@@ -128,7 +133,8 @@ class Run:
 
     def learn_layerwise(self, initial: Mapping[str, Transform], sites: Sequence[ActivationSite]) -> None:
         """Learn the rotation of each space on its captured activations, and score the result."""
-        local, joint = self.options.local, self.joint_spaces
+        local, joint = self.allowed.local(self.options.local), self.joint_spaces
+        assert local is not None
         own = [site for site in sites if site.space in self.names]
         common: dict[str, Any] = {"seed": self.options.seed, "device": device_of(self.model), "pieces": self.pieces}
         free: dict[str, Transform] = {}
@@ -165,8 +171,11 @@ class Run:
     def learn_end_to_end(self) -> None:
         """Learn through the quantized network, starting from the best candidate so far, and score the result."""
         options, candidates = self.options, self.candidates
-        name = "end-to-end" if options.method == "end-to-end" else "local+end-to-end"
-        through = options.end_to_end
+        through = self.allowed.end_to_end(options.end_to_end)
+        assert through is not None
+        # With a budget, local learning may have been left out.
+        alone = options.method == "end-to-end" or (self.allowed.is_limited and "local" not in candidates.candidates)
+        name = "end-to-end" if alone else "local+end-to-end"
         if candidates.leader == "local" or self.start == "given":
             through = replace(through, lr=FROM_LOCAL) if through.lr is None else through
         norms = {name: t for name, t in candidates.free.items() if kind_of(self.plan.space[name]) == "norms"}
@@ -184,7 +193,7 @@ class Run:
                 through,
                 seed=options.seed,
                 pieces=self.pieces,
-                report=lambda step: self.watch.step(name, step, options.end_to_end.steps),
+                report=lambda step: self.watch.step(name, step, through.steps),
             )
         self.score(name, {space: found[space] for space in initial}, {space: found[space] for space in norms})
         if not options.shard:  # capturing activations runs block by block, which a sharded model does not support
@@ -210,6 +219,7 @@ class Run:
             "clips": clips,
             "scores": {name: score.to_dict() for name, score in candidates.scores.items()},
             "seconds": self.clock,
+            **self.allowed.budget.to_record(),
         }
         return LearnedRotations(rotations, spec_of(plan, kept.rotations, self.spec), record)
 
@@ -231,11 +241,11 @@ class Run:
         local = self.options.local
         spaces = sampled_spaces(self.plan, self.names, self.options, self.spec)
         if local.weighting == "fisher":
-            tokens = self.tokens[: max(1, local.rows // FISHER_ROWS_PER_SAMPLE)]
+            tokens = self.tokens[: row_samples(local)]
             return self.collect(spaces, self.joint_spaces, local.rows, tokens)
         how: dict[str, Any] = {"rows": local.rows, "generator": generator_for(self.options.seed, "rows")}
         how["progress"] = lambda *n: self.watch.stage("capture activations", *n)
-        tokens = self.tokens[: max(1, local.rows // ROWS_PER_SAMPLE)]
+        tokens = self.tokens[: row_samples(local)]
         return collect(self.model, self.plan, spaces, self.learning, tokens, **how)
 
     def collect(self, spaces: Sequence[str], joint: Sequence[str], rows: int, tokens: Tensor) -> list[ActivationSite]:

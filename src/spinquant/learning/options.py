@@ -42,6 +42,9 @@ class LearnOptions:
         moments: What the transforms are computed from: `gradients` (the default; one pass forward and back), or
             `weights`, whose second moments stand in the place of those of gradients (WUSH, arXiv 2512.00956): forward
             passes alone, for a model that a backward pass is impossible for.
+        budget: Seconds that the call may take, only with method `auto`: random rotations, closed form, local and
+            end-to-end learning are tried in this order, each if it ends in time, its score included, with fewer steps
+            where needed. Default: no limit.
         shard: Shard the weights over the processes of torch.distributed (FSDP2). Only with method end-to-end, since
             local learning needs one decoder block at a time anyway. Default: False.
         local: Options of local learning.
@@ -64,6 +67,7 @@ class LearnOptions:
     signs: int = 0
     transforms: bool | None = None
     moments: MomentsOf = "gradients"
+    budget: float | None = None
     shard: bool = False
     local: LocalOptions = field(default_factory=LocalOptions)
     end_to_end: EndToEndOptions = field(default_factory=EndToEndOptions)
@@ -71,7 +75,7 @@ class LearnOptions:
 
     def __post_init__(self):
         check_choices(self, {"method": METHODS, "moments": MOMENTS})
-        check_numbers(self, counts=("baselines",), positive=())
+        check_numbers(self, counts=("baselines",), positive=("budget",))
         check_seed(self.seed, LearningError)
         if self.signs < 0:
             raise LearningError(f"signs is {self.signs}: expected the number of random signs to try, or 0 (--signs)")
@@ -79,6 +83,11 @@ class LearnOptions:
             raise LearningError(
                 "method closed-form computes transforms and nothing else: leave out --no-transforms, or choose another "
                 "method"
+            )
+        if self.budget is not None and self.method != "auto":
+            raise LearningError(
+                f"a budget of {self.budget:g} s with method {self.method}: only method auto chooses what it does by "
+                "the time given. Use --method auto, or leave out --budget"
             )
         if self.moments == "weights" and (self.transforms is False or self.shard):
             other = "--shard" if self.shard else "--no-transforms"
@@ -127,6 +136,13 @@ class Watch:
 
     stage: Callable[[str, int, int], None] = lambda name, done, total: None
     step: Callable[[str, Step, int], None] = lambda name, step, steps: None
+
+
+def learns_scales(options: LearnOptions) -> bool:
+    """Whether local learning learns R1 together with the scales of norms, where there are any."""
+    local = options.local
+    usual = local.objective == "error" and local.solver == "cayley" and local.weighting == "fisher"
+    return usual and options.transforming
 
 
 def check_used(plan: Plan, spec: RotationSpec, scheme: Scheme, names: Mapping[str, str], options: LearnOptions) -> None:

@@ -6,14 +6,22 @@ from typing import Any
 from torch import Tensor
 
 from spinquant.learning.activations import ActivationSite, collect
-from spinquant.learning.layerwise import rounding_errors
+from spinquant.learning.layerwise import LocalOptions, rounding_errors
 from spinquant.learning.options import LearnOptions
 from spinquant.plan import ONLINE, Plan
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotations.factory import RotationSpec, generator_for, random_signs
 from spinquant.rotations.rotation import Hadamard, Transform
 
+ROWS_PER_SAMPLE = 32  # rows of a site taken from one sample; few, so that they come from many samples
+FISHER_ROWS_PER_SAMPLE = 16  # the same where rows are sampled by weight; fewer, since few rows weigh much
 ERROR_SAMPLES, ERROR_ROWS = 4, 256  # samples and rows for rounding errors before and after end-to-end learning
+
+
+def row_samples(local: LocalOptions) -> int:
+    """Number of samples that the rows of local learning come from."""
+    share = FISHER_ROWS_PER_SAMPLE if local.weighting == "fisher" else ROWS_PER_SAMPLE
+    return max(1, local.rows // share)
 
 
 def error_rows(

@@ -1,0 +1,155 @@
+"""Seconds that the parts of a run of `learn` take on this machine, from measured passes and steps.
+
+The first pass of each kind is measured when it is asked for, and discarded.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spinquant.learning import budget
+from spinquant.learning.activations import collect
+from spinquant.learning.closed_form import FROM_SIMILAR, MATRIX
+from spinquant.learning.end_to_end import learn_end_to_end
+from spinquant.learning.free_transforms import Kind
+from spinquant.learning.joint_sites import collect_jointly
+from spinquant.learning.joint_steps import joint_spaces, learn_together
+from spinquant.learning.layerwise import learn_locally
+from spinquant.learning.moments import FOLDS
+from spinquant.learning.options import LearnOptions, learns_scales
+from spinquant.learning.selection import RATIOS, Candidate, Exact, Selection, score_candidates
+from spinquant.learning.sensitivity import backward_own_predictions
+from spinquant.models.capture import device_of
+from spinquant.plan import Plan
+from spinquant.quantization.scheme import Scheme
+from spinquant.rotations.factory import generator_for
+from spinquant.rotations.rotation import Transform
+
+
+@dataclass
+class StepTimes:
+    """Estimates for one run.
+
+    Attributes:
+        model: The model, with its gains fused.
+        plan: Its plan.
+        scheme: What is quantized.
+        learning: The same during learning.
+        rotations: A random rotation of every space.
+        names: The spaces that are learned, with the name of their rotation.
+        tokens: Calibration tokens, int64 (samples, length).
+        selection: What candidates are scored with.
+        options: Of the run.
+        samples: Number of samples for moments, and to capture rows from.
+    """
+
+    model: Any
+    plan: Plan
+    scheme: Scheme
+    learning: Scheme
+    rotations: Mapping[str, Transform]
+    names: Mapping[str, str]
+    tokens: Tensor
+    selection: Selection
+    options: LearnOptions
+    samples: tuple[int, int]
+
+    @cached_property
+    def window(self) -> float:
+        """Of one window through the quantized network, with its score."""
+        one = {"": Candidate(self.rotations)}
+        exact = Exact(self.model, self.selection.held_out[:1])
+        exact.fill()
+        return self._measured(lambda: score_candidates(self.model, self.plan, one, self.learning, exact))
+
+    @cached_property
+    def backward(self) -> float:
+        """Of one sample forward and back."""
+        how: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "progress": None}
+        how["checkpointing"] = self.options.local.checkpointing or self.options.end_to_end.checkpointing
+        args = self.model, self.plan, self.learning, self.tokens[:1], lambda attachment: None
+        return self._measured(lambda: backward_own_predictions(*args, **how))
+
+    @property
+    def scoring(self) -> float:
+        """Of scoring one candidate with clip ratios that are known."""
+        return len(self.selection.held_out) * self.window
+
+    @property
+    def baselines(self) -> float:
+        """Of scoring one random rotation, with the predictions of the 16-bit model and a search of clip ratios."""
+        windows = self.selection.held_out, self.selection.clip_windows
+        return self.judging() + sum(map(len, windows)) * self.window
+
+    def judging(self) -> float:
+        """Of scoring one candidate with clip ratios of its own."""
+        parts = sum(part is not None for part in (self.learning.activations, self.learning.kv))
+        return self.scoring + len(self.selection.clip_windows) * (parts * (len(RATIOS) - 1) + 1) * self.window
+
+    def closed_form(self, spaces: Mapping[Kind, Sequence[str]]) -> float:
+        """Of computing transforms, and trying one kind after another. spaces: by kind."""
+        if not spaces:
+            return 0.0
+        a_pass = self.backward if self.options.moments == "gradients" else self.window
+        passes = min(self.samples[0], len(self.tokens)) * a_pass
+        return passes + self._solving(spaces) + len(spaces) * self.scoring + self.judging()
+
+    def capturing(self) -> float:
+        """Of capturing the rows that local learning needs."""
+        a_pass = self.backward if self.options.local.weighting == "fisher" else self.window
+        return min(self.samples[1], len(self.tokens)) * a_pass
+
+    @cached_property
+    def local_step(self) -> float:
+        """Of one step of all rotations."""
+        local, generator = self.options.local, generator_for(0, "rows")
+        rows = min(local.batch, self.tokens.shape[1])
+        where, together = (self.model, self.plan, list(self.names)), self._together()
+        if together:
+            how: dict[str, Any] = {"weights": self.scheme.weights, "seed": self.options.seed, "rows": 2 * rows}
+            sites, joint = collect_jointly(
+                *where, together, self.learning, self.tokens[:2], generator=generator, **how, checkpointing=True
+            )
+        else:
+            sites, joint = collect(*where, self.learning, self.tokens[:1], rows=rows, generator=generator), {}
+        sites = [site for site in sites if site.space not in joint]
+        steps, device = replace(local, steps=2), device_of(self.model)
+
+        def learn() -> None:
+            learn_locally(sites, self.rotations, steps, device=device)
+            learn_together(self.plan, joint, self.rotations, self.scheme.weights, steps, device=device)
+
+        return self._measured(learn) / 2
+
+    @cached_property
+    def end_to_end_step(self) -> float:
+        """Of one step through the quantized network."""
+        args = self.model, self.plan, self.rotations, self.names, self.scheme, self.tokens
+        return self._measured(lambda: learn_end_to_end(*args, replace(self.options.end_to_end, steps=1)))
+
+    def _together(self) -> list[str]:
+        """The spaces whose rotation is learned with scales of norms."""
+        if not learns_scales(self.options):
+            return []
+        return [name for name in joint_spaces(self.plan, self.rotations, self.learning) if name in self.names]
+
+    def _solving(self, spaces: Mapping[Kind, Sequence[str]]) -> float:
+        """Of choosing the damping of matrices: a decomposition for each head, candidate, fold and iteration."""
+        total = 0.0
+        every = [self.plan.space[name] for names in spaces.values() for name in names]
+        for size in {space.size for space in every if space.allows == "any"}:
+            heads = sum(space.heads for space in every if space.allows == "any" and space.size == size)
+            one = torch.eye(size, dtype=torch.float64) + 0.1
+            total += heads * self._measured(lambda one=one: torch.linalg.eigh(one))
+        return 2 * total * len(MATRIX) * FOLDS * FROM_SIMILAR
+
+    def _measured(self, action: Any) -> float:
+        start = budget.clock()
+        action()
+        if device_of(self.model).type == "cuda":
+            torch.cuda.synchronize()
+        return budget.clock() - start

@@ -1,0 +1,126 @@
+"""Method auto with a budget: it ends in time, tries more with more time, and counts the time before an interruption."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from models import random_weights, tiny_model, tokens
+from spinquant import EndToEndOptions, LearningError, LearnOptions, LocalOptions, RotationSpec, learn
+from spinquant.learning import budget
+from spinquant.learning.budget import Budget, duration, parse_duration
+from spinquant.learning.options import Watch
+
+SPEC = RotationSpec("R1,R2,R3,R4", "random-hadamard")
+OPTIONS = LearnOptions(
+    "auto",
+    baselines=3,
+    local=LocalOptions(steps=20, rows=64, batch=8),
+    end_to_end=EndToEndOptions(steps=12, batch=4, micro_batch=1, lr=0.2),
+)
+
+
+class Clock:
+    """Time that passes by one second for every forward pass of a model."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr(budget, "clock", lambda: self.now)
+
+    def model(self):
+        model = random_weights(tiny_model("llama", layers=1))
+        model.register_forward_pre_hook(lambda *_: setattr(self, "now", self.now + 1))
+        return model
+
+    def learn(self, seconds, **how):
+        options = replace(OPTIONS, budget=seconds)
+        return learn(self.model(), "A4KV4", SPEC, tokens(8, 16), tokens(4, 16, seed=9), options, **how)
+
+
+def test_more_time_is_used_for_more_and_never_exceeded(monkeypatch):
+    clock, tried = Clock(monkeypatch), []
+    for seconds in (40, 100, 160, 2000):
+        learned = clock.learn(seconds)
+        about = learned.record["budget"]
+        assert about["seconds"] == seconds and about["spent"] <= seconds
+        scores = learned.record["scores"]
+        tried.append({"closed form", "local", "end-to-end"} - set(about["left_out"]))
+        assert learned.kept == min((one for one in scores if one != "16-bit"), key=lambda name: scores[name]["kl"])
+        steps = len(learned.record["steps"])
+        assert ("local" in scores) == ("local" in tried[-1] or bool(learned.record.get("local_steps")))
+        assert 0 < steps < 12 if "steps" in about["left_out"].get("end-to-end", "") else steps in (0, 12)
+    assert tried[0] < tried[-1] == {"closed form", "local", "end-to-end"}
+    assert any(0 < len(one) < 3 for one in tried)
+    assert learned.record["budget"]["left_out"] == {} and len(learned.record["scores"]) >= 6
+
+
+def test_steps_that_are_cut_decay_over_those_that_are_made(monkeypatch):
+    clock, lengths, totals = Clock(monkeypatch), [], set()
+    from spinquant.learning.cayley import Descent
+
+    real = Descent.step
+
+    def step(self, gradients, length):
+        lengths.append(length)
+        return real(self, gradients, length)
+
+    for seconds in (212, 218):
+        lengths.clear()
+        learned = clock.learn(seconds, watch=Watch(step=lambda name, one, steps: totals.add(steps)))
+        steps = len(learned.record["steps"])
+        if 0 < steps < 12:
+            break
+        totals.clear()
+    assert 0 < steps < 12 and totals == {steps}
+    assert f"{steps} of 12 steps" in learned.record["budget"]["left_out"]["end-to-end"]
+    monkeypatch.setattr(Descent, "step", step)
+    clock.learn(seconds)
+    made = torch.tensor(lengths[-steps:])
+    expected = 0.5 * (1 + torch.cos(torch.pi * torch.arange(steps) / steps))
+    torch.testing.assert_close(made / made[0], expected, rtol=1e-5, atol=1e-6)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_time_before_an_interruption_counts(monkeypatch, tmp_path):
+    whole = Clock(monkeypatch).learn(250, store=tmp_path / "whole").record["budget"]
+    clock = Clock(monkeypatch)
+
+    def stage(name, done, total):
+        if name == "collect moments" and done == total:
+            raise Killed
+
+    with pytest.raises(Killed):
+        clock.learn(250, store=tmp_path / "run", watch=Watch(stage=stage))
+    before = clock.now - 1000.0
+    clock.now = 9e9  # another process, later
+    resumed = clock.learn(250, store=tmp_path / "run").record["budget"]
+    assert resumed["spent"] >= before and clock.now - 9e9 + before >= resumed["spent"] >= 0.8 * whole["spent"]
+    state = Budget(250, None)
+    assert state.left == 250
+    clock.now += 200
+    assert state.left == 50 and not state.fits("much", lambda: 45.0) and state.fits("little", lambda: 40.0)
+    assert "much" in state.left_out and state.decided == {"much": 0, "little": 1}
+
+
+def test_without_a_budget_nothing_is_measured(monkeypatch):
+    monkeypatch.setattr("spinquant.learning.step_times.StepTimes._measured", lambda *_: pytest.fail("measured"))
+    learned = Clock(monkeypatch).learn(None)
+    assert "budget" not in learned.record and "local" in learned.record["scores"]
+
+
+def test_durations():
+    assert [parse_duration(text) for text in ("90s", "10m", "1.5h", None)] == [90, 600, 5400, None]
+    for text in ("10", "m", "0s", "-5m", "1d"):
+        with pytest.raises(LearningError, match=r"such as 90s, 10m or 1h \(--budget\)"):
+            parse_duration(text)
+    assert [duration(one) for one in (12, 210, 9000)] == ["12 s", "3.5 min", "2.5 h"]
+
+
+def test_a_budget_needs_method_auto():
+    with pytest.raises(LearningError, match=r"budget of 90 s with method local.*--method auto.*--budget"):
+        LearnOptions("local", budget=90)
+    with pytest.raises(LearningError, match="budget is 0: expected a positive number"):
+        LearnOptions("auto", budget=0)
