@@ -397,6 +397,7 @@ def test_quantize_learns_in_one_go(run, learned, tmp_path):
         (["--method", "gptq", "--scheme", "A4"], "method rtn"),
         (["--runtime", "vllm"], "vllm"),
         (["--learned", "elsewhere"], "Give one of them"),
+        (["--budget", "10m"], "with method local"),
     ],
 )
 def test_what_quantizing_would_refuse_is_refused_before_learning(run, learned, tmp_path, monkeypatch, more, word):
@@ -404,6 +405,12 @@ def test_what_quantizing_would_refuse_is_refused_before_learning(run, learned, t
     command = ["quantize", learned[0] / "model", tmp_path / "out", "--scheme", "W4A4KV4", "--learn", "local", *more]
     code, _, errors = run(*command)
     assert code == 1 and word in errors and len(errors.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("more", "word"), [(["--budget", "10m"], "auto"), (["--moments", "weights"], "closed-form")])
+def test_options_of_learning_need_learning(run, folder, tmp_path, more, word):
+    code, _, errors = run("quantize", folder, tmp_path / "out", "--scheme", "W4A4KV4", *more)
+    assert code == 1 and f"{more[0]} is an option of learning: give --learn {word}" in errors
 
 
 LEARN_MISTAKES = {
@@ -428,6 +435,10 @@ LEARN_MISTAKES = {
     "longer than the context": (["--sample-length", "3000"], "max_position_embeddings"),
     "massive rows count nothing": (["--method", "local", "--massive", "0"], "(--massive)"),
     "no steps": (["--steps", "0"], "(--steps)"),
+    "no time": (["--budget", "10"], "such as 90s, 10m or 1h"),
+    "time for one method": (["--method", "local", "--budget", "10m"], "only method auto"),
+    "unknown moments": (["--moments", "hessians"], "gradients, weights"),
+    "moments of no transforms": (["--moments", "weights", "--no-transforms"], "--no-transforms rules out"),
     "no rows": (["--method", "local", "--rows", "-3"], "rows is -3"),
     "no rotation to beat": (["--baselines", "0"], "(--baselines)"),
     "an infinite step": (["--lr", "inf"], "(--lr)"),

@@ -120,7 +120,7 @@ def test_durations():
 
 
 def test_a_budget_needs_method_auto():
-    with pytest.raises(LearningError, match=r"budget of 90 s with method local.*--method auto.*--budget"):
+    with pytest.raises(LearningError, match=r"budget of 90 s with method local.*learn --method auto.*--budget"):
         LearnOptions("local", budget=90)
     with pytest.raises(LearningError, match="budget is 0: expected a positive number"):
         LearnOptions("auto", budget=0)

@@ -87,7 +87,7 @@ class LearnOptions:
         if self.budget is not None and self.method != "auto":
             raise LearningError(
                 f"a budget of {self.budget:g} s with method {self.method}: only method auto chooses what it does by "
-                "the time given. Use --method auto, or leave out --budget"
+                "the time given. Use method auto (learn --method auto, quantize --learn auto), or leave out --budget"
             )
         if self.moments == "weights" and (self.transforms is False or self.shard):
             other = "--shard" if self.shard else "--no-transforms"

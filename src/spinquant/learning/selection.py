@@ -19,6 +19,7 @@ from spinquant.evaluation.metrics import divergence, nll, perplexity_of
 from spinquant.learning.fake_quant import rounding
 from spinquant.learning.free_transforms import Fused, Kind, fuse_free, kind_of, with_free
 from spinquant.models.capture import device_of
+from spinquant.online.hooks import attachment_of
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.rotations.rotation import Transform
@@ -94,6 +95,7 @@ class Exact:
         return self._computed(self.windows[number])
 
     def _computed(self, window: Tensor) -> Tensor:
+        assert attachment_of(self.model) is None, "a rounded model has no exact predictions"
         return _predictions(self.model, window.unsqueeze(0).to(device_of(self.model)))
 
 
@@ -294,13 +296,15 @@ def with_clips(model: nn.Module, plan: Plan, best: Candidate, scheme: Scheme, ex
     """
     rotations = with_free(plan, best.rotations, best.free)
     rows = [w.unsqueeze(0).to(device_of(model)) for w in exact.windows]
+    references = [exact[i] for i in range(len(rows))]
     tried: dict[tuple[float, float], float] = {}
 
     def error(candidate: Candidate) -> float:
         key = (candidate.activation_clip, candidate.kv_clip)
         if key not in tried:
             with rounding(model, plan, rotations, candidate.scheme(scheme)):
-                tried[key] = sum(divergence(exact[i], _predictions(model, row)) for i, row in enumerate(rows))
+                pairs = zip(references, rows, strict=True)
+                tried[key] = sum(divergence(reference, _predictions(model, row)) for reference, row in pairs)
         return tried[key]
 
     fresh = best.activation_clip == best.kv_clip == RATIOS[0]
