@@ -24,7 +24,7 @@ from spinquant import (
 from spinquant.calibration.blockwise import Calibration
 from spinquant.calibration.data import calibration_tokens
 from spinquant.checkpoint.folder import load_tokenizer
-from spinquant.entrypoints.arithmetic import _stored, arithmetic_of
+from spinquant.entrypoints.arithmetic import arithmetic_of, stored_in
 from spinquant.entrypoints.request import LearnText
 
 UNPROVED, SPEC, TEXT = Options(prove=False), RotationSpec("R1,R2,R3,R4"), CalibrationText("manual", 4, 16)
@@ -124,7 +124,7 @@ def test_evaluating_gives_the_perplexity_of_the_float32_checkpoint(pair, slow, r
 def test_a_quantized_folder_counts_the_numbers_that_its_words_hold(tmp_path, slow):
     folder = saved(tmp_path / "model", "llama", torch.bfloat16)
     quantize_folder(folder, tmp_path / "out", "W4A16", RotationSpec(()), options=UNPROVED)
-    (_, plain, _), (dtype, packed, fixed) = _stored(folder, False), _stored(tmp_path / "out", False)
+    (_, plain, _), (dtype, packed, fixed) = stored_in(folder, False), stored_in(tmp_path / "out", False)
     assert dtype == torch.bfloat16 and not fixed and plain <= packed < 1.2 * plain
     (computed,) = arithmetic_of(tmp_path / "out", device="cpu")
     assert computed.dtype == torch.float32

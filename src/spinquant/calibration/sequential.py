@@ -130,6 +130,11 @@ def block_calls(model: Any, blocks: Sequence[str], tokens: Tensor, hidden: Hidde
 
 @torch.no_grad()
 def run_block(block: nn.Module, states: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """The block's output for hidden states (batch, length, width), without gradients."""
+    return block_output(block, states, arguments)
+
+
+def block_output(block: nn.Module, states: Tensor, arguments: Mapping[str, Any]) -> Tensor:
     """The block's output for hidden states (batch, length, width)."""
     device = device_of(block)
     moved = {name: _to(value, device) for name, value in arguments.items()}
@@ -143,6 +148,16 @@ def after_blocks(model: Any, blocks: Sequence[str], states: Tensor) -> Tensor:
     with _replaced(model, blocks, lambda name, hidden, others: states):
         placeholder = torch.zeros(states.shape[:2], dtype=torch.int64, device=device_of(model))
         return body_of(model)(placeholder, use_cache=False).last_hidden_state
+
+
+def logits_after(model: Any, blocks: Sequence[str], states: Tensor) -> Tensor:
+    """The logits, from the last block's output, (batch, length, width): final norm, head, and what scales its output.
+
+    The weights outside of the blocks and of the head have to be available.
+    """
+    with _replaced(model, blocks, lambda name, hidden, others: states):
+        placeholder = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
+        return model(input_ids=placeholder, use_cache=False).logits
 
 
 @contextmanager

@@ -60,10 +60,14 @@ class Pieces:
 
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors and JSON metadata of a piece; None if it is not finished, or has other settings."""
-        if not self.path(name).exists() or not self._is_ours():
+        if not self.has(name):
             return None
         with self._opened(name) as file:
             return {key: file.get_tensor(key) for key in file.keys()}, self._about(file)
+
+    def has(self, name: str) -> bool:
+        """Whether a piece is finished."""
+        return self.path(name).exists() and self._is_ours()
 
     def about(self, name: str) -> dict[str, Any]:
         """The JSON metadata of a finished piece."""

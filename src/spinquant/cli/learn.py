@@ -139,6 +139,7 @@ def learn(
     block_size: opt.BlockSize = None,
     seed: opt.Seed = 0,
     dtype: opt.Dtype = None,
+    memory: opt.LearningMemory = None,
     family: opt.Family = None,
     allow_pickle: opt.AllowPickle = False,
 ) -> None:
@@ -191,6 +192,7 @@ def learn(
             command=command_line(),
             family=family,
             watch=Watch(progress, step_report(progress)),
+            memory=opt.parse_size(memory),
         )
     push_to_hub(out, push, quiet=quiet)
     print_result(json_, learned.record, learning_table(learned, str(out)))

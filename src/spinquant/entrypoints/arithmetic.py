@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from spinquant.checkpoint.folder import PICKLES, TensorInfo, folder_of, has_pickles_only, load_config, read_headers
+from spinquant.checkpoint.reader import Source
 from spinquant.checkpoint.safetensors_io import DTYPES
 from spinquant.compute.distributed import Processes
 from spinquant.compute.dtypes import Arithmetic, arithmetic
@@ -17,6 +18,7 @@ from spinquant.entrypoints.local_paths import source_name
 from spinquant.entrypoints.output_folder import dtype_of, widest
 from spinquant.formats.load import load_model
 from spinquant.formats.register import METHOD
+from spinquant.plan import Plan
 
 _WORD = 32  # bits of the words that quantized weights are packed in
 
@@ -38,7 +40,7 @@ def arithmetic_of(
         processes: Processes of which each loads the models; all follow the choice of the first.
     """
     asked = wanted if isinstance(wanted, torch.dtype) else None
-    about = [_stored(model, allow_pickle) for model in models]
+    about = [stored_in(model, allow_pickle) for model in models]
     numbers = sum(count for _, count, _ in about)
     found = []
     for model, (stored, _, fixed) in zip(models, about, strict=True):
@@ -49,6 +51,25 @@ def arithmetic_of(
     if processes is None:
         return found
     return [Arithmetic.from_dict(one) for one in processes.agree([one.to_dict() for one in found])]
+
+
+def arithmetic_by_block(
+    what: str, source: Source, plan: Plan, stored: torch.dtype, device: torch.device | str, wanted: torch.dtype | None
+) -> Arithmetic:
+    """Choose the dtype that decoder blocks compute in, of which one is in memory at a time.
+
+    Args:
+        what: the work, for the log.
+        source: the checkpoint.
+        plan: its plan.
+        stored: dtype of the checkpoint.
+        device: device to compute on.
+        wanted: the dtype that the user asks for.
+    """
+    sizes = {name: torch.Size(tensor.entry.shape).numel() for name, tensor in source.tensors.items()}
+    blocks = (sum(n for name, n in sizes.items() if name.startswith(f"{block}.")) for block in plan.blocks)
+    numbers = max(blocks, default=0) + max(sizes.values())
+    return arithmetic(what, stored, numbers, device, wanted=wanted)
 
 
 def load_to_compute(
@@ -63,7 +84,7 @@ def load_to_compute(
     return loaded, found
 
 
-def _stored(model: str | Path, allow_pickle: bool) -> tuple[torch.dtype, int, bool]:
+def stored_in(model: str | Path, allow_pickle: bool) -> tuple[torch.dtype, int, bool]:
     """The dtype that a model is loaded in by default, its number of weights, and whether it loads in no other dtype."""
     folder, config = folder_of(model, allow_pickle=allow_pickle), load_config(model)
     dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)

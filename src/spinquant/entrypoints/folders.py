@@ -297,6 +297,7 @@ def _learn(job: Job, run: RunDirectory, processes: Processes) -> LearnedRotation
         allow_pickle=request.allow_pickle,
         watch=request.watch,
         family=request.family,
+        memory=request.options.memory,
     )
     check_same({"learned": learned.digest()}, processes)
     return learned

@@ -21,6 +21,7 @@ from spinquant.checkpoint.untrusted import file_in, read_json
 from spinquant.compute.distributed import LONGEST, Processes, check_same, is_first, joined
 from spinquant.compute.values import validated
 from spinquant.entrypoints.arithmetic import arithmetic_of
+from spinquant.entrypoints.learn_blocks import fits_in_memory, opened_blocks
 from spinquant.entrypoints.local_paths import public_source, source_name
 from spinquant.entrypoints.model_card import learned_card
 from spinquant.entrypoints.request import LearnText
@@ -28,6 +29,7 @@ from spinquant.entrypoints.source_card import CARD, read_card
 from spinquant.entrypoints.validation import run_identity, text_files
 from spinquant.errors import CheckpointError, SpinquantError, TextError
 from spinquant.formats.load import load_model
+from spinquant.learning.from_disk import check_from_disk, learn_from_disk
 from spinquant.learning.learn import learn
 from spinquant.learning.options import LearnOptions, Watch
 from spinquant.models.modules import tensor_shapes
@@ -58,6 +60,7 @@ def learn_folder(
     watch: Watch | None = None,
     family: FamilyLike | None = None,
     command: str | None = None,
+    memory: int | None = None,
 ) -> LearnedRotations:
     """Learn rotations for a model folder or hub id, and write them to a folder.
 
@@ -83,6 +86,9 @@ def learn_folder(
         watch: Progress callbacks.
         family: A family file that describes the architecture, for models without a built-in table; see `use_family`.
         command: The command line that is named in the model card. Default: none.
+        memory: Bytes that the model may take while learning. With method closed-form or random, a larger one is read
+            from disk decoder block by decoder block, as often as the record says ("walks"); other methods refuse it.
+            Default: what is free on the device.
 
     Returns:
         The rotations of least KL divergence, with the scores of all candidates in their record.
@@ -140,6 +146,7 @@ def learn_folder(
                 allow_pickle=allow_pickle,
                 watch=watch,
                 family=family,
+                memory=memory,
             )
             if processes.first:
                 if not run.published:
@@ -162,21 +169,40 @@ def learn_from(
     allow_pickle: bool = False,
     watch: Watch | None = None,
     family: FamilyLike | None = None,
+    memory: int | None = None,
 ) -> LearnedRotations:
-    """Learn rotations of a model folder or hub id. store: where the run is saved, and resumed from."""
+    """Learn rotations of a model folder or hub id.
+
+    store: where the run is saved, and resumed from. memory: see `learn_folder`.
+    """
     watch, done = watch or Watch(), store / DONE
     if (done / ABOUT).exists():
         return read_learned(done)
     given = None if start is None else read_learned(start)
     device = processes.device
     (computed,) = arithmetic_of(model, device=device, wanted=dtype, allow_pickle=allow_pickle, processes=processes)
-    loaded = load_model(model, dtype=computed.dtype, device=device, allow_pickle=allow_pickle, family=family)
-    check_fits(plan_of(loaded), tensor_shapes(loaded), scheme)
-    (name, tokens), (held_out_name, held_out) = _texts(loaded, model, text, watch)
-    settings = [weights_digest(model), str(loaded.dtype), recorded_family(loaded.config)]
-    learned = learn(
-        loaded, scheme, spec, tokens, held_out, options, start=given, store=store, settings=settings, watch=watch
-    )
+    fits = options.shard or fits_in_memory(model, computed.dtype, device, memory, allow_pickle=allow_pickle)
+    fits = processes.agree(fits)
+    if not fits:
+        check_from_disk(options, start=start is not None)
+        if not processes.first:  # one process reads the checkpoint
+            processes.meet()
+            return read_learned(done)
+        with opened_blocks(model, scheme, spec, device=device, dtype=dtype, family=family) as blocks:
+            (name, tokens), (held_out_name, held_out) = _texts(blocks.reads(text), model, text, watch)
+            pieces = blocks.pieces(store, options, tokens, held_out)
+            learned = learn_from_disk(
+                blocks.home, blocks.home.plan, scheme, spec, tokens, held_out, options, pieces, watch=watch
+            )
+        computed = blocks.computed
+    else:
+        loaded = load_model(model, dtype=computed.dtype, device=device, allow_pickle=allow_pickle, family=family)
+        check_fits(plan_of(loaded), tensor_shapes(loaded), scheme)
+        (name, tokens), (held_out_name, held_out) = _texts(loaded, model, text, watch)
+        settings = [weights_digest(model), str(loaded.dtype), recorded_family(loaded.config)]
+        learned = learn(
+            loaded, scheme, spec, tokens, held_out, options, start=given, store=store, settings=settings, watch=watch
+        )
     about = {
         "text": name,
         "samples": list(tokens.shape),
@@ -189,6 +215,8 @@ def learn_from(
     if is_first():
         with atomic_folder(done, force=True) as folder:
             write_files(learned, folder)
+    if not fits:
+        processes.meet()
     return learned
 
 

@@ -37,7 +37,8 @@ class Options:
             False.
         memory: Bytes. Hidden states of a calibration from disk that take more are kept in a file (default: a quarter
             of the available memory), and a decoder block that takes more is not loaded to compare logits (default:
-            twice the largest tensor in float32, plus 256 MiB; a smaller number does not lower it).
+            twice the largest tensor in float32, plus 256 MiB; a smaller number does not lower it). A model that takes
+            more while rotations are learned is read from disk block by block, or refused (default: what is free).
         progress: Called with (stage, done, total) as work proceeds. Default: none.
 
     Example:

@@ -24,9 +24,9 @@ from spinquant.checkpoint.folder import load_tokenizer
 from spinquant.checkpoint.reader import Source, read_gains
 from spinquant.checkpoint.run_directory import CALIBRATION, RunDirectory
 from spinquant.compute.distributed import Processes
-from spinquant.compute.dtypes import Arithmetic, arithmetic
+from spinquant.compute.dtypes import Arithmetic
 from spinquant.compute.hashing import digest
-from spinquant.entrypoints.arithmetic import arithmetic_of
+from spinquant.entrypoints.arithmetic import arithmetic_by_block, arithmetic_of
 from spinquant.entrypoints.local_paths import source_name
 from spinquant.entrypoints.output_folder import dtype_of, model_dtype
 from spinquant.entrypoints.result import Result, Stage
@@ -151,7 +151,7 @@ class StreamRun:
 
         The first process does that while the others wait; then it shares the clip ratios with them.
         """
-        config = _unquantized(self.job.config)
+        config = unquantized(self.job.config)
         dtype = self.job.request.dtype or model_dtype(config, self.source)
         rotated = Rotated(self.source, self.change, self.untied)
         mine = self._calibrated(run, config, dtype, rotated, clock, processes) if processes.first else None
@@ -205,11 +205,7 @@ class StreamRun:
     def _arithmetic(
         self, what: str, stored: torch.dtype, device: torch.device | str, wanted: torch.dtype | None
     ) -> Arithmetic:
-        """The dtype that decoder blocks compute in, of which one is in memory at a time."""
-        sizes = {name: torch.Size(tensor.entry.shape).numel() for name, tensor in self.source.tensors.items()}
-        blocks = (sum(n for name, n in sizes.items() if name.startswith(f"{b}.")) for b in self.result.plan.blocks)
-        numbers = max(blocks, default=0) + max(sizes.values())
-        return arithmetic(what, stored, numbers, device, wanted=wanted)
+        return arithmetic_by_block(what, self.source, self.result.plan, stored, device, wanted)
 
     def write_adapters(self, data: Path) -> None:
         """Write the LoRA adapters and draft heads, rotated, into a folder `adapters` of `data`."""
@@ -225,7 +221,7 @@ class StreamRun:
         request, result, source = self.job.request, self.result, self.source
         if request.text is None or not result.rotations:
             return
-        config = _unquantized(self.job.config)
+        config = unquantized(self.job.config)
         written = [job.dtype for shard in self.shards for job in shard.jobs if job.dtype.is_floating_point]
         dtype = max((*written, *(stored.dtype for stored in source.tensors.values())), key=_width)
         reason = self._why_not_compared(hollow_model(config, dtype))
@@ -283,7 +279,7 @@ def _native(run: StreamRun, scheme: Scheme, finished: Finished | None) -> tuple[
 
 def _compressed(run: StreamRun, scheme: Scheme, finished: Finished | None) -> tuple[Packing, dict[str, Any]]:
     """Packing and `quantization_config` of compressed-tensors, which names modules; tensors keep their stored names."""
-    plan, config = run.result.plan, _unquantized(run.job.config)
+    plan, config = run.result.plan, unquantized(run.job.config)
     dtype = run.job.request.dtype or model_dtype(config, run.source)
     packing = CompressedPacking(plan, scheme, run.online, dtype, finished, run.result.clips)
     model = hollow_model(config, dtype)
@@ -307,7 +303,7 @@ def _looking(progress: Stage | None, processes: Processes) -> Stage:
     return report
 
 
-def _unquantized(config: Any) -> Any:
+def unquantized(config: Any) -> Any:
     """A copy of a config without `quantization_config`: an FP8 checkpoint is dequantized when it is read."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):

@@ -309,20 +309,24 @@ def check_tune(tune: TuneOptions | None, scheme: Scheme | None) -> None:
 
 
 def check_tuned_in_memory(numbers: int, dtype: torch.dtype, device: str) -> None:
-    """Raise LearningError for a model that is too large to be tuned in memory; numbers: of its weights.
-
-    Weights are there once, packed once more, and the activations and gradients of a sample take at least as much as one
-    decoder block: a quarter above the weights is the least that has to be free.
-    """
+    """Raise LearningError for a model that is too large to be tuned in memory; numbers: of its weights."""
     if torch.device(device).type != "cpu":
         return
-    needed, there = numbers * dtype.itemsize * 5 // 4, available_memory()
+    needed, there = needed_in_memory(numbers, dtype), available_memory()
     if needed > there:
         raise LearningError(
             f"tuning needs the model in memory: its weights in {named(dtype)} and what is computed with them take "
             f"{needed / 1e9:.1f} GB or more, and {there / 1e9:.1f} GB are available. Leave --tune out, and the "
             "model is streamed"
         )
+
+
+def needed_in_memory(numbers: int, dtype: torch.dtype) -> int:
+    """Bytes that have to be free at least to compute gradients through a model; numbers: of its weights.
+
+    Activations and gradients of a sample take at least as much as one decoder block: a quarter above the weights.
+    """
+    return numbers * dtype.itemsize * 5 // 4
 
 
 ASYMMETRY = 0.25  # default of method gptaq; measured, see `quantization/gptq.py`

@@ -5,7 +5,7 @@ KV cache are quantized as Q(x R) R^T, and no weight has to be rotated when a rot
 to be fused into the weights, which is done once.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -36,7 +36,12 @@ def fuse_gains(model: Any, plan: Plan, rotations: Mapping[str, Transform]) -> No
 
     The model's function is unchanged.
     """
-    fuse_module(model, plan, {gain.space: Hadamard(1) for gain in plan.gains if gain.space in rotations})
+    fuse_module(model, plan, gains_alone(plan, rotations))
+
+
+def gains_alone(plan: Plan, spaces: Container[str]) -> dict[str, Transform]:
+    """What has to be fused for the gains of the norms of rotated spaces to be fused, and nothing else."""
+    return {gain.space: Hadamard(1) for gain in plan.gains if gain.space in spaces}
 
 
 def shard_blocks(model: Any, plan: Plan) -> None:

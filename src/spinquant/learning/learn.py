@@ -130,7 +130,7 @@ def learn(
     pieces = None if store is None else Pieces(store, settings, writes=is_first())
     limit = Budget(options.budget, pieces, begun=begun)
     watch = limit.watching(watch)
-    random = _baselines(plan, spec, options)
+    random = baselines_of(plan, spec, options)
     fuse_gains(model, plan, next(iter(random.values())))
     if options.shard:
         shard_blocks(model, plan)
@@ -159,7 +159,7 @@ def learn(
         return run.result()
 
 
-def _baselines(plan: Plan, spec: RotationSpec, options: LearnOptions) -> dict[str, dict[str, Transform]]:
+def baselines_of(plan: Plan, spec: RotationSpec, options: LearnOptions) -> dict[str, dict[str, Transform]]:
     """Random rotations by name; a single one if all are of type hadamard, which is deterministic."""
     fixed = all(spec.type_of(name) == "hadamard" for name in spec.rotations)
     count = 1 if fixed else options.baselines

@@ -23,7 +23,7 @@ from spinquant.learning.layerwise import learn_locally, rounding_errors
 from spinquant.learning.learned import spec_of
 from spinquant.learning.options import LearnOptions, Watch, learns_scales
 from spinquant.learning.rows import error_rows, row_samples, sampled_spaces, with_signs
-from spinquant.learning.selection import Selection
+from spinquant.learning.selection import Candidate, Score, Selection
 from spinquant.learning.sensitivity import predicted_kl
 from spinquant.models.capture import device_of
 from spinquant.plan import Plan
@@ -205,23 +205,9 @@ class Run:
 
     def result(self) -> LearnedRotations:
         """The best candidate, with the record of the run."""
-        plan, candidates = self.plan, self.candidates
-        kept = candidates.leading
-        rotations = composed(kept.rotations, kept.free)
-        # Scales of norms are in the coordinates of R1, or of the model if R1 is not applied: then they go with any.
-        beside = {s.name: name for name in self.spec.rotations for s in plan.scales_beside(name)}
-        clips = {n: {"activations": c.activation_clip, "kv": c.kv_clip} for n, c in candidates.candidates.items()}
-        record = self.record | {
-            "rotation_of": {s.name: s.rotation or beside.get(s.name, "") for s in plan.spaces if s.name in rotations},
-            "steps": [asdict(step) for step in self.steps],
-            "kept": candidates.leader,
-            "learned": candidates.leader in LEARNED,
-            "clips": clips,
-            "scores": {name: score.to_dict() for name, score in candidates.scores.items()},
-            "seconds": self.clock,
-            **self.allowed.budget.to_record(),
-        }
-        return LearnedRotations(rotations, spec_of(plan, kept.rotations, self.spec), record)
+        record = self.record | {"steps": [asdict(step) for step in self.steps], "seconds": self.clock}
+        record |= self.allowed.budget.to_record()
+        return selected(self.plan, self.spec, self.candidates.candidates, self.candidates.scores, record)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -265,3 +251,26 @@ class Run:
             progress=lambda *n: self.watch.stage("capture activations", *n),
         )
         return sites
+
+
+def selected(
+    plan: Plan,
+    spec: RotationSpec,
+    candidates: Mapping[str, Candidate],
+    scores: Mapping[str, Score],
+    record: Mapping[str, Any],
+) -> LearnedRotations:
+    """The candidate with the least KL, the first if tied, with the record of the run."""
+    leader = min(candidates, key=lambda name: scores[name].kl)
+    kept = candidates[leader]
+    rotations = composed(kept.rotations, kept.free)
+    # Scales of norms are in the coordinates of R1, or of the model if R1 is not applied: then they go with any.
+    beside = {s.name: name for name in spec.rotations for s in plan.scales_beside(name)}
+    about = {
+        "rotation_of": {s.name: s.rotation or beside.get(s.name, "") for s in plan.spaces if s.name in rotations},
+        "kept": leader,
+        "learned": leader in LEARNED,
+        "clips": {n: {"activations": c.activation_clip, "kv": c.kv_clip} for n, c in candidates.items()},
+        "scores": {name: score.to_dict() for name, score in scores.items()},
+    }
+    return LearnedRotations(rotations, spec_of(plan, kept.rotations, spec), {"steps": [], **record, **about})

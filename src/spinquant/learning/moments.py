@@ -133,6 +133,70 @@ class _Outputs:
         output.register_hook(add)
 
 
+class MomentSums:
+    """Sums of the moments of sites, while a model runs forward and back.
+
+    Args:
+        sites: from `sites_of`.
+        scheme: what is quantized; if weights are, their rounding adds to the moments of gradients.
+    """
+
+    def __init__(self, sites: Sequence[Site], scheme: Scheme):
+        self.sites, self._weights = sites, scheme.weights
+        self._sums, self._outputs = [_Sums(site) for site in sites], _Outputs()
+        self._by_name: dict[str, list[_Sums]] = {}
+        for one in self._sums:
+            self._by_name.setdefault(one.site.name, []).append(one)
+        # Linears whose output gradients are observed (`watching_calls`).
+        self.readers = {name for site in sites for name in site.readers} if self._weights is not None else set()
+        self.watch_call = self._outputs.watch
+
+    def next_sample(self, number: int) -> None:
+        """Count what is observed from now on in the fold of sample `number`.
+
+        Raises LearningError if a sum is not finite.
+        """
+        self._outputs.fold = number % FOLDS
+        for one in self._sums:
+            one.check_finite()
+
+    def observe(self, attachment: Attachment) -> None:
+        """Set the observers of the sites in an attachment."""
+        for name, site in attachment.inputs.items():
+            site.watch = partial(self._watch, name)
+        for name, site in attachment.keys_values.items():
+            site.watch = partial(self._watch_cache, name)
+
+    def _watch(self, name: str, x: Tensor) -> None:
+        held, seen, outputs = self._by_name.get(name, ()), x.detach(), self._outputs
+        if held:
+            x.register_hook(lambda gradient: [one.add(outputs.fold, seen, gradient) for one in held] and None)
+
+    def _watch_cache(self, attention: str, keys: Tensor, values: Tensor) -> None:
+        self._watch(f"{attention}.keys", keys)
+        self._watch(f"{attention}.values", values)
+
+    def found(self, model: Any, plan: Plan) -> dict[str, list[list[Moments]]]:
+        """The moments of each site's space, by space: for each fold, those of every site; see `collect_moments`.
+
+        model: with the weights that read and write the spaces of the sites.
+        """
+        found: dict[str, list[list[Moments]]] = {}
+        missing: set[str] = set()
+        weights = self._weights
+        for one in self._sums:
+            folds = found.setdefault(one.site.space.name, [[] for _ in range(FOLDS)])
+            for fold, (moments, drift) in enumerate(zip(*one.found(), strict=True)):
+                if moments is None or not (traces(moments.x) > 0).all() or not (traces(moments.g) > 0).all():
+                    missing.add(one.site.space.name)
+                    continue
+                added = None if weights is None else _of_readers(model, plan, one.site, self._outputs, fold, weights)
+                folds[fold].append(moments if added is None else replace(moments, g=moments.g + added / moments.noise))
+                if weights is not None and drift is not None:
+                    folds[fold].extend(of_writers(model, plan, one.site.space, moments, drift, weights))
+        return {name: folds for name, folds in found.items() if name not in missing}
+
+
 def collect_moments(
     model: Any,
     plan: Plan,
@@ -162,50 +226,17 @@ def collect_moments(
     Raises:
         LearningError: a gradient is not finite, or memory does not suffice for the backward pass.
     """
-    sums, outputs, weights = [_Sums(site) for site in sites], _Outputs(), scheme.weights
-    by_name: dict[str, list[_Sums]] = {}
-    for one in sums:
-        by_name.setdefault(one.site.name, []).append(one)
-    readers = {name for site in sites for name in site.readers} if weights is not None else set()
-
-    def watch(name: str, x: Tensor) -> None:
-        held, seen = by_name.get(name, ()), x.detach()
-        if held:
-            x.register_hook(lambda gradient: [one.add(outputs.fold, seen, gradient) for one in held] and None)
-
-    def both(attention: str, keys: Tensor, values: Tensor) -> None:
-        watch(f"{attention}.keys", keys)
-        watch(f"{attention}.values", values)
-
-    def observe(attachment: Attachment) -> None:
-        for name, site in attachment.inputs.items():
-            site.watch = partial(watch, name)
-        for name, site in attachment.keys_values.items():
-            site.watch = partial(both, name)
+    sums = MomentSums(sites, scheme)
 
     def next_fold(done: int, total: int) -> None:
-        outputs.fold = done % FOLDS
-        for one in sums:
-            one.check_finite()
+        sums.next_sample(done)
         if progress:
             progress(done, total)
 
     how: dict[str, Any] = {"generator": generator, "checkpointing": checkpointing, "progress": next_fold}
-    with watching_calls(model, readers, outputs.watch), _advised():
-        backward_own_predictions(model, plan, scheme, tokens, observe, **how)
-    found: dict[str, list[list[Moments]]] = {}
-    missing: set[str] = set()
-    for one in sums:
-        folds = found.setdefault(one.site.space.name, [[] for _ in range(FOLDS)])
-        for fold, (moments, drift) in enumerate(zip(*one.found(), strict=True)):
-            if moments is None or not (traces(moments.x) > 0).all() or not (traces(moments.g) > 0).all():
-                missing.add(one.site.space.name)
-                continue
-            added = None if weights is None else _of_readers(model, plan, one.site, outputs, fold, weights)
-            folds[fold].append(moments if added is None else replace(moments, g=moments.g + added / moments.noise))
-            if weights is not None and drift is not None:
-                folds[fold].extend(of_writers(model, plan, one.site.space, moments, drift, weights))
-    return {name: folds for name, folds in found.items() if name not in missing}
+    with watching_calls(model, sums.readers, sums.watch_call), _advised():
+        backward_own_predictions(model, plan, scheme, tokens, sums.observe, **how)
+    return sums.found(model, plan)
 
 
 def arranged(site: Site, t: Tensor) -> Tensor:

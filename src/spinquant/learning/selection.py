@@ -290,10 +290,7 @@ def score_candidates(
 
 @torch.no_grad()
 def with_clips(model: nn.Module, plan: Plan, best: Candidate, scheme: Scheme, exact: Exact) -> Candidate:
-    """The candidate with the clip ratios of least KL on the windows of `exact`: first activations, then KV cache.
-
-    The search is one-dimensional for each: from 1 down, or to both sides of the ratio that the candidate has.
-    """
+    """The candidate with the clip ratios of least KL on the windows of `exact`; see `searched_clips`."""
     rotations = with_free(plan, best.rotations, best.free)
     rows = [w.unsqueeze(0).to(device_of(model)) for w in exact.windows]
     references = [exact[i] for i in range(len(rows))]
@@ -307,11 +304,22 @@ def with_clips(model: nn.Module, plan: Plan, best: Candidate, scheme: Scheme, ex
                 tried[key] = sum(divergence(reference, _predictions(model, row)) for reference, row in pairs)
         return tried[key]
 
+    return searched_clips(best, scheme, lambda candidates: error)
+
+
+def searched_clips(
+    best: Candidate, scheme: Scheme, errors: Callable[[Sequence[Candidate]], Callable[[Candidate], float]]
+) -> Candidate:
+    """The candidate with the best clip ratios: first of activations, then of the KV cache.
+
+    The search is one-dimensional for each: from 1 down, or to both sides of the ratio that the candidate has. errors:
+    given the candidates that may be tried, the error of each of them.
+    """
     fresh = best.activation_clip == best.kv_clip == RATIOS[0]
     for part, quantizer in (("activation_clip", scheme.activations), ("kv_clip", scheme.kv)):
         if quantizer is not None:
             choices = [replace(best, **{part: ratio}) for ratio in RATIOS]
-            start = RATIOS.index(getattr(best, part))
+            start, error = RATIOS.index(getattr(best, part)), errors(choices)
             best = _first_minimum(choices, error) if fresh else _nearest_minimum(choices, start, error)
     return best
 

@@ -155,7 +155,12 @@ def sampled_nll(model: Any, rows: Tensor, labels: Sequence[torch.Generator]) -> 
 
     labels: one generator per row, from which its labels are sampled.
     """
-    return _SampledNLL.apply(model(input_ids=rows, use_cache=False).logits, labels)  # pyright: ignore[reportReturnType]
+    return nll_of_own(model(input_ids=rows, use_cache=False).logits, labels)
+
+
+def nll_of_own(logits: Tensor, labels: Sequence[torch.Generator]) -> Tensor:
+    """The same from logits, (batch, length, vocabulary)."""
+    return _SampledNLL.apply(logits, labels)  # pyright: ignore[reportReturnType]
 
 
 class _SampledNLL(torch.autograd.Function):

@@ -1,0 +1,110 @@
+"""Scores of candidates for a model larger than memory: one walk carries all of them through each block it loads.
+
+Every candidate has hidden states of its own for every window of tokens. Its quantizers round in its coordinates, as in
+`fake_quant.py`, so all of them run on the same weights, and free transforms need not be fused to be scored.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from spinquant.calibration.sequential import Home, check_finite_output, logits_after, run_block
+from spinquant.checkpoint.run_pieces import Pieces
+from spinquant.evaluation.metrics import divergence, nll, perplexity_of
+from spinquant.learning.fake_quant import rounding
+from spinquant.learning.free_transforms import composed
+from spinquant.learning.selection import Candidate, Score
+from spinquant.learning.walk import entered, part_of
+from spinquant.plan import Plan
+from spinquant.quantization.scheme import Scheme
+
+STATES = "walk-scores"  # the piece with the hidden states of an unfinished walk
+SAVED_EVERY = 30.0  # seconds between two times that they are saved
+EXACT = "16-bit"
+
+
+@torch.no_grad()
+def walked_scores(
+    home: Home,
+    plan: Plan,
+    candidates: Mapping[str, Candidate],
+    scheme: Scheme,
+    windows: Tensor,
+    *,
+    pieces: Pieces | None = None,
+    label: str = "",
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Score]:
+    """Score candidates on windows of tokens, int64 (windows, length), with one block loaded at a time.
+
+    Args:
+        home: where the weights are, with the gains of norms fused and no other transform.
+        plan: plan of the model.
+        candidates: by name.
+        scheme: what is quantized; weights are not.
+        windows: tokens.
+        pieces: where hidden states are saved every half a minute, and a rerun resumes from.
+        label: by which a rerun knows the walk.
+        progress: called with (blocks done, blocks in all), the head counted as a block.
+
+    Returns:
+        The scores by name of the candidate, and that of the 16-bit model as "16-bit", as `score_candidates`.
+
+    Raises:
+        ArchitectureError: blocks read more than hidden states.
+        CalibrationError: a hidden state of the 16-bit model is not finite; the module is named.
+    """
+    model, total = home.model, len(plan.blocks) + 1
+    start = entered(home, plan, windows)
+    transforms = {name: composed(one.rotations, one.free) for name, one in candidates.items()}
+    states = {name: start.states for name in (EXACT, *candidates)}
+    done = 0
+    kept = pieces.load(STATES) if pieces else None
+    if kept is not None and kept[1]["label"] == label:
+        done = kept[1]["block"]
+        states = {name: kept[0][str(i)] for i, name in enumerate(states)}
+    saved = time.monotonic()
+
+    def rounded(name: str, part: Plan) -> AbstractContextManager[object]:
+        if name == EXACT:
+            return nullcontext()
+        return rounding(model, part, transforms[name], candidates[name].scheme(scheme))
+
+    for number, block in enumerate(plan.blocks[done:], done):
+        part, module, arguments = part_of(plan, block), model.get_submodule(block), start.arguments[block]
+        with home.block(block):
+            for name, before in states.items():
+                with rounded(name, part):
+                    after = [run_block(module, state, arguments).cpu() for state in before.split(1)]
+                if name == EXACT:
+                    for state, output in zip(before.split(1), after, strict=True):
+                        check_finite_output(module, block, state, arguments, output)
+                states[name] = torch.cat(after)
+        if pieces and time.monotonic() - saved >= SAVED_EVERY:
+            tensors = {str(i): tensor for i, tensor in enumerate(states.values())}
+            pieces.save(STATES, tensors, {"label": label, "block": number + 1})
+            saved = time.monotonic()
+        if progress:
+            progress(number + 1, total)
+    sums = {name: [0.0, 0.0] for name in states}
+    with home.outside(windows[:1, :1]), home.head():
+        device = model.get_input_embeddings().weight.device
+        logits_of = partial(logits_after, model, plan.blocks)
+        for i, window in enumerate(windows):
+            exact, targets = torch.empty(0), window[1:].to(device)
+            for name, state in states.items():
+                with rounded(name, part_of(plan, "")):
+                    found = logits_of(state[i : i + 1].to(device))[0, :-1]
+                exact = found if name == EXACT else exact
+                sums[name][0] += 0.0 if name == EXACT else divergence(exact, found)
+                sums[name][1] += nll(found, targets)
+    if progress:
+        progress(total, total)
+    tokens = windows.shape[0] * (windows.shape[1] - 1)
+    # As in memory, the 16-bit model comes last.
+    found = {name: sums[name] for name in (*candidates, EXACT)}
+    return {name: Score(kl / tokens, perplexity_of(total / tokens), tokens) for name, (kl, total) in found.items()}
