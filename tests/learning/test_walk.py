@@ -14,7 +14,7 @@ from spinquant.evaluation.tiny_model import exact_experts
 from spinquant.learning.fake_quant import fuse_gains, learning_scheme
 from spinquant.learning.free_transforms import closed_form_transforms, free_spaces, fuse_free
 from spinquant.learning.moments import collect_moments, sites_of
-from spinquant.learning.selection import Candidate, score_candidates
+from spinquant.learning.selection import Candidate, Exact, score_candidates
 from spinquant.learning.walk import check_walkable, walked_moments
 from spinquant.learning.walk_scores import STATES, walked_scores
 
@@ -86,9 +86,10 @@ def test_scores_of_a_walk_equal_those_in_memory(name, tmp_path):
     assert free
     plain, other = Candidate(rotations, {}, 0.9, 0.95), make_rotations(plan, replace(spec, seed=7))
     candidates = {"plain": plain, "free": replace(plain, free=free), "other": Candidate(other)}
-    expected = score_candidates(model, plan, {n: candidates[n] for n in ("plain", "other")}, scheme, ids)
+    exact = Exact(model, ids)
+    expected = score_candidates(model, plan, {n: candidates[n] for n in ("plain", "other")}, scheme, exact)
     fuse_free(model, plan, free, ids[:1])
-    expected |= {"free": score_candidates(model, plan, {"free": candidates["free"]}, scheme, ids)["free"]}
+    expected |= {"free": score_candidates(model, plan, {"free": candidates["free"]}, scheme, exact)["free"]}
     with opened_blocks(folder, FOUR, spec, device="cpu") as blocks:
         exact_experts(blocks.home.model)
         found = walked_scores(blocks.home, blocks.home.plan, candidates, scheme, ids)

@@ -220,6 +220,7 @@ class _Run:
         for number, kind in enumerate(left, 1):
             lower = scores[kind].kl < best.kl
             about = {"spaces": len(parts[kind]), "condition": max(map(condition, parts[kind].values()))}
+            about["moments"] = self.options.moments
             judged[kind] = {"kl": scores[kind].kl, "kept": lower, **about}
             if not lower:
                 return list(left[number:]), kept, best
