@@ -47,8 +47,8 @@ def main() -> None:
     folder = str(model_folder(arguments.model))
     tokenizer = spinquant.load_tokenizer(folder)
     tokens = spinquant.token_windows(tokenizer, spinquant.load_text("manual")[1], length=512, count=arguments.samples)
+    others, sites, size = captured(folder, tokens, spinquant.parse_scheme("W4A4KV4"))
     scheme = spinquant.parse_scheme("W4A4KV4", activation_clip=0.9, kv_clip=0.95)
-    others, sites, size = captured(folder, tokens, scheme)
     if arguments.windows:
         windows = spinquant.token_windows(tokenizer, docstrings(), length=512, count=arguments.windows)
         print(f"random R1: perplexity {perplexity(folder, scheme, others, windows):.2f}", flush=True)

@@ -28,7 +28,7 @@ from spinquant.learning.activations import collect
 from spinquant.learning.cayley import Descent
 from spinquant.learning.fake_quant import fuse_gains, learning_scheme
 from spinquant.learning.layerwise import LocalOptions, learn_locally
-from spinquant.learning.learn_run import ROWS_PER_SAMPLE
+from spinquant.learning.rows import ROWS_PER_SAMPLE
 
 SHAPES = {  # layers, and the config of one
     "1B": (16, {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}),

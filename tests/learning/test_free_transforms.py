@@ -123,9 +123,7 @@ def test_the_condition_number_of_a_matrix_is_bounded():
 def test_closed_form_is_kept_by_kind_where_it_lowers_kl(rotations):
     learned = run_learn(LearnOptions("closed-form", baselines=2), RotationSpec(rotations, "auto"))
     tried, scores = learned.record["closed_form"], learned.record["scores"]
-    fused = "R1" in learned.spec.rotations
-    assert set(tried) == {*KINDS, *(["R1 and norms"] if fused else [])} and tried["scales"]["kept"]
-    assert learned.kept == ("closed-form R1" if fused and tried["R1 and norms"]["kept"] else "closed-form")
+    assert set(tried) == set(KINDS) and learned.kept == "closed-form" and tried["scales"]["kept"]
     assert scores["closed-form"]["kl"] < 0.9 * min(scores["random 0"]["kl"], scores["random 1"]["kl"])
     lowest = min(scores["random 0"]["kl"], scores["random 1"]["kl"])
     for kind in KINDS:

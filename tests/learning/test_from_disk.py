@@ -34,13 +34,6 @@ def learned(folder, out, scheme=SCHEME, **given):
     return learn_folder(folder, out, scheme, SPEC, **arguments)
 
 
-@pytest.fixture
-def unsorted(monkeypatch):
-    """R1 of sorted channels is tried in memory alone."""
-    monkeypatch.setattr("spinquant.learning.learn.sort_channels", lambda run: None)
-
-
-@pytest.mark.usefixtures("unsorted")
 def test_learning_from_disk_selects_what_learning_in_memory_selects(tmp_path):
     folder = saved(tmp_path / "model", "qwen3", torch.float64)
     expected = learned(folder, tmp_path / "memory")
@@ -61,7 +54,6 @@ def test_learning_from_disk_selects_what_learning_in_memory_selects(tmp_path):
     assert 7 <= found.record["walks"] <= MOST_WALKS and "walks" not in expected.record
 
 
-@pytest.mark.usefixtures("unsorted")
 def test_kinds_that_do_not_help_are_left_out_as_in_memory(tmp_path, monkeypatch):
     """Kinds behind one that is not kept are judged again without it."""
     folder = saved(tmp_path / "model", "llama", torch.float64)

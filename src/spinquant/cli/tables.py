@@ -31,7 +31,6 @@ NEEDS = {
 
 UNLEARNED = {
     "closed-form": "random rotations with closed-form transforms",
-    "closed-form R1": "an R1 of sorted channels with closed-form transforms",
     "random signs": "random rotations with the best of several signs",
 }
 

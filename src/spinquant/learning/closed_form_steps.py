@@ -5,11 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from spinquant.learning.free_transforms import KINDS, Kind, closed_form_transforms, free_spaces, kind_of
-from spinquant.learning.joint_steps import joint_spaces, start_of, transforms_of
-from spinquant.learning.learn_run import CLOSED_FORM, SORTED, Run
+from spinquant.learning.learn_run import CLOSED_FORM, Run
 from spinquant.learning.moments import collect_moments, sites_of
 from spinquant.learning.weight_moments import collect_weight_moments
-from spinquant.models.capture import device_of
 from spinquant.rotations.factory import generator_for
 from spinquant.rotations.rotation import Transform
 from spinquant.rotations.transforms import condition
@@ -17,7 +15,6 @@ from spinquant.rotations.transforms import condition
 FIRST: tuple[Kind, ...] = ("scales", "values")  # transforms that rotations are learned after
 REST: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind not in FIRST)
 MOMENT_SAMPLES = 16  # samples for the moments of transforms
-SORTED_SAMPLES, SORTED_ROWS = 16, 1024  # samples and rows that R1 is made from
 
 
 def transform_in_closed_form(run: Run, name: str, kinds: Sequence[Kind]) -> None:
@@ -43,34 +40,6 @@ def transform_in_closed_form(run: Run, name: str, kinds: Sequence[Kind]) -> None
             tried[kind] |= {"spaces": len(part), "condition": max(map(condition, part.values()))}
             tried[kind]["moments"] = run.options.moments
     run.record["closed_form"] = {**run.record.get("closed_form", {}), **tried}
-
-
-def sort_channels(run: Run) -> None:
-    """Score R1 that mixes channels that want like scales, with the scales of norms in closed form after it."""
-    plan, candidates = run.plan, run.candidates
-    rotations = candidates.leading.rotations
-    spaces = [space for space in joint_spaces(plan, rotations, run.learning) if space in run.names]
-    if not spaces or run.options.moments != "gradients":
-        return
-
-    def compute() -> dict[str, Transform]:
-        run.collect(spaces, spaces, SORTED_ROWS, run.tokens[:SORTED_SAMPLES])
-        found = {}
-        for space, sites in run.joint.items():
-            how = rotations, run.scheme.weights, None, device_of(run.model)
-            turned, scaled = transforms_of(space, *start_of(plan, space, sites, *how))
-            found |= {**turned, **scaled}
-        return found
-
-    with run.timed(CLOSED_FORM):
-        found = run.saved_or(SORTED, compute)
-    free = {name: transform for name, transform in found.items() if name not in rotations}
-    run.score(SORTED, {**rotations, **{name: found[name] for name in spaces}}, free)
-    kept = candidates.leader == SORTED
-    run.start = run.record["start"] = SORTED if kept else run.start
-    tried = {"kl": candidates.scores[SORTED].kl, "kept": kept, "spaces": len(free)}
-    tried["condition"] = max(map(condition, free.values()))
-    run.record["closed_form"] = {**run.record.get("closed_form", {}), "R1 and norms": tried}
 
 
 def _closed_form(run: Run, spaces: Sequence[str], rotations: Mapping[str, Transform]) -> dict[str, Transform]:

@@ -1,8 +1,7 @@
 """`learn --method closed-form` for a model larger than memory: walks through its blocks, one in memory at a time.
 
-Everything is computed and decided as in memory (`learn.py`, `selection.py`), but for R1 of sorted channels, which is
-not tried, and candidates that are scored next to each other there share a walk here. Every walk reads the checkpoint
-once:
+Everything is computed and decided as in memory (`learn.py`, `selection.py`), but candidates that are scored next to
+each other there share a walk here, and every walk reads the checkpoint once:
 
     clip ratios      all ratios of activations in one walk, then all of the KV cache in another
     random           all random rotations in one walk; if the first does not lead, the leader with ratios of its own

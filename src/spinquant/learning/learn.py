@@ -29,7 +29,6 @@ from spinquant.learning.closed_form_steps import (
     FIRST,
     MOMENT_SAMPLES,
     REST,
-    sort_channels,
     transform_in_closed_form,
 )
 from spinquant.learning.fake_quant import fuse_gains, learning_scheme, shard_blocks
@@ -146,8 +145,6 @@ def learn(
             candidates.set_aside(["keys"] if run.keeps_scales else ["keys", "norms"])
         if options.transforming and allowed.closed_form(FIRST):
             transform_in_closed_form(run, CLOSED_FORM, KINDS if options.method == CLOSED_FORM else FIRST)
-            if options.method in (CLOSED_FORM, "end-to-end"):
-                sort_channels(run)
         initial, sites = run.draw_signs()
         if run.is_local:
             assert sites is not None

@@ -33,9 +33,9 @@ from spinquant.rotations.learned import LearnedRotations
 from spinquant.rotations.rotation import Transform
 from spinquant.rotations.serialization import saved, to_save
 
-# Candidates: transforms in closed form, R1 and scales of norms in closed form, and transforms of the rotations kept.
-CLOSED_FORM, SORTED, AFTER = "closed-form", "closed-form R1", "closed-form after learning"
-LEARNED = ("given", CLOSED_FORM, SORTED, AFTER, "local", "end-to-end", "local+end-to-end")  # those that were learned
+# Candidates: transforms in closed form, and those of the rotations that were kept.
+CLOSED_FORM, AFTER = "closed-form", "closed-form after learning"
+LEARNED = ("given", CLOSED_FORM, AFTER, "local", "end-to-end", "local+end-to-end")  # those that were learned
 
 
 @dataclass
@@ -200,7 +200,6 @@ class Run:
             with self.timed("judging"):
                 rows = error_rows(self.model, self.plan, self.names, self.learning, self.tokens, options)
                 before = candidates.candidates[self.start].rotations
-                before = {**before, **(norms if self.start == SORTED else {})}
                 self.record["errors"] = {"before": rounding_errors(rows, before), "after": rounding_errors(rows, found)}
 
     def result(self) -> LearnedRotations:

@@ -37,8 +37,9 @@ class LearnOptions:
         signs: Random sign vectors to try per layer for a Hadamard R3 or R4 that is not learned; the one with the
             least rounding error is kept. Default: 0, none.
         transforms: Compute the transforms that cost nothing, in closed form: channel scales and a matrix for each head
-            of values before rotations are learned, those of keys and norms after them. A kind of them is kept if it
-            lowers KL. Default: only if gradients are computed anyway, or with moments of weights.
+            of values before rotations are learned, those of keys after them, scales of norms after or together with R1
+            (`joint.py`). A kind of them is kept if it lowers KL. Default: only if gradients are computed anyway, or
+            with moments of weights.
         moments: What the transforms are computed from: `gradients` (the default; one pass forward and back), or
             `weights`, whose second moments stand in the place of those of gradients (WUSH, arXiv 2512.00956): forward
             passes alone, for a model that a backward pass is impossible for.
