@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spinquant.compute.threads import each, single_threaded
+
 ITERATIONS = 6
 FROM_SIMILAR = 2  # iterations from the transform for slightly different damping
 TOGETHER = 8  # spaces that are computed together
@@ -216,13 +218,17 @@ def chosen_transforms(
         key = tuple((*m.x.shape, m.length, m.noise) for m in folds[0])
         alike.setdefault(key, []).append(number)
     found: dict[int, tuple[Tensor | None, Damping | None, float]] = {}
-    for numbers in (same[i : i + TOGETHER] for same in alike.values() for i in range(0, len(same), TOGETHER)):
+
+    def solve(numbers: Sequence[int]) -> None:
         chosen = _choose(_stacked([spaces[number] for number in numbers]), candidates)
         for number, (damping, ratio) in zip(numbers, chosen, strict=True):
             p = None
             if damping is not None:
                 p = best_transform([damping.of(_sum(parts)) for parts in zip(*spaces[number], strict=True)])
             found[number] = p, damping, ratio
+
+    with single_threaded():  # decompositions of small matrices do not use several threads
+        each(solve, [same[i : i + TOGETHER] for same in alike.values() for i in range(0, len(same), TOGETHER)])
     return [found[number] for number in range(len(spaces))]
 
 
