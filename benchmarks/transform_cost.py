@@ -65,7 +65,7 @@ def main() -> None:
         for _ in range(arguments.rounds):
             taken = {}
             for variant, rotations in VARIANTS.items():
-                made = spinquant.make_rotations(plan, spinquant.RotationSpec(rotations))
+                made = spinquant.make_rotations(plan, spinquant.RotationSpec(rotations.split(",")))
                 if variant == "R3 of matrices":
                     made |= random_transforms(plan, ("R3",))
                 with spinquant.attach(model, plan, made, arguments.scheme):
