@@ -7,6 +7,7 @@ import torch
 
 from models import random_weights, tiny_model, tokens
 from spinquant import EndToEndOptions, LearningError, LearnOptions, LocalOptions, RotationSpec, learn
+from spinquant.cli.tables import learning_table
 from spinquant.learning import budget
 from spinquant.learning.budget import Budget, duration, parse_duration
 from spinquant.learning.options import Watch
@@ -51,6 +52,10 @@ def test_more_time_is_used_for_more_and_never_exceeded(monkeypatch):
         assert 0 < steps < 12 if "steps" in about["left_out"].get("end-to-end", "") else steps in (0, 12)
     assert tried[0] < tried[-1] == {"closed form", "local", "end-to-end"}
     assert any(0 < len(one) < 3 for one in tried)
+    short, long = (learning_table(one, "OUT").caption for one in (clock.learn(40), learned))
+    assert isinstance(short, str) and isinstance(long, str)
+    assert " of 40 s spent" in short and "there was no time for anything else" in short
+    assert "budget, local: left out: it takes about" in short and "left out" not in long
     assert learned.record["budget"]["left_out"] == {} and len(learned.record["scores"]) >= 6
 
 
@@ -116,7 +121,7 @@ def test_durations():
     for text in ("10", "m", "0s", "-5m", "1d"):
         with pytest.raises(LearningError, match=r"such as 90s, 10m or 1h \(--budget\)"):
             parse_duration(text)
-    assert [duration(one) for one in (12, 210, 9000)] == ["12 s", "3.5 min", "2.5 h"]
+    assert [duration(one) for one in (2.46, 12, 210, 9000)] == ["2.5 s", "12 s", "3.5 min", "2.5 h"]
 
 
 def test_a_budget_needs_method_auto():

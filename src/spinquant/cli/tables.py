@@ -75,6 +75,8 @@ def learning_table(learned: "LearnedRotations", out: str) -> Table:
     elif kept in UNLEARNED:
         tried = any(name in record["scores"] for name in ("local", "end-to-end", "local+end-to-end"))
         about.append(f"wrote {UNLEARNED[kept]}{': learned rotations score no better' if tried else ''}")
+    elif "closed_form" not in record and all(n == "16-bit" or n.startswith("random") for n in record["scores"]):
+        about.append("wrote the best random rotation: there was no time for anything else")
     elif not record["learned"]:
         about.append("wrote the best random rotation: the learned ones score no better")
     table.caption = "\n".join(about) or None

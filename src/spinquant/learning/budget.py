@@ -36,9 +36,9 @@ def parse_duration(text: str | None) -> float | None:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: 12 s, 3.5 min, 2.1 h."""
+    """Seconds for people: 2.5 s, 12 s, 3.5 min, 2.1 h."""
     if seconds < 120:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
@@ -101,7 +101,7 @@ class Budget:
             found = _agreed(found)
             if found < wanted:
                 least_time = need + least * step
-                why = f"takes about {duration(least_time)}, and {duration(max(left, 0.0))} were left"
+                why = f"left out: it takes about {duration(least_time)}, and {duration(max(left, 0.0))} were left"
                 self.left_out[what] = why if not found else f"{found} of {wanted} steps: {duration(left)} were left"
             self.decided[what] = found
             self._save()
