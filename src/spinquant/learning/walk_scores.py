@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spinquant.calibration.sequential import Home, check_finite_output, logits_after, run_block
 from spinquant.checkpoint.run_pieces import Pieces
+from spinquant.compute.workspace import give_back
 from spinquant.evaluation.metrics import divergence, nll, perplexity_of
 from spinquant.learning.fake_quant import rounding
 from spinquant.learning.free_transforms import composed
@@ -102,6 +103,7 @@ def walked_scores(
                 exact = found if name == EXACT else exact
                 sums[name][0] += 0.0 if name == EXACT else divergence(exact, found)
                 sums[name][1] += nll(found, targets)
+    give_back()  # after several walks, logits that were freed would be half a gigabyte
     if progress:
         progress(total, total)
     tokens = windows.shape[0] * (windows.shape[1] - 1)
