@@ -34,7 +34,7 @@ from spinquant.learning.free_transforms import (
 )
 from spinquant.learning.layerwise import LocalOptions
 from spinquant.learning.learn import learn
-from spinquant.learning.options import LearnOptions
+from spinquant.learning.options import LearnOptions, check_used
 from spinquant.plan import CHANNELS
 from spinquant.rotations.random_transforms import random_transforms
 from spinquant.rotations.rotation import is_orthogonal, matrix
@@ -265,6 +265,13 @@ def test_subsets_of_what_was_learned():
 def test_options_that_would_do_nothing_are_refused():
     with pytest.raises(LearningError, match="leave out --no-transforms"):
         LearnOptions("closed-form", transforms=False)
+    closed, cache = LearnOptions("closed-form"), parse_scheme("KV4")
+    plan = prepared()[1]
+    for rotations in ("R2", "R3"):  # a matrix for each head, for the cache alone
+        check_used(plan, RotationSpec(rotations), cache, {}, closed)
+    for spec in (RotationSpec("R3", "hadamard"), RotationSpec("R2", block_size=8)):
+        with pytest.raises(LearningError, match="closed-form would have no effect"):
+            check_used(plan, spec, cache, {}, closed)
 
 
 def test_a_kind_that_was_not_scored_is_said_in_the_table():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 from spinquant.compute.values import check_seed
@@ -159,7 +160,11 @@ def check_used(plan: Plan, spec: RotationSpec, scheme: Scheme, names: Mapping[st
             "--signs would have no effect: random signs are tried for a Hadamard R3 or R4 that is not learned, and "
             "there is none. Leave it out"
         )
-    rotated = dict.fromkeys((space.name for name in spec.rotations for space in plan.spaces_of(name)), Hadamard(1))
+    # Only the orders count, and whether R3 is a plain Hadamard matrix: large rotations are not made for a check.
+    orders = {space.name: spec.block_of(n) or space.size for n in spec.rotations for space in plan.spaces_of(n)}
+    rotated: dict[str, Any] = {name: SimpleNamespace(order=order) for name, order in orders.items()}
+    if "R3" in spec.rotations and spec.type_of("R3") == "hadamard":
+        rotated |= {space.name: Hadamard(1) for space in plan.spaces_of("R3")}
     asked = {
         "--transforms": options.transforms,
         "--method closed-form": options.method == "closed-form",
