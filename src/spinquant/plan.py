@@ -188,6 +188,7 @@ class Plan:
         predictors: tensors of multi-token prediction layers, which belong to no space and exist in checkpoints only.
         uncalled: linears whose weights the model class uses without calling the module, so that their inputs cannot
             be quantized.
+        biased: linears with a bias.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -219,6 +220,7 @@ class Plan:
     renamed: tuple[tuple[str, str], ...] = ()
     predictors: tuple[str, ...] = ()
     uncalled: tuple[str, ...] = ()
+    biased: tuple[str, ...] = ()
 
     @cached_property
     def space(self) -> Mapping[str, Space]:

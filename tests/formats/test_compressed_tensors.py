@@ -10,9 +10,11 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from compressed_tensors.transform import TransformConfig
+from compressed_tensors.utils import match_named_modules
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from families import FAMILIES, tiny
 from models import CONFIGS, logits, online_transforms, tiny_model, tokens
 from spinquant import (
     Calibration,
@@ -23,12 +25,19 @@ from spinquant import (
     RotationSpec,
     SchemeError,
     load,
+    make_rotations,
     parse_scheme,
     plan_of,
     quantize,
     save,
 )
-from spinquant.formats.compressed_config import REFUSAL, as_stored, quantization_config
+from spinquant.formats.compressed_config import (
+    REFUSAL,
+    as_stored,
+    compressed_transform_config,
+    quantization_config,
+    transform_groups,
+)
 from spinquant.formats.compressed_tensors import compressed_state
 from spinquant.formats.native import detach
 from spinquant.formats.runtimes import check_runtime, ignored_cache
@@ -269,6 +278,21 @@ def test_linears_that_share_a_transformed_input_are_in_one_group(tmp_path):
     stored = [name for name in load_file(out / "model.safetensors") if ONLINE_R1 in name]
     assert stored == [f"model.layers.0.self_attn.q_proj.{ONLINE_R1}_input.weight"]
     assert torch.equal(logits(load(out), tokens()), logits(result.model, tokens()))
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3-vision", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_transforms_of_a_decoder_do_not_match_its_vision_tower(name):
+    """Its linears may have the same names."""
+    model = tiny(name)
+    plan = plan_of(model)
+    allowed = {rotation for rotation in FAMILIES[name].allowed if rotation != "R1"} | {ONLINE_R1}
+    rotations = make_rotations(plan, RotationSpec(tuple(allowed), {"R3": "hadamard"} if "R3" in allowed else "auto"))
+    groups = transform_groups(plan, rotations)
+    assert {ONLINE_R1, "R4"} <= set(groups)
+    for group, described in compressed_transform_config(plan, rotations)["config_groups"].items():
+        for apply in described["apply"]:
+            found = match_named_modules(model, apply["targets"], apply["ignore"])
+            assert {name for name, _ in found} == set(groups[group]), group
 
 
 @pytest.mark.parametrize(("space", "kind"), [("R3", "matrix"), ("R4", "kronecker-matrix")])

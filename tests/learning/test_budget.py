@@ -11,6 +11,7 @@ from spinquant.cli.tables import learning_table
 from spinquant.learning import budget
 from spinquant.learning.budget import Budget, duration, parse_duration
 from spinquant.learning.options import Watch
+from spinquant.learning.step_times import StepTimes
 
 SPEC = RotationSpec("R1,R2,R3,R4", "random-hadamard")
 OPTIONS = LearnOptions(
@@ -114,6 +115,22 @@ def test_without_a_budget_nothing_is_measured(monkeypatch):
     monkeypatch.setattr("spinquant.learning.step_times.StepTimes._measured", lambda *_: pytest.fail("measured"))
     learned = Clock(monkeypatch).learn(None)
     assert "budget" not in learned.record and "local" in learned.record["scores"]
+
+
+def test_nothing_is_measured_without_time_left(monkeypatch):
+    monkeypatch.setattr("spinquant.learning.step_times.StepTimes._measured", lambda *_: pytest.fail("measured"))
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(Budget, "spent", property(lambda self: 2.0))
+    learned = clock.learn(1)
+    assert learned.kept == "random 0"
+    assert all("no time was left" in why or "too short" in why for why in learned.record["budget"]["left_out"].values())
+
+
+def test_what_learning_does_once_is_not_counted_in_every_step(monkeypatch):
+    times = StepTimes.__new__(StepTimes)
+    seconds = {1: 14.0, 2: 16.0}
+    monkeypatch.setattr(StepTimes, "_measured", lambda self, action: seconds[action()])
+    assert times._parts(lambda count: count) == (12.0, 2.0)
 
 
 def test_durations():

@@ -34,7 +34,7 @@ from spinquant.learning.free_transforms import (
 )
 from spinquant.learning.layerwise import LocalOptions
 from spinquant.learning.learn import learn
-from spinquant.learning.options import LearnOptions, check_used
+from spinquant.learning.options import LearnOptions, check_used, learned_spaces, learns_scales
 from spinquant.plan import CHANNELS
 from spinquant.rotations.random_transforms import random_transforms
 from spinquant.rotations.rotation import is_orthogonal, matrix
@@ -280,3 +280,22 @@ def test_a_kind_that_was_not_scored_is_said_in_the_table():
     record = {**learned.record, "closed_form": {"values": tried}}
     caption = learning_table(replace(learned, record=record), "OUT").caption
     assert "closed form, values: not scored, not kept (3 spaces" in str(caption)
+
+
+def test_methods_without_learned_rotations_need_none_and_online_r1_is_learned_end_to_end_alone():
+    plan, scheme, spec = prepared()[1], parse_scheme("W4A4KV4"), RotationSpec("online-R1,R4")
+    for method in ("closed-form", "random"):
+        assert learned_spaces(plan, spec, scheme, LearnOptions(method)) == {}
+    with pytest.raises(LearningError, match=r"cannot learn nothing.*by default R1, R2 and R3"):
+        learned_spaces(plan, spec, scheme, LearnOptions("local"))
+    blocks = RotationSpec("online-R1,R4", block_size={"online-R1": 16})
+    for method in ("local", "auto", "local+end-to-end"):
+        with pytest.raises(LearningError, match="learn it end to end"):
+            learned_spaces(plan, blocks, scheme, LearnOptions(method, rotations=("online-R1",)))
+    found = learned_spaces(plan, blocks, scheme, LearnOptions("end-to-end", rotations=("online-R1",)))
+    assert set(found) == {space.name for space in plan.spaces_of("online-R1")}
+
+
+def test_r1_is_learned_with_scales_only_from_rows_enough_to_hold_some_out():
+    assert learns_scales(LearnOptions("local", local=LocalOptions(rows=8, batch=4)))
+    assert not learns_scales(LearnOptions("local", local=LocalOptions(rows=7, batch=4)))

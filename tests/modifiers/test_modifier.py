@@ -548,11 +548,14 @@ def test_inverse_is_the_transpose():
     assert torch.allclose(found[0], found[1].T) and not torch.allclose(found[0], found[1])
 
 
-def test_saving_a_custom_online_rotation_is_refused(tmp_path):
+@pytest.mark.parametrize("linear", ["self_attn.o_proj", "self_attn.q_proj"])
+def test_saving_a_custom_online_rotation_is_refused(linear, tmp_path):
+    """q_proj too, whose input online R1 rotates in the table's plan, with those of k_proj and v_proj."""
     model = tiny_model("llama")
-    groups = {"a": [([O_PROJ], "input", False), ([O_PROJ], "weight_input", True)]}
+    targets = [f"re:.*{linear.rpartition('.')[2]}$"]
+    groups = {"a": [(targets, "input", False), (targets, "weight_input", True)]}
     result = SpinQuantModifier(transform_config=config_of(**groups)).apply(model)
-    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.o_proj is rotated online by a custom plan"):
+    with pytest.raises(CheckpointError, match=rf"layers\.0\.{linear} is rotated online by a custom plan"):
         save(result, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -95,6 +95,7 @@ def build_plan(family: Family, config: Any, shapes: Shapes) -> Plan:
             if origin(weight) != weight
         ),
         uncalled=table.uncalled(),
+        biased=tuple(name for group in table.linears() for name in group if f"{name}.bias" in shapes),
         refused=tuple((r.rotation, r.reason) for r in family.refused if r.applies(table.config)),
     )
 

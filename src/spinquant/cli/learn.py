@@ -161,7 +161,7 @@ def learn(
         # Local learning computes gradients only if it samples vectors by their expected cost.
         gradients = weighting in (None, "fisher") and massive is None
         (both if gradients else end_to_end)["checkpointing"] = True
-    _check_used(method, which, both, local, end_to_end)
+    _check_used(method, which, both, local, end_to_end, moments)
     options = LearnOptions(
         method=method,  # pyright: ignore[reportArgumentType] - checked by the class
         rotations=None if which is None else parse_rotation_names(which),
@@ -208,6 +208,7 @@ def _check_used(
     both: Mapping[str, Any],
     local: Mapping[str, Any],
     end_to_end: Mapping[str, Any],
+    moments: str,
 ) -> None:
     """Raise LearningError for given options that the method does not use."""
     if method == "local" and "checkpointing" in end_to_end:
@@ -221,7 +222,8 @@ def _check_used(
             "choose another --method"
         )
     everything = {**both, **local, **end_to_end}
-    others = {name: value for name, value in everything.items() if name != "checkpointing"}
+    # Moments of weights take no backward pass, in which checkpointing would save memory.
+    others = {n: value for n, value in everything.items() if n != "checkpointing" or moments == "weights"}
     unused = {"local": end_to_end, "end-to-end": local, "random": everything, "closed-form": others}.get(method)
     if unused:
         names = opt.spelled(unused)

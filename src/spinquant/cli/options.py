@@ -15,7 +15,7 @@ import typer
 from spinquant.cli.output import note
 from spinquant.errors import LearningError, RotationError, SchemeError
 from spinquant.formats.runtimes import RUNTIMES
-from spinquant.plan import USUAL, parse_rotation_names, run_online
+from spinquant.plan import ONLINE_R1, USUAL, parse_rotation_names, run_online
 from spinquant.quantization.scheme import Clip, Scheme
 
 if TYPE_CHECKING:
@@ -264,15 +264,22 @@ def parse_spec(
     """The RotationSpec that the options describe. Raises RotationError for a value that cannot be parsed."""
     from spinquant.rotations.factory import RotationSpec
 
+    names = run_online(rotations, online)
     types: Any = _per_rotation(kind)
     blocks: Any = None if block_size is None else _per_rotation(block_size)
+    if ONLINE_R1 in names and "R1" not in names:  # what is said of R1 holds for it where it runs online
+        types, blocks = ({_online(k): v for k, v in o.items()} if isinstance(o, dict) else o for o in (types, blocks))
     try:
         sizes = {k: int(v) for k, v in blocks.items()} if isinstance(blocks, dict) else blocks and int(blocks)
     except ValueError:
         raise RotationError(
             f"cannot read block size {block_size!r}: expected a number, or one per rotation as in R1=64,R4=128"
         ) from None
-    return RotationSpec(run_online(rotations, online), types, sizes, randomize, seed)
+    return RotationSpec(names, types, sizes, randomize, seed)
+
+
+def _online(rotation: str) -> str:
+    return ONLINE_R1 if rotation.strip().upper() == "R1" else rotation
 
 
 def taken_from(

@@ -21,7 +21,7 @@ from spinquant.checkpoint.untrusted import file_in, read_json
 from spinquant.compute.distributed import LONGEST, Processes, check_same, is_first, joined
 from spinquant.compute.values import validated
 from spinquant.entrypoints.arithmetic import arithmetic_of
-from spinquant.entrypoints.learn_blocks import fits_in_memory, opened_blocks
+from spinquant.entrypoints.learn_blocks import fits_in_memory, note_start, opened_blocks, started_from
 from spinquant.entrypoints.local_paths import public_source, source_name
 from spinquant.entrypoints.model_card import learned_card
 from spinquant.entrypoints.request import LearnText
@@ -181,8 +181,14 @@ def learn_from(
     given = None if start is None else read_learned(start)
     device = processes.device
     (computed,) = arithmetic_of(model, device=device, wanted=dtype, allow_pickle=allow_pickle, processes=processes)
-    fits = options.shard or fits_in_memory(model, computed.dtype, device, memory, allow_pickle=allow_pickle)
+    # An interrupted run goes on as it began, whatever memory is free now.
+    begun = None if memory is not None else started_from(store)
+    fits = options.shard or begun == "memory"
+    if not options.shard and begun is None:
+        fits = fits_in_memory(model, computed.dtype, device, memory, allow_pickle=allow_pickle)
     fits = processes.agree(fits)
+    if processes.first:
+        note_start(store, "memory" if fits else "disk")
     if not fits:
         check_from_disk(options, start=start is not None)
         if not processes.first:  # one process reads the checkpoint

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spinquant.architectures import FamilyLike, make_plan, prediction_tensors, recorded_family
+from spinquant.checkpoint.atomic import write_file
 from spinquant.checkpoint.folder import (
     TOKENIZERS,
     check_unquantized,
@@ -44,6 +45,8 @@ from spinquant.streaming.offloaded_model import OnDisk, check_stored, hollow_mod
 from spinquant.streaming.pipeline import Rotated
 from spinquant.streaming.shards import Change
 
+FROM = "learned-from"  # file of a run: whether it learns from memory or disk
+
 
 def fits_in_memory(
     model: str | Path, dtype: torch.dtype, device: str, memory: int | None, *, allow_pickle: bool = False
@@ -59,6 +62,18 @@ def fits_in_memory(
     """
     there = memory if memory is not None else _free(device)
     return there is None or needed_in_memory(stored_in(model, allow_pickle)[1], dtype) <= there
+
+
+def started_from(store: Path) -> str | None:
+    """Whether the run that is saved in a folder learns from "memory" or "disk"; None for a new run."""
+    path = store.parent / FROM
+    return path.read_text("utf-8") if path.is_file() else None
+
+
+def note_start(store: Path, where: str) -> None:
+    """Keep with a run whether it learns from "memory" or "disk"."""
+    store.parent.mkdir(parents=True, exist_ok=True)
+    write_file(store.parent / FROM, where.encode())
 
 
 def _free(device: str) -> int | None:

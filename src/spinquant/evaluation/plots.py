@@ -165,13 +165,15 @@ def plot_learning_curve(local: Mapping[str, tuple[str, Sequence[float]]], throug
     figure = _figure(WIDTH, 3.4)
     places = figure.subplots(1, bool(local) + bool(through), squeeze=False)[0]
     if local:
-        colours: dict[str, str] = {"R1": ROTATED, "R2": PLAIN, "R3": REFERENCE, "R4": "0.6"}
+        colours: dict[str, str] = {"R1": ROTATED, "R2": PLAIN, "R3": REFERENCE}
         for rotation, losses in local.values():
             steps, means = _smooth(losses)
             wide = 2 if rotation == "R1" else 0.6
-            places[0].plot(steps, [mean / means[0] for mean in means], color=colours[rotation], linewidth=wide)
+            places[0].plot(
+                steps, [mean / means[0] for mean in means], color=colours.get(rotation, "0.6"), linewidth=wide
+            )
         for rotation in sorted({rotation for rotation, _ in local.values()}):
-            places[0].plot([], [], color=colours[rotation], label=rotation)
+            places[0].plot([], [], color=colours.get(rotation, "0.6"), label=rotation)
         width = max(1, max(len(losses) for _, losses in local.values()) // 10)
         label = "loss over its first" + (f", means of {width} steps" if width > 1 else "")
         places[0].set(xlabel="step", ylabel=label, title="local learning, by rotation")

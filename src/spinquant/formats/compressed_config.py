@@ -29,6 +29,7 @@ INSTALL = "compressed-tensors is not installed: pip install 'spinquant[compresse
 # The quantization_status of folders with online rotations, in place of "compressed": transformers would silently skip
 # the rotations, so this makes it refuse the folder and show this text. vLLM does not read it.
 REFUSAL = "online rotations: serve it with vLLM"
+DECODERS = ("language_model", "text_model")  # the text decoder of a vision-language model, here and in runtimes
 AGAIN = 'Calibrate it by quantizing for this format: spinquant.quantize(..., tokens=..., format="compressed-tensors")'
 
 
@@ -230,7 +231,7 @@ def compressed_transform_config(plan: Plan, rotations: Mapping[str, Transform]) 
     for group, modules in transform_groups(plan, rotations).items():
         space = next(o.space for o in plan.onlines if o.module == modules[0])
         rotation, size = rotations[space], plan.space[space].size
-        targets = _targets(modules, [*plan.attentions, *(name for linears in plan.linears for name in linears)])
+        targets = _targets(modules, plan)
         name = plan.space[space].rotation
         sites = [("q_attn", False), ("k_cache", False)] if name == "R3" else [("input", False), ("weight_input", True)]
         groups[group] = {
@@ -286,9 +287,12 @@ def is_sylvester(rotation: Transform) -> bool:
     return isinstance(rotation, Hadamard) and rotation.signs is None and rotation.order & (rotation.order - 1) == 0
 
 
-def _targets(modules: Sequence[str], others: Sequence[str]) -> list[str]:
-    # Patterns of suffixes if they match exactly these modules: runtimes change the prefix of module names.
+def _targets(modules: Sequence[str], plan: Plan) -> list[str]:
+    # Patterns of suffixes if they match exactly these modules: runtimes change the prefix of module names. They keep
+    # the part that tells the decoder from the vision tower beside it, whose modules have the same suffixes.
+    others = [*plan.attentions, *(name for linears in plan.linears for name in linears)]
     suffixes = dict.fromkeys(".".join(m.split(".")[-1 if m.endswith("attn") else -2 :]) for m in modules)
+    decoder = next((f"{part}[.].*" for part in plan.blocks[0].split(".") if part in DECODERS), "")
     if {other for other in others if other.endswith(tuple(suffixes))} == set(modules):
-        return [f"re:.*{suffix.replace('.', '[.]')}$" for suffix in suffixes]
+        return [f"re:.*{decoder}{suffix.replace('.', '[.]')}$" for suffix in suffixes]
     return list(modules)

@@ -285,7 +285,9 @@ class SpinQuantizer(HfQuantizer):
 
     def _check_known(self, model: Any) -> None:
         # Loading takes the places of online rotations from the built-in table: any others would be lost.
-        known = plan_of(model).onlines
+        table = plan_of(model)
+        rotated = table.rotated(self.quantization_config.spec["rotations"])
+        known = [online for online in table.onlines if online.space in rotated]
         for online in self.plan.onlines:
             if online.space in self.rotations and online not in known:
                 raise CheckpointError(

@@ -276,9 +276,12 @@ def runtime_rows(
 
 
 def _without(rotation: str, spec: "RotationSpec", runtime: Runtime) -> str:
-    kept = [r for r in spec.rotations if runtime.rotations.get(r, Claim(False)).runs]
+    # R1 runs wherever a folder loads, if not online.
+    names = ("R1" if name == ONLINE_R1 == rotation else name for name in spec.rotations)
+    kept = [name for name in dict.fromkeys(names) if runtime.rotations.get(name, Claim(False)).runs]
+    fused = " without --online" if rotation == ONLINE_R1 else ""
     able = [n for n, other in RUNTIMES.items() if other.rotations.get(rotation, Claim(False)).runs and other.format]
-    return f"--rotations {','.join(kept) or 'none'}, or --runtime {' or '.join(able)}"
+    return f"--rotations {','.join(kept) or 'none'}{fused}, or --runtime {' or '.join(able)}"
 
 
 def _limit(runtime: Runtime, rotation: str, spec: "RotationSpec", plan: Plan | None) -> tuple[str, str] | None:
@@ -297,10 +300,9 @@ def _limit(runtime: Runtime, rotation: str, spec: "RotationSpec", plan: Plan | N
                     f"--block-size R4={space.size & -space.size}",
                 )
     if not runtime.biased:
-        tensors = {axis.tensor for axis in plan.axes}
         names = {space.name for space in plan.spaces_of(rotation)}
         modules = [online.module for online in plan.onlines if online.site == "input" and online.space in names]
-        biased = [module for module in modules if f"{module}.bias" in tensors]
+        biased = [module for module in modules if module in plan.biased]
         if biased:
             return f"{biased[0]} has a bias, which it refuses under a transform", "--runtime vllm-plugin"
     return None

@@ -56,18 +56,25 @@ class Allowed:
     def local(self, options: LocalOptions) -> LocalOptions | None:
         """The options of local learning with as many steps as end in time; None if it is left out."""
         times = self.times
-        fixed = lambda: times.capturing() + times.judging() + self._transforms(self.last)  # noqa: E731
+        rest = lambda: times.judging() + self._transforms(self.last)  # noqa: E731
+        fixed = lambda: times.capturing() + times.local_rest + rest()  # noqa: E731
         steps = self.budget.steps(
-            "local", options.steps, min(LEAST_LOCAL, options.steps), lambda: times.local_step, fixed
+            "local", options.steps, min(LEAST_LOCAL, options.steps), lambda: times.local_step, fixed, rest
         )
         return replace(options, steps=steps) if steps else None
 
     def end_to_end(self, options: EndToEndOptions) -> EndToEndOptions | None:
         """The options of end-to-end learning with as many steps as end in time; None if it is left out."""
         times = self.times
-        fixed = lambda: times.judging() + self._transforms(self.last)  # noqa: E731
+        rest = lambda: times.judging() + self._transforms(self.last)  # noqa: E731
+        fixed = lambda: times.end_to_end_rest + rest()  # noqa: E731
         steps = self.budget.steps(
-            "end-to-end", options.steps, min(LEAST_END_TO_END, options.steps), lambda: times.end_to_end_step, fixed
+            "end-to-end",
+            options.steps,
+            min(LEAST_END_TO_END, options.steps),
+            lambda: times.end_to_end_step,
+            fixed,
+            rest,
         )
         return replace(options, steps=steps) if steps else None
 

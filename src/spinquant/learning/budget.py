@@ -81,7 +81,15 @@ class Budget:
         """Whether something ends in time. needed: estimates its seconds."""
         return self.steps(what, 1, 1, lambda: 0.0, needed) > 0
 
-    def steps(self, what: str, wanted: int, least: int, each: Callable[[], float], fixed: Callable[[], float]) -> int:
+    def steps(
+        self,
+        what: str,
+        wanted: int,
+        least: int,
+        each: Callable[[], float],
+        fixed: Callable[[], float],
+        least_fixed: Callable[[], float] = lambda: 0.0,
+    ) -> int:
         """The number of steps that end in time: at most `wanted`; 0 if fewer than `least` do.
 
         Args:
@@ -90,18 +98,21 @@ class Budget:
             least: number of steps below which it is not worth starting.
             each: estimates the seconds of a step.
             fixed: estimates the seconds of everything else, such as scoring the result.
+            least_fixed: the same, without what has to be measured first.
         """
         if self.seconds is None:
             return wanted
         if what not in self.decided:
-            need, step = MARGIN * fixed(), MARGIN * each()
-            left = self.left
-            most = wanted if step <= 0 else math.floor((left - need) / step)
-            found = 0 if need > left or most < least else min(wanted, most)
-            found = _agreed(found)
+            left, found, why = self.left, 0, "left out: no time was left"
+            rest = MARGIN * least_fixed() if _agreed(int(left > 0)) else math.inf  # measuring takes time, too
+            if rest < math.inf:
+                why = f"left out: it takes about {duration(rest)} or more, and {duration(left)} were left"
+            if _agreed(int(left > rest)):
+                need, step = MARGIN * fixed(), MARGIN * each()
+                most = wanted if step <= 0 else math.floor((left - need) / step)
+                found = _agreed(0 if need > left or most < least else min(wanted, most))
+                why = f"left out: it takes about {duration(need + least * step)}, and {duration(left)} were left"
             if found < wanted:
-                least_time = need + least * step
-                why = f"left out: it takes about {duration(least_time)}, and {duration(max(left, 0.0))} were left"
                 self.left_out[what] = why if not found else f"{found} of {wanted} steps: {duration(left)} were left"
             self.decided[what] = found
             self._save()

@@ -173,8 +173,8 @@ class Run:
         options, candidates = self.options, self.candidates
         through = self.allowed.end_to_end(options.end_to_end)
         assert through is not None
-        # With a budget, local learning may have been left out.
-        alone = options.method == "end-to-end" or (self.allowed.is_limited and "local" not in candidates.candidates)
+        # Local learning may have been left out: for want of time, or because nothing is quantized that it sees.
+        alone = options.method == "end-to-end" or "local" not in candidates.candidates
         name = "end-to-end" if alone else "local+end-to-end"
         if candidates.leader == "local" or self.start == "given":
             through = replace(through, lr=FROM_LOCAL) if through.lr is None else through
@@ -264,7 +264,7 @@ def selected(
     kept = candidates[leader]
     rotations = composed(kept.rotations, kept.free)
     # Scales of norms are in the coordinates of R1, or of the model if R1 is not applied: then they go with any.
-    beside = {s.name: name for name in spec.rotations for s in plan.scales_beside(name)}
+    beside = {s.name: name for name in reversed(spec.rotations) for s in plan.scales_beside(name)}
     about = {
         "rotation_of": {s.name: s.rotation or beside.get(s.name, "") for s in plan.spaces if s.name in rotations},
         "kept": leader,

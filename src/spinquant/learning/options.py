@@ -9,9 +9,10 @@ from spinquant.compute.values import check_seed
 from spinquant.errors import LearningError
 from spinquant.learning.end_to_end import EndToEndOptions, Step
 from spinquant.learning.free_transforms import free_spaces
+from spinquant.learning.joint_sites import HELD_OUT
 from spinquant.learning.layerwise import LocalOptions
 from spinquant.learning.option_checks import check_choices, check_numbers
-from spinquant.plan import ONLINE, ONLINE_R1, Plan
+from spinquant.plan import ONLINE_R1, Plan
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.rotation import Hadamard
@@ -144,7 +145,7 @@ def learns_scales(options: LearnOptions) -> bool:
     """Whether local learning learns R1 together with the scales of norms, where there are any."""
     local = options.local
     usual = local.objective == "error" and local.solver == "cayley" and local.weighting == "fisher"
-    return usual and options.transforming
+    return usual and options.transforming and local.rows >= HELD_OUT
 
 
 def check_used(plan: Plan, spec: RotationSpec, scheme: Scheme, names: Mapping[str, str], options: LearnOptions) -> None:
@@ -154,7 +155,7 @@ def check_used(plan: Plan, spec: RotationSpec, scheme: Scheme, names: Mapping[st
             f"scheme {scheme} leaves weights at 16 bits, so quantizing weights during learning (--weights) would have "
             "no effect: leave it out, or use a scheme such as W4A4KV4"
         )
-    plain = [name for name in ONLINE if name in spec.rotations and spec.type_of(name) in HADAMARD]
+    plain = [name for name in ("R3", "R4") if name in spec.rotations and spec.type_of(name) in HADAMARD]
     if options.signs and not any(space.name not in names for name in plain for space in plan.spaces_of(name)):
         raise LearningError(
             "--signs would have no effect: random signs are tried for a Hadamard R3 or R4 that is not learned, and "
@@ -192,11 +193,20 @@ def learned_spaces(plan: Plan, spec: RotationSpec, scheme: Scheme, options: Lear
     if "R3" in usual and spec.type_of("R3") == "hadamard":
         usual.remove("R3")
     chosen = usual if options.rotations is None else options.rotations
+    if options.rotations is None and not usual and options.method in ("closed-form", "random"):
+        plan.rotated(spec.rotations)
+        return {}  # these methods learn no rotation
+    if ONLINE_R1 in chosen and options.method != "end-to-end":
+        raise LearningError(
+            f"method {options.method} cannot learn {ONLINE_R1}: learn it end to end (--method end-to-end --learn "
+            f"{ONLINE_R1} --block-size {ONLINE_R1}=64), or leave it out of --learn"
+        )
     missing = [name for name in chosen if name not in spec.rotations]
     if missing or not chosen:
         wanted, rotated = (", ".join(names) or "nothing" for names in (missing, spec.rotations))
         raise LearningError(
-            f"cannot learn {wanted}: the rotations are {rotated}, and --learn takes a subset of --rotations"
+            f"cannot learn {wanted}: the rotations are {rotated}, and --learn takes a subset of --rotations; by "
+            "default R1, R2 and R3 are learned, where something that they rotate is quantized"
         )
     unquantized = [name for name in chosen if not quantized[name]]
     if unquantized:

@@ -8,7 +8,7 @@ from torch import Tensor
 from spinquant.learning.activations import ActivationSite, collect
 from spinquant.learning.layerwise import LocalOptions, rounding_errors
 from spinquant.learning.options import LearnOptions
-from spinquant.plan import ONLINE, Plan
+from spinquant.plan import Plan
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotations.factory import RotationSpec, generator_for, random_signs
 from spinquant.rotations.rotation import Hadamard, Transform
@@ -34,7 +34,7 @@ def error_rows(
 
 def sampled_spaces(plan: Plan, names: Mapping[str, str], options: LearnOptions, spec: RotationSpec) -> list[str]:
     """The spaces whose rows are captured: to learn from, or to select signs by."""
-    online = [s.name for r in ONLINE if r in spec.rotations and options.signs for s in plan.spaces_of(r)]
+    online = [s.name for r in ("R3", "R4") if r in spec.rotations and options.signs for s in plan.spaces_of(r)]
     return [*names, *(space for space in online if space not in names)]
 
 
@@ -49,7 +49,7 @@ def with_signs(
     found = dict(rotations)
     for space, rotation in rotations.items() if options.signs else ():
         own = [site for site in sites if site.space == space]
-        if plan.space[space].rotation not in ONLINE or space in names or not isinstance(rotation, Hadamard):
+        if plan.space[space].rotation not in ("R3", "R4") or space in names or not isinstance(rotation, Hadamard):
             continue
         generator = generator_for(options.seed, f"signs {space}")
         draws = [Hadamard(rotation.order, random_signs(rotation.order, generator)) for _ in range(options.signs)]

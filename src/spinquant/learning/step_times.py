@@ -3,7 +3,7 @@
 The first pass of each kind is measured when it is asked for, and discarded.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -103,9 +103,28 @@ class StepTimes:
         a_pass = self.backward if self.options.local.weighting == "fisher" else self.window
         return min(self.samples[1], len(self.tokens)) * a_pass
 
-    @cached_property
+    @property
     def local_step(self) -> float:
         """Of one step of all rotations."""
+        return self._local[1]
+
+    @property
+    def local_rest(self) -> float:
+        """Of local learning before its first step and after its last."""
+        return self._local[0]
+
+    @property
+    def end_to_end_step(self) -> float:
+        """Of one step through the quantized network."""
+        return self._end_to_end[1]
+
+    @property
+    def end_to_end_rest(self) -> float:
+        """Of end-to-end learning before its first step and after its last."""
+        return self._end_to_end[0]
+
+    @cached_property
+    def _local(self) -> tuple[float, float]:
         local, generator = self.options.local, generator_for(0, "rows")
         rows = min(local.batch, self.tokens.shape[1])
         where, together = (self.model, self.plan, list(self.names)), self._together()
@@ -117,19 +136,28 @@ class StepTimes:
         else:
             sites, joint = collect(*where, self.learning, self.tokens[:1], rows=rows, generator=generator), {}
         sites = [site for site in sites if site.space not in joint]
-        steps, device = replace(local, steps=2), device_of(self.model)
+        if local.solver == "procrustes":  # reads all rows at every step
+            times = -(-local.rows // rows)
+            sites = [replace(site, rows=site.rows.repeat(times, 1)[: local.rows]) for site in sites]
+        device = device_of(self.model)
 
-        def learn() -> None:
+        def learn(count: int) -> None:
+            steps = replace(local, steps=count)
             learn_locally(sites, self.rotations, steps, device=device)
             learn_together(self.plan, joint, self.rotations, self.scheme.weights, steps, device=device)
 
-        return self._measured(learn) / 2
+        return self._parts(learn)
 
     @cached_property
-    def end_to_end_step(self) -> float:
-        """Of one step through the quantized network."""
+    def _end_to_end(self) -> tuple[float, float]:
         args = self.model, self.plan, self.rotations, self.names, self.scheme, self.tokens
-        return self._measured(lambda: learn_end_to_end(*args, replace(self.options.end_to_end, steps=1)))
+        return self._parts(lambda count: learn_end_to_end(*args, replace(self.options.end_to_end, steps=count)))
+
+    def _parts(self, learn: Callable[[int], object]) -> tuple[float, float]:
+        """Seconds of what learning does once, and of a step, from runs of one step and of two."""
+        one, two = (self._measured(lambda count=count: learn(count)) for count in (1, 2))
+        step = max(two - one, 0.0)
+        return max(one - step, 0.0), step
 
     def _together(self) -> list[str]:
         """The spaces whose rotation is learned with scales of norms."""
