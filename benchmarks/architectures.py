@@ -44,6 +44,8 @@ float64, with non-zero biases and non-unit gains.
 
 - **R1** rotates the residual stream, **R2** the values of every head (and the latents of DeepSeek's attention), **R3**
   queries and keys at run time, **R4** the input of an MLP's second linear at run time (of every expert's, in mixtures).
+  **Online R1** takes the place of R1, at run time, at the inputs of the linears and experts that read the residual
+  stream; it is exact for every table, also where R1 is refused.
 - *yes*: allowed, and exact in the run. *no*: refused, for the reason in the note. {nothing}: the architecture has no
   such part.
 - *centred*: the norms subtract the mean, so R1 is a mean-preserving rotation

@@ -1,9 +1,9 @@
 """Rotate LoRA adapters (peft) to match a rotated base model.
 
 An update s B A of a weight W becomes s B' A' (see `plan.py`); s, ranks and their patterns do not change. An input that
-is rotated online (R4) is rotated by a hook of the linear, inside the layer that peft wraps around it, so A reads the
-unrotated input. For embeddings, A has an axis of tokens and B one of channels. A bias, or a whole module in the
-adapter, is rotated like the tensor of the model that it replaces. Updates of stacked experts: `moe.py`.
+is rotated online (R4, online R1) is rotated by a hook of the linear, inside the layer that peft wraps around it, so A
+reads the unrotated input. For embeddings, A has an axis of tokens and B one of channels. A bias, or a whole module in
+the adapter, is rotated like the tensor of the model that it replaces. Updates of stacked experts: `moe.py`.
 
 DoRA stores a magnitude m and divides by norms of rows, y = diag(m / n) (W + s B A) x with n_i = ||(W + s B A)_i||. If
 outputs are rotated there is no equivalent: diag(m / n) R is not R diag(m / n). A rotated input keeps n; a gain g or

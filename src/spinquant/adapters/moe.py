@@ -2,8 +2,8 @@
 
 peft adds sum_r B[:, r, e] A[e, r, :] to expert e of a parameter, so A, (experts x rank, in), has the input axis of an
 expert and B, (out, rank x experts), its output axis. The update is added to the parameter itself, so it reads the same
-online-rotated input (R4) inside the experts. peft nests its wrappers of two parameters of one module under names that
-do not identify the parameter, so the shapes do.
+online-rotated input (R4, online R1) inside the experts. peft nests its wrappers of two parameters of one module under
+names that do not identify the parameter, so the shapes do.
 """
 
 from collections.abc import Mapping

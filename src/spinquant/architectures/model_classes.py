@@ -24,7 +24,7 @@ HEADS = {
 }
 NO_HEAD = (
     "the model class {name} has no output head: it returns the output of its last norm, and a scale per channel is not "
-    "the same scale in rotated channels, so R1 would change what it returns. R2, R3 and R4 leave it as it is"
+    "the same scale in rotated channels, so R1 would change what it returns. R2, R3, R4 and online R1 leave it as it is"
 )
 
 

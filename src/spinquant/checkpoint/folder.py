@@ -317,7 +317,8 @@ def plan_in(folder: Path, config: Any, plan: Plan) -> Plan:
         return plan
     reason = (
         f"the folder has {MODULES}, so sentence-transformers uses the output of the last norm, which R1 would change, "
-        f"instead of the logits. R2, R3 and R4 leave it as it is; remove {MODULES} if only the logits are used"
+        f"instead of the logits. R2, R3, R4 and online R1 leave it as it is; remove {MODULES} if only the logits are "
+        "used"
     )
     return replace(plan, refused=(*plan.refused, ("R1", reason)))
 

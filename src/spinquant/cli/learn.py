@@ -41,8 +41,8 @@ def learn(
         str | None,
         opt.option(
             opt.LEARNING,
-            "Rotations to learn; by default those of R1,R2,R3 that are applied. R4 needs blocks of at most 512, as in "
-            "--block-size R4=64.",
+            "Rotations to learn; by default those of R1,R2,R3 that are applied. R4 and online-R1 (end to end alone) "
+            "need blocks of at most 512, as in --block-size R4=64.",
             "--learn",
         ),
     ] = None,

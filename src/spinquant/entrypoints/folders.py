@@ -84,8 +84,8 @@ def rotate_folder(
         What was done, and how far the logits moved; with the model only if it was loaded as a whole.
 
     Raises:
-        RotationError: A rotation is not possible in this model, a plain checkpoint cannot store it (R3, R4), or an
-            adapter has no exact equivalent in the rotated model.
+        RotationError: A rotation is not possible in this model, a plain checkpoint cannot store it (R3, R4, online R1),
+            or an adapter has no exact equivalent in the rotated model.
         ArchitectureError: The architecture is unknown.
         CheckpointError: The source cannot be read, is quantized already or contains values that are not finite, or
             `out` exists.

@@ -52,7 +52,7 @@ def rotate(
     options: Options | None = None,
     family: FamilyLike | None = None,
 ) -> Result:
-    """Rotate a model in memory: fuse R1 and R2 into its weights, attach R3 and R4, and check that its logits stay.
+    """Rotate a model in memory: fuse R1 and R2 into its weights, attach online ones, and check that its logits stay.
 
     The model is changed in place. `spinquant.save` writes it, and `spinquant.detach` removes the online rotations.
 

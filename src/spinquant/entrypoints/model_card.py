@@ -169,7 +169,7 @@ def learned_card(
 
 
 def _online(result: Result) -> list[str]:
-    """Which of R1 to R4 are applied at run time."""
+    """Which rotations are applied at run time."""
     spaces = online_part(result.plan, result.rotations)
     return sorted({space.rotation for space in result.plan.spaces if space.name in spaces})
 
@@ -193,7 +193,7 @@ def _story(result: Result, online: Sequence[str], quantized: bool) -> str:
 
 
 def _by_name(plan: Plan, spec: RotationSpec, rotations: Mapping[str, Transform]) -> dict[str, dict[str, Transform]]:
-    """Rotations by space, grouped by R1 to R4."""
+    """Rotations by space, grouped by their names."""
     return {
         name: {
             space.name: rotations[space.name]

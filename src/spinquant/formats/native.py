@@ -332,7 +332,7 @@ def mark(
 
 
 def unmark(model: Any) -> None:
-    """Remove the attachment and the native format from a model; R4 stays fused, so it has to be attached again."""
+    """Remove the attachment and the native format from a model; R4 and online R1 stay fused: attach them again."""
     attachment = attachment_of(model)
     if attachment is not None:
         attachment.remove()
@@ -349,7 +349,7 @@ def unmark(model: Any) -> None:
 def detach(model: Any) -> None:
     """Turn a rotated or quantized model into a plain one: remove its hooks and quantizers, in place.
 
-    R4 is taken back out of the weights it was fused into. R1, R2 and quantized weights stay, so the model computes
+    R4 and online R1 are taken back out of the weights. R1, R2 and quantized weights stay, so the model computes
     the same function without quantized activations and KV cache. `save_pretrained` then writes a plain checkpoint.
 
     Args:

@@ -1,9 +1,10 @@
 """Train the weights of a rotated or quantized model, and notice when an adapter was merged into them.
 
-Weights that are rotated only are trained as they are: R3 and R4 are linear, so gradients pass them. Quantized weights
-are trained through their rounding with the straight-through estimator: a linear computes with w_q, the numbers of its
-grid nearest to w, and the gradient of w_q is applied to w. The grids (scales, zero points) stay, so what is saved is
-exactly what was computed with. From the first forward pass in training mode on, the weights are rounded in every pass.
+Weights that are rotated only are trained as they are: online rotations are linear, so gradients pass them. Quantized
+weights are trained through their rounding with the straight-through estimator: a linear computes with w_q, the numbers
+of its grid nearest to w, and the gradient of w_q is applied to w. The grids (scales, zero points) stay, so what is
+saved is exactly what was computed with. From the first forward pass in training mode on, the weights are rounded in
+every pass.
 
 Adapters (peft) leave the weights alone. `merge_and_unload` does not: it adds B A to a weight whose numbers then leave
 their grid, and under R4 to a weight that reads rotated inputs, which B A does not. peft asks nobody, so the first row
@@ -40,7 +41,7 @@ class WeightWatch:
         others = [Weight(tensor) for tensor in rotated if tensor not in {weight.tensor for weight in quantized}]
         self._quantized = [_Quantized(model, weight, scheme.weights) for weight in quantized if scheme.weights]
         self._rows = [_Row(model, weight, "quantized") for weight in quantized]
-        self._rows += [_Row(model, weight, "rotated online (R4)") for weight in others]
+        self._rows += [_Row(model, weight, "rotated online (R4 or online R1)") for weight in others]
         watched = {id(row.parameter) for row in self._rows}
         self._other = next((p for p in model.parameters() if id(p) not in watched), None)
         self._seen = self._adapters(model)
@@ -100,9 +101,10 @@ def changed_message(tensor: str, why: str) -> str:
     """The error for a weight that was changed behind the library's back."""
     return (
         f"{tensor} is {why}, and was changed afterwards, as merge_and_unload of peft does: the sum is not on the "
-        "quantization grid, or (R4) mixes rotated and unrotated inputs. Keep the adapter beside the model (unload(), "
-        "and PeftModel.from_pretrained to load both), or merge it into the original model and rotate and quantize "
-        "that. If it was the dtype that was changed (.to(torch.bfloat16)), load with it: spinquant.load(..., dtype=...)"
+        "quantization grid, or (R4, online R1) mixes rotated and unrotated inputs. Keep the adapter beside the model "
+        "(unload(), and PeftModel.from_pretrained to load both), or merge it into the original model and rotate and "
+        "quantize that. If it was the dtype that was changed (.to(torch.bfloat16)), load with it: spinquant.load(..., "
+        "dtype=...)"
     )
 
 

@@ -1,4 +1,4 @@
-"""vLLM plugin for online rotations (R3, R4) that vLLM alone does not run; an entry point of `vllm.general_plugins`.
+"""vLLM plugin for online rotations that vLLM alone does not run: an entry point of `vllm.general_plugins`.
 
 vLLM reads `transform_config`, but its transform module needs a CUDA kernel or a weight layout that a CPU does not get;
 it refuses a linear with a bias under a transform; and it ignores transforms of queries and keys (R3). The plugin

@@ -21,7 +21,7 @@ Method = Literal["random", "closed-form", "local", "end-to-end", "local+end-to-e
 MomentsOf = Literal["gradients", "weights"]
 METHODS, MOMENTS = get_args(Method), get_args(MomentsOf)
 HADAMARD = ("hadamard", "random-hadamard", "auto")
-LARGEST_ONLINE = 512  # largest order of a learned R4, which is a dense matrix product for every token
+LARGEST_ONLINE = 512  # largest order of a learned R4 or online R1, which is a dense matrix product for every token
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def learned_spaces(plan: Plan, spec: RotationSpec, scheme: Scheme, options: Lear
     """The spaces to learn, each with the name of its rotation: R1 is shared by all its spaces, others are not.
 
     Raises LearningError for a scheme that rotations make no difference to, for a rotation that is not in `spec` or
-    rotates nothing that is quantized, and for an R4 too large to be dense.
+    rotates nothing that is quantized, and for an R4 or online R1 too large to be dense.
     """
     _check_scheme(scheme, options)
     inputs = scheme.activations is not None or options.end_to_end.weights

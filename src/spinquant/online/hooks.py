@@ -141,7 +141,7 @@ def attach(
     *,
     around: bool = False,
 ) -> Attachment:
-    """Attach online rotations (R3, R4) and the quantizers of activations and KV cache to a model.
+    """Attach online rotations (R3, R4, online R1) and the quantizers of activations and KV cache.
 
     `rotate`, `quantize` and `load` call it; call it yourself after `fuse_module`, or to try a scheme on a model.
 
