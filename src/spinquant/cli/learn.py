@@ -139,7 +139,7 @@ def learn(
     block_size: opt.BlockSize = None,
     seed: opt.Seed = 0,
     dtype: opt.Dtype = None,
-    memory: opt.LearningMemory = None,
+    memory: opt.Memory = None,
     family: opt.Family = None,
     allow_pickle: opt.AllowPickle = False,
 ) -> None:

@@ -239,17 +239,9 @@ Memory = Annotated[
     str | None,
     option(
         ADVANCED,
-        "Memory, such as 8GB, for hidden states during calibration before they go to disk (by default a quarter of "
-        "what is free), for the decoder block that is compared, and for the model while learning (by default what is "
-        "free).",
-    ),
-]
-LearningMemory = Annotated[
-    str | None,
-    option(
-        ADVANCED,
-        "Memory that the model may take, such as 8GB (by default what is free). A larger one is read from disk, block "
-        "by block (closed-form, random), or refused.",
+        "Memory, such as 8GB: for the model while learning (by default what is free; a larger one is read from disk, "
+        "block by block, by method closed-form), for hidden states during calibration before they go to disk (by "
+        "default a quarter of what is free), and for the decoder block that is compared.",
     ),
 ]
 AllowPickle = Annotated[
