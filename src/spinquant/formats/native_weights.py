@@ -52,6 +52,9 @@ def unpack(model: Any, weight: Weight, quantizer: Quantizer | None, shape: torch
         return
     scale, zero = weight.grid(model)
     assert scale is not None
+    # transformers 5.17 drops axes of length one when it unstacks experts to save them: that of a single group.
+    scale, zero = (part if part is None or part.ndim == stored.ndim else part.unsqueeze(-1) for part in (scale, zero))
+    assert scale is not None
     if not bool((scale > 0).all() & scale.isfinite().all()) or (zero is not None and int(zero.max()) > quantizer.top):
         raise CheckpointError(
             f"the scales or zero points of {weight.tensor} are not positive, finite numbers and codes up to "
