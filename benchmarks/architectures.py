@@ -33,7 +33,7 @@ from spinquant.architectures import family_of, known_model_types  # noqa: E402
 from spinquant.architectures.unsupported import UNSUPPORTED  # noqa: E402
 from spinquant.evaluation.tiny_model import exact_experts  # noqa: E402
 from spinquant.models.modules import model_class  # noqa: E402
-from spinquant.plan import ROTATION_NAMES  # noqa: E402
+from spinquant.rotation_names import USUAL  # noqa: E402
 
 NOTHING = "\N{EN DASH}"
 INTRODUCTION = """# Architectures
@@ -153,7 +153,7 @@ def page(
         table = tables[title]
         plan = spinquant.plan_of(tiny(instances[names[0]].config()))
         cells = []
-        for rotation in ROTATION_NAMES:
+        for rotation in USUAL:
             refusals = [refusal for refusal in table.refused if refusal.rotation == rotation and not refusal.is_past]
             if not refusals:
                 cells.append("yes" if plan.spaces_of(rotation) else NOTHING)

@@ -48,7 +48,7 @@ import spinquant
 from flatquant_block import BlockLearner, FlatOptions, flat_rotations
 from spinquant.calibration.data import CalibrationText, calibration_tokens
 from spinquant.calibration.sequential import block_calls, run_block
-from spinquant.checkpoint.run_directory import atomic_folder
+from spinquant.checkpoint.atomic_folder import atomic_folder
 from spinquant.entrypoints.learn import write_files
 from spinquant.formats.load import load_model
 from spinquant.learning.fake_quant import learning_scheme

@@ -13,10 +13,11 @@ import spinquant
 from spinquant.models.capture import device_of
 from spinquant.models.modules import named_tensor
 from spinquant.online.sites import KeyValueSite
-from spinquant.plan import ONLINE_R1, Plan, Space
+from spinquant.plan import Plan, Space
 from spinquant.quantization.integer import decode, encode, extremes, grid_of_range, group_of
 from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.quantization.targets import weights_of
+from spinquant.rotation_names import ONLINE_R1
 from spinquant.rotations.factory import generator_for, random_orthogonal
 from spinquant.rotations.fuse import transform
 from spinquant.rotations.rotation import Transform

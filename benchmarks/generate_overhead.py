@@ -24,7 +24,7 @@ from transformers import LogitsProcessor
 
 import spinquant
 from spinquant.demo.model import demo_model
-from spinquant.online.hooks import Attachment
+from spinquant.online.attachment import Attachment
 
 CASES = (("A8", "none"), ("KV4", "none"), ("A4KV4", "R3,R4"))
 

@@ -31,7 +31,7 @@ from spinquant.learning.cayley import Descent
 from spinquant.learning.fake_quant import fuse_gains, rounding
 from spinquant.learning.parametrization import begin_training
 from spinquant.learning.sensitivity import sampled_nll
-from spinquant.online.hooks import attachment_of
+from spinquant.online.attachment import attachment_of
 from spinquant.quantization.moving import Moving, Tally
 from spinquant.rotations.rotation import matrix
 

@@ -34,7 +34,7 @@ from typing import Any
 
 from spinquant.calibration.data import load_text
 from spinquant.checkpoint.atomic import write_file
-from spinquant.checkpoint.run_directory import atomic_folder
+from spinquant.checkpoint.atomic_folder import atomic_folder
 from spinquant.demo.model import cache_folder, demo_model, dequantize, pip_download, unpack
 from spinquant.errors import CheckpointError, TextError
 

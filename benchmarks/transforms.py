@@ -70,7 +70,6 @@ ROWS = {
     "scales-values": Row("random", transforms=True),
     "local-no-transforms": Row("local", transforms=False),
     "local": Row("local"),
-    "local-400": Row("local", local={"steps": 400, "lr": 0.5}),
     "local-R1-R2": Row("local", rotations="R1,R2"),
     "end-to-end-no-transforms": Row("end-to-end", transforms=False),
     "end-to-end": Row("end-to-end"),

@@ -18,6 +18,7 @@ TESTS = Path(__file__).parent
 # Lowest first: a module imports from its own package and from those before it.
 PACKAGES = [
     "errors",
+    "rotation_names",
     "plan",
     "compute",
     "architectures",

@@ -47,7 +47,8 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test holds it against
     from spinquant.learning.tuning import TuneOptions
     from spinquant.modifiers.mappings import NormMapping, SpinQuantMapping
     from spinquant.modifiers.modifier import SpinQuantModifier
-    from spinquant.online.hooks import Attachment, attach
+    from spinquant.online.attachment import Attachment
+    from spinquant.online.hooks import attach
     from spinquant.online.kv_cache import QuantizedCache
     from spinquant.plan import Plan
     from spinquant.probing.draft_text import draft_text
@@ -148,7 +149,7 @@ __all__ = [
 # Where each public name lives. `load` is called load_model there.
 _MODULES = {
     "ArchitectureError": "errors",
-    "Attachment": "online.hooks",
+    "Attachment": "online.attachment",
     "Calibration": "calibration.blockwise",
     "CalibrationError": "errors",
     "CalibrationText": "calibration.data",

@@ -8,7 +8,8 @@ from models import CONFIGS, tiny_model
 from spinquant import make_plan, plan_of
 from spinquant.errors import ArchitectureError, RotationError
 from spinquant.models.modules import tensor_shapes
-from spinquant.plan import Plan, Space, parse_rotation_names, run_online
+from spinquant.plan import Plan, Space
+from spinquant.rotation_names import parse_rotation_names, run_online
 
 
 @pytest.mark.parametrize("name", CONFIGS)

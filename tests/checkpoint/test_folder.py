@@ -14,8 +14,8 @@ from models import tiny_model
 from processes import run_source, start_source
 from spinquant import CheckpointError, RotationSpec, load, load_tokenizer, read_headers, rotate_folder
 from spinquant.checkpoint.atomic import check_free, is_full, why_full
+from spinquant.checkpoint.atomic_folder import atomic_folder
 from spinquant.checkpoint.folder import load_config, weight_files
-from spinquant.checkpoint.run_directory import atomic_folder
 
 
 def test_headers_match_the_tensors_of_the_files(folder):

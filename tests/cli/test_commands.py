@@ -446,6 +446,15 @@ LEARN_MISTAKES = {
         ["--method", "local", "--weighting", "uniform", "--checkpointing"],
         "--weighting fisher without",
     ),
+    "moments without a backward pass": (
+        ["--method", "closed-form", "--moments", "weights", "--checkpointing"],
+        "--checkpointing cannot",
+    ),
+    "R1 online and not": (["--rotations", "R2", "--online", "R1"], "R1 is to run online, and the rotations are R2"),
+    "online R1 from rows": (
+        ["--method", "local", "--online", "R1", "--learn", "online-R1", "--block-size", "R1=8"],
+        "learn it end to end",
+    ),
     "a rate for procrustes": (["--method", "local", "--solver", "procrustes", "--lr", "2"], "does not use lr"),
 }
 

@@ -42,10 +42,10 @@ from spinquant.formats.compressed_tensors import compressed_state
 from spinquant.formats.native import detach
 from spinquant.formats.runtimes import check_runtime, ignored_cache
 from spinquant.models.capture import captured
-from spinquant.plan import ONLINE_R1
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.quantization.targets import linears_of
+from spinquant.rotation_names import ONLINE_R1
 
 FAST = Options(prove=False)
 FUSED = RotationSpec("R1,R2", seed=1)

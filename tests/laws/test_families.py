@@ -39,7 +39,7 @@ from spinquant.evaluation.equivalence import Float64Arithmetic, greedy_logits, o
 from spinquant.learning.parametrization import begin_training, end_training
 from spinquant.models.capture import captured
 from spinquant.models.modules import model_class, tensor_shapes
-from spinquant.plan import ROTATION_NAMES
+from spinquant.rotation_names import ROTATION_NAMES
 from spinquant.rotations.fuse import rotate_axis, transform
 from spinquant.rotations.rotation import matrix
 

@@ -16,7 +16,7 @@ from spinquant import Options, ProofError, RotationSpec, Scheme, load, quantize_
 from spinquant.entrypoints.result import Result
 from spinquant.evaluation.tiny_model import exact_experts
 from spinquant.models.modules import model_class
-from spinquant.plan import MERGEABLE
+from spinquant.rotation_names import MERGEABLE
 from spinquant.rotations import fuse
 
 UNPROVED = Options(prove=False)  # test_families.py runs the proof for every family

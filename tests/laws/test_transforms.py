@@ -26,7 +26,7 @@ from spinquant import (
 from spinquant.entrypoints.learn import write_files
 from spinquant.evaluation.equivalence import Float64Arithmetic, greedy_logits
 from spinquant.learning.free_transforms import composed
-from spinquant.plan import ONLINE_R1
+from spinquant.rotation_names import ONLINE_R1
 from spinquant.rotations.random_transforms import random_transforms
 
 GENERAL = ("R2", "R3", "scales of R1", "scales of R4")

@@ -98,6 +98,23 @@ def test_an_interrupted_run_goes_on_where_it_stopped(folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "whole"]
 
 
+def test_an_interrupted_run_goes_on_as_it_began_whatever_memory_is_free(folder, tmp_path, monkeypatch):
+    given, stages = {"scheme": parse_scheme("A4")}, []
+    expected = learned(folder, tmp_path / "whole", **given)
+
+    def stop(name, done, total):
+        if name == "collect moments":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learned(folder, tmp_path / "out", **given, watch=Watch(stop))
+    monkeypatch.setattr("spinquant.entrypoints.learn.fits_in_memory", lambda *_, **__: False)
+    found = learned(folder, tmp_path / "out", **given, watch=Watch(lambda *n: stages.append(n)))
+    assert not any("random" in name for name, _, _ in stages) and "walks" not in found.record
+    assert found.record["scores"] == expected.record["scores"]
+    assert "walks" in learned(folder, tmp_path / "new", **given).record
+
+
 def test_quantize_learns_from_disk_within_its_memory(folder, tmp_path):
     options = Options(prove=False, memory=LITTLE)
     given = {"learn": LearnOptions("random", baselines=1), "learn_text": TEXT, "text": None, "options": options}

@@ -41,7 +41,7 @@ from spinquant.learning.parametrization import begin_training
 from spinquant.learning.rows import with_signs
 from spinquant.learning.selection import RATIOS, Candidate, Exact, Selection, score_candidates, with_clips
 from spinquant.learning.sensitivity import collect_by_weight, predicted_kl
-from spinquant.online.hooks import attachment_of
+from spinquant.online.attachment import attachment_of
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.moving import Moving, Tally
 from spinquant.quantization.rotated_rounding import Turn, round_rotated

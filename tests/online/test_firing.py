@@ -39,7 +39,8 @@ from spinquant import (
     save,
 )
 from spinquant.models.cache_names import CACHE_NAMES, cache_parameter
-from spinquant.online.hooks import PREFIX, attachment_of, text_config
+from spinquant.online.attachment import attachment_of
+from spinquant.online.queries import PREFIX, text_config
 from spinquant.online.sites import GATE
 
 

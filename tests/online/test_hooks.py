@@ -11,7 +11,8 @@ from models import CACHE, CONFIGS, logits, tiny_model, tokens
 from spinquant import RotationError, RotationSpec, attach, fuse_module, make_rotations, parse_scheme, plan_of
 from spinquant.evaluation.equivalence import Float64Arithmetic, greedy_logits
 from spinquant.models.capture import captured
-from spinquant.online.hooks import CONTINUOUS, attachment_of
+from spinquant.online.attachment import attachment_of
+from spinquant.online.hooks import CONTINUOUS
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.scheme import Quantizer, Scheme
 

@@ -13,8 +13,8 @@ from spinquant.adapters.base_model import BaseModel, open_base_model, rotations_
 from spinquant.adapters.draft_heads import head_kind, rotate_head
 from spinquant.adapters.lora import rotate_lora
 from spinquant.checkpoint.atomic import check_replaceable, write_file
+from spinquant.checkpoint.atomic_folder import atomic_folder
 from spinquant.checkpoint.folder import BESIDE, RECORD, SINGLE, copied_files, folder_of, weights_digest
-from spinquant.checkpoint.run_directory import atomic_folder
 from spinquant.checkpoint.safetensors_io import read_tensors
 from spinquant.checkpoint.untrusted import file_in, read_json
 from spinquant.compute.hashing import digest

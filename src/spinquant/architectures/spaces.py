@@ -11,7 +11,8 @@ from functools import cached_property
 from spinquant.architectures.family import INSIDE, AxisPart, AxisSpace, size_of
 from spinquant.architectures.model_table import ModelTable
 from spinquant.errors import ArchitectureError
-from spinquant.plan import CHANNELS, ONLINE_R1, Axis, Gain, Online, Space, Span
+from spinquant.plan import CHANNELS, Axis, Gain, Online, Space, Span
+from spinquant.rotation_names import ONLINE_R1
 
 RESIDUAL = "residual"
 INPUT = ".input"  # ends the names of the spaces of online R1

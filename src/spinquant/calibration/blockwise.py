@@ -30,7 +30,8 @@ from spinquant.compute.dtypes import named
 from spinquant.errors import CalibrationError, SchemeError
 from spinquant.models.capture import device_of
 from spinquant.models.modules import named_tensor
-from spinquant.online.hooks import Attachment, attach
+from spinquant.online.attachment import Attachment
+from spinquant.online.hooks import attach
 from spinquant.plan import Experts, Plan
 from spinquant.quantization.gptq import GPTQOptions, Moments, gptq
 from spinquant.quantization.integer import Packed, dequantize, fake_quantize, stacked

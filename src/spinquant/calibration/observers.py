@@ -13,7 +13,7 @@ from spinquant.calibration.experts import Routed, expert_products, routed_calls
 from spinquant.calibration.hidden_states import HiddenStates
 from spinquant.calibration.sequential import run_block
 from spinquant.models.capture import captured, captured_call
-from spinquant.online.hooks import Attachment
+from spinquant.online.attachment import Attachment
 from spinquant.plan import Experts, Plan
 from spinquant.quantization.clip_search import best_ratio, search_input_clip
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme, static_parts

@@ -30,7 +30,6 @@ from filelock import FileLock, Timeout
 
 from spinquant.checkpoint.atomic import (
     UNFINISHED,
-    check_free,
     check_replaceable,
     first_line,
     is_full,
@@ -370,30 +369,6 @@ def opened_run(
     finally:
         if processes.first:
             run.release()
-
-
-@contextmanager
-def atomic_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
-    """Within the block, a temporary folder that is renamed to `out` at the end, or deleted after an error.
-
-    Raises:
-        CheckpointError: `out` exists and `force` is off, another run writes it, or the disk is full.
-    """
-    run = RunDirectory(out)
-    check_free(out, force=force)
-    run.acquire(None, force=force)
-    try:
-        try:
-            yield run.data
-            run.publish(checksums=False)
-        except Exception as error:  # a full disk is an OSError, a SafetensorError, or the tokenizer's plain Exception
-            if is_full(error):
-                raise CheckpointError(
-                    f"{why_full(error)}, while writing {out} ({first_line(error)}): nothing was written"
-                ) from error
-            raise
-    finally:
-        run.release()
 
 
 def _json(data: Any) -> bytes:

@@ -8,8 +8,8 @@ from spinquant.cli import options as opt
 from spinquant.cli.output import command_line, print_result, push_to_hub
 from spinquant.cli.progress import stages, step_report
 from spinquant.errors import LearningError
-from spinquant.plan import parse_rotation_names
 from spinquant.quantization.scheme import parse_scheme
+from spinquant.rotation_names import parse_rotation_names
 
 EXAMPLES = (
     "spinquant learn ./llama ./learned --scheme W4A4KV4",

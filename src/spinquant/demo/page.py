@@ -14,7 +14,7 @@ from typing import Any
 
 from spinquant.evaluation.equivalence import Deviation
 from spinquant.evaluation.plots import GAUSSIAN_KURTOSIS, number
-from spinquant.plan import MERGEABLE
+from spinquant.rotation_names import MERGEABLE
 
 Pair = tuple[float, float]  # plain, rotated
 

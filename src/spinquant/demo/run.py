@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from spinquant.calibration.data import load_text, token_windows
 from spinquant.checkpoint.atomic import check_free
+from spinquant.checkpoint.atomic_folder import atomic_folder
 from spinquant.checkpoint.folder import is_local, load_config, load_tokenizer
-from spinquant.checkpoint.run_directory import atomic_folder
 from spinquant.compute.dtypes import named
 from spinquant.demo.model import demo_model
 from spinquant.demo.page import Activation, DemoResult, page
@@ -46,11 +46,12 @@ from spinquant.models.capture import captured, device_of
 from spinquant.models.context import fitting_length
 from spinquant.models.modules import tensor_shapes
 from spinquant.online.hooks import attach
-from spinquant.plan import USUAL, Plan
+from spinquant.plan import Plan
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.rtn import quantize_weight, round_weights
 from spinquant.quantization.scheme import Quantizer, Scheme, parse_scheme
 from spinquant.quantization.targets import check_fits, weights_of
+from spinquant.rotation_names import USUAL
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.fuse_module import plan_of
 from spinquant.rotations.rotation import Transform

@@ -29,8 +29,8 @@ from spinquant.formats.compressed_config import scheme_for
 from spinquant.formats.load import load_model
 from spinquant.learning.options import LearnOptions, Watch
 from spinquant.learning.tuning import TuneOptions, split_held_out
-from spinquant.plan import MERGEABLE
 from spinquant.quantization.scheme import Scheme, parse_scheme
+from spinquant.rotation_names import MERGEABLE
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.fuse_module import plan_of
 from spinquant.rotations.learned import LearnedRotations

@@ -13,8 +13,8 @@ from torch import Tensor
 from spinquant.architectures import FamilyLike, use_family
 from spinquant.calibration.block_store import BlockStore
 from spinquant.calibration.blockwise import Calibration, Method, quantize_blocks
+from spinquant.checkpoint.atomic_folder import atomic_folder
 from spinquant.checkpoint.folder import check_finite
-from spinquant.checkpoint.run_directory import atomic_folder
 from spinquant.compute.dtypes import Arithmetic, arithmetic
 from spinquant.entrypoints.output_folder import write_record
 from spinquant.entrypoints.result import Options, Result

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from spinquant.architectures import FamilyLike, recorded_family
 from spinquant.calibration.data import CalibrationText, calibration_tokens
+from spinquant.checkpoint.atomic_folder import atomic_folder
 from spinquant.checkpoint.folder import folder_of, load_config, load_tokenizer, weights_digest, weights_sample
-from spinquant.checkpoint.run_directory import LEARNING, atomic_folder, opened_run
+from spinquant.checkpoint.run_directory import LEARNING, opened_run
 from spinquant.checkpoint.safetensors_io import read_tensors
 from spinquant.checkpoint.untrusted import file_in, read_json
 from spinquant.compute.distributed import LONGEST, Processes, check_same, is_first, joined

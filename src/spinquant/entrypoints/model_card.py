@@ -19,8 +19,9 @@ from spinquant.entrypoints.markdown import code, fence, listed, plain, row
 from spinquant.entrypoints.result import Result
 from spinquant.entrypoints.source_card import front_matter, linked, split_card
 from spinquant.formats.runtimes import scheme_names
-from spinquant.plan import MERGEABLE, ONLINE_R1, Plan
+from spinquant.plan import Plan
 from spinquant.quantization.scheme import Quantizer, Scheme
+from spinquant.rotation_names import MERGEABLE, ONLINE_R1
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.learned import LearnedRotations
 from spinquant.rotations.rotation import Transform

@@ -38,9 +38,10 @@ from spinquant.errors import CalibrationError, CheckpointError, LearningError, R
 from spinquant.formats.compressed_config import as_stored, check_plan, check_scheme, quantization_scheme
 from spinquant.formats.runtimes import check_runtime, format_for, runtime_of
 from spinquant.learning.tuning import TuneOptions
-from spinquant.plan import MERGEABLE, Plan
+from spinquant.plan import Plan
 from spinquant.quantization.gptq import GPTQOptions
 from spinquant.quantization.scheme import Scheme, static_parts
+from spinquant.rotation_names import MERGEABLE
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.fast_transform import kernels_for
 from spinquant.rotations.learned import LearnedRotations

@@ -28,8 +28,9 @@ from spinquant.errors import ProofError
 from spinquant.evaluation.equivalence import TOLERANCE, Float64Arithmetic, difference, greedy_logits
 from spinquant.evaluation.tiny_model import TINY_VOCABULARY, make_tiny_model, tiny_spec
 from spinquant.models.modules import output_of
+from spinquant.online.attachment import Attachment
 from spinquant.online.firing import versions
-from spinquant.online.hooks import Attachment, attach
+from spinquant.online.hooks import attach
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.rotations.factory import RotationSpec, make_rotations

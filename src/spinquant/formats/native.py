@@ -29,7 +29,8 @@ from spinquant.formats.register import METHOD
 from spinquant.formats.resuming import LATENT, unpack_state
 from spinquant.formats.training import WeightWatch
 from spinquant.models.modules import named_tensor
-from spinquant.online.hooks import attach, attachment_of
+from spinquant.online.attachment import attachment_of
+from spinquant.online.hooks import attach
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Clips, Scheme
 from spinquant.quantization.targets import PARTS, Weight, linear_weights, parts_tied, weights_of

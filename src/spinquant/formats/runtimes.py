@@ -11,8 +11,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from spinquant.errors import RotationError, SchemeError
-from spinquant.plan import MERGEABLE, ONLINE, ONLINE_R1, ROTATION_NAMES, Plan
+from spinquant.plan import Plan
 from spinquant.quantization.scheme import Quantizer, Scheme
+from spinquant.rotation_names import MERGEABLE, ONLINE, ONLINE_R1, ROTATION_NAMES
 
 if TYPE_CHECKING:  # it imports torch, and the command line reads the names of the runtimes without
     from spinquant.rotations.factory import RotationSpec

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from spinquant.calibration.sequential import after_blocks, block_calls, check_finite_output, run_block
 from spinquant.learning.free_transforms import kind_of
 from spinquant.models.capture import captured, device_of
-from spinquant.online.hooks import Attachment, attach
+from spinquant.online.attachment import Attachment
+from spinquant.online.hooks import attach
 from spinquant.plan import Experts, Plan, Space
 from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.rotations.rotation import Transform

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from spinquant.models.modules import named_tensor
-from spinquant.online.hooks import Attachment
+from spinquant.online.attachment import Attachment
 from spinquant.online.sites import InputSite, KeyValueSite
 from spinquant.plan import Plan
 from spinquant.quantization.integer import quantize_on_grid

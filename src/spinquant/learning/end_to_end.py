@@ -25,10 +25,10 @@ from spinquant.learning.fake_quant import checkpointed, learning_scheme, roundin
 from spinquant.learning.free_transforms import kind_of
 from spinquant.learning.layerwise import cosine
 from spinquant.learning.option_checks import check_choices, check_numbers, check_unused
-from spinquant.learning.scale_descent import SCALE_RATE, ScaleDescent, parted_tensors
+from spinquant.learning.scale_descent import JointDescent, ScaleDescent
 from spinquant.learning.sensitivity import sampled_nll
 from spinquant.models.capture import device_of
-from spinquant.online.hooks import Attachment
+from spinquant.online.attachment import Attachment
 from spinquant.plan import Plan
 from spinquant.quantization.moving import Moving, MovingScales, Tally, leaf_of
 from spinquant.quantization.scheme import Scheme
@@ -170,12 +170,12 @@ def learn_end_to_end(
     }
     centred = frozenset(name for space, name in learned.items() if plan.space[space].centred)
     descent = Descent({name: m.weight for name, m in moving.items()}, options.optimizer, options.momentum, centred)
-    scale_descent = ScaleDescent({name: m.logs for name, m in scaled.items()})
-    training = _Training(model, moving, scaled, tally, descent, scale_descent, tokens, options, seed)
+    both = JointDescent(descent, ScaleDescent({name: m.logs for name, m in scaled.items()}))
+    training = _Training(model, moving, scaled, tally, both, tokens, options, seed)
     history: list[Step] = []
     if pieces is not None and (saved := pieces.load(STATE)) is not None:
         history = [Step(**step) for step in saved[1]["history"]]
-        training.restore(saved[0], len(history))
+        both.restore(saved[0], len(history))
     trained = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
     try:
@@ -186,7 +186,7 @@ def learn_end_to_end(
             for number in range(len(history), options.steps):
                 history.append(training.step(number, attachment))
                 if pieces is not None and ((number + 1) % options.save_every == 0 or number + 1 == options.steps):
-                    pieces.save(STATE, training.tensors(), {"history": [asdict(step) for step in history]})
+                    pieces.save(STATE, both.tensors(), {"history": [asdict(step) for step in history]})
                 if report:
                     report(history[-1])
     finally:
@@ -250,8 +250,7 @@ class _Training:
     moving: Mapping[str, Moving]
     scaled: Mapping[str, MovingScales]
     tally: Tally | None
-    descent: Descent
-    scale_descent: ScaleDescent
+    descent: JointDescent
     tokens: Tensor
     options: EndToEndOptions
     seed: int
@@ -261,16 +260,6 @@ class _Training:
         """What receives gradients."""
         return [leaf_of(transform) for transform in (*self.moving.values(), *self.scaled.values())]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The state, by name, for `restore`."""
-        return {**self.descent.tensors(), **self.scale_descent.tensors()}
-
-    def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
-        """Load the state that `tensors` returned after some steps."""
-        scales, others = parted_tensors(tensors)
-        self.descent.restore(others, steps)
-        self.scale_descent.restore(scales, steps)
-
     def step(self, number: int, attachment: Attachment) -> Step:
         """Make one step, counted from zero. Raises LearningError if a rotation is no longer orthogonal."""
         start = time.perf_counter()
@@ -278,9 +267,8 @@ class _Training:
         labels = [generator_for(self.seed, f"labels {number}/{place}") for place in range(len(rows))]
         loss = self._backward(self.tokens[rows], labels, attachment)
         gradients = {name: m.skew.grad for name, m in self.moving.items() if m.skew.grad is not None}
-        self.descent.step(gradients, self.options.length_of(number))
         slopes = {name: m.shift.grad for name, m in self.scaled.items() if m.shift.grad is not None}
-        self.scale_descent.step(slopes, SCALE_RATE * self.options.length_of(number))
+        self.descent.step(gradients, slopes, self.options.length_of(number))
         for leaf in self.leaves:
             leaf.grad = None
         error = max(off_orthogonal(m.weight) for m in self.moving.values())

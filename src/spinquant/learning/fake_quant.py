@@ -20,7 +20,8 @@ from torch.nn.utils import parametrize
 from spinquant.errors import LearningError
 from spinquant.models.capture import device_of
 from spinquant.models.modules import module_and_attribute
-from spinquant.online.hooks import Attachment, attach
+from spinquant.online.attachment import Attachment
+from spinquant.online.hooks import attach
 from spinquant.plan import Plan
 from spinquant.quantization.clip_search import best_ratio
 from spinquant.quantization.integer import fake_quantize

@@ -15,7 +15,6 @@ where all channels are alike, and descent from there ends in a poor minimum. So 
 matrix over *sorted* channels: those that want like scales, on average over all norms, are mixed with each other.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
@@ -23,14 +22,14 @@ import torch
 from torch import Tensor
 
 from spinquant.checkpoint.run_pieces import Pieces
-from spinquant.errors import HadamardOrderError, LearningError
+from spinquant.errors import HadamardOrderError
 from spinquant.learning.cayley import Descent
 from spinquant.learning.closed_form import DIAGONAL, Moments, chosen_transforms
 from spinquant.learning.joint_sites import JointSite
-from spinquant.learning.layerwise import LocalOptions, cosine
+from spinquant.learning.layerwise import LocalOptions, all_steps, cosine
 from spinquant.learning.moments import relative_error
 from spinquant.learning.objectives import expected_errors
-from spinquant.learning.scale_descent import SCALE_RATE, ScaleDescent, bounded, parted_tensors
+from spinquant.learning.scale_descent import JointDescent, ScaleDescent, bounded
 from spinquant.quantization.integer import group_of
 from spinquant.quantization.scheme import Quantizer
 from spinquant.rotations.factory import generator_for
@@ -226,22 +225,7 @@ def learn_jointly(
         LearningError: A loss is not finite.
     """
     run = _Run(sites, start, scales, weights, options, centred, seed, device)
-    losses: list[float] = []
-    if pieces and (saved := pieces.load(piece)) is not None:
-        losses = saved[1]["losses"]
-        run.restore(saved[0], len(losses))
-    for step in range(len(losses), options.steps):
-        loss = run.step(step)
-        if not math.isfinite(loss):
-            raise LearningError(
-                f"the loss of {piece} is {loss}: its activations are not finite, or the steps are too long. Lower the "
-                "learning rate"
-            )
-        losses.append(float(f"{loss:.6g}"))
-        if pieces and ((step + 1) % options.save_every == 0 or step + 1 == options.steps):
-            pieces.save(piece, run.tensors(), {"losses": losses})
-        if report:
-            report(step + 1, loss)
+    losses = all_steps(run, run.step, options, pieces, piece, report)
     return run.rotation.cpu(), run.scales(), losses
 
 
@@ -261,11 +245,12 @@ class _Run:
     ):
         self.weights, self.options, self.seed, self.device = weights, options, seed, device
         matrices = {"r": start.to(device, torch.float32, copy=True)}
-        self.descent = Descent(matrices, options.optimizer, centred=frozenset("r" if centred else ""))
+        descent = Descent(matrices, options.optimizer, centred=frozenset("r" if centred else ""))
         names = dict.fromkeys(one.site.scales for one in sites if one.site.scales)
         widths = {one.site.scales: one.width for one in sites}
         logs = {name: bounded(scales.get(name, torch.zeros(widths[name])).float()).to(device) for name in names}
-        self.scaled = ScaleDescent(logs)
+        self.descent = JointDescent(descent, ScaleDescent(logs))
+        self.tensors, self.restore = self.descent.tensors, self.descent.restore
         self.sites: dict[int, list[JointSite]] = {}
         for one in sites:
             self.sites.setdefault(one.width, []).append(one)
@@ -273,24 +258,23 @@ class _Run:
     @property
     def rotation(self) -> Tensor:
         """R as it is now."""
-        return self.descent.matrices["r"]
+        return self.descent.rotations.matrices["r"]
 
     def scales(self) -> Scales:
         """log D as it is now, by space."""
-        return {name: logs.cpu().clone() for name, logs in self.scaled.logs.items()}
+        return {name: logs.cpu().clone() for name, logs in self.descent.scales.logs.items()}
 
     def step(self, number: int) -> float:
         """Make one step, counted from zero; returns the loss on its rows."""
         generator = generator_for(self.seed, f"joint/{number}")
         r = self.rotation.clone().requires_grad_()
-        leaves = {name: logs.clone().requires_grad_() for name, logs in self.scaled.logs.items()}
+        leaves = {name: logs.clone().requires_grad_() for name, logs in self.descent.scales.logs.items()}
         costs = [self._loss(sites, r, leaves, generator) for sites in self.sites.values()]
         total = torch.stack(costs).sum()
         gradient, *slopes = torch.autograd.grad(total, [r, *leaves.values()])
         lr = self.options.lr * cosine(number, self.options.steps)
         # R becomes R (I - A), so the loss changes by <A, -R^T dL/dR>.
-        self.descent.step({"r": -self.rotation.T @ gradient}, lr)
-        self.scaled.step(dict(zip(leaves, slopes, strict=True)), SCALE_RATE * lr)
+        self.descent.step({"r": -self.rotation.T @ gradient}, dict(zip(leaves, slopes, strict=True)), lr)
         return float(total.detach())
 
     def _loss(
@@ -312,13 +296,3 @@ class _Run:
         act, rounding = expected_costs(turned * d, slopes / d, readers, quantizer, self.weights)
         shares = torch.tensor([[one.site.share, one.weight_share] for one in sites], device=device)
         return (act * shares[:, 0] + rounding * shares[:, 1]).sum()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The state, by name, for `restore`."""
-        return {**self.descent.tensors(), **self.scaled.tensors()}
-
-    def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
-        """Load the state that `tensors` returned after some steps."""
-        scales, others = parted_tensors(tensors)
-        self.descent.restore(others, steps)
-        self.scaled.restore(scales, steps)

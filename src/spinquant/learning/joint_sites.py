@@ -7,13 +7,14 @@ error of one, and have unit length; the total cost of all rows of a site is stor
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spinquant.learning.activations import ActivationSite
+from spinquant.learning.moments import OutputGradients
 from spinquant.learning.sensitivity import collect_by_weight
 from spinquant.models.capture import watching_calls
 from spinquant.plan import Plan
@@ -58,23 +59,6 @@ class JointSite:
 
 def _unit(rows: Tensor) -> Tensor:
     return rows / rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
-
-
-@dataclass
-class OutputGradients:
-    """h of every linear: sums over tokens of ||x||^2 times the squared gradients at its outputs, (out,)."""
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-
-    def watch(self, name: str, x: Tensor, output: Tensor) -> None:
-        """Observe a call of a linear."""
-        energy = x.detach().flatten(0, -2).float().square().sum(-1)
-
-        def add(gradient: Tensor) -> None:
-            new = (energy @ gradient.detach().flatten(0, -2).float().square()).double().cpu()
-            self.sums[name] = self.sums[name] + new if name in self.sums else new
-
-        output.register_hook(add)
 
 
 def readers_of(plan: Plan, site: str) -> tuple[str, ...]:
@@ -140,8 +124,8 @@ def _weight_rows(
     parts = [part.reshape(-1, part.shape[-1]) for part in parts]
     wide = torch.promote_types(parts[0].dtype, torch.float32)
     squares = [torch.linalg.vector_norm(part, dim=-1, dtype=wide).square().double().cpu() for part in parts]
-    known = [outputs.sums.get(name) for name in readers_of(plan, site.name)]
-    heard = [h for h in known if h is not None]
+    known = [outputs.sums.get((outputs.fold, name)) for name in readers_of(plan, site.name)]
+    heard = [h.cpu() for h in known if h is not None]
     if len(heard) == len(parts):
         costs = torch.cat([h * square for h, square in zip(heard, squares, strict=True)])
         share = 0.5 * float(costs.sum()) / parts[0].shape[-1] / tokens

@@ -12,6 +12,7 @@ quantizers. It is minimized by one of three solvers:
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -154,23 +155,51 @@ def _minimize(
     weights = {site.name: site.weights(options.weighting, options.factor) for site in sites}
     mean = sum(site.share for site in sites) / len(sites)
     sites = [replace(site, share=site.share / mean) for site in sites]
+
+    def one_step(number: int) -> float:
+        return solver.step(sites, weights, number, generator_for(seed, f"{space}/{number}"))
+
+    to_space = None if report is None else partial(report, space)
+    return all_steps(solver, one_step, options, pieces, f"local-{space}", to_space)
+
+
+def all_steps(
+    state: Any,
+    one_step: Callable[[int], float],
+    options: LocalOptions,
+    pieces: Pieces | None,
+    piece: str,
+    report: Callable[[int, float], None] | None,
+) -> list[float]:
+    """Make all steps of a descent, or those that an interrupted run had left; returns the losses of all.
+
+    Args:
+        state: What descends, with `tensors` and `restore`.
+        one_step: Makes the step of a number, counted from zero, and returns its loss.
+        options: Steps, and steps between saves.
+        pieces: Where the state is saved. None: nowhere.
+        piece: Name of the saved state: what learns, "-" and the space.
+        report: Called with (step, loss) after every step.
+
+    Raises:
+        LearningError: A loss is not finite.
+    """
     losses: list[float] = []
-    saved = pieces.load(f"local-{space}") if pieces else None
-    if saved is not None:
+    if pieces and (saved := pieces.load(piece)) is not None:
         losses = saved[1]["losses"]
-        solver.restore(saved[0], len(losses))
+        state.restore(saved[0], len(losses))
     for step in range(len(losses), options.steps):
-        loss = solver.step(sites, weights, step, generator_for(seed, f"{space}/{step}"))
+        loss = one_step(step)
         if not math.isfinite(loss):
             raise LearningError(
-                f"the loss of {space} is {loss}: its activations are not finite, or the steps are too long. Lower "
-                "the learning rate"
+                f"the loss of {piece.partition('-')[2]} is {loss}: its activations are not finite, or the steps are "
+                "too long. Lower the learning rate"
             )
         losses.append(float(f"{loss:.6g}"))
         if pieces and ((step + 1) % options.save_every == 0 or step + 1 == options.steps):
-            pieces.save(f"local-{space}", solver.tensors(), {"losses": losses})
+            pieces.save(piece, state.tensors(), {"losses": losses})
         if report:
-            report(space, step + 1, loss)
+            report(step + 1, loss)
     return losses
 
 

@@ -12,11 +12,7 @@ from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.learning.activations import ActivationSite, collect
 from spinquant.learning.auto import Allowed
 from spinquant.learning.end_to_end import FROM_LOCAL, Step, learn_end_to_end
-from spinquant.learning.free_transforms import (
-    composed,
-    kind_of,
-    parted,
-)
+from spinquant.learning.free_transforms import composed, kind_of, parted
 from spinquant.learning.joint_sites import JointSite, collect_jointly
 from spinquant.learning.joint_steps import joint_spaces, learn_together
 from spinquant.learning.layerwise import learn_locally, rounding_errors
@@ -225,29 +221,22 @@ class Run:
         """Capture the rows that local learning learns from, and that signs are selected on."""
         local = self.options.local
         spaces = sampled_spaces(self.plan, self.names, self.options, self.spec)
-        if local.weighting == "fisher":
-            tokens = self.tokens[: row_samples(local)]
-            return self.collect(spaces, self.joint_spaces, local.rows, tokens)
+        tokens = self.tokens[: row_samples(local)]
         how: dict[str, Any] = {"rows": local.rows, "generator": generator_for(self.options.seed, "rows")}
         how["progress"] = lambda *n: self.watch.stage("capture activations", *n)
-        tokens = self.tokens[: row_samples(local)]
-        return collect(self.model, self.plan, spaces, self.learning, tokens, **how)
-
-    def collect(self, spaces: Sequence[str], joint: Sequence[str], rows: int, tokens: Tensor) -> list[ActivationSite]:
-        """Capture rows by their cost, and in the spaces `joint` what their rotation is learned from with scales."""
+        if local.weighting != "fisher":
+            return collect(self.model, self.plan, spaces, self.learning, tokens, **how)
         sites, self.joint = collect_jointly(
             self.model,
             self.plan,
             spaces,
-            joint,
+            self.joint_spaces,
             self.learning,
             tokens,
             weights=self.scheme.weights,
             seed=self.options.seed,
-            rows=rows,
-            generator=generator_for(self.options.seed, "rows"),
             checkpointing=self.options.local.checkpointing or self.options.end_to_end.checkpointing,
-            progress=lambda *n: self.watch.stage("capture activations", *n),
+            **how,
         )
         return sites
 

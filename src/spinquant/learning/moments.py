@@ -20,7 +20,7 @@ from spinquant.learning.closed_form import Moments, second_moments, weighted_sum
 from spinquant.learning.sensitivity import backward_own_predictions
 from spinquant.models.capture import watching_calls
 from spinquant.models.modules import named_tensor
-from spinquant.online.hooks import Attachment
+from spinquant.online.attachment import Attachment
 from spinquant.plan import Plan, Space
 from spinquant.quantization.clip_search import best_ratio
 from spinquant.quantization.integer import fake_quantize
@@ -115,7 +115,7 @@ class _Sums:
 
 
 @dataclass
-class _Outputs:
+class OutputGradients:
     """h of every reader and fold: sums over tokens of |x|^2 times the squared gradients at the linear's outputs."""
 
     fold: int = 0
@@ -143,7 +143,7 @@ class MomentSums:
 
     def __init__(self, sites: Sequence[Site], scheme: Scheme):
         self.sites, self._weights = sites, scheme.weights
-        self._sums, self._outputs = [_Sums(site) for site in sites], _Outputs()
+        self._sums, self._outputs = [_Sums(site) for site in sites], OutputGradients()
         self._by_name: dict[str, list[_Sums]] = {}
         for one in self._sums:
             self._by_name.setdefault(one.site.name, []).append(one)
@@ -292,7 +292,7 @@ def relative_error(length: int, quantizer: Quantizer) -> float:
 
 
 def _of_readers(
-    model: Any, plan: Plan, site: Site, outputs: _Outputs, fold: int, quantizer: Quantizer
+    model: Any, plan: Plan, site: Site, outputs: OutputGradients, fold: int, quantizer: Quantizer
 ) -> Tensor | None:
     """W^T diag(h) W of the readers of a site, in blocks like its G, times the relative error of rounding W."""
     total = None

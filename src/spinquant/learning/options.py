@@ -12,8 +12,9 @@ from spinquant.learning.free_transforms import free_spaces
 from spinquant.learning.joint_sites import HELD_OUT
 from spinquant.learning.layerwise import LocalOptions
 from spinquant.learning.option_checks import check_choices, check_numbers
-from spinquant.plan import ONLINE_R1, Plan
+from spinquant.plan import Plan
 from spinquant.quantization.scheme import Scheme
+from spinquant.rotation_names import ONLINE_R1
 from spinquant.rotations.factory import RotationSpec
 from spinquant.rotations.rotation import Hadamard
 

@@ -21,7 +21,8 @@ from torch.nn.utils import parametrize
 from spinquant.errors import CheckpointError
 from spinquant.learning.cayley import cayley
 from spinquant.models.modules import check_in_memory, module_and_attribute, named_tensor
-from spinquant.online.hooks import attach, attachment_of, before_forward
+from spinquant.online.attachment import attachment_of
+from spinquant.online.hooks import attach, before_forward
 from spinquant.plan import Plan
 from spinquant.rotations.fuse import transform
 from spinquant.rotations.fuse_module import untie

@@ -1,4 +1,4 @@
-"""Adam on the logarithms of channel scales, within bounds."""
+"""Adam on the logarithms of channel scales, within bounds, alone and together with the descent of rotations."""
 
 import math
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from spinquant.learning.cayley import BETAS, EPSILON
+from spinquant.learning.cayley import BETAS, EPSILON, Descent
 from spinquant.rotations.transforms import LARGEST_CONDITION
 
 SAVED = "scales "  # begins the names of saved tensors
@@ -66,7 +66,29 @@ class ScaleDescent:
                 held[name] = tensor.to(self.logs[name].device)
 
 
-def parted_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The saved tensors of log scales, and all others."""
-    scales = {name: tensor for name, tensor in tensors.items() if name.startswith(SAVED)}
-    return scales, {name: tensor for name, tensor in tensors.items() if name not in scales}
+@dataclass
+class JointDescent:
+    """The optimizers of rotations and of the log scales that are learned with them, with one state.
+
+    Attributes:
+        rotations: Of the rotations.
+        scales: Of the log scales.
+    """
+
+    rotations: Descent
+    scales: ScaleDescent
+
+    def step(self, gradients: Mapping[str, Tensor], slopes: Mapping[str, Tensor], length: float) -> None:
+        """Step by `length` (`Descent.step`), and of log scales in proportion. slopes: gradients of log scales."""
+        self.rotations.step(gradients, length)
+        self.scales.step(slopes, SCALE_RATE * length)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state, by name, for `restore`."""
+        return {**self.rotations.tensors(), **self.scales.tensors()}
+
+    def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
+        """Load the state that `tensors` returned after `steps` steps."""
+        scales = {name: tensor for name, tensor in tensors.items() if name.startswith(SAVED)}
+        self.rotations.restore({name: tensor for name, tensor in tensors.items() if name not in scales}, steps)
+        self.scales.restore(scales, steps)

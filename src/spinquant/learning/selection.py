@@ -19,7 +19,7 @@ from spinquant.evaluation.metrics import divergence, nll, perplexity_of
 from spinquant.learning.fake_quant import rounding
 from spinquant.learning.free_transforms import Fused, Kind, fuse_free, kind_of, with_free
 from spinquant.models.capture import device_of
-from spinquant.online.hooks import attachment_of
+from spinquant.online.attachment import attachment_of
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.rotations.rotation import Transform

@@ -30,7 +30,8 @@ from spinquant.evaluation.metrics import drawn, wide
 from spinquant.learning.activations import ActivationSite, quantized_spaces, scales_after, transformed
 from spinquant.learning.fake_quant import checkpointed
 from spinquant.models.capture import device_of
-from spinquant.online.hooks import Attachment, attach
+from spinquant.online.attachment import Attachment
+from spinquant.online.hooks import attach
 from spinquant.plan import Plan
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.scheme import Scheme

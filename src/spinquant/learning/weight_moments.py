@@ -24,7 +24,8 @@ from spinquant.learning.closed_form import Moments, weighted_sum, wide
 from spinquant.learning.moments import FOLDS, WEIGHTS, Site, arranged, in_blocks, of_writers, relative_error, traces
 from spinquant.models.capture import device_of
 from spinquant.models.modules import named_tensor
-from spinquant.online.hooks import attach, watch_queries
+from spinquant.online.hooks import attach
+from spinquant.online.queries import watch_queries
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Quantizer, Scheme
 

@@ -23,8 +23,9 @@ from spinquant.learning.parametrization import Trainable, begin_training, end_tr
 from spinquant.modifiers.mappings import NormMapping, SpinQuantMapping
 from spinquant.modifiers.resolve import ModifierRequest, Resolved, resolve
 from spinquant.modifiers.transform_config import TorchDtype, TransformConfig, TransformType
-from spinquant.online.hooks import ATTENTIONS
-from spinquant.plan import Plan, parse_rotation_names
+from spinquant.online.queries import ATTENTIONS
+from spinquant.plan import Plan
+from spinquant.rotation_names import parse_rotation_names
 from spinquant.rotations.factory import RotationSpec
 
 RotationName = Literal["R1", "R2", "R3", "R4"]

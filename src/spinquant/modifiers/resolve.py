@@ -25,8 +25,9 @@ from spinquant.modifiers.mappings import (
     infer_norm_mappings,
 )
 from spinquant.modifiers.transform_config import TransformConfig, transform_config, translate
-from spinquant.online.hooks import ATTENTIONS, check_implementation
-from spinquant.plan import ROTATION_NAMES, Plan
+from spinquant.online.queries import ATTENTIONS, check_implementation
+from spinquant.plan import Plan
+from spinquant.rotation_names import ROTATION_NAMES
 from spinquant.rotations.factory import RotationSpec, make_rotations
 from spinquant.rotations.fuse_module import plan_of
 from spinquant.rotations.rotation import Transform

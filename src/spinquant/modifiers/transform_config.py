@@ -23,7 +23,8 @@ from torch import nn
 
 from spinquant.errors import RotationError
 from spinquant.modifiers.mappings import SpinQuantMapping, Targets, matching
-from spinquant.plan import ONLINE_R1, Axis, Online, Plan, Space
+from spinquant.plan import Axis, Online, Plan, Space
+from spinquant.rotation_names import ONLINE_R1
 from spinquant.rotations.factory import RotationSpec, make_rotation
 from spinquant.rotations.rotation import Orthogonal, Rotation, Transform, matrix
 

@@ -12,22 +12,21 @@ q T^-T, with one T for each key-value head if it has several.
 
 `attach` returns an `Attachment`; its `remove()` (or leaving its `with` block) restores the model. The hooks are on the
 modules, so that a decoder block that runs alone, as in calibration, behaves as it does inside the whole model. The
-computation at each place is in `sites.py`, the packed cache in `kv_cache.py`; `firing.py` checks after every forward
-pass that all of them ran.
+computation at each place is in `sites.py`, queries are reached by `queries.py`, the packed cache is in `kv_cache.py`;
+`firing.py` checks after every forward pass that all of them ran.
 """
 
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch import nn
 
 from spinquant.errors import RotationError
+from spinquant.online.attachment import ATTACHMENT, Attachment
 from spinquant.online.firing import AttentionCheck, FiringCheck, ModulesCheck, cache_argument
+from spinquant.online.queries import QUERIES, rotate_queries
 from spinquant.online.sites import (
     GATE,
     InputSite,
@@ -42,94 +41,7 @@ from spinquant.quantization.scheme import Clips, Quantizer, Scheme, parse_scheme
 from spinquant.rotations.rotation import Transform
 from spinquant.rotations.transforms import compose
 
-PREFIX = "spinquant_"
-ATTENTIONS = ("sdpa", "eager", "flex_attention")
-QUERIES = "_spinquant_queries"
 CONTINUOUS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
-ATTACHMENT = "_spinquant_attachment"
-
-
-class Attachment:
-    """The online rotations and quantizers on a model, with `remove` to restore it; a context manager.
-
-    Hooks and replaced attributes are stored as data, not in closures, so that a deep copy of the model gets an
-    attachment of its own.
-
-    Attributes:
-        inputs: Sites of activations. The key is the first of the linears that read the activation, or the first of
-            the tensors of stacked experts.
-        keys_values: Sites of keys and values, by the name of the attention module.
-
-    Example:
-        >>> import spinquant
-        >>> from transformers import AutoModelForCausalLM, LlamaConfig
-        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
-        >>> model = AutoModelForCausalLM.from_config(config)
-        >>> attachment = spinquant.attach(model, spinquant.plan_of(model), {}, spinquant.parse_scheme("KV4"))
-        >>> sorted(attachment.keys_values)
-        ['model.layers.0.self_attn', 'model.layers.1.self_attn']
-        >>> attachment.remove()
-    """
-
-    def __init__(self) -> None:
-        self.inputs: dict[str, InputSite] = {}
-        self.keys_values: dict[str, KeyValueSite] = {}
-        self._handles: list[Any] = []
-        self._checks: list[Any] = []
-        self._attributes: list[tuple[Any, str, bool, Any]] = []
-
-    def hook(self, handle: Any) -> None:
-        """Register a hook's handle; `remove` removes the hook."""
-        self._handles.append(handle)
-
-    def check(self, handle: Any) -> None:
-        """Register the handle of a hook that checks whether sites run."""
-        self._checks.append(handle)
-
-    def stop_checking(self) -> None:
-        """End the checks of `firing.py`: probing tries what may not run, and measures what that does."""
-        while self._checks:
-            self._checks.pop().remove()
-
-    def set(self, owner: Any, name: str, value: Any) -> None:
-        """Set an attribute; `remove` restores its previous value."""
-        self._attributes.append((owner, name, hasattr(owner, name), getattr(owner, name, None)))
-        setattr(owner, name, value)
-
-    def cover(self, owner: Any, name: str, value: Any) -> None:
-        """Shadow an attribute of an object's class on the object itself; `remove` deletes it again."""
-        self._attributes.append((owner, name, False, None))
-        setattr(owner, name, value)
-
-    def remove(self) -> None:
-        """Restore the model as it was before `attach`. A second call does nothing."""
-        self.stop_checking()
-        while self._handles:
-            self._handles.pop().remove()
-        while self._attributes:
-            owner, name, existed, value = self._attributes.pop()
-            if existed:
-                setattr(owner, name, value)
-            else:
-                delattr(owner, name)
-
-    @contextmanager
-    def exact(self) -> Iterator[None]:
-        """Disable all quantizers within the `with` block; online rotations stay."""
-        sites: list[InputSite | KeyValueSite] = [*self.inputs.values(), *self.keys_values.values()]
-        for site in sites:
-            site.rounds = False
-        try:
-            yield
-        finally:
-            for site in sites:
-                site.rounds = True
-
-    def __enter__(self) -> "Attachment":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.remove()
 
 
 def attach(
@@ -206,11 +118,6 @@ def before_forward(model: nn.Module, action: Callable[[], object]) -> Any:
     return model.register_forward_pre_hook(hook)
 
 
-def attachment_of(model: nn.Module) -> Attachment | None:
-    """The attachment on a model, or None."""
-    return getattr(model, ATTACHMENT, None)
-
-
 @dataclass(frozen=True)
 class _Attaching:
     """One call of `attach`: its arguments, and the attachment that collects the hooks."""
@@ -262,7 +169,7 @@ class _Attaching:
         spaces = self._spaces_at("query_key")
         found = {name: self._rotation_of(spaces.get(name)) for name in plan.attentions}
         rotated = {} if self.around else {name: rotation for name, rotation in found.items() if rotation is not None}
-        implementation = _rotate_queries(self.model, attachment) if rotated else None
+        implementation = rotate_queries(self.model, attachment) if rotated else None
         if not rotated and self.scheme.kv is None:
             return
         for name in CONTINUOUS:
@@ -343,69 +250,3 @@ def refuse_continuous(*args: Any, **kwargs: Any) -> None:
         "nor quantized. Call generate with a padded batch, leave R3 out and the KV cache at 16 bits, or serve the "
         "model with a runtime that runs it (`spinquant plan MODEL --runtime NAME`)"
     )
-
-
-def check_implementation(found: str, supported: Sequence[str] = ATTENTIONS) -> None:
-    """Raise RotationError for an attention implementation under which R3 cannot run."""
-    if found not in supported:
-        # Flash attention looks up its kernel by the implementation's name, which R3 replaces while it is attached.
-        raise RotationError(
-            f"R3 cannot run under attention implementation {found!r}: load the model with attn_implementation='sdpa' "
-            f"(supported: {', '.join(supported)}), or leave R3 out"
-        )
-
-
-def text_config(model: Any) -> Any:
-    """The config of a model's text decoder: that of the language model of a multimodal model, else the model's own."""
-    return model.config.get_text_config()
-
-
-def _rotate_queries(model: nn.Module, attachment: Attachment) -> str:
-    config: Any = text_config(model)  # a vision encoder has an attention implementation of its own
-    base = config._attn_implementation
-    check_implementation(base)
-    implementation = PREFIX + base
-    AttentionInterface.register(implementation, _attention_with_rotated_queries(base))
-    AttentionMaskInterface.register(implementation, AttentionMaskInterface()[base])
-    attachment.set(config, "_attn_implementation", implementation)
-    return implementation
-
-
-@dataclass(frozen=True)
-class _Watching:
-    """In the place of the site that rotates queries: an observer of them."""
-
-    watch: Callable[[Tensor], object]
-
-    def rotate_queries(self, queries: Tensor) -> Tensor:
-        self.watch(queries)
-        return queries
-
-
-def watch_queries(
-    model: nn.Module, attachment: Attachment, observers: Mapping[str, Callable[[Tensor], object]]
-) -> None:
-    """Show observers the queries, (batch, heads, tokens, size), of attention modules until the attachment is removed.
-
-    The attachment has to rotate none itself (`attach` with `around`, or without R3).
-
-    Raises:
-        RotationError: The attention implementation has no place for it.
-    """
-    if observers:
-        _rotate_queries(model, attachment)
-    for name, watch in observers.items():
-        attachment.set(model.get_submodule(name), QUERIES, _Watching(watch))
-
-
-def _attention_with_rotated_queries(base: str) -> Callable[..., Any]:
-    interface = AttentionInterface()
-
-    def attention(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # Every modeling file has an eager function of its own, which the interface does not list.
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        function = interface.get_interface(base, eager)  # pyright: ignore[reportArgumentType]
-        site: KeyValueSite | _Watching | None = getattr(module, QUERIES, None)
-        return function(module, query if site is None else site.rotate_queries(query), *args, **kwargs)
-
-    return attention

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from spinquant.plan import CHANNELS, ONLINE_R1, Plan
+from spinquant.plan import CHANNELS, Plan
+from spinquant.rotation_names import ONLINE_R1
 from spinquant.rotations.rotation import Transform
 from spinquant.rotations.transforms import Diagonal
 

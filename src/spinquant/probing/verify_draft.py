@@ -20,7 +20,7 @@ from spinquant.errors import SpinquantError
 from spinquant.evaluation.equivalence import difference, greedy_logits
 from spinquant.models.modules import module_and_attribute, tensor_shapes
 from spinquant.online.hooks import attach
-from spinquant.plan import USUAL, Plan
+from spinquant.plan import Plan
 from spinquant.probing.branches import EXPERTS
 from spinquant.probing.channel_scaling import candidates, scales
 from spinquant.probing.layer_kinds import choices_of, groups_of
@@ -28,6 +28,7 @@ from spinquant.probing.module_roles import LINEARS
 from spinquant.probing.observation import Draft, Observation
 from spinquant.probing.tiny_models import random_tokens
 from spinquant.probing.trace import run
+from spinquant.rotation_names import USUAL
 from spinquant.rotations.factory import RotationSpec, make_rotations
 from spinquant.rotations.fuse_module import fuse_module
 from spinquant.rotations.rotation import Orthogonal, Transform

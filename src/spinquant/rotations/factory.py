@@ -11,7 +11,8 @@ from torch import Tensor
 
 from spinquant.compute.values import check_integer, check_seed
 from spinquant.errors import HadamardOrderError, RotationError
-from spinquant.plan import Plan, Space, parse_rotation_names
+from spinquant.plan import Plan, Space
+from spinquant.rotation_names import parse_rotation_names
 from spinquant.rotations.hadamard import construct
 from spinquant.rotations.mean_preserving import CentredHadamard, CentredRandomHadamard, random_mean_preserving
 from spinquant.rotations.mean_preserving import describe as describe_centred
