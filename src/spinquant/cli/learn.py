@@ -57,6 +57,14 @@ def learn(
             "rotations.",
         ),
     ] = None,
+    rounding: Annotated[
+        str | None,
+        opt.option(
+            opt.LEARNING,
+            "How the weights will be rounded, which decides how much their rounding counts: rtn, gptq (the default) or "
+            "gptaq.",
+        ),
+    ] = None,
     text: opt.LearningText = "auto",
     held_out: Annotated[
         str | None,
@@ -170,6 +178,7 @@ def learn(
         transforms=transforms,
         budget=parse_duration(budget),
         moments=moments,  # pyright: ignore[reportArgumentType] - checked by the class
+        rounding=rounding,  # pyright: ignore[reportArgumentType] - checked by the class
         shard=shard,
         **_method_options(method, both, local, end_to_end),
         seed=seed,

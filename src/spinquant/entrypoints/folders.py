@@ -27,7 +27,7 @@ from spinquant.entrypoints.validation import Job, settle_format, validate
 from spinquant.errors import CheckpointError, RotationError
 from spinquant.formats.compressed_config import scheme_for
 from spinquant.formats.load import load_model
-from spinquant.learning.options import LearnOptions, Watch
+from spinquant.learning.options import LearnOptions, Watch, for_rounding
 from spinquant.learning.tuning import TuneOptions, split_held_out
 from spinquant.quantization.scheme import Scheme, parse_scheme
 from spinquant.rotation_names import MERGEABLE
@@ -245,7 +245,7 @@ def quantize_folder(
             calibration=calibration,
             calibration_text=calibration_text,
             learned=learned,
-            learn=learn,
+            learn=None if learn is None else for_rounding(learn, scheme, method),
             learn_text=learn_text or LearnText(),
             tune=tune,
             dtype=dtype,

@@ -8,12 +8,12 @@ from typing import Any
 from spinquant.errors import LearningError
 
 
-def check_choices(options: Any, known: Mapping[str, Collection[str]]) -> None:
+def check_choices(options: Any, known: Mapping[str, Collection[str | None]]) -> None:
     """Raise LearningError for an option, by name, whose value is not among the known ones."""
     for name, values in known.items():
         value = getattr(options, name)
         if value not in values:
-            raise LearningError(f"unknown {name} {value!r}: expected one of {', '.join(values)}")
+            raise LearningError(f"unknown {name} {value!r}: expected one of {', '.join(filter(None, values))}")
 
 
 def check_numbers(options: Any, *, counts: Collection[str], positive: Collection[str]) -> None:

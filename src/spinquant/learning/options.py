@@ -1,10 +1,11 @@
 """Options of `learn`, the spaces that are learned with them, and callbacks for progress."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
+from spinquant.calibration.blockwise import Method as Rounding
 from spinquant.compute.values import check_seed
 from spinquant.errors import LearningError
 from spinquant.learning.end_to_end import EndToEndOptions, Step
@@ -20,7 +21,11 @@ from spinquant.rotations.rotation import Hadamard
 
 Method = Literal["random", "closed-form", "local", "end-to-end", "local+end-to-end", "auto"]
 MomentsOf = Literal["gradients", "weights"]
-METHODS, MOMENTS = get_args(Method), get_args(MomentsOf)
+METHODS, MOMENTS, ROUNDINGS = get_args(Method), get_args(MomentsOf), get_args(Rounding)
+# Part of the squared error of weights rounded to nearest that costs as much KL as the way to round them: all of it for
+# round-to-nearest; for GPTQ and GPTAQ on SmolLM2 at W4A16, 0.17 and 0.15 on text like the one they were calibrated on,
+# 0.29 and 0.26 on another (`docs/experiments/learning.md`), of which these are the geometric means.
+WEIGHTS_SHARE: Mapping[Rounding, float] = {"rtn": 1.0, "gptq": 0.22, "gptaq": 0.2}
 HADAMARD = ("hadamard", "random-hadamard", "auto")
 LARGEST_ONLINE = 512  # largest order of a learned R4 or online R1, which is a dense matrix product for every token
 
@@ -46,6 +51,8 @@ class LearnOptions:
         moments: What the transforms are computed from: `gradients` (the default; one pass forward and back), or
             `weights`, whose second moments stand in the place of those of gradients (WUSH, arXiv 2512.00956): forward
             passes alone, for a model that a backward pass is impossible for.
+        rounding: How the weights will be rounded: `rtn`, `gptq` or `gptaq`, which decides how much their rounding
+            counts (`weights_share`). Default: the method of `quantize_folder`, or `gptq` where there is none.
         budget: Seconds that the call may take, only with method `auto`: random rotations, closed form, local and
             end-to-end learning are tried in this order, each if it ends in time, its score included, with fewer steps
             where needed. Default: no limit.
@@ -71,6 +78,7 @@ class LearnOptions:
     signs: int = 0
     transforms: bool | None = None
     moments: MomentsOf = "gradients"
+    rounding: Rounding | None = None
     budget: float | None = None
     shard: bool = False
     local: LocalOptions = field(default_factory=LocalOptions)
@@ -78,7 +86,7 @@ class LearnOptions:
     seed: int = 0
 
     def __post_init__(self):
-        check_choices(self, {"method": METHODS, "moments": MOMENTS})
+        check_choices(self, {"method": METHODS, "moments": MOMENTS, "rounding": (None, *ROUNDINGS)})
         check_numbers(self, counts=("baselines",), positive=("budget",))
         check_seed(self.seed, LearningError)
         if self.signs < 0:
@@ -142,6 +150,18 @@ class Watch:
     step: Callable[[str, Step, int], None] = lambda name, step, steps: None
 
 
+def weights_share(options: LearnOptions) -> float:
+    """Part of the squared error of weights rounded to nearest that counts, since GPTQ compensates for some of it."""
+    return WEIGHTS_SHARE[options.rounding or "gptq"]
+
+
+def for_rounding(options: LearnOptions, scheme: Scheme | None, method: Rounding) -> LearnOptions:
+    """The options, for weights that a method will round, unless they name another or weights stay at 16 bits."""
+    if options.rounding is not None or scheme is None or scheme.weights is None:
+        return options
+    return replace(options, rounding=method)
+
+
 def learns_scales(options: LearnOptions) -> bool:
     """Whether local learning learns R1 together with the scales of norms, where there are any."""
     local = options.local
@@ -151,6 +171,11 @@ def learns_scales(options: LearnOptions) -> bool:
 
 def check_used(plan: Plan, spec: RotationSpec, scheme: Scheme, names: Mapping[str, str], options: LearnOptions) -> None:
     """Raise LearningError for options that would have no effect: quantized weights, signs or transforms."""
+    if options.rounding is not None and scheme.weights is None:
+        raise LearningError(
+            f"scheme {scheme} leaves weights at 16 bits, so how they are rounded (--rounding {options.rounding}) would "
+            "have no effect: leave it out, or use a scheme such as W4A4KV4"
+        )
     if options.end_to_end.weights and scheme.weights is None:
         raise LearningError(
             f"scheme {scheme} leaves weights at 16 bits, so quantizing weights during learning (--weights) would have "
