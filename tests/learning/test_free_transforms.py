@@ -229,24 +229,6 @@ def test_half_precision_weights_are_restored_bit_for_bit():
     assert all(condition(transform) <= HALF_CONDITION for transform in found.values())
 
 
-def test_what_is_kept_is_never_worse_than_what_it_was_kept_for(monkeypatch):
-    """Clip ratios of its own, found on a few samples, may be worse than those of the leader."""
-    worse = lambda model, plan, best, *_: replace(best, activation_clip=0.3)  # noqa: E731
-    from spinquant.learning import selection
-
-    search, calls = selection.with_clips, []
-
-    def searched(model, plan, best, scheme, windows):
-        calls.append(1)
-        return search(model, plan, best, scheme, windows) if len(calls) < 3 else worse(model, plan, best)
-
-    monkeypatch.setattr(selection, "with_clips", searched)
-    learned = run_learn(LearnOptions("closed-form", baselines=2))
-    kept = [tried["kl"] for tried in learned.record["closed_form"].values() if tried["kept"]]
-    assert kept and learned.kept == "closed-form"
-    assert learned.record["scores"]["closed-form"]["kl"] <= min(kept) + 1e-12
-
-
 def test_subsets_of_what_was_learned():
     """Scales go with the rotation in whose coordinates they are; also those of folders of earlier versions."""
     _, plan = prepared()

@@ -35,11 +35,9 @@ from spinquant.learning.end_to_end import (
 )
 from spinquant.learning.fake_quant import fuse_gains, learning_scheme, rounding
 from spinquant.learning.layerwise import LocalOptions, learn_locally, rounding_errors
-from spinquant.learning.learn import CLIP_WINDOWS
 from spinquant.learning.options import Watch, learned_spaces
 from spinquant.learning.parametrization import begin_training
 from spinquant.learning.rows import with_signs
-from spinquant.learning.selection import RATIOS, Candidate, Exact, Selection, score_candidates, with_clips
 from spinquant.learning.sensitivity import collect_by_weight, predicted_kl
 from spinquant.online.attachment import attachment_of
 from spinquant.quantization.integer import fake_quantize
@@ -631,63 +629,6 @@ def test_every_method_records_rounding_errors_before_and_after():
         assert sum(errors["after"].values()) < sum(errors["before"].values())
 
 
-def test_the_best_random_candidate_is_scored_with_clip_ratios_of_its_own():
-    """So the best of the random rotations is compared with learned ones on equal terms."""
-    scheme, windows, held_out = parse_scheme("A4KV4"), tokens(16, 24)[:CLIP_WINDOWS], tokens(4, 24, seed=9)
-    model, plan, *_ = prepared()
-    differing = 0
-    for seed in range(0, 24, 4):
-        made = {f"random {i}": make_rotations(plan, RotationSpec(ALL, seed=seed + i)) for i in range(4)}
-        selection = Selection(model, plan, scheme, windows, held_out)
-        selection.enter_all(made)
-        kept = made[selection.leader]
-        first = with_clips(model, plan, Candidate(made["random 0"]), scheme, Exact(model, windows))
-        both = {"0": replace(first, rotations=kept)}
-        again = selection.leader != "random 0"
-        both["1"] = with_clips(model, plan, both["0"], scheme, Exact(model, windows)) if again else both["0"]
-        scores = score_candidates(model, plan, both, scheme, Exact(model, held_out))
-        differing += both["0"].scheme(scheme) != both["1"].scheme(scheme) and scores["1"].kl < scores["0"].kl
-        assert selection.scores[selection.leader].kl == pytest.approx(min(scores["0"].kl, scores["1"].kl))
-    assert differing, "use other seeds: own clip ratios were never better"
-
-
-def test_the_clip_search_starts_from_known_ratios_and_finds_the_same_minimum():
-    """And what is known is not scored again: neither predictions at 16 bits nor a candidate with the same ratios."""
-    scheme, windows = parse_scheme("A4KV4"), tokens(16, 24)[:CLIP_WINDOWS]
-    model, plan, *_ = prepared()
-    calls = []
-    handle = model.register_forward_hook(lambda *_: calls.append(1))
-    exact = Exact(model, windows)
-    found = with_clips(model, plan, Candidate(make_rotations(plan, RotationSpec(ALL))), scheme, exact)
-    fresh, nearby = len(calls), 2 * CLIP_WINDOWS * 2
-    # Of least KL, by scores.
-    choices = {str(a): replace(found, activation_clip=a, kv_clip=1.0) for a in RATIOS}
-    scores = score_candidates(model, plan, choices, scheme, Exact(model, windows))
-    assert found.activation_clip == min(RATIOS, key=lambda a: scores[str(a)].kl) < 1
-    calls.clear()
-    assert with_clips(model, plan, found, scheme, exact) == found
-    assert 0 < len(calls) <= nearby + CLIP_WINDOWS < fresh
-    selection = Selection(model, plan, scheme, windows, tokens(4, 24, seed=9))
-    selection.enter_all({"random 0": found.rotations})
-    before = len(calls)
-    selection._improve("again", "random 0", selection.candidates["random 0"], selection.scores["random 0"])
-    assert len(calls) - before <= nearby + CLIP_WINDOWS
-    handle.remove()
-
-
-@pytest.mark.parametrize("kept", [True, False])
-def test_predictions_at_16_bits_are_those_before_transforms_are_fused(kept, monkeypatch):
-    monkeypatch.setattr("spinquant.learning.selection.EXACT_BYTES", 1 << 30 if kept else 0)
-    windows, (model, *_) = tokens(3, 24), prepared()
-    exact = Exact(model, windows)
-    exact.fill()
-    expected = logits(model, windows)[:, :-1]
-    assert all(torch.equal(exact[i], model(input_ids=windows[i : i + 1]).logits[0, :-1]) for i in range(3))
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(2)
-    assert torch.allclose(exact[1], expected[1], atol=1e-5) == kept
-
-
 def test_a_learned_rotation_worse_than_random_is_not_selected():
     # After one very long step the rotation is as good as random, and the best of thirty random ones is better.
     through = replace(FAST, steps=1, batch=1, lr=6.0)
@@ -746,12 +687,12 @@ def test_blocks_of_r4_and_r3_are_learned():
 
 def test_scores_are_reused_on_resume_unless_the_text_differs(tmp_path, monkeypatch):
     """A resumed run reuses scores and clip ratios; a run with other held-out text does not."""
-    from spinquant.learning import selection as module
+    from spinquant.learning.scoring import Rounded
 
     _, whole = run_learn(store=tmp_path)
     calls = []
-    real = module.score_candidates
-    monkeypatch.setattr(module, "score_candidates", lambda *a, **k: calls.append(a) or real(*a, **k))
+    real = Rounded.observe
+    monkeypatch.setattr(Rounded, "observe", lambda *a: calls.append(a) or real(*a))
     _, again = run_learn(store=tmp_path)
     assert not calls and again.kept == whole.kept and again.record["scores"] == whole.record["scores"]
     model, *_ = prepared()

@@ -12,9 +12,9 @@ from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.entrypoints.learn_blocks import opened_blocks
 from spinquant.evaluation.tiny_model import exact_experts
 from spinquant.learning.fake_quant import fuse_gains, learning_scheme
-from spinquant.learning.free_transforms import closed_form_transforms, free_spaces, fuse_free
+from spinquant.learning.free_transforms import closed_form_transforms, free_spaces
 from spinquant.learning.moments import collect_moments, sites_of
-from spinquant.learning.selection import Candidate, Exact, score_candidates
+from spinquant.learning.scoring import Candidate, Exact, Rounded, observed
 from spinquant.learning.walk import check_walkable, walked_moments
 from spinquant.learning.walk_scores import STATES, walked_scores
 
@@ -77,22 +77,20 @@ def test_moments_of_a_walk_equal_those_in_memory(name, tmp_path):
 
 @pytest.mark.parametrize("name", ("llama", "gemma3", "qwen3_moe"))
 def test_scores_of_a_walk_equal_those_in_memory(name, tmp_path):
-    """Also where free transforms are fused in memory; candidates do not disturb each other."""
+    """Candidates do not disturb each other."""
     folder, spec, ids = saved(tmp_path / "model", name), spec_for(name), tokens(2, 12)
     model, plan, rotations, sites = prepared(folder, spec)
-    scheme = learning_scheme(FOUR, weights=False)
+    scheme = learning_scheme(FOUR, weights=True)
     moments = collect_moments(model, plan, sites, FOUR, ids, generator=torch.Generator().manual_seed(3))
     free = closed_form_transforms(plan, moments)
     assert free
     plain, other = Candidate(rotations, {}, 0.9, 0.95), make_rotations(plan, replace(spec, seed=7))
     candidates = {"plain": plain, "free": replace(plain, free=free), "other": Candidate(other)}
-    exact = Exact(model, ids)
-    expected = score_candidates(model, plan, {n: candidates[n] for n in ("plain", "other")}, scheme, exact)
-    fuse_free(model, plan, free, ids[:1])
-    expected |= {"free": score_candidates(model, plan, {"free": candidates["free"]}, scheme, exact)["free"]}
+    judge = Rounded(model, plan, scheme, 0.2)
+    expected = {key: observed(judge, candidate, Exact(model, ids)).score() for key, candidate in candidates.items()}
     with opened_blocks(folder, FOUR, spec, device="cpu") as blocks:
         exact_experts(blocks.home.model)
-        found = walked_scores(blocks.home, blocks.home.plan, candidates, scheme, ids)
+        found = walked_scores(blocks.home, blocks.home.plan, candidates, scheme, ids, share=0.2)
     assert list(found) == ["plain", "free", "other", "16-bit"]
     for key, score in expected.items():
         assert found[key].kl == pytest.approx(score.kl, rel=1e-4, abs=1e-12), key
@@ -144,7 +142,7 @@ def test_interrupted_scores_go_on_where_they_stopped(tmp_path, monkeypatch):
             how = {"pieces": pieces, "label": label, "progress": progress}
             return walked_scores(blocks.home, plan, candidates, scheme, ids, **how)
 
-        expected = walked_scores(blocks.home, plan, candidates, scheme, ids)
+        expected = walked_scores(blocks.home, plan, candidates, scheme, ids, share=0.2)
         with pytest.raises(Stop):
             walk("one", stopping(2))
         assert pieces.about(STATES)["block"] == 2

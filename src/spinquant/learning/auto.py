@@ -38,8 +38,7 @@ class Allowed:
     def baselines(self, wanted: dict[str, Any]) -> dict[str, Any]:
         """As many of the random rotations as can be scored in time, and always one."""
         times = self.times
-        again = len(wanted) > 1  # the best is scored with clip ratios of its own, too
-        fixed = lambda: times.baselines - times.scoring + again * times.judging()  # noqa: E731
+        fixed = lambda: times.baselines - times.scoring  # noqa: E731
         what = "random rotations"
         count = self.budget.steps(what, len(wanted), 1, lambda: times.scoring, fixed)
         if not count:

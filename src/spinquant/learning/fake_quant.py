@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,9 +22,8 @@ from spinquant.models.modules import module_and_attribute
 from spinquant.online.attachment import Attachment
 from spinquant.online.hooks import attach
 from spinquant.plan import Plan
-from spinquant.quantization.clip_search import best_ratio
-from spinquant.quantization.integer import fake_quantize
-from spinquant.quantization.rotated_rounding import Turn, round_rotated, turned
+from spinquant.quantization.clip_search import with_gaussian_clip
+from spinquant.quantization.rotated_rounding import Turn, round_rotated
 from spinquant.quantization.scheme import Clips, Quantizer, Scheme
 from spinquant.quantization.targets import Weight, weights_of
 from spinquant.rotations.fuse_module import fuse_module
@@ -78,30 +76,46 @@ def rounding(
 
     Rotations that are `Moving` get gradients, by the straight-through estimator.
     """
-    rounded: list[tuple[nn.Module, str]] = []
     attachment = attach(model, plan, rotations, scheme, clips, around=True)
     try:
-        if scheme.weights is not None:
-            for weight in weights_of(plan, scheme):
-                module, name = module_and_attribute(model, weight.tensor)
-                matrices = weight.matrices(model)
-                axes = [axis for axis in plan.axes_of.get(weight.tensor, ()) if axis.space in rotations]
-                turns = tuple(
-                    Turn(
-                        dual(rotations[axis.space]) if axis.reads else rotations[axis.space],
-                        weight.turned_dim(axis.dim, matrices.ndim),
-                        axis.span,
-                    )
-                    for axis in axes
+        with rounded_weights(model, plan, rotations, scheme):
+            yield attachment
+    finally:
+        attachment.remove()
+
+
+@contextmanager
+def rounded_weights(
+    model: nn.Module, plan: Plan, rotations: Mapping[str, Transform], scheme: Scheme, share: float = 1.0
+) -> Iterator[None]:
+    """Within the `with` block, weights are rounded to nearest in rotated coordinates, where the scheme quantizes them.
+
+    share: part of the squared error that is made; the whole by default.
+    """
+    rounded: list[tuple[nn.Module, str]] = []
+    try:
+        for weight in weights_of(plan, scheme) if scheme.weights is not None and share else ():
+            assert scheme.weights is not None
+            module, name = module_and_attribute(model, weight.tensor)
+            matrices = weight.matrices(model)
+            axes = [axis for axis in plan.axes_of.get(weight.tensor, ()) if axis.space in rotations]
+            turns = tuple(
+                Turn(
+                    dual(rotations[axis.space]) if axis.reads else rotations[axis.space],
+                    weight.turned_dim(axis.dim, matrices.ndim),
+                    axis.span,
                 )
-                quantizer = _with_fixed_clip(matrices, turns, scheme.weights)
-                parametrize.register_parametrization(module, name, _Rounded(weight, turns, quantizer))
-                rounded.append((module, name))
-        yield attachment
+                for axis in axes
+            )
+            quantizer = with_gaussian_clip(scheme.weights, matrices.shape[-1])
+            made = _Rounded(weight, turns, quantizer, share)
+            # `unsafe` leaves out a check of its shape, which rounds the weight once more.
+            parametrize.register_parametrization(module, name, made, unsafe=True)
+            rounded.append((module, name))
+        yield
     finally:
         for module, name in rounded:
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-        attachment.remove()
 
 
 @contextmanager
@@ -126,22 +140,13 @@ def checkpointed(model: Any, plan: Plan, wanted: bool) -> Iterator[None]:
 
 
 class _Rounded(nn.Module):
-    """Parametrization that quantizes a weight in rotated coordinates."""
+    """Parametrization that quantizes a weight in rotated coordinates, or goes some of the way there."""
 
-    def __init__(self, layout: Weight, turns: tuple[Turn, ...], quantizer: Quantizer):
+    def __init__(self, layout: Weight, turns: tuple[Turn, ...], quantizer: Quantizer, share: float):
         super().__init__()
-        self._layout = layout
+        self._layout, self._share = layout, share
         self._how = (turns, quantizer)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return self._layout.turned(round_rotated(self._layout.turned(weight), *self._how))
-
-
-@torch.no_grad()
-def _with_fixed_clip(weight: Tensor, turns: tuple[Turn, ...], quantizer: Quantizer) -> Quantizer:
-    """The quantizer, with clip "mse" replaced by one ratio for the whole tensor, searched now."""
-    if quantizer.clip != "mse":
-        return quantizer
-    z = turned(weight.detach().float(), turns)
-    ratio = best_ratio(lambda c: float((fake_quantize(z, replace(quantizer, clip=c)) - z).square().sum()))
-    return replace(quantizer, clip=ratio)
+        rounded = self._layout.turned(round_rotated(self._layout.turned(weight), *self._how))
+        return rounded if self._share == 1 else weight + (rounded - weight) * self._share**0.5

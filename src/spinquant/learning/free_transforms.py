@@ -106,11 +106,6 @@ def _bounded(roots: Tensor, bound: float) -> Tensor:
     return (vectors * values.clamp(min=least).unsqueeze(-2)) @ vectors.mT
 
 
-def with_free(plan: Plan, rotations: Mapping[str, Transform], free: Mapping[str, Transform]) -> dict[str, Transform]:
-    """The transforms that activations are rounded in, of a model into which those that can be are fused."""
-    return composed(rotations, {name: found for name, found in free.items() if not is_fused(plan.space[name])})
-
-
 def composed(rotations: Mapping[str, Transform], free: Mapping[str, Transform]) -> dict[str, Transform]:
     """Every space's transform: the free one, followed by the rotation, if it has both."""
     found = dict(rotations)

@@ -32,8 +32,9 @@ from spinquant.learning.free_transforms import KINDS, Kind, closed_form_transfor
 from spinquant.learning.learn import CLIP_WINDOWS, baselines_of
 from spinquant.learning.learn_run import CLOSED_FORM, selected
 from spinquant.learning.moments import sites_of
-from spinquant.learning.options import LearnOptions, Watch, check_used, learned_spaces
-from spinquant.learning.selection import SCORES, Candidate, Score, searched_clips
+from spinquant.learning.options import LearnOptions, Watch, check_used, learned_spaces, weights_share
+from spinquant.learning.scoring import Candidate, Score, searched_clips
+from spinquant.learning.selection import SCORES
 from spinquant.learning.walk import walked_moments
 from spinquant.learning.walk_scores import walked_scores
 from spinquant.models.context import check_context
@@ -139,6 +140,7 @@ class _Run:
         self.home, self.plan, self.scheme, self.options = home, plan, scheme, options
         self.tokens, self.held_out, self.pieces, self.watch = tokens, held_out, pieces, watch
         self.learning = learning_scheme(scheme, weights=False)
+        self.judged, self.share = learning_scheme(scheme, weights=True), weights_share(options)
         kept = pieces.load(SCORES)
         self.found: dict[str, Any] = kept[1]["found"] if kept else {}
         self.candidates: dict[str, Candidate] = {}
@@ -152,22 +154,18 @@ class _Run:
         return min(self.candidates, key=lambda name: self.scores[name].kl)
 
     def score_random(self, random: Mapping[str, Mapping[str, Transform]]) -> None:
-        """Score random rotations with the clip ratios of the first, then the leader with ratios of its own."""
+        """Score random rotations with the clip ratios of the first."""
         first = next(iter(random))
         made = {name: Candidate(rotations) for name, rotations in random.items()}
         clipped = self._clipped("random rotations", made[first])
-        ratios = {"activation_clip": clipped.activation_clip, "kv_clip": clipped.kv_clip}
-        self.candidates = {name: replace(candidate, **ratios) for name, candidate in made.items()}
+        self.candidates = {name: replace(clipped, rotations=one.rotations) for name, one in made.items()}
         self.scores = self._scores("random rotations", self.candidates, self.held_out)
-        leader = self.leader
-        if leader != first:
-            self._again(leader, f"{leader} again", self.candidates[leader])
         self.record["start"] = self.leader
 
     def _again(self, name: str, label: str, candidate: Candidate) -> None:
         """Give a candidate clip ratios of its own, if they are better than those that it was scored with."""
         own = self._clipped(label, candidate)
-        if _clips(own) == _clips(candidate):
+        if own.clips == candidate.clips:
             return
         score = self._scores(label, {name: own}, self.held_out)[name]
         if score.kl <= self.scores[name].kl:
@@ -249,14 +247,14 @@ class _Run:
 
     def _clipped(self, label: str, candidate: Candidate) -> Candidate:
         """The candidate with the best clip ratios on the first training samples."""
-        known: dict[tuple[float, float], float] = {}
+        known: dict[str, float] = {}
 
         def errors(tried: Sequence[Candidate]) -> Callable[[Candidate], float]:
-            new = {str(_clips(one)): one for one in tried if _clips(one) not in known}
+            new = {str(one.clips): one for one in tried if str(one.clips) not in known}
             part = "activations" if len({one.activation_clip for one in tried}) > 1 else "KV cache"
             scores = self._scores(f"{label}: clip ratios of {part}", new, self.tokens[:CLIP_WINDOWS])
-            known.update({_clips(one): scores[name].kl for name, one in new.items()})
-            return lambda one: known[_clips(one)]
+            known.update({name: scores[name].kl for name in new})
+            return lambda one: known[str(one.clips)]
 
         return searched_clips(candidate, self.learning, errors)
 
@@ -268,8 +266,9 @@ class _Run:
                     self.home,
                     self.plan,
                     candidates,
-                    self.learning,
+                    self.judged,
                     windows,
+                    share=self.share,
                     pieces=self.pieces,
                     label=label,
                     progress=lambda *n: self.watch.stage(f"score {label}", *n),
@@ -285,7 +284,3 @@ class _Run:
         yield
         self.clock[name] = self.clock.get(name, 0.0) + time.perf_counter() - start
         self.record["walks"] += 1
-
-
-def _clips(candidate: Candidate) -> tuple[float, float]:
-    return candidate.activation_clip, candidate.kv_clip

@@ -35,7 +35,7 @@ from spinquant.learning.fake_quant import fuse_gains, learning_scheme, shard_blo
 from spinquant.learning.free_transforms import KINDS
 from spinquant.learning.learn_run import AFTER, CLOSED_FORM, Run
 from spinquant.learning.learned import initial_rotations
-from spinquant.learning.options import LearnOptions, Watch, check_used, learned_spaces
+from spinquant.learning.options import LearnOptions, Watch, check_used, learned_spaces, weights_share
 from spinquant.learning.rows import row_samples
 from spinquant.learning.selection import Selection
 from spinquant.learning.step_times import StepTimes
@@ -134,8 +134,9 @@ def learn(
     if options.shard:
         shard_blocks(model, plan)
     learning = learning_scheme(scheme, weights=options.end_to_end.weights)
+    judged, share = learning_scheme(scheme, weights=not options.shard), weights_share(options)
     with in_eval_mode(model):
-        candidates = Selection(model, plan, learning, tokens[:CLIP_WINDOWS], held_out, watch.stage, pieces)
+        candidates = Selection(model, plan, judged, tokens[:CLIP_WINDOWS], held_out, watch.stage, pieces, share=share)
         first, samples = next(iter(random.values())), (MOMENT_SAMPLES, row_samples(options.local))
         times = StepTimes(model, plan, scheme, learning, first, names, tokens, candidates, options, samples)
         allowed = Allowed(limit, times, REST if options.transforming else ())

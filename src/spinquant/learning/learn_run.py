@@ -19,7 +19,8 @@ from spinquant.learning.layerwise import learn_locally, rounding_errors
 from spinquant.learning.learned import spec_of
 from spinquant.learning.options import LearnOptions, Watch, learns_scales
 from spinquant.learning.rows import error_rows, row_samples, sampled_spaces, with_signs
-from spinquant.learning.selection import Candidate, Score, Selection
+from spinquant.learning.scoring import Candidate, Score
+from spinquant.learning.selection import Selection
 from spinquant.learning.sensitivity import predicted_kl
 from spinquant.models.capture import device_of
 from spinquant.plan import Plan

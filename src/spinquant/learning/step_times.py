@@ -21,7 +21,8 @@ from spinquant.learning.joint_steps import joint_spaces, learn_together
 from spinquant.learning.layerwise import learn_locally
 from spinquant.learning.moments import FOLDS
 from spinquant.learning.options import LearnOptions, learns_scales
-from spinquant.learning.selection import RATIOS, Candidate, Exact, Selection, score_candidates
+from spinquant.learning.scoring import Candidate, Exact, Observed, Rounded, observe, observed
+from spinquant.learning.selection import FIRST_WINDOWS, Selection
 from spinquant.learning.sensitivity import backward_own_predictions
 from spinquant.models.capture import device_of
 from spinquant.plan import Plan
@@ -61,10 +62,25 @@ class StepTimes:
     @cached_property
     def window(self) -> float:
         """Of one window through the quantized network, with its score."""
-        one = {"": Candidate(self.rotations)}
+        return self._window[0]
+
+    @cached_property
+    def weights(self) -> float:
+        """Of rounding the weights for one candidate."""
+        return self._window[1]
+
+    @cached_property
+    def _window(self) -> tuple[float, float]:
+        """Of a window, and of what is done once for all windows."""
+        one, scheme = Candidate(self.rotations), self.selection.scheme
+        rounded = Rounded(self.model, self.plan, scheme, self.selection.rounded.share)
         exact = Exact(self.model, self.selection.held_out[:1])
-        exact.fill()
-        return self._measured(lambda: score_candidates(self.model, self.plan, one, self.learning, exact))
+        rounded.hold(exact, [0])
+        both = self._measured(lambda: observed(rounded, one, exact))
+        rounded.observe(one, exact.windows[:1].to(device_of(self.model)))
+        window = self._measured(lambda: observe(rounded, one, exact, [0], Observed()))
+        rounded.close()
+        return window, max(both - window, 0.0)
 
     @cached_property
     def backward(self) -> float:
@@ -76,8 +92,9 @@ class StepTimes:
 
     @property
     def scoring(self) -> float:
-        """Of scoring one candidate with clip ratios that are known."""
-        return len(self.selection.held_out) * self.window
+        """Of one candidate in a race, with clip ratios that are known: few see all windows."""
+        windows = min(2 * FIRST_WINDOWS, len(self.selection.held_out))
+        return self.weights + windows * self.window
 
     @property
     def baselines(self) -> float:
@@ -86,9 +103,11 @@ class StepTimes:
         return self.judging() + sum(map(len, windows)) * self.window
 
     def judging(self) -> float:
-        """Of scoring one candidate with clip ratios of its own."""
-        parts = sum(part is not None for part in (self.learning.activations, self.learning.kv))
-        return self.scoring + len(self.selection.clip_windows) * (parts * (len(RATIOS) - 1) + 1) * self.window
+        """Of scoring one candidate on all windows, with clip ratios of its own."""
+        scheme = self.selection.scheme
+        parts = sum(part is not None for part in (scheme.activations, scheme.kv))
+        clips = len(self.selection.clip_windows) * (2 * parts + 1)  # a ratio and its two neighbours, for each part
+        return self.weights + (len(self.selection.held_out) + clips) * self.window
 
     def closed_form(self, spaces: Mapping[Kind, Sequence[str]]) -> float:
         """Of computing transforms, and trying one kind after another. spaces: by kind."""

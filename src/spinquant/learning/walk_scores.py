@@ -5,20 +5,22 @@ Every candidate has hidden states of its own for every window of tokens. Its qua
 """
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from spinquant.calibration.sequential import Home, check_finite_output, logits_after, run_block
 from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.compute.workspace import give_back
 from spinquant.evaluation.metrics import divergence, nll, perplexity_of
-from spinquant.learning.fake_quant import rounding
+from spinquant.learning.fake_quant import rounded_weights, rounding
 from spinquant.learning.free_transforms import composed
-from spinquant.learning.selection import Candidate, Score
+from spinquant.learning.scoring import Candidate, Score
 from spinquant.learning.walk import entered, part_of
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Scheme
@@ -36,6 +38,7 @@ def walked_scores(
     scheme: Scheme,
     windows: Tensor,
     *,
+    share: float = 1.0,
     pieces: Pieces | None = None,
     label: str = "",
     progress: Callable[[int, int], None] | None = None,
@@ -46,8 +49,9 @@ def walked_scores(
         home: where the weights are, with the gains of norms fused and no other transform.
         plan: plan of the model.
         candidates: by name.
-        scheme: what is quantized; weights are not.
+        scheme: what is quantized.
         windows: tokens.
+        share: part of the squared error of rounded weights that is made.
         pieces: where hidden states are saved every half a minute, and a rerun resumes from.
         label: by which a rerun knows the walk.
         progress: called with (blocks done, blocks in all), the head counted as a block.
@@ -70,10 +74,18 @@ def walked_scores(
         states = {name: kept[0][str(i)] for i, name in enumerate(states)}
     saved = time.monotonic()
 
-    def rounded(name: str, part: Plan) -> AbstractContextManager[object]:
+    @contextmanager
+    def rounded(name: str, part: Plan) -> Iterator[None]:
         if name == EXACT:
-            return nullcontext()
-        return rounding(model, part, transforms[name], candidates[name].scheme(scheme))
+            yield
+            return
+        made = candidates[name].scheme(scheme)
+        with (
+            rounded_weights(model, part, transforms[name], replace(made, activations=None, kv=None), share),
+            parametrize.cached(),
+            rounding(model, part, transforms[name], replace(made, weights=None)),
+        ):
+            yield
 
     for number, block in enumerate(plan.blocks[done:], done):
         part, module, arguments = part_of(plan, block), model.get_submodule(block), start.arguments[block]

@@ -7,6 +7,7 @@ the change of the attention module's output.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from spinquant.quantization.scheme import Quantizer
 # From no clipping down to 0.6 of the range in coarse steps, then half a step to both sides of the best.
 RATIOS = tuple(1 - i / 20 for i in range(9))
 HALF_STEP = 1 / 40
+DRAWN = 64  # random rows from which the error of a quantizer is estimated
 
 
 @torch.no_grad()
@@ -47,3 +49,25 @@ def best_ratio(error: Callable[[float], float]) -> float:
     best = min(RATIOS, key=lambda ratio: (errors[ratio], -ratio))
     errors |= {ratio: error(ratio) for ratio in (best - HALF_STEP, best + HALF_STEP) if ratio <= 1}
     return min(errors, key=lambda ratio: (errors[ratio], -ratio))
+
+
+@lru_cache
+def gaussian_clip(length: int, quantizer: Quantizer) -> tuple[float, float]:
+    """The clip ratio for rows of Gaussian numbers, and the expected squared error, relative to their squared length.
+
+    The ratio is that of the quantizer, or with clip "mse" the best.
+    """
+    length = min(length, 1 << 14)
+    rows = torch.randn(DRAWN, length, generator=torch.Generator().manual_seed(0))
+
+    def error(ratio: float) -> float:
+        rounded = fake_quantize(rows, replace(quantizer, clip=ratio, static=False, peak=None))
+        return float((rounded - rows).square().sum() / rows.square().sum())
+
+    ratio = best_ratio(error) if quantizer.clip == "mse" else float(quantizer.clip)
+    return ratio, error(ratio)
+
+
+def with_gaussian_clip(quantizer: Quantizer, length: int) -> Quantizer:
+    """The quantizer, with clip "mse" replaced by the best ratio for rows of Gaussian numbers."""
+    return replace(quantizer, clip=gaussian_clip(length, quantizer)[0]) if quantizer.clip == "mse" else quantizer
