@@ -35,7 +35,7 @@ from spinquant.learning.fake_quant import learning_scheme
 from spinquant.learning.free_transforms import free_spaces
 from spinquant.learning.learn import CLIP_WINDOWS, MOMENT_SAMPLES
 from spinquant.learning.moments import sites_of
-from spinquant.learning.selection import RATIOS, Candidate
+from spinquant.learning.scoring import RATIOS, Candidate
 from spinquant.learning.walk import walked_moments
 from spinquant.learning.walk_scores import walked_scores
 from stream import generate, tensor_shapes, timed

@@ -679,7 +679,7 @@ def test_random_signs_of_online_rotations_are_selected_per_layer():
 def test_blocks_of_r4_and_r3_are_learned():
     spec = RotationSpec(ALL, "random-hadamard", {"R4": 16})
     options = replace(OPTIONS, method="local", rotations=("R1", "R2", "R3", "R4"))
-    _, learned = run_learn(options, spec)
+    _, learned = run_learn(options, spec, "A4KV4")
     assert learned.record["learned"]
     assert matrix(learned.rotations["layers.0.hidden"]).shape == (16, 16)
     assert learned.spec.block_of("R4") == 16 and learned.spec.type_of("R3") == "random-matrix"

@@ -200,6 +200,8 @@ class Selection:
         self.free = free
 
     def _fuse(self, free: Mapping[str, Transform]) -> Fused:
+        for exact in self.exact.values():  # before the weights change: a run that is resumed compares with the same
+            self.rounded.hold(exact, range(len(exact)))
         self.rounded.close()
         return fuse_free(self.model, self.plan, free, self.clip_windows[:1])
 
@@ -213,22 +215,23 @@ class Selection:
         """
         seen = {name: self._seen(name, candidate) for name, candidate in candidates.items()}
         left = list(candidates)
-        best = left[0]
+        best, progress = left[0], _Progress(self.stage, list(candidates), seen, len(self.held_out), halving)
         for count in rounds(len(self.held_out)):
-            self._observe({name: candidates[name] for name in left}, seen, count)
-            best = min(left, key=lambda name: seen[name].score(count).kl)
-            most = math.ceil(len(left) / 2) if halving else len(left)
-            order = sorted(left, key=lambda name: seen[name].score(count).kl)
-            kept = [name for i, name in enumerate(order) if i < most and seen[name].beyond(seen[best]) < CLEAR]
-            left = [name for name in left if name in kept]
+            self._observe({name: candidates[name] for name in left}, seen, count, progress)
+            order = sorted(left, key=lambda name: seen[name].score(count).kl)  # of equals the first stays first
+            best, most = order[0], math.ceil(len(left) / 2) if halving else len(left)
+            left = [name for name in order[:most] if seen[name].beyond(seen[best]) < CLEAR]
             if len(left) == 1:
                 break
         if known is None:
-            self._observe({best: candidates[best]}, seen, len(self.held_out))
+            self._observe({best: candidates[best]}, seen, len(self.held_out), progress)
+        progress.end()
         base = seen[best].score() if known is None else _moved(known, seen[next(iter(candidates))], seen[best])
         return {name: base if name == best else _moved(base, seen[best], seen[name]) for name in candidates}
 
-    def _observe(self, candidates: Mapping[str, Candidate], seen: Mapping[str, Observed], count: int) -> None:
+    def _observe(
+        self, candidates: Mapping[str, Candidate], seen: Mapping[str, Observed], count: int, progress: "_Progress"
+    ) -> None:
         """Score candidates on the first windows, `count` in all."""
         exact = self.exact["held-out"]
         try:
@@ -238,7 +241,7 @@ class Selection:
                     wanted = [number for number in held if number >= len(seen[name])]
                     for number in wanted:
                         observe(self.rounded, candidate, exact, [number], seen[name])
-                        self.stage(f"score {name}", number + 1, len(self.held_out))
+                        progress.step()
                     if wanted:
                         self._save(name, candidate, seen[name])
         finally:
@@ -275,3 +278,32 @@ def _moved(base: Score, one: Observed, other: Observed) -> Score:
         return other.score()
     factor = theirs.perplexity / mine.perplexity if math.isfinite(theirs.perplexity) else math.inf
     return Score(base.kl + theirs.kl - mine.kl, base.perplexity * factor, other.score().tokens)
+
+
+class _Progress:
+    """Windows scored in a race, of those that it takes at most."""
+
+    def __init__(
+        self,
+        stage: Callable[[str, int, int], None],
+        names: Sequence[str],
+        seen: Mapping[str, Observed],
+        windows: int,
+        halving: bool,
+    ):
+        self.stage, self.name = stage, f"score {'random rotations' if halving and len(names) > 1 else names[-1]}"
+        self.done, self.total, before, left = 0, 0, 0, len(names)
+        for count in rounds(windows):
+            self.total += left * (count - before)
+            before, left = count, math.ceil(left / 2) if halving else left
+        self.total -= min(self.total, sum(map(len, seen.values())))
+
+    def step(self) -> None:
+        """Count a window."""
+        self.done += 1
+        self.stage(self.name, min(self.done, self.total), self.total)
+
+    def end(self) -> None:
+        """The rest is not needed."""
+        if 0 < self.done < self.total:
+            self.stage(self.name, self.total, self.total)

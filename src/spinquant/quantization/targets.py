@@ -94,7 +94,9 @@ def parts_tied(plan: Plan, scheme: Scheme) -> bool:
 def linear_weights(plan: Plan, scheme: Scheme) -> list[Weight]:
     """The weights of linear modules that a scheme covers, without experts; the head's if the scheme covers it."""
     found = [Weight(plan.weight_of(name), plan.transposed) for group in plan.linears for name in group]
-    return [*found, Weight(plan.weight_of(plan.head.removesuffix(".weight")))] if scheme.lm_head else found
+    if not scheme.lm_head or not plan.head:  # a part of a plan may be without the head
+        return found
+    return [*found, Weight(plan.weight_of(plan.head.removesuffix(".weight")))]
 
 
 def linears_of(plan: Plan, scheme: Scheme) -> list[str]:
