@@ -26,13 +26,13 @@ def tiny(name):
 @torch.no_grad()
 def test_running_block_by_block_equals_the_model(name):
     model = tiny(name)
-    ids, blocks = tokens(1, 20), plan_of(model).blocks
+    ids, blocks = tokens(2, 20), plan_of(model).blocks
     calls = block_calls(model, blocks, ids)
-    states = calls.hidden[0]
-    for block in blocks:
-        states = run_block(model.get_submodule(block), states, calls.arguments[block])
-    expected = body_of(model)(ids, use_cache=False).last_hidden_state
-    torch.testing.assert_close(after_blocks(model, blocks, states), expected, atol=1e-9, rtol=1e-9)
+    for number, states in enumerate(calls.hidden):
+        for block in blocks:
+            states = run_block(model.get_submodule(block), states, calls.arguments[block][number])
+        expected = body_of(model)(ids[number : number + 1], use_cache=False).last_hidden_state
+        torch.testing.assert_close(after_blocks(model, blocks, states), expected, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "bloom-slow"])  # does not call all its linears

@@ -199,7 +199,7 @@ def test_running_block_by_block_equals_the_model(name):
         found = []
         for state in calls.hidden:
             for block in plan.blocks:
-                state = run_block(model.get_submodule(block), state, calls.arguments[block])
+                state = run_block(model.get_submodule(block), state, calls.arguments[block][0])
             found.append(model.lm_head(after_blocks(model, plan.blocks, state)))
     scaling = getattr(model.config, "logits_scaling", 1.0)
     assert torch.allclose(torch.cat(found) / scaling, before, atol=1e-9)

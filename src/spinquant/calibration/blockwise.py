@@ -186,8 +186,8 @@ class _Walk:
                 if static_parts(self.scheme):
                     self._set_clips(find_peaks(work))  # again, with the quantized weights
             for i, state in enumerate(self.states):
-                output = work.run(state, rounded=self.calibration.round_inputs)
-                check_finite_output(work.block, name, state, work.arguments, output)
+                output = work.run(i, state, rounded=self.calibration.round_inputs)
+                check_finite_output(work.block, name, state, work.arguments[i], output)
                 self.states[i] = output.to(state.device)
 
     def head(self, name: str, finished: "tuple[Mapping[str, Packed], Clips] | None") -> None:
@@ -219,7 +219,7 @@ class _Walk:
         """Compute the unquantized hidden states behind the block, whose weights are not quantized yet."""
         for i, state in enumerate(self.exact or ()):
             assert self.exact is not None
-            self.exact[i] = work.run(state, rounded=False).to(state.device)
+            self.exact[i] = work.run(i, state, rounded=False).to(state.device)
 
     def _take_over(self, packed: Mapping[str, Packed], clips: Clips) -> None:
         for weight in self.weights:
@@ -270,13 +270,13 @@ class _Walk:
                         # In the first stage to the end of the block, for the inputs of the next block.
                         stop = number > 0 and not routing
                         start = before[i]
-                        exact, output = work.inputs(stage, start, rounded=False, stop=stop)
+                        exact, output = work.inputs(stage, i, start, rounded=False, stop=stop)
                     if number == 0:
                         assert output is not None
                         self.exact[i] = output.to(start.device)
                 with routed_calls(self.model, routing, routed):
                     rounded = self.calibration.round_inputs
-                    inputs, _ = work.inputs(stage, state, rounded=rounded, stop=not routing)
+                    inputs, _ = work.inputs(stage, i, state, rounded=rounded, stop=not routing)
                 for group in stage:
                     if group[0] in inputs:  # not every module has to run
                         moments[group].add(inputs[group[0]], exact.get(group[0]))

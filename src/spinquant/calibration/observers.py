@@ -26,7 +26,10 @@ CLIP_TOKENS, CLIP_INPUT_SAMPLES, CLIP_CACHE_SAMPLES = 1024, 8, 2
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """A decoder block with its weights loaded, its input hidden states and its other arguments (positions, masks)."""
+    """A decoder block with its weights loaded, its input hidden states and its other arguments (positions, masks).
+
+    A sample is named by its number: it may have arguments of its own.
+    """
 
     model: Any
     plan: Plan
@@ -34,7 +37,7 @@ class BlockInputs:
     attachment: Attachment
     name: str
     states: HiddenStates
-    arguments: Mapping[str, Any]
+    arguments: Sequence[Mapping[str, Any]]
 
     @property
     def block(self) -> nn.Module:
@@ -51,18 +54,18 @@ class BlockInputs:
         """The block's stacked experts."""
         return [experts for experts in self.plan.experts if experts.module.startswith(f"{self.name}.")]
 
-    def run(self, state: Tensor, *, rounded: bool) -> Tensor:
-        """The block's output for one state; rounded: with activations and KV cache quantized."""
+    def run(self, number: int, state: Tensor, *, rounded: bool) -> Tensor:
+        """The block's output for a state of a sample; rounded: with activations and KV cache quantized."""
         with nullcontext() if rounded else self.attachment.exact():
-            return run_block(self.block, state, self.arguments)
+            return run_block(self.block, state, self.arguments[number])
 
     def inputs(
-        self, groups: Sequence[tuple[str, ...]], state: Tensor, *, rounded: bool, stop: bool = True
+        self, groups: Sequence[tuple[str, ...]], number: int, state: Tensor, *, rounded: bool, stop: bool = True
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Inputs of the groups, by the first linear of each, and the block's output (None if it stopped early)."""
         output = None
         with captured(self.model, [group[0] for group in groups], inputs=True, stop=stop) as found:
-            output = self.run(state, rounded=rounded)
+            output = self.run(number, state, rounded=rounded)
         return found, output
 
 
@@ -88,8 +91,8 @@ def find_peaks(work: BlockInputs) -> Clips:
         site.watch = follow(attention)
     for tensor, site in experts.items():
         site.watch = partial(_raise_peak, inputs, tensor)
-    for state in work.states:
-        found, _ = work.inputs(work.groups, state, rounded=False, stop=False)
+    for number, state in enumerate(work.states):
+        found, _ = work.inputs(work.groups, number, state, rounded=False, stop=False)
         for first, x in found.items() if "activations" in parts else ():
             _raise_peak(inputs, first, x)
     for site in (*caches.values(), *experts.values()):
@@ -109,11 +112,11 @@ def search_input_clips(work: BlockInputs) -> Clips:
         return Clips()
     found: dict[str, list[Tensor]] = {}
     routed: dict[str, Routed] = {}
-    chosen = [states[i] for i in range(0, len(states), max(1, len(states) // CLIP_INPUT_SAMPLES))]
-    step = max(1, len(chosen) * chosen[0].shape[1] // CLIP_TOKENS)
+    chosen = range(0, len(states), max(1, len(states) // CLIP_INPUT_SAMPLES))
+    step = max(1, len(chosen) * states[0].shape[1] // CLIP_TOKENS)
     with routed_calls(work.model, work.stacks, routed):
-        for state in chosen:
-            inputs, _ = work.inputs(work.groups, state, rounded=False, stop=not work.stacks)
+        for number in chosen:
+            inputs, _ = work.inputs(work.groups, number, states[number], rounded=False, stop=not work.stacks)
             for first, x in inputs.items():
                 found.setdefault(first, []).append(x.flatten(0, -2)[::step])
     ratios = {}
@@ -137,19 +140,19 @@ def search_cache_clips(work: BlockInputs) -> Clips:
     if quantizer is not None and "kv" not in static_parts(work.scheme):
         chosen = range(0, len(states), max(1, len(states) // CLIP_CACHE_SAMPLES))[:CLIP_CACHE_SAMPLES]
         for attention in (a for a in work.plan.attentions if a.startswith(f"{work.name}.")):
-            keys[attention], values[attention] = _cache_clips(work, attention, quantizer, [states[i] for i in chosen])
+            keys[attention], values[attention] = _cache_clips(work, attention, quantizer, chosen)
     return Clips({}, keys, values)
 
 
 def _cache_clips(
-    work: BlockInputs, attention: str, quantizer: Quantizer, states: Sequence[Tensor]
+    work: BlockInputs, attention: str, quantizer: Quantizer, samples: Sequence[int]
 ) -> tuple[float, float]:
     module, site = work.model.get_submodule(attention), work.attachment.keys_values[attention]
     calls = []
     with work.attachment.exact():
-        for state in states:
+        for number in samples:
             with captured_call(module) as call:
-                run_block(work.block, state, work.arguments)
+                run_block(work.block, work.states[number], work.arguments[number])
             calls.append((call, _first(module(*call.args, **call.kwargs))))
 
     def error(keys: Quantizer, values: Quantizer) -> float:

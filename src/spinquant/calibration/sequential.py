@@ -2,7 +2,8 @@
 
 A block is called with hidden states and keyword arguments (positions, masks) that the model computes. They are recorded
 by running the model with every block replaced by the identity: embeddings and masks are computed, the blocks' weights
-are not used. Samples have the same length, so one set of arguments serves all of them.
+are not used. Samples have the same length, so most arguments are the same for all of them; those that differ (the
+embeddings that the shared blocks of Zamba read, token ids) are kept for each sample.
 """
 
 import ast
@@ -27,10 +28,13 @@ from spinquant.online.firing import STANDS_IN
 
 @dataclass(frozen=True)
 class BlockCalls:
-    """Inputs of the blocks: hidden states before the first, (1, length, width) each, and arguments by block."""
+    """Inputs of the blocks: hidden states before the first, (1, length, width) each, and arguments by block and sample.
+
+    The arguments of samples that do not differ are one object.
+    """
 
     hidden: HiddenStates
-    arguments: Mapping[str, Mapping[str, Any]]
+    arguments: Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 class Home(Protocol):
@@ -114,12 +118,14 @@ def block_calls(model: Any, blocks: Sequence[str], tokens: Tensor, hidden: Hidde
     hidden: empty container that receives the states.
     """
     hidden = HiddenStates() if hidden is None else hidden
-    arguments: dict[str, Mapping[str, Any]] = {}
+    arguments: dict[str, list[Mapping[str, Any]]] = {}
 
     def keep(name: str, states: Tensor, others: Mapping[str, Any]) -> Tensor:
         if name == blocks[0]:
             hidden.append(states.detach().clone())
-        arguments.setdefault(name, dict(others))
+        before = arguments.setdefault(name, [])
+        own = {key: value for key, value in others.items() if not before or not _same(value, before[0].get(key))}
+        before.append({**before[0], **own} if before and own else before[0] if before else own)
         return states
 
     with _replaced(model, blocks, keep):
@@ -242,6 +248,18 @@ def check_finite_output(
         f"the output of {where} is not finite (NaN or Inf) on the text: its weights are damaged, or it overflows "
         f"{output.dtype}; try --dtype bfloat16 or float32"
     )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether arguments of two samples have equal tensors."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and (one is other or torch.equal(one, other))
+    if isinstance(one, tuple | list):
+        return isinstance(other, tuple | list) and len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, Mapping):
+        equal = isinstance(other, Mapping) and one.keys() == other.keys()
+        return equal and all(_same(one[key], other[key]) for key in one)
+    return True
 
 
 def _to(value: Any, device: torch.device) -> Any:

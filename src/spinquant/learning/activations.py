@@ -172,8 +172,8 @@ class _Sampling:
         chosen = torch.randperm(len(flat), generator=self.generator)[: self.share].to(flat.device)
         self.rows.setdefault(name, []).append(flat[chosen].to("cpu", torch.float32))
 
-    def through(self, name: str, arguments: Mapping[str, Any], states: Sequence[Tensor]) -> list[Tensor]:
-        """Run one block, and sample rows of its sites; returns the block's outputs."""
+    def through(self, name: str, arguments: Sequence[Mapping[str, Any]], states: Sequence[Tensor]) -> list[Tensor]:
+        """Run one block, and sample rows of its sites; returns the block's outputs. arguments: of every sample."""
         block = self.model.get_submodule(name)
         inside = [site for site in self.sites if site.startswith(f"{name}.")]
         cached = [site for site in inside if site.endswith((".keys", ".values"))]
@@ -186,10 +186,10 @@ class _Sampling:
             self.attachment.inputs[tensor].watch = partial(self.add, tensor)
         linears = [site for site in inside if site not in cached and site not in stacked]
         outputs = []
-        for state in states:
+        for state, others in zip(states, arguments, strict=True):
             with captured(self.model, linears, inputs=True) as found:
-                output = run_block(block, state, arguments)
-            check_finite_output(block, name, state, arguments, output)
+                output = run_block(block, state, others)
+            check_finite_output(block, name, state, others, output)
             for linear, x in found.items():
                 self.add(linear, x)
             outputs.append(output.to(state.device))

@@ -30,7 +30,7 @@ RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # clip ratios that are searched
 USUAL, USUAL_BITS = 0.9, 5  # where the search starts for quantizers of fewer bits; others start without clipping
 EXACT_BYTES = 1 << 30  # logits of the 16-bit model that are kept in memory, for each set of windows
 BLOCKS = 8  # parts of a window whose KL is compared: what neighbouring tokens lose is not independent
-CLEAR = 3.0  # standard errors by which candidates differ clearly
+CLEAR = 2.0  # standard errors by which candidates differ clearly
 
 
 @dataclass(frozen=True)

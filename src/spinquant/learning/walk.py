@@ -66,26 +66,17 @@ def entered(home: Home, plan: Plan, tokens: Tensor) -> Entered:
     """
     with home.outside(tokens):
         calls = block_calls(home.model, plan.blocks, tokens)
-        last = block_calls(home.model, plan.blocks, tokens[-1:]).arguments
-    for block, arguments in calls.arguments.items():
-        for name, value in arguments.items():
-            if not _same(value, last[block][name]):
+    for block, (first, *others) in calls.arguments.items():
+        for one in others:
+            if one is not first:
+                name = next(key for key in one if one[key] is not first.get(key))
                 raise ArchitectureError(
                     f"{block} of a {type(home.model).__name__} reads {name} beside the hidden states, which differs "
                     "between samples, so the model cannot be learned from block by block from disk: learn where it "
                     "fits in memory, or use random rotations (leave --learn out)"
                 )
-    return Entered(torch.cat([state.cpu() for state in calls.hidden]), calls.arguments)
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and torch.equal(one, other)
-    if isinstance(one, tuple | list):
-        return len(one) == len(other) and all(map(_same, one, other))
-    if isinstance(one, Mapping):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    return True
+    first = {block: found[0] for block, found in calls.arguments.items()}
+    return Entered(torch.cat([state.cpu() for state in calls.hidden]), first)
 
 
 def part_of(plan: Plan, block: str) -> Plan:

@@ -97,7 +97,8 @@ class _Walk:
             self.home.widen()
         with self.home.outside(tokens), self._arithmetic():
             calls = block_calls(self.home.model, plan.blocks, tokens)
-        self.states, self.arguments = calls.hidden[0], calls.arguments
+        self.states = calls.hidden[0]
+        self.arguments = {block: found[0] for block, found in calls.arguments.items()}
 
     def step(self, block: str, names: list[str]) -> dict[str, Tensor]:
         """Advance the states through a block; returns outputs of its modules in order of execution."""
