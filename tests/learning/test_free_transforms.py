@@ -144,7 +144,7 @@ def test_local_learning_starts_from_the_closed_form(signs):
     learned = run_learn(replace(QUICKLY, signs=signs))
     scores = {name: score["kl"] for name, score in learned.record["scores"].items()}
     assert scores["closed-form"] < 0.9 * min(scores["random 0"], scores["random 1"])
-    assert learned.kept in ("local", "closed-form", "random signs")  # the last has the transforms of the second
+    assert learned.kept in ("local", "closed-form", "closed-form after learning", "random signs")  # the last has the transforms of the second
     assert any(isinstance(transform, Diagonal) for transform in learned.rotations.values())
     assert learned.spec.type_of("R4") == SPEC.type_of("R4")  # scales do not make it another kind of rotation
     without = run_learn(replace(QUICKLY, transforms=False))
@@ -170,8 +170,11 @@ def test_learning_can_start_from_learned_transforms():
     local = run_learn(QUICKLY)
     again = run_learn(replace(QUICKLY, method="random"), start=local)
     assert again.kept == "given" == again.record["start"] and again.record["learned"]
-    assert again.record["scores"]["given"]["kl"] == pytest.approx(local.record["scores"][local.kept]["kl"], rel=1e-3)
-    assert again.spec == local.spec
+    # Its score is that of what it was given as, unless the search of clip ratios ends elsewhere from another start.
+    alike = again.record["clips"]["given"] == local.record["clips"][local.kept]
+    expected = pytest.approx(local.record["scores"][local.kept]["kl"], rel=1e-3 if alike else 0.2)
+    assert again.record["scores"]["given"]["kl"] == expected
+    assert again.spec.rotations == local.spec.rotations
     for space, transform in local.rotations.items():
         assert torch.allclose(matrix(transform), matrix(again.rotations[space]), atol=1e-7)
     # End-to-end learning starts from the given ones (the loss of the first step).

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from checkpoints import saved
 from spinquant import (
@@ -56,7 +56,7 @@ def test_learning_from_disk_selects_what_learning_in_memory_selects(tmp_path):
 
 def test_kinds_that_do_not_help_are_left_out_as_in_memory(tmp_path, monkeypatch):
     """Kinds behind one that is not kept are judged again without it."""
-    folder = saved(tmp_path / "model", "llama", torch.float64)
+    folder = with_large_channels(saved(tmp_path / "model", "llama", torch.float64))
     for name in ("spinquant.learning.closed_form_steps", "spinquant.learning.from_disk"):
         monkeypatch.setattr(f"{name}.closed_form_transforms", spoiled)
     expected = learned(folder, tmp_path / "memory").record["closed_form"]
@@ -65,6 +65,19 @@ def test_kinds_that_do_not_help_are_left_out_as_in_memory(tmp_path, monkeypatch)
     assert not kept["values"] and any(kept.values())
     assert {kind: about["kept"] for kind, about in found.items()} == kept
     assert all(about["kl"] == pytest.approx(expected[kind]["kl"], rel=1e-3) for kind, about in found.items())
+
+
+def with_large_channels(folder):
+    """The model with a few large channels in its MLPs, which scales make small, and the same function."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name, weight in tensors.items():
+        if name.endswith("up_proj.weight"):
+            weight[::20] *= 30
+            tensors[name.replace("up_proj.weight", "up_proj.bias")][::20] *= 30
+            tensors[name.replace("up_proj", "down_proj")][:, ::20] /= 30
+    save_file(tensors, file, {"format": "pt"})
+    return folder
 
 
 def spoiled(plan, moments, **options):

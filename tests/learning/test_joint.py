@@ -280,7 +280,7 @@ def run_learn(method, start=None, options=None):
     model = uneven_model()
     through = EndToEndOptions(steps=2, batch=4)
     local = options or LocalOptions(steps=20, rows=64, batch=32)
-    how = LearnOptions(method, baselines=1, local=local, end_to_end=through)
+    how = LearnOptions(method, baselines=1, rounding="rtn", local=local, end_to_end=through)
     return learn(model, SCHEME, SPEC, tokens(8, 16), tokens(4, 16, seed=9), how, start=start)
 
 

@@ -744,7 +744,7 @@ def test_requests_that_learning_cannot_serve_are_refused():
     with pytest.raises(LearningError, match="--signs would have no effect"):
         run_learn(replace(OPTIONS, signs=4), RotationSpec("R1,R2"))
     with pytest.raises(LearningError, match="--transforms would have no effect"):
-        run_learn(replace(weighing, method="end-to-end", transforms=True), scheme="W4A16")
+        run_learn(replace(OPTIONS, transforms=True), RotationSpec("R2", block_size={"R2": 8}), scheme="KV4")
     with pytest.raises(LearningError, match="--micro-batch"):
         replace(FAST, batch=4, micro_batch=8)
     plan = plan_of(tiny_model("llama"))

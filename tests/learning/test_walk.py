@@ -32,14 +32,14 @@ def saved(path, name):
     return path
 
 
-def prepared(folder, spec):
+def prepared(folder, spec, wanted=FOUR):
     """The model in memory with its gains fused, its plan, rotations, and the sites of all free transforms."""
     model = load(folder)
     exact_experts(model)
     plan = plan_of(model)
     rotations = make_rotations(plan, spec)
     fuse_gains(model, plan, rotations)
-    scheme = learning_scheme(FOUR, weights=False)
+    scheme = learning_scheme(wanted, weights=True)
     spaces = [name for names in free_spaces(plan, rotations, scheme).values() for name in names]
     return model, plan, rotations, sites_of(plan, spaces, scheme, rotations)
 
@@ -60,16 +60,17 @@ def assert_equal_moments(found, expected):
 WALKED = ("llama", "llama-tied", "gemma3", "gpt2", "qwen3_moe", "bamba")
 
 
-@pytest.mark.parametrize("name", WALKED)
-def test_moments_of_a_walk_equal_those_in_memory(name, tmp_path):
-    folder, spec, ids = saved(tmp_path / "model", name), spec_for(name), tokens(3, 12)
-    model, plan, _, sites = prepared(folder, spec)
-    expected = collect_moments(model, plan, sites, FOUR, ids, generator=torch.Generator().manual_seed(3))
-    with opened_blocks(folder, FOUR, spec, device="cpu") as blocks:
+@pytest.mark.parametrize(("name", "wanted"), [*((name, "W4A4KV4") for name in WALKED), ("gpt2", "W4A16")])
+def test_moments_of_a_walk_equal_those_in_memory(name, wanted, tmp_path):
+    folder, spec, ids, scheme = saved(tmp_path / "model", name), spec_for(name), tokens(3, 12), parse_scheme(wanted)
+    model, plan, _, sites = prepared(folder, spec, scheme)
+    how = {"share": 0.3}
+    expected = collect_moments(model, plan, sites, scheme, ids, generator=torch.Generator().manual_seed(3), **how)
+    with opened_blocks(folder, scheme, spec, device="cpu") as blocks:
         exact_experts(blocks.home.model)
         pieces = Pieces(tmp_path / "pieces")
         generator = torch.Generator().manual_seed(3)
-        found = walked_moments(blocks.home, blocks.home.plan, sites, FOUR, ids, pieces, generator=generator)
+        found = walked_moments(blocks.home, blocks.home.plan, sites, scheme, ids, pieces, generator=generator, **how)
         assert all(parameter.is_meta for parameter in blocks.home.model.parameters()), "a block stayed in memory"
     assert_equal_moments(found, expected)
     assert not list((tmp_path / "pieces").glob("walk-states*"))

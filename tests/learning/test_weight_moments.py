@@ -11,7 +11,7 @@ from spinquant import LearningError, LearnOptions, RotationSpec, learn, make_rot
 from spinquant.learning import moments as gradient_moments
 from spinquant.learning.closed_form import expected_cost
 from spinquant.learning.fake_quant import fuse_gains, learning_scheme
-from spinquant.learning.moments import FOLDS, WEIGHTS, collect_moments, relative_error, sites_of
+from spinquant.learning.moments import FOLDS, collect_moments, relative_error, sites_of
 from spinquant.learning.weight_moments import collect_weight_moments
 from spinquant.quantization.scheme import Quantizer
 
@@ -39,7 +39,7 @@ def prepared(name="llama"):
 
 def collected(spaces, scheme, name="llama"):
     model, plan, rotations = prepared(name)
-    sites = sites_of(plan, spaces, learning_scheme(parse_scheme(scheme), weights=False), rotations)
+    sites = sites_of(plan, spaces, learning_scheme(parse_scheme(scheme), weights=True), rotations)
     ids = tokens(2, 12)
     return model, plan, rotations, ids, collect_weight_moments(model, plan, sites, parse_scheme(scheme), ids)
 
@@ -118,9 +118,9 @@ def test_rounding_weights_adds_to_the_cost():
     names = ["layers.0.hidden.channels", "layers.0.value"]
     plain, more = (collected(names, scheme)[-1] for scheme in ("A4KV4", "W4A4KV4"))
     (before,), (after,) = plain[names[0]][0], more[names[0]][0]
-    added = WEIGHTS * relative_error(before.length, Quantizer(4, symmetric=True, clip="mse")) / before.noise
-    torch.testing.assert_close(after.g, before.g * (1 + added), rtol=0.2, atol=0.0)
-    assert (after.g > before.g).all() and torch.equal(before.x, after.x)
+    added = relative_error(before.length, Quantizer(4, symmetric=True, clip="mse"))
+    assert torch.equal(before.x, after.x) and torch.equal(before.g, after.g)
+    assert after.noise == pytest.approx(before.noise + added, rel=0.05)
     assert len(more[names[1]][0]) == len(plain[names[1]][0]) + 1
 
 
@@ -128,7 +128,7 @@ def test_rounding_weights_adds_to_the_cost():
 def test_other_layouts_of_weights(name):
     """Conv1D and stacked experts: the cost without a transform is that of the same sums written out."""
     model, plan, rotations = prepared(name)
-    scheme = parse_scheme("A4KV4")
+    scheme = parse_scheme("W4A4KV4")
     names = [space.name for space in plan.spaces if space.allows in ("any", "diagonal")]
     sites = sites_of(plan, names, scheme, rotations)
     ids = tokens(2, 12)
@@ -136,8 +136,9 @@ def test_other_layouts_of_weights(name):
     exact = collect_moments(model, plan, sites, scheme, ids, generator=torch.Generator().manual_seed(0))
     assert set(found) == set(exact) and len(found) > 2
     for space, folds in exact.items():
-        for one, other in zip(folds[0], found[space][0], strict=True):
-            assert one.x.shape == other.x.shape and other.length == one.length
+        shapes = {(one.x.shape, one.length) for one in folds[0]}
+        assert shapes == {(one.x.shape, one.length) for one in found[space][0]}
+        for other in found[space][0]:
             assert float(other.x.sum()) > 0 and float(other.g.diagonal(dim1=-2, dim2=-1).sum()) > 0
 
 

@@ -79,7 +79,7 @@ class Allowed:
 
     def _spaces(self, kinds: Sequence[Kind]) -> dict[Kind, list[str]]:
         times = self.times
-        found = free_spaces(times.plan, times.rotations, times.learning)
+        found = free_spaces(times.plan, times.rotations, times.scheme)
         return {kind: spaces for kind, spaces in found.items() if kind in kinds}
 
     def _transforms(self, kinds: Sequence[Kind]) -> float:

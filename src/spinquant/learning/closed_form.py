@@ -17,9 +17,8 @@ has a sum of such costs. At its minimum P X P = G still holds, for the sums of a
 other factor of its cost, which takes a few iterations.
 
 Rounding the weight W of a linear that reads x T has a cost of the same form: the error of a row w is proportional to
-|w T^-T|, and meets x T. It adds a multiple of W^T diag(h) W to G, h = sum over tokens of |x|^2 times the squared
-gradients at the linear's outputs. Moments are estimates from few tokens, so they are regularized (`Damping`), by as
-much as is best on held-out samples.
+|w T^-T| (`rounded_weights.py`). Moments are estimates from few tokens, so they are regularized (`Damping`), by as much
+as is best on held-out samples.
 """
 
 from collections.abc import Sequence

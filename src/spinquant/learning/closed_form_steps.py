@@ -1,12 +1,13 @@
 """Transforms that cost nothing at run time, in closed form, as steps of `learn`: each is kept if it lowers KL."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
+from spinquant.learning.fake_quant import learning_scheme
 from spinquant.learning.free_transforms import KINDS, Kind, closed_form_transforms, free_spaces, kind_of
 from spinquant.learning.learn_run import CLOSED_FORM, Run
 from spinquant.learning.moments import collect_moments, sites_of
+from spinquant.learning.options import weights_share
 from spinquant.learning.weight_moments import collect_weight_moments
 from spinquant.rotations.factory import generator_for
 from spinquant.rotations.rotation import Transform
@@ -26,7 +27,7 @@ def transform_in_closed_form(run: Run, name: str, kinds: Sequence[Kind]) -> None
     """
     plan, candidates = run.plan, run.candidates
     rotations = candidates.leading.rotations
-    spaces = free_spaces(plan, rotations, run.learning)
+    spaces = free_spaces(plan, rotations, run.scheme)
     wanted = [name for kind in kinds for name in spaces.get(kind, ()) if name not in candidates.free]
     if not wanted:
         return
@@ -44,15 +45,17 @@ def transform_in_closed_form(run: Run, name: str, kinds: Sequence[Kind]) -> None
 
 def _closed_form(run: Run, spaces: Sequence[str], rotations: Mapping[str, Transform]) -> dict[str, Transform]:
     """The closed-form transforms of spaces."""
+    scheme = learning_scheme(run.scheme, weights=True)
     given: dict[str, Any] = {"progress": lambda *n: run.watch.stage("collect moments", *n)}
+    given["share"] = weights_share(run.options)
     if run.options.moments == "gradients":
         given["generator"] = generator_for(run.options.seed, "moments")
         given["checkpointing"] = run.options.local.checkpointing or run.options.end_to_end.checkpointing
     moments = (collect_moments if run.options.moments == "gradients" else collect_weight_moments)(
         run.model,
         run.plan,
-        sites_of(run.plan, spaces, run.learning, rotations),
-        replace(run.learning, weights=run.scheme.weights),
+        sites_of(run.plan, spaces, scheme, rotations),
+        scheme,
         run.tokens[:MOMENT_SAMPLES],
         **given,
     )

@@ -36,7 +36,9 @@ HALF_MOVED = 0.05  # relative move of the logits up to which a kind is kept ther
 
 
 def free_spaces(plan: Plan, rotations: Mapping[str, Transform], scheme: Scheme) -> dict[Kind, list[str]]:
-    """The spaces of each kind that are quantized and can have a transform beside the rotations given.
+    """The spaces of each kind that can have a transform beside the rotations given, and of which something is rounded.
+
+    That is the activation, the cache, or the weights that read or write the space.
 
     Rotations in blocks stay in blocks, and an R3 that is a plain Hadamard matrix stays one: runtimes know no other.
     """
@@ -45,9 +47,9 @@ def free_spaces(plan: Plan, rotations: Mapping[str, Transform], scheme: Scheme) 
         kind = kind_of(space)
         if kind is None or space.allows not in ("any", "diagonal"):
             continue
-        if kind == "keys" and scheme.kv is None:
-            continue
-        if scheme.activations is None and (kind in ("scales", "norms") or scheme.kv is None):
+        inputs = scheme.activations is not None or scheme.weights is not None
+        cached = kind in ("values", "keys") and scheme.kv is not None
+        if not cached and (kind == "keys" or not inputs):
             continue
         rotation = rotations.get(space.name)
         if kind in ("values", "keys") and rotation is not None:

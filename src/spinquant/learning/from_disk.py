@@ -175,7 +175,7 @@ class _Run:
         """Compute the closed-form transforms, and keep each kind if it lowers KL."""
         leader = self.leader
         start, best = self.candidates[leader], self.scores[leader]
-        spaces = free_spaces(self.plan, start.rotations, self.learning)
+        spaces = free_spaces(self.plan, start.rotations, self.scheme)
         if not spaces:
             return
         found = self._closed_form([name for names in spaces.values() for name in names], start.rotations)
@@ -229,15 +229,17 @@ class _Run:
         if kept is not None:
             return saved(kept[1]["about"], kept[0])
 
+        scheme = learning_scheme(self.scheme, weights=True)
         with self._walking(CLOSED_FORM):
             moments = walked_moments(
                 self.home,
                 self.plan,
-                sites_of(self.plan, spaces, self.learning, rotations),
-                replace(self.learning, weights=self.scheme.weights),
+                sites_of(self.plan, spaces, scheme, rotations),
+                scheme,
                 self.tokens[:MOMENT_SAMPLES],
                 self.pieces,
                 generator=generator_for(self.options.seed, "moments"),
+                share=weights_share(self.options),
                 progress=lambda *n: self.watch.stage("collect moments", *n),
             )
             found = closed_form_transforms(self.plan, moments, dtype=self.home.model.dtype)

@@ -7,14 +7,14 @@ error of one, and have unit length; the total cost of all rows of a site is stor
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spinquant.learning.activations import ActivationSite
-from spinquant.learning.moments import OutputGradients
+from spinquant.learning.closed_form import wide
 from spinquant.learning.sensitivity import collect_by_weight
 from spinquant.models.capture import watching_calls
 from spinquant.plan import Plan
@@ -33,7 +33,8 @@ class JointSite:
     Attributes:
         site: The rows with their gradients, in the order of the samples that they come from.
         w: Rows of weights of unit length, float32 (rows, width); None if weights are not quantized.
-        weight_share: KL per token, in nats, that a relative error of one of these weights would cost.
+        weight_share: KL per token, in nats, that a relative error of one of these weights would cost, times the part of
+            their error that counts.
     """
 
     site: ActivationSite
@@ -57,6 +58,23 @@ class JointSite:
         return x, g
 
 
+@dataclass
+class _OutputGradients:
+    """h of every linear: sums over tokens of ||x||^2 times the squared gradients at its outputs."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def watch(self, name: str, x: Tensor, output: Tensor) -> None:
+        """Observe a call of a linear."""
+        energy = x.detach().flatten(0, -2).float().square().sum(-1)
+
+        def add(gradient: Tensor) -> None:
+            new = wide(energy @ gradient.detach().flatten(0, -2).float().square())
+            self.sums[name] = self.sums[name] + new if name in self.sums else new
+
+        output.register_hook(add)
+
+
 def _unit(rows: Tensor) -> Tensor:
     return rows / rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
 
@@ -76,6 +94,7 @@ def collect_jointly(
     *,
     seed: int,
     weights: Quantizer | None,
+    share: float = 1.0,
     **how: Any,
 ) -> tuple[list[ActivationSite], dict[str, list[JointSite]]]:
     """Sample rows of every site in some spaces (`collect_by_weight`), and what is learned together in some of them.
@@ -89,12 +108,13 @@ def collect_jointly(
         tokens: Calibration tokens, int64 (samples, length).
         seed: Of the rows of weights.
         weights: How the weights are quantized that read the residual stream; None if they are not.
+        share: Part of the error of rounded weights that counts (`weights_share`). Default: all of it.
         how: Rows, generator and other options of `collect_by_weight`.
 
     Returns:
         All sites, and by space those to learn from jointly.
     """
-    outputs = OutputGradients()
+    outputs = _OutputGradients()
     read = {space.name for space in plan.spaces if space.name in joint}
     groups = (*plan.linears, *([plan.heads] if scheme.lm_head and plan.heads else []))
     readers = [n for group in groups for n in group if (s := plan.read_by(group[0])) is not None and s.name in read]
@@ -103,15 +123,15 @@ def collect_jointly(
     found: dict[str, list[JointSite]] = {space: [] for space in joint}
     for site in sites:
         if site.slopes is not None:
-            w, share = None, 0.0
+            w, cost = None, 0.0
             if weights is not None:
-                w, share = _weight_rows(model, plan, site, outputs, tokens.numel(), seed)
-            found[site.space].append(JointSite(site, w, share))
+                w, cost = _weight_rows(model, plan, site, outputs, tokens.numel(), seed)
+            found[site.space].append(JointSite(site, w, share * cost))
     return sites, found
 
 
 def _weight_rows(
-    model: Any, plan: Plan, site: ActivationSite, outputs: OutputGradients, tokens: int, seed: int
+    model: Any, plan: Plan, site: ActivationSite, outputs: _OutputGradients, tokens: int, seed: int
 ) -> tuple[Tensor, float]:
     """Rows of the weights that read a site, drawn by cost, and the cost of a relative error of one of all rows."""
     stacked = next((experts for experts in plan.experts if experts.first[0] == site.name), None)
@@ -122,9 +142,9 @@ def _weight_rows(
         flipped = plan.transposed and site.name not in plan.heads
         parts = [w.T if flipped else w for w in (model.get_submodule(name).weight.detach() for name in names)]
     parts = [part.reshape(-1, part.shape[-1]) for part in parts]
-    wide = torch.promote_types(parts[0].dtype, torch.float32)
-    squares = [torch.linalg.vector_norm(part, dim=-1, dtype=wide).square().double().cpu() for part in parts]
-    known = [outputs.sums.get((outputs.fold, name)) for name in readers_of(plan, site.name)]
+    dtype = torch.promote_types(parts[0].dtype, torch.float32)
+    squares = [torch.linalg.vector_norm(part, dim=-1, dtype=dtype).square().double().cpu() for part in parts]
+    known = [outputs.sums.get(name) for name in readers_of(plan, site.name)]
     heard = [h.cpu() for h in known if h is not None]
     if len(heard) == len(parts):
         costs = torch.cat([h * square for h, square in zip(heard, squares, strict=True)])

@@ -1,6 +1,7 @@
-"""Moments of what quantizers read, and of the gradients there: one pass forward and back, for closed-form transforms.
+"""Moments of what is rounded, and of the gradients there: one pass forward and back, for closed-form transforms.
 
 A space gets the moments of every quantizer that reads it: the inputs of linears, and the keys and values of a KV cache.
+The rounding of weights that read or write the space has moments of its own (`rounded_weights.py`).
 Its kind decides what of the moments counts: the diagonal for a space of channel scales, a block for each head of values
 and keys. Memory is that of these blocks, whatever the number of tokens. Samples are divided into two folds, by turns,
 so that damping can be chosen on those that a transform was not made from.
@@ -17,11 +18,11 @@ from torch import Tensor
 
 from spinquant.errors import LearningError
 from spinquant.learning.closed_form import Moments, second_moments, weighted_sum, wide
+from spinquant.learning.rounded_weights import by_head, of_writer, outer, rows_of, weight_gradient, writers_of
 from spinquant.learning.sensitivity import backward_own_predictions
 from spinquant.models.capture import watching_calls
-from spinquant.models.modules import named_tensor
 from spinquant.online.attachment import Attachment
-from spinquant.plan import Plan, Space
+from spinquant.plan import Axis, Plan, Space
 from spinquant.quantization.clip_search import best_ratio
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.scheme import Quantizer, Scheme
@@ -29,40 +30,48 @@ from spinquant.rotations.rotation import Transform
 from spinquant.rotations.transforms import compose
 
 FOLDS = 2
-WEIGHTS = 0.5  # part of the error of rounded weights that counts: GPTQ compensates for some
 _DRAWN = 64  # random rows from which the error of a quantizer is estimated
 
 
 @dataclass(frozen=True)
 class Site:
-    """What a quantizer reads of a space.
+    """Where something of a space is rounded: what a quantizer reads of it, or weights that read or write it.
 
     Attributes:
-        name: the linear or the tensor of stacked experts that reads it, or `ATTENTION.keys` or `ATTENTION.values`.
+        name: the linear or the tensor of stacked experts that reads or writes it, or `ATTENTION.keys` or
+            `ATTENTION.values`.
         space: the space.
-        quantizer: how it is quantized.
+        quantizer: how the activation is quantized; None where weights alone are.
         cached: whether it is in a KV cache, where every head is rounded by itself.
         readers: the linears that read the activation, whose weights are quantized too.
         before: a transform that the activation has before that of the space (R1, for the output of a norm).
+        written: the axis of its outputs, for a linear whose quantized weights write the space.
     """
 
     name: str
     space: Space
-    quantizer: Quantizer
+    quantizer: Quantizer | None
     cached: bool = False
     readers: tuple[str, ...] = ()
     before: Transform | None = None
+    written: Axis | None = None
 
 
 def sites_of(plan: Plan, spaces: Sequence[str], scheme: Scheme, rotations: Mapping[str, Transform]) -> list[Site]:
-    """The quantizers that read some spaces of channel scales, values, or keys (R3)."""
+    """Where some spaces of channel scales, values, or keys (R3) are rounded.
+
+    scheme: what is quantized, weights too.
+    """
     found = []
     groups = (*plan.linears, *([plan.heads] if scheme.lm_head and plan.heads else []))
     reading = [(group[0], group, plan.spaces_read_by(group[0])) for group in groups]
     reading += [(experts.first[0], (), plan.read_by_experts(experts)[0]) for experts in plan.experts]
     for name, group, read in reading:
+        # The outputs of stacked experts have no gradients that could be observed, so their weights alone are no site.
+        if scheme.activations is None and (scheme.weights is None or set(group) <= set(plan.uncalled)):
+            continue
         for i, space in enumerate(read):
-            if scheme.activations is not None and space.name in spaces:
+            if space.name in spaces:
                 # Scales of a norm are in the coordinates of the space that it normalizes, after its rotation.
                 earlier = [rotations[one.name] for one in read[:i] if one.name in rotations]
                 before = reduce(compose, earlier) if earlier else None
@@ -73,90 +82,103 @@ def sites_of(plan: Plan, spaces: Sequence[str], scheme: Scheme, rotations: Mappi
             for part, space in (("keys", keys.get(attention)), ("values", plan.values_of(attention))):
                 if space is not None and space.name in spaces:
                     found.append(Site(f"{attention}.{part}", space, scheme.kv, cached=True))
+    if scheme.weights is not None:
+        # Channel scales change no relative error of the rows that write them.
+        for space in (one for one in plan.spaces if one.name in spaces and one.allows == "any"):
+            writers = writers_of(plan, space).items()
+            found += [Site(name, space, None, written=axis) for name, axis in writers if name not in plan.uncalled]
     return found
 
 
 @dataclass
 class _Sums:
-    """The moments of one site, by fold.
+    """The sums of one site, by fold.
 
-    drift: of a cache, sum of g^T g by head, which the rounding of the weights that write it meets.
+    folds: moments of the activation. x: X of the weights that read it (`rounded_weights.py`). h: by linear, |M_j|^2 of
+    every row. d: D of weights that write.
     """
 
     site: Site
-    folds: list[Moments | None] = field(default_factory=lambda: [None] * FOLDS)
-    drift: list[Tensor | None] = field(default_factory=lambda: [None] * FOLDS)
+    folds: dict[int, Moments] = field(default_factory=dict)
+    x: dict[int, Tensor] = field(default_factory=dict)
+    h: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    d: dict[int, Tensor] = field(default_factory=dict)
 
     def add(self, fold: int, x: Tensor, gradient: Tensor) -> None:
         """Add rows, (.., width) or, of a cache, (batch, heads, tokens, size), and their gradients."""
+        assert self.site.quantizer is not None
         rows, slopes = (arranged(self.site, t) for t in (x, gradient))
         noise = relative_error(x.shape[-1], self.site.quantizer)
-        new = second_moments(rows, slopes, x.shape[-1], noise)
-        before = self.folds[fold]
-        self.folds[fold] = new if before is None else before + new
-        if self.site.cached:
-            columns = slopes.permute(1, 2, 3, 0, 4).flatten(1, 3)  # (heads, tokens, size)
-            plain, held = wide(columns.mT @ columns), self.drift[fold]
-            self.drift[fold] = plain if held is None else held + plain
+        _accumulate(self.folds, fold, second_moments(rows, slopes, x.shape[-1], noise))
+
+    def add_weight(self, fold: int, name: str, m: Tensor, w: Tensor) -> None:
+        """Add a linear that reads or writes the space: its M and its rows, (outputs, inputs)."""
+        if self.site.written is not None:
+            _accumulate(self.d, fold, outer(by_head(self.site.space, self.site.written, m)))
+            return
+        _accumulate(self.x, fold, wide(weighted_sum(in_blocks(self.site, m), w.square().sum(-1, keepdim=True))))
+        _accumulate(self.h, (fold, name), wide(m.square().sum(-1)))
 
     def check_finite(self) -> None:
         """Raise LearningError if a sum is not finite."""
-        for moments in self.folds:
-            if moments is not None and not (traces(moments.x).sum() + traces(moments.g).sum()).isfinite():
-                raise LearningError(
-                    f"the gradient at {self.site.name} is not finite: the model's weights are damaged, or their dtype "
-                    "overflows"
-                )
-
-    def found(self) -> tuple[list[Moments | None], list[Tensor | None]]:
-        """The sums by fold, on the CPU."""
-        folds = [moments and replace(moments, x=moments.x.cpu(), g=moments.g.cpu()) for moments in self.folds]
-        return folds, [None if drift is None else drift.cpu() for drift in self.drift]
+        sums = [traces(m.x).sum() + traces(m.g).sum() for m in self.folds.values()]
+        sums += [total.sum() for held in (self.x, self.h, self.d) for total in held.values()]
+        if not all(total.isfinite() for total in sums):
+            raise LearningError(
+                f"the gradient at {self.site.name} is not finite: the model's weights are damaged, or their dtype "
+                "overflows"
+            )
 
 
-@dataclass
-class OutputGradients:
-    """h of every reader and fold: sums over tokens of |x|^2 times the squared gradients at the linear's outputs."""
-
-    fold: int = 0
-    sums: dict[tuple[int, str], Tensor] = field(default_factory=dict)
-
-    def watch(self, name: str, x: Tensor, output: Tensor) -> None:
-        """Observe a call of a linear."""
-        energy = x.detach().flatten(0, -2).float().square().sum(-1)
-
-        def add(gradient: Tensor) -> None:
-            new = wide(energy @ gradient.detach().flatten(0, -2).float().square())
-            key = self.fold, name
-            self.sums[key] = self.sums[key] + new if key in self.sums else new
-
-        output.register_hook(add)
+def _accumulate(sums: dict[Any, Any], key: Any, new: Any) -> None:
+    sums[key] = sums[key] + new if key in sums else new
 
 
 class MomentSums:
     """Sums of the moments of sites, while a model runs forward and back.
 
     Args:
+        model: with the weights that read and write the spaces of the sites.
+        plan: its plan.
         sites: from `sites_of`.
-        scheme: what is quantized; if weights are, their rounding adds to the moments of gradients.
+        scheme: what is quantized.
+        share: part of the error of rounded weights that counts (`weights_share`).
     """
 
-    def __init__(self, sites: Sequence[Site], scheme: Scheme):
-        self.sites, self._weights = sites, scheme.weights
-        self._sums, self._outputs = [_Sums(site) for site in sites], OutputGradients()
-        self._by_name: dict[str, list[_Sums]] = {}
+    def __init__(self, model: Any, plan: Plan, sites: Sequence[Site], scheme: Scheme, share: float = 1.0):
+        self.model, self.plan, self.sites, self._weights, self._share = model, plan, sites, scheme.weights, share
+        self._sums, self._fold = [_Sums(site) for site in sites], 0
+        self._read: dict[str, list[_Sums]] = {}  # activations, by the name of their site
+        self._called: dict[str, list[_Sums]] = {}  # weights, by the name of their linear
         for one in self._sums:
-            self._by_name.setdefault(one.site.name, []).append(one)
-        # Linears whose output gradients are observed (`watching_calls`).
-        self.readers = {name for site in sites for name in site.readers} if self._weights is not None else set()
-        self.watch_call = self._outputs.watch
+            if one.site.quantizer is not None:
+                self._read.setdefault(one.site.name, []).append(one)
+            linears = one.site.readers if one.site.written is None else (one.site.name,)
+            for name in linears if self._weights is not None else ():
+                self._called.setdefault(name, []).append(one)
+
+    @property
+    def linears(self) -> list[str]:
+        """The linears whose calls are observed (`watching_calls`)."""
+        return list(self._called)
+
+    def watch_call(self, name: str, x: Tensor, output: Tensor) -> None:
+        """Observe a call of a linear."""
+        x = x.detach()
+
+        def add(gradient: Tensor) -> None:
+            m, w = weight_gradient(x, gradient), self._rows(name)
+            for one in self._called[name]:
+                one.add_weight(self._fold, name, m, w)
+
+        output.register_hook(add)
 
     def next_sample(self, number: int) -> None:
         """Count what is observed from now on in the fold of sample `number`.
 
         Raises LearningError if a sum is not finite.
         """
-        self._outputs.fold = number % FOLDS
+        self._fold = number % FOLDS
         for one in self._sums:
             one.check_finite()
 
@@ -168,33 +190,52 @@ class MomentSums:
             site.watch = partial(self._watch_cache, name)
 
     def _watch(self, name: str, x: Tensor) -> None:
-        held, seen, outputs = self._by_name.get(name, ()), x.detach(), self._outputs
+        held, seen = self._read.get(name, ()), x.detach()
         if held:
-            x.register_hook(lambda gradient: [one.add(outputs.fold, seen, gradient) for one in held] and None)
+            x.register_hook(lambda gradient: [one.add(self._fold, seen, gradient) for one in held] and None)
 
     def _watch_cache(self, attention: str, keys: Tensor, values: Tensor) -> None:
         self._watch(f"{attention}.keys", keys)
         self._watch(f"{attention}.values", values)
 
-    def found(self, model: Any, plan: Plan) -> dict[str, list[list[Moments]]]:
-        """The moments of each site's space, by space: for each fold, those of every site; see `collect_moments`.
+    def _rows(self, linear: str) -> Tensor:
+        transposed = self.plan.transposed and linear not in self.plan.heads
+        return rows_of(self.model.get_submodule(linear).weight, transposed=transposed)
 
-        model: with the weights that read and write the spaces of the sites.
-        """
+    def found(self) -> dict[str, list[list[Moments]]]:
+        """The moments of each site's space, by space: for each fold, those of every site; see `collect_moments`."""
         found: dict[str, list[list[Moments]]] = {}
         missing: set[str] = set()
-        weights = self._weights
         for one in self._sums:
             folds = found.setdefault(one.site.space.name, [[] for _ in range(FOLDS)])
-            for fold, (moments, drift) in enumerate(zip(*one.found(), strict=True)):
-                if moments is None or not (traces(moments.x) > 0).all() or not (traces(moments.g) > 0).all():
+            for fold in range(FOLDS):
+                parts = [*self._of_activation(one, fold), *self._of_weights(one, fold)]
+                folds[fold].extend(parts)
+                unseen = not parts or (one.site.quantizer is not None and fold not in one.folds)
+                if unseen or not all((traces(m.x) > 0).all() and (traces(m.g) > 0).all() for m in parts):
                     missing.add(one.site.space.name)
-                    continue
-                added = None if weights is None else _of_readers(model, plan, one.site, self._outputs, fold, weights)
-                folds[fold].append(moments if added is None else replace(moments, g=moments.g + added / moments.noise))
-                if weights is not None and drift is not None:
-                    folds[fold].extend(of_writers(model, plan, one.site.space, moments, drift, weights))
         return {name: folds for name, folds in found.items() if name not in missing}
+
+    def _of_activation(self, sums: _Sums, fold: int) -> list[Moments]:
+        moments = sums.folds.get(fold)
+        return [] if moments is None else [replace(moments, x=moments.x.cpu(), g=moments.g.cpu())]
+
+    def _of_weights(self, sums: _Sums, fold: int) -> list[Moments]:
+        """The moments of rounding the weights that read or write what a site has."""
+        site = sums.site
+        if self._weights is None or not (fold in sums.x or fold in sums.d):
+            return []
+        if site.written is not None:
+            found = of_writer(self._rows(site.name), site.space, site.written, sums.d[fold])
+        else:
+            g = 0.0
+            for name in site.readers:
+                if (h := sums.h.get((fold, name))) is not None:
+                    w = self._rows(name)
+                    g = g + weighted_sum(in_blocks(site, w), h.to(w.device, w.dtype)[:, None]).cpu().double()
+            assert isinstance(g, Tensor)
+            found = Moments(sums.x[fold].cpu(), g, w.shape[-1])
+        return [replace(found, noise=self._share * relative_error(found.length, self._weights))]
 
 
 def collect_moments(
@@ -205,6 +246,7 @@ def collect_moments(
     tokens: Tensor,
     *,
     generator: torch.Generator,
+    share: float = 1.0,
     checkpointing: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[list[Moments]]]:
@@ -214,9 +256,10 @@ def collect_moments(
         model: a causal language model, not rotated, with its gains fused (`fuse_gains`).
         plan: its plan.
         sites: from `sites_of`.
-        scheme: what is quantized; if weights are, their rounding adds to the moments of gradients.
+        scheme: what is quantized.
         tokens: calibration tokens, int64 (samples, length), at least two samples.
         generator: of the sampled labels.
+        share: part of the error of rounded weights that counts (`weights_share`). Default: all of it.
         checkpointing: gradient checkpointing of the decoder blocks.
         progress: called with (samples done, samples in all).
 
@@ -226,7 +269,7 @@ def collect_moments(
     Raises:
         LearningError: a gradient is not finite, or memory does not suffice for the backward pass.
     """
-    sums = MomentSums(sites, scheme)
+    sums = MomentSums(model, plan, sites, scheme, share)
 
     def next_fold(done: int, total: int) -> None:
         sums.next_sample(done)
@@ -234,9 +277,9 @@ def collect_moments(
             progress(done, total)
 
     how: dict[str, Any] = {"generator": generator, "checkpointing": checkpointing, "progress": next_fold}
-    with watching_calls(model, sums.readers, sums.watch_call), _advised():
+    with watching_calls(model, sums.linears, sums.watch_call), _advised():
         backward_own_predictions(model, plan, scheme, tokens, sums.observe, **how)
-    return sums.found(model, plan)
+    return sums.found()
 
 
 def arranged(site: Site, t: Tensor) -> Tensor:
@@ -289,43 +332,3 @@ def relative_error(length: int, quantizer: Quantizer) -> float:
         return float((rounded - rows).square().sum() / rows.square().sum())
 
     return error(best_ratio(error)) if quantizer.clip == "mse" else error(float(quantizer.clip))
-
-
-def _of_readers(
-    model: Any, plan: Plan, site: Site, outputs: OutputGradients, fold: int, quantizer: Quantizer
-) -> Tensor | None:
-    """W^T diag(h) W of the readers of a site, in blocks like its G, times the relative error of rounding W."""
-    total = None
-    for name in site.readers:
-        h = outputs.sums.get((fold, name))
-        if h is None:
-            continue
-        w = model.get_submodule(name).weight.detach().float()  # on its device
-        w = w.T if plan.transposed and name not in plan.heads else w
-        rows = in_blocks(site, w)
-        found = weighted_sum(rows, h.to(w.device, w.dtype)[:, None])
-        found = WEIGHTS * relative_error(w.shape[-1], quantizer) * found.cpu().double()
-        total = found if total is None else total + found
-    return total
-
-
-def of_writers(
-    model: Any, plan: Plan, space: Space, cached: Moments, drift: Tensor, quantizer: Quantizer
-) -> Iterator[Moments]:
-    """The moments of rounding the weights that write a space: T mixes their rows, each of which has its own scale."""
-    for axis in plan.axes:
-        if axis.space != space.name or axis.reads:
-            continue
-        w = named_tensor(model, axis.tensor).detach().float()
-        if w.ndim != 2:
-            continue
-        rows = w.movedim(axis.dim, 0)
-        if axis.span is not None:
-            rows = rows.unflatten(0, (-1, axis.span.period))[:, axis.span.start : axis.span.start + axis.span.length]
-            rows = rows.flatten(0, 1)
-        heads = rows.unflatten(0, (space.heads, -1))
-        # The mean square of a value, by head: what its row's relative error is of.
-        mean = traces(cached.x) / drift.diagonal(dim1=-2, dim2=-1).sum(-1)
-        g = mean[:, None, None] * drift
-        noise = WEIGHTS * relative_error(rows.shape[-1], quantizer)
-        yield Moments((heads @ heads.mT).cpu().double()[:, None], g[:, None], cached.length, noise)

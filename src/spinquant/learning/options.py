@@ -253,20 +253,26 @@ def learned_spaces(plan: Plan, spec: RotationSpec, scheme: Scheme, options: Lear
 
 def _check_scheme(scheme: Scheme, options: LearnOptions) -> None:
     """Raise LearningError for a scheme under which no rotation makes a difference during learning."""
-    if scheme.activations is not None or scheme.kv is not None:
+    if not rounds_weights_alone(scheme):
         return
     if scheme.weights is None:
         raise LearningError(
             f"scheme {scheme} quantizes nothing, so no rotation makes a difference: use a scheme such as W4A4KV4"
         )
-    if not options.end_to_end.weights:
-        raise LearningError(
-            f"scheme {scheme} quantizes neither activations nor the KV cache, and with weights at 16 bits during "
-            "learning no rotation makes a difference: use a scheme such as W4A4KV4, or quantize weights during "
-            "learning too (`spinquant learn --weights`, and its result with --learned)"
-        )
     if options.method == "local":
         raise LearningError(
-            f"local learning needs quantized activations or KV cache, and scheme {scheme} has neither: learn end to "
-            "end (--method end-to-end)"
+            f"local learning needs quantized activations or KV cache, and scheme {scheme} has neither: compute the "
+            "transforms that cost nothing (--method closed-form), or learn end to end (--method end-to-end --weights)"
         )
+    if options.method not in ("random", "closed-form") and not options.end_to_end.weights:
+        raise LearningError(
+            f"scheme {scheme} quantizes neither activations nor the KV cache, and with weights at 16 bits during "
+            "learning no rotation makes a difference: use a scheme such as W4A4KV4, compute the transforms that cost "
+            "nothing (--method closed-form), or quantize weights during learning too (`spinquant learn --weights`, and "
+            "its result with --learned)"
+        )
+
+
+def rounds_weights_alone(scheme: Scheme) -> bool:
+    """Whether a scheme quantizes neither activations nor the KV cache."""
+    return scheme.activations is None and scheme.kv is None

@@ -109,6 +109,7 @@ def walked_moments(
     pieces: Pieces,
     *,
     generator: torch.Generator,
+    share: float = 1.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[list[Moments]]]:
     """The moments of sites, by space, as `collect_moments` computes them, with one block loaded at a time.
@@ -117,10 +118,11 @@ def walked_moments(
         home: where the weights are, with the gains of norms fused.
         plan: plan of the model.
         sites: from `sites_of`.
-        scheme: what is quantized; if weights are, their rounding adds to the moments of gradients.
+        scheme: what is quantized.
         tokens: calibration tokens, int64 (samples, length), at least two samples.
         pieces: where hidden states, gradients and moments are kept, and a rerun resumes from.
         generator: of the sampled labels, in the same state in every run.
+        share: part of the error of rounded weights that counts (`weights_share`). Default: all of it.
         progress: called with (blocks done, blocks in all), where every block counts twice, and the head once.
 
     Raises:
@@ -128,7 +130,7 @@ def walked_moments(
         CalibrationError: a hidden state is not finite; the module is named.
         LearningError: a gradient is not finite.
     """
-    walk = _Walk(home, plan, sites, scheme, tokens, pieces, progress or (lambda done, total: None))
+    walk = _Walk(home, plan, sites, scheme, share, tokens, pieces, progress or (lambda done, total: None))
     if not pieces.has(GRADIENT):
         walk.forward()
         walk.head(generator)
@@ -145,12 +147,13 @@ class _Walk:
         plan: Plan,
         sites: Sequence[Site],
         scheme: Scheme,
+        share: float,
         tokens: Tensor,
         pieces: Pieces,
         progress: Callable[[int, int], None],
     ):
         self.home, self.model, self.plan, self.scheme, self.pieces = home, home.model, plan, scheme, pieces
-        self.progress, self.total = progress, 2 * len(plan.blocks) + 1
+        self.share, self.progress, self.total = share, progress, 2 * len(plan.blocks) + 1
         self.entered = entered(home, plan, tokens)
         self.sites: dict[str, list[Site]] = {place: [] for place in (*plan.blocks, "")}
         for site in sites:
@@ -207,11 +210,12 @@ class _Walk:
         self, place: str, function: Callable[[Tensor], Tensor], states: Tensor, gradient: Tensor | None = None
     ) -> Tensor:
         """Gradients of the states, from those of what a function makes of each; the moments there become a piece."""
-        sums, part = MomentSums(self.sites[place], self.scheme), part_of(self.plan, place)
+        part = part_of(self.plan, place)
+        sums = MomentSums(self.model, part, self.sites[place], self.scheme, self.share)
         found = []
         with attach(self.model, part, {}, self.scheme, around=True) as attachment:
             sums.observe(attachment)
-            with attachment.exact(), watching_calls(self.model, sums.readers, sums.watch_call), torch.enable_grad():
+            with attachment.exact(), watching_calls(self.model, sums.linears, sums.watch_call), torch.enable_grad():
                 for number, state in enumerate(states.split(1)):
                     sums.next_sample(number)
                     x = state.detach().clone().requires_grad_()
@@ -219,7 +223,7 @@ class _Walk:
                     output.backward(None if gradient is None else gradient[number : number + 1].to(output.device))
                     assert x.grad is not None
                     found.append(x.grad.cpu())
-        _save_moments(self.pieces, _moments(self.plan, place), sums.found(self.model, part))
+        _save_moments(self.pieces, _moments(self.plan, place), sums.found())
         return torch.cat(found)
 
     def found(self) -> dict[str, list[list[Moments]]]:

@@ -9,6 +9,8 @@ which is the form of `closed_form.py` with the rows of W as gradients. All linea
 error of a key meets the queries of its heads, so G has their second moment; an error of a value meets the weights of
 o_proj, as if every token were attended to once. That is coarser than gradients: it does not know which tokens and which
 linears matter. It takes forward passes alone.
+
+Rounding the weights that read x T has the same X and G, so it adds to the relative error where x is rounded too.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,8 +23,9 @@ from torch import Tensor
 
 from spinquant.errors import LearningError
 from spinquant.learning.closed_form import Moments, weighted_sum, wide
-from spinquant.learning.moments import FOLDS, WEIGHTS, Site, arranged, in_blocks, of_writers, relative_error, traces
-from spinquant.models.capture import device_of
+from spinquant.learning.moments import FOLDS, Site, arranged, in_blocks, relative_error, traces
+from spinquant.learning.rounded_weights import of_writer, rows_of
+from spinquant.models.capture import device_of, watching_calls
 from spinquant.models.modules import named_tensor
 from spinquant.online.hooks import attach
 from spinquant.online.queries import watch_queries
@@ -32,19 +35,23 @@ from spinquant.quantization.scheme import Quantizer, Scheme
 
 @dataclass
 class _Sums:
-    """Sums of one site by fold: x^T x, (terms, blocks, n, n), and of a cache's keys q^T q of their queries."""
+    """Sums of one site by fold: x^T x, (terms, blocks, n, n), and of a cache's keys q^T q of their queries.
+
+    energy: |x|^2 of the inputs of a linear that writes the space.
+    """
 
     site: Site
     x: list[Tensor | None] = field(default_factory=lambda: [None] * FOLDS)
     queries: list[Tensor | None] = field(default_factory=lambda: [None] * FOLDS)
-    rows: list[int] = field(default_factory=lambda: [0] * FOLDS)
+    energy: list[float] = field(default_factory=lambda: [0.0] * FOLDS)
     length: int = 0
 
     def add(self, fold: int, x: Tensor) -> None:
         """Add rows, (.., width) or, of a cache, (batch, heads, tokens, size)."""
-        rows = arranged(self.site, x.detach())
-        _accumulate(self.x, fold, rows)
-        self.rows[fold] += len(rows)
+        if self.site.written is not None:
+            self.energy[fold] += float(x.detach().float().square().sum(dtype=torch.float64))
+            return
+        _accumulate(self.x, fold, arranged(self.site, x.detach()))
         self.length = x.shape[-1]
 
     def add_queries(self, fold: int, q: Tensor) -> None:
@@ -68,6 +75,7 @@ def collect_weight_moments(
     scheme: Scheme,
     tokens: Tensor,
     *,
+    share: float = 1.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[list[Moments]]]:
     """The moments of sites, by space, like those of `collect_moments`, from forward passes.
@@ -76,8 +84,9 @@ def collect_weight_moments(
         model: a causal language model, not rotated, with its gains fused (`fuse_gains`).
         plan: its plan.
         sites: from `sites_of`.
-        scheme: what is quantized; if weights are, their rounding adds to G.
+        scheme: what is quantized.
         tokens: calibration tokens, int64 (samples, length), at least two samples.
+        share: part of the error of rounded weights that counts (`weights_share`). Default: all of it.
         progress: called with (samples done, samples in all).
 
     Returns:
@@ -88,11 +97,16 @@ def collect_weight_moments(
     """
     sums, fold = [_Sums(site) for site in sites], 0
     by_name: dict[str, list[_Sums]] = {}
+    called: dict[str, list[_Sums]] = {}
     for one in sums:
-        by_name.setdefault(one.site.name, []).append(one)
+        (called if one.site.quantizer is None else by_name).setdefault(one.site.name, []).append(one)
 
     def watch(name: str, x: Tensor) -> None:
         for one in by_name.get(name, ()):
+            one.add(fold, x)
+
+    def watch_call(name: str, x: Tensor, output: Tensor) -> None:
+        for one in called[name]:
             one.add(fold, x)
 
     def both(attention: str, keys: Tensor, values: Tensor) -> None:
@@ -103,7 +117,11 @@ def collect_weight_moments(
         for one in by_name[f"{attention}.keys"]:
             one.add_queries(fold, q)
 
-    with attach(model, plan, {}, scheme, around=True) as attachment, attachment.exact():
+    with (
+        attach(model, plan, {}, scheme, around=True) as attachment,
+        attachment.exact(),
+        watching_calls(model, called, watch_call),
+    ):
         for name, site in attachment.inputs.items():
             site.watch = partial(watch, name)
         for name, site in attachment.keys_values.items():
@@ -120,44 +138,53 @@ def collect_weight_moments(
     for one in sums:
         folds = found.setdefault(one.site.space.name, [[] for _ in range(FOLDS)])
         for number in range(FOLDS):
-            parts = _moments(model, plan, one, number, scheme.weights)
-            folds[number].extend(parts)
-            if not parts:
+            moments = _moments(model, plan, one, number, scheme.weights, share)
+            if moments is None:
                 missing.add(one.site.space.name)
+            else:
+                folds[number].append(moments)
     return {name: folds for name, folds in found.items() if name not in missing}
 
 
-def _moments(model: Any, plan: Plan, sums: _Sums, fold: int, weights: Quantizer | None) -> list[Moments]:
-    """The moments of one site and fold, and those of rounding the weights that write it; none if there are none."""
-    site, x = sums.site, sums.x[fold]
-    if x is None:
-        return []
-    if not x.isfinite().all():
+def _moments(model: Any, plan: Plan, sums: _Sums, fold: int, weights: Quantizer | None, share: float) -> Moments | None:
+    """The moments of one site and fold; None if there are none."""
+    site = sums.site
+    reading = sums.queries[fold] if site.name.endswith(".keys") and site.cached else _of_readers(model, plan, site)
+    if reading is None or not (traces(reading) > 0).all():
+        return None
+    reading = reading.cpu()
+    if site.written is not None:
+        assert weights is not None
+        d = _finite(site, torch.tensor(sums.energy[fold])) * reading
+        w = rows_of(model.get_submodule(site.name).weight, transposed=plan.transposed)
+        found = of_writer(w, site.space, site.written, d)
+        return replace(found, noise=share * relative_error(found.length, weights)) if (traces(d) > 0).all() else None
+    x = sums.x[fold]
+    if x is None or not (traces(_finite(site, x)) > 0).all():
+        return None
+    x = x.cpu()
+    whole, other = (traces(t)[:, None, None, None] for t in (x, reading))
+    noise = 0.0 if site.quantizer is None else relative_error(sums.length, site.quantizer)
+    if weights is not None and not site.cached:
+        noise += share * relative_error(sums.length, weights)
+    return Moments(other * x, whole * reading, sums.length, noise)
+
+
+def _finite(site: Site, total: Tensor) -> Tensor:
+    """The sum; LearningError if it is not finite."""
+    if not total.isfinite().all():
         raise LearningError(
             f"the activation at {site.name} is not finite: the model's weights are damaged, or their dtype overflows"
         )
-    x = x.cpu()
-    reading = sums.queries[fold] if site.name.endswith(".keys") and site.cached else _of_readers(model, plan, site)
-    if reading is None or not (traces(x) > 0).all() or not (traces(reading) > 0).all():
-        return []
-    reading = reading.cpu()
-    whole, other = (traces(t)[:, None, None, None] for t in (x, reading))
-    found = Moments(other * x, whole * reading, sums.length, relative_error(sums.length, site.quantizer))
-    if weights is None:
-        return [found]
-    if not site.cached:
-        added = WEIGHTS * relative_error(sums.length, weights) / found.noise
-        return [replace(found, g=(1 + added) * found.g)]
-    drift = sums.rows[fold] * reading[:, 0]
-    return [found, *of_writers(model, plan, site.space, found, drift, weights)]
+    return total
 
 
 def _of_readers(model: Any, plan: Plan, site: Site) -> Tensor | None:
     """Sum of W^T W over the weights that read a site, shaped like its X; of values, those that read their attention."""
-    space = site.space
-    if site.cached:
+    space, values = site.space, site.cached or site.written is not None
+    if values:
         group = next((group for group in plan.linears if space in plan.spaces_read_by(group[0])), ())
-        inside = replace(site, readers=group, cached=False)
+        inside = replace(site, readers=group, cached=False, written=None)
     else:
         inside = site
     total = None
@@ -165,8 +192,8 @@ def _of_readers(model: Any, plan: Plan, site: Site) -> Tensor | None:
         blocks = in_blocks(inside, rows.detach().float())
         new = wide(weighted_sum(blocks, blocks.new_ones(blocks.shape[:2])))
         total = new if total is None else total + new.to(total.device)
-    # In a cache every head is a term of one block.
-    return total if total is None or not site.cached else total.transpose(0, 1)
+    # Every head of values is a term of one block.
+    return total if total is None or not values else total.transpose(0, 1)
 
 
 def _weights_of(model: Any, plan: Plan, site: Site) -> list[Tensor]:
