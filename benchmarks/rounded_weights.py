@@ -23,10 +23,13 @@ import transformers
 
 import spinquant
 from models import MODELS, model_folder, text_file
-from spinquant.learning.closed_form import Moments, expected_cost
+from spinquant.learning.closed_form import Moments
 from spinquant.learning.fake_quant import fuse_gains, learning_scheme
 from spinquant.learning.free_transforms import closed_form_transforms, composed, kind_of
-from spinquant.learning.moments import Site, collect_moments, sites_of
+from spinquant.learning.moments import collect_moments, relative_error, sites_of
+from spinquant.learning.rounded_weights import rows_of, weight_gradient
+from spinquant.learning.sensitivity import backward_own_predictions
+from spinquant.models.capture import watching_calls
 from spinquant.rotations.factory import generator_for
 from spinquant.rotations.rotation import Transform
 
@@ -103,9 +106,9 @@ def share(arguments: argparse.Namespace) -> None:
 
 
 def found_moments(
-    spec: spinquant.RotationSpec, scheme: spinquant.Scheme, tokens: torch.Tensor, part: float
-) -> tuple[Any, dict[str, Transform], dict[str, list[str]], list[Site], dict[str, list[list[Moments]]]]:
-    """(plan, rotations, spaces by kind, sites, moments)."""
+    spec: spinquant.RotationSpec, scheme: spinquant.Scheme, part: float
+) -> tuple[Any, dict[str, Transform], dict[str, list[str]], dict[str, list[list[Moments]]]]:
+    """(plan, rotations, spaces by kind, moments) from 16 samples of the manual."""
     model = spinquant.load(folder())
     plan, full = spinquant.plan_of(model), learning_scheme(scheme, weights=True)
     rotations = spinquant.make_rotations(plan, spec)
@@ -116,38 +119,43 @@ def found_moments(
         if kind is not None and (kind != "keys" or (scheme.kv is not None and space.name in rotations)):
             kinds.setdefault(kind, []).append(space.name)
     sites = sites_of(plan, [name for names in kinds.values() for name in names], full, rotations)
-    generator = generator_for(0, "moments")
-    return plan, rotations, kinds, sites, collect_moments(
-        model, plan, sites, full, tokens, generator=generator, share=part
-    )  # fmt: skip
+    how: dict[str, Any] = {"generator": generator_for(0, "moments"), "share": part}
+    return plan, rotations, kinds, collect_moments(model, plan, sites, full, windows("manual", 16), **how)
 
 
 def cost(arguments: argparse.Namespace) -> None:
-    """Expected KL per token of rounding some linears, and the KL of a tenth of their error, times ten."""
+    """Expected KL per token of rounding the weights of a kind, and the KL of a tenth of their error, times ten."""
     spec, rows = spinquant.RotationSpec(("R1", "R2", "R4")), windows("docstrings", 4)
-    _, _, _, sites, moments = found_moments(spec, spinquant.parse_scheme("W4A16"), rows, 1.0)
-    expected: dict[str, float] = {}
-    for name, folds in moments.items():
-        own = [site for site in sites if site.space.name == name]
-        for site, *parts in zip(own, *folds, strict=True):
-            key = f"{'written by' if site.written else 'read by'} {site.name.rpartition('.')[2]}"
-            total = sum(expected_cost([one], identity(one)) for one in parts)
-            expected[key] = expected.get(key, 0.0) + total / 2 / rows.numel()
-    for key, value in expected.items():
-        print(f"expected, {key}: {value:.4f}")
-    nearest, model = quantized("W4A16", spec, "rtn"), rotated(spec)
-    start = weights_of(model)
+    model = spinquant.load(folder())
+    plan, full = spinquant.plan_of(model), learning_scheme(spinquant.parse_scheme("W4A16"), weights=True)
+    fuse_gains(model, plan, spinquant.make_rotations(plan, spec))
+    linears = [name for group in plan.linears for name in group]
+    found: dict[str, list[float]] = {name: [0.0, 0.0] for name in linears}
+
+    def watch(name: str, x: torch.Tensor, output: torch.Tensor) -> None:
+        x = x.detach()
+
+        def add(gradient: torch.Tensor) -> None:
+            w, n = rows_of(model.get_submodule(name).weight, transposed=False).square().sum(1), x.shape[-1]
+            factor = relative_error(n, full.weights) / n / 2 / rows.numel()
+            apart = gradient[0].square().T @ x[0].square().sum(1)
+            together = weight_gradient(x, gradient).square().sum(1)
+            for number, h in enumerate((apart, together)):
+                found[name][number] += factor * float(h @ w)
+
+        output.register_hook(add)
+
+    how: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "checkpointing": False, "progress": None}
+    with watching_calls(model, linears, watch):
+        backward_own_predictions(model, plan, full, rows, lambda attachment: None, **how)
+    nearest, rounded = quantized("W4A16", spec, "rtn"), rotated(spec)
+    start = weights_of(rounded)
     for wanted in ("v_proj", "[qk]_proj", "o_proj", "(gate|up)_proj", "down_proj", "_proj"):
-        move(model, start, nearest, 0.1, wanted)
-        found = spinquant.evaluate(model, rows, reference=exact()).kl
-        assert found is not None
-        print(f"measured, {wanted}: {10 * found:.4f}", flush=True)
-
-
-def identity(moments: Moments) -> torch.Tensor:
-    """P of no transform."""
-    terms, blocks, n, _ = moments.x.shape
-    return torch.eye(n, dtype=torch.float64).expand(terms * blocks, n, n)
+        move(rounded, start, nearest, 0.1, wanted)
+        measured = spinquant.evaluate(rounded, rows, reference=exact()).kl
+        assert measured is not None
+        apart, together = (sum(found[name][i] for name in linears if re.search(wanted, name)) for i in (0, 1))
+        print(f"{wanted}: by token {apart:.4f}, by sample {together:.4f}, measured {10 * measured:.4f}", flush=True)
 
 
 def transforms(arguments: argparse.Namespace) -> None:
@@ -156,7 +164,7 @@ def transforms(arguments: argparse.Namespace) -> None:
     for seed in arguments.seeds:
         spec = spinquant.RotationSpec(tuple(arguments.rotations.split(",")), seed=seed)
         scheme = spinquant.parse_scheme(arguments.scheme)
-        plan, rotations, kinds, _, moments = found_moments(spec, scheme, windows("manual", 16), arguments.share)
+        plan, rotations, kinds, moments = found_moments(spec, scheme, arguments.share)
         free = closed_form_transforms(plan, moments)
         for wanted in arguments.kinds:
             names = [name for kind in wanted.split(",") for name in kinds.get(kind, ())]

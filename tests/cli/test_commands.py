@@ -385,7 +385,8 @@ def test_quantize_learns_in_one_go(run, learned, tmp_path):
     command = ("quantize", place / "model", tmp_path / "out", "--scheme", "W4A4", "--learn", "local", *short)
     code, _, errors = run(*command)
     assert code == 0, errors
-    assert json.loads((tmp_path / "out" / "spinquant" / "record.json").read_text())["learned"]["scores"]["local"]
+    record = json.loads((tmp_path / "out" / "spinquant" / "record.json").read_text())["learned"]
+    assert record["scores"]["local"] and record["options"]["rounding"] == "rtn"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

@@ -24,7 +24,7 @@ from spinquant.learning.closed_form import Damping, best_transform, expected_cos
 from spinquant.learning.fake_quant import fuse_gains
 from spinquant.learning.free_transforms import free_spaces
 from spinquant.learning.moments import collect_moments, relative_error, sites_of
-from spinquant.learning.options import WEIGHTS_SHARE, learned_spaces
+from spinquant.learning.options import WEIGHTS_SHARE, for_rounding, learned_spaces
 from spinquant.learning.weight_moments import collect_weight_moments
 from spinquant.quantization.integer import fake_quantize
 from spinquant.rotations.rotation import matrix
@@ -243,6 +243,9 @@ def test_how_weights_are_rounded_decides_how_much_their_errors_count(monkeypatch
         options = LearnOptions("closed-form", baselines=1, rounding=rounding)
         learn(prepared()[0], "W4A16", SPEC, tokens(4, 12), tokens(2, 12, seed=9), options)
     assert given == [1.0, WEIGHTS_SHARE["gptaq"], WEIGHTS_SHARE["gptq"]] and given[0] > given[2] >= given[1]
+    assert for_rounding(LearnOptions(), parse_scheme("W4A4"), "rtn").rounding == "rtn"
+    assert for_rounding(LearnOptions(rounding="gptaq"), parse_scheme("W4A4"), "rtn").rounding == "gptaq"
+    assert for_rounding(LearnOptions(), parse_scheme("A4"), "rtn").rounding is None
     with pytest.raises(LearningError, match="unknown rounding 'nearest': expected one of rtn, gptq, gptaq"):
         LearnOptions(rounding="nearest")
     with pytest.raises(LearningError, match=r"leaves weights at 16 bits.*--rounding rtn"):
