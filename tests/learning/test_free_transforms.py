@@ -144,7 +144,7 @@ def test_local_learning_starts_from_the_closed_form(signs):
     learned = run_learn(replace(QUICKLY, signs=signs))
     scores = {name: score["kl"] for name, score in learned.record["scores"].items()}
     assert scores["closed-form"] < 0.9 * min(scores["random 0"], scores["random 1"])
-    assert learned.kept in ("local", "closed-form", "closed-form after learning", "random signs")  # the last has the transforms of the second
+    assert learned.kept in ("local", "closed-form", "closed-form after learning", "random signs")  # with transforms all
     assert any(isinstance(transform, Diagonal) for transform in learned.rotations.values())
     assert learned.spec.type_of("R4") == SPEC.type_of("R4")  # scales do not make it another kind of rotation
     without = run_learn(replace(QUICKLY, transforms=False))

@@ -10,7 +10,7 @@ so that damping can be chosen on those that a transform was not made from.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial, reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -23,14 +23,12 @@ from spinquant.learning.sensitivity import backward_own_predictions
 from spinquant.models.capture import watching_calls
 from spinquant.online.attachment import Attachment
 from spinquant.plan import Axis, Plan, Space
-from spinquant.quantization.clip_search import best_ratio
-from spinquant.quantization.integer import fake_quantize
+from spinquant.quantization.clip_search import gaussian_clip
 from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.rotations.rotation import Transform
 from spinquant.rotations.transforms import compose
 
 FOLDS = 2
-_DRAWN = 64  # random rows from which the error of a quantizer is estimated
 
 
 @dataclass(frozen=True)
@@ -318,17 +316,9 @@ def traces(moment: Tensor) -> Tensor:
     return moment.diagonal(dim1=-2, dim2=-1).sum((1, 2))
 
 
-@lru_cache
 def relative_error(length: int, quantizer: Quantizer) -> float:
     """Expected squared error of rounding a row of Gaussian numbers, relative to its squared length.
 
     With clip "mse", at the best clip ratio.
     """
-    length = min(length, 1 << 14)
-    rows = torch.randn(_DRAWN, length, generator=torch.Generator().manual_seed(0))
-
-    def error(ratio: float) -> float:
-        rounded = fake_quantize(rows, replace(quantizer, clip=ratio, static=False, peak=None))
-        return float((rounded - rows).square().sum() / rows.square().sum())
-
-    return error(best_ratio(error)) if quantizer.clip == "mse" else error(float(quantizer.clip))
+    return gaussian_clip(length, quantizer)[1]
