@@ -178,3 +178,28 @@ def test_predictions_at_16_bits_are_kept_as_far_as_they_fit(most, monkeypatch):
     assert observed(Rounded(model, plan, SCHEME, 1.0), candidate, exact).score().kl == pytest.approx(
         scored(model, plan, candidate, windows)[0]
     )
+
+
+def test_a_kind_is_tried_again_if_others_were_kept_after_it(monkeypatch):
+    """Where one site costs most of KL, what others gain is lost in it."""
+    model, plan = prepared()
+    selection = Selection(model, plan, SCHEME, CLIPS, tokens(2, 24, seed=9))
+    selection.enter_all({"random 0": make_rotations(plan, SPEC)})
+    space = next(space for space in plan.spaces if space.name.endswith(CHANNELS))
+    parts = [{space.name: Diagonal(torch.full((space.size,), 1.0 + i))} for i in range(4)]
+    wins, raced = {"a": [False, True], "b": [True], "c": [False, False], "d": [True]}, []
+
+    def race(self, candidates, **how):
+        names = list(candidates)
+        raced.append(names[-1])
+        base = how.get("known") or replace(self.scores["random 0"], kl=0.0)  # the last race: of what was kept
+        kind = names[-1].removeprefix("made: ").split()[0]
+        better = len(names) > 1 and kind in wins and wins[kind].pop(0)
+        self.found["seen"].update({module._key(name, one): {} for name, one in candidates.items()})
+        return {name: replace(base, kl=base.kl - (better and name == names[-1]) * 1e-3) for name in names}
+
+    monkeypatch.setattr(Selection, "_race", race)
+    monkeypatch.setattr(module, "with_clips", lambda rounded, candidate, exact: candidate)
+    tried = selection.enter_kinds("made", parts, list("abcd"))
+    assert raced[:6] == ["made: a", "made: b", "made: c", "made: d", "made: a again", "made: c again"]
+    assert {kind: one["kept"] for kind, one in tried.items()} == {"a": True, "b": True, "c": False, "d": True}

@@ -184,9 +184,14 @@ class _Run:
             part = {n: t for n, t in found.items() if kind_of(self.plan.space[n]) == kind}
             if part:
                 parts[kind] = part
-        judged: dict[str, dict[str, Any]] = {}
+        judged: dict[Kind, dict[str, Any]] = {}
         free: dict[str, Transform] = {}
-        left = list(parts)
+        left: list[Kind] = list(parts)
+        while left:
+            left, free, best = self._keep(left, parts, free, start, best, judged)
+        # As in memory, kinds are tried once more if others were kept after them.
+        last = max((number for number, one in enumerate(judged.values()) if one["kept"]), default=0)
+        left = [kind for number, kind in enumerate(judged) if number < last and not judged[kind]["kept"]]
         while left:
             left, free, best = self._keep(left, parts, free, start, best, judged)
         self.record["closed_form"] = judged
@@ -201,7 +206,7 @@ class _Run:
         free: Mapping[str, Transform],
         start: Candidate,
         best: Score,
-        judged: dict[str, dict[str, Any]],
+        judged: dict[Kind, dict[str, Any]],
     ) -> tuple[list[Kind], dict[str, Transform], Score]:
         """Score kinds one on top of the other in one walk, and keep them up to the first that does not lower KL.
 

@@ -34,7 +34,7 @@ from spinquant.rotations.rotation import Transform
 
 SCORES = "scores"  # name of the saved scores (`Pieces`)
 FIRST_WINDOWS = 2  # windows that every candidate is scored on
-EXACT = "16-bit"
+EXACT, AGAIN = "16-bit", " again"
 ILL = (
     "the transforms of {what} move the logits by more than rounding in {dtype} explains: their matrices are too "
     "ill-conditioned for it. Learn in float32 (--dtype float32)"
@@ -129,6 +129,9 @@ class Selection:
     ) -> dict[str, dict[str, Any]]:
         """Try parts of a candidate one after another, each kept if it lowers KL; what is kept is then a candidate.
 
+        A part that is not kept is tried once more if others were kept after it: where one site costs most of KL, what
+        others gain is lost in it.
+
         Args:
             name: of the candidate.
             parts: free transforms.
@@ -139,21 +142,23 @@ class Selection:
             it was kept.
         """
         first = self.leader
-        label, current, found = first, replace(self.leading, free=self.free), {}
+        label, current = first, replace(self.leading, free=self.free)
         best = self.scores[first]
-        for kind, part in zip(kinds, parts, strict=True):
-            if not part:
-                continue
-            if not self._fits(part):
-                found[kind] = {"kl": None, "kept": False}
-                continue
-            tried = f"{name}: {kind}"
+        waiting = [(kind, part, f"{name}: {kind}") for kind, part in zip(kinds, parts, strict=True) if part]
+        found = {kind: {"kl": None, "kept": False} for kind, _, _ in waiting}
+        waiting = [one for one in waiting if self._fits(one[1])]
+        missed: list[tuple[str, Mapping[str, Transform], str]] = []
+        while waiting:
+            (kind, part, tried), *waiting = waiting
             more = replace(current, free={**current.free, **part})
             scores = self._race({label: current, tried: more}, known=best)
             found[kind] = {"kl": scores[tried].kl, "kept": scores[tried].kl < scores[label].kl}
             best = scores[label]
             if found[kind]["kept"]:
                 label, current, best = tried, more, scores[tried]
+                waiting, missed = [*waiting, *missed], []
+            elif not tried.endswith(AGAIN):
+                missed.append((kind, part, tried + AGAIN))
         if label == first:
             return found
         own = self._clipped(name, current)
