@@ -260,10 +260,6 @@ def test_gradients_at_the_outputs_give_the_cost_of_weights():
     how = {"seed": 0, "weights": SCHEME.weights, "rows": 3000, "generator": torch.Generator().manual_seed(0)}
     with in_eval_mode(model):
         _, found = collect_jointly(model, plan, ["residual"], ["residual"], learning, ids, **how)
-        how |= {"share": 0.2, "generator": torch.Generator().manual_seed(0)}
-        _, fifth = collect_jointly(model, plan, ["residual"], ["residual"], learning, ids, **how)
-    for one, part in zip(found["residual"], fifth["residual"], strict=True):
-        assert part.weight_share == pytest.approx(0.2 * one.weight_share) and part.site.share == one.site.share
     # Gate and up of the last layer: the gradient at the input is the sum of those at the outputs.
     one = next(one for one in found["residual"] if one.site.name.endswith("layers.2.mlp.gate_proj"))
     assert 0.1 < one.weight_share / one.site.share < 10

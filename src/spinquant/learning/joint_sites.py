@@ -33,8 +33,8 @@ class JointSite:
     Attributes:
         site: The rows with their gradients, in the order of the samples that they come from.
         w: Rows of weights of unit length, float32 (rows, width); None if weights are not quantized.
-        weight_share: KL per token, in nats, that a relative error of one of these weights would cost, times the part of
-            their error that counts.
+        weight_share: KL per token, in nats, that a relative error of one of these weights would cost. All of it
+            counts, whatever GPTQ leaves: the figures in `docs/experiments/learning.md` were measured so.
     """
 
     site: ActivationSite
@@ -94,7 +94,6 @@ def collect_jointly(
     *,
     seed: int,
     weights: Quantizer | None,
-    share: float = 1.0,
     **how: Any,
 ) -> tuple[list[ActivationSite], dict[str, list[JointSite]]]:
     """Sample rows of every site in some spaces (`collect_by_weight`), and what is learned together in some of them.
@@ -108,7 +107,6 @@ def collect_jointly(
         tokens: Calibration tokens, int64 (samples, length).
         seed: Of the rows of weights.
         weights: How the weights are quantized that read the residual stream; None if they are not.
-        share: Part of the error of rounded weights that counts (`weights_share`). Default: all of it.
         how: Rows, generator and other options of `collect_by_weight`.
 
     Returns:
@@ -126,7 +124,7 @@ def collect_jointly(
             w, cost = None, 0.0
             if weights is not None:
                 w, cost = _weight_rows(model, plan, site, outputs, tokens.numel(), seed)
-            found[site.space].append(JointSite(site, w, share * cost))
+            found[site.space].append(JointSite(site, w, cost))
     return sites, found
 
 
