@@ -127,8 +127,10 @@ def test_closed_form_is_kept_by_kind_where_it_lowers_kl(rotations):
     assert scores["closed-form"]["kl"] < 0.9 * min(scores["random 0"]["kl"], scores["random 1"]["kl"])
     lowest = min(scores["random 0"]["kl"], scores["random 1"]["kl"])
     for kind in KINDS:
-        assert tried[kind]["kept"] == (tried[kind]["kl"] < lowest), kind
-        lowest = min(lowest, tried[kind]["kl"])
+        if tried[kind]["kept"]:
+            assert tried[kind]["kl"] < lowest
+        else:  # with those that were kept at the time
+            assert tried[kind]["kl"] >= scores["closed-form"]["kl"]
     general = {name for name, transform in learned.rotations.items() if not is_orthogonal(transform)}
     assert {name for name in general if name.endswith(CHANNELS)}
     # The original model, transformed with what was learned, has the same logits.

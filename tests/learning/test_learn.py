@@ -582,7 +582,7 @@ def run_learn(options=OPTIONS, spec=None, scheme="W4A4KV4", **more):
 
 
 def test_the_selected_candidate_has_the_lowest_kl_on_held_out_text():
-    _, learned = run_learn()
+    _, learned = run_learn(scheme="A4KV4")
     scores = {name: score["kl"] for name, score in learned.record["scores"].items()}
     tried = {"16-bit", "random 0", "random 1", "random 2", "closed-form", "local", "local+end-to-end"}
     assert set(scores) - {"closed-form after learning"} == tried

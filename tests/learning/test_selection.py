@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models import logits, random_weights, tiny_model, tokens
-from spinquant import RotationSpec, make_rotations, parse_scheme
+from spinquant import Options, RotationSpec, evaluate, make_rotations, parse_scheme, quantize
 from spinquant.evaluation.metrics import divergence, nll
 from spinquant.learning import selection as module
 from spinquant.learning.fake_quant import fuse_gains, learning_scheme, rounding
@@ -100,6 +100,20 @@ def test_clear_is_by_differences_on_the_same_tokens():
     assert 0 < noisy.beyond(one) < 1 and one.beyond(one) == 0
     assert one.score() == Score(10 / (256), pytest.approx(torch.tensor(5 / (256)).exp().item()), 256)
     assert rounds(8) == [2, 4, 8] and rounds(5) == [2, 4, 5] and rounds(1) == [1]
+
+
+def test_the_score_is_that_of_the_quantized_model():
+    """With weights rounded to nearest at a fixed clip ratio: of the product that `quantize` makes."""
+    model, plan = prepared()
+    scheme = parse_scheme("W4A4KV4", weight_clip=0.9, activation_clip=0.85, kv_clip=0.95)
+    windows, candidate = tokens(3, 24, seed=9), Candidate(make_rotations(plan, SPEC), {}, 0.85, 0.95)
+    score = observed(Rounded(model, plan, scheme, 1.0), candidate, Exact(model, windows)).score()
+    plain, original = (random_weights(tiny_model("llama")) for _ in range(2))
+    quantize(plain, scheme, SPEC, rotations=candidate.rotations, options=Options(prove=False))
+    found = evaluate(plain, windows, reference=original)
+    assert score.kl == pytest.approx(found.kl, rel=1e-3) and score.perplexity == pytest.approx(
+        found.perplexity, rel=1e-3
+    )
 
 
 def test_weights_are_rounded_by_their_share():
