@@ -113,7 +113,7 @@ def learn_blocks(
     found: dict[str, Transform] = {}
     record: dict[str, dict[str, float]] = {}
     for number, name in enumerate(plan.blocks):
-        begun, arguments = time.perf_counter(), calls.arguments[name]
+        begun, arguments = time.perf_counter(), calls.arguments[name][0]
         outputs, peaks = exact_outputs(model, plan, name, inputs, arguments, options.batch)
         judged = exact_outputs(model, plan, name, unseen, arguments, options.batch)[0] if held_out else unseen
         if number % share[1] == share[0]:

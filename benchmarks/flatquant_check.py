@@ -105,8 +105,8 @@ def errors(model: Any, changed: Any, tokens: Tensor) -> list[float]:
     calls = block_calls(model, blocks, tokens)
     states, found = torch.cat(list(calls.hidden)), []
     for name in blocks:
-        exact = run_block(model.get_submodule(name), states, calls.arguments[name])
-        rounded = run_block(changed.get_submodule(name), states, calls.arguments[name])
+        exact = run_block(model.get_submodule(name), states, calls.arguments[name][0])
+        rounded = run_block(changed.get_submodule(name), states, calls.arguments[name][0])
         found.append(float((rounded - exact).square().mean()))
         states = exact
     return found
@@ -118,7 +118,7 @@ def check_block(model: Any, options: FlatOptions) -> None:
     scheme, plan = spinquant.parse_scheme(SCHEME, weight_clip=1.0), spinquant.plan_of(model)
     calls = block_calls(model, plan.blocks, TOKENS[:4])
     states, name = torch.cat(list(calls.hidden)), plan.blocks[0]
-    _, peaks = exact_outputs(model, plan, name, states, calls.arguments[name], 4)
+    _, peaks = exact_outputs(model, plan, name, states, calls.arguments[name][0], 4)
     learner = BlockLearner(model, plan, name, scheme, peaks, options)
     for clip in learner.clips.values():
         clip.fill_(60.0)
@@ -126,14 +126,14 @@ def check_block(model: Any, options: FlatOptions) -> None:
         middle.copy_(torch.linspace(0.5, 2, middle.shape[-1], dtype=middle.dtype))
     with learner.attached():
         learner.update()
-        found = learner.output(states, calls.arguments[name])
+        found = learner.output(states, calls.arguments[name][0])
     spec = spinquant.RotationSpec(flat_rotations(plan, scheme))
     other = {}
     for block in plan.blocks[1:]:  # the library wants those of all blocks
-        _, peaks = exact_outputs(model, plan, block, states, calls.arguments[block], 4)
+        _, peaks = exact_outputs(model, plan, block, states, calls.arguments[block][0], 4)
         other |= BlockLearner(model, plan, block, scheme, peaks, options).found()
     changed = quantized(model, scheme, spec, {**learner.found(), **other})
-    wanted = run_block(changed.get_submodule(name), states, calls.arguments[name])
+    wanted = run_block(changed.get_submodule(name), states, calls.arguments[name][0])
     moved = float((found - wanted).abs().max() / wanted.abs().max())
     print(f"  a block while learning is off the quantized block by {moved:.1e}")
     assert moved < 1e-9

@@ -116,6 +116,49 @@ def test_the_score_is_that_of_the_quantized_model():
     )
 
 
+def test_what_dropped_out_never_leads(monkeypatch):
+    """Whatever varies more than what dropped out, and wins in the end, is better than it on all windows."""
+    model, plan = prepared()
+    kl = {  # by window: the second differs clearly from the first, the third is noisy and then the best
+        "random 0": [1.0] * 8,
+        "random 1": [1.01] * 8,
+        "random 2": [1.3, 0.875, *[0.8] * 6],
+        "random 3": [3.0] * 8,
+        "random 4": [3.0] * 8,
+    }
+    made = {name: make_rotations(plan, replace(SPEC, seed=i)) for i, name in enumerate(kl)}
+    names = {id(rotations): name for name, rotations in made.items()}
+
+    def observe(rounded, candidate, exact, numbers, seen):
+        for number in numbers:
+            level, name = kl[names[id(candidate.rotations)]][number], names[id(candidate.rotations)]
+            noise = [0.9, 1.1] * 4 if name == "random 2" and number < 2 else [1.0] * 8
+            seen.kl.append([23 / 8 * level * one for one in noise])
+            seen.nll.append(1.0)
+            seen.tokens.append(23)
+
+    monkeypatch.setattr(module, "observe", observe)
+    monkeypatch.setattr(module, "with_clips", lambda rounded, candidate, exact: candidate)
+    selection = Selection(model, plan, SCHEME, CLIPS, tokens(8, 24, seed=9))
+    selection.enter_all(made)
+    assert selection.scores[selection.leader].tokens == 8 * 23
+    assert selection.leader == "random 0"
+
+
+def test_a_candidate_that_overflows_loses(monkeypatch):
+    wild = Observed([[float("inf"), 1.0]], [float("inf")], [64])
+    fine = Observed([[1.0, 1.0]], [5.0], [64])
+    assert wild.beyond(fine) == float("inf") and fine.beyond(wild) == -float("inf") and wild.beyond(wild) == 0
+    model, plan = prepared()
+    selection = Selection(model, plan, SCHEME, CLIPS, tokens(2, 24, seed=9))
+    selection.enter_all({"random 0": make_rotations(plan, SPEC)})
+    broken, real = dict(selection.leading.rotations), Rounded.observe
+    lost = lambda self, one, row: real(self, one, row) * (float("nan") if one.rotations is broken else 1)  # noqa: E731
+    monkeypatch.setattr(Rounded, "observe", lost)
+    selection.enter("broken", broken)
+    assert selection.leader == "random 0" and selection.scores["broken"].kl == float("inf")
+
+
 def test_weights_are_rounded_by_their_share():
     """The error is share ** 0.5 of that of rounding to nearest: of a share of one all, of none nothing."""
     model, plan = prepared()

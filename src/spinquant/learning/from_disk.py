@@ -4,15 +4,14 @@ Everything is computed and decided as in memory (`learn.py`, `selection.py`), bu
 each other there share a walk here, and every walk reads the checkpoint once:
 
     clip ratios      all ratios of activations in one walk, then all of the KV cache in another
-    random           all random rotations in one walk; if the first does not lead, the leader with ratios of its own
+    random           all random rotations in one walk
     moments          one walk forward and back (`walk.py`)
     kinds            scales, scales and values, .. in one walk, as if each was kept; after one that is not, the kinds
-                     behind it again without it
+                     behind it again without it, and it once more after others were kept
     closed form      what is kept, with clip ratios of its own
 
 That is at most `MOST_WALKS` walks, one of them forward and back, however large the model is. Everything found is a
-piece on disk; a rerun goes on within the walk that was interrupted. Free transforms are not fused to be scored, so the
-rounding of half-precision weights that have them is not part of a score; their condition numbers are bounded for it.
+piece on disk; a rerun goes on within the walk that was interrupted.
 """
 
 import time
@@ -28,13 +27,13 @@ from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.errors import LearningError
 from spinquant.learning.closed_form_steps import MOMENT_SAMPLES
 from spinquant.learning.fake_quant import learning_scheme
-from spinquant.learning.free_transforms import KINDS, Kind, closed_form_transforms, free_spaces, kind_of
+from spinquant.learning.free_transforms import KINDS, closed_form_transforms, free_spaces, kind_of
 from spinquant.learning.learn import CLIP_WINDOWS, baselines_of
 from spinquant.learning.learn_run import CLOSED_FORM, selected
 from spinquant.learning.moments import sites_of
 from spinquant.learning.options import LearnOptions, Watch, check_used, learned_spaces, weights_share
 from spinquant.learning.scoring import Candidate, Score, searched_clips
-from spinquant.learning.selection import SCORES
+from spinquant.learning.selection import SCORES, KindsLeft
 from spinquant.learning.walk import walked_moments
 from spinquant.learning.walk_scores import walked_scores
 from spinquant.models.context import check_context
@@ -49,9 +48,9 @@ from spinquant.rotations.serialization import saved, to_save
 from spinquant.rotations.transforms import condition
 
 METHODS = ("random", CLOSED_FORM)  # methods for which a model need not be in memory
-# Clip ratios and scores of the first random rotation, of another leader, and of what is kept in the end: 3 walks each;
-# moments; and one walk for each kind, if each is rejected.
-MOST_WALKS = 3 * 3 + 1 + len(KINDS)
+# Clip ratios and scores of random rotations, and of what is kept in the end: 3 walks each; moments; and two walks for
+# each kind but one, if one of them is kept at the end of the first round and each is tried alone.
+MOST_WALKS = 2 * 3 + 1 + 2 * len(KINDS) - 1
 
 
 def check_from_disk(options: LearnOptions, *, start: bool) -> None:
@@ -179,21 +178,16 @@ class _Run:
         if not spaces:
             return
         found = self._closed_form([name for names in spaces.values() for name in names], start.rotations)
-        parts: dict[Kind, dict[str, Transform]] = {}
+        parts: dict[str, dict[str, Transform]] = {}
         for kind in KINDS:
             part = {n: t for n, t in found.items() if kind_of(self.plan.space[n]) == kind}
             if part:
                 parts[kind] = part
-        judged: dict[Kind, dict[str, Any]] = {}
+        judged: dict[str, dict[str, Any]] = {}
         free: dict[str, Transform] = {}
-        left: list[Kind] = list(parts)
-        while left:
-            left, free, best = self._keep(left, parts, free, start, best, judged)
-        # As in memory, kinds are tried once more if others were kept after them.
-        last = max((number for number, one in enumerate(judged.values()) if one["kept"]), default=0)
-        left = [kind for number, kind in enumerate(judged) if number < last and not judged[kind]["kept"]]
-        while left:
-            left, free, best = self._keep(left, parts, free, start, best, judged)
+        left = KindsLeft(list(parts))
+        while left.waiting:
+            free, best = self._keep(left, parts, free, start, best, judged)
         self.record["closed_form"] = judged
         if free:
             self.candidates[CLOSED_FORM], self.scores[CLOSED_FORM] = replace(start, free=free), best
@@ -201,33 +195,34 @@ class _Run:
 
     def _keep(
         self,
-        left: Sequence[Kind],
-        parts: Mapping[Kind, Mapping[str, Transform]],
+        left: KindsLeft,
+        parts: Mapping[str, Mapping[str, Transform]],
         free: Mapping[str, Transform],
         start: Candidate,
         best: Score,
-        judged: dict[Kind, dict[str, Any]],
-    ) -> tuple[list[Kind], dict[str, Transform], Score]:
+        judged: dict[str, dict[str, Any]],
+    ) -> tuple[dict[str, Transform], Score]:
         """Score kinds one on top of the other in one walk, and keep them up to the first that does not lower KL.
 
-        Returns the kinds that are left to be judged, what is kept, and its score.
+        Returns what is kept, and its score.
         """
-        together, tried = dict(free), {}
-        for kind in left:
+        kinds, together, tried = list(left.waiting), dict(free), {}
+        for kind in kinds:
             together = {**together, **parts[kind]}
             tried[kind] = replace(start, free=together)
-        label = f"{CLOSED_FORM}: {', '.join(left)}" + (f" after {', '.join(judged)}" if judged else "")
+        label = f"{CLOSED_FORM}: {', '.join(kinds)}" + (f" after {', '.join(judged)}" if judged else "")
         scores = self._scores(label, tried, self.held_out)
         kept = dict(free)
-        for number, kind in enumerate(left, 1):
+        for kind in kinds:
             lower = scores[kind].kl < best.kl
             about = {"spaces": len(parts[kind]), "condition": max(map(condition, parts[kind].values()))}
             about["moments"] = self.options.moments
             judged[kind] = {"kl": scores[kind].kl, "kept": lower, **about}
+            left.tried(kind, kept=lower)
             if not lower:
-                return list(left[number:]), kept, best
+                break
             kept, best = {**kept, **parts[kind]}, scores[kind]
-        return [], kept, best
+        return kept, best
 
     def _closed_form(self, spaces: Sequence[str], rotations: Mapping[str, Transform]) -> dict[str, Transform]:
         kept = self.pieces.load(CLOSED_FORM)

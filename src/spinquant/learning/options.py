@@ -157,7 +157,7 @@ def weights_share(options: LearnOptions) -> float:
 
 def for_rounding(options: LearnOptions, scheme: Scheme | None, method: Rounding) -> LearnOptions:
     """The options, for weights that a method will round, unless they name another or weights stay at 16 bits."""
-    if options.rounding is not None or scheme is None or scheme.weights is None:
+    if options.rounding is not None or scheme is None or scheme.weights is None or options.shard:
         return options
     return replace(options, rounding=method)
 
@@ -180,6 +180,11 @@ def check_used(plan: Plan, spec: RotationSpec, scheme: Scheme, names: Mapping[st
         raise LearningError(
             f"scheme {scheme} leaves weights at 16 bits, so quantizing weights during learning (--weights) would have "
             "no effect: leave it out, or use a scheme such as W4A4KV4"
+        )
+    if options.rounding is not None and options.shard:
+        raise LearningError(
+            "--rounding would have no effect: a sharded model is scored with weights at 16 bits. Leave out one of the "
+            "two (--shard, --rounding)"
         )
     plain = [name for name in ("R3", "R4") if name in spec.rotations and spec.type_of(name) in HADAMARD]
     if options.signs and not any(space.name not in names for name in plain for space in plan.spaces_of(name)):

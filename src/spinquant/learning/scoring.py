@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from spinquant.compute.memory import available_memory
+from spinquant.errors import LearningError
 from spinquant.evaluation.metrics import divergence, nll, perplexity_of
 from spinquant.learning.fake_quant import rounded_weights, rounding
 from spinquant.learning.free_transforms import composed
@@ -96,6 +98,9 @@ class Observed:
         pairs = [
             pair for mine, theirs in zip(self.kl, other.kl, strict=False) for pair in zip(mine, theirs, strict=True)
         ]
+        wild = [any(math.isinf(pair[i]) for pair in pairs) for i in (0, 1)]
+        if any(wild):
+            return 0.0 if all(wild) else math.copysign(math.inf, wild[0] - 0.5)
         differences = [mine - theirs for mine, theirs in pairs]
         mean = statistics.fmean(differences)
         if len(differences) < 2 or mean == 0:
@@ -149,6 +154,13 @@ class Exact:
         return predictions(self.model, self.windows[number].unsqueeze(0).to(device_of(self.model)))
 
 
+def _fits_twice(model: nn.Module) -> bool:
+    """Whether rounded weights fit beside the model's own; if not, they are rounded for every window."""
+    device, size = device_of(model), sum(p.numel() * p.element_size() for p in model.parameters())
+    free = available_memory() if device.type == "cpu" else torch.get_device_module(device).mem_get_info(device)[0]
+    return 4 * size <= 3 * free
+
+
 class Rounded:
     """A model with the weights of a candidate rounded, one candidate at a time.
 
@@ -175,7 +187,8 @@ class Rounded:
             free = {name: found for name, found in candidate.free.items() if name not in self.fused}
             made = composed(candidate.rotations, free)
             self._stack.enter_context(rounded_weights(self.model, self.plan, made, self.weights, self.share))
-            self._stack.enter_context(parametrize.cached())
+            if _fits_twice(self.model):
+                self._stack.enter_context(parametrize.cached())
             self._open, self._transforms = wanted, made
         with rounding(self.model, self.plan, self._transforms, candidate.scheme(self.others)):
             return predictions(self.model, row)
@@ -198,9 +211,14 @@ def observe(rounded: Rounded, candidate: Candidate, exact: Exact, numbers: Seque
         row = exact.windows[number].unsqueeze(0).to(device_of(rounded.model))
         found, reference = rounded.observe(candidate, row), exact[number]
         pairs = zip(reference.chunk(BLOCKS), found.chunk(BLOCKS), strict=True)
-        seen.kl.append([divergence(*pair) for pair in pairs])
-        seen.nll.append(nll(found, row[0, 1:]))
+        seen.kl.append([_finite(divergence(*pair)) for pair in pairs])
+        seen.nll.append(_finite(nll(found, row[0, 1:])))
         seen.tokens.append(len(found))
+
+
+def _finite(measured: float) -> float:
+    """Infinity in the place of NaN, which no comparison would find to be worse."""
+    return math.inf if math.isnan(measured) else measured
 
 
 def observed(rounded: Rounded, candidate: Candidate, exact: Exact) -> Observed:
@@ -219,13 +237,19 @@ def exact_score(rounded: Rounded, exact: Exact) -> Score:
         rounded.hold(exact, [number])
         targets = exact.windows[number, 1:].to(device_of(exact.model))
         total, tokens = total + nll(exact[number], targets), tokens + len(targets)
+    if not math.isfinite(total):
+        raise LearningError(
+            f"the predictions of the {type(exact.model).__name__} are not finite on held-out text: its weights are "
+            f"damaged, or it overflows {exact.model.dtype}; try --dtype bfloat16 or float32"
+        )
     return Score(0.0, perplexity_of(total / tokens), int(tokens))
 
 
 def with_clips(rounded: Rounded, candidate: Candidate, exact: Exact) -> Candidate:
     """The candidate with the clip ratios of least KL on the windows of `exact`; see `searched_clips`."""
     tried: dict[tuple[float | None, ...], float] = {}
-    rounded.hold(exact, range(len(exact)))
+    if rounded.others.activations is not None or rounded.others.kv is not None:
+        rounded.hold(exact, range(len(exact)))
 
     def error(one: Candidate) -> float:
         key = tuple(one.clips.values())
@@ -234,7 +258,7 @@ def with_clips(rounded: Rounded, candidate: Candidate, exact: Exact) -> Candidat
             for number in range(len(exact)):
                 rounded.hold(exact, [number])
                 row = exact.windows[number].unsqueeze(0).to(device_of(rounded.model))
-                tried[key] += divergence(exact[number], rounded.observe(one, row))
+                tried[key] += _finite(divergence(exact[number], rounded.observe(one, row)))
         return tried[key]
 
     try:

@@ -8,7 +8,8 @@ it was worse by, so that all scores are of the same windows.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.errors import LearningError
-from spinquant.learning.free_transforms import HALF, KINDS, Fused, Kind, fuse_free, is_fused, kind_of
+from spinquant.learning.free_transforms import HALF, Fused, Kind, fuse_free, is_fused, kind_of
 from spinquant.learning.scoring import (
     CLEAR,
     Candidate,
@@ -52,6 +53,28 @@ def rounds(windows: int) -> list[int]:
     while found[-1] < windows:
         found.append(min(2 * found[-1], windows))
     return found
+
+
+@dataclass
+class KindsLeft:
+    """Kinds of transforms in the order in which they are tried: those that are not kept once more, after others were.
+
+    waiting: in order. again: those that are or were tried for a second time.
+    """
+
+    waiting: list[str]
+    again: set[str] = field(default_factory=set)
+    missed: list[str] = field(default_factory=list)
+
+    def tried(self, kind: str, *, kept: bool) -> None:
+        """Count a try of a kind that waits."""
+        self.waiting.remove(kind)
+        if kept:
+            self.waiting += self.missed
+            self.again |= set(self.missed)
+            self.missed = []
+        elif kind not in self.again:
+            self.missed.append(kind)
 
 
 class Selection:
@@ -111,7 +134,7 @@ class Selection:
         free: further transforms, which are fused into the model where they can be if the candidate leads.
         """
         both = {**self.free, **(free or {})}
-        if not self._fits(free or {}):
+        if not self._fits(both):
             raise LearningError(ILL.format(what=name, dtype=self.model.dtype))
         before = self.leader
         made = self._clipped(name, Candidate(rotations, both))
@@ -141,25 +164,25 @@ class Selection:
             For every part that is not empty, its KL (None if rounding alone would move the logits too much) and whether
             it was kept.
         """
-        first = self.leader
-        label, current = first, replace(self.leading, free=self.free)
-        best = self.scores[first]
-        waiting = [(kind, part, f"{name}: {kind}") for kind, part in zip(kinds, parts, strict=True) if part]
-        found = {kind: {"kl": None, "kept": False} for kind, _, _ in waiting}
-        waiting = [one for one in waiting if self._fits(one[1])]
-        missed: list[tuple[str, Mapping[str, Transform], str]] = []
-        while waiting:
-            (kind, part, tried), *waiting = waiting
-            more = replace(current, free={**current.free, **part})
-            scores = self._race({label: current, tried: more}, known=best)
-            found[kind] = {"kl": scores[tried].kl, "kept": scores[tried].kl < scores[label].kl}
-            best = scores[label]
-            if found[kind]["kept"]:
-                label, current, best = tried, more, scores[tried]
-                waiting, missed = [*waiting, *missed], []
-            elif not tried.endswith(AGAIN):
-                missed.append((kind, part, tried + AGAIN))
-        if label == first:
+        label, start = self.leader, replace(self.leading, free=self.free)
+        best, given = self.scores[label], {kind: part for kind, part in zip(kinds, parts, strict=True) if part}
+        if self.free != self.leading.free:  # some of the leader's are set aside
+            label = f"{label} without what is set aside"
+            best = self._race({label: start})[label]
+        current, left = start, KindsLeft(list(given))
+        found = {kind: {"kl": None, "kept": False} for kind in given}
+        while left.waiting:
+            kind = left.waiting[0]
+            more = replace(current, free={**current.free, **given[kind]})
+            lower = False
+            if self._fits(more.free):
+                tried = f"{name}: {kind}{AGAIN if kind in left.again else ''}"
+                scores = self._race({label: current, tried: more}, known=best)
+                lower = scores[tried].kl < scores[label].kl
+                found[kind] = {"kl": scores[tried].kl, "kept": lower}
+                label, current, best = (tried, more, scores[tried]) if lower else (label, current, scores[label])
+            left.tried(kind, kept=lower)
+        if current is start:
             return found
         own = self._clipped(name, current)
         self.candidates[name], self.scores[name] = self._better((label, current), (name, own))
@@ -184,24 +207,21 @@ class Selection:
         """Whether transforms can be fused into the model: in half precision, rounding must not move the logits much."""
         if self.model.dtype not in HALF:
             return True  # a move would be a wrong plan, which is an error when they are fused
-        fused = self._fuse(free)
+        fused = self._fuse({name: found for name, found in free.items() if name not in self.rounded.fused})
         fits = fused.kept
         fused.undo()  # bit for bit
         return fits
 
     def _keep(self, free: Mapping[str, Transform]) -> None:
         """Make these the free transforms of the leader, and fuse those into the model that can be."""
-        for kind in KINDS:
-            new = {
-                name: t
-                for name, t in free.items()
-                if kind_of(self.plan.space[name]) == kind
-                and is_fused(self.plan.space[name])
-                and name not in self.rounded.fused
-            }
-            if new and not self._fuse(new).kept:
-                raise LearningError(ILL.format(what=kind, dtype=self.model.dtype))
-            self.rounded.fused |= set(new)
+        new = {
+            name: found
+            for name, found in free.items()
+            if is_fused(self.plan.space[name]) and name not in self.rounded.fused
+        }
+        if new and not self._fuse(new).kept:
+            raise LearningError(ILL.format(what=self.leader, dtype=self.model.dtype))
+        self.rounded.fused |= set(new)
         self.free = free
 
     def _fuse(self, free: Mapping[str, Transform]) -> Fused:
@@ -225,7 +245,8 @@ class Selection:
             self._observe({name: candidates[name] for name in left}, seen, count, progress)
             order = sorted(left, key=lambda name: seen[name].score(count).kl)  # of equals the first stays first
             best, most = order[0], math.ceil(len(left) / 2) if halving else len(left)
-            left = [name for name in order[:most] if seen[name].beyond(seen[best]) < CLEAR]
+            # What is behind one that drops out drops out, too: all that is left is better than all that is not.
+            left = list(takewhile(lambda name, best=best: seen[name].beyond(seen[best]) < CLEAR, order[:most]))
             if len(left) == 1:
                 break
         if known is None:

@@ -15,11 +15,12 @@ from spinquant.learning import budget
 from spinquant.learning.activations import collect
 from spinquant.learning.closed_form import FROM_SIMILAR, MATRIX
 from spinquant.learning.end_to_end import learn_end_to_end
+from spinquant.learning.fake_quant import learning_scheme
 from spinquant.learning.free_transforms import Kind
 from spinquant.learning.joint_sites import collect_jointly
 from spinquant.learning.joint_steps import joint_spaces, learn_together
 from spinquant.learning.layerwise import learn_locally
-from spinquant.learning.moments import FOLDS
+from spinquant.learning.moments import FOLDS, collect_moments, sites_of
 from spinquant.learning.options import LearnOptions, learns_scales
 from spinquant.learning.scoring import Candidate, Exact, Observed, Rounded, observe, observed
 from spinquant.learning.selection import FIRST_WINDOWS, Selection
@@ -90,11 +91,22 @@ class StepTimes:
         args = self.model, self.plan, self.learning, self.tokens[:1], lambda attachment: None
         return self._measured(lambda: backward_own_predictions(*args, **how))
 
+    def _moments(self, spaces: Mapping[Kind, Sequence[str]]) -> float:
+        """Of one sample forward and back with the sums of moments."""
+        scheme = learning_scheme(self.scheme, weights=True)
+        sites = sites_of(self.plan, [name for names in spaces.values() for name in names], scheme, self.rotations)
+        how: dict[str, Any] = {"generator": torch.Generator().manual_seed(0)}
+        how["checkpointing"] = self.options.local.checkpointing or self.options.end_to_end.checkpointing
+        tokens = self.tokens[:2]
+        return self._measured(lambda: collect_moments(self.model, self.plan, sites, scheme, tokens, **how)) / len(
+            tokens
+        )
+
     @property
     def scoring(self) -> float:
         """Of one candidate in a race, with clip ratios that are known: few see all windows."""
         windows = min(2 * FIRST_WINDOWS, len(self.selection.held_out))
-        return self.weights + windows * self.window
+        return 2 * self.weights + windows * self.window  # weights once for each round
 
     @property
     def baselines(self) -> float:
@@ -113,9 +125,10 @@ class StepTimes:
         """Of computing transforms, and trying one kind after another. spaces: by kind."""
         if not spaces:
             return 0.0
-        a_pass = self.backward if self.options.moments == "gradients" else self.window
+        a_pass = self._moments(spaces) if self.options.moments == "gradients" else self.window
         passes = min(self.samples[0], len(self.tokens)) * a_pass
-        return passes + self._solving(spaces) + len(spaces) * self.scoring + self.judging()
+        # Kinds may be tried twice; most are not.
+        return passes + self._solving(spaces) + (len(spaces) + 1) * self.scoring + self.judging()
 
     def capturing(self) -> float:
         """Of capturing the rows that local learning needs."""

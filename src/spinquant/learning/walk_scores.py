@@ -1,7 +1,7 @@
 """Scores of candidates for a model larger than memory: one walk carries all of them through each block it loads.
 
-Every candidate has hidden states of its own for every window of tokens. Its quantizers round in its coordinates, as in
-`fake_quant.py`, so all of them run on the same weights, and free transforms need not be fused to be scored.
+Every candidate has hidden states of its own for every window of tokens. Activations, cache and weights are rounded in
+its coordinates (`fake_quant.py`), weights for one candidate at a time.
 """
 
 import time
@@ -57,7 +57,7 @@ def walked_scores(
         progress: called with (blocks done, blocks in all), the head counted as a block.
 
     Returns:
-        The scores by name of the candidate, and that of the 16-bit model as "16-bit", as `score_candidates`.
+        The scores by name of the candidate, and that of the 16-bit model as "16-bit", as in memory.
 
     Raises:
         ArchitectureError: blocks read more than hidden states.
