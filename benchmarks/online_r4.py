@@ -34,12 +34,14 @@ from models import MODELS, model_folder
 from spinquant.learning.closed_form import DIAGONAL, Damping, Moments, best_transform, choose_damping, chosen_transforms
 from spinquant.learning.fake_quant import learning_scheme
 from spinquant.learning.moments import Site, collect_moments
+from spinquant.learning.options import WEIGHTS_SHARE
 from spinquant.rotations.factory import generator_for, random_orthogonal, random_signs
 from spinquant.rotations.rotation import Hadamard
 
 DAMPINGS = tuple(Damping(mean) for mean in (1.0, 0.3, 0.1, 0.03, 0.01))
 ITERATIONS = 4  # of the alternation; four more change the cost by less than 1e-3
 Pair = tuple[Tensor, Tensor]
+Fold = Sequence[Moments]  # of the activation, and of the weights that read it
 
 
 def dense(moments: Moments) -> Pair:
@@ -53,56 +55,67 @@ def traced(moment: Tensor, orders: Sequence[int], factor: int, p: Tensor) -> Ten
     return torch.einsum("ibjc,bc->ij" if factor == 0 else "ibjc,ij->bc", parts, p)
 
 
-def kronecker(moments: Moments, orders: Sequence[int]) -> Pair:
-    """P_A and P_B of the best Kronecker product."""
+def part_of(moments: Moments, orders: Sequence[int], factor: int, other: Tensor) -> Moments:
+    """The moments of one factor of a Kronecker product, with P of the other."""
     x, g = dense(moments)
-    p = [torch.eye(order, dtype=x.dtype) for order in orders]
+    x, g = traced(x, orders, factor, other), traced(g, orders, factor, other.inverse())
+    return replace(moments, x=x[None, None], g=g[None, None])
+
+
+def kronecker(fold: Fold, orders: Sequence[int]) -> Pair:
+    """P_A and P_B of the best Kronecker product."""
+    p = [torch.eye(order, dtype=torch.float64) for order in orders]
     for _ in range(ITERATIONS):
         for factor in (0, 1):
-            other = p[1 - factor]
-            one = traced(x, orders, factor, other), traced(g, orders, factor, other.inverse())
-            p[factor] = best_transform([Moments(one[0][None, None], one[1][None, None], moments.length)])[0]
+            p[factor] = best_transform([part_of(one, orders, factor, p[1 - factor]) for one in fold])[0]
     return p[0], p[1]
 
 
-def cost_of(moments: Moments, p: Pair) -> float:
+def cost_of(fold: Fold, p: Pair) -> float:
     """Expected cost after a Kronecker product, as a fraction of that without."""
-    orders = [len(one) for one in p]
-    x, g = dense(moments)
-    energy = (traced(x, orders, 0, p[1]) * p[0]).sum() / x.trace()
-    slope = (traced(g, orders, 0, p[1].inverse()) * p[0].inverse()).sum() / g.trace()
-    return float(energy * slope)
+    total = 0.0
+    for one in fold:
+        part, (x, _) = part_of(one, [len(factor) for factor in p], 0, p[1]), dense(one)
+        energy = (part.x[0, 0] * p[0]).sum() / x.trace()
+        total += float(energy * (part.g[0, 0] * p[0].inverse()).sum()) * one.noise / one.length
+    return total / without(fold)
 
 
-def left_by_kronecker(folds: Sequence[Moments], orders: Sequence[int]) -> float:
+def without(fold: Fold) -> float:
+    """Expected cost without a transform."""
+    return sum(float(one.g[0, 0].trace()) * one.noise / one.length for one in fold)
+
+
+def left_by_kronecker(folds: Sequence[Fold], orders: Sequence[int]) -> float:
     """Cost that is left on the fold that the transform was not made from, with the best damping."""
     found = [1.0]
     for damping in DAMPINGS:
-        made = [kronecker(damping.of(fold), orders) for fold in folds]
+        made = [kronecker([damping.of(one) for one in fold], orders) for fold in folds]
         found.append(math.prod(cost_of(folds[i], made[1 - i]) for i in (0, 1)) ** 0.5)
     return min(found)
 
 
-def left_by_blocks(folds: Sequence[Moments], order: int) -> float:
+def left_by_blocks(folds: Sequence[Fold], order: int) -> float:
     """The same for a matrix of its own for each block."""
 
     def blocks(moment: Tensor) -> Tensor:
         n = moment.shape[-1] // order
         return moment.view(n, order, n, order).diagonal(dim1=0, dim2=2).permute(2, 0, 1)[None].contiguous()
 
-    cut = [[replace(m, x=blocks(m.x[0, 0]), g=blocks(m.g[0, 0]))] for m in folds]
+    cut = [[replace(m, x=blocks(m.x[0, 0]), g=blocks(m.g[0, 0])) for m in fold] for fold in folds]
     return choose_damping(cut, DAMPINGS)[1]
 
 
-def scaled(folds: Sequence[Moments]) -> tuple[list[Moments], float]:
+def scaled(folds: Sequence[Fold]) -> tuple[list[list[Moments]], float]:
     """Moments after the best scales of channels, and the cost that the scales leave."""
     diagonals = [
-        [replace(m, **{n: t[0, 0].diagonal()[None, :, None, None] for n, t in (("x", m.x), ("g", m.g))})] for m in folds
+        [replace(m, **{n: t[0, 0].diagonal()[None, :, None, None] for n, t in (("x", m.x), ("g", m.g))}) for m in fold]
+        for fold in folds
     ]
     ((p, _, left),) = chosen_transforms([diagonals], DIAGONAL)
-    scale = torch.ones(folds[0].length, dtype=torch.float64) if p is None else p.sqrt().flatten()
+    scale = torch.ones(folds[0][0].length, dtype=torch.float64) if p is None else p.sqrt().flatten()
     outer = scale[:, None] * scale
-    return [replace(m, x=m.x * outer, g=m.g / outer) for m in folds], left
+    return [[replace(m, x=m.x * outer, g=m.g / outer) for m in fold] for fold in folds], left
 
 
 def ratio(one: Callable[[], object], base: Callable[[], object], rounds: int) -> float:
@@ -169,13 +182,19 @@ def main() -> None:
     _, text = spinquant.load_text("manual")
     tokens = spinquant.token_windows(spinquant.load_tokenizer(folder), text, length=512, count=arguments.samples)
     moments = collect_moments(
-        model, plan, sites, replace(learning, weights=scheme.weights), tokens, generator=generator_for(0, "moments")
+        model,
+        plan,
+        sites,
+        replace(learning, weights=scheme.weights),
+        tokens,
+        generator=generator_for(0, "moments"),
+        share=WEIGHTS_SHARE["gptq"],
     )
     total: dict[str, float] = {}
     for name in chosen:
-        folds = [fold[0] for fold in moments.pop(name)]
+        folds = moments.pop(name)
         # In nats per token; see `learning/sensitivity.py`.
-        whole = sum(float(m.g[0, 0].trace()) * m.noise / m.length for m in folds) / 2 / tokens.numel()
+        whole = sum(map(without, folds)) / 2 / tokens.numel()
         folds, left = scaled(folds)
         row = {"x".join(map(str, pair)): left_by_kronecker(folds, pair) for pair in factors}
         row |= {f"block {block}": left_by_blocks(folds, block) for block in arguments.blocks}

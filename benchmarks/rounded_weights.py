@@ -26,10 +26,11 @@ from models import MODELS, model_folder, text_file
 from spinquant.learning.closed_form import Moments
 from spinquant.learning.fake_quant import fuse_gains, learning_scheme
 from spinquant.learning.free_transforms import closed_form_transforms, composed, kind_of
-from spinquant.learning.moments import collect_moments, relative_error, sites_of
+from spinquant.learning.moments import collect_moments, sites_of
 from spinquant.learning.rounded_weights import rows_of, weight_gradient
 from spinquant.learning.sensitivity import backward_own_predictions
 from spinquant.models.capture import watching_calls
+from spinquant.quantization.clip_search import relative_error
 from spinquant.rotations.factory import generator_for
 from spinquant.rotations.rotation import Transform
 

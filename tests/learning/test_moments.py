@@ -11,7 +11,8 @@ from spinquant.evaluation.metrics import drawn
 from spinquant.learning.closed_form import expected_cost
 from spinquant.learning.fake_quant import fuse_gains, learning_scheme
 from spinquant.learning.free_transforms import free_spaces
-from spinquant.learning.moments import FOLDS, collect_moments, relative_error, sites_of
+from spinquant.learning.moments import FOLDS, collect_moments, sites_of
+from spinquant.quantization.clip_search import relative_error
 from spinquant.quantization.integer import fake_quantize
 from spinquant.quantization.scheme import Quantizer
 from spinquant.rotations.transforms import compose

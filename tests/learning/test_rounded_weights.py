@@ -23,9 +23,10 @@ from spinquant.evaluation.metrics import drawn
 from spinquant.learning.closed_form import Damping, best_transform, expected_cost
 from spinquant.learning.fake_quant import fuse_gains
 from spinquant.learning.free_transforms import free_spaces
-from spinquant.learning.moments import collect_moments, relative_error, sites_of
+from spinquant.learning.moments import collect_moments, sites_of
 from spinquant.learning.options import WEIGHTS_SHARE, for_rounding, learned_spaces
 from spinquant.learning.weight_moments import collect_weight_moments
+from spinquant.quantization.clip_search import relative_error
 from spinquant.quantization.integer import fake_quantize
 from spinquant.rotations.rotation import matrix
 from spinquant.rotations.transforms import compose

@@ -8,6 +8,7 @@ import torch
 from models import logits, random_weights, tiny_model, tokens
 from spinquant import Options, RotationSpec, evaluate, make_rotations, parse_scheme, quantize
 from spinquant.evaluation.metrics import divergence, nll
+from spinquant.learning import scoring
 from spinquant.learning import selection as module
 from spinquant.learning.fake_quant import fuse_gains, learning_scheme, rounding
 from spinquant.learning.scoring import (
@@ -17,7 +18,6 @@ from spinquant.learning.scoring import (
     Observed,
     Rounded,
     Score,
-    observed,
     with_clips,
 )
 from spinquant.learning.selection import Selection, rounds
@@ -35,6 +35,12 @@ def prepared():
     plan = plan_of(model)
     fuse_gains(model, plan, make_rotations(plan, SPEC))
     return model, plan
+
+
+def observed(rounded, candidate, exact):
+    seen = scoring.observed(rounded, candidate, exact)
+    rounded.close()
+    return seen
 
 
 def scored(model, plan, candidate, windows, scheme=SCHEME, share=1.0):

@@ -88,7 +88,9 @@ def test_scores_of_a_walk_equal_those_in_memory(name, tmp_path):
     plain, other = Candidate(rotations, {}, 0.9, 0.95), make_rotations(plan, replace(spec, seed=7))
     candidates = {"plain": plain, "free": replace(plain, free=free), "other": Candidate(other)}
     judge = Rounded(model, plan, scheme, 0.2)
-    expected = {key: observed(judge, candidate, Exact(model, ids)).score() for key, candidate in candidates.items()}
+    exact = Exact(model, ids)
+    expected = {key: observed(judge, candidate, exact).score() for key, candidate in candidates.items()}
+    judge.close()
     with opened_blocks(folder, FOUR, spec, device="cpu") as blocks:
         exact_experts(blocks.home.model)
         found = walked_scores(blocks.home, blocks.home.plan, candidates, scheme, ids, share=0.2)

@@ -11,8 +11,9 @@ from spinquant import LearningError, LearnOptions, RotationSpec, learn, make_rot
 from spinquant.learning import moments as gradient_moments
 from spinquant.learning.closed_form import expected_cost
 from spinquant.learning.fake_quant import fuse_gains, learning_scheme
-from spinquant.learning.moments import FOLDS, collect_moments, relative_error, sites_of
+from spinquant.learning.moments import FOLDS, collect_moments, sites_of
 from spinquant.learning.weight_moments import collect_weight_moments
+from spinquant.quantization.clip_search import relative_error
 from spinquant.quantization.scheme import Quantizer
 
 SPEC = RotationSpec("R1,R2,R3,R4", "auto")

@@ -50,7 +50,7 @@ class Allowed:
         if not self._spaces(kinds):
             return True
         name = "closed form after learning" if kinds == self.last else "closed form"
-        return self.budget.fits(name, lambda: self._transforms(kinds))
+        return self.budget.fits(name, lambda: self._transforms(kinds), self.times.least_closed_form)
 
     def local(self, options: LocalOptions) -> LocalOptions | None:
         """The options of local learning with as many steps as end in time; None if it is left out."""

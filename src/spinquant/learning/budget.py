@@ -77,9 +77,9 @@ class Budget:
         """Seconds left."""
         return math.inf if self.seconds is None else self.seconds - self.spent
 
-    def fits(self, what: str, needed: Callable[[], float]) -> bool:
-        """Whether something ends in time. needed: estimates its seconds."""
-        return self.steps(what, 1, 1, lambda: 0.0, needed) > 0
+    def fits(self, what: str, needed: Callable[[], float], least: Callable[[], float] = lambda: 0.0) -> bool:
+        """Whether something ends in time. needed: estimates its seconds. least: the same, from what is measured."""
+        return self.steps(what, 1, 1, lambda: 0.0, needed, least) > 0
 
     def steps(
         self,

@@ -50,7 +50,7 @@ def _closed_form(run: Run, spaces: Sequence[str], rotations: Mapping[str, Transf
     given["share"] = weights_share(run.options)
     if run.options.moments == "gradients":
         given["generator"] = generator_for(run.options.seed, "moments")
-        given["checkpointing"] = run.options.local.checkpointing or run.options.end_to_end.checkpointing
+        given["checkpointing"] = run.options.checkpointing
     moments = (collect_moments if run.options.moments == "gradients" else collect_weight_moments)(
         run.model,
         run.plan,

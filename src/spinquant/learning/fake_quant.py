@@ -118,6 +118,11 @@ def rounded_weights(
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
 
 
+def has_rounded_weights(model: nn.Module) -> bool:
+    """Whether weights of a model are rounded at the moment (`rounded_weights`)."""
+    return any(isinstance(module, _Rounded) for module in model.modules())
+
+
 @contextmanager
 def checkpointed(model: Any, plan: Plan, wanted: bool) -> Iterator[None]:
     """Within the `with` block, use gradient checkpointing of the decoder blocks if `wanted`."""

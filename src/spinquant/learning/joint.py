@@ -27,9 +27,9 @@ from spinquant.learning.cayley import Descent
 from spinquant.learning.closed_form import DIAGONAL, Moments, chosen_transforms
 from spinquant.learning.joint_sites import JointSite
 from spinquant.learning.layerwise import LocalOptions, all_steps, cosine
-from spinquant.learning.moments import relative_error
 from spinquant.learning.objectives import expected_errors
 from spinquant.learning.scale_descent import JointDescent, ScaleDescent, bounded
+from spinquant.quantization.clip_search import relative_error
 from spinquant.quantization.integer import group_of
 from spinquant.quantization.scheme import Quantizer
 from spinquant.rotations.factory import generator_for

@@ -236,7 +236,7 @@ class Run:
             tokens,
             weights=self.scheme.weights,
             seed=self.options.seed,
-            checkpointing=self.options.local.checkpointing or self.options.end_to_end.checkpointing,
+            checkpointing=self.options.checkpointing,
             **how,
         )
         return sites

@@ -23,7 +23,7 @@ from spinquant.learning.sensitivity import backward_own_predictions
 from spinquant.models.capture import watching_calls
 from spinquant.online.attachment import Attachment
 from spinquant.plan import Axis, Plan, Space
-from spinquant.quantization.clip_search import gaussian_clip
+from spinquant.quantization.clip_search import relative_error
 from spinquant.quantization.scheme import Quantizer, Scheme
 from spinquant.rotations.rotation import Transform
 from spinquant.rotations.transforms import compose
@@ -306,19 +306,11 @@ def _advised() -> Iterator[None]:
             raise
         raise LearningError(
             f"the backward pass for the moments of gradients ran out of memory ({str(error).splitlines()[0]}): keep "
-            "only the inputs of decoder blocks (--checkpointing), or take moments of weights, which need no backward "
-            "pass (--moments weights)"
+            "fewer activations (--checkpointing), or take moments of weights, which need no backward pass (--moments "
+            "weights)"
         ) from error
 
 
 def traces(moment: Tensor) -> Tensor:
     """Trace of every term, (terms,)."""
     return moment.diagonal(dim1=-2, dim2=-1).sum((1, 2))
-
-
-def relative_error(length: int, quantizer: Quantizer) -> float:
-    """Expected squared error of rounding a row of Gaussian numbers, relative to its squared length.
-
-    With clip "mse", at the best clip ratio.
-    """
-    return gaussian_clip(length, quantizer)[1]

@@ -132,6 +132,11 @@ class LearnOptions:
         """Whether local learning computes gradients through the whole model."""
         return self.method in ("local", "local+end-to-end", "auto") and self.local.weighting == "fisher"
 
+    @property
+    def checkpointing(self) -> bool:
+        """Whether gradients through the model are computed with checkpointing of the decoder blocks."""
+        return self.local.checkpointing or self.end_to_end.checkpointing
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dict, ready for JSON."""
         return asdict(self)

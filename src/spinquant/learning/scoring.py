@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from spinquant.compute.memory import available_memory
 from spinquant.errors import LearningError
 from spinquant.evaluation.metrics import divergence, nll, perplexity_of
-from spinquant.learning.fake_quant import rounded_weights, rounding
+from spinquant.learning.fake_quant import has_rounded_weights, rounded_weights, rounding
 from spinquant.learning.free_transforms import composed
 from spinquant.models.capture import device_of
 from spinquant.online.attachment import attachment_of
@@ -30,6 +30,7 @@ from spinquant.rotations.rotation import Transform
 
 RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # clip ratios that are searched
 USUAL, USUAL_BITS = 0.9, 5  # where the search starts for quantizers of fewer bits; others start without clipping
+EXACT = "16-bit"  # name of the score of the model itself
 EXACT_BYTES = 1 << 30  # logits of the 16-bit model that are kept in memory, for each set of windows
 BLOCKS = 8  # parts of a window whose KL is compared: what neighbouring tokens lose is not independent
 CLEAR = 2.0  # standard errors by which candidates differ clearly
@@ -86,6 +87,13 @@ class Observed:
 
     def __len__(self) -> int:
         return len(self.nll)
+
+    def add(self, exact: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Measure a window: logits of the 16-bit model and the candidate's, (tokens, vocabulary), and next tokens."""
+        parts = zip(exact.chunk(BLOCKS), logits.chunk(BLOCKS), strict=True)
+        self.kl.append([_finite(divergence(*part)) for part in parts])
+        self.nll.append(_finite(nll(logits, targets)))
+        self.tokens.append(len(logits))
 
     def score(self, windows: int | None = None) -> Score:
         """The score on the first windows, or on all that were seen."""
@@ -150,12 +158,16 @@ class Exact:
         return self.kept[number].to(device_of(self.model))
 
     def _computed(self, number: int) -> Tensor:
-        assert attachment_of(self.model) is None, "a rounded model has no exact predictions"
+        rounded = attachment_of(self.model) is not None or has_rounded_weights(self.model)
+        assert not rounded, "a rounded model has no exact predictions"
         return predictions(self.model, self.windows[number].unsqueeze(0).to(device_of(self.model)))
 
 
 def _fits_twice(model: nn.Module) -> bool:
-    """Whether rounded weights fit beside the model's own; if not, they are rounded for every window."""
+    """Whether rounded weights fit beside the model's own, with a quarter of the free memory left for everything else.
+
+    If not, they are rounded for every window.
+    """
     device, size = device_of(model), sum(p.numel() * p.element_size() for p in model.parameters())
     free = available_memory() if device.type == "cpu" else torch.get_device_module(device).mem_get_info(device)[0]
     return 4 * size <= 3 * free
@@ -209,11 +221,7 @@ def observe(rounded: Rounded, candidate: Candidate, exact: Exact, numbers: Seque
     """Add what is measured of a candidate on windows that `exact` holds."""
     for number in numbers:
         row = exact.windows[number].unsqueeze(0).to(device_of(rounded.model))
-        found, reference = rounded.observe(candidate, row), exact[number]
-        pairs = zip(reference.chunk(BLOCKS), found.chunk(BLOCKS), strict=True)
-        seen.kl.append([_finite(divergence(*pair)) for pair in pairs])
-        seen.nll.append(_finite(nll(found, row[0, 1:])))
-        seen.tokens.append(len(found))
+        seen.add(exact[number], rounded.observe(candidate, row), row[0, 1:])
 
 
 def _finite(measured: float) -> float:
@@ -222,11 +230,10 @@ def _finite(measured: float) -> float:
 
 
 def observed(rounded: Rounded, candidate: Candidate, exact: Exact) -> Observed:
-    """What is measured of a candidate on all windows."""
+    """What is measured of a candidate on all windows. The model stays rounded (`Rounded.close`)."""
     seen = Observed()
     while len(seen) < len(exact):
         observe(rounded, candidate, exact, rounded.hold(exact, range(len(seen), len(exact))), seen)
-    rounded.close()
     return seen
 
 
@@ -248,17 +255,11 @@ def exact_score(rounded: Rounded, exact: Exact) -> Score:
 def with_clips(rounded: Rounded, candidate: Candidate, exact: Exact) -> Candidate:
     """The candidate with the clip ratios of least KL on the windows of `exact`; see `searched_clips`."""
     tried: dict[tuple[float | None, ...], float] = {}
-    if rounded.others.activations is not None or rounded.others.kv is not None:
-        rounded.hold(exact, range(len(exact)))
 
     def error(one: Candidate) -> float:
         key = tuple(one.clips.values())
         if key not in tried:
-            tried[key] = 0.0
-            for number in range(len(exact)):
-                rounded.hold(exact, [number])
-                row = exact.windows[number].unsqueeze(0).to(device_of(rounded.model))
-                tried[key] += _finite(divergence(exact[number], rounded.observe(one, row)))
+            tried[key] = observed(rounded, one, exact).score().kl
         return tried[key]
 
     try:

@@ -1,9 +1,9 @@
 """Select the candidate with the least KL divergence on held-out text, in as few passes as it takes to tell.
 
-Candidates race: all are scored on two windows, those left on four, and so on. One that is clearly worse than the best
-(`CLEAR` standard errors, on the same tokens) drops out; of random rotations, which differ little, the better half is
-left each time. The winner is scored on all windows. A candidate that dropped out gets the score of the winner and what
-it was worse by, so that all scores are of the same windows.
+Candidates race, with successive halving: all are scored on two windows, those left on four, and so on. One that is
+clearly worse than the best (`CLEAR` standard errors, on the same tokens) drops out; of random rotations, which differ
+little, the better half is left each time. The winner is scored on all windows. A candidate that dropped out gets the
+score of the winner and what it was worse by, so that all scores are of the same windows.
 """
 
 import math
@@ -20,6 +20,7 @@ from spinquant.errors import LearningError
 from spinquant.learning.free_transforms import HALF, Fused, Kind, fuse_free, is_fused, kind_of
 from spinquant.learning.scoring import (
     CLEAR,
+    EXACT,
     Candidate,
     Exact,
     Observed,
@@ -35,7 +36,7 @@ from spinquant.rotations.rotation import Transform
 
 SCORES = "scores"  # name of the saved scores (`Pieces`)
 FIRST_WINDOWS = 2  # windows that every candidate is scored on
-EXACT, AGAIN = "16-bit", " again"
+AGAIN = " again"
 ILL = (
     "the transforms of {what} move the logits by more than rounding in {dtype} explains: their matrices are too "
     "ill-conditioned for it. Learn in float32 (--dtype float32)"

@@ -22,7 +22,7 @@ from spinquant.learning.joint_steps import joint_spaces, learn_together
 from spinquant.learning.layerwise import learn_locally
 from spinquant.learning.moments import FOLDS, collect_moments, sites_of
 from spinquant.learning.options import LearnOptions, learns_scales
-from spinquant.learning.scoring import Candidate, Exact, Observed, Rounded, observe, observed
+from spinquant.learning.scoring import Candidate, Exact, Rounded, observed
 from spinquant.learning.selection import FIRST_WINDOWS, Selection
 from spinquant.learning.sensitivity import backward_own_predictions
 from spinquant.models.capture import device_of
@@ -78,29 +78,26 @@ class StepTimes:
         exact = Exact(self.model, self.selection.held_out[:1])
         rounded.hold(exact, [0])
         both = self._measured(lambda: observed(rounded, one, exact))
-        rounded.observe(one, exact.windows[:1].to(device_of(self.model)))
-        window = self._measured(lambda: observe(rounded, one, exact, [0], Observed()))
+        window = self._measured(lambda: observed(rounded, one, exact))  # the weights are rounded already
         rounded.close()
         return window, max(both - window, 0.0)
 
     @cached_property
     def backward(self) -> float:
         """Of one sample forward and back."""
-        how: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "progress": None}
-        how["checkpointing"] = self.options.local.checkpointing or self.options.end_to_end.checkpointing
         args = self.model, self.plan, self.learning, self.tokens[:1], lambda attachment: None
-        return self._measured(lambda: backward_own_predictions(*args, **how))
+        return self._measured(lambda: backward_own_predictions(*args, progress=None, **self._backward_options))
 
     def _moments(self, spaces: Mapping[Kind, Sequence[str]]) -> float:
         """Of one sample forward and back with the sums of moments."""
         scheme = learning_scheme(self.scheme, weights=True)
         sites = sites_of(self.plan, [name for names in spaces.values() for name in names], scheme, self.rotations)
-        how: dict[str, Any] = {"generator": torch.Generator().manual_seed(0)}
-        how["checkpointing"] = self.options.local.checkpointing or self.options.end_to_end.checkpointing
-        tokens = self.tokens[:2]
-        return self._measured(lambda: collect_moments(self.model, self.plan, sites, scheme, tokens, **how)) / len(
-            tokens
-        )
+        args, samples = (self.model, self.plan, sites, scheme, self.tokens[:2]), len(self.tokens[:2])
+        return self._measured(lambda: collect_moments(*args, **self._backward_options)) / samples
+
+    @property
+    def _backward_options(self) -> dict[str, Any]:
+        return {"generator": torch.Generator().manual_seed(0), "checkpointing": self.options.checkpointing}
 
     @property
     def scoring(self) -> float:
@@ -129,6 +126,10 @@ class StepTimes:
         passes = min(self.samples[0], len(self.tokens)) * a_pass
         # Kinds may be tried twice; most are not.
         return passes + self._solving(spaces) + (len(spaces) + 1) * self.scoring + self.judging()
+
+    def least_closed_form(self) -> float:
+        """The same at least, from the time of a window: gradients take longer than a pass forward."""
+        return min(self.samples[0], len(self.tokens)) * self.window + self.judging()
 
     def capturing(self) -> float:
         """Of capturing the rows that local learning needs."""

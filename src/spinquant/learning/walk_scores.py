@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,17 +16,15 @@ from torch.nn.utils import parametrize
 from spinquant.calibration.sequential import Home, check_finite_output, logits_after, run_block
 from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.compute.workspace import give_back
-from spinquant.evaluation.metrics import divergence, nll, perplexity_of
 from spinquant.learning.fake_quant import rounded_weights, rounding
 from spinquant.learning.free_transforms import composed
-from spinquant.learning.scoring import Candidate, Score
+from spinquant.learning.scoring import EXACT, EXACT_BYTES, Candidate, Observed, Score
 from spinquant.learning.walk import entered, part_of
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Scheme
 
 STATES = "walk-scores"  # the piece with the hidden states of an unfinished walk
 SAVED_EVERY = 30.0  # seconds between two times that they are saved
-EXACT = "16-bit"
 
 
 @torch.no_grad()
@@ -103,22 +100,26 @@ def walked_scores(
             saved = time.monotonic()
         if progress:
             progress(number + 1, total)
-    sums = {name: [0.0, 0.0] for name in states}
+    seen = {name: Observed() for name in (*candidates, EXACT)}  # as in memory, the 16-bit model comes last
     with home.outside(windows[:1, :1]), home.head():
         device = model.get_input_embeddings().weight.device
-        logits_of = partial(logits_after, model, plan.blocks)
-        for i, window in enumerate(windows):
-            exact, targets = torch.empty(0), window[1:].to(device)
-            for name, state in states.items():
+
+        def logits(name: str, number: int) -> Tensor:
+            return logits_after(model, plan.blocks, states[name][number : number + 1].to(device))[0, :-1]
+
+        left = list(range(len(windows)))
+        while left:
+            exact = [logits(EXACT, left[0])]
+            # The head is rounded once for as many windows as predictions at 16 bits fit in memory.
+            most = EXACT_BYTES // (exact[0].numel() * exact[0].element_size()) if scheme.lm_head else 1
+            numbers, left = left[: max(1, most)], left[max(1, most) :]
+            exact += [logits(EXACT, number) for number in numbers[1:]]
+            for name, one in seen.items():
                 with rounded(name, part_of(plan, "")):
-                    found = logits_of(state[i : i + 1].to(device))[0, :-1]
-                exact = found if name == EXACT else exact
-                sums[name][0] += 0.0 if name == EXACT else divergence(exact, found)
-                sums[name][1] += nll(found, targets)
+                    for number, reference in zip(numbers, exact, strict=True):
+                        found = reference if name == EXACT else logits(name, number)
+                        one.add(reference, found, windows[number, 1:].to(device))
     give_back()  # after several walks, logits that were freed would be half a gigabyte
     if progress:
         progress(total, total)
-    tokens = windows.shape[0] * (windows.shape[1] - 1)
-    # As in memory, the 16-bit model comes last.
-    found = {name: sums[name] for name in (*candidates, EXACT)}
-    return {name: Score(kl / tokens, perplexity_of(total / tokens), tokens) for name, (kl, total) in found.items()}
+    return {name: one.score() for name, one in seen.items()}

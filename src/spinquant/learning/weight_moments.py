@@ -23,13 +23,14 @@ from torch import Tensor
 
 from spinquant.errors import LearningError
 from spinquant.learning.closed_form import Moments, weighted_sum, wide
-from spinquant.learning.moments import FOLDS, Site, arranged, in_blocks, relative_error, traces
+from spinquant.learning.moments import FOLDS, Site, arranged, in_blocks, traces
 from spinquant.learning.rounded_weights import of_writer, rows_of
 from spinquant.models.capture import device_of, watching_calls
 from spinquant.models.modules import named_tensor
 from spinquant.online.hooks import attach
 from spinquant.online.queries import watch_queries
 from spinquant.plan import Plan
+from spinquant.quantization.clip_search import relative_error
 from spinquant.quantization.scheme import Quantizer, Scheme
 
 

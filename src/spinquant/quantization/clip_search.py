@@ -51,12 +51,22 @@ def best_ratio(error: Callable[[float], float]) -> float:
     return min(errors, key=lambda ratio: (errors[ratio], -ratio))
 
 
-@lru_cache
-def gaussian_clip(length: int, quantizer: Quantizer) -> tuple[float, float]:
-    """The clip ratio for rows of Gaussian numbers, and the expected squared error, relative to their squared length.
+def relative_error(length: int, quantizer: Quantizer) -> float:
+    """Expected squared error of rounding a row of Gaussian numbers, relative to its squared length.
 
-    The ratio is that of the quantizer, or with clip "mse" the best.
+    With clip "mse", at the best clip ratio.
     """
+    return _gaussian(length, quantizer)[1]
+
+
+def with_gaussian_clip(quantizer: Quantizer, length: int) -> Quantizer:
+    """The quantizer, with clip "mse" replaced by the best ratio for rows of Gaussian numbers."""
+    return replace(quantizer, clip=_gaussian(length, quantizer)[0]) if quantizer.clip == "mse" else quantizer
+
+
+@lru_cache
+def _gaussian(length: int, quantizer: Quantizer) -> tuple[float, float]:
+    """The clip ratio for rows of Gaussian numbers, and their relative error."""
     length = min(length, 1 << 14)
     rows = torch.randn(DRAWN, length, generator=torch.Generator().manual_seed(0))
 
@@ -66,8 +76,3 @@ def gaussian_clip(length: int, quantizer: Quantizer) -> tuple[float, float]:
 
     ratio = best_ratio(error) if quantizer.clip == "mse" else float(quantizer.clip)
     return ratio, error(ratio)
-
-
-def with_gaussian_clip(quantizer: Quantizer, length: int) -> Quantizer:
-    """The quantizer, with clip "mse" replaced by the best ratio for rows of Gaussian numbers."""
-    return replace(quantizer, clip=gaussian_clip(length, quantizer)[0]) if quantizer.clip == "mse" else quantizer
