@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from families import FAMILIES
-from models import random_weights, tokens
+from models import random_weights, tiny_model, tokens
 from spinquant.calibration.sequential import after_blocks, block_calls, body_of, run_block
+from spinquant.errors import CalibrationError
 from spinquant.evaluation.tiny_model import exact_experts
 from spinquant.models.capture import captured
 from spinquant.models.modules import model_class
@@ -48,3 +49,28 @@ def test_linears_run_in_the_order_of_the_plan(name):
         groups = [group for group in plan.linears if group[0].startswith(f"{block}.")]
         first = [min(order[linear] for linear in group if linear in order) for group in groups]
         assert first == sorted(first)
+
+
+@torch.no_grad()
+def test_arguments_are_those_of_the_sample_and_one_object_where_they_are_the_same():
+    model = tiny("zamba")
+    blocks = plan_of(model).blocks
+    shared = block_calls(model, blocks, tokens(1, 20).expand(3, -1)).arguments
+    assert all(one is found[0] for found in shared.values() for one in found)
+    found = block_calls(model, blocks, tokens(3, 20)).arguments
+    own = {name for name, (first, *others) in found.items() if any(one is not first for one in others)}
+    assert own and all("original_hidden_states" in found[name][1] for name in own)
+    for name in own:
+        first, second, _ = found[name]
+        assert not torch.equal(first["original_hidden_states"], second["original_hidden_states"])
+        assert all(first[key] is second[key] for key in first if key != "original_hidden_states")
+
+
+@torch.no_grad()
+def test_a_block_that_runs_twice_in_a_pass_is_refused(monkeypatch):
+    model = random_weights(tiny_model("llama"))
+    body, blocks = body_of(model), plan_of(model).blocks
+    monkeypatch.setattr(body.config, "num_hidden_layers", 3)
+    body.layers = torch.nn.ModuleList([body.layers[0], body.layers[1], body.layers[0]])
+    with pytest.raises(CalibrationError, match=r"layers.0 is called more than once in a pass through a LlamaFor"):
+        block_calls(model, blocks[:2], tokens(1, 20))

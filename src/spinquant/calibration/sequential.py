@@ -116,22 +116,28 @@ def block_calls(model: Any, blocks: Sequence[str], tokens: Tensor, hidden: Hidde
     """Record the inputs of the decoder blocks for each row of `tokens`, int64 (samples, length).
 
     hidden: empty container that receives the states.
+
+    Raises CalibrationError for a block that is called more than once in a pass.
     """
     hidden = HiddenStates() if hidden is None else hidden
-    arguments: dict[str, list[Mapping[str, Any]]] = {}
+    arguments: dict[str, list[Mapping[str, Any]]] = {name: [] for name in blocks}
+    sample = 0
 
     def keep(name: str, states: Tensor, others: Mapping[str, Any]) -> Tensor:
+        before = arguments[name]
+        if len(before) > sample:
+            raise CalibrationError(
+                f"{name} is called more than once in a pass through a {type(model).__name__}, so the model cannot run "
+                "block by block: round to nearest without clip ratios, which needs no calibration"
+            )
         if name == blocks[0]:
             hidden.append(states.detach().clone())
-        before = arguments.setdefault(name, [])
-        if len(before) == len(hidden):  # called once more for the same sample
-            return states
         own = {key: value for key, value in others.items() if not before or not _same(value, before[0].get(key))}
         before.append({**before[0], **own} if before and own else before[0] if before else own)
         return states
 
     with _replaced(model, blocks, keep):
-        for row in tokens.split(1):
+        for sample, row in enumerate(tokens.split(1)):  # noqa: B007 - read by `keep`
             body_of(model)(row.to(device_of(model)), use_cache=False)
     return BlockCalls(hidden, arguments)
 
