@@ -71,7 +71,7 @@ def measure(shape: str, repeats: int) -> dict[str, float]:
         own = [site for site in sites if (site.space == "residual") == ("residual" in names)]
         ended: dict[str, list[float]] = {}
 
-        def report(space: str, step: int, loss: float) -> None:
+        def report(space: str, step: int, losses: list[float]) -> None:
             ended.setdefault(space, []).append(time.perf_counter())
 
         learn_locally(own, made, LocalOptions(steps=1 + repeats * count, rows=options.rows), report=report)

@@ -39,6 +39,15 @@ from measuring import Figures, Pool
 
 RANDOM, EXACT, FLATQUANT = "random", "16-bit", "flatquant"
 ONLINE = "online-R1,R2,R3,R4"
+SPINQUANT = {
+    "loss": "cross-entropy",
+    "optimizer": "sgd",
+    "lr": 1.5,
+    "schedule": "linear",
+    "batch": 8,
+    "range_gradient": False,
+}
+OSTQUANT = {"loss": "kl", "top_tokens": 1000, "weights": True, "batch": 8, "range_gradient": False}
 
 
 @dataclass(frozen=True)
@@ -48,14 +57,16 @@ class Row:
     method: of `spinquant learn`; None for the first random Hadamard of the seed, without learning; `flatquant` for the
     transforms of `flatquant.py`, from 128 samples, whose other settings are those of its paper. transforms: those in
     closed form, before rotations are learned; None for the default of the method. start: the row whose result learning
-    starts from. rotations: those of them that the model's architecture allows are used. local, end_to_end: options of
-    `LocalOptions` and `EndToEndOptions` that are not the defaults.
+    starts from. rotations: those of them that the model's architecture allows are used. learned: those that are
+    learned; None for the default. local, end_to_end: options of `LocalOptions` and `EndToEndOptions` that are not the
+    defaults.
     """
 
     method: str | None
     transforms: bool | None = None
     start: str | None = None
     rotations: str = "R1,R2,R3,R4"
+    learned: tuple[str, ...] | None = None
     local: Mapping[str, Any] = field(default_factory=dict)
     end_to_end: Mapping[str, Any] = field(default_factory=dict)
 
@@ -75,6 +86,10 @@ ROWS = {
     "end-to-end": Row("end-to-end"),
     "end-to-end-40": Row("end-to-end", end_to_end={"steps": 40}),
     "local+end-to-end": Row("end-to-end", start="local", end_to_end={"steps": 20}),
+    # As in arXiv 2405.16406: R1 and R2, cross-entropy with the straight-through estimator, weights at 16 bits.
+    "spinquant": Row("end-to-end", transforms=False, learned=("R1", "R2"), end_to_end=SPINQUANT),
+    # As in arXiv 2501.13987: R1, R2 and scales, KL on 1000 tokens, weights quantized; from where `local` ends.
+    "ostquant": Row("end-to-end", start="local", learned=("R1", "R2"), end_to_end=OSTQUANT),
     FLATQUANT: Row(FLATQUANT),
 }
 # What figures depend on besides their keys: a rerun into the same folder with other settings is refused.
@@ -100,6 +115,7 @@ def learn(job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     weights = {"weights": True} if scheme.activations is None and scheme.kv is None else {}
     options = spinquant.LearnOptions(
         row.method,  # pyright: ignore[reportArgumentType]
+        rotations=row.learned and tuple(name for name in row.learned if name in rotations),
         baselines=baselines,
         transforms=row.transforms,
         seed=seed,
@@ -193,6 +209,8 @@ def use(job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
         scheme = spinquant.parse_scheme(job["scheme"])
         clips = scheme.activations is not None or scheme.kv is not None
         rounding, _, tuned = job["weights"].partition("+tune")
+        rounding, _, asymmetry = rounding.partition("@")
+        gptq = spinquant.GPTQOptions(asymmetry=float(asymmetry)) if asymmetry else spinquant.GPTQOptions()
         calibrated = clips or rounding != "rtn" or bool(tuned)
         if ROWS[job["row"]].method is None:
             names = possible(job["folder"], ROWS[job["row"]].rotations)
@@ -208,7 +226,7 @@ def use(job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
             method=rounding,
             # Tuning is judged on eight windows, with one as a gap.
             tokens=windows("manual", settings["calibration"] + (9 if tuned else 0)) if calibrated else None,
-            calibration=spinquant.Calibration(clips=clips) if calibrated else None,
+            calibration=spinquant.Calibration(gptq, clips=clips) if calibrated else None,
             options=spinquant.Options(prove=False),
             tune=spinquant.TuneOptions(steps=int(tuned)) if tuned else None,
         )
@@ -342,7 +360,7 @@ def main() -> None:
         "--weights",
         nargs="+",
         default=["rtn", "gptaq"],
-        help="rtn, gptq or gptaq, and with +tune64 tuned for so many steps",
+        help="rtn, gptq or gptaq (gptaq@0.1: with this asymmetry), and with +tune64 tuned for so many steps",
     )
     parser.add_argument("--texts", nargs="+", default=["docstrings", "fortunes"], choices=TEXTS)
     parser.add_argument("--seeds", type=int, default=3)

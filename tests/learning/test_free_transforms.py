@@ -20,8 +20,9 @@ from spinquant import (
 from spinquant.cli.tables import learning_table
 from spinquant.errors import LearningError
 from spinquant.learning import free_transforms
+from spinquant.learning.activations import collect
 from spinquant.learning.closed_form import Damping, Moments
-from spinquant.learning.end_to_end import FROM_LOCAL, EndToEndOptions
+from spinquant.learning.end_to_end import FROM_LOCAL, EndToEndOptions, learn_end_to_end
 from spinquant.learning.fake_quant import fuse_gains
 from spinquant.learning.free_transforms import (
     HALF_CONDITION,
@@ -35,10 +36,14 @@ from spinquant.learning.free_transforms import (
 from spinquant.learning.layerwise import LocalOptions
 from spinquant.learning.learn import learn
 from spinquant.learning.options import LearnOptions, check_used, learned_spaces, learns_scales
+from spinquant.learning.sensitivity import collect_by_weight
 from spinquant.plan import CHANNELS
+from spinquant.quantization.moving import Moving, Tally
+from spinquant.quantization.rotated_rounding import Turn, round_rotated
+from spinquant.quantization.scheme import Quantizer
 from spinquant.rotations.random_transforms import random_transforms
-from spinquant.rotations.rotation import is_orthogonal, matrix
-from spinquant.rotations.transforms import LARGEST_CONDITION, condition
+from spinquant.rotations.rotation import dual, is_orthogonal, matrix
+from spinquant.rotations.transforms import LARGEST_CONDITION, apply_to_heads, compose, condition
 from spinquant.rotations.wrappers import check_given, online_part
 
 SPEC = RotationSpec("R1,R2,R3,R4", "auto")
@@ -286,3 +291,96 @@ def test_methods_without_learned_rotations_need_none_and_online_r1_is_learned_en
 def test_r1_is_learned_with_scales_only_from_rows_enough_to_hold_some_out():
     assert learns_scales(LearnOptions("local", local=LocalOptions(rows=8, batch=4)))
     assert not learns_scales(LearnOptions("local", local=LocalOptions(rows=7, batch=4)))
+
+
+# Matrices of keys, which come before R3
+
+
+def key_matrices(plan):
+    """A different matrix for each head of the keys of each layer."""
+    return random_transforms(plan, ("R3",))
+
+
+def test_keys_are_captured_after_their_matrices():
+    model, plan = prepared()
+    scheme, keys = parse_scheme("A4KV4"), key_matrices(plan)
+    how = {"rows": 10**6, "keys": keys}
+    found = collect(model, plan, list(keys), scheme, tokens(1), generator=torch.Generator(), **how)
+    raw = collect(model, plan, list(keys), scheme, tokens(1), generator=torch.Generator(), **{**how, "keys": None})
+    for one, other in zip(found, raw, strict=True):
+        weight = keys[one.space].weight
+        assert len(weight) > 1 and len(one.rows) == len(weight) * len(tokens(1)[0])
+        possible = torch.stack([other.rows.double() @ w for w in weight])  # (heads, rows, size)
+        distance = (possible - one.rows.double()).norm(dim=-1) / one.rows.double().norm(dim=-1)
+        least, head = distance.min(0)
+        assert least.max() < 1e-5 and head.bincount().tolist() == [len(tokens(1)[0])] * len(weight)
+    assert torch.allclose(logits(model, tokens(1)), logits(prepared()[0], tokens(1))), "the model is restored"
+
+
+def test_the_weight_of_keys_is_measured_after_their_matrices():
+    """||x T||^2 ||g T^-T||^2 in the place of ||x||^2 ||g||^2."""
+    model, plan = prepared()
+    scheme, keys = parse_scheme("KV4"), {n: Matrix(t.weight[0]) for n, t in key_matrices(plan).items()}
+
+    def collected(given):
+        generator = torch.Generator().manual_seed(0)
+        how = {"rows": 20000, "generator": generator, "slopes": list(keys), "keys": given}
+        return collect_by_weight(model, plan, list(keys), scheme, tokens(1), **how)
+
+    for before, after in zip(collected(None), collected(keys), strict=True):
+        x, g = before.rows.double(), before.slopes.double()
+        ratio = (keys[before.space].apply(x).norm(dim=-1) * dual(keys[before.space]).apply(g).norm(dim=-1)) / (
+            x.norm(dim=-1) * g.norm(dim=-1)
+        )
+        assert after.share == pytest.approx(before.share * float(ratio.square().mean()), rel=0.05)
+        assert abs(after.share / before.share - 1) > 0.1, "the matrices change the weight"
+
+
+@pytest.mark.parametrize("tallied", [True, False])
+def test_r3_learns_after_matrices_as_from_keys_that_have_them(tallied):
+    generator = torch.Generator().manual_seed(0)
+    matrices = next(iter(key_matrices(prepared()[1]).values()))
+    heads, size, _ = matrices.weight.shape
+    x, slope = (torch.randn(2, heads, 5, size, dtype=torch.float64, generator=generator) for _ in range(2))
+    start = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))[0]
+    both, alone = (Moving.starting(start, tally=Tally() if tallied else None) for _ in range(2))
+    one = round_rotated(x, (Turn(compose(matrices, both), heads=True),), Quantizer(4))
+    inside = round_rotated(apply_to_heads(matrices, x), (Turn(alone, heads=True),), Quantizer(4))
+    other = apply_to_heads(dual(matrices), inside, transpose=True)
+    torch.testing.assert_close(one, other)
+    for y in (one, other):
+        (y * slope).sum().backward()
+    torch.testing.assert_close(both.skew.grad - both.skew.grad.T, alone.skew.grad - alone.skew.grad.T)
+    assert alone.skew.grad.norm() > 0
+    if tallied:
+        assert both.tally.take() == pytest.approx(alone.tally.take())
+
+
+def test_end_to_end_learning_leaves_the_matrices_of_keys_as_they_are():
+    model, plan = prepared()
+    made, keys = make_rotations(plan, SPEC), key_matrices(plan)
+    names = {space.name: space.name for space in plan.spaces_of("R3")}
+    args = model, plan, {name: made[name] for name in names}, names, parse_scheme("KV4"), tokens(4, 16)
+    options = EndToEndOptions(steps=3, batch=2)
+    (found, after), (other, before) = (learn_end_to_end(*args, options, keys=given) for given in (keys, None))
+    assert all(is_orthogonal(found[name]) for name in names)
+    assert any(not torch.allclose(matrix(found[name]), matrix(other[name]), atol=1e-3) for name in names)
+    assert abs(after[0].loss / before[0].loss - 1) > 0.05, "they change the expected cost"
+
+
+def test_local_learning_keeps_the_matrices_of_keys():
+    """Where biases make a few channels of keys large: the matrices are kept, and R3 is learned after them."""
+    model, _ = prepared()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.bias[::8] = 20.0
+    texts = tokens(16, 24), tokens(4, 24, seed=9)
+    learned = learn(model, parse_scheme("W4A4KV4"), SPEC, *texts, QUICKLY)
+    plan = plan_of(model)
+    assert learned.record["closed_form"]["keys"]["kept"]
+    start = make_rotations(plan, replace(SPEC, seed=SPEC.seed + int(learned.record["start"].split()[-1])))
+    turned, free = parted(plan, learned.rotations)
+    for space in plan.spaces_of("R3"):
+        assert space.name in free and condition(free[space.name]) > 1.5
+        moved = not torch.allclose(matrix(turned[space.name]), matrix(start[space.name]), atol=1e-3)
+        assert moved == (learned.record["kept"] not in ("closed-form",))

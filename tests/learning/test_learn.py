@@ -276,7 +276,7 @@ def test_local_learning_lowers_rounding_error_on_held_out_rows(solver, objective
     lr = {"cayley": 0.3, "qr": 0.05}[solver]
     options = LocalOptions(objective, solver, steps=150, lr=lr, batch=256)
     losses = []
-    learned, curves = learn_locally(sites, start, options, report=lambda space, step, loss: losses.append(loss))
+    learned, curves = learn_locally(sites, start, options, report=lambda space, step, found: losses.extend(found))
     before, after = rounding_errors(other, start)["a"], rounding_errors(other, learned)["a"]
     assert after < 0.93 * before
     assert len(losses) == 150 and sum(losses[-10:]) < sum(losses[:10])
@@ -293,7 +293,7 @@ def test_procrustes_never_raises_the_rounding_error():
     losses = []
     options = LocalOptions(solver="procrustes", steps=20)
     start = {"residual": Orthogonal(orthogonal(32, 5))}
-    learn_locally(sites, start, options, report=lambda *a: losses.append(a[2]))
+    learn_locally(sites, start, options, report=lambda *a: losses.extend(a[2]))
     assert losses[-1] < 0.99 * losses[0]
 
 
@@ -530,25 +530,48 @@ def test_a_killed_end_to_end_run_resumes_to_the_same_bits(tmp_path, optimizer):
 
 @pytest.mark.parametrize("solver", ["cayley", "qr", "procrustes"])
 def test_a_killed_local_run_resumes_to_the_same_bits(tmp_path, solver):
-    sites = [ActivationSite(n, n, Quantizer(4), peaked(200, 32, seed).float()) for n, seed in (("a", 0), ("b", 5))]
-    start = {name: Orthogonal(orthogonal(32, 5)) for name in "ab"}
+    sizes = {"a": 32, "b": 32, "c": 16}
+    sites = [ActivationSite(n, n, Quantizer(4), peaked(200, size, ord(n)).float()) for n, size in sizes.items()]
+    start = {name: Orthogonal(orthogonal(size, 5)) for name, size in sizes.items()}
     own = {} if solver == "procrustes" else {"lr": 0.1, "batch": 64}
     options = LocalOptions(solver=solver, steps=12, save_every=5, **own)
     whole, curves = learn_locally(sites, start, options)
     seen = []
 
-    def kill(space, step, loss):
-        if space == "b" and step == 8:
-            raise Killed
+    def kill_at(killed):
+        def kill(spaces, step, losses):
+            if (spaces, step) == (killed, 8):
+                raise Killed
 
-    with pytest.raises(Killed):
-        learn_locally(sites, start, options, pieces=Pieces(tmp_path / "state"), report=kill)
-    pieces = Pieces(tmp_path / "state")
-    again, resumed = learn_locally(sites, start, options, pieces=pieces, report=lambda *a: seen.append(a[:2]))
-    assert seen == [("b", step) for step in range(6, 13)]
-    assert resumed == curves and len(curves["b"]) == 12
-    for space in "ab":
+        return kill
+
+    def pieces():
+        return Pieces(tmp_path / "state")
+
+    for killed in ("a to b", "c"):
+        with pytest.raises(Killed):
+            learn_locally(sites, start, options, pieces=pieces(), report=kill_at(killed))
+    again, resumed = learn_locally(sites, start, options, pieces=pieces(), report=lambda *a: seen.append(a[:2]))
+    assert seen == [("c", step) for step in range(6, 13)]
+    assert resumed == curves and all(len(curves[space]) == 12 for space in sizes)
+    for space in sizes:
         assert torch.equal(matrix(again[space]), matrix(whole[space]))
+
+
+@pytest.mark.parametrize("solver", ["cayley", "qr", "procrustes"])
+def test_spaces_that_are_computed_together_are_learned_apart(solver):
+    def site(space, seed, share=1.0):
+        return ActivationSite(space, space, Quantizer(4), peaked(200, 32, seed).float(), share)
+
+    start = {name: Orthogonal(orthogonal(32, ord(name))) for name in "abc"}
+    own = {} if solver == "procrustes" else {"lr": 0.1, "batch": 64}
+    options = LocalOptions(solver=solver, steps=5, **own)
+    found, curves = learn_locally([site("a", 0), site("b", 1), site("c", 2)], start, options)
+    other, losses = learn_locally([site("a", 0), site("b", 7, 9.0), site("c", 2)], start, options)
+    for space in "ac":
+        torch.testing.assert_close(matrix(found[space]), matrix(other[space]), atol=1e-6, rtol=0)
+        assert curves[space] == pytest.approx(losses[space], rel=1e-5)
+    assert not torch.allclose(matrix(found["b"]), matrix(other["b"]), atol=1e-3)
 
 
 def test_equal_seeds_give_equal_rotations_and_other_seeds_do_not():
@@ -663,7 +686,7 @@ def test_method_auto_learns_end_to_end_only_if_local_does_not_lead():
 
 
 def test_random_signs_of_online_rotations_are_selected_per_layer():
-    _, learned = run_learn(replace(OPTIONS, method="local", signs=8))
+    _, learned = run_learn(replace(OPTIONS, method="local", signs=8, transforms=False))
     signs = [learned.rotations[f"layers.{i}.hidden"].signs for i in range(3)]
     assert not torch.equal(signs[0], signs[1])
     assert "random signs" in learned.record["scores"]

@@ -68,6 +68,7 @@ def collect(
     rows: int,
     generator: torch.Generator,
     device: str | None = None,
+    keys: Mapping[str, Transform] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ActivationSite]:
     """Sample about `rows` rows of every site in the given spaces, uniformly, without quantizing anything.
@@ -81,12 +82,13 @@ def collect(
         rows: About how many rows per site: `rows // samples` of every sample, at least one.
         generator: Of the sampling.
         device: Where blocks are run; they are moved there one at a time. Default: where they are.
+        keys: Transforms that come before R3, by space. Keys are sampled after them. Default: none.
         progress: Called with (blocks done, blocks in all).
 
     Returns:
         The sites with their rows.
     """
-    attachment = attach(model, plan, {}, scheme, around=True)
+    attachment = attach(model, plan, keys or {}, scheme)
     wanted = quantized_spaces(plan, spaces, scheme)
     sampling = _Sampling(model, attachment, plan.experts, list(wanted), max(1, rows // len(tokens)), generator)
     try:

@@ -23,37 +23,39 @@ BETAS, EPSILON = (0.9, 0.95), 1e-8
 
 
 def cayley(start: Tensor, skew: Tensor, *, centred: bool = False) -> Tensor:
-    """R0 (I + A/2)^-1 (I - A/2), with A = L - L^T, L the strict lower triangle of `skew`; all matrices are (n, n).
+    """R0 (I + A/2)^-1 (I - A/2), with A = L - L^T, L the strict lower triangle of `skew`; all matrices are (.., n, n).
 
     centred: A is projected so that A 1 = 0; the product then preserves the mean if R0 does.
     """
     lower = skew.tril(-1)
-    half = (lower - lower.T) / 2
+    half = (lower - lower.mT) / 2
     if centred:
         half = mean_preserving(half)
-    one = torch.eye(len(half), dtype=half.dtype, device=half.device)
+    one = torch.eye(half.shape[-1], dtype=half.dtype, device=half.device)
     return start @ torch.linalg.solve(one + half, one - half)
 
 
 def mean_preserving(skew: Tensor) -> Tensor:
-    """The nearest skew-symmetric matrix A with A 1 = 0, (n, n): its Cayley transform preserves the mean."""
-    return skew - skew.mean(0, keepdim=True) - skew.mean(1, keepdim=True) + skew.mean()
+    """The nearest skew-symmetric matrix A with A 1 = 0, (.., n, n): its Cayley transform preserves the mean."""
+    return skew - skew.mean(-2, keepdim=True) - skew.mean(-1, keepdim=True) + skew.mean((-2, -1), keepdim=True)
 
 
 def newton_step(r: Tensor) -> Tensor:
     """One Newton step towards the nearest orthogonal matrix; it squares the error."""
-    return 1.5 * r - 0.5 * r @ (r.T @ r)
+    return 1.5 * r - 0.5 * r @ (r.mT @ r)
 
 
 @dataclass
 class Descent:
     """Optimizer of orthogonal matrices, float32 or float64, which it changes in place.
 
+    Those of one size may be stacked, (count, n, n): each then makes steps of its own.
+
     With adam the direction comes from elementwise moments of the skew-symmetric gradient, with sgd from the gradient
     and `momentum`. Moments need no vector transport, since A is expressed relative to R.
 
     Attributes:
-        matrices: The matrices by name, (n, n).
+        matrices: The matrices by name, (.., n, n).
         optimizer: `sgd` or `adam`.
         momentum: Of sgd, in [0, 1).
         centred: Names of matrices that have to preserve the mean, R 1 = 1, at every step.
@@ -72,16 +74,16 @@ class Descent:
 
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor], lr: float) -> None:
-        """Step by ||A|| = lr every matrix that has a gradient, (n, n): that of the loss with respect to A at A = 0."""
+        """Step by ||A|| = lr every matrix that has a gradient, (.., n, n): of the loss with respect to A at A = 0."""
         self.steps += 1
         for name, gradient in gradients.items():
             r = self.matrices[name]
-            direction = self._direction(name, (gradient - gradient.T) / 2)
+            direction = self._direction(name, (gradient - gradient.mT) / 2)
             direction = mean_preserving(direction) if name in self.centred else direction
-            length = direction.norm()
-            if length > 0:
-                # Against the gradient; `cayley` reads the strict lower triangle.
-                r.copy_(newton_step(cayley(r, direction * (-lr / length))))
+            length = torch.linalg.matrix_norm(direction, keepdim=True)
+            # Against the gradient; `cayley` reads the strict lower triangle.
+            made = newton_step(cayley(r, direction * (-lr / length.clamp(min=torch.finfo(r.dtype).tiny))))
+            r.copy_(torch.where(length > 0, made, r))
 
     def _direction(self, name: str, skew: Tensor) -> Tensor:
         if self.optimizer == "sgd" and not self.momentum:

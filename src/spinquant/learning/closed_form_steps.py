@@ -13,7 +13,7 @@ from spinquant.rotations.factory import generator_for
 from spinquant.rotations.rotation import Transform
 from spinquant.rotations.transforms import condition
 
-FIRST: tuple[Kind, ...] = ("scales", "values")  # transforms that rotations are learned after
+FIRST: tuple[Kind, ...] = ("scales", "values", "keys")  # transforms that rotations are learned after
 REST: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind not in FIRST)
 MOMENT_SAMPLES = 16  # samples for the moments of transforms
 

@@ -34,7 +34,7 @@ from spinquant.quantization.moving import Moving, MovingScales, Tally, leaf_of
 from spinquant.quantization.scheme import Scheme
 from spinquant.rotations.factory import generator_for
 from spinquant.rotations.rotation import ORTHOGONAL, Transform, matrix, off_orthogonal
-from spinquant.rotations.transforms import Diagonal
+from spinquant.rotations.transforms import Diagonal, compose
 
 Loss = Literal["fisher", "kl", "cross-entropy"]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -136,6 +136,7 @@ def learn_end_to_end(
     tokens: Tensor,
     options: EndToEndOptions,
     *,
+    keys: Mapping[str, Transform] | None = None,
     seed: int = 0,
     pieces: Pieces | None = None,
     report: Callable[[Step], None] | None = None,
@@ -151,6 +152,7 @@ def learn_end_to_end(
         scheme: What is quantized.
         tokens: Training tokens, int64 (samples, length).
         options: Options of end-to-end learning.
+        keys: Transforms that come before R3, by space; they are not changed. Default: none.
         seed: Of samples and labels.
         pieces: Where the run is saved, and resumed from. Default: not saved.
         report: Called after every step.
@@ -168,6 +170,7 @@ def learn_end_to_end(
     used: dict[str, Transform] = {
         space: moving[learned[space]] if space in learned else scaled.get(space, r) for space, r in rotations.items()
     }
+    applied = {space: compose(keys[space], r) if keys and space in keys else r for space, r in used.items()}
     centred = frozenset(name for space, name in learned.items() if plan.space[space].centred)
     descent = Descent({name: m.weight for name, m in moving.items()}, options.optimizer, options.momentum, centred)
     both = JointDescent(descent, ScaleDescent({name: m.logs for name, m in scaled.items()}))
@@ -180,7 +183,7 @@ def learn_end_to_end(
     model.requires_grad_(False)
     try:
         with (
-            rounding(model, plan, used, learning_scheme(scheme, weights=options.weights)) as attachment,
+            rounding(model, plan, applied, learning_scheme(scheme, weights=options.weights)) as attachment,
             checkpointed(model, plan, options.checkpointing),
         ):
             for number in range(len(history), options.steps):

@@ -25,8 +25,8 @@ from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.errors import HadamardOrderError
 from spinquant.learning.cayley import Descent
 from spinquant.learning.closed_form import DIAGONAL, Moments, chosen_transforms
-from spinquant.learning.joint_sites import JointSite
-from spinquant.learning.layerwise import LocalOptions, all_steps, cosine
+from spinquant.learning.joint_sites import JointSite, unit
+from spinquant.learning.layerwise import LocalOptions, all_steps, cosine, placed, taken
 from spinquant.learning.objectives import expected_errors
 from spinquant.learning.scale_descent import JointDescent, ScaleDescent, bounded
 from spinquant.quantization.clip_search import relative_error
@@ -200,7 +200,7 @@ def learn_jointly(
     seed: int = 0,
     device: torch.device | str = "cpu",
     pieces: Pieces | None = None,
-    piece: str = "joint",
+    space: str = "residual",
     report: Callable[[int, float], None] | None = None,
 ) -> tuple[Tensor, Scales, list[float]]:
     """Learn the rotation of the residual stream and the scales of the norms that read it.
@@ -215,7 +215,7 @@ def learn_jointly(
         seed: Of the batches.
         device: Where to compute.
         pieces: Where the state is saved, and resumed from. Default: not saved.
-        piece: Name of the saved state.
+        space: Space of the rotation, by whose name the state is saved.
         report: Called with (step, loss) after every step.
 
     Returns:
@@ -225,8 +225,9 @@ def learn_jointly(
         LearningError: A loss is not finite.
     """
     run = _Run(sites, start, scales, weights, options, centred, seed, device)
-    losses = all_steps(run, run.step, options, pieces, piece, report)
-    return run.rotation.cpu(), run.scales(), losses
+    to_report = None if report is None else lambda step, losses: report(step, losses[0])
+    losses = all_steps(run, lambda number: [run.step(number)], options, pieces, "joint", [space], to_report)
+    return run.rotation.cpu(), run.scales(), [loss for (loss,) in losses]
 
 
 class _Run:
@@ -251,9 +252,10 @@ class _Run:
         logs = {name: bounded(scales.get(name, torch.zeros(widths[name])).float()).to(device) for name in names}
         self.descent = JointDescent(descent, ScaleDescent(logs))
         self.tensors, self.restore = self.descent.tensors, self.descent.restore
-        self.sites: dict[int, list[JointSite]] = {}
+        groups: dict[int, list[JointSite]] = {}
         for one in sites:
-            self.sites.setdefault(one.width, []).append(one)
+            groups.setdefault(one.width, []).append(one)
+        self.groups = [_Group(group, device) for group in groups.values()]
 
     @property
     def rotation(self) -> Tensor:
@@ -269,7 +271,7 @@ class _Run:
         generator = generator_for(self.seed, f"joint/{number}")
         r = self.rotation.clone().requires_grad_()
         leaves = {name: logs.clone().requires_grad_() for name, logs in self.descent.scales.logs.items()}
-        costs = [self._loss(sites, r, leaves, generator) for sites in self.sites.values()]
+        costs = [self._loss(group, r, leaves, generator) for group in self.groups]
         total = torch.stack(costs).sum()
         gradient, *slopes = torch.autograd.grad(total, [r, *leaves.values()])
         lr = self.options.lr * cosine(number, self.options.steps)
@@ -277,22 +279,36 @@ class _Run:
         self.descent.step({"r": -self.rotation.T @ gradient}, dict(zip(leaves, slopes, strict=True)), lr)
         return float(total.detach())
 
-    def _loss(
-        self, sites: Sequence[JointSite], r: Tensor, logs: Mapping[str, Tensor], generator: torch.Generator
-    ) -> Tensor:
+    def _loss(self, group: "_Group", r: Tensor, logs: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
         """Expected cost on a batch of the rows of sites of one width."""
-        batch, quantizer, device = self.options.batch, sites[0].site.quantizer, self.device
-        x, g, w = [], [], []
-        for one in sites:
-            chosen = one.pair(torch.randint(one.learned_from, (batch,), generator=generator))
-            x.append(chosen[0])
-            g.append(chosen[1])
+        x, g, w = group.drawn(self.options.batch, generator)
+        turned, slopes = _rotated(x, r), _rotated(g, r)
+        none = torch.zeros(x.shape[-1], device=x.device)  # of sites without scales
+        d = torch.stack([logs.get(name, none) for name in group.scales]).exp().unsqueeze(1)
+        readers = None if w is None else _rotated(w, r) / d
+        act, rounding = expected_costs(turned * d, slopes / d, readers, group.quantizer, self.weights)
+        return (act * group.shares[:, 0] + rounding * group.shares[:, 1]).sum()
+
+
+class _Group:
+    """Sites of one width, with what is drawn from them on the device if it fits."""
+
+    def __init__(self, sites: Sequence[JointSite], device: torch.device | str):
+        self.sites, self.device = sites, device
+        self.quantizer, self.scales = sites[0].site.quantizer, [one.site.scales for one in sites]
+        self.rows, self.slopes = (
+            placed([t for one in sites if (t := getattr(one.site, part)) is not None], device)
+            for part in ("rows", "slopes")
+        )
+        self.weights = placed([one.w for one in sites if one.w is not None], device)
+        self.shares = torch.tensor([[one.site.share, one.weight_share] for one in sites], device=device)
+
+    def drawn(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Rows, their gradients and rows of weights of unit length, (sites, rows, width); None without weights."""
+        chosen, readers = [], []
+        for one in self.sites:
+            chosen.append(torch.randint(one.learned_from, (batch,), generator=generator))
             if one.w is not None:
-                w.append(one.w[torch.randint(len(one.w), (max(1, batch // 2),), generator=generator)])
-        turned, slopes = (_rotated(torch.stack(t).to(device), r) for t in (x, g))  # (sites, rows, width)
-        none = torch.zeros(sites[0].width, device=device)  # of sites without scales
-        d = torch.stack([logs.get(one.site.scales, none) for one in sites]).exp().unsqueeze(1)
-        readers = _rotated(torch.stack(w).to(device), r) / d if w else None
-        act, rounding = expected_costs(turned * d, slopes / d, readers, quantizer, self.weights)
-        shares = torch.tensor([[one.site.share, one.weight_share] for one in sites], device=device)
-        return (act * shares[:, 0] + rounding * shares[:, 1]).sum()
+                readers.append(torch.randint(len(one.w), (max(1, batch // 2),), generator=generator))
+        x, g = (unit(taken(t, torch.stack(chosen), self.device)) for t in (self.rows, self.slopes))
+        return x, g, taken(self.weights, torch.stack(readers), self.device) if readers else None

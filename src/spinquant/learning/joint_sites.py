@@ -54,7 +54,7 @@ class JointSite:
     def pair(self, chosen: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Some of the rows and their gradients, of unit length, (rows, width)."""
         assert self.site.slopes is not None
-        x, g = (_unit(t[chosen]) for t in (self.site.rows, self.site.slopes))
+        x, g = (unit(t[chosen]) for t in (self.site.rows, self.site.slopes))
         return x, g
 
 
@@ -75,7 +75,8 @@ class _OutputGradients:
         output.register_hook(add)
 
 
-def _unit(rows: Tensor) -> Tensor:
+def unit(rows: Tensor) -> Tensor:
+    """Rows of unit length, (.., width)."""
     return rows / rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
 
 
@@ -160,4 +161,4 @@ def _weight_rows(
         inside = chosen[(chosen >= first) & (chosen < first + len(part))] - first
         rows.append(part[inside.to(part.device)].float().cpu())
         first += len(part)
-    return _unit(torch.cat(rows)), share
+    return unit(torch.cat(rows)), share

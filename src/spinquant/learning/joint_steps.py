@@ -107,7 +107,7 @@ def learn_together(
             seed=seed,
             device=device,
             pieces=pieces,
-            piece=f"joint-{space}",
+            space=space,
             report=None if report is None else lambda step, loss, space=space: report(space, step),
         )
         after = held_out_costs(own, r.to(device), scales, weights)

@@ -11,7 +11,7 @@ quantizers. It is minimized by one of three solvers:
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -25,6 +25,7 @@ from spinquant.learning.cayley import OPTIMIZERS, Descent, Optimizer
 from spinquant.learning.objectives import OBJECTIVES, Objective, row_loss
 from spinquant.learning.option_checks import check_choices, check_numbers, check_unused
 from spinquant.quantization.integer import fake_quantize
+from spinquant.quantization.scheme import Quantizer
 from spinquant.rotations.factory import generator_for
 from spinquant.rotations.rotation import Orthogonal, Transform, matrix, nearest_orthogonal
 
@@ -97,7 +98,7 @@ class LocalOptions:
         return asdict(self)
 
 
-Report = Callable[[str, int, float], None]
+Report = Callable[[str, int, list[float]], None]
 
 
 def learn_locally(
@@ -113,6 +114,8 @@ def learn_locally(
 ) -> tuple[dict[str, Transform], dict[str, list[float]]]:
     """Learn the rotations of the sites' spaces on their captured rows.
 
+    Spaces of one size, as the values of all layers, are computed together; each has steps of its own.
+
     Args:
         sites: Captured rows and their quantizers.
         rotations: Initial rotations by space.
@@ -120,8 +123,8 @@ def learn_locally(
         centred: Spaces whose rotation has to preserve the mean (under a LayerNorm).
         seed: Of the batches.
         device: Where to compute.
-        pieces: Where the optimizer state of each space is saved, and resumed from. Default: not saved.
-        report: Called with (space, step, loss) after every step.
+        pieces: Where the optimizer state is saved, and resumed from. Default: not saved.
+        report: Called with (spaces, step, losses) after every step.
 
     Returns:
         The learned rotations, and the losses of all steps, by space.
@@ -131,75 +134,130 @@ def learn_locally(
     """
     learned: dict[str, Transform] = {}
     curves: dict[str, list[float]] = {}
-    for space in dict.fromkeys(site.space for site in sites):
+    own: dict[str, list[ActivationSite]] = {}
+    for site in sites:
+        own.setdefault(site.space, []).append(site)
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for space, read in own.items():
         if space in centred and options.solver != "cayley":
             raise LearningError(f"the rotation of {space} must preserve the mean, which only solver cayley supports")
-        start = matrix(rotations[space], torch.float32).to(device)
-        solver = _SOLVERS[options.solver](start, options, space in centred)
-        own = [site for site in sites if site.space == space]
-        curves[space] = _minimize(solver, space, own, options, seed, pieces, report)
-        learned[space] = Orthogonal(nearest_orthogonal(solver.rotation().double().cpu()))
-    return learned, curves
+        form = [(site.rows.shape[-1], site.quantizer) for site in read]
+        alike.setdefault((rotations[space].order, space in centred, *form), []).append(space)
+    for spaces in alike.values():
+        start = torch.stack([matrix(rotations[space], torch.float32) for space in spaces]).to(device)
+        solver = _SOLVERS[options.solver](start, options, spaces[0] in centred)
+        rows = _Rows([own[space] for space in spaces], options, device)
+        losses = _minimize(solver, spaces, rows, options, seed, pieces, report)
+        found = nearest_orthogonal(solver.rotation().double().cpu())
+        for number, space in enumerate(spaces):
+            learned[space], curves[space] = Orthogonal(found[number]), [loss[number] for loss in losses]
+    return {space: learned[space] for space in own}, {space: curves[space] for space in own}
+
+
+class _Rows:
+    """The rows of spaces of one size, by space and site: with their weights, and the shares of sites.
+
+    own: the sites of every space, of the same forms in the same order.
+    """
+
+    def __init__(self, own: Sequence[Sequence[ActivationSite]], options: LocalOptions, device: torch.device | str):
+        self.device, first = device, own[0]
+        self.quantizers = [site.quantizer for site in first]
+        self.rows = [placed([sites[place].rows for sites in own], device) for place in range(len(first))]
+        self.weights = [
+            [sites[place].weights(options.weighting, options.factor).to(device) for sites in own]
+            for place in range(len(first))
+        ]
+        shares = torch.tensor([[sites[place].share for sites in own] for place in range(len(first))])
+        self.shares = (shares / shares.mean(0)).to(device)  # (sites, spaces)
+
+    def drawn(self, batch: int, generator: torch.Generator) -> list[tuple[Quantizer, Tensor, Tensor]]:
+        """For every site its quantizer, and of as many rows as a batch has: (spaces, batch, width), their weights."""
+        found = []
+        for quantizer, rows, weights in zip(self.quantizers, self.rows, self.weights, strict=True):
+            batch = min(batch, *map(len, rows))
+            chosen = torch.stack([torch.randperm(len(one), generator=generator)[:batch] for one in rows])
+            x = taken(rows, chosen, self.device)
+            w = torch.stack([one[at] for one, at in zip(weights, chosen.to(self.device), strict=True)])
+            found.append((quantizer, x, w))
+        return found
+
+
+def placed(rows: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
+    """Rows of several sites on a device, if they take at most a quarter of its free memory; else where they are."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return list(rows)
+    free = torch.get_device_module(device).mem_get_info(device)[0]
+    fits = 4 * sum(one.numel() * one.element_size() for one in rows) <= free
+    return [one.to(device) for one in rows] if fits else list(rows)
+
+
+def taken(rows: Sequence[Tensor], chosen: Tensor, device: torch.device | str) -> Tensor:
+    """Some rows of every site, (sites, batch, width), on a device. chosen: their numbers, (sites, batch)."""
+    at = chosen.to(rows[0].device)
+    return torch.stack([one[numbers] for one, numbers in zip(rows, at, strict=True)]).to(device)
 
 
 def _minimize(
     solver: Any,
-    space: str,
-    sites: Sequence[ActivationSite],
+    spaces: Sequence[str],
+    rows: _Rows,
     options: LocalOptions,
     seed: int,
     pieces: Pieces | None,
     report: Report | None,
-) -> list[float]:
-    """Run a solver on the sites of one space, or resume it; returns the losses of all steps."""
-    weights = {site.name: site.weights(options.weighting, options.factor) for site in sites}
-    mean = sum(site.share for site in sites) / len(sites)
-    sites = [replace(site, share=site.share / mean) for site in sites]
+) -> list[list[float]]:
+    """Run a solver on some spaces, or resume it; returns the losses of all steps, each of every space."""
+    label = spaces[0] if len(spaces) == 1 else f"{spaces[0]} to {spaces[-1]}"
 
-    def one_step(number: int) -> float:
-        return solver.step(sites, weights, number, generator_for(seed, f"{space}/{number}"))
+    def one_step(number: int) -> list[float]:
+        return solver.step(rows, number, generator_for(seed, f"{label}/{number}")).tolist()
 
-    to_space = None if report is None else partial(report, space)
-    return all_steps(solver, one_step, options, pieces, f"local-{space}", to_space)
+    return all_steps(solver, one_step, options, pieces, "local", spaces, report and partial(report, label))
 
 
 def all_steps(
     state: Any,
-    one_step: Callable[[int], float],
+    one_step: Callable[[int], list[float]],
     options: LocalOptions,
     pieces: Pieces | None,
     piece: str,
-    report: Callable[[int, float], None] | None,
-) -> list[float]:
+    spaces: Sequence[str],
+    report: Callable[[int, list[float]], None] | None,
+) -> list[list[float]]:
     """Make all steps of a descent, or those that an interrupted run had left; returns the losses of all.
 
     Args:
         state: What descends, with `tensors` and `restore`.
-        one_step: Makes the step of a number, counted from zero, and returns its loss.
+        one_step: Makes the step of a number, counted from zero, and returns the loss of every space.
         options: Steps, and steps between saves.
         pieces: Where the state is saved. None: nowhere.
-        piece: Name of the saved state: what learns, "-" and the space.
-        report: Called with (step, loss) after every step.
+        piece: Name of the saved state, which the first space is added to.
+        spaces: What is learned.
+        report: Called with (step, losses) after every step.
 
     Raises:
         LearningError: A loss is not finite.
     """
-    losses: list[float] = []
+    losses: list[list[float]] = []
+    piece = f"{piece}-{spaces[0]}"
     if pieces and (saved := pieces.load(piece)) is not None:
         losses = saved[1]["losses"]
         state.restore(saved[0], len(losses))
     for step in range(len(losses), options.steps):
-        loss = one_step(step)
-        if not math.isfinite(loss):
-            raise LearningError(
-                f"the loss of {piece.partition('-')[2]} is {loss}: its activations are not finite, or the steps are "
-                "too long. Lower the learning rate"
-            )
-        losses.append(float(f"{loss:.6g}"))
+        found = one_step(step)
+        for space, loss in zip(spaces, found, strict=True):
+            if not math.isfinite(loss):
+                raise LearningError(
+                    f"the loss of {space} is {loss}: its activations are not finite, or the steps are too long. Lower "
+                    "the learning rate"
+                )
+        losses.append([float(f"{loss:.6g}") for loss in found])
         if pieces and ((step + 1) % options.save_every == 0 or step + 1 == options.steps):
             pieces.save(piece, state.tensors(), {"losses": losses})
         if report:
-            report(step + 1, loss)
+            report(step + 1, found)
     return losses
 
 
@@ -217,25 +275,17 @@ def rounding_errors(sites: Sequence[ActivationSite], rotations: Mapping[str, Tra
 
 
 def _rotated(x: Tensor, r: Tensor) -> Tensor:
-    """Rows x, (rows, width), rotated by r, (n, n), in blocks of n."""
-    return (x.unflatten(-1, (-1, len(r))) @ r).flatten(-2)
+    """Rows x, (spaces, rows, width), rotated by r, (spaces, n, n), in blocks of n."""
+    return (x.unflatten(-1, (-1, r.shape[-1])) @ r.unsqueeze(1)).flatten(-2)
 
 
-def _loss(
-    sites: Sequence[ActivationSite],
-    r: Tensor,
-    options: LocalOptions,
-    generator: torch.Generator,
-    weights: Mapping[str, Tensor],
-) -> Tensor:
-    """Mean over sites, weighted by their shares, of the weighted mean of the objective over a batch of rows."""
-    total = torch.zeros((), dtype=r.dtype, device=r.device)
-    for site in sites:
-        chosen = torch.randperm(len(site.rows), generator=generator)[: options.batch]
-        x, w = site.rows[chosen].to(r.device), weights[site.name][chosen].to(r.device)
-        losses = row_loss(_rotated(x, r), site.quantizer, options.objective)
-        total = total + site.share * (losses * w).sum() / w.sum()
-    return total / len(sites)
+def _losses(rows: _Rows, r: Tensor, options: LocalOptions, generator: torch.Generator) -> Tensor:
+    """Mean over sites, weighted by their shares, of the weighted mean of the objective over a batch, (spaces,)."""
+    total = torch.zeros(len(r), dtype=r.dtype, device=r.device)
+    for share, (quantizer, x, w) in zip(rows.shares, rows.drawn(options.batch, generator), strict=True):
+        losses = row_loss(_rotated(x, r), quantizer, options.objective)
+        total = total + share * (losses * w).sum(-1) / w.sum(-1)
+    return total / len(rows.shares)
 
 
 class _Cayley:
@@ -249,16 +299,14 @@ class _Cayley:
     def rotation(self) -> Tensor:
         return self.descent.matrices["r"]
 
-    def step(
-        self, sites: Sequence[ActivationSite], weights: Mapping[str, Tensor], number: int, generator: torch.Generator
-    ) -> float:
+    def step(self, rows: _Rows, number: int, generator: torch.Generator) -> Tensor:
         r = self.rotation()
         leaf = r.clone().requires_grad_()
-        loss = _loss(sites, leaf, self.options, generator, weights)
-        (gradient,) = torch.autograd.grad(loss, leaf)
+        losses = _losses(rows, leaf, self.options, generator)
+        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
         # R becomes R (I - A), so the loss changes by <A, -R^T dL/dR>.
-        self.descent.step({"r": -r.T @ gradient}, self.options.lr * cosine(number, self.options.steps))
-        return float(loss.detach())
+        self.descent.step({"r": -r.mT @ gradient}, self.options.lr * cosine(number, self.options.steps))
+        return losses.detach()
 
 
 class _QR:
@@ -267,7 +315,7 @@ class _QR:
     def __init__(self, start: Tensor, options: LocalOptions, centred: bool):
         self.options = options
         self.z, self.velocity = start.clone(), torch.zeros_like(start)
-        self.first = torch.zeros(())
+        self.first = torch.ones(len(start))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"z": self.z, "velocity": self.velocity, "first": self.first}
@@ -278,19 +326,17 @@ class _QR:
 
     def rotation(self, z: Tensor | None = None) -> Tensor:
         q, triangle = torch.linalg.qr(self.z if z is None else z)
-        return q * triangle.diagonal().sign()
+        return q * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
 
-    def step(
-        self, sites: Sequence[ActivationSite], weights: Mapping[str, Tensor], number: int, generator: torch.Generator
-    ) -> float:
+    def step(self, rows: _Rows, number: int, generator: torch.Generator) -> Tensor:
         z = self.z.clone().requires_grad_()
-        loss = _loss(sites, self.rotation(z), self.options, generator, weights)
+        losses = _losses(rows, self.rotation(z), self.options, generator)
         if number == 0:
-            self.first = loss.detach().cpu()
-        (gradient,) = torch.autograd.grad(loss / self.first.to(loss.device), z)
+            self.first = losses.detach().cpu()
+        (gradient,) = torch.autograd.grad((losses / self.first.to(losses.device)).sum(), z)
         self.velocity.mul_(0.9).add_(gradient)
         self.z.sub_(self.velocity, alpha=self.options.lr * cosine(number, self.options.steps))
-        return float(loss.detach())
+        return losses.detach()
 
 
 class _Procrustes:
@@ -309,20 +355,19 @@ class _Procrustes:
         return self.r
 
     @torch.no_grad()
-    def step(
-        self, sites: Sequence[ActivationSite], weights: Mapping[str, Tensor], number: int, generator: torch.Generator
-    ) -> float:
-        r, product, total = self.r, torch.zeros_like(self.r), 0.0
-        for site in sites:
-            x = site.rows.to(r.device)
-            z = _rotated(x, r)
-            rounded = fake_quantize(z, site.quantizer)
-            share = site.share * weights[site.name].to(r.device) / weights[site.name].sum()
-            w = (share / x.square().sum(-1).clamp(min=1e-30)).unsqueeze(-1)
-            product += (x * w).reshape(-1, len(r)).T @ rounded.reshape(-1, len(r))
-            total += float(((rounded - z).square() * w).sum())
+    def step(self, rows: _Rows, number: int, generator: torch.Generator) -> Tensor:
+        product, total, order = torch.zeros_like(self.r), torch.zeros(len(self.r)), self.r.shape[-1]
+        for quantizer, held, weights, shares in zip(rows.quantizers, rows.rows, rows.weights, rows.shares, strict=True):
+            for space, r in enumerate(self.r):  # all rows count, so that one space fills the processor
+                x = held[space].to(r.device)
+                z = _rotated(x.unsqueeze(0), r.unsqueeze(0)).squeeze(0)
+                rounded = fake_quantize(z, quantizer)
+                share = shares[space] * weights[space] / weights[space].sum()
+                w = (share / x.square().sum(-1).clamp(min=1e-30)).unsqueeze(-1)
+                product[space] += (x * w).reshape(-1, order).T @ rounded.reshape(-1, order)
+                total[space] += ((rounded - z).square() * w).sum().cpu()
         self.r = nearest_orthogonal(product)
-        return total / len(sites)
+        return total / len(rows.shares)
 
 
 def cosine(step: int, steps: int) -> float:
@@ -330,7 +375,7 @@ def cosine(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-# Made from the initial rotation, the options, and whether the mean has to be preserved.
+# Made from the initial rotations, (spaces, n, n), the options, and whether the mean has to be preserved.
 _SOLVERS: dict[str, Callable[[Tensor, LocalOptions, bool], Any]] = {
     "cayley": _Cayley,
     "qr": _QR,

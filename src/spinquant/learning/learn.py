@@ -143,7 +143,7 @@ def learn(
         run = Run(model, plan, scheme, learning, spec, names, tokens, options, candidates, pieces, watch, allowed)
         run.score_baselines(allowed.baselines(random), given)
         if options.method not in ("random", CLOSED_FORM):
-            candidates.set_aside(["keys"] if run.keeps_scales else ["keys", "norms"])
+            candidates.set_aside([] if run.keeps_scales else ["norms"])
         if options.transforming and allowed.closed_form(FIRST):
             transform_in_closed_form(run, CLOSED_FORM, KINDS if options.method == CLOSED_FORM else FIRST)
         initial, sites = run.draw_signs()

@@ -12,7 +12,7 @@ from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.learning.activations import ActivationSite, collect
 from spinquant.learning.auto import Allowed
 from spinquant.learning.end_to_end import FROM_LOCAL, Step, learn_end_to_end
-from spinquant.learning.free_transforms import composed, kind_of, parted
+from spinquant.learning.free_transforms import Kind, composed, kind_of, parted
 from spinquant.learning.joint_sites import JointSite, collect_jointly
 from spinquant.learning.joint_steps import joint_spaces, learn_together
 from spinquant.learning.layerwise import learn_locally, rounding_errors
@@ -95,6 +95,14 @@ class Run:
         alone = self.asks_local and any(self.plan.space[space].rotation == "R1" for space in self.names)
         return bool(self.joint_spaces) or not alone
 
+    @property
+    def keys(self) -> dict[str, Transform]:
+        """The transforms of keys of the leader, which come before R3, by space."""
+        return self._free_of("keys")
+
+    def _free_of(self, kind: Kind) -> dict[str, Transform]:
+        return {name: found for name, found in self.candidates.free.items() if kind_of(self.plan.space[name]) == kind}
+
     def score_baselines(self, random: Mapping[str, Mapping[str, Transform]], given: Mapping[str, Transform]) -> None:
         """Score the random rotations, and the initial ones if there are any; learning starts from the best."""
         with self.timed("baselines"):
@@ -141,7 +149,7 @@ class Run:
                 initial,
                 local,
                 centred=[space for space in self.names if self.plan.space[space].centred],
-                report=lambda space, step, loss: self.watch.stage(f"learn {space}", step, local.steps),
+                report=lambda space, step, losses: self.watch.stage(f"learn {space}", step, local.steps),
                 **common,
             )
             if joint:
@@ -175,7 +183,7 @@ class Run:
         name = "end-to-end" if alone else "local+end-to-end"
         if candidates.leader == "local" or self.start == "given":
             through = replace(through, lr=FROM_LOCAL) if through.lr is None else through
-        norms = {name: t for name, t in candidates.free.items() if kind_of(self.plan.space[name]) == "norms"}
+        norms = self._free_of("norms")
         initial = candidates.leading.rotations
         taken = replace(through, lr=through.length)
         self.record["options"] = replace(options, end_to_end=taken).to_dict()
@@ -188,6 +196,7 @@ class Run:
                 self.scheme,
                 self.tokens,
                 through,
+                keys=self.keys,
                 seed=options.seed,
                 pieces=self.pieces,
                 report=lambda step: self.watch.step(name, step, through.steps),
@@ -195,7 +204,7 @@ class Run:
         self.score(name, {space: found[space] for space in initial}, {space: found[space] for space in norms})
         if not options.shard:  # capturing activations runs block by block, which a sharded model does not support
             with self.timed("judging"):
-                rows = error_rows(self.model, self.plan, self.names, self.learning, self.tokens, options)
+                rows = error_rows(self.model, self.plan, self.names, self.learning, self.tokens, options, self.keys)
                 before = candidates.candidates[self.start].rotations
                 self.record["errors"] = {"before": rounding_errors(rows, before), "after": rounding_errors(rows, found)}
 
@@ -224,6 +233,7 @@ class Run:
         spaces = sampled_spaces(self.plan, self.names, self.options, self.spec)
         tokens = self.tokens[: row_samples(local)]
         how: dict[str, Any] = {"rows": local.rows, "generator": generator_for(self.options.seed, "rows")}
+        how["keys"] = self.keys
         how["progress"] = lambda *n: self.watch.stage("capture activations", *n)
         if local.weighting != "fisher":
             return collect(self.model, self.plan, spaces, self.learning, tokens, **how)

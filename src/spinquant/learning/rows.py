@@ -25,11 +25,21 @@ def row_samples(local: LocalOptions) -> int:
 
 
 def error_rows(
-    model: Any, plan: Plan, names: Mapping[str, str], scheme: Scheme, tokens: Tensor, options: LearnOptions
+    model: Any,
+    plan: Plan,
+    names: Mapping[str, str],
+    scheme: Scheme,
+    tokens: Tensor,
+    options: LearnOptions,
+    keys: Mapping[str, Transform],
 ) -> list[ActivationSite]:
-    """A few rows of every learned space, to measure rounding errors before and after learning."""
+    """A few rows of every learned space, to measure rounding errors before and after learning.
+
+    keys: transforms that come before R3, by space.
+    """
     generator = generator_for(options.seed, "seen")
-    return collect(model, plan, list(names), scheme, tokens[:ERROR_SAMPLES], rows=ERROR_ROWS, generator=generator)
+    some = tokens[:ERROR_SAMPLES]
+    return collect(model, plan, list(names), scheme, some, rows=ERROR_ROWS, generator=generator, keys=keys)
 
 
 def sampled_spaces(plan: Plan, names: Mapping[str, str], options: LearnOptions, spec: RotationSpec) -> list[str]:

@@ -50,6 +50,7 @@ def collect_by_weight(
     checkpointing: bool = False,
     slopes: Collection[str] = (),
     observers: Mapping[str, Callable[[Tensor], None]] | None = None,
+    keys: Mapping[str, Transform] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ActivationSite]:
     """Sample about `rows` rows of every site in the given spaces, with probability proportional to their weight.
@@ -65,6 +66,7 @@ def collect_by_weight(
         checkpointing: Gradient checkpointing of the decoder blocks.
         slopes: Those of the spaces of whose rows the gradients are kept too.
         observers: Further observers of activations, by the linear that reads them; none at a sampled site.
+        keys: Transforms that come before R3, by space. Keys are sampled after them. Default: none.
         progress: Called with (samples done, samples in all).
 
     Returns:
@@ -83,7 +85,7 @@ def collect_by_weight(
             attachment.inputs[name].watch = observer
 
     how: dict[str, Any] = {"generator": generator, "checkpointing": checkpointing, "progress": progress}
-    backward_own_predictions(model, plan, scheme, tokens, observe, **how)
+    backward_own_predictions(model, plan, scheme, tokens, observe, keys=keys, **how)
     share = {name: 0.5 * weight / tokens.numel() for name, weight in sampling.weight.items()}
     return [
         ActivationSite(
@@ -109,6 +111,7 @@ def backward_own_predictions(
     *,
     generator: torch.Generator,
     checkpointing: bool,
+    keys: Mapping[str, Transform] | None = None,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Backpropagate log p(y), y sampled from the model's own predictions, so that observers see activation gradients.
@@ -123,9 +126,10 @@ def backward_own_predictions(
         observe: Called once, to set the observers (`watch`) of the sites.
         generator: Of the labels y.
         checkpointing: Gradient checkpointing of the decoder blocks.
+        keys: Transforms that keys have, by space, and queries the dual ones. Default: none.
         progress: Called with (samples done, samples in all).
     """
-    attachment = attach(model, plan, {}, scheme, around=True)
+    attachment = attach(model, plan, keys or {}, scheme)
     try:
         observe(attachment)
         with attachment.exact(), _input_gradients_only(model), checkpointed(model, plan, checkpointing):

@@ -285,7 +285,7 @@ class Kronecker:
 
 
 def nearest_orthogonal(square: Tensor) -> Tensor:
-    """The orthogonal matrix nearest to a square one (orthogonal Procrustes): U V^T of its SVD."""
+    """The orthogonal matrix nearest to a square one, (.., n, n) (orthogonal Procrustes): U V^T of its SVD."""
     u, _, v = torch.linalg.svd(square)
     return u @ v
 
