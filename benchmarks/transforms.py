@@ -58,8 +58,8 @@ class Row:
     transforms of `flatquant.py`, from 128 samples, whose other settings are those of its paper. transforms: those in
     closed form, before rotations are learned; None for the default of the method. start: the row whose result learning
     starts from. rotations: those of them that the model's architecture allows are used. learned: those that are
-    learned; None for the default. local, end_to_end: options of `LocalOptions` and `EndToEndOptions` that are not the
-    defaults.
+    learned; None for the default. rounding: how weights will be rounded; None for the default. local, end_to_end:
+    options of `LocalOptions` and `EndToEndOptions` that are not the defaults.
     """
 
     method: str | None
@@ -67,6 +67,7 @@ class Row:
     start: str | None = None
     rotations: str = "R1,R2,R3,R4"
     learned: tuple[str, ...] | None = None
+    rounding: str | None = None
     local: Mapping[str, Any] = field(default_factory=dict)
     end_to_end: Mapping[str, Any] = field(default_factory=dict)
 
@@ -76,11 +77,13 @@ ROWS = {
     "hadamard": Row(None),
     RANDOM: Row("random", transforms=False),
     "closed-form": Row("closed-form"),
+    "closed-form-rtn": Row("closed-form", rounding="rtn"),
     "online-random": Row("random", transforms=False, rotations=ONLINE),
     "online-closed-form": Row("closed-form", rotations=ONLINE),
     "scales-values": Row("random", transforms=True),
     "local-no-transforms": Row("local", transforms=False),
     "local": Row("local"),
+    "local-rtn": Row("local", rounding="rtn"),
     "local-R1-R2": Row("local", rotations="R1,R2"),
     "end-to-end-no-transforms": Row("end-to-end", transforms=False),
     "end-to-end": Row("end-to-end"),
@@ -117,6 +120,7 @@ def learn(job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
         row.method,  # pyright: ignore[reportArgumentType]
         rotations=row.learned and tuple(name for name in row.learned if name in rotations),
         baselines=baselines,
+        rounding=row.rounding,  # pyright: ignore[reportArgumentType]
         transforms=row.transforms,
         seed=seed,
         local=LocalOptions(**row.local),
@@ -389,9 +393,10 @@ def main() -> None:
     settings = {"model": Path(folder).name, **{name: getattr(arguments, name) for name in SETTINGS}}
     figures = Figures(arguments.out / "figures.jsonl", settings)
     units = [Unit(None, 0, "", folder, arguments)]
-    for scheme in arguments.schemes:  # those that others start from come first
-        for row in sorted(arguments.rows, key=lambda name: (name != RANDOM, bool(ROWS[name].start))):
-            units += [Unit(row, seed, scheme, folder, arguments) for seed in range(arguments.seeds)]
+    rows = sorted(arguments.rows, key=lambda name: (name != RANDOM, bool(ROWS[name].start)))  # first what others need
+    for scheme in arguments.schemes:
+        for seed in range(arguments.seeds):
+            units += [Unit(row, seed, scheme, folder, arguments) for row in rows]
     pool = Pool(figures, __file__, jobs=arguments.jobs, minutes=arguments.minutes)
     pool.run(units)
     if EXACT in figures.found:

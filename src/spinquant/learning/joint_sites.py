@@ -1,9 +1,9 @@
 """Capture what R1 and the scales of norms are learned from: rows x, their gradients g, and rows w of weights.
 
 A quantizer of the residual stream costs 1/2 ||g||^2 ||e||^2 / n for the error e of a row (`sensitivity.py`), and the
-linears that read it cost 1/2 h ||e||^2 / n for the error e of a row w of their weights, with h = sum over tokens of
-||x||^2 times the squared gradient at the output of that row. Both are drawn in proportion to their cost at a relative
-error of one, and have unit length; the total cost of all rows of a site is stored with it.
+linears that read it cost 1/2 h ||e||^2 / n for the error e of a row w of their weights, with h = sum over samples of
+||m||^2 and m the gradient of that row, since all tokens of a sample meet the same error. Both are drawn in proportion
+to their cost at a relative error of one, and have unit length; the total cost of all rows of a site is stored with it.
 """
 
 from collections.abc import Sequence
@@ -33,8 +33,8 @@ class JointSite:
     Attributes:
         site: The rows with their gradients, in the order of the samples that they come from.
         w: Rows of weights of unit length, float32 (rows, width); None if weights are not quantized.
-        weight_share: KL per token, in nats, that a relative error of one of these weights would cost. All of it
-            counts, whatever GPTQ leaves: the figures in `docs/experiments/learning.md` were measured so.
+        weight_share: KL per token, in nats, that a relative error of one of these weights would cost, and as much of
+            it as the way to round them leaves (`weights_share`).
     """
 
     site: ActivationSite
@@ -60,16 +60,17 @@ class JointSite:
 
 @dataclass
 class _OutputGradients:
-    """h of every linear: sums over tokens of ||x||^2 times the squared gradients at its outputs."""
+    """h of every linear: sums over samples of the squared length of the gradient of each row of its weight."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
 
     def watch(self, name: str, x: Tensor, output: Tensor) -> None:
         """Observe a call of a linear."""
-        energy = x.detach().flatten(0, -2).float().square().sum(-1)
+        rows = x.detach().flatten(0, -2)
 
         def add(gradient: Tensor) -> None:
-            new = wide(energy @ gradient.detach().flatten(0, -2).float().square())
+            slopes = gradient.detach().flatten(0, -2)
+            new = wide((slopes.float().T @ rows.float()).square().sum(-1))
             self.sums[name] = self.sums[name] + new if name in self.sums else new
 
         output.register_hook(add)
@@ -95,6 +96,7 @@ def collect_jointly(
     *,
     seed: int,
     weights: Quantizer | None,
+    share: float = 1.0,
     **how: Any,
 ) -> tuple[list[ActivationSite], dict[str, list[JointSite]]]:
     """Sample rows of every site in some spaces (`collect_by_weight`), and what is learned together in some of them.
@@ -108,6 +110,7 @@ def collect_jointly(
         tokens: Calibration tokens, int64 (samples, length).
         seed: Of the rows of weights.
         weights: How the weights are quantized that read the residual stream; None if they are not.
+        share: Part of the error of rounded weights that counts (`weights_share`). Default: all of it.
         how: Rows, generator and other options of `collect_by_weight`.
 
     Returns:
@@ -125,6 +128,7 @@ def collect_jointly(
             w, cost = None, 0.0
             if weights is not None:
                 w, cost = _weight_rows(model, plan, site, outputs, tokens.numel(), seed)
+                cost *= share
             found[site.space].append(JointSite(site, w, cost))
     return sites, found
 

@@ -17,7 +17,7 @@ from spinquant.learning.joint_sites import JointSite, collect_jointly
 from spinquant.learning.joint_steps import joint_spaces, learn_together
 from spinquant.learning.layerwise import learn_locally, rounding_errors
 from spinquant.learning.learned import spec_of
-from spinquant.learning.options import LearnOptions, Watch, learns_scales
+from spinquant.learning.options import LearnOptions, Watch, learns_scales, weights_share
 from spinquant.learning.rows import error_rows, row_samples, sampled_spaces, with_signs
 from spinquant.learning.scoring import Candidate, Score
 from spinquant.learning.selection import Selection
@@ -245,6 +245,7 @@ class Run:
             self.learning,
             tokens,
             weights=self.scheme.weights,
+            share=weights_share(self.options),
             seed=self.options.seed,
             checkpointing=self.options.checkpointing,
             **how,
