@@ -144,15 +144,16 @@ def learn(
         run.score_baselines(allowed.baselines(random), given)
         if options.method not in ("random", CLOSED_FORM):
             candidates.set_aside([] if run.keeps_scales else ["norms"])
-        if options.transforming and allowed.closed_form(FIRST):
-            transform_in_closed_form(run, CLOSED_FORM, KINDS if options.method == CLOSED_FORM else FIRST)
+        kinds = FIRST if run.learns_r1 else KINDS
+        if options.transforming and allowed.closed_form(kinds):
+            transform_in_closed_form(run, CLOSED_FORM, kinds)
         initial, sites = run.draw_signs()
         if run.is_local:
             assert sites is not None
             run.learn_layerwise(initial, sites)
         if run.is_end_to_end:
             run.learn_end_to_end()
-        if options.transforming and options.method != CLOSED_FORM and allowed.closed_form(REST):
+        if options.transforming and run.learns_r1 and allowed.closed_form(REST):
             transform_in_closed_form(run, AFTER, REST)
         return run.result()
 

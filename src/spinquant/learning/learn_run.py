@@ -82,6 +82,12 @@ class Run:
         return asked and allowed.end_to_end(self.options.end_to_end) is not None
 
     @property
+    def learns_r1(self) -> bool:
+        """Whether R1 is learned, which the scales of norms belong to the coordinates of."""
+        learning = self.options.method not in ("random", CLOSED_FORM)
+        return learning and any(self.plan.space[space].rotation == "R1" for space in self.names)
+
+    @property
     def joint_spaces(self) -> list[str]:
         """The spaces whose rotation local learning learns together with the scales of norms."""
         if not (learns_scales(self.options) and self.asks_local):
@@ -92,8 +98,7 @@ class Run:
     @property
     def keeps_scales(self) -> bool:
         """Whether scales of norms still fit after learning: R1 is learned with them, or not on captured activations."""
-        alone = self.asks_local and any(self.plan.space[space].rotation == "R1" for space in self.names)
-        return bool(self.joint_spaces) or not alone
+        return bool(self.joint_spaces) or not (self.asks_local and self.learns_r1)
 
     @property
     def keys(self) -> dict[str, Transform]:
