@@ -89,6 +89,9 @@ class Budget:
         each: Callable[[], float],
         fixed: Callable[[], float],
         least_fixed: Callable[[], float] = lambda: 0.0,
+        *,
+        share: float = 1.0,
+        unit: str = "steps",
     ) -> int:
         """The number of steps that end in time: at most `wanted`; 0 if fewer than `least` do.
 
@@ -99,11 +102,13 @@ class Budget:
             each: estimates the seconds of a step.
             fixed: estimates the seconds of everything else, such as scoring the result.
             least_fixed: the same, without what has to be measured first.
+            share: part of the whole budget that they may take.
+            unit: what is counted, as it is named to the user.
         """
         if self.seconds is None:
             return wanted
         if what not in self.decided:
-            left, found, why = self.left, 0, "left out: no time was left"
+            left, found, why = min(self.left, share * self.seconds), 0, "left out: no time was left"
             rest = MARGIN * least_fixed() if _agreed(int(left > 0)) else math.inf  # measuring takes time, too
             if rest < math.inf:
                 why = f"left out: it takes about {duration(rest)} or more, and {duration(left)} were left"
@@ -113,7 +118,8 @@ class Budget:
                 found = _agreed(0 if need > left or most < least else min(wanted, most))
                 why = f"left out: it takes about {duration(need + least * step)}, and {duration(left)} were left"
             if found < wanted:
-                self.left_out[what] = why if not found else f"{found} of {wanted} steps: {duration(left)} were left"
+                cut = f"{found} of {wanted} {unit}: {duration(left)} were left"
+                self.left_out[what] = cut if found else why
             self.decided[what] = found
             self._save()
         return self.decided[what]

@@ -25,7 +25,7 @@ from torch import Tensor
 from spinquant.calibration.sequential import Home
 from spinquant.checkpoint.run_pieces import Pieces
 from spinquant.errors import LearningError
-from spinquant.learning.closed_form_steps import MOMENT_SAMPLES
+from spinquant.learning.closed_form_steps import moment_samples
 from spinquant.learning.fake_quant import learning_scheme
 from spinquant.learning.free_transforms import KINDS, closed_form_transforms, free_spaces, kind_of
 from spinquant.learning.learn import CLIP_WINDOWS, baselines_of
@@ -236,7 +236,7 @@ class _Run:
                 self.plan,
                 sites_of(self.plan, spaces, scheme, rotations),
                 scheme,
-                self.tokens[:MOMENT_SAMPLES],
+                moment_samples(self.tokens),
                 self.pieces,
                 generator=generator_for(self.options.seed, "moments"),
                 share=weights_share(self.options),

@@ -23,19 +23,21 @@ from spinquant.compute.distributed import is_first
 from spinquant.compute.hashing import digest
 from spinquant.errors import LearningError
 from spinquant.learning import budget
-from spinquant.learning.auto import Allowed
+from spinquant.learning.auto import REST, Allowed
 from spinquant.learning.budget import Budget
-from spinquant.learning.closed_form_steps import (
-    FIRST,
-    MOMENT_SAMPLES,
-    REST,
-    transform_in_closed_form,
-)
+from spinquant.learning.closed_form_steps import MOMENT_SAMPLES, transform_in_closed_form
 from spinquant.learning.fake_quant import fuse_gains, learning_scheme, shard_blocks
 from spinquant.learning.free_transforms import KINDS
 from spinquant.learning.learn_run import AFTER, CLOSED_FORM, Run
 from spinquant.learning.learned import initial_rotations
-from spinquant.learning.options import LearnOptions, Watch, check_used, learned_spaces, weights_share
+from spinquant.learning.options import (
+    LearnOptions,
+    Watch,
+    check_used,
+    learned_spaces,
+    learns_r1,
+    weights_share,
+)
 from spinquant.learning.rows import row_samples
 from spinquant.learning.selection import Selection
 from spinquant.learning.step_times import StepTimes
@@ -137,24 +139,25 @@ def learn(
     judged, share = learning_scheme(scheme, weights=not options.shard), weights_share(options)
     with in_eval_mode(model):
         candidates = Selection(model, plan, judged, tokens[:CLIP_WINDOWS], held_out, watch.stage, pieces, share=share)
-        first, samples = next(iter(random.values())), (MOMENT_SAMPLES, row_samples(options.local))
-        times = StepTimes(model, plan, scheme, learning, first, names, tokens, candidates, options, samples)
-        allowed = Allowed(limit, times, REST if options.transforming else ())
+        first, counts = next(iter(random.values())), (MOMENT_SAMPLES, row_samples(options.local))
+        times = StepTimes(model, plan, scheme, learning, first, names, tokens, candidates, options, counts)
+        allowed = Allowed(limit, times, REST if options.transforming and learns_r1(plan, names, options) else ())
         run = Run(model, plan, scheme, learning, spec, names, tokens, options, candidates, pieces, watch, allowed)
         run.score_baselines(allowed.baselines(random), given)
         if options.method not in ("random", CLOSED_FORM):
             candidates.set_aside([] if run.keeps_scales else ["norms"])
-        kinds = FIRST if run.learns_r1 else KINDS
-        if options.transforming and allowed.closed_form(kinds):
-            transform_in_closed_form(run, CLOSED_FORM, kinds)
+        kinds = allowed.first_kinds() if run.learns_r1 else KINDS
+        if options.transforming and (samples := allowed.closed_form(kinds)):
+            transform_in_closed_form(run, CLOSED_FORM, kinds, samples)
         initial, sites = run.draw_signs()
         if run.is_local:
             assert sites is not None
             run.learn_layerwise(initial, sites)
         if run.is_end_to_end:
             run.learn_end_to_end()
-        if options.transforming and run.learns_r1 and allowed.closed_form(REST):
-            transform_in_closed_form(run, AFTER, REST)
+        after = options.transforming and run.learns_r1 and not allowed.is_over
+        if after and (samples := allowed.closed_form(REST)):
+            transform_in_closed_form(run, AFTER, REST, samples)
         return run.result()
 
 

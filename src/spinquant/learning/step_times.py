@@ -4,7 +4,7 @@ The first pass of each kind is measured when it is asked for, and discarded.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,7 @@ from spinquant.learning.options import LearnOptions, learns_scales
 from spinquant.learning.scoring import Candidate, Exact, Rounded, observed
 from spinquant.learning.selection import FIRST_WINDOWS, Selection
 from spinquant.learning.sensitivity import backward_own_predictions
+from spinquant.learning.weight_moments import collect_weight_moments
 from spinquant.models.capture import device_of
 from spinquant.plan import Plan
 from spinquant.quantization.scheme import Scheme
@@ -46,7 +47,7 @@ class StepTimes:
         tokens: Calibration tokens, int64 (samples, length).
         selection: What candidates are scored with.
         options: Of the run.
-        samples: Number of samples for moments, and to capture rows from.
+        samples: Number of samples for moments, and to capture rows from, without a limit.
     """
 
     model: Any
@@ -59,6 +60,7 @@ class StepTimes:
     selection: Selection
     options: LearnOptions
     samples: tuple[int, int]
+    _passes: dict[tuple[str, ...], tuple[float, float]] = field(default_factory=dict)
 
     @cached_property
     def window(self) -> float:
@@ -88,12 +90,33 @@ class StepTimes:
         args = self.model, self.plan, self.learning, self.tokens[:1], lambda attachment: None
         return self._measured(lambda: backward_own_predictions(*args, progress=None, **self._backward_options))
 
-    def _moments(self, spaces: Mapping[Kind, Sequence[str]]) -> float:
-        """Of one sample forward and back with the sums of moments."""
-        scheme = learning_scheme(self.scheme, weights=True)
-        sites = sites_of(self.plan, [name for names in spaces.values() for name in names], scheme, self.rotations)
-        args, samples = (self.model, self.plan, sites, scheme, self.tokens[:2]), len(self.tokens[:2])
-        return self._measured(lambda: collect_moments(*args, **self._backward_options)) / samples
+    @property
+    def moment_samples(self) -> int:
+        """Samples that moments are summed over, without a limit."""
+        return min(self.samples[0], len(self.tokens))
+
+    @property
+    def row_samples(self) -> int:
+        """Samples that rows are captured from."""
+        return min(self.samples[1], len(self.tokens))
+
+    def moments(self, spaces: Mapping[Kind, Sequence[str]]) -> float:
+        """Of one sample with the sums of moments."""
+        return self._moments(tuple(name for names in spaces.values() for name in names))[1]
+
+    def _moments(self, spaces: tuple[str, ...]) -> tuple[float, float]:
+        """Of what is done once, after the last sample, and of one sample."""
+        if spaces not in self._passes:
+            scheme, ends = learning_scheme(self.scheme, weights=True), []
+            args = self.model, self.plan, sites_of(self.plan, spaces, scheme, self.rotations), scheme, self.tokens[:1]
+            gradients = self.options.moments == "gradients"
+            collect = collect_moments if gradients else collect_weight_moments
+            how: dict[str, Any] = dict(self._backward_options) if gradients else {}
+            how["progress"] = lambda done, total: ends.append(budget.clock())
+            whole = self._measured(lambda: collect(*args, **how))
+            once = min(budget.clock() - ends[-1], whole)
+            self._passes[spaces] = FOLDS * once, whole - once  # one sample is in one fold
+        return self._passes[spaces]
 
     @property
     def _backward_options(self) -> dict[str, Any]:
@@ -118,23 +141,21 @@ class StepTimes:
         clips = len(self.selection.clip_windows) * (2 * parts + 1)  # a ratio and its two neighbours, for each part
         return self.weights + (len(self.selection.held_out) + clips) * self.window
 
-    def closed_form(self, spaces: Mapping[Kind, Sequence[str]]) -> float:
-        """Of computing transforms, and trying one kind after another. spaces: by kind."""
+    def closed_form(self, spaces: Mapping[Kind, Sequence[str]], samples: int) -> float:
+        """Of computing transforms from some samples, and trying one kind after another. spaces: by kind."""
         if not spaces:
             return 0.0
-        a_pass = self._moments(spaces) if self.options.moments == "gradients" else self.window
-        passes = min(self.samples[0], len(self.tokens)) * a_pass
+        once, each = self._moments(tuple(name for names in spaces.values() for name in names))
         # Kinds may be tried twice; most are not.
-        return passes + self._solving(spaces) + (len(spaces) + 1) * self.scoring + self.judging()
+        return once + samples * each + self._solving(spaces) + (len(spaces) + 1) * self.scoring + self.judging()
 
-    def least_closed_form(self) -> float:
+    def least_closed_form(self, samples: int) -> float:
         """The same at least, from the time of a window: gradients take longer than a pass forward."""
-        return min(self.samples[0], len(self.tokens)) * self.window + self.judging()
+        return samples * self.window + self.judging()
 
     def capturing(self) -> float:
         """Of capturing the rows that local learning needs."""
-        a_pass = self.backward if self.options.local.weighting == "fisher" else self.window
-        return min(self.samples[1], len(self.tokens)) * a_pass
+        return self.row_samples * (self.backward if self.options.local.weighting == "fisher" else self.window)
 
     @property
     def local_step(self) -> float:
