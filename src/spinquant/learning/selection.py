@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from spinquant.checkpoint.run_pieces import Pieces
@@ -26,6 +25,7 @@ from spinquant.learning.scoring import (
     Observed,
     Rounded,
     Score,
+    decides_alone,
     exact_score,
     observe,
     with_clips,
@@ -48,7 +48,7 @@ def rounds(windows: int) -> list[int]:
 
     Under torch.distributed all are seen at once: every process has to decide alike.
     """
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if not decides_alone():
         return [windows]
     found = [min(FIRST_WINDOWS, windows)]
     while found[-1] < windows:
@@ -242,16 +242,19 @@ class Selection:
         seen = {name: self._seen(name, candidate) for name, candidate in candidates.items()}
         left = list(candidates)
         best, progress = left[0], _Progress(self.stage, list(candidates), seen, len(self.held_out), halving)
-        for count in rounds(len(self.held_out)):
-            self._observe({name: candidates[name] for name in left}, seen, count, progress)
-            order = sorted(left, key=lambda name: seen[name].score(count).kl)  # of equals the first stays first
-            best, most = order[0], math.ceil(len(left) / 2) if halving else len(left)
-            # What is behind one that drops out drops out, too: all that is left is better than all that is not.
-            left = list(takewhile(lambda name, best=best: seen[name].beyond(seen[best]) < CLEAR, order[:most]))
-            if len(left) == 1:
-                break
-        if known is None:
-            self._observe({best: candidates[best]}, seen, len(self.held_out), progress)
+        try:
+            for count in rounds(len(self.held_out)):
+                self._observe({name: candidates[name] for name in left}, seen, count, progress)
+                order = sorted(left, key=lambda name: seen[name].score(count).kl)  # of equals the first stays first
+                best, most = order[0], math.ceil(len(left) / 2) if halving else len(left)
+                # What is behind one that drops out drops out, too: all that is left is better than all that is not.
+                left = list(takewhile(lambda name, best=best: seen[name].beyond(seen[best]) < CLEAR, order[:most]))
+                if len(left) == 1:
+                    break
+            if known is None:
+                self._observe({best: candidates[best]}, seen, len(self.held_out), progress)
+        finally:
+            self.rounded.close()
         progress.end()
         base = seen[best].score() if known is None else _moved(known, seen[next(iter(candidates))], seen[best])
         return {name: base if name == best else _moved(base, seen[best], seen[name]) for name in candidates}
@@ -259,20 +262,17 @@ class Selection:
     def _observe(
         self, candidates: Mapping[str, Candidate], seen: Mapping[str, Observed], count: int, progress: "_Progress"
     ) -> None:
-        """Score candidates on the first windows, `count` in all."""
+        """Score candidates on the first windows, `count` in all. The model stays rounded (`Rounded.close`)."""
         exact = self.exact["held-out"]
-        try:
-            while missing := range(min(len(seen[name]) for name in candidates), count):
-                held = self.rounded.hold(exact, missing)
-                for name, candidate in candidates.items():
-                    wanted = [number for number in held if number >= len(seen[name])]
-                    for number in wanted:
-                        observe(self.rounded, candidate, exact, [number], seen[name])
-                        progress.step()
-                    if wanted:
-                        self._save(name, candidate, seen[name])
-        finally:
-            self.rounded.close()
+        while missing := range(min(len(seen[name]) for name in candidates), count):
+            held = self.rounded.hold(exact, missing)
+            for name, candidate in candidates.items():
+                wanted = [number for number in held if number >= len(seen[name])]
+                for number in wanted:
+                    observe(self.rounded, candidate, exact, [number], seen[name])
+                    progress.step()
+                if wanted:
+                    self._save(name, candidate, seen[name])
 
     def _seen(self, name: str, candidate: Candidate) -> Observed:
         """What was measured of a candidate, in this run or an interrupted one."""
