@@ -9,7 +9,11 @@ from models import random_weights, tiny_model, tokens
 from spinquant import EndToEndOptions, LearningError, LearnOptions, LocalOptions, RotationSpec, learn
 from spinquant.cli.tables import learning_table
 from spinquant.learning import budget
+from spinquant.learning import closed_form_steps as steps
+from spinquant.learning.auto import Allowed
 from spinquant.learning.budget import Budget, duration, parse_duration
+from spinquant.learning.free_transforms import KINDS
+from spinquant.learning.learn_run import Run
 from spinquant.learning.options import Watch
 from spinquant.learning.step_times import StepTimes
 
@@ -20,6 +24,7 @@ OPTIONS = LearnOptions(
     local=LocalOptions(steps=20, rows=64, batch=8),
     end_to_end=EndToEndOptions(steps=12, batch=4, micro_batch=1, lr=0.2),
 )
+MANY = replace(OPTIONS, baselines=9)
 
 
 class Clock:
@@ -46,7 +51,10 @@ def test_more_time_is_used_for_more_and_never_exceeded(monkeypatch):
         about = learned.record["budget"]
         assert about["seconds"] == seconds and about["spent"] <= seconds
         scores = learned.record["scores"]
-        tried.append({"closed form", "local", "end-to-end"} - set(about["left_out"]))
+        missing = set(about["left_out"])
+        if "learning after the closed form" in missing and scores.keys() & {"closed-form"}:
+            missing |= {"local", "end-to-end"}
+        tried.append({"closed form", "local", "end-to-end"} - missing)
         assert learned.kept == min((one for one in scores if one != "16-bit"), key=lambda name: scores[name]["kl"])
         steps = len(learned.record["steps"])
         assert ("local" in scores) == ("local" in tried[-1] or bool(learned.record.get("local_steps")))
@@ -84,6 +92,40 @@ def test_steps_that_are_cut_decay_over_those_that_are_made(monkeypatch):
     made = torch.tensor(lengths[-steps:])
     expected = 0.5 * (1 + torch.cos(torch.pi * torch.arange(steps) / steps))
     torch.testing.assert_close(made / made[0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_random_rotations_take_a_third_of_the_time_at_most(monkeypatch):
+    clock, ends, counts = Clock(monkeypatch), [], []
+    real = Run.score_baselines
+
+    def score_baselines(self, random, given):
+        real(self, random, given)
+        ends.append(clock.now - begun)
+        counts.append(len(random))
+
+    monkeypatch.setattr(Run, "score_baselines", score_baselines)
+    monkeypatch.setattr("spinquant.learning.learn.transform_in_closed_form", lambda *_: None)
+    monkeypatch.setattr(Allowed, "is_over", True)  # nothing else is tried
+    for seconds in (30, 130, 170, 400):
+        begun = clock.now
+        learn(clock.model(), "A4KV4", SPEC, tokens(8, 16), tokens(8, 16, seed=9), replace(MANY, budget=seconds))
+    assert counts[0] == 1 < counts[1] < counts[2] < counts[3] == 9
+    assert all(end <= seconds / 3 for end, seconds in zip(ends[1:], (130, 170, 400), strict=True))
+
+
+def test_a_short_budget_takes_fewer_samples_and_all_transforms_at_once(monkeypatch):
+    clock, samples = Clock(monkeypatch), []
+    real = steps.moment_samples
+    monkeypatch.setattr(steps, "moment_samples", lambda rows, count: samples.append(count) or real(rows, count))
+    short, long = clock.learn(73), clock.learn(2000)
+    count = samples[0]
+    assert 4 <= count < 8 and samples[1:] == [8, 8]
+    assert f"{count} of 8 samples: " in short.record["budget"]["left_out"]["closed form"]
+    assert short.record["budget"]["spent"] <= 73
+    # Those of norms too, since nothing is learned that they depend on; not all kinds have one from so few tokens.
+    assert {"scales", "values", "norms"} <= set(short.record["closed_form"]) <= set(KINDS)
+    assert not short.record["scores"].keys() & {"local", "end-to-end", "closed-form after learning"}
+    assert not long.record["budget"]["left_out"]
 
 
 class Killed(Exception):

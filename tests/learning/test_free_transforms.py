@@ -23,6 +23,8 @@ from spinquant.learning import free_transforms
 from spinquant.learning.activations import collect
 from spinquant.learning.closed_form import Damping, Moments
 from spinquant.learning.end_to_end import FROM_LOCAL, EndToEndOptions, learn_end_to_end
+from spinquant.learning.closed_form_steps import MOMENT_SAMPLES, moment_samples
+from spinquant.learning.end_to_end import FROM_LOCAL, EndToEndOptions
 from spinquant.learning.fake_quant import fuse_gains
 from spinquant.learning.free_transforms import (
     HALF_CONDITION,
@@ -144,6 +146,12 @@ def test_closed_form_is_kept_by_kind_where_it_lowers_kl(rotations):
     fuse_module(original, plan, learned.rotations)
     with attach(original, plan, online_part(plan, learned.rotations)):
         assert close(logits(original, tokens()), expected)
+
+
+def test_samples_for_moments_are_spread_over_all_that_are_given():
+    rows = torch.arange(127)[:, None]
+    assert moment_samples(rows, 4).flatten().tolist() == [0, 42, 84, 126]
+    assert all(len(set(moment_samples(rows[:n]).flatten().tolist())) == min(n, MOMENT_SAMPLES) for n in range(1, 127))
 
 
 @pytest.mark.parametrize("signs", [0, 2])

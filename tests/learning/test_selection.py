@@ -181,6 +181,22 @@ def test_weights_are_rounded_by_their_share():
     assert kl[0.25] == pytest.approx(0.25 * kl[1], rel=0.1)
 
 
+def test_ratios_that_are_clearly_worse_do_not_see_all_windows(monkeypatch):
+    model, plan = prepared()
+    windows, passes = tokens(6, 24, seed=3), []
+    candidate, rounded = Candidate(make_rotations(plan, SPEC)), Rounded(model, plan, SCHEME, 0.2)
+    found, counts = {}, {}
+    handle = model.register_forward_hook(lambda *_: passes.append(1))
+    for clear in (scoring.CLEAR, float("inf")):
+        monkeypatch.setattr(scoring, "CLEAR", clear)
+        passes.clear()
+        found[clear], counts[clear] = with_clips(rounded, candidate, Exact(model, windows)), len(passes)
+    handle.remove()
+    rounded.close()
+    few, many = found
+    assert found[few] == found[many] and counts[few] < counts[many]
+
+
 @pytest.mark.parametrize("scheme", ["A4KV4", "W4A4KV4"])
 def test_the_clip_search_finds_the_minimum_and_starts_from_known_ratios(scheme):
     model, plan = prepared()
