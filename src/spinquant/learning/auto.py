@@ -98,10 +98,14 @@ class Allowed:
         if self.is_over:
             return None
         times = self.times
-        rest = lambda: times.judging() + self._transforms(self.last)  # noqa: E731
-        fixed = lambda: times.capturing() + times.local_rest + rest()  # noqa: E731
+        fixed = lambda: times.capturing() + times.local_rest + self._after()  # noqa: E731
         steps = self.budget.steps(
-            "local", options.steps, min(LEAST_LOCAL, options.steps), lambda: times.local_step, fixed, rest
+            "local",
+            options.steps,
+            min(LEAST_LOCAL, options.steps),
+            lambda: times.local_step,
+            fixed,
+            self._least_after,
         )
         return replace(options, steps=steps) if steps else None
 
@@ -110,15 +114,14 @@ class Allowed:
         if self.is_over:
             return None
         times = self.times
-        rest = lambda: times.judging() + self._transforms(self.last)  # noqa: E731
-        fixed = lambda: times.end_to_end_rest + rest()  # noqa: E731
+        fixed = lambda: times.end_to_end_rest + self._after()  # noqa: E731
         steps = self.budget.steps(
             "end-to-end",
             options.steps,
             min(LEAST_END_TO_END, options.steps),
             lambda: times.end_to_end_step,
             fixed,
-            rest,
+            self._least_after,
         )
         return replace(options, steps=steps) if steps else None
 
@@ -130,6 +133,15 @@ class Allowed:
     @property
     def _least_samples(self) -> int:
         return min(LEAST_SAMPLES, self.times.moment_samples)
+
+    def _after(self) -> float:
+        """Seconds of what follows learning: scoring the result, and the transforms that come last."""
+        return self.times.judging() + self._transforms(self.last)
+
+    def _least_after(self) -> float:
+        """The same at least, from what is measured already."""
+        last = self._spaces(self.last)
+        return self.times.judging() + (self.times.least_closed_form(self._least_samples) if last else 0.0)
 
     def _transforms(self, kinds: Sequence[Kind]) -> float:
         """Seconds of computing transforms and trying them, from the least number of samples."""

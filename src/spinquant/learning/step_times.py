@@ -3,6 +3,7 @@
 The first pass of each kind is measured when it is asked for, and discarded.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from spinquant.learning import budget
 from spinquant.learning.activations import collect
-from spinquant.learning.closed_form import FROM_SIMILAR, MATRIX
+from spinquant.learning.closed_form import MATRIX, Moments, choose_damping
 from spinquant.learning.end_to_end import learn_end_to_end
 from spinquant.learning.fake_quant import learning_scheme
 from spinquant.learning.free_transforms import Kind
@@ -220,14 +221,14 @@ class StepTimes:
         return [name for name in joint_spaces(self.plan, self.rotations, self.learning) if name in self.names]
 
     def _solving(self, spaces: Mapping[Kind, Sequence[str]]) -> float:
-        """Of choosing the damping of matrices: a decomposition for each head, candidate, fold and iteration."""
+        """Of choosing the damping of matrices, from that of one space of each size with two random moments."""
         total = 0.0
         every = [self.plan.space[name] for names in spaces.values() for name in names]
-        for size in {space.size for space in every if space.allows == "any"}:
-            heads = sum(space.heads for space in every if space.allows == "any" and space.size == size)
-            one = torch.eye(size, dtype=torch.float64) + 0.1
-            total += heads * self._measured(lambda one=one: torch.linalg.eigh(one))
-        return 2 * total * len(MATRIX) * FOLDS * FROM_SIMILAR
+        for (size, heads), count in Counter((one.size, one.heads) for one in every if one.allows == "any").items():
+            rows = torch.randn(heads, 1, size, 2 * size, dtype=torch.float64, generator=generator_for(0, "moments"))
+            one = Moments(rows @ rows.mT, torch.eye(size, dtype=torch.float64).expand(heads, 1, -1, -1), size)
+            total += count * self._measured(lambda one=one: choose_damping([[one, one]] * FOLDS, MATRIX))
+        return total / torch.get_num_threads()  # spaces are solved side by side
 
     def _measured(self, action: Any) -> float:
         start = budget.clock()
