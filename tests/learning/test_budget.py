@@ -117,13 +117,16 @@ def test_a_short_budget_takes_fewer_samples_and_all_transforms_at_once(monkeypat
     clock, samples = Clock(monkeypatch), []
     real = steps.moment_samples
     monkeypatch.setattr(steps, "moment_samples", lambda rows, count: samples.append(count) or real(rows, count))
-    short, long = clock.learn(73), clock.learn(2000)
+    short, long = clock.learn(62), clock.learn(2000)
     count = samples[0]
     assert 4 <= count < 8 and samples[1:] == [8, 8]
     assert f"{count} of 8 samples: " in short.record["budget"]["left_out"]["closed form"]
-    assert short.record["budget"]["spent"] <= 73
+    assert short.record["budget"]["spent"] <= 62
     # Those of norms too, since nothing is learned that they depend on; not all kinds have one from so few tokens.
     assert {"scales", "values", "norms"} <= set(short.record["closed_form"]) <= set(KINDS)
+    # What is kept has the clip ratios of the rotations that it was added to.
+    assert "clip ratios of closed-form" in short.record["budget"]["left_out"]
+    assert short.record["clips"]["closed-form"] == short.record["clips"]["random 0"]
     assert not short.record["scores"].keys() & {"local", "end-to-end", "closed-form after learning"}
     assert not long.record["budget"]["left_out"]
 

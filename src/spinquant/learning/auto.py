@@ -87,6 +87,11 @@ class Allowed:
             unit="samples",
         )
 
+    def own_clips(self, name: str) -> bool:
+        """Whether clip ratios can be searched for a candidate with transforms, which has those of another one."""
+        times = self.times  # with both ratios it may see all windows
+        return self.budget.fits(f"clip ratios of {name}", lambda: times.judging() + times.all_windows)
+
     @property
     def is_over(self) -> bool:
         """Whether all transforms were computed at once, and nothing is learned after them."""

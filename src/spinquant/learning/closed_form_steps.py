@@ -36,7 +36,7 @@ def transform_in_closed_form(run: Run, name: str, kinds: Sequence[Kind], samples
         free = run.saved_or(name, lambda: _closed_form(run, wanted, rotations, samples))
     parts = [{n: t for n, t in free.items() if kind_of(plan.space[n]) == kind} for kind in kinds]
     with run.timed("judging"):
-        tried = candidates.enter_kinds(name, parts, kinds)
+        tried = candidates.enter_kinds(name, parts, kinds, lambda: run.allowed.own_clips(name))
     for kind, part in zip(kinds, parts, strict=True):
         if kind in tried:
             tried[kind] |= {"spaces": len(part), "condition": max(map(condition, part.values()))}

@@ -149,7 +149,11 @@ class Selection:
         self.free = {name: found for name, found in self.free.items() if kind_of(self.plan.space[name]) not in kinds}
 
     def enter_kinds(
-        self, name: str, parts: Sequence[Mapping[str, Transform]], kinds: Sequence[str]
+        self,
+        name: str,
+        parts: Sequence[Mapping[str, Transform]],
+        kinds: Sequence[str],
+        own_clips: Callable[[], bool] = lambda: True,
     ) -> dict[str, dict[str, Any]]:
         """Try parts of a candidate one after another, each kept if it lowers KL; what is kept is then a candidate.
 
@@ -160,6 +164,7 @@ class Selection:
             name: of the candidate.
             parts: free transforms.
             kinds: what each part is called.
+            own_clips: whether clip ratios are searched for what is kept; asked after the kinds were tried.
 
         Returns:
             For every part that is not empty, its KL (None if rounding alone would move the logits too much) and whether
@@ -185,7 +190,7 @@ class Selection:
             left.tried(kind, kept=lower)
         if current is start:
             return found
-        own = self._clipped(name, current)
+        own = self._clipped(name, current) if own_clips() else current
         self.candidates[name], self.scores[name] = self._better((label, current), (name, own))
         if self.leader == name:
             self._keep(current.free)

@@ -135,24 +135,32 @@ class StepTimes:
         windows = self.selection.held_out, self.selection.clip_windows
         return self.judging() + sum(map(len, windows)) * self.window
 
+    @property
+    def all_windows(self) -> float:
+        """Of scoring one candidate on all windows, with clip ratios that are known."""
+        return self.weights + len(self.selection.held_out) * self.window
+
     def judging(self) -> float:
         """Of scoring one candidate on all windows, with clip ratios of its own."""
         scheme = self.selection.scheme
         parts = sum(part is not None for part in (scheme.activations, scheme.kv))
-        clips = len(self.selection.clip_windows) * (2 * parts + 1)  # a ratio and its two neighbours, for each part
-        return self.weights + (len(self.selection.held_out) + clips) * self.window
+        # A ratio and its two neighbours, for each part.
+        return self.all_windows + len(self.selection.clip_windows) * (2 * parts + 1) * self.window
 
     def closed_form(self, spaces: Mapping[Kind, Sequence[str]], samples: int) -> float:
-        """Of computing transforms from some samples, and trying one kind after another. spaces: by kind."""
+        """Of computing transforms from some samples, and trying one kind after another. spaces: by kind.
+
+        That is with clip ratios that are known; those of its own take as long as `judging`.
+        """
         if not spaces:
             return 0.0
         once, each = self._moments(tuple(name for names in spaces.values() for name in names))
         # Kinds may be tried twice; most are not.
-        return once + samples * each + self._solving(spaces) + (len(spaces) + 1) * self.scoring + self.judging()
+        return once + samples * each + self._solving(spaces) + (len(spaces) + 1) * self.scoring + self.all_windows
 
     def least_closed_form(self, samples: int) -> float:
         """The same at least, from the time of a window: gradients take longer than a pass forward."""
-        return samples * self.window + self.judging()
+        return samples * self.window + self.all_windows
 
     def capturing(self) -> float:
         """Of capturing the rows that local learning needs."""
