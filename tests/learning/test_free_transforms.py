@@ -22,9 +22,8 @@ from spinquant.errors import LearningError
 from spinquant.learning import free_transforms
 from spinquant.learning.activations import collect
 from spinquant.learning.closed_form import Damping, Moments
-from spinquant.learning.end_to_end import FROM_LOCAL, EndToEndOptions, learn_end_to_end
 from spinquant.learning.closed_form_steps import MOMENT_SAMPLES, moment_samples
-from spinquant.learning.end_to_end import FROM_LOCAL, EndToEndOptions
+from spinquant.learning.end_to_end import FROM_LOCAL, EndToEndOptions, learn_end_to_end
 from spinquant.learning.fake_quant import fuse_gains
 from spinquant.learning.free_transforms import (
     HALF_CONDITION,
@@ -175,7 +174,7 @@ def test_transforms_that_raise_kl_are_removed(monkeypatch):
     monkeypatch.setattr("spinquant.learning.closed_form_steps.closed_form_transforms", wild)
     learned = run_learn(QUICKLY)
     assert not learned.record["closed_form"]["scales"]["kept"]
-    assert all(map(is_orthogonal, learned.rotations.values()))
+    assert not any(name.endswith(CHANNELS) for name in learned.rotations)
     monkeypatch.setattr("spinquant.learning.closed_form_steps.closed_form_transforms", lambda *_, **__: {})
     without = run_learn(QUICKLY)
     assert abs(without.record["scores"]["local"]["kl"] - learned.record["scores"]["local"]["kl"]) < 1e-6

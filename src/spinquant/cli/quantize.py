@@ -102,7 +102,7 @@ def quantize(
         float | None,
         opt.option(
             opt.ADVANCED,
-            "GPTAQ: weight of the unquantized model's outputs in the target, from 0 (GPTQ) to 1; 0.25 by default.",
+            "GPTAQ: weight of the unquantized model's outputs in the target, from 0 (GPTQ) to 1; 0.1 by default.",
         ),
     ] = None,
     sequential: Annotated[

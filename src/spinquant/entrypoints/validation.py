@@ -330,7 +330,7 @@ def needed_in_memory(numbers: int, dtype: torch.dtype) -> int:
     return numbers * dtype.itemsize * 5 // 4
 
 
-ASYMMETRY = 0.25  # default of method gptaq; measured, see `quantization/gptq.py`
+ASYMMETRY = 0.1  # default of method gptaq; measured, see `quantization/gptq.py`
 
 
 def check_calibration(method: str, scheme: Scheme, calibration: Calibration | None) -> Calibration | None:

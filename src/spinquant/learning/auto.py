@@ -15,7 +15,7 @@ from spinquant.learning.free_transforms import KINDS, Kind, free_spaces
 from spinquant.learning.layerwise import LocalOptions
 from spinquant.learning.step_times import StepTimes
 
-FIRST: tuple[Kind, ...] = ("scales", "values")  # transforms that rotations are learned after
+FIRST: tuple[Kind, ...] = ("scales", "values", "keys")  # transforms that rotations are learned after
 REST: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind not in FIRST)
 LEAST_LOCAL, LEAST_END_TO_END = 40, 8  # steps below which learning is not started
 LEAST_SAMPLES = 4  # samples for moments below which there is no closed form

@@ -17,7 +17,7 @@ from spinquant.learning.joint_sites import JointSite, collect_jointly
 from spinquant.learning.joint_steps import joint_spaces, learn_together
 from spinquant.learning.layerwise import learn_locally, rounding_errors
 from spinquant.learning.learned import spec_of
-from spinquant.learning.options import LearnOptions, Watch, learns_scales, weights_share
+from spinquant.learning.options import LearnOptions, Watch, learns_r1, learns_scales, weights_share
 from spinquant.learning.rows import error_rows, row_samples, sampled_spaces, with_signs
 from spinquant.learning.scoring import Candidate, Score
 from spinquant.learning.selection import Selection
@@ -83,9 +83,8 @@ class Run:
 
     @property
     def learns_r1(self) -> bool:
-        """Whether R1 is learned, which the scales of norms belong to the coordinates of."""
-        learning = self.options.method not in ("random", CLOSED_FORM)
-        return learning and any(self.plan.space[space].rotation == "R1" for space in self.names)
+        """Whether R1 is learned."""
+        return learns_r1(self.plan, self.names, self.options)
 
     @property
     def joint_spaces(self) -> list[str]:

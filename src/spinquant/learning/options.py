@@ -167,6 +167,14 @@ def for_rounding(options: LearnOptions, scheme: Scheme | None, method: Rounding)
     return replace(options, rounding=method)
 
 
+def learns_r1(plan: Plan, names: Mapping[str, str], options: LearnOptions) -> bool:
+    """Whether R1 is learned, which the scales of norms belong to the coordinates of.
+
+    names: the spaces that are learned (`learned_spaces`).
+    """
+    return options.method not in ("random", "closed-form") and any(plan.space[one].rotation == "R1" for one in names)
+
+
 def learns_scales(options: LearnOptions) -> bool:
     """Whether local learning learns R1 together with the scales of norms, where there are any."""
     local = options.local

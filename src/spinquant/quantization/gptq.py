@@ -11,7 +11,8 @@ X~, whereas the quantized model has X. Since
 
 it is the same problem around the target W*. A full step to W* is worse than none, in part because the step follows the
 noise of the text too: SmolLM2 at W4A4KV4 with 16 samples of 512 tokens has perplexity 20.6 without the step, 18.2 with
-a quarter of it, 461 with all of it, and 97 when its length is cross-validated for every linear (0.1 to 0.5).
+a quarter of it, 461 with all of it, and 97 when its length is cross-validated for every linear (0.1 to 0.5). On
+another model a quarter is worse than none, and a tenth is not: that is the default (`docs/experiments/learning.md`).
 """
 
 from dataclasses import dataclass
