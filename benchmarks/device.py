@@ -5,13 +5,12 @@ evaluated and saved, on the device and on the CPU, and the commands run on a fol
 all of them run, and the script fails if one does.
 
     python benchmarks/device.py --device cuda             # a minute
+    python benchmarks/device.py --device cuda --model gemma-3-270m       # the commands on this model of `models.py`
 
 A code that lies within rounding noise of the middle between two may differ, and GPTQ, tuning and learning then go
 another way: noise of 6e-8 in the norms, which transformers computes in float32, moves the logits of these models by up
 to 26 % on one CPU. What such noise leaves is compared instead: the error against the full-precision model, which it
 moves by at most 0.7 %, the losses of learning (0.2 %), and the codes that GPTQ gives for one weight (none differs).
-
-    python benchmarks/device.py --device cuda --model gemma-3-270m       # the commands on this model of `models.py`
 """
 
 import argparse
@@ -55,8 +54,8 @@ CONFIGS = {
 TOKENS = torch.randint(0, 128, (40, 24), generator=torch.Generator().manual_seed(1))
 # Relative differences: of the same numbers in float64, of norms that transformers computes in float32, of models in
 # which a code differs here and there, of their errors if one code changes those of later weights, and of KL after
-# learning went another way (0.34 on an H200).
-SAME, ROUNDED, CLOSE, ERROR, LEARNED = 1e-9, 1e-5, 1e-2, 2e-2, 0.5
+# learning went another way.
+SAME, ROUNDED, CLOSE, ERROR, LEARNED = 1e-9, 1e-5, 1e-2, 2e-2, 0.2
 SCHEMES = ("W4A4KV4", "W4g32A8KV8", "NVFP4", "MXFP4", "FP8_DYNAMIC")
 
 Check = Callable[[], str]
@@ -167,11 +166,9 @@ def checks_of(name: str, device: str) -> Iterator[tuple[str, Check]]:
         ]
         learned.setdefault(method, found[1])
         here, there = ({key: score["kl"] for key, score in one.record["scores"].items()} for one in found)
-        # What comes after learning depends on what was kept, which a code here or there may decide.
-        if (here.keys() ^ there.keys()) - {"closed-form after learning"}:
+        if here.keys() != there.keys():
             raise AssertionError(f"candidates on the CPU {sorted(here)}, on the device {sorted(there)}")
-        both = (here.keys() & there.keys()) - {"16-bit"}
-        shares = {key: abs(there[key] - here[key]) / max(here[key], 1e-9) for key in both}
+        shares = {key: abs(there[key] - here[key]) / max(here[key], 1e-9) for key in here if key != "16-bit"}
         fixed = [key for key in shares if method in ("random", "closed-form") or key.startswith("random")]
         kl = [compared("KL from the CPU by", max(shares[key] for key in fixed), CLOSE)]
         if others := shares.keys() - set(fixed):

@@ -574,6 +574,18 @@ def test_spaces_that_are_computed_together_are_learned_apart(solver):
     assert not torch.allclose(matrix(found["b"]), matrix(other["b"]), atol=1e-3)
 
 
+def test_a_space_with_few_rows_does_not_change_how_others_are_learned():
+    def site(name, space, seed, rows):
+        return ActivationSite(name, space, Quantizer(4), peaked(rows, 32, seed).float())
+
+    start, options = {name: Orthogonal(orthogonal(32, ord(name))) for name in "ab"}, LocalOptions(steps=5, batch=64)
+    alone, _ = learn_locally([site("x", "a", 0, 200), site("y", "a", 3, 200)], start, options)
+    few = [site("z", "b", 1, 8), site("u", "b", 2, 200)]
+    found, _ = learn_locally([site("x", "a", 0, 200), site("y", "a", 3, 200), *few], start, options)
+    torch.testing.assert_close(matrix(found["a"]), matrix(alone["a"]), atol=1e-6, rtol=0)
+    assert off_orthogonal(matrix(found["b"])) < 1e-12
+
+
 def test_equal_seeds_give_equal_rotations_and_other_seeds_do_not():
     first, second, third = run(seed=1)[0], run(seed=1)[0], run(seed=2)[0]
     assert all(torch.equal(first[space], second[space]) for space in first)
@@ -607,8 +619,10 @@ def run_learn(options=OPTIONS, spec=None, scheme="W4A4KV4", **more):
 def test_the_selected_candidate_has_the_lowest_kl_on_held_out_text():
     _, learned = run_learn(scheme="A4KV4")
     scores = {name: score["kl"] for name, score in learned.record["scores"].items()}
-    tried = {"16-bit", "random 0", "random 1", "random 2", "local", "local+end-to-end"}
-    assert set(scores) - {"closed-form", "closed-form after learning"} == tried  # those if a kind lowers KL
+    assert set(learned.record["closed_form"]) >= {"scales", "values", "keys"}, "all that come first are tried"
+    kept = any(learned.record["closed_form"][kind]["kept"] for kind in ("scales", "values", "keys"))
+    tried = {"16-bit", "random 0", "random 1", "random 2", "local", "local+end-to-end", *["closed-form"] * kept}
+    assert set(scores) - {"closed-form after learning"} == tried
     assert learned.kept == min((n for n in scores if n != "16-bit"), key=scores.get)
     assert learned.record["learned"] and scores[learned.kept] < 0.9 * min(scores[f"random {i}"] for i in range(3))
     assert learned.spec.type_of("R1") == "random-matrix" and learned.spec.type_of("R4") == "auto"

@@ -30,7 +30,7 @@ class Allowed:
     Attributes:
         budget: The time.
         times: Estimates.
-        last: Kinds of transforms that are computed after learning; none if they are not wanted.
+        last: Kinds of transforms that are computed after learning; none if they are not wanted, or do not depend on it.
     """
 
     budget: Budget
@@ -54,8 +54,10 @@ class Allowed:
         return dict(list(wanted.items())[: max(1, count)])
 
     def first_kinds(self) -> Sequence[Kind]:
-        """The kinds of transforms that are computed before learning: all of them if there is no time for learning."""
-        if not self.is_limited or not self.last:
+        """The kinds of transforms that are computed before learning: all if none depends on it, or it has no time."""
+        if not self.last:
+            return KINDS
+        if not self.is_limited:
             return FIRST
         times = self.times
 

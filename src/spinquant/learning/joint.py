@@ -226,7 +226,7 @@ def learn_jointly(
     """
     run = _Run(sites, start, scales, weights, options, centred, seed, device)
     to_report = None if report is None else lambda step, losses: report(step, losses[0])
-    losses = all_steps(run, lambda number: [run.step(number)], options, pieces, "joint", [space], to_report)
+    losses = all_steps(run, lambda number: [run.step(number)], options, pieces, "jointly", [space], to_report)
     return run.rotation.cpu(), run.scales(), [loss for (loss,) in losses]
 
 

@@ -141,7 +141,7 @@ def learn_locally(
     for space, read in own.items():
         if space in centred and options.solver != "cayley":
             raise LearningError(f"the rotation of {space} must preserve the mean, which only solver cayley supports")
-        form = [(site.rows.shape[-1], site.quantizer) for site in read]
+        form = [(site.rows.shape[-1], site.quantizer, min(options.batch, len(site.rows))) for site in read]
         alike.setdefault((rotations[space].order, space in centred, *form), []).append(space)
     for spaces in alike.values():
         start = torch.stack([matrix(rotations[space], torch.float32) for space in spaces]).to(device)
@@ -157,7 +157,7 @@ def learn_locally(
 class _Rows:
     """The rows of spaces of one size, by space and site: with their weights, and the shares of sites.
 
-    own: the sites of every space, of the same forms in the same order.
+    own: the sites of every space, of the same forms in the same order, with as many rows in a batch.
     """
 
     def __init__(self, own: Sequence[Sequence[ActivationSite]], options: LocalOptions, device: torch.device | str):
@@ -175,7 +175,6 @@ class _Rows:
         """For every site its quantizer, and of as many rows as a batch has: (spaces, batch, width), their weights."""
         found = []
         for quantizer, rows, weights in zip(self.quantizers, self.rows, self.weights, strict=True):
-            batch = min(batch, *map(len, rows))
             chosen = torch.stack([torch.randperm(len(one), generator=generator)[:batch] for one in rows])
             x = taken(rows, chosen, self.device)
             w = torch.stack([one[at] for one, at in zip(weights, chosen.to(self.device), strict=True)])
@@ -214,7 +213,7 @@ def _minimize(
     def one_step(number: int) -> list[float]:
         return solver.step(rows, number, generator_for(seed, f"{label}/{number}")).tolist()
 
-    return all_steps(solver, one_step, options, pieces, "local", spaces, report and partial(report, label))
+    return all_steps(solver, one_step, options, pieces, "layerwise", spaces, report and partial(report, label))
 
 
 def all_steps(

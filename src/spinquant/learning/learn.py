@@ -27,7 +27,6 @@ from spinquant.learning.auto import REST, Allowed
 from spinquant.learning.budget import Budget
 from spinquant.learning.closed_form_steps import MOMENT_SAMPLES, transform_in_closed_form
 from spinquant.learning.fake_quant import fuse_gains, learning_scheme, shard_blocks
-from spinquant.learning.free_transforms import KINDS
 from spinquant.learning.learn_run import AFTER, CLOSED_FORM, Run
 from spinquant.learning.learned import initial_rotations
 from spinquant.learning.options import (
@@ -144,9 +143,9 @@ def learn(
         allowed = Allowed(limit, times, REST if options.transforming and learns_r1(plan, names, options) else ())
         run = Run(model, plan, scheme, learning, spec, names, tokens, options, candidates, pieces, watch, allowed)
         run.score_baselines(allowed.baselines(random), given)
-        if options.method not in ("random", CLOSED_FORM):
-            candidates.set_aside([] if run.keeps_scales else ["norms"])
-        kinds = allowed.first_kinds() if run.learns_r1 else KINDS
+        if not run.keeps_scales:
+            candidates.set_aside(["norms"])
+        kinds = allowed.first_kinds()
         if options.transforming and (samples := allowed.closed_form(kinds)):
             transform_in_closed_form(run, CLOSED_FORM, kinds, samples)
         initial, sites = run.draw_signs()
@@ -155,9 +154,8 @@ def learn(
             run.learn_layerwise(initial, sites)
         if run.is_end_to_end:
             run.learn_end_to_end()
-        after = options.transforming and run.learns_r1 and not allowed.is_over
-        if after and (samples := allowed.closed_form(REST)):
-            transform_in_closed_form(run, AFTER, REST, samples)
+        if allowed.last and not allowed.is_over and (samples := allowed.closed_form(allowed.last)):
+            transform_in_closed_form(run, AFTER, allowed.last, samples)
         return run.result()
 
 

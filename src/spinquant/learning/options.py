@@ -24,7 +24,8 @@ MomentsOf = Literal["gradients", "weights"]
 METHODS, MOMENTS, ROUNDINGS = get_args(Method), get_args(MomentsOf), get_args(Rounding)
 # Part of the squared error of weights rounded to nearest that costs as much KL as the way to round them: all of it for
 # round-to-nearest; for GPTQ and GPTAQ the geometric means of what was measured on two texts other than the one that
-# they were calibrated on (SmolLM2, W4A16: 0.17 and 0.29, 0.15 and 0.26; `docs/experiments/learning.md`).
+# they were calibrated on (SmolLM2, W4A16: 0.17 and 0.29, 0.15 and 0.26; `docs/experiments/learning.md`), GPTAQ with an
+# asymmetry of 0.25.
 WEIGHTS_SHARE: Mapping[Rounding, float] = {"rtn": 1.0, "gptq": 0.22, "gptaq": 0.2}
 HADAMARD = ("hadamard", "random-hadamard", "auto")
 LARGEST_ONLINE = 512  # largest order of a learned R4 or online R1, which is a dense matrix product for every token
